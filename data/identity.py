@@ -1,0 +1,50 @@
+"""Content hashes: what a cached row, a base model or a data set is known by."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+MEMO = "file_hashes.json"
+
+
+def digest(*parts: str | bytes) -> str:
+    """A 32-digit hash of `parts`, which are kept apart: ("a", "b") and ("ab",) differ."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def file_hashes(paths: Iterable[Path], cache_dir: Path) -> dict[Path, str]:
+    """SHA-256 of each file. Files of 1 MB and more are remembered in `cache_dir` by path, size and time of change."""
+    memo_path = cache_dir / MEMO
+    try:
+        memo = json.loads(memo_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        memo = {}
+    result, news = {}, {}
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in memo:
+            with path.open("rb") as file:
+                news[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        result[path] = memo.get(key) or news[key]
+        if stat.st_size < 1_000_000:
+            news.pop(key, None)
+    if news:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        beside = memo_path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps({**memo, **news}, indent=1), encoding="utf-8")
+        os.replace(beside, memo_path)
+    return result
+
+
+def files_identity(paths: list[Path], cache_dir: Path) -> str:
+    """One hash for the names and contents of `paths`."""
+    hashes = file_hashes(paths, cache_dir)
+    return digest(*(f"{path.name} {hashes[path]}" for path in paths))

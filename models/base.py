@@ -1,0 +1,80 @@
+"""What a model family knows. One file per family holds the glue over diffusers; nothing else in the project names one.
+
+Conventions, for every family:
+  pixels    (B, 3, H, W) in [-1, 1]
+  latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalised (family.normalise) in the loop
+  quantile  (B,) in (0, 1): the random input of the noise process. 0 is clean, 1 is pure noise. Training draws it,
+            validation fixes it; the timestep as the denoiser wants it is made from it
+  cond      dict of conditioning tensors, batch first
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig, ObjectiveConfig
+from models.objectives import Objective
+
+
+class ModelFamily(ABC):
+    """Knowledge about a family of models, bound to one path; holds no weights."""
+
+    name: str
+    media: str
+    latent_channels: int
+    spatial_factor: int
+    targets: dict[str, str]
+    """Presets of `--adapter.targets`: name -> regular expression over layer names."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+    @abstractmethod
+    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+        """WHEN: once, before adapters are attached. OUT: the denoiser on the CPU, in `dtype`.
+
+        dtype None means as stored, but fp32 for fp16, in which training would overflow.
+        """
+
+    @abstractmethod
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the denoiser's weights on disk."""
+
+    @abstractmethod
+    def load_encoders(self) -> Any:
+        """WHEN: in precompute, only if something must be encoded. OUT: diffusers' pipeline without denoiser, fp32."""
+
+    @abstractmethod
+    def component_files(self, component: str) -> list[Path]:
+        """The files that decide what `component` (denoiser, vae, text) computes: their content is its identity."""
+
+    @abstractmethod
+    def encode_media(self, encoders: Any, pixels: Tensor) -> Tensor:
+        """WHEN: in precompute. IN: pixels. OUT: raw latents (B, C, h, w), the mode of the posterior, unscaled."""
+
+    @abstractmethod
+    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension."""
+
+    @abstractmethod
+    def normalise(self, latents: Tensor) -> Tensor:
+        """WHEN: in the loop. IN: raw VAE latents. OUT: latents at the scale that the denoiser was trained on."""
+
+    @abstractmethod
+    def objective(self, config: ObjectiveConfig) -> Objective:
+        """The noise process and target that the base model was trained with."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """WHEN: in the loop. IN: noisy latents and timestep from the objective. OUT: prediction, shaped like noisy."""
+
+    @abstractmethod
+    def pipeline(self, denoiser: nn.Module | None) -> Any:
+        """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with `denoiser` if given."""
+
+    @abstractmethod
+    def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
+        """Keys of an adapter file by which ComfyUI, A1111 and Forge recognise the base model."""

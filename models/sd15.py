@@ -1,0 +1,170 @@
+"""Stable Diffusion 1.x and 2.x: a UNet over 4-channel latents with CLIP text conditioning; epsilon or v-prediction.
+
+What the base was trained to predict, and its noise schedule, are read from its scheduler's config.
+"""
+
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from models.base import ModelFamily
+from models.config import ModelError, ObjectiveConfig
+from models.objectives import DDPM
+
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+FOLDERS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("text_encoder", "tokenizer")}
+ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
+
+
+class StableDiffusion(ModelFamily):
+    name = "sd15"
+    media = "image"
+    latent_channels = 4
+    spatial_factor = 8
+    targets = {  # noqa: RUF012
+        "attention": ATTENTION,
+        "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
+        "all": r".*",
+    }
+
+    @cached_property
+    def path(self) -> Path:
+        """The diffusers folder or the single file; a hub id is downloaded, or found in the hub's cache, first."""
+        assert self.config.path is not None  # load_config refuses a run without a model
+        path = Path(self.config.path)
+        return path if path.exists() else self._download(self.config.path)
+
+    def _download(self, hub_id: str) -> Path:
+        from diffusers import DiffusionPipeline  # slow import, needed for hub ids only
+
+        try:
+            return Path(DiffusionPipeline.download(hub_id, variant=self.config.variant, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"--model.path {hub_id} could not be had from the hub: {error}") from error
+
+    def _load(self, *wanted: str, dtype: torch.dtype = torch.float32, unet: nn.Module | None = None) -> Any:
+        """diffusers' pipeline with the components `wanted` loaded, `unet` put in if given, and no others."""
+        from diffusers import StableDiffusionPipeline  # slow import, needed for encoding and previews only
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+        absent = {name: None for name in COMPONENTS if name not in wanted}
+        given = {} if unet is None else {"unet": unet}
+        options: dict[str, Any] = {**absent, **UNUSED, **given, "torch_dtype": dtype}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                if self.path.is_dir():
+                    options |= {"variant": self.config.variant, "use_safetensors": True, "local_files_only": True}
+                    pipeline = StableDiffusionPipeline.from_pretrained(
+                        self.path, requires_safety_checker=False, **options
+                    )
+                else:
+                    pipeline = StableDiffusionPipeline.from_single_file(
+                        str(self.path), config=self.config.config, **options
+                    )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise self._not_loadable(error) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _not_loadable(self, error: Exception) -> ModelError:
+        hint = ""
+        if self.path.is_file() and self.config.config is None:
+            hint = "\n  Without a network, name a diffusers folder of the same model as --model.config"
+        return ModelError(f"--model.path {self.config.path} could not be loaded as {self.name}: {error}{hint}")
+
+    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+        if dtype is None:
+            stored = self.stored_dtype()
+            dtype = torch.float32 if stored == torch.float16 else stored
+        try:
+            if self.path.is_dir():
+                denoiser = UNet2DConditionModel.from_pretrained(
+                    self.path, subfolder="unet", torch_dtype=dtype, variant=self.config.variant, use_safetensors=True
+                )
+            else:
+                denoiser = self._load("unet", dtype=dtype).unet
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise self._not_loadable(error) from error
+        if denoiser.config.addition_embed_type is not None:
+            raise ModelError(
+                f"--model.path {self.config.path} is not of the family sd15: its UNet wants size conditioning"
+            )
+        return denoiser
+
+    def stored_dtype(self) -> torch.dtype:
+        weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
+        with safe_open(weights[0], framework="pt") as file:
+            return file.get_tensor(next(iter(file.keys()))).dtype
+
+    def load_encoders(self) -> Any:
+        return self._load("vae", "text_encoder", "tokenizer")
+
+    def component_files(self, component: str) -> list[Path]:
+        if self.path.is_file():
+            configs = Path(self.config.config).glob("*/*") if self.config.config else ()
+            return [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
+        variant = f".{self.config.variant}." if self.config.variant else "."
+        files = [f for folder in FOLDERS[component] for f in sorted((self.path / folder).glob("*"))]
+        return [f for f in files if f.suffix in (".json", ".txt") or f.name.endswith(f"{variant}safetensors")]
+
+    def encode_media(self, encoders: Any, pixels: Tensor) -> Tensor:
+        return encoders.vae.encode(pixels).latent_dist.mode()
+
+    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        embeds, _ = encoders.encode_prompt(captions, encoders.text_encoder.device, 1, False)
+        return [{"prompt_embeds": embed} for embed in embeds]
+
+    @cached_property
+    def _vae_config(self) -> dict:
+        from diffusers import AutoencoderKL
+
+        if self.path.is_dir():
+            return AutoencoderKL.load_config(self.path, subfolder="vae")
+        return self._load("vae").vae.config
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        return latents * self._vae_config["scaling_factor"]
+
+    def objective(self, config: ObjectiveConfig) -> DDPM:
+        if self.path.is_dir():
+            scheduler = DDPMScheduler.from_pretrained(self.path, subfolder="scheduler")
+        else:
+            scheduler = DDPMScheduler.from_config(self._load("scheduler").scheduler.config)
+        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, config.loss_space)
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return denoiser(noisy, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
+
+    def pipeline(self, denoiser: nn.Module | None) -> Any:
+        loaded = [name for name in COMPONENTS if name != "unet" or denoiser is None]
+        return self._load(*loaded, unet=denoiser)
+
+    def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
+        second = denoiser.config.cross_attention_dim == 1024  # type: ignore[union-attr]
+        v_prediction = self.objective(ObjectiveConfig()).prediction_type == "v_prediction"
+        version = "sd_v2" if second else "sd_v1"
+        architecture = "stable-diffusion-v1"
+        if second:
+            architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+        return {
+            "ss_base_model_version": f"{version}_v" if v_prediction else version,
+            "ss_v2": str(second),
+            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        }
+
+
+FAMILY = StableDiffusion

@@ -1,0 +1,89 @@
+"""Trains an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml] [--option value]`."""
+
+import os
+import sys
+
+from data.config import DataError
+from lora_algos.config import AdapterError
+from models.config import ModelError
+from training.config import ConfigError, TrainConfig
+from training.load_config import load_config
+from training.rundir import check_output_dir
+
+USER_ERRORS = (ConfigError, DataError, ModelError, AdapterError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training. Returns the exit code: 2 for a user's mistake, 1 for a run that could not go on."""
+    try:
+        config = load_config(argv)
+        check_output_dir(config)
+    except USER_ERRORS as error:
+        return fail(error, 2)
+
+    from training.checkpoint import CheckpointError  # torch loads here: what is wrong above is said within a second
+    from training.metrics import TrainingDiverged
+
+    try:
+        train(config)
+    except USER_ERRORS as error:
+        return fail(error, 2)
+    except (CheckpointError, TrainingDiverged) as error:
+        return fail(error, 1)
+    finally:
+        leave()
+    return 0
+
+
+def train(config: TrainConfig) -> None:
+    """The whole run, in the order in which its parts need each other."""
+    for library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+    from data.precompute import build_datasets
+    from models import get_family
+    from training import setup, tracking
+    from training.distributed import build_accelerator
+    from training.optim import build_optimizer
+    from training.run import Parts, Run
+    from training.step import LossFunction
+
+    accelerator = build_accelerator(config)
+    family = get_family(config.model)
+    datasets = build_datasets(config.data, family, accelerator)  # the encoders live and die in here
+    denoiser, dtype = setup.load_denoiser(config, family)
+    adapted, previous_steps = setup.attach_adapters(config, family, denoiser)
+    optimizer = build_optimizer(adapted.named_parameters().values(), config)
+    loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
+
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    run = Run(config, accelerator, Parts(family, datasets, adapted, previous_steps), denoiser, optimizer, loss_function)
+    run.resume()  # nothing to do in a fresh output_dir
+    tracking.start(accelerator, config, run.tracker_id)  # after resume: a run that goes on is one run there too
+    accelerator.print(setup.summary(run))
+    for batch in run.batches():
+        with accelerator.accumulate(denoiser):
+            loss = loss_function(denoiser, batch).mean()
+            accelerator.backward(loss)
+            run.after_backward(loss)
+    run.export()
+    accelerator.end_training()
+
+
+def leave() -> None:
+    """Leaves the process group: gloo aborts a process that ends without this."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fail(error: Exception, code: int) -> int:
+    """Says what is wrong, on one rank, and passes the exit code on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the loop needs that is none of the other packages."""

@@ -1,0 +1,93 @@
+"""Checkpoints: `<output_dir>/checkpoints/step_<n>/`, each complete or absent, the newest valid one found again.
+
+A checkpoint is a few named files and a manifest with their hashes, written last. The schedule and all randomness are
+functions of the step (data/schedule.py), so there is no other state to keep.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from training.files import new_folder
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or does not belong to this run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint read back: its step and the content of its files."""
+
+    step: int
+    files: dict[str, bytes]
+
+
+def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
+    """Writes the checkpoint of `step` below `folder`, then deletes all but the `keep` newest."""
+    path = folder / f"step_{step:08d}"
+    manifest = {"step": step, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+    try:
+        with new_folder(path) as beside:
+            for name, data in files.items():
+                (beside / name).write_bytes(data)
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except OSError as error:
+        kept = existing(folder)
+        previous = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
+        raise CheckpointError(
+            f"checkpoint {path} could not be written: {error}; {previous}. Make room and run the same command again"
+        ) from error
+    for old in existing(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def existing(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, and why newer ones were passed over."""
+    damaged = []
+    for path in reversed(existing(folder)):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            files = {name: (path / name).read_bytes() for name in manifest["sha256"]}
+            bad = [n for n, digest in manifest["sha256"].items() if hashlib.sha256(files[n]).hexdigest() != digest]
+        except (OSError, ValueError, KeyError) as error:
+            damaged.append(f"{path} is not complete ({error})")
+            continue
+        if not bad:
+            return Checkpoint(int(manifest["step"]), files), damaged
+        damaged.append(f"{path} is damaged ({', '.join(bad)})")
+    return None, damaged
+
+
+def to_bytes(state: dict) -> bytes:
+    """An optimizer's state as a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> dict:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """An adapter's weights as a .safetensors file."""
+    return safetensors.torch.save(tensors)
+
+
+def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
+    return safetensors.torch.load(data)

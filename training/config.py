@@ -1,0 +1,180 @@
+"""Every option of a run. No torch here: `--help` and config errors answer at once.
+
+The node's inputs keep their own names at the root; what goes beyond the node sits in sections. Each field's help is the
+docstring under it, and docs/options.md is generated from this file.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from data.config import DataConfig
+from lora_algos import ALGORITHMS
+from lora_algos.config import AdapterConfig
+from models.config import ModelConfig, ObjectiveConfig
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+if TYPE_CHECKING:
+    AlgorithmName = str
+else:
+    AlgorithmName = Literal[tuple(ALGORITHMS)]
+
+
+class ConfigError(ValueError):
+    """Faults of a config; the message names every one of them with its flag or file."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """What the optimizer is told beyond the learning rate."""
+
+    __pydantic_config__ = STRICT
+
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """None: the optimizer's own default (0.01 for AdamW, 0 for the others)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW and Adam: decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW, Adam and RMSprop: added to the denominator."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up; linear and cosine end at zero after the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """The gradient is scaled down to this norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The loss of held-out images at fixed noise and fixed noise levels."""
+
+    __pydantic_config__ = STRICT
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Validate every so many steps, besides before the first and after the last one; 0 means only those two."""
+    quantiles: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
+    )  # fmt: skip
+    """Noise levels, as quantiles of the training noise distribution: 0 is clean, 1 is pure noise."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Images drawn before and after training, on the same prompts and the same noise."""
+
+    __pydantic_config__ = STRICT
+
+    enabled: bool = True
+    """Draw previews at the end of the run."""
+    prompts: tuple[str, ...] = ()
+    """Prompts; none means the first four captions of the validation images, or of the training images."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    """Denoising steps of each preview."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0
+    """Strength of classifier-free guidance."""
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
+    """Seed of the preview noise."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints, from which a stopped run goes on."""
+
+    __pydantic_config__ = STRICT
+
+    every: Annotated[int, Field(ge=0)] = 100
+    """Save every so many steps into output_dir/checkpoints; 0 saves only after the last step."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What is reported while training."""
+
+    __pydantic_config__ = STRICT
+
+    report_to: Literal["none", "wandb", "tensorboard"] = "none"
+    """Tracker. wandb runs offline, into output_dir, when no API key is set."""
+    project: str = "train-lora"
+    """Project of the tracker."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Read the losses from the device, check that they are finite and report them every so many steps."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The files written after the last step."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "lora"
+    """The adapter is written to output_dir/<name>.safetensors."""
+    merged: bool = False
+    """Also write output_dir/model_with_lora: the base model with the adapter merged, as a diffusers folder."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains an adapter (LoRA and kin) on a frozen diffusion model."""
+
+    __pydantic_config__ = STRICT
+
+    batch_size: Annotated[int, Field(ge=1, le=10000)] = 1
+    """Samples per device in one micro-step."""
+    grad_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Micro-steps per optimizer step."""
+    steps: Annotated[int, Field(ge=1, le=100000)] = 16
+    """Optimizer steps of this run."""
+    learning_rate: Annotated[float, Field(ge=1e-7, le=1)] = 5e-4
+    """Peak learning rate."""
+    rank: Annotated[int, Field(ge=1, le=128)] = 8
+    """Rank of the update."""
+    optimizer: Literal["AdamW", "Adam", "SGD", "RMSprop"] = "AdamW"
+    """The optimizer."""
+    loss_function: Literal["MSE", "L1", "Huber", "SmoothL1"] = "MSE"
+    """How prediction and target are compared."""
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
+    """Decides the adapter's initial weights, the order of the images, their noise and their noise levels."""
+    training_dtype: Literal["bf16", "fp32", "none"] = "bf16"
+    """bf16: base weights in bf16 and bf16 autocast. fp32: everything in fp32. none: the dtype the base is stored in,
+    without autocast (fp16 weights are widened to fp32, where training them would overflow)."""
+    lora_dtype: Literal["bf16", "fp32"] = "bf16"
+    """dtype of the adapter file. The trained weights and the optimizer state are fp32 either way."""
+    algorithm: AlgorithmName = "LoRA"
+    """How the update of a weight is parameterised."""
+    gradient_checkpointing: bool = True
+    """Recompute the activations of each block in the backward pass: slower, far less memory."""
+    existing_lora: str | None = None
+    """An adapter file of ours to continue, with its own layers, rank and alpha; its steps are counted on."""
+    output_dir: str = "output/run"
+    """Everything the run writes goes here."""
+    resume: bool = True
+    """Go on from the newest valid checkpoint in output_dir, if there is one."""
+    overwrite: bool = False
+    """Replace a different run in output_dir, deleting its checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+SCHEMA = TypeAdapter(TrainConfig)
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """The config as plain YAML and JSON values. `overwrite` is left off: a file to repeat from must not delete."""
+    return SCHEMA.dump_python(replace(config, overwrite=False), mode="json", exclude={"overwrite"})
+
+
+def to_yaml(config: TrainConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,147 @@
+"""Reads a config: defaults < recipe YAML < command line, with every fault at once. No torch here."""
+
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+from pydantic import ValidationError
+
+from models.config import path_fault
+from training.config import SCHEMA, ConfigError, TrainConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
+
+
+def load_config(argv: list[str] | None = None) -> TrainConfig:
+    """The config that `argv` (default: the command line) asks for: `[recipe.yaml] [--option value ...]`.
+
+    Raises ConfigError naming every fault; wrong option names and types on the command line exit with code 2 (tyro).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    if recipe is None and not any(a.startswith(("--model.path", "--data.images")) for a in argv):
+        recipe = DEMO_RECIPE
+    defaults = read_recipe(recipe) if recipe else TrainConfig()
+    parsed = tyro.cli(
+        TrainConfig, default=defaults, args=canonical_argv(argv), use_underscores=True, prog="train_lora.py [RECIPE]"
+    )
+    config = validate(asdict(parsed), where="the command line", prefix="--")
+    faults = path_faults(config)
+    if faults:
+        raise ConfigError(listed("cannot start", faults))
+    return config
+
+
+def read_recipe(path: Path) -> TrainConfig:
+    """The config in a YAML file; `{project}` in a string stands for the folder of train_lora.py."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in DEMO_RECIPE.parent.glob("*.yaml")))
+        raise ConfigError(f"{path} is not a file. A recipe is a YAML file; recipes/ holds {known}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold options (name: value), but holds a {type(values).__name__}")
+    return validate(canonical_values(values, dict(options())), where=str(path), prefix="")
+
+
+def validate(values: dict, where: str, prefix: str) -> TrainConfig:
+    """`values` as a TrainConfig; ConfigError lists all faults at once, each with its option's name."""
+    try:
+        return SCHEMA.validate_python(values)
+    except ValidationError as error:
+        faults = [describe(fault, prefix) for fault in error.errors()]
+        raise ConfigError(listed(where, faults)) from error
+
+
+def describe(fault: Any, prefix: str) -> str:
+    """One pydantic error as "option = value: what is wrong"."""
+    parts = [str(part) for part in fault["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    name = ".".join(parts)
+    if fault["type"] == "unexpected_keyword_argument":
+        known = list(dict(options())) + [f.name for f in fields(TrainConfig)]
+        near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.split(".")[-1] == parts[-1]]
+        return f"{prefix}{name}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{prefix}{name} = {fault['input']!r}: {message}"
+
+
+def listed(where: str, faults: list[str]) -> str:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return "\n  ".join([f"{where}: {count}", *faults])
+
+
+def path_faults(config: TrainConfig) -> list[str]:
+    """What is wrong with the paths of `config`, found without opening a file."""
+    faults = []
+    if fault := path_fault(config.model):
+        faults.append(f"--model.path: {fault}")
+    if config.data.images is None:
+        faults.append("--data.images: no training images given. Name a folder of images with caption files")
+    for flag, path in (("data.images", config.data.images), ("data.validation_images", config.data.validation_images)):
+        if path is not None and not Path(path).is_dir():
+            faults.append(f"--{flag}: {path} is not a folder")
+    if config.data.validation_images is not None and config.data.validation_share:
+        faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")
+    if config.existing_lora is not None and not Path(config.existing_lora).is_file():
+        faults.append(f"--existing_lora: {config.existing_lora} is not a file")
+    return faults
+
+
+def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of every option."""
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            yield from options(typing.cast(type, hint), f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, hint
+
+
+def canonical(value: Any, hint: Any) -> Any:
+    """`value` with the case of the choice it means; choices of `hint` are case-insensitive."""
+    if typing.get_origin(hint) is Literal and isinstance(value, str):
+        return {c.lower(): c for c in typing.get_args(hint)}.get(value.lower(), value)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next((c for c in (canonical(value, arm) for arm in typing.get_args(hint)) if c != value), value)
+    return value
+
+
+def canonical_values(values: dict, hints: dict[str, Any], prefix: str = "") -> dict:
+    """A recipe's values with choices in their own case and `{project}` filled in."""
+    result = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            value = canonical_values(value, hints, f"{name}.")
+        elif isinstance(value, str):
+            value = canonical(value.replace("{project}", str(PROJECT)), hints.get(name))
+        result[key] = value
+    return result
+
+
+def canonical_argv(argv: list[str]) -> list[str]:
+    """Command line with choices in their own case, and `--flag true` / `--flag=false` as `--flag` / `--no_flag`."""
+    hints = dict(options())
+    result: list[str] = []
+    tokens = [part for a in argv for part in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
+    while tokens:
+        token = tokens.pop(0)
+        hint = hints.get(token[2:].replace("-", "_")) if token.startswith("--") else None
+        if hint is bool and tokens and tokens[0].lower() in ("true", "false"):
+            section, _, name = token[2:].rpartition(".")
+            token = token if tokens.pop(0).lower() == "true" else f"--{section}{'.' if section else ''}no_{name}"
+        elif hint is not None and tokens:
+            tokens[0] = canonical(tokens[0], hint)
+        result.append(token)
+    return result

@@ -1,0 +1,111 @@
+"""What a run reports: losses kept on the device until they are logged, loss.json, loss.png, tracker, progress bar."""
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite."""
+
+
+@dataclass
+class History:
+    """All losses of a run: what a checkpoint keeps of its past, and loss.json shows.
+
+    `micro_losses` has one entry per micro-batch in schedule order, over all ranks.
+    """
+
+    micro_batches_per_step: int
+    micro_losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+    def step_losses(self) -> list[float]:
+        n = self.micro_batches_per_step
+        return [sum(self.micro_losses[i : i + n]) / n for i in range(0, len(self.micro_losses), n)]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Pending:
+    """Losses and gradient norms of the steps since the last log, still on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def read(self, accelerator: Accelerator) -> tuple[list[float], list[float]]:
+        """(micro losses in schedule order, gradient norms), with one device read, and forgets them. Collective."""
+        if not self.norms:
+            return [], []
+        losses = accelerator.gather(torch.stack(self.losses))  # (ranks * micro-batches,), one rank after the other
+        losses = losses.view(accelerator.num_processes, -1).T.reshape(-1)
+        values = torch.cat([losses, torch.stack(self.norms)]).tolist()
+        count = len(losses)
+        self.losses, self.norms = [], []
+        return values[:count], values[count:]
+
+
+def loss_json(history: History, total_steps: int) -> str:
+    """The content of loss.json."""
+    content = {
+        "total_steps": total_steps,
+        "loss_per_step": history.step_losses(),
+        "loss_per_micro_step": history.micro_losses,
+        "gradient_norm_per_step": history.grad_norms,
+        "validation": history.validation,
+    }
+    return json.dumps(content, indent=1)
+
+
+def smoothed(values: list[float], span: int) -> list[float]:
+    """Exponential moving average with bias correction."""
+    decay, mean, weight, result = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for value in values:
+        mean = decay * mean + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        result.append(mean / weight)
+    return result
+
+
+def loss_png(history: History) -> bytes:
+    """The loss curves as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow import, needed once
+    from matplotlib.figure import Figure
+
+    losses = history.step_losses()
+    steps = range(1, len(losses) + 1)
+    span = max(1, len(losses) // 20)
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(losses) < 3 else None,
+              label="training, raw")  # fmt: skip
+    axes.plot(steps, smoothed(losses, span), color="tab:blue", label=f"training, smoothed over {span} steps")
+    if history.validation:
+        points = [(entry["step"], entry["loss"]) for entry in history.validation]
+        axes.plot(*zip(*points, strict=True), color="tab:orange", marker="o", label="validation")
+    axes.set(xlabel="step", ylabel="loss", title="Loss per optimizer step")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted names and plain values, which every tracker takes."""
+    result: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value if isinstance(value, int | float | str) else str(value)
+    return result

@@ -1,0 +1,36 @@
+"""The optimizer, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from training.config import OptimConfig, TrainConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The node's four optimizers; the fused implementations where torch has them (one kernel, no device read)."""
+    parameters = list(parameters)
+    optim, lr = config.optim, config.learning_rate
+    if config.optimizer == "AdamW":
+        decay = 0.01 if optim.weight_decay is None else optim.weight_decay
+        return torch.optim.AdamW(parameters, lr, optim.betas, optim.eps, decay, fused=True)
+    decay = optim.weight_decay or 0.0
+    if config.optimizer == "Adam":
+        return torch.optim.Adam(parameters, lr, optim.betas, optim.eps, decay, fused=True)
+    if config.optimizer == "SGD":
+        return torch.optim.SGD(parameters, lr, weight_decay=decay, fused=True)
+    return torch.optim.RMSprop(parameters, lr, eps=optim.eps, weight_decay=decay, foreach=True)
+
+
+def learning_rate(step: int, peak: float, steps: int, config: OptimConfig) -> float:
+    """The learning rate of update number `step` (from 0) of `steps`."""
+    if step < config.warmup_steps:
+        return peak * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.lr_schedule == "linear":
+        return peak * (1 - progress)
+    if config.lr_schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak

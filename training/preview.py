@@ -1,0 +1,88 @@
+"""Images before and after training on the same prompts and the same noise, drawn by diffusers' own pipeline."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_algos.base import Adapted
+from training.config import PreviewConfig
+
+SMALLEST = 128  # tiny images are enlarged to this in the grid
+
+
+def draw(pipeline: Any, prompts: list[str], resolution: int, config: PreviewConfig) -> np.ndarray:
+    """Images (N, H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call."""
+    dtype = next(p.dtype for p in pipeline.unet.parameters() if not p.requires_grad)
+    device = pipeline.unet.device
+    images = []
+    # base weights in bf16 meet encoders in fp32
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for i, prompt in enumerate(prompts):
+            result = pipeline(
+                prompt,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=torch.Generator().manual_seed((config.seed + i) % 2**64),
+                output_type="np",
+            )
+            images.append(result.images[0])
+    return np.stack(images)
+
+
+def before_and_after(
+    adapted: Adapted, pipeline: Any, initial: dict, prompts: list[str], resolution: int, config: PreviewConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images with the adapter's `initial` weights and with its trained ones, which it has again afterwards."""
+    trained = adapted.state_dict()
+    adapted.model.eval()
+    adapted.load_state_dict(initial)
+    before = draw(pipeline, prompts, resolution, config)
+    adapted.load_state_dict(trained)
+    after = draw(pipeline, prompts, resolution, config)
+    adapted.model.train()
+    return before, after
+
+
+def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:
+    """Labelled rows of images (N, H, W, 3) in [0, 1] over their captions, as a PNG."""
+    height, width = next(iter(rows.values())).shape[1:3]
+    zoom = max(1, -(-SMALLEST // width))
+    width, height, gap, left, bottom = width * zoom, height * zoom, 8, 72, 44
+    font = ImageFont.load_default(size=13)
+    size = (left + len(captions) * (width + gap), len(rows) * (height + gap) + gap + bottom)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (label, images) in enumerate(rows.items()):
+        y = gap + r * (height + gap)
+        pen.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
+        for c, image in enumerate(images):
+            picture = Image.fromarray((image * 255).round().astype(np.uint8))
+            sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left + c * (width + gap), y))
+    for c, caption in enumerate(captions):
+        text = wrapped(caption, width, font)
+        pen.multiline_text((left + c * (width + gap), size[1] - bottom), text, fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def wrapped(text: str, width: int, font: Any, lines: int = 2) -> str:
+    """`text` broken at words into at most `lines` lines that fit `width` pixels; what is over is cut."""
+    result = [""]
+    for word in text.split():
+        longer = f"{result[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not result[-1]:
+            result[-1] = longer
+        else:
+            result.append(word)
+    kept = result[:lines]
+    if len(result) > lines:
+        kept[-1] += "..."
+    while any(font.getlength(line) > width for line in kept):
+        kept = [line if font.getlength(line) <= width else line[:-4] + "..." for line in kept]
+    return "\n".join(kept)

@@ -1,0 +1,68 @@
+"""Builds the denoiser with its adapters as a config asks for it, and says what came out."""
+
+import torch
+from torch import nn
+
+from lora_algos import formats
+from lora_algos.base import Adapted, LayerSpec, attach, attach_from_file, select_layers
+from models.base import ModelFamily
+from training.config import TrainConfig
+from training.export import total_steps_of
+from training.run import Run
+
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
+
+
+def load_denoiser(config: TrainConfig, family: ModelFamily) -> tuple[nn.Module, torch.dtype]:
+    """The base model in training form and the dtype of its weights, which its inputs must have too."""
+    denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
+    dtype = next(denoiser.parameters()).dtype
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return denoiser.train(), dtype
+
+
+def attach_adapters(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> tuple[Adapted, int]:
+    """New adapters, or those of `existing_lora`, and the steps that the latter were trained for."""
+    if config.existing_lora is not None:
+        tensors, metadata = formats.read(config.existing_lora)
+        adapted = attach_from_file(denoiser, config.algorithm, formats.from_file(tensors, denoiser))
+        return adapted, total_steps_of(metadata)
+    spec = LayerSpec(config.rank, config.adapter.alpha)
+    layers = select_layers(denoiser, config.adapter.targets, family.targets)
+    return attach(denoiser, config.algorithm, dict.fromkeys(layers, spec), config.seed), 0
+
+
+def summary(run: Run) -> str:
+    """What is about to happen, each derived number as an equation."""
+    config, parts, accelerator = run.config, run.parts, run.accelerator
+    trained = sum(p.numel() for p in run.trained)
+    total = sum(p.numel() for p in parts.adapted.model.parameters())
+    train, held_out = parts.datasets.train, parts.datasets.validation
+    samples, epoch = config.steps * run.total_batch_size, len(train.epoch_rows)
+    specs = parts.adapted.specs()
+    groups: dict[LayerSpec, int] = {}
+    for spec in specs.values():
+        groups[spec] = groups.get(spec, 0) + 1
+    lines = [
+        f"model       {config.model.path} ({parts.family.name}), "
+        f"base weights {str(run.loss_function.dtype).removeprefix('torch.')}, on {accelerator.device}",
+        f"images      {len(train)} to train on, {len(held_out) if held_out else 0} held out; encoded now: "
+        f"{parts.datasets.encoded_images} images, {parts.datasets.encoded_captions} captions",
+        *(
+            f"adapter     {config.algorithm} on {count} layers: rank {spec.rank}, "
+            f"scaling = alpha / rank = {spec.alpha:g} / {spec.rank} = {spec.alpha / spec.rank:g}"
+            for spec, count in groups.items()
+        ),
+        f"trainable   {trained:,} of {total:,} parameters = {100 * trained / total:.2f} %",
+        f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
+        f"{config.grad_accumulation_steps} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
+        f"run         {config.steps} steps x {run.total_batch_size} = {samples} samples = {samples} / {epoch} = "
+        f"{samples / epoch:.1f} epochs",
+    ]
+    if parts.previous_steps:
+        lines.append(f"continued   {parts.previous_steps} earlier + {config.steps} = "
+                     f"{parts.previous_steps + config.steps} steps in all")  # fmt: skip
+    return "\n".join([*lines, f"output      {config.output_dir}"])
