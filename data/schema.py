@@ -37,6 +37,7 @@ def from_row(row: dict) -> dict[str, Tensor]:
         if column.endswith(".data"):
             name = column.removesuffix(".data")
             dtype = getattr(torch, row[f"{name}.dtype"])
-            # bytearray: torch wants memory it may write to
-            result[name] = torch.frombuffer(bytearray(row[column]), dtype=dtype).reshape(row[f"{name}.shape"])
+            data = bytearray(row[column])  # torch wants memory it may write to, and refuses none at all
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            result[name] = flat.reshape(row[f"{name}.shape"])
     return result

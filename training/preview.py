@@ -15,11 +15,9 @@ SMALLEST = 128  # tiny images are enlarged to this in the grid
 
 def draw(pipeline: Any, prompts: list[str], resolution: int, config: PreviewConfig) -> np.ndarray:
     """Images (N, H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call."""
-    dtype = next(p.dtype for p in pipeline.unet.parameters() if not p.requires_grad)
-    device = pipeline.unet.device
+    mixed = any(p.dtype == torch.bfloat16 for p in pipeline.unet.parameters())  # they meet encoders in fp32
     images = []
-    # base weights in bf16 meet encoders in fp32
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(pipeline.unet.device.type, torch.bfloat16, enabled=mixed):
         for i, prompt in enumerate(prompts):
             result = pipeline(
                 prompt,

@@ -204,6 +204,7 @@ class Run:
         self.log(self.optimizer.param_groups[0]["lr"])
         state = {
             "identity": self._identity(),
+            "total_steps": self.total_steps,
             "history": asdict(self.history),
             "started_at": self.started_at,
             "tracker_id": self.tracker_id,

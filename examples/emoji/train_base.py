@@ -36,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules; stages are kept here")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5500)
     args = parser.parse_args()
     torch.manual_seed(0)
     modules = args.work / "node_modules"
@@ -110,7 +110,7 @@ def train_vae(pixels: Tensor, steps: int, batch_size: int = 16, peak_lr: float =
         posterior = vae.encode(batch).latent_dist
         error = vae.decode(posterior.sample()).sample - batch
         reconstruction = error.abs().mean() + error.square().mean()
-        loss = reconstruction + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         descend(loss, vae.parameters(), optimizer, peak_lr * cosine(step, steps, warmup=100))
         log(step, reconstruction)
     return vae
@@ -154,7 +154,7 @@ def train_denoiser(
     steps: int,
     snapshot: Callable[[nn.Module, nn.Module], None],
 ) -> None:
-    """Trains text encoder and UNet in place with epsilon MSE; leaves the exponential moving average in them."""
+    """Trains text encoder and UNet in place with weighted epsilon MSE; leaves their moving average there."""
     text_encoder, unet = trained
     vae, tokenizer, scheduler = frozen
     pixels, captions = examples
@@ -168,6 +168,9 @@ def train_denoiser(
     parameters = [*text_encoder.parameters(), *unet.parameters()]
     averages = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    # as a velocity loss would weigh them, up to a limit: at 16x16 it is the noisy end that decides what is drawn
+    weights = (1 / scheduler.alphas_cumprod).clamp(max=20)
+    weights /= weights.mean()
     log = Log("unet", steps)
     for step in range(steps):
         index = torch.randint(len(captions), (48,))
@@ -176,11 +179,12 @@ def train_denoiser(
         noisy = scheduler.add_noise(latents[torch.randint(2, (48,)), index], target, timestep)
         caption = torch.where(torch.rand(48) < 0.1, len(captions), index)  # the last one is the empty prompt
         prediction = unet(noisy, timestep, text_encoder(tokens[caption])[0]).sample
-        loss = F.mse_loss(prediction, target)
+        errors = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
+        loss = (errors * weights[timestep]).mean()
         descend(loss, parameters, optimizer, 2e-3 * cosine(step, steps, warmup=200))
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-        log(step, loss)
+        log(step, errors.mean())
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             swap(parameters, averages)
             snapshot(text_encoder, unet)

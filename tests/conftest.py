@@ -1,0 +1,80 @@
+"""What several tests share: the embedded model and images, and ways to run the script."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+PROJECT = Path(__file__).resolve().parent.parent
+BASE = PROJECT / "examples" / "emoji" / "base"
+TWEMOJI = PROJECT / "examples" / "emoji" / "twemoji"
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store of encoded images for all tests of a worker: each image is encoded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of four training images with captions."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("cat", "dog", "owl", "tiger"):
+        for suffix in (".png", ".txt"):
+            shutil.copy(TWEMOJI / "train" / f"{name}{suffix}", folder)
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path: Path, images: Path, cache_dir: Path) -> list[str]:
+    """Options of a run that takes about a second: six fp32 steps of batch 2 on four images, no previews."""
+    return [
+        f"--model.path={BASE}", f"--data.images={images}", f"--data.cache_dir={cache_dir}", "--data.resolution=64",
+        f"--output_dir={tmp_path / 'out'}", "--steps=6", "--batch_size=2", "--rank=4", "--training_dtype=fp32",
+        "--lora_dtype=fp32", "--no_gradient_checkpointing", "--preview.no_enabled",
+        "--adapter.targets=attention", "--tracking.log_every=3",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run_here() -> Iterator[Callable[[list[str]], int]]:
+    """Runs the script's main() in this process, with Accelerate's global state fresh; returns the exit code."""
+    import train_lora
+
+    def run(argv: list[str]) -> int:
+        reset_accelerate()
+        return train_lora.main(argv)
+
+    yield run
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Forgets Accelerate's process-wide state, as a new process would."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def script(argv: list[str], launcher: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Runs train_lora.py as a user does: `python train_lora.py` or through `launcher`."""
+    command = [*(launcher or [sys.executable]), str(PROJECT / "train_lora.py"), *argv]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600, check=False
+    )
+
+
+def accelerate_launch(*options: str) -> list[str]:
+    """The launcher `accelerate launch` of the running environment."""
+    return [str(Path(sys.executable).parent / "accelerate"), "launch", *options]

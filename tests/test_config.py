@@ -1,0 +1,149 @@
+"""Reading a config: names, ranges and defaults of the node, every fault at once, and speed."""
+
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+from conftest import BASE, PROJECT, TWEMOJI, script
+
+from training.config import ConfigError, TrainConfig, to_dict, to_yaml
+from training.load_config import DEMO_RECIPE, load_config
+
+NEEDED = [f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}"]
+
+# name: (default, smallest, largest) of ComfyUI's TrainLoraNode
+NODE_NUMBERS = {
+    "batch_size": (1, 1, 10000),
+    "grad_accumulation_steps": (1, 1, 1024),
+    "steps": (16, 1, 100000),
+    "learning_rate": (5e-4, 1e-7, 1.0),
+    "rank": (8, 1, 128),
+    "seed": (0, 0, 2**64 - 1),
+}
+NODE_CHOICES = {
+    "optimizer": ("AdamW", "Adam", "SGD", "RMSprop"),
+    "loss_function": ("MSE", "L1", "Huber", "SmoothL1"),
+    "training_dtype": ("bf16", "fp32", "none"),
+    "lora_dtype": ("bf16", "fp32"),
+}
+
+
+@pytest.mark.parametrize("name", NODE_NUMBERS)
+def test_numbers_have_the_nodes_default_and_range(name):
+    default, low, high = NODE_NUMBERS[name]
+    assert getattr(TrainConfig(), name) == default
+    for value in (low, high):
+        assert getattr(load_config([*NEEDED, f"--{name}={value}"]), name) == value
+    for value in (low / 2 if name == "learning_rate" else low - 1, high + 1):
+        with pytest.raises(ConfigError, match=f"--{name} = "):
+            load_config([*NEEDED, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", NODE_CHOICES)
+def test_choices_are_the_nodes_in_any_case(name, tmp_path):
+    assert getattr(TrainConfig(), name) == NODE_CHOICES[name][0]
+    for choice in NODE_CHOICES[name]:
+        for written in (choice, choice.lower(), choice.upper()):
+            assert getattr(load_config([*NEEDED, f"--{name}", written]), name) == choice
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"{name}: {choice.upper()}")
+        assert getattr(load_config([str(recipe), *NEEDED]), name) == choice
+
+
+def test_command_line_beats_recipe_beats_default(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 30\nrank: 4\noptim: {eps: 1e-6}")
+    config = load_config([str(recipe), *NEEDED, "--steps", "40"])
+    assert (config.steps, config.rank, config.batch_size, config.optim.eps) == (40, 4, 1, 1e-6)
+
+
+def test_no_arguments_mean_the_demo():
+    assert load_config([]) == load_config([str(DEMO_RECIPE)])
+    assert load_config(NEEDED).steps == TrainConfig().steps
+
+
+@pytest.mark.parametrize("recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads(recipe):
+    assert load_config([str(recipe), *NEEDED]).model.path == str(BASE)
+
+
+def test_the_resolved_config_reads_back(tmp_path):
+    config = load_config([*NEEDED, "--adapter.targets", "attention", "conv_in", "--export.merged", "--overwrite"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    again = load_config([str(file)])
+    assert to_dict(again) == to_dict(config)
+    assert not again.overwrite, "a file to repeat from must not delete"
+
+
+@pytest.mark.parametrize("value", ["true", "True", "false"])
+def test_flags_take_a_value_too(value):
+    expected = value.lower() == "true"
+    config = load_config([*NEEDED, "--export.merged", value, f"--gradient_checkpointing={value}"])
+    assert (config.export.merged, config.gradient_checkpointing) == (expected, expected)
+
+
+def test_all_faults_of_a_recipe_are_listed_with_their_names(tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("optimzer: adam\nbatch_size: 0\nmodel: {pth: x}\noptim: {betas: [1, 2]}\nadapter: {targets: []}")
+    with pytest.raises(ConfigError) as error:
+        load_config([str(recipe)])
+    message = str(error.value)
+    for part in ("bad.yaml: 6 faults", "optimzer: no such option; did you mean optimizer?", "batch_size = 0",
+                 "model.pth: no such option; did you mean model.path?", "optim.betas.0 = 1", "optim.betas.1 = 2",
+                 "adapter.targets = []"):  # fmt: skip
+        assert part in message
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: b: c", "steps: x", "\xff\xfe"])
+def test_a_broken_recipe_is_a_config_error(tmp_path, content):
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config([str(recipe)])
+
+
+BAD_COMMAND_LINES = {
+    "near miss": (["--bach_size", "3"], "--batch_size"),
+    "not a number": (["--steps", "many"], "--steps"),
+    "wrong choice": (["--optimizer", "lion"], "AdamW"),
+    "out of range": (["--rank", "129"], "--rank = 129"),
+    "missing recipe": (["nowhere.yaml"], "nowhere.yaml is not a file"),
+    "no model": (["--data.images", "."], "--model.path: no model given"),
+    "no images": (["--model.path", str(BASE)], "--data.images: no training images given"),
+    "model is no model": (["--model.path", str(TWEMOJI), "--data.images", "."], "model_index.json"),
+    "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.images", "."], "only .safetensors"),
+    "images are no folder": ([NEEDED[0], "--data.images", "/nowhere"], "/nowhere is not a folder"),
+    "existing LoRA is no file": ([*NEEDED, "--existing_lora", "/nowhere"], "/nowhere is not a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMAND_LINES)
+def test_a_wrong_command_line_ends_with_2_and_no_traceback(case):
+    argv, expected = BAD_COMMAND_LINES[case]
+    result = script(argv)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--rank", "0"]], ids=["help", "config error"])
+def test_help_and_config_errors_answer_within_a_second(argv):
+    def seconds() -> float:
+        start = time.perf_counter()
+        script([*NEEDED, *argv])
+        return time.perf_counter() - start
+
+    assert statistics.median(seconds() for _ in range(3)) < 1
+
+
+def test_reading_a_config_loads_no_torch():
+    code = "import sys, train_lora; train_lora.load_config([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=False).returncode == 0
+
+
+def test_asdict_is_what_pydantic_validates():
+    assert asdict(TrainConfig())["optim"]["betas"] == (0.9, 0.999)
