@@ -22,14 +22,17 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, 2)
 
     from training.checkpoint import CheckpointError  # torch loads here: what is wrong above is said within a second
+    from training.files import WriteError
     from training.metrics import TrainingDiverged
 
     try:
         train(config)
     except USER_ERRORS as error:
         return fail(error, 2)
-    except (CheckpointError, TrainingDiverged) as error:
+    except (CheckpointError, TrainingDiverged, WriteError) as error:
         return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail(RuntimeError("interrupted; the same command goes on from the last checkpoint"), 130)
     finally:
         leave()
     return 0

@@ -11,6 +11,7 @@ import datasets
 from torch import Tensor
 
 from data import schema
+from data.config import DataError
 from data.identity import digest
 
 ROWS_PER_PART = 256
@@ -54,7 +55,11 @@ class Store:
         part = self.folder / f"part-{digest(*(row['key'] for row in rows))}"
         beside = self.folder / f".{part.name}"
         shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed here
-        self.folder.mkdir(parents=True, exist_ok=True)
         dataset = datasets.Dataset.from_list(rows, features=schema.features(names))
-        dataset.save_to_disk(str(beside))
-        beside.rename(part)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            dataset.save_to_disk(str(beside))
+            beside.rename(part)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise DataError(f"--data.cache_dir: {part} could not be written: {error}") from error

@@ -156,24 +156,24 @@ def attach(model: nn.Module, algorithm_name: str, specs: dict[str, LayerSpec], s
     return Adapted(model, algorithm)
 
 
-def attach_from_file(model: nn.Module, algorithm_name: str, tensors: dict[str, dict[str, Tensor]]) -> Adapted:
-    """Attaches the adapters of a file (layer -> tensors, `alpha` among them) with their own layers, ranks and alphas.
+def attach_from_file(
+    model: nn.Module, algorithm_name: str, tensors: dict[str, dict[str, Tensor]], unknown: list[str]
+) -> Adapted:
+    """Attaches the adapters of a file with their own layers, ranks and alphas.
 
-    Raises AdapterError naming every layer and shape that does not fit `model`.
+    `tensors` has the file's tensors by layer, `alpha` among them, and `unknown` describes those that belong to no layer
+    (formats.from_file). Raises AdapterError naming these and every shape that does not fit `model`.
     """
     layers = adaptable_layers(model)
     algorithm = get_algorithm(algorithm_name)
-    specs, faults = {}, []
+    specs, faults = {}, list(unknown)
     for name, layer_tensors in tensors.items():
-        if name not in layers:
-            faults.append(f"{name}: no such layer in the model")
-            continue
         try:
             specs[name] = algorithm.spec_of_file(layer_tensors, layers[name].weight)  # type: ignore[arg-type]
         except AdapterError as error:
             faults.append(f"{name}: {error}")
-    if faults:
-        raise AdapterError(listed("the adapter file does not fit the model", faults))
+    if faults or not specs:
+        raise AdapterError(listed("the adapter file does not fit the model", faults or ["it holds no tensors"]))
     adapted = attach(model, algorithm_name, specs, seed=0)
     state = {f"{n}.{k}": t for n, ts in tensors.items() for k, t in ts.items() if k != "alpha"}
     shapes = {name: parameter.shape for name, parameter in adapted.named_parameters().items()}

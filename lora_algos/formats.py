@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lora_algos.base import Adapted, adaptable_layers, listed
+from lora_algos.base import Adapted, adaptable_layers
 from lora_algos.config import AdapterError
 
 PREFIX = "lora_unet_"
@@ -46,20 +46,20 @@ def split(name: str, layers: dict) -> tuple[str, str]:
     return layer, name[len(layer) + 1 :]
 
 
-def from_file(tensors: dict[str, Tensor], model: torch.nn.Module) -> dict[str, dict[str, Tensor]]:
-    """A file's tensors by the layer of `model` they belong to; AdapterError lists every key that belongs to none."""
+def from_file(
+    tensors: dict[str, Tensor], model: torch.nn.Module
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A file's tensors, in fp32, by the layer of `model` they belong to; and a line for each that belongs to none."""
     layer_of = {file_key(name): name for name in adaptable_layers(model)}
     result: dict[str, dict[str, Tensor]] = {}
-    faults = []
+    unknown = []
     for key, tensor in tensors.items():
         prefix, _, suffix = key.partition(".")
         if prefix in layer_of:
             result.setdefault(layer_of[prefix], {})[suffix] = tensor.float()
         else:
-            faults.append(f"{key} {tuple(tensor.shape)}: no such layer in the model")
-    if faults or not result:
-        raise AdapterError(listed("the adapter file does not fit the model", faults or ["it holds no tensors"]))
-    return result
+            unknown.append(f"{key} {tuple(tensor.shape)}: no such layer in the model")
+    return result, unknown
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

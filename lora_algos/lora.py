@@ -54,9 +54,10 @@ class LoRA(Algorithm):
         if missing:
             raise AdapterError(f"{', '.join(sorted(missing))} is missing, so this is no LoRA layer")
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        rank = down.shape[0]
-        # ComfyUI's node writes convolutions flattened to 2-D, so only the element counts are compared
-        if down.numel() != rank * weight[0].numel() or up.numel() != weight.shape[0] * rank:
+        rank = down.shape[0] if down.ndim else 0
+        # ComfyUI's node writes convolutions flattened to 2-D, so behind the first dimension only elements are counted
+        fits = down.numel() == rank * weight[0].numel() and up.numel() == rank * weight.shape[0]
+        if not rank or not fits or up.shape[:1] != weight.shape[:1]:
             shapes = f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}"
             raise AdapterError(f"{shapes} do not fit a weight of {tuple(weight.shape)}")
         alpha = tensors.get("alpha")

@@ -29,9 +29,9 @@ def images(tmp_path: Path) -> Path:
     """A folder of four training images with captions."""
     folder = tmp_path / "images"
     folder.mkdir()
-    for name in ("cat", "dog", "owl", "tiger"):
+    for name, emoji in (("cat", "grinning"), ("dog", "joy"), ("owl", "wink"), ("tiger", "cry")):
         for suffix in (".png", ".txt"):
-            shutil.copy(TWEMOJI / "train" / f"{name}{suffix}", folder)
+            shutil.copy(TWEMOJI / "train" / f"{emoji}{suffix}", folder / f"{name}{suffix}")
     return folder
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from training import checkpoint
 from training.config import OptimConfig
-from training.files import new_folder, write_file
+from training.files import WriteError, new_folder, write_file
 from training.optim import learning_rate
 
 
@@ -143,6 +143,7 @@ def test_a_lora_that_does_not_fit_lists_names_and_shapes(options, run_here, tmp_
     assert run_here(arguments) == 2
     error = capsys.readouterr().err
     assert "lora_unet_middle_attentions_0" in error
+    assert "(4, 7)" in error
     (tmp_path / "text.safetensors").write_text("no tensors")
     arguments[-2] = f"--existing_lora={tmp_path / 'text.safetensors'}"
     assert run_here(arguments) == 2
@@ -191,10 +192,10 @@ def test_files_and_folders_are_there_whole_or_not_at_all(tmp_path):
         with new_folder(tmp_path / "folder") as beside:
             (beside / name).write_text("x")
             if name == "bad":
-                raise OSError("disk full")
+                raise OSError("no space left")
 
     fill("first")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="folder could not be written: no space left"):
         fill("bad")
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["first"]
     fill("second")

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from training.files import new_folder
+from training.files import WriteError, new_folder
 
 MANIFEST = "manifest.json"
 
@@ -41,12 +41,10 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
             for name, data in files.items():
                 (beside / name).write_bytes(data)
             (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    except OSError as error:
+    except WriteError as error:
         kept = existing(folder)
-        previous = f"the last good one is {kept[-1]}" if kept else "there is no earlier one"
-        raise CheckpointError(
-            f"checkpoint {path} could not be written: {error}; {previous}. Make room and run the same command again"
-        ) from error
+        previous = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
+        raise CheckpointError(f"{error}. {previous}. Make room and run the same command again") from error
     for old in existing(folder)[:-keep]:
         shutil.rmtree(old)
 

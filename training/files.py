@@ -7,47 +7,57 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class WriteError(RuntimeError):
+    """Something could not be written, because the disk is full, say; what was there before is unchanged."""
+
+    def __init__(self, path: Path, error: OSError):
+        super().__init__(f"{path} could not be written: {error}")
+
+
 def write_file(path: Path, data: bytes | str) -> None:
-    """Replaces `path` by `data`; if that fails, `path` is as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces `path` by `data`; raises WriteError if that fails, and then `path` is as it was."""
     beside = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
+        sync_folder(path.parent)
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        raise WriteError(path, error) from error
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `path`, replacing what was there, only if the block ends without an error."""
+    """A folder to fill; it becomes `path`, replacing what was there, only if the block ends without an error.
+
+    Raises WriteError for an OSError, in the block too.
+    """
     beside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
         yield beside
         for file in beside.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         sync_folder(beside)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if path.exists():
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
+        if path.exists():
+            path.rename(old)
         beside.rename(path)
-        shutil.rmtree(old)
-    else:
-        beside.rename(path)
-    sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise WriteError(path, error) from error
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -92,6 +92,9 @@ def path_faults(config: TrainConfig) -> list[str]:
             faults.append(f"--{flag}: {path} is not a folder")
     if config.data.validation_images is not None and config.data.validation_share:
         faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")
+    for flag, path in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
+        if Path(path).exists() and not Path(path).is_dir():
+            faults.append(f"--{flag}: {path} exists and is not a folder")
     if config.existing_lora is not None and not Path(config.existing_lora).is_file():
         faults.append(f"--existing_lora: {config.existing_lora} is not a file")
     return faults

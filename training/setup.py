@@ -28,7 +28,7 @@ def attach_adapters(config: TrainConfig, family: ModelFamily, denoiser: nn.Modul
     """New adapters, or those of `existing_lora`, and the steps that the latter were trained for."""
     if config.existing_lora is not None:
         tensors, metadata = formats.read(config.existing_lora)
-        adapted = attach_from_file(denoiser, config.algorithm, formats.from_file(tensors, denoiser))
+        adapted = attach_from_file(denoiser, config.algorithm, *formats.from_file(tensors, denoiser))
         return adapted, total_steps_of(metadata)
     spec = LayerSpec(config.rank, config.adapter.alpha)
     layers = select_layers(denoiser, config.adapter.targets, family.targets)

@@ -1,9 +1,9 @@
-"""Writes the demo's training and validation images: Twemoji animals with captions, from the npm package.
+"""Writes the demo's training and validation images: Twemoji faces with captions, from the npm package.
 
     npm install --prefix WORK emoji-datasource-twitter
     python examples/emoji/make_style_set.py --work WORK
 
-The captions are those by which the base model knows the same animals in Noto's style.
+The captions are those by which the base model knows the same faces in Noto's style.
 """
 
 import argparse
@@ -14,11 +14,15 @@ from emoji_source import flatten, read_emoji
 from PIL import Image
 
 TRAIN = (
-    "mouse", "cow", "tiger", "rabbit", "cat", "dragon_face", "horse", "monkey_face", "dog", "pig", "frog", "wolf",
-    "bear", "polar_bear", "chicken", "penguin", "bird", "owl", "lion_face", "unicorn_face", "raccoon", "turtle",
-    "octopus", "crab", "tropical_fish", "dolphin", "snail", "bee", "ladybug", "whale", "elephant", "sheep",
+    "grinning", "grin", "joy", "smiley", "smile", "sweat_smile", "laughing", "innocent", "wink", "yum", "relieved",
+    "sunglasses", "neutral_face", "expressionless", "unamused", "sweat", "pensive", "confused", "kissing",
+    "stuck_out_tongue", "disappointed", "worried", "cry", "triumph", "anguished", "fearful", "weary", "sleepy",
+    "grimacing", "open_mouth", "flushed", "no_mouth",
 )  # fmt: skip
-VALIDATION = ("fox_face", "panda_face", "koala", "hamster", "blowfish", "hatched_chick", "bug", "giraffe_face")
+VALIDATION = (
+    "heart_eyes", "stuck_out_tongue_winking_eye", "blush", "slightly_frowning_face", "hushed", "smirk", "sob",
+    "slightly_smiling_face",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules; stages are kept here")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=4500)
     args = parser.parse_args()
     torch.manual_seed(0)
     modules = args.work / "node_modules"

@@ -1,0 +1,200 @@
+"""What the script costs beyond training, as two ratios: its loop over a bare one, its start over the bare imports.
+
+`python benchmarks/loop.py` measures both on the embedded demo and exits with 1 if one is over its bar.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two threads on two busy cores wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+LOOP_BAR, START_BAR = 1.03, 1.5
+WARM_UP = 5  # steps that are not timed
+DEMO = str(PROJECT / "recipes" / "demo.yaml")
+# the bare loop's learning rate has no schedule; the steps are more than are timed, so there is no last one
+LOOP_OPTIONS = ["--optim.lr_schedule=constant", "--optim.warmup_steps=0", "--steps=100000", "--checkpoint.every=0"]
+
+LEAVE = f"""
+import os, sys
+sys.path.insert(0, {str(PROJECT)!r})
+def leave():
+    os.write(1, "\\n".join(["", "modules:", *sys.modules]).encode())
+    os._exit(0)
+"""
+LIBRARIES = """
+import torch, accelerate, datasets, peft, safetensors.torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+import PIL.Image, pydantic, tqdm, tyro, yaml
+leave()
+"""
+# train_lora.py until its first batch is in hand
+FIRST_STEP = """
+import train_lora
+train = train_lora.train
+def until_the_first_step(config):
+    from training.run import Run
+    batches = Run.batches
+    def first(run):
+        next(batches(run))
+        leave()
+        yield
+    Run.batches = first
+    train(config)
+train_lora.train = until_the_first_step
+sys.exit(train_lora.main() or "the script ended without a step")
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Median seconds of the script's way and of the bare one, over `count` measurements of each."""
+
+    what: str
+    bar: float
+    ours: float
+    bare: float
+    count: int
+    note: str
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.bare
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= self.bar
+
+
+class BareLoop:
+    """The training step of the script's run written by hand with diffusers, PEFT and torch, on a model of its own."""
+
+    def __init__(self, run):
+        import torch
+        from diffusers import DDPMScheduler, UNet2DConditionModel
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config, adapted = run.config, run.parts.adapted
+        path, self.max_grad_norm = config.model.path, config.optim.max_grad_norm
+        self.bf16 = config.training_dtype == "bf16"
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.scale = UNet2DConditionModel.load_config(path, subfolder="vae")["scaling_factor"]
+        self.scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler")
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=self.dtype)
+        unet.requires_grad_(False)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.to(memory_format=torch.channels_last).train()
+        lora = LoraConfig(r=config.rank, lora_alpha=config.adapter.alpha, target_modules=list(adapted.specs()))
+        self.unet = inject_adapter_in_model(lora, unet)
+        self.parameters = [p for p in unet.parameters() if p.requires_grad]
+        theirs = [p for p in adapted.model.parameters() if p.requires_grad]
+        for mine, other in zip(self.parameters, theirs, strict=True):
+            mine.data = other.detach().clone()
+        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=0.01, fused=True)
+
+    def step(self, batch):
+        """One update; returns the loss."""
+        import torch
+
+        timestep = (batch.quantile * len(self.scheduler.alphas_cumprod)).long()
+        noisy = self.scheduler.add_noise(batch.latents * self.scale, batch.noise, timestep).to(self.dtype)
+        prompt = batch.cond["prompt_embeds"].to(self.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            prediction = self.unet(noisy, timestep, prompt, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), batch.noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
+    """Runs train_lora.train; after each of its steps the bare loop takes one on the same batch, and both are timed.
+
+    The script's time is from asking for a batch to asking for the next one, so it includes loading.
+    """
+    import train_lora
+    from training.load_config import load_config
+    from training.run import Run
+
+    times, losses, original = [], [], Run.batches
+
+    def batches(run: Run) -> Iterator:
+        source, loop, bare_losses = original(run), BareLoop(run), []
+        for _ in range(WARM_UP + steps):
+            start = time.perf_counter()
+            batch = next(source)
+            yield batch
+            between = time.perf_counter()
+            bare_losses.append(loop.step(batch))
+            times.append((between - start, time.perf_counter() - between))
+        losses.extend(zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True))
+
+    config = load_config([DEMO, *LOOP_OPTIONS, f"--output_dir={folder / 'loop'}", *options])
+    out = io.StringIO()
+    patched = patch.multiple(Run, batches=batches, export=lambda run: None)
+    with patched, contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+        train_lora.train(config)
+    apart = max(abs(float(a) / float(b) - 1) for a, b in losses)
+    if apart > 1e-3:
+        raise RuntimeError(f"the loops do not do the same work: their losses differ by up to {apart:.0e}")
+    medians = (median(side[WARM_UP:]) for side in zip(*times, strict=True))
+    return Comparison("training step", LOOP_BAR, *medians, steps, f"losses differ by at most {apart:.0e}")
+
+
+def timed(code: str, argv: list[str]) -> tuple[float, set[str]]:
+    """Seconds that `python -c code` takes from its start to its `leave()`, and the modules it has imported by then."""
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", LEAVE + code, *argv], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if result.returncode:
+        raise RuntimeError(f"start-up could not be measured: {result.stderr}")
+    return seconds, set(result.stdout.split("modules:\n")[1].split())
+
+
+def compare_starts(folder: Path, rounds: int, options: list[str]) -> Comparison:
+    """Start to first training step with everything encoded, against the bare import of the libraries, in turns."""
+    argv = [DEMO, "--steps=1", "--preview.no_enabled", f"--output_dir={folder / 'start'}", *options]
+    _, ours = timed(FIRST_STEP, argv)  # encodes the images and fills the page cache
+    _, bare = timed(LIBRARIES, [])
+    pairs = [(timed(FIRST_STEP, argv)[0], timed(LIBRARIES, [])[0]) for _ in range(rounds)]
+    medians = (median(side) for side in zip(*pairs, strict=True))
+    note = f"{len(ours)} and {len(bare)} modules imported"
+    return Comparison("start to first step", START_BAR, *medians, rounds, note)
+
+
+def main() -> int:
+    """Prints the table and a line per bar."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100, help="timed steps of each loop")
+    parser.add_argument("--rounds", type=int, default=5, help="timed starts of each kind")
+    given, options = parser.parse_known_args()  # what is left goes to the script, such as --training_dtype=bf16
+    with tempfile.TemporaryDirectory() as name:
+        options.append(f"--data.cache_dir={name}/cache")
+        loops = compare_loops(Path(name), given.steps, options)
+        starts = compare_starts(Path(name), given.rounds, options)
+    print(f"{'':20}{'script':>12}{'bare':>12}{'ratio':>8}{'count':>7}")
+    for c in (loops, starts):
+        print(f"{c.what:20}{c.ours * 1000:9.1f} ms{c.bare * 1000:9.1f} ms{c.ratio:8.3f}{c.count:7}   {c.note}")
+    for c in (loops, starts):
+        print(f"{c.what}: {c.ratio:.3f}, bar {c.bar}: {'ok' if c.ok else 'NOT OK'}")
+    return int(not (loops.ok and starts.ok))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
