@@ -11,16 +11,23 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_algos.base import Algorithm, LayerSpec
+from lora_algos.base import Algorithm, LayerSpec, listed
 from lora_algos.config import AdapterError
 
 ADAPTER = "default"  # PEFT's name of the one adapter we attach
+
+# of a convolution, PEFT gives lora_A the kernel, stride and padding only
+LEFT_OUT = {"dilation", "padding_mode", "_reversed_padding_repeated_twice"}
 
 
 class LoRA(Algorithm):
     name = "LoRA"
 
     def attach(self, model: nn.Module, specs: dict[str, LayerSpec]) -> None:
+        grouped = [name for name in specs if getattr(model.get_submodule(name), "groups", 1) > 1]
+        if grouped:
+            faults = [f"{name}: a convolution in groups, to which LoRA cannot be attached" for name in grouped]
+            raise AdapterError(listed("--adapter.targets", faults))
         first = next(iter(specs.values()))
         config = LoraConfig(
             r=first.rank,
@@ -31,6 +38,9 @@ class LoRA(Algorithm):
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         for _, layer in self.layers(model):
+            down, base = layer.lora_A[ADAPTER], layer.base_layer
+            for attribute in LEFT_OUT & vars(base).keys():
+                setattr(down, attribute, getattr(base, attribute))
             for parameter in self.parameters(layer).values():
                 # PEFT takes over the base's dtype; in bf16 two thirds of the updates would be rounded away
                 parameter.data = parameter.data.float()

@@ -3,14 +3,18 @@
 What the base was trained to predict, and its noise schedule, are read from its scheduler's config.
 """
 
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from safetensors import safe_open
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
@@ -20,6 +24,7 @@ from models.objectives import DDPM
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 FOLDERS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("text_encoder", "tokenizer")}
+UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError)
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
 
@@ -61,42 +66,44 @@ class StableDiffusion(ModelFamily):
         absent = {name: None for name in COMPONENTS if name not in wanted}
         given = {} if unet is None else {"unet": unet}
         options: dict[str, Any] = {**absent, **UNUSED, **given, "torch_dtype": dtype}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                if self.path.is_dir():
-                    options |= {"variant": self.config.variant, "use_safetensors": True, "local_files_only": True}
-                    pipeline = StableDiffusionPipeline.from_pretrained(
-                        self.path, requires_safety_checker=False, **options
-                    )
-                else:
-                    pipeline = StableDiffusionPipeline.from_single_file(
-                        str(self.path), config=self.config.config, **options
-                    )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise self._not_loadable(error) from error
+        with self._faults_told(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            if self.path.is_dir():
+                options |= {"variant": self.config.variant, "use_safetensors": True, "local_files_only": True}
+                pipeline = StableDiffusionPipeline.from_pretrained(self.path, requires_safety_checker=False, **options)
+            else:
+                pipeline = StableDiffusionPipeline.from_single_file(
+                    str(self.path), config=self.config.config, **options
+                )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _not_loadable(self, error: Exception) -> ModelError:
-        hint = ""
-        if self.path.is_file() and self.config.config is None:
-            hint = "\n  Without a network, name a diffusers folder of the same model as --model.config"
-        return ModelError(f"--model.path {self.config.path} could not be loaded as {self.name}: {error}{hint}")
+    @contextmanager
+    def _faults_told(self, what: str = "") -> Iterator[None]:
+        """Turns what the libraries raise on a bad model into a message for the user, in which `what` comes first."""
+        try:
+            yield
+        except ModelError:
+            raise
+        except UNLOADABLE as error:
+            reason = str(error).partition("\nPlease load the component")[0]  # diffusers goes on with Python to type
+            hint = ""
+            if self.path.is_file() and self.config.config is None:
+                hint = "\n  Without a network, name a diffusers folder of the same model as --model.config"
+            message = f"--model.path {self.config.path} could not be loaded as {self.name}: {what}{reason}{hint}"
+            raise ModelError(message) from error
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         if dtype is None:
             stored = self.stored_dtype()
             dtype = torch.float32 if stored == torch.float16 else stored
-        try:
+        with self._faults_told():
             if self.path.is_dir():
                 denoiser = UNet2DConditionModel.from_pretrained(
                     self.path, subfolder="unet", torch_dtype=dtype, variant=self.config.variant, use_safetensors=True
                 )
             else:
                 denoiser = self._load("unet", dtype=dtype).unet
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise self._not_loadable(error) from error
         if denoiser.config.addition_embed_type is not None:
             raise ModelError(
                 f"--model.path {self.config.path} is not of the family sd15: its UNet wants size conditioning"
@@ -105,19 +112,37 @@ class StableDiffusion(ModelFamily):
 
     def stored_dtype(self) -> torch.dtype:
         weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
-        with safe_open(weights[0], framework="pt") as file:
-            return file.get_tensor(next(iter(file.keys()))).dtype
+        if not weights:
+            raise ModelError(f"--model.path {self.config.path} has no .safetensors weights in its folder unet")
+        with self._faults_told(f"{weights[0]}: "), safe_open(weights[0], framework="pt") as file:
+            # a single file holds other things first, some of them in another dtype
+            names = sorted(file.keys(), key=lambda name: not name.startswith("model.diffusion_model."))
+            return file.get_tensor(names[0]).dtype
 
     def load_encoders(self) -> Any:
-        return self._load("vae", "text_encoder", "tokenizer")
+        encoders = self._load("vae", "text_encoder", "tokenizer")
+        known, wanted = len(encoders.tokenizer), encoders.text_encoder.config.vocab_size
+        if known < wanted:  # transformers makes an empty tokenizer where the files are missing
+            raise ModelError(
+                f"--model.path {self.config.path} has an incomplete tokenizer: it knows {known} tokens, "
+                f"the text encoder {wanted}"
+            )
+        return encoders
 
     def component_files(self, component: str) -> list[Path]:
         if self.path.is_file():
             configs = Path(self.config.config).glob("*/*") if self.config.config else ()
             return [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
-        variant = f".{self.config.variant}." if self.config.variant else "."
-        files = [f for folder in FOLDERS[component] for f in sorted((self.path / folder).glob("*"))]
-        return [f for f in files if f.suffix in (".json", ".txt") or f.name.endswith(f"{variant}safetensors")]
+        return [file for folder in FOLDERS[component] for file in self._files_read(self.path / folder)]
+
+    def _files_read(self, folder: Path) -> list[Path]:
+        """What diffusers reads in one folder: the weights of the variant if there are any, else those of none."""
+        files = sorted(folder.glob("*"))
+        weights: list[Path] = []
+        for variant in (self.config.variant, None):
+            ending = (re.escape(f".{variant}") if variant else "") + r"(-\d+-of-\d+)?\.safetensors"
+            weights = weights or [f for f in files if re.fullmatch("[^.]+" + ending, f.name)]
+        return [*(f for f in files if f.suffix in (".json", ".txt")), *weights]
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> Tensor:
         return encoders.vae.encode(pixels).latent_dist.mode()
@@ -131,18 +156,20 @@ class StableDiffusion(ModelFamily):
         from diffusers import AutoencoderKL
 
         if self.path.is_dir():
-            return AutoencoderKL.load_config(self.path, subfolder="vae")
+            with self._faults_told():
+                return AutoencoderKL.load_config(self.path, subfolder="vae")
         return self._load("vae").vae.config
 
     def normalise(self, latents: Tensor) -> Tensor:
         return latents * self._vae_config["scaling_factor"]
 
     def objective(self, config: ObjectiveConfig) -> DDPM:
-        if self.path.is_dir():
-            scheduler = DDPMScheduler.from_pretrained(self.path, subfolder="scheduler")
-        else:
-            scheduler = DDPMScheduler.from_config(self._load("scheduler").scheduler.config)
-        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, config.loss_space)
+        with self._faults_told():
+            if self.path.is_dir():
+                scheduler = DDPMScheduler.from_pretrained(self.path, subfolder="scheduler")
+            else:
+                scheduler = DDPMScheduler.from_config(self._load("scheduler").scheduler.config)
+            return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, config.loss_space)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return denoiser(noisy, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
