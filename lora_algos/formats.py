@@ -46,9 +46,7 @@ def split(name: str, layers: dict) -> tuple[str, str]:
     return layer, name[len(layer) + 1 :]
 
 
-def from_file(
-    tensors: dict[str, Tensor], model: torch.nn.Module
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def from_file(tensors: dict[str, Tensor], model: torch.nn.Module) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """A file's tensors, in fp32, by the layer of `model` they belong to; and a line for each that belongs to none."""
     layer_of = {file_key(name): name for name in adaptable_layers(model)}
     result: dict[str, dict[str, Tensor]] = {}

@@ -44,7 +44,7 @@ def test_latents_are_normalised_by_the_scaling_factor_alone():
         latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
         error = (vae.decode(latents / vae.config.scaling_factor).sample - pixels).abs().mean()
     assert 0.7 < latents.std() < 1.4
-    assert latents.mean((0, 2, 3)).abs().max() < 0.6
+    assert latents.mean((0, 2, 3)).abs().max() < 1.0
     assert error < 0.06, "the autoencoder shows what it is given"
 
 

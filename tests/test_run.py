@@ -135,14 +135,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, run_here, tmp_path, ca
 def test_a_lora_that_does_not_fit_lists_names_and_shapes(options, run_here, tmp_path, capsys):
     assert run_here(options) == 0
     tensors = load_file(tmp_path / "out" / "lora.safetensors")
-    bad = {name.replace("mid_block", "middle"): tensor for name, tensor in tensors.items()}
+    bad = {name.replace("mid_block_attentions_0_transformer_blocks_0_attn1_to_q", "middle"): tensor
+           for name, tensor in tensors.items()}  # fmt: skip
     down = next(name for name in bad if "down_blocks" in name and name.endswith("lora_down.weight"))
     bad[down] = torch.zeros(4, 7)
     save_file(bad, tmp_path / "bad.safetensors")
     arguments = [*options, f"--existing_lora={tmp_path / 'bad.safetensors'}", f"--output_dir={tmp_path / 'on'}"]
     assert run_here(arguments) == 2
     error = capsys.readouterr().err
-    assert "lora_unet_middle_attentions_0" in error
+    assert "lora_unet_middle.lora_up.weight" in error
     assert "(4, 7)" in error
     (tmp_path / "text.safetensors").write_text("no tensors")
     arguments[-2] = f"--existing_lora={tmp_path / 'text.safetensors'}"

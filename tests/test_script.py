@@ -187,7 +187,7 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     assert b"hf_not_to_be_seen" not in log.read_bytes()
     read = list(records(log))
     seen = {item.key or ".".join(item.nested_key) for record in read for item in record.history.item}
-    config = {item.key for record in read for item in record.run.config.update}
+    config = {item.key for record in read for item in record.config.update}
     assert {"train/loss", "train/lr", "train/grad_norm", "train/samples_per_second", "validation/loss",
             "validation/quantile_0.5", "preview/after.filenames"} <= seen  # fmt: skip
     assert {"learning_rate", "model.path"} <= config
