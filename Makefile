@@ -6,9 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: setup demo test lint types bench docs
 
 setup: $(VENV)/.installed
-# accelerate launch would use one core of a machine without a GPU unless told otherwise
 demo: setup
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch train_lora.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch train_lora.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
