@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -123,7 +123,7 @@ class BareLoop:
         return loss.detach()
 
 
-def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
+def compare_loops(folder: Path, steps: int, options: list[str], clock: Callable = time.perf_counter) -> Comparison:
     """Runs train_lora.train; after each of its steps the bare loop takes one on the same batch, and both are timed.
 
     The script's time is from asking for a batch to asking for the next one, so it includes loading.
@@ -137,12 +137,12 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
     def batches(run: Run) -> Iterator:
         source, loop, bare_losses = original(run), BareLoop(run), []
         for _ in range(WARM_UP + steps):
-            start = time.perf_counter()
+            start = clock()
             batch = next(source)
             yield batch
-            between = time.perf_counter()
+            between = clock()
             bare_losses.append(loop.step(batch))
-            times.append((between - start, time.perf_counter() - between))
+            times.append((between - start, clock() - between))
         losses.extend(zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True))
 
     config = load_config([DEMO, *LOOP_OPTIONS, f"--output_dir={folder / 'loop'}", *options])
