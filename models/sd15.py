@@ -3,6 +3,7 @@
 What the base was trained to predict, and its noise schedule, are read from its scheduler's config.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 FOLDERS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("text_encoder", "tokenizer")}
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError)
+SCALING_FACTOR = 0.18215  # of a VAE whose config does not say
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
 
@@ -153,15 +155,13 @@ class StableDiffusion(ModelFamily):
 
     @cached_property
     def _vae_config(self) -> dict:
-        from diffusers import AutoencoderKL
-
         if self.path.is_dir():
-            with self._faults_told():
-                return AutoencoderKL.load_config(self.path, subfolder="vae")
+            with self._faults_told():  # read here: AutoencoderKL is a slow import that only encoding needs
+                return json.loads((self.path / "vae" / "config.json").read_text(encoding="utf-8"))
         return self._load("vae").vae.config
 
     def normalise(self, latents: Tensor) -> Tensor:
-        return latents * self._vae_config["scaling_factor"]
+        return latents * self._vae_config.get("scaling_factor", SCALING_FACTOR)
 
     def objective(self, config: ObjectiveConfig) -> DDPM:
         with self._faults_told():
