@@ -1,8 +1,6 @@
 """What a step and a start may cost: no device read between logs, and the bars of benchmarks/loop.py."""
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from device_reads import DeviceReads, device_reads
 
 from benchmarks import loop
 
-FOR_LATER = {"diffusers.pipelines", "diffusers.models.autoencoders", "matplotlib", "tensorboard", "wandb"}
+FOR_LATER = {"diffusers.pipelines", "matplotlib", "tensorboard", "torchvision", "wandb"}
 
 
 @pytest.mark.parametrize(
@@ -85,37 +83,37 @@ def test_a_step_reads_the_device_only_where_it_reports(options, run_here, monkey
     assert all(counter.of(step) for step in (5, 7, 8))  # checkpoint, validation, the end
 
 
-def best_of_three(measure: Callable[[], loop.Comparison]) -> loop.Comparison:
-    """The first comparison within its bar: a busy machine spoils one of them, code that is slow spoils all three."""
-    tries = []
-    while len(tries) < 3 and not any(comparison.ok for comparison in tries):
+def assert_within_bar(measure: Callable[[], loop.Comparison], bar: float) -> None:
+    """Up to five tries: other processes spoil some of them, code that is slow spoils all.
+
+    The clock sees waiting too; CPU time hardly changes with what else the machine does, so it sees small losses.
+    """
+    tries: list[loop.Comparison] = []
+    while len(tries) < 5:
         tries.append(measure())
-    return min(tries, key=lambda comparison: comparison.ratio)
+        if min(t.ratio for t in tries) <= bar and min(t.cpu_ratio for t in tries) <= bar:
+            return
+    pytest.fail(f"over the bar of {bar} in every try: {tries}")
 
 
 @pytest.mark.slow
 def test_the_loop_costs_little_over_a_bare_one(tmp_path, cache_dir):
-    """In CPU time, which the other processes of a busy machine leave alone; make bench measures by the clock."""
-
     def measure() -> loop.Comparison:
         reset_accelerate()
-        return loop.compare_loops(tmp_path, 60, [f"--data.cache_dir={cache_dir}"], time.process_time)
+        return loop.compare_loops(tmp_path, 60, [f"--data.cache_dir={cache_dir}"])
 
     try:
-        comparison = best_of_three(measure)
+        assert_within_bar(measure, 1.03)
     finally:
         reset_accelerate()
-    assert comparison.ratio <= 1.03, comparison
 
 
 @pytest.mark.slow
 def test_the_start_costs_little_over_the_imports(tmp_path, cache_dir):
-    comparison = best_of_three(lambda: loop.compare_starts(tmp_path, 3, [f"--data.cache_dir={cache_dir}"]))
-    assert comparison.ratio <= 1.5, comparison
+    assert_within_bar(lambda: loop.compare_starts(tmp_path, 3, [f"--data.cache_dir={cache_dir}"]), 1.5)
 
 
-def test_the_start_imports_nothing_that_only_the_end_needs(tmp_path: Path, cache_dir: Path):
+def test_the_start_imports_nothing_that_only_the_end_needs(tmp_path, cache_dir):
     argv = [loop.DEMO, "--steps=1", f"--output_dir={tmp_path}", f"--data.cache_dir={cache_dir}"]
-    loop.timed(loop.FIRST_STEP, argv)  # encoding needs more
-    _, modules = loop.timed(loop.FIRST_STEP, argv)
-    assert not FOR_LATER & modules
+    loop.start(loop.FIRST_STEP, argv)  # encodes the images, for which it imports more
+    assert not FOR_LATER & loop.start(loop.FIRST_STEP, argv)

@@ -71,6 +71,16 @@ def test_a_damaged_checkpoint_is_passed_over(options, run_here, tmp_path, capsys
     assert "resumed at step 2 of 6" in out
 
 
+def test_a_damaged_later_checkpoint_pushes_no_valid_one_out(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, step, {"state.json": b"{}"}, keep=2)
+    (tmp_path / "step_00000006" / "manifest.json").unlink()
+    (tmp_path / "step_00000004" / "state.json").unlink()
+    checkpoint.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
+    found, damaged = checkpoint.newest(tmp_path)
+    assert (found.step, len(damaged)) == (3, 2)
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     files = {"adapter.safetensors": b"a" * 1000, "state.json": b"{}"}
     checkpoint.save(tmp_path, 1, files, keep=1)

@@ -33,7 +33,10 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
-    """Writes the checkpoint of `step` below `folder`, then deletes all but the `keep` newest."""
+    """Writes the checkpoint of `step` below `folder`, then deletes earlier ones: `keep` are left.
+
+    Later ones stay: they are damaged, or the run would have gone on from them, and must not push valid ones out.
+    """
     path = folder / f"step_{step:08d}"
     manifest = {"step": step, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
     try:
@@ -45,7 +48,7 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
         kept = existing(folder)
         previous = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
         raise CheckpointError(f"{error}. {previous}. Make room and run the same command again") from error
-    for old in existing(folder)[:-keep]:
+    for old in [other for other in existing(folder) if other <= path][:-keep]:
         shutil.rmtree(old)
 
 
