@@ -23,15 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-LOOP_BAR, START_BAR = 1.03, 1.5
-WARM_UP = 5  # steps that are not timed
+LOOP_BAR, START_BAR, WARM_UP = 1.03, 1.5, 5  # the first steps are not timed
 DEMO = str(PROJECT / "recipes" / "demo.yaml")
 # the bare loop's learning rate has no schedule; the steps are more than are timed, so there is no last one
 LOOP_OPTIONS = ["--optim.lr_schedule=constant", "--optim.warmup_steps=0", "--steps=100000", "--checkpoint.every=0"]
 
 LEAVE = f"""
-import os, sys
-sys.path.insert(0, {str(PROJECT)!r})
+import os, sys; sys.path.insert(0, {str(PROJECT)!r})
 def leave():
     os.write(1, "\\n".join(["", "modules:", *sys.modules]).encode())
     os._exit(0)
@@ -97,10 +95,9 @@ class BareLoop:
         from diffusers import DDPMScheduler, UNet2DConditionModel
         from peft import LoraConfig, inject_adapter_in_model
 
-        config, adapted = run.config, run.parts.adapted
+        config, layers = run.config, list(run.parts.adapted.specs())
         path, self.max_grad_norm = config.model.path, config.optim.max_grad_norm
-        self.bf16 = config.training_dtype == "bf16"
-        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.dtype = torch.bfloat16 if config.training_dtype == "bf16" else torch.float32
         self.scale = UNet2DConditionModel.load_config(path, subfolder="vae")["scaling_factor"]
         self.scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler")
         unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=self.dtype)
@@ -108,11 +105,10 @@ class BareLoop:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         unet.to(memory_format=torch.channels_last).train()
-        lora = LoraConfig(r=config.rank, lora_alpha=config.adapter.alpha, target_modules=list(adapted.specs()))
+        lora = LoraConfig(r=config.rank, lora_alpha=config.adapter.alpha, target_modules=layers)
         self.unet = inject_adapter_in_model(lora, unet)
         self.parameters = [p for p in unet.parameters() if p.requires_grad]
-        theirs = [p for p in adapted.model.parameters() if p.requires_grad]
-        for mine, other in zip(self.parameters, theirs, strict=True):
+        for mine, other in zip(self.parameters, run.trained, strict=True):
             mine.data = other.detach().clone()
         self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=0.01, fused=True)
 
@@ -123,7 +119,7 @@ class BareLoop:
         timestep = (batch.quantile * len(self.scheduler.alphas_cumprod)).long()
         noisy = self.scheduler.add_noise(batch.latents * self.scale, batch.noise, timestep).to(self.dtype)
         prompt = batch.cond["prompt_embeds"].to(self.dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             prediction = self.unet(noisy, timestep, prompt, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(prediction.float(), batch.noise)
         loss.backward()
@@ -147,18 +143,17 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
     def batches(run: Run) -> Iterator:
         source, loop, bare_losses = original(run), BareLoop(run), []
         for _ in range(WARM_UP + steps):
-            start = now()
+            before = now()
             batch = next(source)
             yield batch
             between = now()
             bare_losses.append(loop.step(batch))
-            marks.append((start, between, now()))
+            marks.append((before, between, now()))
         losses.extend(zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True))
 
     config = load_config([DEMO, *LOOP_OPTIONS, f"--output_dir={folder / 'loop'}", *options])
-    out = io.StringIO()
     patched = patch.multiple(Run, batches=batches, export=lambda run: None)
-    with patched, contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+    with patched, contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         train_lora.train(config)
     apart = max(abs(float(a) / float(b) - 1) for a, b in losses)
     if apart > 1e-3:
