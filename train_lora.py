@@ -1,4 +1,7 @@
-"""Trains an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml] [--option value]`."""
+"""Trains an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml] [--option value]`.
+
+`python train_lora.py inspect|convert|merge|resize|extract ...` works on finished files (docs/tools.md).
+"""
 
 import os
 import sys
@@ -6,6 +9,7 @@ import sys
 from data.config import DataError
 from lora_algos.config import AdapterError
 from models.config import ModelError
+from training import tools
 from training.config import ConfigError, TrainConfig
 from training.load_config import load_config
 from training.rundir import check_output_dir
@@ -14,8 +18,11 @@ USER_ERRORS = (ConfigError, DataError, ModelError, AdapterError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one training. Returns the exit code: 2 for a user's mistake, 1 for a run that could not go on."""
+    """Runs one training, or one tool. Returns the exit code: 2 for a user's mistake, 1 for what could not be done."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv and argv[0] in tools.COMMANDS:
+            return run_tool(tools.read_options(argv))
         config = load_config(argv)
         check_output_dir(config)
     except USER_ERRORS as error:
@@ -40,27 +47,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: TrainConfig) -> None:
     """The whole run, in the order in which its parts need each other."""
-    for library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    quieten_libraries()
 
     from data.precompute import build_datasets
     from models import get_family
     from training import setup, tracking
     from training.distributed import build_accelerator
+    from training.export import check as check_export
+    from training.export import file_names
+    from training.metadata import Parts
     from training.optim import build_optimizer
-    from training.run import Parts, Run
+    from training.run import Run
     from training.step import LossFunction
 
     accelerator = build_accelerator(config)
     family = get_family(config.model)
     datasets = build_datasets(config.data, family, accelerator)  # the encoders live and die in here
     denoiser, dtype = setup.load_denoiser(config, family)
-    adapted, previous_steps = setup.attach_adapters(config, family, denoiser)
-    optimizer = build_optimizer(adapted.named_parameters().values(), config)
+    names = file_names(family, denoiser)
+    adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)
+    optimizer = build_optimizer(adapted, config)
     loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
 
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
-    run = Run(config, accelerator, Parts(family, datasets, adapted, previous_steps), denoiser, optimizer, loss_function)
+    parts = Parts(family, datasets, adapted, names, previous_steps)
+    check_export(config, parts)
+    run = Run(config, accelerator, parts, denoiser, optimizer, loss_function)
     run.resume()  # nothing to do in a fresh output_dir
     tracking.start(accelerator, config, run.tracker_id)  # after resume: a run that goes on is one run there too
     accelerator.print(setup.summary(run))
@@ -71,6 +83,25 @@ def train(config: TrainConfig) -> None:
             run.after_backward(loss)
     run.export()
     accelerator.end_training()
+
+
+def run_tool(options: tools.Options) -> int:
+    """A sub-command; raises what is a user's mistake."""
+    quieten_libraries()
+    from training.files import WriteError
+    from training.tools.output import ToolError
+
+    try:
+        return tools.run(options)
+    except (ToolError, WriteError) as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail(RuntimeError("interrupted; nothing was written"), 130)
+
+
+def quieten_libraries() -> None:
+    for library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def leave() -> None:

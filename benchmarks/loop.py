@@ -108,8 +108,10 @@ class BareLoop:
         lora = LoraConfig(r=config.rank, lora_alpha=config.adapter.alpha, target_modules=layers)
         self.unet = inject_adapter_in_model(lora, unet)
         self.parameters = [p for p in unet.parameters() if p.requires_grad]
-        for mine, other in zip(self.parameters, run.trained, strict=True):
-            mine.data = other.detach().clone()
+        mine = dict(unet.named_parameters())
+        for name, other in run.parts.adapted.named_parameters().items():
+            theirs = name.replace("lora_down", "lora_A.default").replace("lora_up", "lora_B.default")
+            mine[theirs].data = other.detach().clone()
         self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=0.01, fused=True)
 
     def step(self, batch):

@@ -1,13 +1,17 @@
 """Writes docs/options.md from the config: every option with its type, default, range and help."""
 
 import sys
+import typing
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from training.config import SCHEMA  # noqa: E402
+from training.config import SCHEMA, TrainConfig  # noqa: E402
 
 HEAD = """# Options
 
@@ -34,14 +38,24 @@ def options_page() -> str:
     schema = SCHEMA.json_schema()
     definitions = schema["$defs"]
     root, sections = [], []
+    hints = typing.get_type_hints(TrainConfig)
     for name, field in schema["properties"].items():
         if "$ref" in field:
             section = definitions[field["$ref"].split("/")[-1]]
+            describe_inherited(hints[name], section["properties"])
             sections.append(table(f"## {name}\n\n{section['description']}", section["properties"], f"{name}."))
         else:
             root.append(name)
     first = table("## Root options", {name: schema["properties"][name] for name in root}, "")
     return "\n".join([HEAD, first, *sections])
+
+
+def describe_inherited(cls: type, properties: dict[str, Any]) -> None:
+    """Adds the help of inherited options: pydantic reads the docstrings of a class's own fields only."""
+    for base in cls.__mro__[1:]:
+        if is_dataclass(base):
+            for name, field in TypeAdapter(base).json_schema()["properties"].items():
+                properties[name].setdefault("description", field["description"])
 
 
 def table(title: str, fields: dict[str, Any], prefix: str) -> str:
@@ -65,6 +79,8 @@ def type_of(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "anyOf" in field:
         return " or ".join("none" if arm.get("type") == "null" else type_of(arm) for arm in field["anyOf"])
+    if "$ref" in field:
+        return "{pattern, rank, alpha, algorithm, lr_scale}"
     if field["type"] == "array":
         items = field.get("items") or field["prefixItems"][0]
         count = f"{len(field['prefixItems'])} of " if "prefixItems" in field else "list of "

@@ -1,187 +1,293 @@
-"""What is true of every adapter, once: choosing layers, attaching, reading, loading and merging.
+"""What is true of every adapted layer, once. An algorithm adds its tensors' shapes, its first values and its kernel.
 
-The update of a layer is stated in one place, `Algorithm.delta_weight`; merging, export and the tests derive from it.
+An adapter is a module in the place of the layer it adapts, which it keeps as `base_layer`: DDP, FSDP and `state_dict`
+see it, and nothing else of the model changes. Its parameters are fp32 whatever the base's dtype, and at first the
+update is exactly zero.
 """
 
-import difflib
-import re
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_algos import get_algorithm
-from lora_algos.config import AdapterError
+from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.kernels import WIDE, Additive, Branch, Kernel, Mode, Tensors, adapted
+from lora_algos.ops import LayerOp
 
-ADAPTED_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MOST_LISTED = 20  # names in one error message
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one layer's adapter is made with; its update is scaled by alpha / rank."""
-
-    rank: int
-    alpha: float
+Shapes = dict[str, tuple[int, ...]]
 
 
-class Algorithm(ABC):
-    """One way to parameterise the update of a frozen Linear or Conv weight.
+class Adapter(ABC):
+    """An adapted layer. Tensors have the names they have in a file, such as `lora_up.weight`.
 
-    Adapters are modules inside the model's own tree, so DDP, FSDP and `state_dict` see them. Their parameters are fp32
-    whatever the base's dtype, and at initialisation the update is exactly zero.
+    A mixin, so that PEFT's layers can be adapters too; it is first among the bases.
     """
 
-    name: str
+    algorithm: ClassVar[str]
+    detected_by: ClassVar[tuple[str, ...]]
+    """Tensors by which a layer in a file shows its algorithm."""
+    rank_axis: ClassVar[dict[str, int]] = {}
+    """Tensors without which there is no update, and the axis along which rank_dropout drops."""
+    starts_at_zero: ClassVar[tuple[str, ...]] = ()
+    """The factor of a product that LoRA+ trains faster."""
+    multiplicative: ClassVar[bool] = False
+    """What rank_dropout leaves is not scaled up."""
+
+    base_layer: Any
+    spec: LayerSpec
+    op: LayerOp
+    kernel: Kernel
+    diff_b: nn.Parameter | None
+    unmerged: tuple[Tensor, Tensor | None] | None
+    training: bool
+
+    @classmethod
+    def detects(cls, tensors: dict[str, Tensor]) -> bool:
+        """Whether a layer with these tensors in a file is of this algorithm, or of one that is made of it."""
+        return any(name in tensors for name in cls.detected_by)
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
+        """The tensors for a weight of that shape; AdapterError if `spec` does not fit it, saying what would."""
+
+    @classmethod
+    @abstractmethod
+    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+        """The computation for a layer with that operation and weight and tensors of these names."""
+
+    @classmethod
+    @abstractmethod
+    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
+        """The spec and the tensors' proper shapes of a layer in a file; AdapterError if they do not fit the weight."""
+
+    @classmethod
+    def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
+        """What the kernel is given, differentiably."""
+        return tuple(tensors.values())
+
+    @classmethod
+    @abstractmethod
+    def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> "Adapter":
+        """`base_layer` adapted, with tensors of `shapes` if given (those of a file) instead of what `spec` asks for."""
 
     @abstractmethod
-    def attach(self, model: nn.Module, specs: dict[str, LayerSpec]) -> None:
-        """WHEN: once, on the frozen model, before it is prepared. IN: layer name -> spec. Uses torch's global RNG."""
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The trained tensors of the update of the weight, in the order of `shapes`."""
 
-    @abstractmethod
-    def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The adapted layers of `model`, each under the name it had before `attach`."""
+    def setup(self, base_layer: Any, spec: LayerSpec) -> None:
+        """What all constructors end with."""
+        self.spec, self.op = spec, LayerOp.of(base_layer)
+        self.kernel = self.make_kernel(self.op, spec, base_layer.weight.shape, self.tensors())
+        self.unmerged = None
+        self.diff_b = None
+        if spec.bias and base_layer.bias is not None:
+            self.diff_b = nn.Parameter(torch.zeros_like(base_layer.bias, dtype=torch.float32))
 
-    @abstractmethod
-    def parameters(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        """The trained parameters of one adapted layer under their names in a file, such as `lora_up.weight`."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All trained tensors of the layer."""
+        return {**self.tensors(), **({"diff_b": self.diff_b} if self.diff_b is not None else {})}
 
-    @abstractmethod
-    def spec(self, layer: nn.Module) -> LayerSpec:
-        """The spec that one adapted layer was attached with."""
+    def describe(self) -> str:
+        """The algorithm and its scale, as an equation."""
+        spec, root = self.spec, self.spec.options.rslora
+        by = f"sqrt({spec.rank})" if root else str(spec.rank)
+        rates = "" if spec.lr_scale == 1 else f", learning rate x {spec.lr_scale:g}"
+        scaling = f"scaling = alpha / {'sqrt(rank)' if root else 'rank'} = {spec.alpha:g} / {by} = {spec.scaling:g}"
+        return f"{self.algorithm}, {self.size(scaling)}{rates}"
 
-    @abstractmethod
-    def spec_of_file(self, tensors: dict[str, Tensor], weight: Tensor) -> LayerSpec:
-        """The spec of a layer with `weight` whose tensors stand in a file; AdapterError if they do not fit it."""
+    def size(self, scaling: str) -> str:
+        return f"rank {self.spec.rank}, {scaling}"
 
-    @abstractmethod
-    def delta_weight(self, layer: nn.Module) -> Tensor:
-        """The update of one adapted layer: fp32, the shape of its weight, scaling included."""
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that are not trained and that a checkpoint must hold."""
+        return {}
+
+    @classmethod
+    def from_weight(cls, weight: Tensor) -> Tensors:
+        """Factors that the kernel wants besides the trained ones, made of the base's weight."""
+        return ()
+
+    @classmethod
+    def delta_of_file(cls, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """The update that a layer's tensors in a file make of `weight`, fp32 (fp64 if they are); AdapterError if they
+        do not fit."""
+        spec, shapes = cls.read_spec(tensors, weight.shape)
+        op = LayerOp(max(0, weight.ndim - 2))
+        kernel = cls.make_kernel(op, spec, weight.shape, shapes)
+        wide = {name: tensors[name] if tensors[name].dtype in WIDE else tensors[name].float() for name in shapes}
+        fitting = {name: tensor.reshape(shapes[name]) for name, tensor in wide.items()}
+        return kernel.delta(weight, (*cls.factors_of(fitting, spec), *cls.from_weight(weight)))
+
+    def factors(self, tensors: dict[str, Tensor]) -> Tensors:
+        """What the kernel is given, from the trained tensors or what dropout left of them."""
+        return self.factors_of(tensors, self.spec)
+
+    def in_file(self) -> tuple[dict[str, Tensor], float]:
+        """The layer's tensors and alpha in a file, where the scaling is alpha / rank."""
+        tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in self.trained().items()}
+        return tensors, self.spec.scaling * self.spec.rank
+
+    def delta_weight(self) -> Tensor:
+        """The update: the shape of the weight, in the adapter's dtype, scaling included."""
+        weight = self.base_layer.weight if self.unmerged is None else self.unmerged[0]
+        return self.kernel.delta(weight, self.factors(dict(self.tensors())))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the update to the base's weight; `unmerge` puts back what was there, bit for bit."""
+        if self.unmerged is not None:
+            return
+        weight, bias = self.base_layer.weight, getattr(self.base_layer, "bias", None)
+        delta = self.delta_weight()
+        self.unmerged = (weight.clone(), None if bias is None else bias.clone())
+        weight.copy_(weight + delta)  # in the wider dtype, rounded once
+        if self.diff_b is not None and bias is not None:
+            bias.copy_(bias + self.diff_b)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.unmerged is None:
+            return
+        weight, bias = self.unmerged
+        self.base_layer.weight.copy_(weight)
+        if bias is not None:
+            self.base_layer.bias.copy_(bias)
+        self.unmerged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with its update, in the dtype in which the base layer would answer."""
+        if self.unmerged is not None:
+            return self.base_layer(x)
+        device, dtype = x.device.type, self.base_layer.weight.dtype
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+            return self._batched(shared_cast(x, dtype))
+        with torch.autocast(device, enabled=False):
+            return self._batched(shared_cast(x, torch.get_autocast_dtype(device)))
+
+    def _batched(self, x: Tensor) -> Tensor:
+        if self.op.spatial and x.ndim == self.op.spatial + 1:  # a single image, which convolutions take too
+            return self._forward(self.op.padded(x[None]), x.dtype)[0]
+        return self._forward(self.op.padded(x), x.dtype)
+
+    def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, bias, op = self.base_layer.weight, self.base_layer.bias, self.op
+        factors = self.factors(self._masked(dict(self.tensors())))
+        mode = self.mode(x, factors)
+        dropout = self.spec.options.dropout if self.training else 0.0
+        if not dropout:
+            y = adapted(self.kernel, mode, x, weight, bias, factors)
+        else:
+            y, dropped = op(x, weight.to(dtype), None if bias is None else bias.to(dtype)), F.dropout(x, dropout)
+            if mode == "factors" and isinstance(self.kernel, Additive):
+                y = Branch.apply(self.kernel, y, dropped, *factors)
+            else:
+                y = y + op(dropped, self.kernel.delta(weight, factors).to(dtype))
+        return y if self.diff_b is None else y + op.channel_view(self.diff_b.to(dtype))
+
+    def mode(self, x: Tensor, factors: Tensors) -> Mode:
+        """How this input is computed, as `bypass_mode` asks: true by the factors, false by dW, auto the cheaper."""
+        wide = x.dtype in WIDE
+        if self.spec.bypass_mode == "true":
+            return self.kernel.forced("factors", factors)
+        if self.spec.bypass_mode == "false":
+            return "merged" if wide else "dense"
+        positions = x.numel() // x.shape[1 if self.op.spatial else -1]
+        for step in self.op.stride:
+            positions //= step
+        return self.kernel.mode(positions, wide, factors)
+
+    def _masked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` with ranks dropped, or all of them, as `rank_dropout` and `module_dropout` ask. Reads no value."""
+        options = self.spec.options
+        if not self.training or not (options.rank_dropout or options.module_dropout):
+            return tensors
+        first = tensors[next(name for name in self.rank_axis if name in tensors)]
+        keep = torch.rand((), device=first.device) >= options.module_dropout
+        masked, masks = {**tensors, **self.constants()}, {}
+        for name in (name for name in self.rank_axis if name in masked):  # in this order: on every rank the same draws
+            tensor, axis = masked[name], self.rank_axis[name]
+            ranks = tensor.shape[axis]
+            if ranks not in masks:
+                masks[ranks] = (torch.rand(ranks, device=tensor.device) >= options.rank_dropout) & keep
+            scale = 1.0 if self.multiplicative else 1 / (1 - options.rank_dropout)
+            sides = [ranks if i == axis else 1 for i in range(tensor.ndim)]
+            masked[name] = tensor * (masks[ranks].view(sides).to(tensor.dtype) * scale)
+        return self.without_update(masked, keep)
+
+    def without_update(self, masked: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """What else it takes for the update to be zero where `keep` is false."""
+        return masked
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A model and the algorithm attached to it: what the trainer holds on to."""
+class OwnAdapter(Adapter, nn.Module):
+    """An adapter whose parameters are registered under their names in a file, `_` for `.`."""
 
-    model: nn.Module
-    algorithm: Algorithm
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """`<layer>.<name in a file>` -> trained parameter."""
-        return {
-            f"{name}.{key}": parameter
-            for name, layer in self.algorithm.layers(self.model)
-            for key, parameter in self.algorithm.parameters(layer).items()
+    def __init__(self, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None):
+        super().__init__()
+        self.base_layer = base_layer
+        weight: Tensor = base_layer.weight  # type: ignore[assignment]
+        self.tensor_names = tuple(shapes or self.shapes(spec, weight.shape))
+        values = {
+            name: torch.empty(shape, dtype=torch.float32, device="meta" if weight.is_meta else "cpu")
+            for name, shape in (shapes or self.shapes(spec, weight.shape)).items()
         }
+        with torch.no_grad():
+            self.initialise(values)
+        for name, value in values.items():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(value.to(weight.device)))
+        self.setup(base_layer, spec)
 
-    def specs(self) -> dict[str, LayerSpec]:
-        return {name: self.algorithm.spec(layer) for name, layer in self.algorithm.layers(self.model)}
+    @classmethod
+    def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
+        return cls(base_layer, spec, shapes)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights on the CPU, in fp32: `<layer>.<name in a file>` -> tensor."""
-        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.named_parameters().items()}
+    @classmethod
+    @abstractmethod
+    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+        """Fills new tensors in place, from torch's global RNG."""
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies `state` into the trained weights; names and shapes must match one to one."""
-        parameters = self.named_parameters()
-        faults = [f"{name}: not in the file" for name in parameters.keys() - state.keys()]
-        faults += [f"{name}: not in the model" for name in state.keys() - parameters.keys()]
-        faults += [
-            f"{name}: {tuple(state[name].shape)} in the file, {tuple(p.shape)} in the model"
-            for name, p in parameters.items()
-            if name in state and state[name].shape != p.shape
-        ]
-        if faults:
-            raise AdapterError(listed("the adapter does not fit the model", sorted(faults)))
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
-
-    @torch.no_grad()
-    def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        """Layer name and update (fp32, on the layer's device) of every adapted layer."""
-        for name, layer in self.algorithm.layers(self.model):
-            yield name, self.algorithm.delta_weight(layer)
-
-    @torch.no_grad()
-    def merge_into(self, model: nn.Module) -> None:
-        """Adds the updates to the weights of `model`, another copy of the base without adapters."""
-        for name, delta in self.deltas():
-            weight = model.get_submodule(name).weight
-            weight.add_(delta.to(weight))  # type: ignore[operator,arg-type]
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, name.replace(".", "_")) for name in self.tensor_names}
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer an adapter can be attached to, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ADAPTED_TYPES)}
+_last_cast: tuple[Any, int, Any] = (lambda: None, 0, lambda: None)
 
 
-def select_layers(model: nn.Module, targets: tuple[str, ...], presets: dict[str, str]) -> list[str]:
-    """Names of the layers that `targets` (preset names or regular expressions) match, in model order.
+def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; the same tensor for layers that are given the same `x` one after the other (q, k, v), so that
+    what they keep for the backward pass is kept once."""
+    global _last_cast
+    if x.dtype == dtype or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x.to(dtype)
+    source, version, cast = _last_cast
+    found = cast() if source() is x and version == x._version else None
+    if found is None or found.dtype != dtype or found.requires_grad != x.requires_grad:
+        found = x.to(dtype)
+        _last_cast = (weakref.ref(x), x._version, weakref.ref(found))
+    return found
 
-    Raises AdapterError naming every target that is no regular expression or matches nothing.
-    """
-    names = list(adaptable_layers(model))
-    chosen: set[str] = set()
-    faults = []
-    for target in targets:
-        try:
-            pattern = re.compile(presets.get(target, target))
-        except re.error as error:
-            faults.append(f"{target}: not a regular expression ({error})")
-            continue
-        matched = [name for name in names if pattern.fullmatch(name)]
-        if not matched:
-            near = difflib.get_close_matches(target, [*presets, *names], n=3, cutoff=0.3)
-            faults.append(f"{target}: matches no layer" + (f"; near it: {', '.join(near)}" if near else ""))
-        chosen.update(matched)
+
+def alpha_of(tensors: dict[str, Tensor], rank: int) -> float:
+    """A layer's alpha in a file; without one its scaling is 1."""
+    alpha = tensors.get("alpha")
+    return float(rank if alpha is None else alpha)
+
+
+def fitted(tensors: dict[str, Tensor], shapes: Shapes, weight: torch.Size) -> Shapes:
+    """`shapes`, if the tensors of a layer are these, be they flattened to matrices or not; else AdapterError."""
+    given = {name: tensor for name, tensor in tensors.items() if name not in ("alpha", "diff_b")}
+    missing, unknown = shapes.keys() - given.keys(), given.keys() - shapes.keys()
+    faults = [f"{name} is missing" for name in sorted(missing)]
+    faults += [f"{name} {tuple(given[name].shape)} does not belong there" for name in sorted(unknown)]
+    for name in shapes.keys() & given.keys():
+        there, wanted = tuple(given[name].shape), shapes[name]
+        if given[name].numel() != torch.Size(wanted).numel() or there[:1] != wanted[:1]:
+            faults.append(f"{name} is {there} and should be {wanted}")
     if faults:
-        faults.append(f"presets of this family: {', '.join(presets)}; a pattern must match a whole layer name")
-        raise AdapterError(listed("--adapter.targets", faults))
-    return [name for name in names if name in chosen]
-
-
-def attach(model: nn.Module, algorithm_name: str, specs: dict[str, LayerSpec], seed: int) -> Adapted:
-    """Attaches new adapters to the layers named in `specs` and freezes all else.
-
-    The initial weights are a function of `seed` alone: the same on every rank, and the global RNG is left as it was.
-    """
-    model.requires_grad_(False)
-    algorithm = get_algorithm(algorithm_name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        algorithm.attach(model, specs)
-    return Adapted(model, algorithm)
-
-
-def attach_from_file(
-    model: nn.Module, algorithm_name: str, tensors: dict[str, dict[str, Tensor]], unknown: list[str]
-) -> Adapted:
-    """Attaches the adapters of a file with their own layers, ranks and alphas.
-
-    `tensors` has the file's tensors by layer, `alpha` among them, and `unknown` describes those that belong to no layer
-    (formats.from_file). Raises AdapterError naming these and every shape that does not fit `model`.
-    """
-    layers = adaptable_layers(model)
-    algorithm = get_algorithm(algorithm_name)
-    specs, faults = {}, list(unknown)
-    for name, layer_tensors in tensors.items():
-        try:
-            specs[name] = algorithm.spec_of_file(layer_tensors, layers[name].weight)  # type: ignore[arg-type]
-        except AdapterError as error:
-            faults.append(f"{name}: {error}")
-    if faults or not specs:
-        raise AdapterError(listed("the adapter file does not fit the model", faults or ["it holds no tensors"]))
-    adapted = attach(model, algorithm_name, specs, seed=0)
-    state = {f"{n}.{k}": t for n, ts in tensors.items() for k, t in ts.items() if k != "alpha"}
-    shapes = {name: parameter.shape for name, parameter in adapted.named_parameters().items()}
-    adapted.load_state_dict({name: t.reshape(shapes[name]) if name in shapes else t for name, t in state.items()})
-    return adapted
-
-
-def listed(what: str, faults: list[str]) -> str:
-    """One message for many faults, of which the first few are named."""
-    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
-    return "\n  ".join([f"{what}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults[:MOST_LISTED], *more])
+        raise AdapterError(f"for a weight of {tuple(weight)}: {'; '.join(faults)}")
+    return shapes

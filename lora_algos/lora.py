@@ -1,88 +1,174 @@
-"""LoRA: dW = (alpha / rank) * up @ down, through PEFT's modules (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: dW = (alpha / rank) * up @ down, in PEFT's layers with their initialisations and a forward pass of ours (Hu
+et al. 2021, arXiv 2106.09685).
 
 Shapes, for a weight (out, in, *kernel): lora_down (rank, in, *kernel), lora_up (out, rank, 1...). up starts at zero.
+
+An initialisation that starts elsewhere (pissa, olora, orthogonal) takes its product out of the base weight. Here the
+base stays and the product is subtracted in the adapter: dW = scaling * (up @ down - up_0 @ down_0), which is exactly
+zero at first in any dtype, and is written as one LoRA of twice the rank.
 """
 
-import re
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
-from lora_algos.base import Algorithm, LayerSpec, listed
-from lora_algos.config import AdapterError
+from lora_algos.base import Adapter, OwnAdapter, Shapes, alpha_of, fitted
+from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.kernels import Kernel, Tensors
+from lora_algos.low_rank import LowRank
+from lora_algos.ops import LayerOp
 
-ADAPTER = "default"  # PEFT's name of the one adapter we attach
-
-# of a convolution, PEFT gives lora_A the kernel, stride and padding only
-LEFT_OUT = {"dilation", "padding_mode", "_reversed_padding_repeated_twice"}
+INITS_OF_LINEAR = ("orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
+ADAPTER_NAME = "default"  # PEFT's name of the one adapter we attach
 
 
-class LoRA(Algorithm):
-    name = "LoRA"
+class LoRABase(Adapter):
+    """What LoRA is, whoever holds its parameters."""
 
-    def attach(self, model: nn.Module, specs: dict[str, LayerSpec]) -> None:
-        grouped = [name for name in specs if getattr(model.get_submodule(name), "groups", 1) > 1]
-        if grouped:
-            faults = [f"{name}: a convolution in groups, to which LoRA cannot be attached" for name in grouped]
-            raise AdapterError(listed("--adapter.targets", faults))
-        first = next(iter(specs.values()))
-        config = LoraConfig(
-            r=first.rank,
-            lora_alpha=first.alpha,  # type: ignore[arg-type]  # PEFT says int and only divides by the rank
-            target_modules="|".join(re.escape(name) for name in specs),  # fullmatch: these layers and no others
-            rank_pattern={anchored(name): spec.rank for name, spec in specs.items() if spec.rank != first.rank},
-            alpha_pattern={anchored(name): spec.alpha for name, spec in specs.items() if spec.alpha != first.alpha},
-        )
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        for _, layer in self.layers(model):
-            down, base = layer.lora_A[ADAPTER], layer.base_layer
-            for attribute in LEFT_OUT & vars(base).keys():
-                setattr(down, attribute, getattr(base, attribute))
-            for parameter in self.parameters(layer).values():
-                # PEFT takes over the base's dtype; in bf16 two thirds of the updates would be rounded away
-                parameter.data = parameter.data.float()
+    algorithm = "LoRA"
+    detected_by: ClassVar[tuple[str, ...]] = ("lora_down.weight", "lora_up.weight")
+    rank_axis = {"lora_down.weight": 0, "initial_down": 0}  # noqa: RUF012
+    starts_at_zero = ("lora_up.weight",)
 
-    def layers(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
-        for name, module in model.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, module
-
-    def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
+    @classmethod
+    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
+        out, channels, *kernel = weight
+        if spec.options.init in INITS_OF_LINEAR and not kernel:
+            if spec.rank > min(out, channels):
+                raise AdapterError(f"--adapter.init {spec.options.init} has at most rank {min(out, channels)} there")
+            if spec.options.init == "orthogonal" and spec.rank % 2:
+                raise AdapterError(f"--adapter.init orthogonal wants an even rank, not {spec.rank}")
         return {
-            "lora_down.weight": layer.lora_A[ADAPTER].weight,
-            "lora_up.weight": layer.lora_B[ADAPTER].weight,
+            "lora_up.weight": (out, spec.rank, *[1] * len(kernel)),
+            "lora_down.weight": (spec.rank, channels, *kernel),
         }
 
-    def spec(self, layer: Any) -> LayerSpec:
-        return LayerSpec(rank=layer.r[ADAPTER], alpha=float(layer.lora_alpha[ADAPTER]))
+    @classmethod
+    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+        twin = spec.options.init in INITS_OF_LINEAR and not op.spatial
+        return LowRank(op, weight, spec.scaling, twin)
 
-    def spec_of_file(self, tensors: dict[str, Tensor], weight: Tensor) -> LayerSpec:
-        missing = {"lora_down.weight", "lora_up.weight"} - tensors.keys()
-        if missing:
-            raise AdapterError(f"{', '.join(sorted(missing))} is missing, so this is no LoRA layer")
-        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        rank = down.shape[0] if down.ndim else 0
-        # ComfyUI's node writes convolutions flattened to 2-D, so behind the first dimension only elements are counted
-        fits = down.numel() == rank * weight[0].numel() and up.numel() == rank * weight.shape[0]
-        if not rank or not fits or up.shape[:1] != weight.shape[:1]:
-            shapes = f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}"
-            raise AdapterError(f"{shapes} do not fit a weight of {tuple(weight.shape)}")
-        alpha = tensors.get("alpha")
-        return LayerSpec(rank=rank, alpha=float(alpha) if alpha is not None else float(rank))
+    @classmethod
+    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
+        spec = cls.spec_of(tensors)
+        return spec, fitted(tensors, cls.shapes(spec, weight), weight)
 
-    def delta_weight(self, layer: Any) -> Tensor:
-        down, up = self.parameters(layer).values()
-        spec = self.spec(layer)
-        delta = up.flatten(1).float() @ down.flatten(1).float() * (spec.alpha / spec.rank)
-        return delta.reshape(layer.base_layer.weight.shape)
+    @classmethod
+    def spec_of(cls, tensors: dict[str, Tensor]) -> LayerSpec:
+        down = tensors.get("lora_down.weight")
+        rank = down.shape[0] if down is not None and down.ndim else 0
+        return LayerSpec(rank, alpha_of(tensors, rank), cls.algorithm)
+
+    @classmethod
+    def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
+        """`base_layer` adapted: in PEFT's layer, but for grouped convolutions, which PEFT gives another function."""
+        peft_layers = {type_: layer for type_, layer in cls.peft_layers().items() if isinstance(base_layer, type_)}
+        if not peft_layers or getattr(base_layer, "groups", 1) > 1:
+            return cls.own_layer()(base_layer, spec, shapes)
+        return next(iter(peft_layers.values()))(base_layer, spec)
+
+    @classmethod
+    def peft_layers(cls) -> dict[type[nn.Module], Callable[..., Adapter]]:
+        return {nn.Linear: LoRALinear, nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d}
+
+    @classmethod
+    def own_layer(cls) -> Callable[..., Adapter]:
+        return OwnLoRA
 
 
-def anchored(name: str) -> str:
-    """A PEFT pattern that matches the layer `name` alone, not others that end like it."""
-    return "^" + re.escape(name)
+class PeftAdapter(LoRABase):
+    """A layer of PEFT's with our forward pass. `initial_*` hold what the initialisation took out of the base."""
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
+    initial_up: Tensor | None
+    initial_down: Tensor | None
+    has_magnitude: ClassVar[bool] = False
+
+    def __init__(self, base_layer: Any, spec: LayerSpec):
+        weight, init = base_layer.weight, spec.options.init
+        if not isinstance(base_layer, nn.Linear) and init in INITS_OF_LINEAR:
+            init = "default"  # PEFT has these for Linear layers only
+        untouched = weight.detach().clone() if init in INITS_OF_LINEAR else None
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT says int and only divides by the rank
+            use_rslora=spec.options.rslora,
+            init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+            use_dora=self.has_magnitude,
+        )
+        with torch.device("meta") if weight.is_meta else nullcontext():  # PEFT moves some of its tensors there too late
+            arguments = {"config": config, "r": spec.rank, "lora_alpha": spec.alpha}
+            super().__init__(base_layer, ADAPTER_NAME, **arguments)  # type: ignore[call-arg]
+        for module in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            # PEFT takes over the base's dtype; in bf16 two thirds of the updates would be rounded away
+            module.float()
+        up = down = None
+        if untouched is not None:
+            weight.data.copy_(untouched)
+            up, down = (tensor.detach().clone() for tensor in PeftAdapter.tensors(self).values())
+        self.register_buffer("initial_up", up)  # type: ignore[attr-defined]
+        self.register_buffer("initial_down", down)  # type: ignore[attr-defined]
+        self.setup(base_layer, spec)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return {
+            "lora_up.weight": self.lora_B[ADAPTER_NAME].weight,  # type: ignore[dict-item]
+            "lora_down.weight": self.lora_A[ADAPTER_NAME].weight,  # type: ignore[dict-item]
+        }
+
+    def constants(self) -> dict[str, Tensor]:
+        if self.initial_up is None or self.initial_down is None:
+            return {}
+        return {"initial_up": self.initial_up, "initial_down": self.initial_down}
+
+    def in_file(self) -> tuple[dict[str, Tensor], float]:
+        tensors, alpha = super().in_file()
+        if self.initial_up is not None and self.initial_down is not None:
+            tensors["lora_up.weight"] = torch.cat([tensors["lora_up.weight"], -self.initial_up], 1)
+            tensors["lora_down.weight"] = torch.cat([tensors["lora_down.weight"], self.initial_down])
+            alpha *= 2  # as the rank
+        return tensors, alpha
+
+    def factors(self, tensors: dict[str, Tensor]) -> Tensors:
+        tensors = {**self.constants(), **tensors}  # which rank_dropout may have masked
+        initial_up, initial_down = tensors.pop("initial_up", None), tensors.pop("initial_down", None)
+        up, down, *rest = super().factors(tensors)
+        if initial_up is not None and initial_down is not None:
+            up, down = torch.cat([up, -initial_up], 1), torch.cat([down, initial_down])
+        return up, down, *rest
 
 
-ALGORITHM = LoRA()
+class LoRALinear(PeftAdapter, peft_lora.Linear):  # type: ignore[misc]
+    """A Linear layer with a LoRA."""
+
+
+class LoRAConv1d(PeftAdapter, peft_lora.Conv1d):  # type: ignore[misc]
+    """A Conv1d layer with a LoRA."""
+
+
+class LoRAConv2d(PeftAdapter, peft_lora.Conv2d):  # type: ignore[misc]
+    """A Conv2d layer with a LoRA."""
+
+
+class LoRAConv3d(PeftAdapter, peft_lora.Conv3d):  # type: ignore[misc]
+    """A Conv3d layer with a LoRA."""
+
+
+class OwnLoRA(LoRABase, OwnAdapter):
+    """A grouped convolution with a LoRA."""
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+        tensors["lora_up.weight"].zero_()
+        nn.init.kaiming_uniform_(tensors["lora_down.weight"], a=math.sqrt(5))
+
+
+ADAPTER = LoRABase

@@ -29,8 +29,20 @@ class ModelFamily(ABC):
     targets: dict[str, str]
     """Presets of `--adapter.targets`: name -> regular expression over layer names."""
 
+    component: str
+    """diffusers' name of the denoiser in a pipeline."""
+    file_format: str
+    """The format of adapter files that the most programs load for this family (lora_algos/formats)."""
+    kohya_is_native: bool
+    """Whether kohya's names of the layers are made of the original model's names."""
+
     def __init__(self, config: ModelConfig):
         self.config = config
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """Where the model is: a diffusers folder or a single file; a hub id's is had first."""
 
     @abstractmethod
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
@@ -38,6 +50,15 @@ class ModelFamily(ABC):
 
         dtype None means as stored, but fp32 for fp16, in which training would overflow.
         """
+
+    @abstractmethod
+    def empty_denoiser(self) -> nn.Module:
+        """WHEN: for names and shapes alone. OUT: the denoiser on the meta device; no weight is read."""
+
+    @abstractmethod
+    def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
+        """WHEN: to read weights one at a time. IN: an empty denoiser will do. OUT: name of each parameter -> its key in
+        the .safetensors files among component_files("denoiser")."""
 
     @abstractmethod
     def stored_dtype(self) -> torch.dtype:
@@ -74,6 +95,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with `denoiser` if given."""
+
+    @abstractmethod
+    def native_names(self, denoiser: nn.Module) -> dict[str, str]:
+        """WHEN: for adapter files. OUT: diffusers' name -> the original model's, which is ComfyUI's, of every layer."""
 
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.base import ModelFamily
 from models.config import ModelError, ObjectiveConfig
+from models.ldm_names import native_names
 from models.objectives import DDPM
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -35,6 +36,9 @@ class StableDiffusion(ModelFamily):
     media = "image"
     latent_channels = 4
     spatial_factor = 8
+    component = "unet"
+    file_format = "kohya"
+    kohya_is_native = False
     targets = {  # noqa: RUF012
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
@@ -106,11 +110,35 @@ class StableDiffusion(ModelFamily):
                 )
             else:
                 denoiser = self._load("unet", dtype=dtype).unet
+        return self._of_this_family(denoiser)
+
+    def _of_this_family(self, denoiser: Any) -> nn.Module:
         if denoiser.config.addition_embed_type is not None:
             raise ModelError(
                 f"--model.path {self.config.path} is not of the family sd15: its UNet wants size conditioning"
             )
         return denoiser
+
+    def empty_denoiser(self) -> nn.Module:
+        with self._faults_told(), torch.device("meta"):
+            folder = self.path if self.path.is_dir() else self.config.config or self._config_of_file()
+            config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            return self._of_this_family(UNet2DConditionModel.from_config(config))
+
+    def _config_of_file(self) -> str:
+        """The hub id whose configuration diffusers takes for this single file, by the shapes in it."""
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        with safe_open(self.path, framework="pt") as file:
+            shapes = {key: torch.empty(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+
+    def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
+        names = {name: name for name, _ in denoiser.named_parameters()}
+        if self.path.is_dir():
+            return names
+        native, parts = self.native_names(denoiser), {name: name.rsplit(".", 1) for name in names}
+        return {name: f"model.diffusion_model.{native[layer]}.{kind}" for name, (layer, kind) in parts.items()}
 
     def stored_dtype(self) -> torch.dtype:
         weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
@@ -177,6 +205,9 @@ class StableDiffusion(ModelFamily):
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         loaded = [name for name in COMPONENTS if name != "unet" or denoiser is None]
         return self._load(*loaded, unet=denoiser)
+
+    def native_names(self, denoiser: nn.Module) -> dict[str, str]:
+        return native_names(denoiser)
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         second = denoiser.config.cross_attention_dim == 1024  # type: ignore[union-attr]

@@ -117,7 +117,7 @@ BAD_COMMAND_LINES = {
     "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.images", "."], "only .safetensors"),
     "images are no folder": ([NEEDED[0], "--data.images", "/nowhere"], "/nowhere is not a folder"),
     "output_dir is a file": ([*NEEDED, "--output_dir", str(PROJECT / "LICENSE")], "exists and is not a folder"),
-    "existing LoRA is no file": ([*NEEDED, "--existing_lora", "/nowhere"], "/nowhere is not a file"),
+    "existing LoRA is no file": ([*NEEDED, "--existing_lora", "/nowhere"], "/nowhere does not exist"),
 }
 
 

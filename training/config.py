@@ -112,7 +112,19 @@ class ExportConfig:
     __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "lora"
-    """The adapter is written to output_dir/<name>.safetensors."""
+    """The adapter is written to output_dir/<name>.safetensors, further formats to <name>.<format>.safetensors."""
+    format: tuple[Literal["kohya", "comfyui", "diffusers", "peft"], ...] = ()
+    """Whose keys the file has, one or several; none means what loads in the most programs for the model. kohya:
+    ComfyUI, A1111, Forge and, for LoRA, diffusers. comfyui: as ComfyUI's trainer writes. diffusers:
+    load_lora_weights, LoRA and DoRA only. peft: a folder <name>.peft for PeftModel, of one algorithm among LoRA,
+    DoRA, LoHa, LoKr."""
+    convert: Literal["none", "lora-exact", "lora-svd", "full"] = "none"
+    """Write the update as another algorithm's. lora-exact: LoHa and LoKr as the same function in a larger LoRA.
+    lora-svd: anything as the nearest LoRA of rank svd_rank. full: anything as whole matrices (.diff)."""
+    svd_rank: Annotated[int, Field(ge=1)] = 16
+    """Rank for lora-svd."""
+    trigger: str | None = None
+    """Words that call the adapter up, for programs that show them; none means no metadata about it."""
     merged: bool = False
     """Also write output_dir/model_with_lora: the base model with the adapter merged, as a diffusers folder."""
 
@@ -132,7 +144,7 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(ge=1e-7, le=1)] = 5e-4
     """Peak learning rate."""
     rank: Annotated[int, Field(ge=1, le=128)] = 8
-    """Rank of the update."""
+    """Rank of the update. LoKr's factor, OFT's and BOFT's block size are options of their own."""
     optimizer: Literal["AdamW", "Adam", "SGD", "RMSprop"] = "AdamW"
     """The optimizer."""
     loss_function: Literal["MSE", "L1", "Huber", "SmoothL1"] = "MSE"
@@ -146,10 +158,20 @@ class TrainConfig:
     """dtype of the adapter file. The trained weights and the optimizer state are fp32 either way."""
     algorithm: AlgorithmName = "LoRA"
     """How the update of a weight is parameterised."""
+    bypass_mode: Literal["auto", "true", "false"] = "auto"
+    """How the update is applied. true: to the activations, factor by factor. false: to the weight. auto: whichever
+    costs less in each layer. The same function; where the base is not fp32, its weights are never rounded again."""
     gradient_checkpointing: bool = True
     """Recompute the activations of each block in the backward pass: slower, far less memory."""
+    checkpoint_depth: Annotated[int, Field(ge=1, le=5)] = 1
+    """Which blocks gradient_checkpointing recomputes: 1 the model's top-level ones, 2 the blocks in these, and so on,
+    smaller ones at each level; a branch that ends earlier has its deepest blocks recomputed."""
+    checkpoint_policy: Literal["full", "attention-output-kept"] = "full"
+    """full: recompute everything in a block. attention-output-kept: all but scaled dot product attention, whose output
+    is kept: faster for long sequences, for little memory; not with the math backend, which recomputes all."""
     existing_lora: str | None = None
-    """An adapter file of ours to continue, with its own layers, rank and alpha; its steps are counted on."""
+    """An adapter to continue, with each layer's own algorithm, rank and alpha: a file of ours, ComfyUI, kohya, LyCORIS
+    or diffusers, or a folder of PEFT's. Its steps are counted on."""
     output_dir: str = "output/run"
     """Everything the run writes goes here."""
     resume: bool = True

@@ -1,118 +1,101 @@
 """The files of a finished run: the adapter with its metadata, and the base model with the adapter merged."""
 
-import hashlib
 import json
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
-from data.batches import LatentDataset
-from data.identity import files_identity
 from lora_algos import formats
-from lora_algos.base import Adapted
+from lora_algos.attach import Adapted
+from lora_algos.config import AdapterError
+from lora_algos.formats import convert
 from models.base import ModelFamily
-from training.config import TrainConfig, to_yaml
-from training.files import new_folder, write_file
+from training.config import TrainConfig
+from training.files import WriteError, new_folder, write_file
+from training.metadata import Parts, Provenance, file_metadata
+from training.stream import addnet_hashes, training_metadata
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
-TOTAL_STEPS = "train_lora.total_steps"
+MOST_ERROR = 1e-6  # of a file in fp32, read back, relative to the update
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Facts about a run that its config does not hold."""
-
-    total_steps: int
-    total_batch_size: int
-    started_at: float
+def file_names(family: ModelFamily, denoiser: nn.Module) -> formats.Names:
+    """How adapter files name the layers of this model."""
+    return formats.Names(family.native_names(denoiser), family.component, family.kohya_is_native)
 
 
-def write_adapter(
-    config: TrainConfig, family: ModelFamily, adapted: Adapted, dataset: LatentDataset, provenance: Provenance
-) -> Path:
-    """Writes output_dir/<name>.safetensors."""
-    path = Path(config.output_dir) / f"{config.export.name}.safetensors"
-    tensors = formats.to_file(adapted, DTYPES[config.lora_dtype])
-    ss = ss_metadata(config, family, adapted, dataset, provenance)
-    hashes = addnet_hashes(formats.to_bytes(tensors, ss))
-    write_file(path, formats.to_bytes(tensors, {**ss, **hashes, **own_metadata(config, family, dataset, provenance)}))
+def write_adapter(config: TrainConfig, parts: Parts, provenance: Provenance) -> list[Path]:
+    """Writes the adapter in every format asked for, each read back and compared before it takes its name."""
+    adapted, names = parts.adapted, parts.names
+    layers = converted(config, adapted)
+    about = file_metadata(config, parts, layers, provenance)
+    paths: list[Path] = []
+    for file_format in config.export.format or (parts.family.file_format,):
+        exact = formats.to_file(layers, adapted.model, names, file_format, torch.float32)
+        error = formats.verify(exact, layers, adapted.model, names)
+        if not error <= MOST_ERROR:
+            raise AdapterError(
+                f"the {file_format} file changes the weights by {error:.1e} of what was trained, not kept"
+            )
+        content = formats.to_file(layers, adapted.model, names, file_format, DTYPES[config.lora_dtype])
+        content.metadata |= about
+        content.metadata |= addnet_hashes(formats.to_bytes(content.tensors, training_metadata(content.metadata)))
+        path = Path(config.output_dir) / config.export.name
+        ending = ".peft" if content.config is not None else f".{file_format}.safetensors" if paths else ".safetensors"
+        paths.append(write_content(path.with_name(path.name + ending), content))
+    return paths
+
+
+def check(config: TrainConfig, parts: Parts) -> None:
+    """WHEN: before training. Raises AdapterError if what is being trained has no place in a format asked for."""
+    if config.export.convert == "lora-svd":
+        return  # whatever it was, then it is a LoRA
+    weights = formats.weights_of(parts.adapted.model)
+    if config.export.convert == "full":
+        layers: formats.Layers = {name: {"diff": weight} for name, weight in weights.items()}
+    else:
+        layers = converted(config, parts.adapted)
+    for file_format in config.export.format or (parts.family.file_format,):
+        formats.WRITERS[file_format](layers, weights, parts.names)
+
+
+def write_content(path: Path, content: formats.FileContent) -> Path:
+    """One file, or a folder for PEFT, which is read back bit for bit before it takes its name."""
+    data = formats.to_bytes(content.tensors, content.metadata)
+    there = safetensors.torch.load(data)
+    if there.keys() != content.tensors.keys() or not all(t.equal(there[key]) for key, t in content.tensors.items()):
+        raise WriteError(path, OSError("it does not read back as it was written"))
+    if content.config is None:
+        write_file(path, data)
+    else:
+        with new_folder(path) as beside:
+            (beside / "adapter_model.safetensors").write_bytes(data)
+            (beside / "adapter_config.json").write_text(json.dumps(content.config, indent=1), encoding="utf-8")
     return path
 
 
-def ss_metadata(
-    config: TrainConfig, family: ModelFamily, adapted: Adapted, dataset: LatentDataset, provenance: Provenance
-) -> dict[str, str]:
-    """kohya's keys, from which ComfyUI, A1111 and Forge show what a file is and was trained on, and modelspec's."""
-    specs = list(adapted.specs().values())
-    folder = Path(config.data.images or "").name
-    tags: dict[str, int] = {}
-    for caption in dataset.captions:
-        for tag in filter(None, (part.strip() for part in caption.split(","))):
-            tags[tag] = tags.get(tag, 0) + 1
-    side, name = config.data.resolution, config.export.name
-    model_name = Path(config.model.path or "").name
-    values: dict[str, object] = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": max(spec.rank for spec in specs),
-        "ss_network_alpha": specs[0].alpha,
-        "ss_network_args": "{}",
-        "ss_output_name": name,
-        "ss_sd_model_name": model_name,
-        "ss_clip_skip": "None",
-        "ss_steps": provenance.total_steps,
-        "ss_seed": config.seed,
-        "ss_learning_rate": config.learning_rate,
-        "ss_optimizer": config.optimizer,
-        "ss_lr_scheduler": config.optim.lr_schedule,
-        "ss_mixed_precision": "bf16" if config.training_dtype == "bf16" else "no",
-        "ss_batch_size_per_device": config.batch_size,
-        "ss_total_batch_size": provenance.total_batch_size,
-        "ss_gradient_accumulation_steps": config.grad_accumulation_steps,
-        "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_num_train_images": len(dataset.epoch_rows),
-        "ss_resolution": f"({side}, {side})",
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(dataset)}}),
-        "ss_tag_frequency": json.dumps({folder: tags}),
-        "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [side, side], "count": len(dataset)}}}),
-        "ss_training_started_at": provenance.started_at,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.date": datetime.fromtimestamp(provenance.started_at, UTC).isoformat(timespec="seconds"),
-    }
-    return {**{key: str(value) for key, value in values.items()}, **family.file_metadata(adapted.model)}
-
-
-def own_metadata(
-    config: TrainConfig, family: ModelFamily, dataset: LatentDataset, provenance: Provenance
-) -> dict[str, str]:
-    """What is needed to repeat the run, or to continue it."""
-    return {
-        TOTAL_STEPS: str(provenance.total_steps),
-        "train_lora.config": to_yaml(config),
-        "train_lora.base_model_hash": files_identity(family.component_files("denoiser"), Path(config.data.cache_dir)),
-        "train_lora.dataset_hash": dataset.fingerprint,
-        "train_lora.versions": json.dumps({name: version(name) for name in LIBRARIES}),
-    }
-
-
-def addnet_hashes(content: bytes) -> dict[str, str]:
-    """The hashes by which A1111 and Forge know a file: they do not depend on the metadata (sd-scripts, train_util)."""
-    tensors_at = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(content[tensors_at:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
-
-
-def total_steps_of(metadata: dict[str, str]) -> int:
-    """Steps that a file of ours was trained for; 0 for another's."""
-    return int(metadata.get(TOTAL_STEPS, metadata.get("ss_steps", "0")))
+def converted(config: TrainConfig, adapted: Adapted) -> formats.Layers:
+    """The adapter's tensors by layer, as the algorithm that `export.convert` asks for."""
+    layers, how = formats.layers_of_adapted(adapted), config.export.convert
+    if how == "none":
+        return layers
+    weights = {name: weight.detach().cpu() for name, weight in formats.weights_of(adapted.model).items()}
+    if how == "full":
+        return {name: convert.full(tensors, weights[name]) for name, tensors in layers.items()}
+    if how == "lora-exact":
+        return {name: convert.lora_exact(tensors, weights[name].shape) for name, tensors in layers.items()}
+    result, errors = {}, []
+    for name, tensors in layers.items():
+        result[name], error = convert.nearest_lora(tensors, weights[name], config.export.svd_rank)
+        errors.append((error, name))
+    worst, name = max(errors)
+    mean = sum(error for error, _ in errors) / len(errors)
+    print(
+        f"lora-svd of rank {config.export.svd_rank}: error {mean:.2%} of the update on average, {worst:.2%} in {name}"
+    )
+    return result
 
 
 def write_merged(config: TrainConfig, family: ModelFamily, adapted: Adapted) -> Path:

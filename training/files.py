@@ -16,18 +16,29 @@ class WriteError(RuntimeError):
 
 def write_file(path: Path, data: bytes | str) -> None:
     """Replaces `path` by `data`; raises WriteError if that fails, and then `path` is as it was."""
+    with new_file(path) as beside:
+        beside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path`, replacing what was there, only if the block ends without an error.
+
+    Raises WriteError for an OSError, in the block too.
+    """
     beside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
+        yield beside
+        with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        raise WriteError(path, error) from error
+        if isinstance(error, OSError):
+            raise WriteError(path, error) from error
+        raise
 
 
 @contextmanager

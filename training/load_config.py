@@ -95,8 +95,8 @@ def path_faults(config: TrainConfig) -> list[str]:
     for flag, path in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
         if Path(path).exists() and not Path(path).is_dir():
             faults.append(f"--{flag}: {path} exists and is not a folder")
-    if config.existing_lora is not None and not Path(config.existing_lora).is_file():
-        faults.append(f"--existing_lora: {config.existing_lora} is not a file")
+    if config.existing_lora is not None and not Path(config.existing_lora).exists():
+        faults.append(f"--existing_lora: {config.existing_lora} does not exist")
     return faults
 
 
@@ -113,6 +113,8 @@ def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, An
 
 def canonical(value: Any, hint: Any) -> Any:
     """`value` with the case of the choice it means; choices of `hint` are case-insensitive."""
+    if typing.get_origin(hint) is Literal and isinstance(value, bool) and "true" in typing.get_args(hint):
+        return str(value).lower()  # YAML reads a bare true as more than a word
     if typing.get_origin(hint) is Literal and isinstance(value, str):
         return {c.lower(): c for c in typing.get_args(hint)}.get(value.lower(), value)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -129,6 +131,8 @@ def canonical_values(values: dict, hints: dict[str, Any], prefix: str = "") -> d
             value = canonical_values(value, hints, f"{name}.")
         elif isinstance(value, str):
             value = canonical(value.replace("{project}", str(PROJECT)), hints.get(name))
+        elif isinstance(value, bool):
+            value = canonical(value, hints.get(name))
         result[key] = value
     return result
 

@@ -1,17 +1,26 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from lora_algos.attach import Adapted
 from training.config import OptimConfig, TrainConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def parameter_groups(adapted: Adapted, config: TrainConfig) -> list[dict]:
+    """The trained parameters by the factor on their learning rate, which each group has as `lr_scale`."""
+    parameters = adapted.named_parameters()
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, scale in adapted.learning_rate_scales(config.adapter.lora_plus_ratio).items():
+        groups.setdefault(scale, []).append(parameters[name])
+    return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
+
+
+def build_optimizer(adapted: Adapted, config: TrainConfig) -> torch.optim.Optimizer:
     """The node's four optimizers; the fused implementations where torch has them (one kernel, no device read)."""
-    parameters = list(parameters)
+    parameters = parameter_groups(adapted, config)
     optim, lr = config.optim, config.learning_rate
     if config.optimizer == "AdamW":
         decay = 0.01 if optim.weight_decay is None else optim.weight_decay

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_algos.base import Adapted
+from lora_algos.attach import Adapted
 from training.config import PreviewConfig
 
 SMALLEST = 128  # tiny images are enlarged to this in the grid

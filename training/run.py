@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,29 +12,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.batches import Batch, micro_batches
-from data.precompute import Datasets
-from data.schedule import Schedule
-from lora_algos.base import Adapted
-from models.base import ModelFamily
+from data.schedule import Schedule, key
 from training import checkpoint, export, preview, tracking
 from training.config import TrainConfig, to_yaml
 from training.files import write_file
+from training.metadata import Parts, Provenance
 from training.metrics import History, Pending, TrainingDiverged, loss_json, loss_png
 from training.optim import learning_rate
 from training.rundir import CHECKPOINTS, CONFIG_FILE, clear
 from training.step import LossFunction
 from training.validation import validate
-
-
-@dataclass
-class Parts:
-    """What a run is made of, before Accelerate prepares it."""
-
-    family: ModelFamily
-    datasets: Datasets
-    adapted: Adapted
-    previous_steps: int
-    """Steps that the existing LoRA had been trained for."""
 
 
 class Run:
@@ -63,6 +50,8 @@ class Run:
         self.started_at = time.time()
         self.tracker_id = tracking.new_id()
         self.progress: tqdm | None = None
+        options = config.adapter
+        self.drops = bool(options.dropout or options.rank_dropout or options.module_dropout)
 
     @property
     def total_batch_size(self) -> int:
@@ -121,7 +110,9 @@ class Run:
         loader = micro_batches(
             self.parts.datasets.train, self.schedule, numbers, self.config.data.num_workers, device.type == "cuda"
         )
-        for batch in loader:
+        for number, batch in zip(numbers, loader, strict=True):
+            if self.drops:
+                torch.manual_seed(key("dropout", self.config.seed, number))
             yield batch.to(device)
         self.progress.close()
 
@@ -137,7 +128,7 @@ class Run:
         self.pending.norms.append(norm.detach())
         rate = learning_rate(self.step, config.learning_rate, config.steps, config.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -201,7 +192,7 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint. Reads the losses first: what is not finite is never kept. Collective."""
-        self.log(self.optimizer.param_groups[0]["lr"])
+        self.log(learning_rate(self.step - 1, self.config.learning_rate, self.config.steps, self.config.optim))
         state = {
             "identity": self._identity(),
             "total_steps": self.total_steps,
@@ -222,8 +213,8 @@ class Run:
         """Writes the adapter, the loss files, the previews and, if asked for, the merged model."""
         if self.accelerator.is_main_process:
             config, parts = self.config, self.parts
-            provenance = export.Provenance(self.total_steps, self.total_batch_size, self.started_at)
-            written = [export.write_adapter(config, parts.family, parts.adapted, parts.datasets.train, provenance)]
+            provenance = Provenance(self.total_steps, self.total_batch_size, self.started_at)
+            written = export.write_adapter(config, parts, provenance)
             for name, content in (
                 ("loss.json", loss_json(self.history, self.total_steps)),
                 ("loss.png", loss_png(self.history)),

@@ -12,7 +12,8 @@ CHECKPOINTS = "checkpoints"
 # May change between two sittings of one run: they do not change what is learned, or only how far it goes. The number of
 # micro-batches per step, which grad_accumulation_steps and the number of processes make together, is checked on resume.
 FREE = {
-    "output_dir", "resume", "steps", "grad_accumulation_steps", "gradient_checkpointing", "lora_dtype", "validation",
+    "output_dir", "resume", "steps", "grad_accumulation_steps", "gradient_checkpointing", "checkpoint_depth",
+    "checkpoint_policy", "bypass_mode", "lora_dtype", "validation",
     "preview", "checkpoint", "tracking", "export", "data.cache_dir", "data.num_workers", "data.validation_images",
 }  # fmt: skip
 

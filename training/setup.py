@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from lora_algos import formats
-from lora_algos.base import Adapted, LayerSpec, attach, attach_from_file, select_layers
+from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from models.base import ModelFamily
+from training import checkpointing
 from training.config import TrainConfig
-from training.export import total_steps_of
+from training.metadata import total_steps_of
 from training.run import Run
 
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
@@ -18,21 +19,22 @@ def load_denoiser(config: TrainConfig, family: ModelFamily) -> tuple[nn.Module, 
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = next(denoiser.parameters()).dtype
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
     # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.train(), dtype
 
 
-def attach_adapters(config: TrainConfig, family: ModelFamily, denoiser: nn.Module) -> tuple[Adapted, int]:
+def attach_adapters(
+    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: formats.Names
+) -> tuple[Adapted, int]:
     """New adapters, or those of `existing_lora`, and the steps that the latter were trained for."""
+    plan = Plan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
     if config.existing_lora is not None:
         tensors, metadata = formats.read(config.existing_lora)
-        adapted = attach_from_file(denoiser, config.algorithm, *formats.from_file(tensors, denoiser))
-        return adapted, total_steps_of(metadata)
-    spec = LayerSpec(config.rank, config.adapter.alpha)
-    layers = select_layers(denoiser, config.adapter.targets, family.targets)
-    return attach(denoiser, config.algorithm, dict.fromkeys(layers, spec), config.seed), 0
+        layers, unknown = formats.from_file(tensors, metadata, denoiser, names)
+        return attach_from_file(denoiser, layers, unknown, plan), total_steps_of(config.existing_lora, metadata)
+    return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
 
 
 def summary(run: Run) -> str:
@@ -42,26 +44,25 @@ def summary(run: Run) -> str:
     total = sum(p.numel() for p in parts.adapted.model.parameters())
     train, held_out = parts.datasets.train, parts.datasets.validation
     samples, epoch = config.steps * run.total_batch_size, len(train.epoch_rows)
-    specs = parts.adapted.specs()
-    groups: dict[LayerSpec, int] = {}
-    for spec in specs.values():
-        groups[spec] = groups.get(spec, 0) + 1
+    groups: dict[str, int] = {}
+    for layer in parts.adapted.layers().values():
+        groups[layer.describe()] = groups.get(layer.describe(), 0) + 1
     lines = [
         f"model       {config.model.path} ({parts.family.name}), "
         f"base weights {str(run.loss_function.dtype).removeprefix('torch.')}, on {accelerator.device}",
         f"images      {len(train)} to train on, {len(held_out) if held_out else 0} held out; encoded now: "
         f"{parts.datasets.encoded_images} images, {parts.datasets.encoded_captions} captions",
-        *(
-            f"adapter     {config.algorithm} on {count} layers: rank {spec.rank}, "
-            f"scaling = alpha / rank = {spec.alpha:g} / {spec.rank} = {spec.alpha / spec.rank:g}"
-            for spec, count in groups.items()
-        ),
+        *(f"adapter     {count} layers: {what}" for what, count in groups.items()),
         f"trainable   {trained:,} of {total:,} parameters = {100 * trained / total:.2f} %",
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
         f"{config.grad_accumulation_steps} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
         f"run         {config.steps} steps x {run.total_batch_size} = {samples} samples = {samples} / {epoch} = "
         f"{samples / epoch:.1f} epochs",
     ]
+    if config.existing_lora is not None:
+        lines.append(
+            f"existing    {config.existing_lora}: every tensor matched, of {len(parts.adapted.layers())} layers"
+        )
     if parts.previous_steps:
         lines.append(f"continued   {parts.previous_steps} earlier + {config.steps} = "
                      f"{parts.previous_steps + config.steps} steps in all")  # fmt: skip

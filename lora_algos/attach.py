@@ -1,0 +1,282 @@
+"""Choosing the layers of a model, attaching adapters to them, and the handle on those that are attached."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_algos import ALGORITHMS, get_algorithm
+from lora_algos.base import Adapter, Shapes
+from lora_algos.config import AdapterConfig, AdapterError, BypassMode, LayerSpec, Override
+from lora_algos.ops import ADAPTED_TYPES
+
+# DoRA's layers have LoRA's tensors too, so it is asked first
+ALGORITHMS_BY_DETAIL = sorted(ALGORITHMS, key=lambda name: name != "DoRA")
+MOST_LISTED = 20  # names in one error message
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with adapters attached: what the trainer holds on to."""
+
+    model: nn.Module
+
+    def layers(self) -> dict[str, Adapter]:
+        """The adapted layers by the name that the layer itself had."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Adapter)}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """`<layer>.<name in a file>` -> trained parameter."""
+        return {f"{n}.{key}": p for n, layer in self.layers().items() for key, p in layer.trained().items()}
+
+    def specs(self) -> dict[str, LayerSpec]:
+        return {name: layer.spec for name, layer in self.layers().items()}
+
+    def learning_rate_scales(self, lora_plus_ratio: float) -> dict[str, float]:
+        """What the learning rate is multiplied by for each of `named_parameters`."""
+        return {
+            f"{name}.{key}": layer.spec.lr_scale * (lora_plus_ratio if key in layer.starts_at_zero else 1.0)
+            for name, layer in self.layers().items()
+            for key in layer.trained()
+        }
+
+    def _state(self) -> dict[str, Tensor]:
+        constants = {f"{n}.{key}": t for n, layer in self.layers().items() for key, t in layer.constants().items()}
+        return {**self.named_parameters(), **constants}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of all that the adapters are, for a checkpoint: on the CPU (on meta for a model on meta), fp32."""
+        return {
+            name: t.detach().clone() if t.is_meta else t.detach().to("cpu", copy=True).contiguous()
+            for name, t in self._state().items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copies `state` into the adapters; names and shapes must match one to one."""
+        here = self._state()
+        faults = [f"{name}: not in the file" for name in here.keys() - state.keys()]
+        faults += [f"{name}: not in the model" for name in state.keys() - here.keys()]
+        faults += [
+            f"{name}: {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+            for name, tensor in here.items()
+            if name in state and state[name].shape != tensor.shape
+        ]
+        if faults:
+            raise AdapterError(listed("the adapter does not fit the model", sorted(faults)))
+        for name, tensor in here.items():
+            tensor.copy_(state[name])
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """Layer name and update (fp32, on the layer's device) of every adapted layer."""
+        for name, layer in self.layers().items():
+            yield name, layer.delta_weight()
+
+    def merge(self) -> None:
+        """Puts the updates into the base's weights, until `unmerge` restores these bit for bit."""
+        for layer in self.layers().values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        for layer in self.layers().values():
+            layer.unmerge()
+
+    @torch.no_grad()
+    def merge_into(self, model: nn.Module) -> None:
+        """Adds the updates to the weights of `model`, another copy of the base without adapters."""
+        for name, layer in self.layers().items():
+            target = model.get_submodule(name)
+            weight: Tensor = target.weight  # type: ignore[assignment]
+            tensors, alpha = layer.in_file()  # of this weight, not of the one trained on, which may be in another dtype
+            here = {key: tensor.to(weight.device) for key, tensor in tensors.items()}
+            delta = layer.delta_of_file({**here, "alpha": torch.tensor(alpha, dtype=torch.float64)}, weight)
+            weight.copy_(weight + delta)  # in the wider dtype, rounded once
+            if layer.diff_b is not None:
+                bias: Tensor = target.bias  # type: ignore[assignment]
+                bias.copy_(bias + layer.diff_b)
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every layer as it was before adapters were attached."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, Adapter):
+            inside.append(f"{name}.")
+            module = module.base_layer
+        yield name, module
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer with a weight matrix that an adapter can be attached to, by name."""
+    return {name: module for name, module in layers_of(model) if isinstance(module, ADAPTED_TYPES)}
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every normalisation layer that has a weight, by name: those of torch, diffusers and transformers alike."""
+    return {
+        name: module
+        for name, module in layers_of(model)
+        if type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), Tensor)
+    }
+
+
+def select_layers(model: nn.Module, targets: tuple[str, ...], presets: dict[str, str]) -> list[str]:
+    """Names of the layers that `targets` (preset names or regular expressions) match, in model order.
+
+    Raises AdapterError naming every target that is no regular expression or matches nothing.
+    """
+    names = list(adaptable_layers(model))
+    chosen: set[str] = set()
+    faults = []
+    for target in targets:
+        matched, fault = matching(presets.get(target, target), names)
+        if fault:
+            near = difflib.get_close_matches(target, [*presets, *names], n=3, cutoff=0.3)
+            faults.append(f"{target}: {fault}" + (f"; near it: {', '.join(near)}" if near else ""))
+        chosen.update(matched)
+    if faults:
+        faults.append(f"presets of this family: {', '.join(presets)}; a pattern must match a whole layer name")
+        raise AdapterError(listed("--adapter.targets", faults))
+    return [name for name in names if name in chosen]
+
+
+def matching(pattern: str, names: list[str]) -> tuple[list[str], str]:
+    """The names that `pattern` matches as a whole, and what is wrong with it if there are none."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        return [], f"not a regular expression ({error})"
+    matched = [name for name in names if compiled.fullmatch(name)]
+    return matched, "" if matched else "matches no layer"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run asks for: the adapter section, and the options of the same purpose at the root of the config."""
+
+    config: AdapterConfig
+    algorithm: str
+    rank: int
+    bypass_mode: BypassMode = "auto"
+
+    def specs(self, model: nn.Module, presets: dict[str, str]) -> dict[str, LayerSpec]:
+        """The spec of every layer to adapt, in model order."""
+        names = select_layers(model, self.config.targets, presets)
+        overrides = self._overrides(names, presets)
+        specs = {name: self._spec(overrides.get(name, Override(""))) for name in names}
+        if self.config.norms:
+            specs |= dict.fromkeys(norm_layers(model), LayerSpec(algorithm="Full", bias=self.config.biases))
+        return {name: specs[name] for name, _ in layers_of(model) if name in specs}
+
+    def trained_on(self, spec: LayerSpec) -> LayerSpec:
+        """A spec read from a file, to be trained further as this plan says."""
+        options, asked = spec.options, self.config
+        options = replace(
+            options, dropout=asked.dropout, rank_dropout=asked.rank_dropout, module_dropout=asked.module_dropout
+        )
+        return replace(spec, bypass_mode=self.bypass_mode, options=options)
+
+    def _overrides(self, names: list[str], presets: dict[str, str]) -> dict[str, Override]:
+        chosen: dict[str, Override] = {}
+        faults = []
+        for number, override in enumerate(self.config.overrides):
+            matched, fault = matching(presets.get(override.pattern, override.pattern), names)
+            if fault:
+                faults.append(f"{number}.pattern = {override.pattern}: {fault} of those chosen by --adapter.targets")
+            if override.algorithm not in (None, *ALGORITHMS):
+                faults.append(f"{number}.algorithm = {override.algorithm}: not one of {', '.join(ALGORITHMS)}")
+            chosen |= dict.fromkeys(matched, override)
+        if faults:
+            raise AdapterError(listed("--adapter.overrides", faults))
+        return chosen
+
+    def _spec(self, override: Override) -> LayerSpec:
+        def chosen(value, default):
+            return default if value is None else value
+
+        return LayerSpec(
+            rank=chosen(override.rank, self.rank),
+            alpha=chosen(override.alpha, self.config.alpha),
+            algorithm=chosen(override.algorithm, self.algorithm),
+            options=self.config.options(),
+            bypass_mode=self.bypass_mode,
+            lr_scale=chosen(override.lr_scale, 1.0),
+            bias=self.config.biases,
+        )
+
+
+def attach(model: nn.Module, specs: dict[str, LayerSpec], seed: int) -> Adapted:
+    """Attaches new adapters to the layers named in `specs` and freezes all else.
+
+    The first values of a layer are a function of `seed` and its name: the same on every rank, whatever other layers are
+    adapted. The global RNG is left as it was. Raises AdapterError naming every layer that its spec does not fit.
+    """
+    layers, faults = dict(layers_of(model)), []
+    for name, spec in specs.items():
+        try:
+            weight: Tensor = layers[name].weight  # type: ignore[assignment]
+            get_algorithm(spec.algorithm).shapes(spec, weight.shape)
+        except AdapterError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise AdapterError(listed("the adapter's options do not fit the model", faults))
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        for name, spec in specs.items():
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest, "little"))
+            model.set_submodule(name, get_algorithm(spec.algorithm).on(layers[name], spec), strict=True)  # type: ignore[arg-type]
+    return Adapted(model)
+
+
+def algorithm_of(tensors: dict[str, Tensor]) -> str:
+    """The algorithm whose tensors a layer has in a file; AdapterError if there is none."""
+    for name in ALGORITHMS_BY_DETAIL:
+        if get_algorithm(name).detects(tensors):
+            return name
+    raise AdapterError(f"{', '.join(sorted(tensors))}: tensors of no algorithm that is known here")
+
+
+def attach_from_file(
+    model: nn.Module, tensors: dict[str, dict[str, Tensor]], unknown: list[str], plan: Plan | None = None
+) -> Adapted:
+    """Attaches the adapters of a file, each layer with its own algorithm, rank, alpha and options.
+
+    Of `plan` only counts how they are trained on: bypass_mode and the dropouts.
+
+    `tensors` has the file's tensors by layer, `alpha` among them, and `unknown` describes those that belong to no layer
+    (formats.from_file). Raises AdapterError naming these and every shape that does not fit `model`.
+    """
+    layers, faults = dict(layers_of(model)), list(unknown)
+    specs: dict[str, tuple[LayerSpec, Shapes]] = {}
+    for name, given in tensors.items():
+        try:
+            weight: Tensor = layers[name].weight  # type: ignore[assignment]
+            spec, shapes = get_algorithm(algorithm_of(given)).read_spec(given, weight.shape)
+            spec = replace(spec, bias="diff_b" in given)
+            specs[name] = spec if plan is None else plan.trained_on(spec), shapes
+        except AdapterError as error:
+            faults.append(f"{name}: {error}")
+    if faults or not specs:
+        raise AdapterError(listed("the adapter file does not fit the model", faults or ["it holds no tensors"]))
+    model.requires_grad_(False)
+    for name, (spec, shapes) in specs.items():
+        adapter = get_algorithm(spec.algorithm).on(layers[name], spec, shapes)
+        model.set_submodule(name, adapter, strict=True)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for key, parameter in adapter.trained().items():
+                parameter.copy_(tensors[name][key].reshape(parameter.shape))
+    return Adapted(model)
+
+
+def listed(what: str, faults: list[str]) -> str:
+    """One message for many faults, of which the first few are named."""
+    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
+    return "\n  ".join([f"{what}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults[:MOST_LISTED], *more])

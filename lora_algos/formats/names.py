@@ -1,0 +1,109 @@
+"""How the layers of a model are called in adapter files, and which tensor of a layer a key means."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one model's layers, beside diffusers' own, by which adapters know them."""
+
+    native: dict[str, str] = field(default_factory=dict)
+    """diffusers' name -> name in the original model, which is ComfyUI's, without `diffusion_model.`."""
+    component: str = "unet"
+    """diffusers' name of the denoiser in a pipeline."""
+    kohya_is_native: bool = False
+    """Whether kohya's names are made of the native ones."""
+
+    def kohya(self, layer: str) -> str:
+        """`down_blocks.0.attentions.0.proj_in` -> `lora_unet_down_blocks_0_attentions_0_proj_in`."""
+        name = self.native[layer] if self.kohya_is_native else layer
+        return "lora_unet_" + name.replace(".", "_")
+
+    def comfyui(self, layer: str) -> str:
+        return f"diffusion_model.{self.native[layer]}"
+
+    def diffusers(self, layer: str) -> str:
+        return f"{self.component}.{layer}"
+
+    def peft(self, layer: str) -> str:
+        return f"base_model.model.{layer}"
+
+    def spellings(self, layer: str) -> list[str]:
+        """Every way in which some program writes the layer."""
+        flat = layer.replace(".", "_")
+        found = [
+            layer, f"lora_unet_{flat}", f"lycoris_{flat}", f"lora_transformer_{flat}", f"lycoris_unet_{flat}",
+            *(f"{p}.{layer}" for p in ("unet", "transformer", "diffusion_model", "base_model.model")),
+            *(f"{p}.base_model.model.{layer}" for p in ("unet", "transformer")),
+        ]  # fmt: skip
+        if layer in self.native:
+            native = self.native[layer]
+            found += [f"diffusion_model.{native}", f"model.diffusion_model.{native}",
+                      f"lora_unet_{native.replace('.', '_')}", f"lycoris_{native.replace('.', '_')}"]  # fmt: skip
+        return found
+
+    def layer_of(self, layers: Iterable[str]) -> dict[str, str]:
+        """Spelling -> layer, for all of `layers`."""
+        return {spelling: layer for layer in layers for spelling in self.spellings(layer)}
+
+
+# What a key ends with -> the tensor's name here. Names that several programs use stand there as they are.
+SUFFIXES = {
+    **{f".{own}": own for own in (
+        "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "lora_magnitude_vector",
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+        "oft_blocks", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "diff", "diff_b",
+        "oft_R.weight", "set_weight", "reshape_weight",
+    )},
+    **{f"{sep}{name}": own for own, sides in (
+        ("lora_down.weight", ("lora_A.weight", "lora_A.default.weight", "lora_A", "lora.down.weight",
+                              "lora_linear_layer.down.weight")),
+        ("lora_up.weight", ("lora_B.weight", "lora_B.default.weight", "lora_B", "lora.up.weight",
+                            "lora_linear_layer.up.weight")),
+        ("lora_magnitude_vector", ("lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight",
+                                   "lora_magnitude_vector.default")),
+        ("diff", ("w_norm",)),
+        ("diff_b", ("b_norm",)),
+    ) for name in sides for sep in (".",)},
+    "_lora.down.weight": "lora_down.weight",
+    "_lora.up.weight": "lora_up.weight",
+}  # fmt: skip
+LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """A file's key as the layer's spelling and the tensor's name here; the name is empty if no program writes such."""
+    for suffix in LONGEST_FIRST:
+        if key.endswith(suffix):
+            return re.sub(r"\.processor\.(to_out)$|\.processor\.", processor, key[: -len(suffix)]), SUFFIXES[suffix]
+    return key, ""
+
+
+def processor(match: re.Match) -> str:
+    """Old diffusers files name `attn1.processor.to_q` and `attn1.processor.to_out`."""
+    return ".to_out.0" if match[1] else "."
+
+
+# (pattern that keys of a file show, what it is of): to say what an unmatched file looks like. The first that fits
+# counts.
+LOOKS = (
+    (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
+    (r"joint_blocks|joint_attn", "Stable Diffusion 3"),
+    (
+        r"(attentions|blocks)[._]\d+[._](\d+[._])?transformer_blocks[._][2-9]|add_embedding|label_emb|lora_te2_",
+        "Stable Diffusion XL",
+    ),
+    (r"add_q_proj|img_mlp|txt_mlp", "a multimodal transformer (SD3, FLUX, Qwen-Image)"),
+    (r"blocks[._]\d+[._](self_attn|cross_attn)|condition_embedder", "Wan"),
+    (r"down_blocks|up_blocks|input_blocks|output_blocks", "a UNet (Stable Diffusion 1, 2 or XL)"),
+    (r"lora_te|text_encoder|text_model", "a text encoder"),
+)
+
+
+def looks_like(keys: Iterable[str]) -> str:
+    """What model the keys of a file seem to belong to; empty if they say nothing."""
+    text = "\n".join(keys)
+    return next((what for pattern, what in LOOKS if re.search(pattern, text)), "")

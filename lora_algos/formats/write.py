@@ -1,0 +1,121 @@
+"""The tensors of a whole adapter under the keys of one file format. What a program could not read is refused, not
+written.
+
+    kohya      lora_unet_<layer_>: what ComfyUI, A1111, Forge, kohya's scripts and, for LoRA, diffusers load
+    comfyui    diffusion_model.<ComfyUI's own name>, as ComfyUI's trainer writes
+    diffusers  unet.<layer>: for load_lora_weights; LoRA and DoRA only
+    peft       a folder for PeftModel.from_pretrained: adapter_model.safetensors and adapter_config.json
+
+In kohya's and ComfyUI's files all LoRA layers have one alpha: diffusers gives attention layers a wrong one otherwise. A
+layer's own scaling is then in its lora_up, which is exact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_algos.attach import algorithm_of, listed
+from lora_algos.config import AdapterError
+from lora_algos.formats.layers import dora_compensation
+from lora_algos.formats.names import Names
+
+Layers = dict[str, dict[str, Tensor]]
+DORA_NORM = "train_lora.dora_scale"  # metadata: what a dora_scale is meant to be divided by
+OF_BASE = "norm of the base weight"
+
+
+@dataclass
+class FileContent:
+    """What is written: tensors by key, and what the format adds to the metadata or puts beside the file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict | None = None
+
+
+def write_kohya(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
+    return lycoris_named(layers, weights, names.kohya)
+
+
+def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
+    return lycoris_named(layers, weights, names.comfyui)
+
+
+def lycoris_named(layers: Layers, weights: dict[str, Tensor], spell: Callable[[str], str]) -> FileContent:
+    content = FileContent({})
+    alphas = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
+    for layer, tensors in layers.items():
+        tensors = dict(tensors)
+        if "lora_up.weight" in tensors:
+            own = float(tensors["alpha"])
+            tensors["lora_up.weight"] = tensors["lora_up.weight"] * (own / alphas[0])
+            tensors["alpha"] = torch.tensor(alphas[0])
+        if "lora_magnitude_vector" in tensors:
+            # ComfyUI and Forge divide by ||W|| where DoRA says ||W + dW||: the quotient is worked in
+            magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weights[layer])
+            tensors["dora_scale"] = magnitude.view(-1, *[1] * (weights[layer].ndim - 1))
+            content.metadata[DORA_NORM] = OF_BASE
+        if tensors.keys() <= {"diff", "diff_b", "alpha"}:
+            tensors.pop("alpha", None)
+        content.tensors |= {f"{spell(layer)}.{name}": tensor for name, tensor in tensors.items()}
+    return content
+
+
+def write_diffusers(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
+    refuse(layers, "diffusers", ("LoRA", "DoRA"))
+    content = FileContent({})
+    for layer, tensors in layers.items():
+        scaling = float(tensors["alpha"]) / tensors["lora_down.weight"].shape[0]
+        parts = peft_tensors(tensors, weights[layer])
+        parts["lora_B.weight"] = parts["lora_B.weight"] * scaling  # without an alpha, diffusers scales by 1
+        content.tensors |= {f"{names.diffusers(layer)}.{name}": tensor for name, tensor in parts.items()}
+    return content
+
+
+def write_peft(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
+    from lora_algos.formats.peft_config import peft_config  # imports PEFT, which is slow
+
+    algorithms = {algorithm_of(tensors) for tensors in layers.values()}
+    refuse(layers, "peft", ("LoRA", "DoRA", "LoHa", "LoKr"))
+    if len(algorithms) > 1:
+        raise AdapterError(
+            f"--export.format peft: one file of PEFT's holds one algorithm, not {', '.join(sorted(algorithms))}"
+        )
+    content = FileContent({}, config=peft_config(layers, weights, algorithms.pop()))
+    for layer, tensors in layers.items():
+        parts = peft_tensors(tensors, weights[layer])
+        content.tensors |= {f"{names.peft(layer)}.{name}": tensor for name, tensor in parts.items()}
+    return content
+
+
+def peft_tensors(tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """A layer's tensors under PEFT's names, alpha left out."""
+    renamed = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    parts = {renamed.get(name, name): tensor for name, tensor in tensors.items() if name != "alpha"}
+    if "lora_magnitude_vector" in parts and weight.ndim > 2:
+        parts["lora_magnitude_vector"] = parts["lora_magnitude_vector"].view(1, -1, *[1] * (weight.ndim - 2))
+    return parts
+
+
+def refuse(layers: Layers, file_format: str, algorithms: tuple[str, ...]) -> None:
+    """AdapterError naming the layers that a format has no tensors for."""
+    faults = []
+    for layer, tensors in layers.items():
+        algorithm = algorithm_of(tensors)
+        if algorithm not in algorithms:
+            faults.append(f"{layer}: {algorithm}")
+        elif "diff_b" in tensors:
+            faults.append(f"{layer}: a trained bias")
+    if faults:
+        only = f"--export.format {file_format} holds {', '.join(algorithms)} alone; kohya and comfyui hold everything"
+        raise AdapterError(listed(f"{only}, --export.convert lora-exact or lora-svd makes LoRAs", faults))
+
+
+WRITERS: dict[str, Callable[[Layers, dict[str, Tensor], Names], FileContent]] = {
+    "kohya": write_kohya,
+    "comfyui": write_comfyui,
+    "diffusers": write_diffusers,
+    "peft": write_peft,
+}

@@ -1,0 +1,80 @@
+"""Rotations of output channels in blocks, for OFT and BOFT: the Cayley transform and its gradient, and rotating
+activations.
+
+R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1: R - I = 2 S Q, which loses
+nothing for small Q, and the gradient of Q is 2 S^T G S^T, so one inverse serves both passes and nothing but B is
+kept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_algos.low_rank import channels_last_rows, is_channels_last
+from lora_algos.ops import LayerOp
+
+
+@dataclass(frozen=True)
+class Cayley:
+    """R - I of blocks (..., b, b), and what its gradient needs."""
+
+    minus_identity: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, blocks: Tensor) -> "Cayley":
+        q = blocks - blocks.mT
+        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        inverse = torch.linalg.inv_ex(identity - q).inverse  # of a matrix that has one; inv would ask the device
+        return cls(2 * inverse @ q, inverse)
+
+    def grad(self, grad: Tensor) -> Tensor:
+        """From the gradient of R to that of the blocks."""
+        dq = 2 * self.inverse.mT @ grad @ self.inverse.mT
+        return dq - dq.mT
+
+
+def constrained(blocks: Tensor, constraint: float) -> Tensor:
+    """Blocks whose skew matrices have a Frobenius norm of at most `constraint`, taken over all of a layer's; 0: as
+    is."""
+    if not constraint:
+        return blocks
+    norm = (blocks - blocks.mT).square().sum().clamp_min(1e-24).sqrt() + 1e-8
+    return blocks * (constraint / norm).clamp_max(1.0)
+
+
+def add_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor) -> None:
+    """Adds `matrices` (blocks, b, b) times `x`, over blocks of channels, to `y` in place; both are outputs of the
+    layer."""
+    blocks, b = matrices.shape[:2]
+    if is_channels_last(op, y):
+        flat, flat_x = (channels_last_rows(op, t).view(-1, blocks, b).transpose(0, 1) for t in (y, x))
+        if torch.compiler.is_compiling():  # which loses the strides of a transposed view that is written to
+            change = torch.bmm(flat_x, matrices.mT).transpose(0, 1)
+            channels_last_rows(op, y).add_(change.reshape(-1, blocks * b))
+        else:
+            flat.baddbmm_(flat_x, matrices.mT)
+        return
+    every = matrices.expand(y.shape[0], *matrices.shape).reshape(-1, b, b)
+    parts = x.reshape(every.shape[0], b, -1)
+    if y.is_contiguous():
+        y.view(parts.shape).baddbmm_(every, parts)
+    else:
+        y.add_(torch.bmm(every, parts).view(y.shape))
+
+
+def block_products(op: LayerOp, y: Tensor, x: Tensor, b: int) -> Tensor:
+    """The sum over positions of y x^T, per block of channels: (blocks, b, b)."""
+    if is_channels_last(op, y):
+        flat, flat_x = (channels_last_rows(op, t).view(-1, y.shape[1 if op.spatial else -1] // b, b) for t in (y, x))
+        return torch.bmm(flat.permute(1, 2, 0), flat_x.transpose(0, 1))
+    flat, flat_x = (t.reshape(-1, b, y[0, 0].numel()) for t in (y, x))
+    return torch.bmm(flat, flat_x.mT).view(y.shape[0], -1, b, b).sum(0)
+
+
+def without_bias(op: LayerOp, y: Tensor, bias: Tensor | None) -> Tensor:
+    """A new tensor: `y` less the bias, dense in memory."""
+    if bias is None:
+        return y.clone()
+    return y - op.channel_view(bias.to(y.dtype))

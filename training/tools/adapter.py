@@ -1,0 +1,160 @@
+"""An adapter file as the sub-commands see it: its layers by name, each read when it is asked for."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lora_algos import formats, get_algorithm
+from lora_algos.attach import algorithm_of, listed
+from lora_algos.config import AdapterError
+from lora_algos.formats import convert
+from lora_algos.formats.names import looks_like, split_key
+from lora_algos.formats.peft_config import rank_of
+from lora_algos.formats.write import DORA_NORM
+from training.stream import TensorStore
+from training.tools.model import Model
+from training.tools.unknown import UnknownModel
+
+NEED_BASE = ("DoRA", "OFT", "BOFT", "GLoRA")  # their update is a function of the base's weight
+STARTS = {"lora_unet_": "kohya", "diffusion_model.": "comfyui", "unet.": "diffusers", "transformer.": "diffusers"}
+LayerTensors = dict[str, Tensor]
+
+
+@dataclass
+class AdapterFile:
+    """A file of any program's, or a folder of PEFT's. AdapterError if it is not readable."""
+
+    path: Path
+    model: Model | UnknownModel
+    drop: tuple[str, ...] = ()
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Layer -> name of a tensor here -> its key in the file."""
+    unknown: list[str] = field(default_factory=list)
+    """A line for each key that belongs to no layer of the model."""
+    dropped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config, file = {}, self.path
+        if self.path.is_dir():
+            config, file = formats.peft_folder_config(self.path), self.path / "adapter_model.safetensors"
+        try:
+            self.store = TensorStore([file])
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(
+                f"{file} is not a readable .safetensors file: {formats.unreadable(file, error)}"
+            ) from error
+        self.metadata = {**self.store.metadata[file], **config}
+        self._group()
+        if not self.layers and not self.unknown:
+            raise AdapterError(f"{self.path} holds no tensors" + (", all are left out by --drop" if self.drop else ""))
+
+    def _group(self) -> None:
+        self.model.take_spellings(self.store.infos, self.path.is_dir())
+        layer_of = self.model.names.layer_of(self.model.layers)
+        for key, info in self.store.infos.items():
+            spelling, name = split_key(key)
+            if any(re.fullmatch(pattern, key) for pattern in self.drop):
+                self.dropped.append(key)
+            elif name and spelling in layer_of:
+                self.layers.setdefault(layer_of[spelling], {})[name] = key
+            else:
+                what = "no such layer in the model" if name else "no tensor of an adapter"
+                self.unknown.append(f"{key} {info.shape}: {what}")
+        self.layers = {layer: self.layers[layer] for layer in self.model.layers if layer in self.layers}
+
+    def require_all_known(self) -> None:
+        """AdapterError naming the keys that belong to no layer."""
+        if not self.unknown:
+            return
+        looks = looks_like(self.store.infos)
+        hint = [f"the file looks like one for {looks}"] if looks and not self.layers else []
+        what = f"{self.path} does not fit the model: {len(self.unknown)} of {len(self.store.infos)} keys (--drop leaves"
+        raise AdapterError(listed(f"{what} out what matches a pattern)", [*hint, *self.unknown]))
+
+    def require_all_whole(self) -> None:
+        """AdapterError naming the layers whose tensors are damaged or do not fit the model's."""
+        faults = []
+        for layer in self.layers:
+            try:
+                self.read(layer)
+            except AdapterError as error:
+                faults.append(f"{layer}: {error}")
+        if faults:
+            raise AdapterError(listed(f"{self.path} cannot be used", faults))
+
+    def file_format(self) -> str:
+        """The format of the file that is nearest to its keys."""
+        if isinstance(self.model, UnknownModel):
+            return self.model.file_format
+        if self.path.is_dir():
+            return "peft"
+        found = {file_format for start, file_format in STARTS.items() if any(k.startswith(start) for k in self.keys)}
+        return found.pop() if len(found) == 1 else self.model.family.file_format
+
+    @property
+    def keys(self) -> list[str]:
+        """Those that belong to layers."""
+        return [key for parts in self.layers.values() for key in parts.values()]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.size for info in self.store.infos.values())
+
+    def dtypes(self) -> dict[torch.dtype, int]:
+        """dtype -> number of tensors, the most frequent first; alphas do not count."""
+        found: dict[torch.dtype, int] = {}
+        for key, info in self.store.infos.items():
+            if not key.endswith(".alpha"):
+                found[info.dtype] = found.get(info.dtype, 0) + 1
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def tensors(self, layer: str, weight: Tensor) -> LayerTensors:
+        """A layer's tensors under the names that adapters here have, fp32. AdapterError if they are damaged."""
+        given = {key: self.store.get(key) for key in self.layers[layer].values()}
+        # without the base's values a dora_scale stays what the file says; its update is not asked for then
+        metadata = {k: v for k, v in self.metadata.items() if k != DORA_NORM or not weight.is_meta}
+        found, faults = formats.from_file(given, metadata, self.model.alone(layer, weight), self.model.names)
+        if faults or layer not in found:
+            raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
+        return with_alpha(found[layer])
+
+    def read(self, layer: str) -> tuple[LayerTensors, Tensor]:
+        """A layer's tensors, and the weight that they are for, without values if none is known. AdapterError if they do
+        not fit it."""
+        weight = self.model.weight(layer)
+        tensors = self.tensors(layer, weight)
+        if not weight.is_meta:
+            get_algorithm(algorithm_of(tensors)).read_spec(tensors, weight.shape)
+        return tensors, weight
+
+
+def with_alpha(tensors: LayerTensors) -> LayerTensors:
+    """The tensors with the alpha that a file means by having none: scaling by 1, or a free rotation."""
+    if "alpha" in tensors:
+        return tensors
+    if "oft_blocks" in tensors:
+        return {**tensors, "alpha": torch.tensor(0.0)}
+    rank = rank_of_layer(tensors)
+    return {**tensors, "alpha": torch.tensor(float(rank))} if rank else tensors
+
+
+def rank_of_layer(tensors: LayerTensors) -> int | None:
+    """The rank of a layer's update; None where it has none."""
+    if "a2.weight" in tensors:
+        return tensors["a2.weight"].shape[0]
+    without = {"lokr_w1", "lokr_w2"} <= tensors.keys() or algorithm_of(tensors) in ("OFT", "BOFT", "Full")
+    return None if without else rank_of(tensors)
+
+
+def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """The update of `weight`, fp32; AdapterError if it cannot be had without the base's values."""
+    algorithm = algorithm_of(dict(tensors))
+    if weight.is_meta and algorithm in NEED_BASE:
+        raise AdapterError(f"{algorithm} needs --model")
+    return convert.delta_of(dict(tensors), weight)

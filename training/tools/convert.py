@@ -1,0 +1,61 @@
+"""`convert`: an adapter file in another program's format, or as another algorithm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_algos.attach import algorithm_of, listed
+from lora_algos.config import AdapterError
+from lora_algos.formats import convert
+from training.tools.adapter import AdapterFile, LayerTensors, delta_of, rank_of_layer
+from training.tools.model import Model
+from training.tools.options import Convert
+from training.tools.output import DTYPES, Target, dtype_of, write_adapter, written
+from training.tools.report import Report
+
+
+def run(options: Convert) -> int:
+    """Converts. Returns the exit code."""
+    model = Model(options.model_config(options.model))
+    adapter = AdapterFile(Path(options.file), model, options.drop)
+    adapter.require_all_known()
+    report = Report(with_error=options.convert == "lora-svd")
+    dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
+    target = Target(model, options.format, dtype, adapter.metadata)
+    rounding = write_adapter(Path(options.out), converted(adapter, options, report), target)
+    print(report)
+    print(written(options.out, target, rounding, adapter.dropped))
+    return 0
+
+
+def converted(adapter: AdapterFile, options: Convert, report: Report) -> Iterator[tuple[str, LayerTensors]]:
+    """Each layer as `--convert` asks; AdapterError naming all that cannot be so."""
+    faults = []
+    for layer in adapter.layers:
+        try:
+            tensors, weight = adapter.read(layer)
+            result, error = as_asked(tensors, weight, options)
+            delta = delta_of(tensors, weight)
+        except AdapterError as fault:
+            faults.append(f"{layer}: {fault}")
+            continue
+        report.add(
+            layer, {"algorithm": algorithm_of(result), "rank": rank_of_layer(result) or "-"}, float(delta.norm()), error
+        )
+        if not faults:
+            yield layer, result
+    if faults:
+        raise AdapterError(listed(f"{options.file} cannot be converted", faults))
+
+
+def as_asked(tensors: LayerTensors, weight: Tensor, options: Convert) -> tuple[LayerTensors, float]:
+    """A layer's tensors converted, and ||error|| / ||update||."""
+    if options.convert == "full":
+        return convert.full(tensors, weight), 0.0
+    if options.convert == "lora-exact":
+        return convert.lora_exact(tensors, weight.shape), 0.0
+    if options.convert == "lora-svd":
+        assert options.rank is not None  # options.faults refuses it
+        return convert.nearest_lora(tensors, weight, options.rank)
+    return tensors, 0.0

@@ -1,0 +1,126 @@
+"""`merge`: adapters worked into the weights of a base model, in the dtypes that these are stored in."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_algos.attach import algorithm_of
+from training.files import new_file, new_folder
+from training.stream import write_tensors
+from training.tools.adapter import NEED_BASE, AdapterFile, delta_of
+from training.tools.model import Model
+from training.tools.options import Merge
+from training.tools.output import ToolError
+from training.tools.report import Report
+
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5")
+
+
+def run(options: Merge) -> int:
+    """Merges. Returns the exit code."""
+    model = Model(options.model_config(options.model))
+    loras = [
+        (AdapterFile(Path(path), model, options.drop), strengths[0]) for path, strengths in options.loras().items()
+    ]
+    for adapter, _ in loras:
+        adapter.require_all_known()
+        adapter.require_all_whole()
+    merging = Merging(model, loras)
+    left_out: list[Path] = []
+    out = Path(options.out)
+    root = model.family.path
+    if root.is_file():
+        with new_file(out) as beside:
+            merging.write(root, beside)
+    else:
+        with new_folder(out) as beside:
+            left_out = copy_rest(root, beside, model.files)
+            for file in model.files:
+                merging.write(file, beside / file.relative_to(root))
+    print(merging.summary())
+    if left_out:
+        print(f"not copied, as nothing is merged into them: {', '.join(map(str, left_out))}")
+    print(f"written {out}")
+    return 0
+
+
+@dataclass
+class Merging:
+    """A base model and the adapters, with their strengths, that go into it."""
+
+    model: Model
+    loras: list[tuple[AdapterFile, float]]
+    report: Report = field(default_factory=lambda: Report(with_error=False))
+    of_base: set[str] = field(default_factory=set)
+    """Algorithms seen whose update is a function of the base's weight."""
+
+    def write(self, source: Path, target: Path) -> None:
+        """Writes one file of the model, tensor by tensor; what no adapter changes is copied bit for bit."""
+        keys = self.model.store.keys_in(source)
+        infos = {key: self.model.store.infos[key] for key in keys}
+        tensors = ((key, self.merged(key)) for key in keys)
+        write_tensors(target, infos, tensors, self.model.store.metadata[source])
+
+    def merged(self, key: str) -> Tensor:
+        """One tensor of the model, as it is stored."""
+        stored = self.model.store.get(key)
+        layer, kind = self.model.layer_of_key.get(key, ("", ""))
+        parts = [(adapter, strength) for adapter, strength in self.loras if layer in adapter.layers]
+        if kind == "bias":
+            parts = [(adapter, strength) for adapter, strength in parts if "diff_b" in adapter.layers[layer]]
+        if not parts:
+            return stored
+        weight = stored.float().reshape(self.model.shape(layer, kind))
+        total, words = weight.new_zeros(weight.shape), set()
+        for adapter, strength in parts:
+            if kind == "bias":
+                total += strength * adapter.tensors(layer, self.model.weight(layer))["diff_b"]
+            else:
+                tensors = adapter.tensors(layer, weight)
+                words.add(algorithm_of(tensors))
+                total += strength * delta_of(tensors, weight)
+        if kind == "weight":
+            self.of_base |= words & {*NEED_BASE}
+            self.report.add(layer, {"algorithm": ", ".join(sorted(words)), "files": len(parts)}, float(total.norm()))
+        result = (weight + total).to(stored.dtype)
+        if not result.isfinite().all():
+            raise ToolError(f"{key}: merged, its values are too large for {stored.dtype}, the dtype of the model")
+        return result.reshape(stored.shape)
+
+    def summary(self) -> str:
+        """What was merged."""
+        lines = [f"{adapter.path} x {strength:g}: {len(adapter.layers)} layers" for adapter, strength in self.loras]
+        dropped = sum(len(adapter.dropped) for adapter, _ in self.loras)
+        lines += [f"left out by --drop: {dropped} keys"] if dropped else []
+        if self.of_base:
+            lines.append(f"{', '.join(sorted(self.of_base))}: strength x dW, each dW being made of the original W; "
+                         "programs that apply one file after another, or to an already changed W, differ")  # fmt: skip
+        return "\n".join([str(self.report), *lines])
+
+
+def copy_rest(source: Path, target: Path, merged: list[Path]) -> list[Path]:
+    """Copies a diffusers folder but for the weights of the denoiser. Returns those left out that are not `merged`."""
+    left_out = []
+    for file in sorted(source.rglob("*")):
+        place = file.relative_to(source)
+        if not file.is_file() or file in merged:
+            continue
+        if file.parent == merged[0].parent and (file.suffix in WEIGHTS or is_foreign_index(file, merged)):
+            left_out.append(place)
+            continue
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / place)
+    for file in merged:
+        (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+    return left_out
+
+
+def is_foreign_index(file: Path, merged: list[Path]) -> bool:
+    """Whether this is the list of the shards of other weights than those that are merged."""
+    if not file.name.endswith(".index.json"):
+        return False
+    shards = set(json.loads(file.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    return not shards <= {other.name for other in merged}

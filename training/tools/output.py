@@ -1,0 +1,170 @@
+"""Writes an adapter layer by layer in one of the file formats, checked before it takes its name."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lora_algos import formats
+from lora_algos.attach import algorithm_of
+from lora_algos.config import AdapterError
+from lora_algos.formats.write import DORA_NORM, WRITERS, FileContent
+from training.files import WriteError, new_file, new_folder
+from training.stream import HASHES, TensorInfo, write_tensors
+from training.tools.adapter import AdapterFile, LayerTensors, rank_of_layer
+from training.tools.model import Model
+from training.tools.unknown import UnknownModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_KEPT = (*HASHES, DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")
+MOST_ERROR = 1e-6  # of what is read back in fp32, relative to the update
+MOST_ERROR_DORA = 1e-5  # whose update is a small difference of large numbers
+
+
+class ToolError(RuntimeError):
+    """Something could not be done, though nothing is wrong with what was asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written: which names, which format, in which dtype."""
+
+    model: Model | UnknownModel
+    file_format: str
+    dtype: torch.dtype
+    metadata: dict[str, str]
+    """What goes into the file besides the format's own."""
+
+
+class Spool:
+    """Layers on the disk, beside the file that is to be made of them: only when all are there are their shapes
+    known."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.layers: dict[str, LayerTensors] = {}
+        """Layer -> its tensors without values; but alphas have theirs."""
+
+    def put(self, layer: str, tensors: LayerTensors) -> None:
+        self.layers[layer] = {key: t if key == "alpha" else t.to("meta") for key, t in tensors.items()}
+        try:
+            self._path(layer).write_bytes(formats.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {}))
+        except OSError as error:
+            raise WriteError(self._path(layer), error) from error
+
+    def get(self, layer: str) -> LayerTensors:
+        with safe_open(self._path(layer), framework="pt") as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+
+    def _path(self, layer: str) -> Path:
+        return self.folder / f"{list(self.layers).index(layer)}.safetensors"
+
+
+def write_adapter(out: Path, layers: Iterable[tuple[str, LayerTensors]], target: Target) -> float:
+    """Writes the layers, which are asked for one by one. Returns the largest ||rounding|| / ||update|| of a layer.
+
+    Raises AdapterError if the format cannot hold them, and ToolError if what it holds is another function.
+    """
+    with spool_beside(out) as spool:
+        for layer, tensors in layers:
+            spool.put(layer, tensors)
+        if not spool.layers:
+            raise ToolError("there is nothing to write: no layer changes")
+        weights = {layer: target.model.empty(layer) for layer in spool.layers}
+        plan = WRITERS[target.file_format](spool.layers, weights, target.model.names)
+        metadata = {**described(target.metadata, spool), **plan.metadata, **HASHES}
+        if plan.config is not None:
+            metadata["format"] = "pt"
+        infos = {key: TensorInfo(stored_dtype(key, target), tuple(t.shape)) for key, t in plan.tensors.items()}
+        errors: list[float] = []
+        content = contents(spool, target, FileContent({}, metadata, plan.config), errors)
+        if plan.config is None:
+            with new_file(out) as beside:
+                write_tensors(beside, infos, content, metadata)
+        else:
+            with new_folder(out) as beside:
+                write_tensors(beside / "adapter_model.safetensors", infos, content, metadata)
+                text = json.dumps(plan.config, indent=1)
+                (beside / "adapter_config.json").write_text(text, encoding="utf-8")
+    return max(errors)
+
+
+@contextmanager
+def spool_beside(out: Path) -> Iterator[Spool]:
+    try:
+        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
+    except OSError as error:
+        raise WriteError(out, error) from error
+    with folder as path:
+        yield Spool(Path(path))
+
+
+def stored_dtype(key: str, target: Target) -> torch.dtype:
+    return torch.float32 if key.endswith(".alpha") else target.dtype
+
+
+def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float]) -> Iterator[tuple[str, Tensor]]:
+    """The file's tensors, of one layer at a time, each layer read back as a stranger would and compared."""
+    alphas = [float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t]
+    for layer in spool.layers:
+        tensors = spool.get(layer)
+        weight = target.model.weight(layer)
+        given = one_alpha(tensors, alphas[0]) if alphas and target.file_format in ("kohya", "comfyui") else tensors
+        written = WRITERS[target.file_format]({layer: given}, {layer: weight}, target.model.names).tensors
+        error = difference(FileContent(written, plan.metadata, plan.config), layer, tensors, weight, target)
+        if not error <= (MOST_ERROR_DORA if algorithm_of(tensors) == "DoRA" else MOST_ERROR):
+            raise ToolError(f"{layer}: in the format {target.file_format} its update would differ by {error:.1e}")
+        rounded = {key: tensor.to(stored_dtype(key, target)) for key, tensor in written.items()}
+        overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
+        if overflown:
+            raise ToolError(f"{', '.join(overflown)}: too large for {target.dtype}. Choose --dtype bf16 or fp32")
+        errors.append(difference(FileContent(rounded, plan.metadata, plan.config), layer, tensors, weight, target))
+        yield from rounded.items()
+
+
+def difference(content: FileContent, layer: str, tensors: LayerTensors, weight: Tensor, target: Target) -> float:
+    """||what a reader of `content` makes of one layer - what `tensors` make of it|| / ||update||."""
+    if weight.is_meta:
+        weight = torch.zeros_like(weight, device="cpu")  # of which the update is no function, but norms are compared
+    try:
+        return formats.verify(content, {layer: tensors}, target.model.alone(layer, weight), target.model.names)
+    except AdapterError as error:
+        raise ToolError(str(error)) from error
+
+
+def one_alpha(tensors: LayerTensors, alpha: float) -> LayerTensors:
+    """A layer's LoRA with that alpha: these formats have one in all layers, and a writer sees one layer at a time."""
+    if "lora_up.weight" not in tensors or "alpha" not in tensors:
+        return tensors
+    up = tensors["lora_up.weight"] * (float(tensors["alpha"]) / alpha)
+    return {**tensors, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+
+
+def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
+    """Metadata with what it says of ranks, alphas and formats made true again."""
+    kept = {key: value for key, value in metadata.items() if key not in NOT_KEPT}
+    ranks = [rank for tensors in spool.layers.values() if (rank := rank_of_layer(tensors))]
+    alphas = [float(tensors["alpha"]) for tensors in spool.layers.values() if "alpha" in tensors]
+    kept["ss_network_module"], kept["ss_network_args"] = "networks.lora", "{}"
+    kept["ss_network_dim"] = str(max(ranks, default=1))
+    kept["ss_network_alpha"] = str(alphas[0] if alphas else 1.0)
+    return kept
+
+
+def written(out: str, target: Target, rounding: float, dropped: Sequence[str] = ()) -> str:
+    """What to say of a file that was written."""
+    left_out = f"left out by --drop: {len(dropped)} keys\n" if dropped else ""
+    dtype = str(target.dtype).removeprefix("torch.")
+    by = f", rounding changes a layer's update by {rounding:.1e} of it at most" if rounding else ""
+    return f"{left_out}written {out}: {target.file_format}, {dtype}{by}"
+
+
+def dtype_of(adapter: AdapterFile) -> torch.dtype:
+    """The dtype of most of an adapter's tensors, if one can be written, else fp32."""
+    return next((dtype for dtype in adapter.dtypes() if dtype in DTYPES.values()), torch.float32)

@@ -1,0 +1,66 @@
+"""`resize`: every layer of an adapter as the nearest LoRA of a rank, or of the least rank that keeps enough."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_algos.attach import algorithm_of, listed
+from lora_algos.config import AdapterError
+from lora_algos.formats import convert
+from training.tools.adapter import AdapterFile, LayerTensors, rank_of_layer
+from training.tools.model import Model
+from training.tools.options import Resize
+from training.tools.output import DTYPES, Target, dtype_of, write_adapter, written
+from training.tools.report import Report
+from training.tools.unknown import UnknownModel
+
+
+def run(options: Resize) -> int:
+    """Resizes. Returns the exit code."""
+    model = Model(options.model_config(options.model)) if options.model else UnknownModel()
+    adapter = AdapterFile(Path(options.file), model, options.drop)
+    adapter.require_all_known()
+    dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
+    report = Report()
+    target = Target(model, adapter.file_format(), dtype, adapter.metadata)
+    rounding = write_adapter(Path(options.out), resized(adapter, options, report), target)
+    print(report)
+    print(written(options.out, target, rounding, adapter.dropped))
+    return 0
+
+
+def resized(adapter: AdapterFile, options: Resize, report: Report) -> Iterator[tuple[str, LayerTensors]]:
+    """Each layer as a LoRA; what is no matrix stays as it is. AdapterError naming all that need the base model."""
+    faults = []
+    for layer in adapter.layers:
+        try:
+            tensors, weight = adapter.read(layer)
+            algorithm = algorithm_of(tensors)
+            if weight.is_meta and algorithm not in ("LoRA", "Full"):
+                raise AdapterError(f"{algorithm} needs --model")
+        except AdapterError as fault:
+            faults.append(f"{layer}: {fault}")
+            continue
+        if faults:
+            continue
+        if weight.ndim < 2:
+            report.add(layer, {"algorithm": algorithm, "rank": "-", "was": "-"}, float(tensors["diff"].norm()))
+            yield layer, tensors
+            continue
+        parts = convert.svd(tensors, weight)
+        lora, error = convert.lora_svd(parts, wanted_rank(parts[1], options), weight.shape)
+        rank = lora["lora_down.weight"].shape[0]
+        words = {"algorithm": algorithm, "rank": rank, "was": rank_of_layer(tensors) or "-"}
+        report.add(layer, words, float(parts[1].norm()), error)
+        yield layer, {**lora, **convert.bias_of(tensors)}
+    if faults:
+        raise AdapterError(listed(f"{options.file} cannot be resized", faults))
+
+
+def wanted_rank(singular_values: Tensor, options: Resize) -> int:
+    """The rank that is asked for."""
+    if options.energy is None:
+        assert options.rank is not None  # options.faults refuses it
+        return options.rank
+    return convert.rank_for_energy(singular_values, options.energy)

@@ -1,0 +1,102 @@
+"""In the place of a base model that was not given: the layers that a file itself names, their shapes read from it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lora_algos.formats import Names
+from lora_algos.formats.names import split_key
+from training.stream import TensorInfo
+from training.tools.model import nested
+
+PREFIXES = ("base_model.model.", "unet.", "transformer.")
+
+
+@dataclass(frozen=True)
+class Verbatim(Names):
+    """Layers are called what the file calls them, without the prefix that PEFT and diffusers put before all."""
+
+    prefix: str = ""
+
+    def kohya(self, layer: str) -> str:
+        return self.prefix + layer
+
+    comfyui = diffusers = peft = kohya
+
+    def spellings(self, layer: str) -> list[str]:
+        return [self.prefix + layer]
+
+
+@dataclass
+class UnknownModel:
+    """Stands for a base model of which only the adapter file is known. Its weights have no values."""
+
+    names: Verbatim = field(default_factory=Verbatim)
+    layers: dict[str, torch.Size] = field(default_factory=dict)
+    file_format: str = "kohya"
+
+    def take_spellings(self, infos: Mapping[str, TensorInfo], folder: bool) -> None:
+        """Takes over the layers that the keys of a file name, or of a folder of PEFT's."""
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for key, info in infos.items():
+            spelling, name = split_key(key)
+            if name and spelling not in ("", *PREFIXES):
+                found.setdefault(spelling, {})[name] = info
+        prefix = next((p for p in PREFIXES if found and all(layer.startswith(p) for layer in found)), "")
+        self.names = Verbatim(prefix=prefix)
+        self.file_format = "peft" if folder else "diffusers" if prefix else "kohya"
+        self.layers = {layer.removeprefix(prefix): shape_of(parts) for layer, parts in found.items()}
+
+    def empty(self, layer: str) -> Tensor:
+        return self.weight(layer)
+
+    def weight(self, layer: str) -> Tensor:
+        return torch.empty(self.layers[layer], device="meta")
+
+    def alone(self, layer: str, weight: Tensor) -> nn.Module:
+        module = nn.Linear(1, 1, device="meta")
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return nested(layer, module)
+
+
+def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
+    """The shape of a layer's weight by the tensors of its adapter; a convolution may come out as a matrix."""
+    shapes = {name: info.shape for name, info in parts.items()}
+    try:
+        if "diff" in shapes:
+            return torch.Size(shapes["diff"])
+        if "lora_up.weight" in shapes:
+            kernel = shapes.get("lora_mid.weight", shapes["lora_down.weight"])[2:]
+            return torch.Size((shapes["lora_up.weight"][0], shapes["lora_down.weight"][1], *kernel))
+        if "hada_t1" in shapes:
+            return torch.Size((shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:]))
+        if "hada_w1_a" in shapes:
+            return torch.Size((shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]))
+        if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
+            return lokr_shape(shapes)
+    except (KeyError, IndexError):
+        pass  # reading the layer says what is wrong with it
+    return torch.Size((1, 1))
+
+
+def lokr_shape(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
+    a, c = (shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1]))[:2]
+    if "lokr_w2" in shapes:
+        b, d, *kernel = shapes["lokr_w2"]
+    elif "lokr_t2" in shapes:
+        b, d, kernel = shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1], [*shapes["lokr_t2"][2:]]
+    else:
+        b, d, kernel = shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1], []
+    return torch.Size((a * b, c * d, *kernel))
+
+
+def block_of(layer: str) -> str:
+    """The block that a layer is counted under: `down_blocks.1.attentions`, `mid_block.resnets`, `conv_in`."""
+    parts = layer.split(".")
+    if len(parts) == 1:
+        match = re.match(r".*?(_\d+_[a-z]+|mid_block_[a-z]+)", layer)  # a flat name such as kohya's
+        return match[0] if match else layer
+    return ".".join(parts[: 3 if parts[1].isdigit() else 2])
