@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lora_algos.base import Shapes, fitted
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
-from lora_algos.kernels import Kernel, Saved, Tensors
+from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.oft import OFT, BlockRotation
 from lora_algos.ops import LayerOp
-from lora_algos.rotation import Cayley, add_blocks, block_products, without_bias
+from lora_algos.rotation import Cayley, add_blocks, block_products, times_blocks, without_bias
 
 
 def butterfly_side(channels: int, limit: int) -> int:
@@ -36,6 +36,13 @@ def permuted(x: Tensor, axis: int, stage: int, side: int, inverse: bool = False)
     return split.transpose(axis + 1, axis + 2).reshape(x.shape)
 
 
+def next_stage(x: Tensor, axis: int, half: int) -> Tensor:
+    """From the order of a stage whose permutation has this half to the order of the next, in one step; its own
+    inverse."""
+    axis %= x.ndim
+    return x.unflatten(axis, (-1, 2, half, 2)).transpose(axis + 1, axis + 3).reshape(x.shape)
+
+
 @dataclass(frozen=True)
 class Butterfly(BlockRotation):
     """Factors (blocks,)."""
@@ -53,8 +60,20 @@ class Butterfly(BlockRotation):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
         y = self.op(x, weight, bias)
-        y.add_(self._change(without_bias(self.op, y, bias), Cayley.of(factors[0]).minus_identity.to(y.dtype)))
+        changes, before = Cayley.of(factors[0]).minus_identity, without_bias(self.op, y, bias)
+        if y.dtype in WIDE:
+            y.add_(self._turned(before, changes).sub_(before))  # exactly zero at first
+        else:
+            y.add_(self._change(before, changes.to(y.dtype)))
         return y, (y,)
+
+    def _turned(self, y: Tensor, changes: Tensor) -> Tensor:
+        """All stages on an output; `changes` (stages, blocks, b, b) are R_i - I."""
+        b, axis = changes.shape[-1], self._axis
+        y = permuted(y, axis, 0, b)
+        for stage, change in enumerate(changes):
+            y = times_blocks(self.op, next_stage(y, axis, 2**stage * b // 4) if stage else y, change)
+        return permuted(y, axis, changes.shape[0] - 1, b, inverse=True)
 
     def _change(self, y: Tensor, changes: Tensor) -> Tensor:
         """What all stages add to an output; `changes` (stages, blocks, b, b) are R_i - I. A sum of what each adds,
@@ -77,22 +96,21 @@ class Butterfly(BlockRotation):
     def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
         (blocks,), b = saved.factors, saved.factors[0].shape[-1]
         cayley = Cayley.of(blocks)
-        y, dblocks = without_bias(self.op, saved.x, saved.bias), torch.empty_like(blocks)
-        for stage in reversed(range(blocks.shape[0])):
+        last, axis, dblocks = blocks.shape[0] - 1, self._axis, torch.empty_like(blocks)
+        y = permuted(without_bias(self.op, saved.x, saved.bias), axis, last, b)
+        grad = permuted(grad, axis, last, b)
+        for stage in range(last, -1, -1):
             change = cayley.minus_identity[stage]
-            y, grad = (permuted(t, self._axis, stage, b) for t in (y, grad))
             # y = R y0, so y0 = R^T y, and the gradient of R is g y0^T = (g y^T) R
             products = block_products(self.op, grad, y, b).to(blocks.dtype)
             dblocks[stage] = products + products @ change
-            back = change.mT.to(grad.dtype)
-            y, grad = (self._back(t, back, stage) for t in (y, grad))
+            grad = times_blocks(self.op, grad, change.mT)
+            if stage:
+                y, half = times_blocks(self.op, y, change.mT), 2**stage * b // 4
+                y, grad = next_stage(y, axis, half), next_stage(grad, axis, half)
+        grad = permuted(grad, axis, 0, b, inverse=True)
         dx = self.op.input_grad(grad, saved.weight, saved.shape) if input_grad else None
         return dx, (cayley.grad(dblocks),)
-
-    def _back(self, taken: Tensor, change: Tensor, stage: int) -> Tensor:
-        turned = taken.clone()
-        add_blocks(self.op, turned, change, taken)
-        return permuted(turned, self._axis, stage, change.shape[-1], inverse=True)
 
 
 class BOFT(OFT):

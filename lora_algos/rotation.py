@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_algos.kernels import WIDE
 from lora_algos.low_rank import channels_last_rows, is_channels_last
 from lora_algos.ops import LayerOp
 
@@ -47,14 +48,9 @@ def constrained(blocks: Tensor, constraint: float) -> Tensor:
 def add_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor) -> None:
     """Adds `matrices` (blocks, b, b) times `x`, over blocks of channels, to `y` in place; both are outputs of the
     layer."""
-    blocks, b = matrices.shape[:2]
+    b = matrices.shape[-1]
     if is_channels_last(op, y):
-        flat, flat_x = (channels_last_rows(op, t).view(-1, blocks, b).transpose(0, 1) for t in (y, x))
-        if torch.compiler.is_compiling():  # which loses the strides of a transposed view that is written to
-            change = torch.bmm(flat_x, matrices.mT).transpose(0, 1)
-            channels_last_rows(op, y).add_(change.reshape(-1, blocks * b))
-        else:
-            flat.baddbmm_(flat_x, matrices.mT)
+        put_blocks(op, y, matrices, x, beta=1)
         return
     every = matrices.expand(y.shape[0], *matrices.shape).reshape(-1, b, b)
     parts = x.reshape(every.shape[0], b, -1)
@@ -62,6 +58,33 @@ def add_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor) -> None:
         y.view(parts.shape).baddbmm_(every, parts)
     else:
         y.add_(torch.bmm(every, parts).view(y.shape))
+
+
+def put_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor, beta: int) -> None:
+    """y = beta y + `matrices` x for outputs that are matrices (tokens, channels) in memory."""
+    blocks, b = matrices.shape[:2]
+    flat, flat_x = (channels_last_rows(op, t).view(-1, blocks, b).transpose(0, 1) for t in (y, x))
+    if torch.compiler.is_compiling():  # which loses the strides of a transposed view that is written to
+        change = torch.bmm(flat_x, matrices.mT).transpose(0, 1)
+        channels_last_rows(op, y).mul_(beta).add_(change.reshape(-1, blocks * b))
+    else:
+        flat.baddbmm_(flat_x, matrices.mT, beta=beta)
+
+
+def times_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
+    """(I + `changes`) times `x`, over blocks of channels. In a narrow dtype I + changes would be rounded to I."""
+    if x.dtype not in WIDE:
+        turned = x.clone()
+        add_blocks(op, turned, changes.to(x.dtype), x)
+        return turned
+    b = changes.shape[-1]
+    matrices = changes + torch.eye(b, dtype=changes.dtype, device=changes.device)
+    if is_channels_last(op, x):
+        turned = torch.zeros_like(x) if torch.compiler.is_compiling() else torch.empty_like(x)
+        put_blocks(op, turned, matrices, x, beta=0)
+        return turned
+    every = matrices.expand(x.shape[0], *matrices.shape).reshape(-1, b, b)
+    return torch.bmm(every, x.reshape(every.shape[0], b, -1)).view(x.shape)
 
 
 def block_products(op: LayerOp, y: Tensor, x: Tensor, b: int) -> Tensor:

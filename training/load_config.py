@@ -17,6 +17,7 @@ from models.config import path_fault
 from training.config import SCHEMA, ConfigError, TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
+PROGRAM = "train_lora.py [RECIPE | inspect | convert | merge | resize | extract]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
 
 
@@ -30,9 +31,7 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     if recipe is None and not any(a.startswith(("--model.path", "--data.images")) for a in argv):
         recipe = DEMO_RECIPE
     defaults = read_recipe(recipe) if recipe else TrainConfig()
-    parsed = tyro.cli(
-        TrainConfig, default=defaults, args=canonical_argv(argv), use_underscores=True, prog="train_lora.py [RECIPE]"
-    )
+    parsed = tyro.cli(TrainConfig, default=defaults, args=canonical_argv(argv), use_underscores=True, prog=PROGRAM)
     config = validate(asdict(parsed), where="the command line", prefix="--")
     faults = path_faults(config)
     if faults:
@@ -44,7 +43,10 @@ def read_recipe(path: Path) -> TrainConfig:
     """The config in a YAML file; `{project}` in a string stands for the folder of train_lora.py."""
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in DEMO_RECIPE.parent.glob("*.yaml")))
-        raise ConfigError(f"{path} is not a file. A recipe is a YAML file; recipes/ holds {known}")
+        raise ConfigError(
+            f"{path} is not a file. A recipe is a YAML file; recipes/ holds {known}. Commands are inspect, convert, "
+            "merge, resize and extract"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -96,12 +96,13 @@ def from_file(
 
 def supply_alphas(layers: Layers, metadata: dict[str, str]) -> None:
     """Adds what stands in a file's metadata, or is understood, and not in its tensors."""
-    from lora_algos.formats.peft_config import alphas_of
+    from lora_algos.formats.peft_config import alphas_of, known_rank
 
     alphas = alphas_of(metadata, layers)
     for layer, tensors in layers.items():
-        if layer in alphas and "alpha" not in tensors:
-            tensors["alpha"] = torch.tensor(alphas[layer])
+        alpha = alphas.get(layer, known_rank(tensors))  # without an alpha a file is scaled by 1
+        if alpha is not None and "alpha" not in tensors:
+            tensors["alpha"] = torch.tensor(float(alpha))
     if metadata.get("ss_network_module", "").startswith("lycoris"):
         # kohya's and LyCORIS' constraint is per output channel, ComfyUI's is the whole layer's
         for tensors in layers.values():

@@ -13,12 +13,17 @@ Layers = dict[str, dict[str, Tensor]]
 PEFT_TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR"}
 
 
+def known_rank(tensors: dict[str, Tensor]) -> int | None:
+    """The rank of a layer's update, if its tensors have one."""
+    for name in ("lora_down.weight", "hada_t1", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2.weight"):
+        if name in tensors and tensors[name].ndim:
+            return tensors[name].shape[0]
+    return None
+
+
 def rank_of(tensors: dict[str, Tensor]) -> int:
     """The rank of a layer's update; that from which PEFT divides nothing where there is none."""
-    for name in ("lora_down.weight", "hada_t1", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2.weight"):
-        if name in tensors:
-            return tensors[name].shape[0]
-    return max(tensors["lokr_w2"].shape[:2])
+    return known_rank(tensors) or max(tensors["lokr_w2"].shape[:2])
 
 
 def has_rank(tensors: dict[str, Tensor]) -> bool:
