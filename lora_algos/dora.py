@@ -56,20 +56,23 @@ class MagnitudeAndDirection(Kernel):
         h = add_low_rank(self.op, y, x, up.to(x.dtype), down.to(x.dtype), self.scaling)
         scale = self.op.channel_view(ratio)
         if bias is None:
-            y = (y * scale).to(x.dtype)
-        else:  # the bias, which is in y, is not scaled; in the magnitude's dtype, so that y is rounded once more only
-            y = torch.addcmul(self.op.channel_view((1 - ratio) * bias.to(ratio.dtype)), y, scale).to(x.dtype)
+            y.mul_(scale)
+        else:  # the bias, which is in y, is not scaled
+            shift = self.op.channel_view((1 - ratio) * bias.to(ratio.dtype))
+            # in the magnitude's dtype, so that y is rounded once more only; in place where they are the same
+            y = y.mul_(scale).add_(shift) if y.dtype == shift.dtype else torch.addcmul(shift, y, scale).to(y.dtype)
         return y, (x, h, y, norms)
 
     def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
         up, down, magnitude, _ = saved.factors
         h, y, norms = saved.kept
         op, m = self.op, magnitude.flatten()
-        products = channel_sum(op, grad * y, m.dtype)
+        weighted = grad * y
+        products = channel_sum(op, weighted, m.dtype)
         if saved.bias is not None:
             products -= channel_sum(op, grad, m.dtype) * saved.bias.to(m.dtype)
         d_magnitude = torch.where(m.abs() > TINY, products / m, 0).view(magnitude.shape)
-        through = (grad * op.channel_view(m / norms)).to(grad.dtype)
+        through = torch.mul(grad, op.channel_view(m / norms), out=weighted)
         dx = op.input_grad(through, saved.weight, saved.shape) if input_grad else None
         low_rank = (up.to(grad.dtype), down.to(grad.dtype), self.scaling)
         return dx, (*low_rank_grads(op, through, saved.x, low_rank, dx, h), d_magnitude)
