@@ -191,10 +191,10 @@ class Adapter(ABC):
 
     def mode(self, x: Tensor, factors: Tensors) -> Mode:
         """How this input is computed, as `bypass_mode` asks: true by the factors, false by dW, auto the cheaper."""
-        wide = x.dtype in WIDE
+        wide, by_factors = x.dtype in WIDE, self.kernel.by_factors(factors)
         if self.spec.bypass_mode == "true":
-            return self.kernel.forced("factors", factors)
-        if self.spec.bypass_mode == "false":
+            return "factors" if by_factors else "dense"
+        if self.spec.bypass_mode == "false" or not by_factors:
             return "merged" if wide else "dense"
         positions = x.numel() // x.shape[1 if self.op.spatial else -1]
         for step in self.op.stride:

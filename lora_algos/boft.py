@@ -86,7 +86,7 @@ class Butterfly(BlockRotation):
             total += permuted(added, axis, stage, b, inverse=True)
         return total
 
-    def _in_groups(self, factors: Tensors) -> bool:
+    def by_factors(self, factors: Tensors) -> bool:
         return self.op.groups == 1
 
     @property

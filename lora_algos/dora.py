@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter, OwnAdapter, Shapes, fitted
+from lora_algos.base import Adapter, OwnAdapter, Shapes
 from lora_algos.config import AdapterError, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.lora import ADAPTER_NAME, INITS_OF_LINEAR, LoRABase, OwnLoRA, PeftAdapter
@@ -94,11 +94,6 @@ class DoRABase(LoRABase):
     @classmethod
     def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
         return MagnitudeAndDirection(op, weight, spec.scaling)
-
-    @classmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        spec = cls.spec_of(tensors)
-        return spec, fitted(tensors, cls.shapes(spec, weight), weight)
 
     @classmethod
     def peft_layers(cls) -> dict[type[nn.Module], Callable[..., Adapter]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_algos.base import OwnAdapter, Shapes, alpha_of, fitted
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import Kernel, Mode, Saved, Tensors, cheapest
+from lora_algos.kernels import Kernel, Saved, Tensors
 from lora_algos.low_rank import add_low_rank, low_rank_grads
 from lora_algos.ops import LayerOp
 
@@ -52,12 +52,9 @@ class InputAndBeside(Kernel):
         db = low_rank_grads(self.op, grad, saved.x, (b1, b2, self.scaling), dx, saved.kept[0])
         return dx, (*da, *db)
 
-    def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
+    def by_factors(self, factors: Tensors) -> bool:
         # a1 a2 stands before the groups of a grouped convolution, which share it in the formula
-        return cheapest({"merged": 1, "dense": 2}, wide) if self.op.groups > 1 else "factors"
-
-    def forced(self, mode: Mode, factors: Tensors) -> Mode:
-        return "dense" if mode == "factors" and self.op.groups > 1 else mode
+        return self.op.groups == 1
 
 
 class GLoRA(OwnAdapter):

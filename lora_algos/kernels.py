@@ -67,17 +67,18 @@ class Kernel(ABC):
     def backward(self, grad: Tensor, saved: "Saved", input_grad: bool) -> tuple[Tensor | None, Tensors]:
         """Mode factors. Returns the gradients of the input, if wanted, and of the factors."""
 
-    def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
-        """The cheapest mode for an input with `tokens` positions; `wide` if merging loses nothing."""
-        return "factors"
+    def by_factors(self, factors: Tensors) -> bool:
+        """Whether this layer has the mode factors."""
+        return True
 
-    def forced(self, mode: Mode, factors: Tensors) -> Mode:
-        """`mode`, or the nearest to it that there is."""
-        return mode
+    def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
+        """The cheapest mode, where there are all, for an input with `tokens` positions; `wide` if merging loses
+        nothing."""
+        return "factors"
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor | None:
         """Mode factors in operations that autograd knows, or None: where the hand-written passes gain less from the
-        arithmetic than Python costs them."""
+        arithmetic than Python costs them. Weight and bias may be in another dtype than `x`."""
         return None
 
     def dense_grads(self, grad: Tensor, saved: "Saved") -> Tensors:
@@ -112,10 +113,8 @@ class AdaptedLayer(torch.autograd.Function):
         kept: Tensors = (x,)
         if mode == "factors":
             y, kept = kernel.forward(x, w, b, factors)
-        elif mode == "merged":
-            y = kernel.op(x, kernel.whole(w, factors), b)
         else:
-            y = two_weights(kernel.op, x, (w, kernel.delta(w, factors).to(x.dtype)), b)
+            y = with_delta(kernel, mode, x, w, b, factors)
         ctx.kernel, ctx.mode, ctx.num_factors, ctx.input = kernel, mode, len(factors), (x.shape, x.dtype)
         ctx.save_for_backward(weight, bias, *factors, *kept)
         return y
@@ -148,14 +147,18 @@ def dense_input_grad(kernel: Kernel, mode: Mode, grad: Tensor, saved: Saved) -> 
 
 def adapted(kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor:
     """The adapted layer's output. Under torch.compile the dense modes are plain operations, which it plans itself."""
-    if mode == "factors" and (y := kernel.plain(x, weight.to(x.dtype), narrowed(bias, x), factors)) is not None:
+    if mode == "factors" and (y := kernel.plain(x, weight, bias, factors)) is not None:
         return y
     if mode == "factors" or not torch.compiler.is_compiling():
         return AdaptedLayer.apply(kernel, mode, x, weight, bias, *factors)
-    w, b = weight.to(x.dtype), narrowed(bias, x)
+    return with_delta(kernel, mode, x, weight.to(x.dtype), narrowed(bias, x), factors)
+
+
+def with_delta(kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor:
+    """Modes merged and dense: the layer's output."""
     if mode == "merged":
-        return kernel.op(x, kernel.whole(w, factors), b)
-    return two_weights(kernel.op, x, (w, kernel.delta(w, factors).to(x.dtype)), b)
+        return kernel.op(x, kernel.whole(weight, factors), bias)
+    return two_weights(kernel.op, x, (weight, kernel.delta(weight, factors).to(x.dtype)), bias)
 
 
 def narrowed(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -229,13 +232,10 @@ class DenseKernel(Kernel):
     """A kernel that always forms dW."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
-        raise AssertionError("mode() never answers factors")
+        raise AssertionError("it has no mode factors")
 
     def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
-        raise AssertionError("mode() never answers factors")
+        raise AssertionError("it has no mode factors")
 
-    def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
-        return "merged" if wide else "dense"
-
-    def forced(self, mode: Mode, factors: Tensors) -> Mode:
-        return "dense" if mode == "factors" else mode
+    def by_factors(self, factors: Tensors) -> bool:
+        return False

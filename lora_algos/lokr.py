@@ -101,23 +101,22 @@ class Kronecker(Additive):
         mixed = mix(w1.T, grads.view(n, a, *grads.shape[1:])).flatten(0, 1)
         return dw1, op.weight_grad(mixed, parts, w2.shape)
 
+    def by_factors(self, factors: Tensors) -> bool:
+        return self.op.groups == 1
+
     def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
-        (a, c), (out, fan_in) = factors[0].shape, (self.shape[0], self.shape[1:].numel())
-        grouped = self.op.groups > 1
-        if len(factors) == 3 and not grouped:
+        if len(factors) == 3:
             return "factors"
+        (a, c), (out, fan_in) = factors[0].shape, (self.shape[0], self.shape[1:].numel())
         # merging saves w2 over the input, and w1 over the output and over the gradient
         step = fan_in * (out // a) + 2 * out * c
         build = 2 * weight_pass(self.shape, factors[0].device)
         costs: dict[Mode, float] = {
-            "factors": math.inf if grouped else 2.0 * tokens * step,
+            "factors": 2.0 * tokens * step,
             "merged": build,
             "dense": build + 4.0 * tokens * out * fan_in,
         }
         return cheapest(costs, wide)
-
-    def forced(self, mode: Mode, factors: Tensors) -> Mode:
-        return "dense" if mode == "factors" and self.op.groups > 1 else mode
 
     def dense_grads(self, grad: Tensor, saved: Saved) -> Tensors:
         return super().dense_grads(grad, saved) if self.op.groups > 1 else self.grads(grad, saved, None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_algos.kernels import WIDE, Additive, Saved, Tensors
+from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
 from lora_algos.ops import LayerOp, rows
 
 SMALL = 2**17  # elements of an input; a convolution keeps its input whoever writes its backward pass
@@ -96,7 +96,7 @@ class LowRank(Additive):
         if not op.spatial and (x.numel() > SMALL or (bias is None and x.dtype not in WIDE)):
             return None
         up, down = (factor.to(x.dtype) for factor in factors)
-        y, h = op(x, weight, bias), op.ungrouped()(groups_as_batch(op, x), down)
+        y, h = op(x, weight.to(x.dtype), narrowed(bias, x)), op.ungrouped()(groups_as_batch(op, x), down)
         if op.groups == 1 and is_channels_last(op, y):
             flat, flat_h = channels_last_rows(op, y), channels_last_rows(op, h)
             y_flat = torch.addmm(flat, flat_h, up.flatten(1).T, alpha=self.scaling)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_algos.base import OwnAdapter, Shapes, fitted
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
-from lora_algos.kernels import WIDE, Kernel, Mode, Saved, Tensors, cheapest
+from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.ops import LayerOp, channel_sum
 from lora_algos.rotation import Cayley, add_blocks, block_products, constrained, without_bias
 
@@ -69,15 +69,9 @@ class BlockRotation(Kernel):
         add_blocks(self.op, unrotated, cayley.minus_identity.to(grad.dtype), grad)
         return self.op.input_grad(unrotated, saved.weight, saved.shape), (dblocks,)
 
-    def _in_groups(self, factors: Tensors) -> bool:
+    def by_factors(self, factors: Tensors) -> bool:
         """Whether rotating outputs is rotating rows of the weight: no block mixes two groups of a convolution."""
         return self.op.groups == 1 or (self.shape[0] // self.op.groups) % factors[0].shape[-1] == 0
-
-    def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
-        return "factors" if self._in_groups(factors) else cheapest({"merged": 1, "dense": 2}, wide)
-
-    def forced(self, mode: Mode, factors: Tensors) -> Mode:
-        return mode if mode != "factors" or self._in_groups(factors) else "dense"
 
 
 class OFT(OwnAdapter):

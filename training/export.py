@@ -18,7 +18,6 @@ from training.metadata import Parts, Provenance, file_metadata
 from training.stream import addnet_hashes, training_metadata
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MOST_ERROR = 1e-6  # of a file in fp32, read back, relative to the update
 
 
 def file_names(family: ModelFamily, denoiser: nn.Module) -> formats.Names:
@@ -35,7 +34,7 @@ def write_adapter(config: TrainConfig, parts: Parts, provenance: Provenance) -> 
     for file_format in config.export.format or (parts.family.file_format,):
         exact = formats.to_file(layers, adapted.model, names, file_format, torch.float32)
         error = formats.verify(exact, layers, adapted.model, names)
-        if not error <= MOST_ERROR:
+        if not error <= formats.MOST_ERROR:
             raise AdapterError(
                 f"the {file_format} file changes the weights by {error:.1e} of what was trained, not kept"
             )

@@ -13,22 +13,21 @@ from lora_algos.attach import Adapted, adaptable_layers, listed, norm_layers
 from lora_algos.config import AdapterError
 from lora_algos.formats import convert
 from lora_algos.formats.layers import canonical
-from lora_algos.formats.names import Names, looks_like, split_key
-from lora_algos.formats.write import DORA_NORM, OF_BASE, WRITERS, FileContent, Layers
+from lora_algos.formats.names import Names, group_keys, looks_like
+from lora_algos.formats.write import DORA_NORM, OF_BASE, WRITERS, FileContent, Layers, stored_dtype
 
 __all__ = [
-    "WRITERS", "FileContent", "Layers", "Names", "from_file", "layers_of_adapted", "read", "to_bytes", "to_file",
-    "verify", "weights_of",
+    "MOST_ERROR", "WRITERS", "FileContent", "Layers", "Names", "file_and_config", "from_file", "layers_of_adapted",
+    "read", "to_bytes", "to_file", "verify", "weights_of",
 ]  # fmt: skip
+
+
+MOST_ERROR = 1e-6  # of a file in fp32, read back, relative to the update
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file, or of PEFT's folder; AdapterError if it is not one."""
-    path = Path(path)
-    config = {}
-    if path.is_dir():
-        config = peft_folder_config(path)
-        path = path / "adapter_model.safetensors"
+    path, config = file_and_config(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -51,12 +50,16 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"{error}. A file that was cut short has to be copied again"
 
 
-def peft_folder_config(folder: Path) -> dict[str, str]:
-    """PEFT's adapter_config.json as metadata."""
+def file_and_config(path: Path) -> tuple[Path, dict[str, str]]:
+    """The .safetensors file that `path` is or, for a folder of PEFT's, holds, and PEFT's adapter_config.json as
+    metadata."""
+    if not path.is_dir():
+        return path, {}
     try:
-        return {"adapter_config": (folder / "adapter_config.json").read_text(encoding="utf-8")}
+        config = (path / "adapter_config.json").read_text(encoding="utf-8")
     except OSError as error:
-        raise AdapterError(f"{folder} is not a folder of PEFT's: {error}") from error
+        raise AdapterError(f"{path} is not a folder of PEFT's: {error}") from error
+    return path / "adapter_model.safetensors", {"adapter_config": config}
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -72,20 +75,13 @@ def from_file(
     The tensors are fp32 and have the names that the adapters here give them, whatever program wrote the file.
     """
     weights = weights_of(model)
-    layer_of = names.layer_of(weights)
-    found: Layers = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        spelling, name = split_key(key)
-        if name and spelling in layer_of:
-            found.setdefault(layer_of[spelling], {})[name] = tensor
-        else:
-            what = "no such layer in the model" if name else "no tensor of an adapter"
-            unknown.append(f"{key} {tuple(tensor.shape)}: {what}")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    found, unknown = group_keys(shapes, names.layer_of(weights))
     if unknown and not found and (what := looks_like(tensors)):
         unknown.insert(0, f"the file looks like one for {what}")
     result: Layers = {}
-    for layer, parts in found.items():
+    for layer, keys in found.items():
+        parts = {name: tensors[key] for name, key in keys.items()}
         try:
             result[layer] = canonical(parts, weights[layer], metadata.get(DORA_NORM) == OF_BASE)
         except (AdapterError, KeyError, RuntimeError) as error:
@@ -100,7 +96,8 @@ def supply_alphas(layers: Layers, metadata: dict[str, str]) -> None:
 
     alphas = alphas_of(metadata, layers)
     for layer, tensors in layers.items():
-        alpha = alphas.get(layer, known_rank(tensors))  # without an alpha a file is scaled by 1
+        # without an alpha an update is scaled by 1, and a rotation is free
+        alpha = alphas.get(layer, 0.0 if "oft_blocks" in tensors else known_rank(tensors))
         if alpha is not None and "alpha" not in tensors:
             tensors["alpha"] = torch.tensor(float(alpha))
     if metadata.get("ss_network_module", "").startswith("lycoris"):
@@ -126,8 +123,7 @@ def to_file(layers: Layers, model: nn.Module, names: Names, file_format: str, dt
     weights = {name: weight.detach().to("cpu") for name, weight in weights_of(model).items() if name in layers}
     content = WRITERS[file_format](layers, weights, names)
     content.tensors = {
-        key: tensor.to(torch.float32 if key.endswith(".alpha") else dtype, copy=True).contiguous()
-        for key, tensor in content.tensors.items()
+        key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in content.tensors.items()
     }
     if content.config is not None:
         content.metadata["format"] = "pt"  # PEFT writes it and transformers asks for it

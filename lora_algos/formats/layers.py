@@ -5,6 +5,8 @@ from torch import Tensor
 
 from lora_algos.config import AdapterError
 
+Layers = dict[str, dict[str, Tensor]]
+"""Layer -> a tensor's name here -> the tensor."""
 NOT_READ = {
     "rescale": "an OFT with rescale, which ComfyUI and PEFT do not read either",
     "oft_R.weight": "an OFT of PEFT's, which rotates the layer's input: another function than everyone else's OFT",

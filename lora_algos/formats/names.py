@@ -1,7 +1,7 @@
 """How the layers of a model are called in adapter files, and which tensor of a layer a key means."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -80,6 +80,21 @@ def split_key(key: str) -> tuple[str, str]:
         if key.endswith(suffix):
             return re.sub(r"\.processor\.(to_out)$|\.processor\.", processor, key[: -len(suffix)]), SUFFIXES[suffix]
     return key, ""
+
+
+def group_keys(
+    shapes: Mapping[str, tuple[int, ...]], layer_of: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """A file's keys as layer -> tensor's name here -> key, and a line for each key that belongs to no layer."""
+    found: dict[str, dict[str, str]] = {}
+    unknown = []
+    for key, shape in shapes.items():
+        spelling, name = split_key(key)
+        if name and spelling in layer_of:
+            found.setdefault(layer_of[spelling], {})[name] = key
+        else:
+            unknown.append(f"{key} {shape}: {'no such layer in the model' if name else 'no tensor of an adapter'}")
+    return found, unknown
 
 
 def processor(match: re.Match) -> str:

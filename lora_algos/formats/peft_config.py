@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lora_algos.attach import listed
 from lora_algos.config import AdapterError
+from lora_algos.formats.layers import Layers
 
-Layers = dict[str, dict[str, Tensor]]
 PEFT_TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR"}
 
 

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
-from lora_algos.formats.layers import dora_compensation
+from lora_algos.formats.layers import Layers, dora_compensation
 from lora_algos.formats.names import Names
 
-Layers = dict[str, dict[str, Tensor]]
 DORA_NORM = "train_lora.dora_scale"  # metadata: what a dora_scale is meant to be divided by
 OF_BASE = "norm of the base weight"
 
@@ -47,11 +46,7 @@ def lycoris_named(layers: Layers, weights: dict[str, Tensor], spell: Callable[[s
     content = FileContent({})
     alphas = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
     for layer, tensors in layers.items():
-        tensors = dict(tensors)
-        if "lora_up.weight" in tensors:
-            own = float(tensors["alpha"])
-            tensors["lora_up.weight"] = tensors["lora_up.weight"] * (own / alphas[0])
-            tensors["alpha"] = torch.tensor(alphas[0])
+        tensors = one_alpha(tensors, alphas[0]) if alphas else dict(tensors)
         if "lora_magnitude_vector" in tensors:
             # ComfyUI and Forge divide by ||W|| where DoRA says ||W + dW||: the quotient is worked in
             magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weights[layer])
@@ -61,6 +56,19 @@ def lycoris_named(layers: Layers, weights: dict[str, Tensor], spell: Callable[[s
             tensors.pop("alpha", None)
         content.tensors |= {f"{spell(layer)}.{name}": tensor for name, tensor in tensors.items()}
     return content
+
+
+def one_alpha(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """A layer with that alpha if it is a LoRA: its own scaling goes into up."""
+    if "lora_up.weight" not in tensors:
+        return dict(tensors)
+    up = tensors["lora_up.weight"] * (float(tensors["alpha"]) / alpha)
+    return {**tensors, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+
+
+def stored_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of a file in `dtype` is stored in."""
+    return torch.float32 if key.endswith(".alpha") else dtype
 
 
 def write_diffusers(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:

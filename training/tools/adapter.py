@@ -13,8 +13,7 @@ from lora_algos import formats, get_algorithm
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
 from lora_algos.formats import convert
-from lora_algos.formats.names import looks_like, split_key
-from lora_algos.formats.peft_config import rank_of
+from lora_algos.formats.names import group_keys, looks_like
 from lora_algos.formats.write import DORA_NORM
 from training.stream import TensorStore
 from training.tools.model import Model
@@ -39,9 +38,7 @@ class AdapterFile:
     dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, file = {}, self.path
-        if self.path.is_dir():
-            config, file = formats.peft_folder_config(self.path), self.path / "adapter_model.safetensors"
+        file, config = formats.file_and_config(self.path)
         try:
             self.store = TensorStore([file])
         except (SafetensorError, OSError) as error:
@@ -55,16 +52,10 @@ class AdapterFile:
 
     def _group(self) -> None:
         self.model.take_spellings(self.store.infos, self.path.is_dir())
-        layer_of = self.model.names.layer_of(self.model.layers)
-        for key, info in self.store.infos.items():
-            spelling, name = split_key(key)
-            if any(re.fullmatch(pattern, key) for pattern in self.drop):
-                self.dropped.append(key)
-            elif name and spelling in layer_of:
-                self.layers.setdefault(layer_of[spelling], {})[name] = key
-            else:
-                what = "no such layer in the model" if name else "no tensor of an adapter"
-                self.unknown.append(f"{key} {info.shape}: {what}")
+        infos = self.store.infos
+        self.dropped = [key for key in infos if any(re.fullmatch(pattern, key) for pattern in self.drop)]
+        shapes = {key: info.shape for key, info in infos.items() if key not in self.dropped}
+        self.layers, self.unknown = group_keys(shapes, self.model.names.layer_of(self.model.layers))
         self.layers = {layer: self.layers[layer] for layer in self.model.layers if layer in self.layers}
 
     def require_all_known(self) -> None:
@@ -122,7 +113,7 @@ class AdapterFile:
         found, faults = formats.from_file(given, metadata, self.model.alone(layer, weight), self.model.names)
         if faults or layer not in found:
             raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
-        return with_alpha(found[layer])
+        return found[layer]
 
     def read(self, layer: str) -> tuple[LayerTensors, Tensor]:
         """A layer's tensors, and the weight that they are for, without values if none is known. AdapterError if they do
@@ -132,24 +123,6 @@ class AdapterFile:
         if not weight.is_meta:
             get_algorithm(algorithm_of(tensors)).read_spec(tensors, weight.shape)
         return tensors, weight
-
-
-def with_alpha(tensors: LayerTensors) -> LayerTensors:
-    """The tensors with the alpha that a file means by having none: scaling by 1, or a free rotation."""
-    if "alpha" in tensors:
-        return tensors
-    if "oft_blocks" in tensors:
-        return {**tensors, "alpha": torch.tensor(0.0)}
-    rank = rank_of_layer(tensors)
-    return {**tensors, "alpha": torch.tensor(float(rank))} if rank else tensors
-
-
-def rank_of_layer(tensors: LayerTensors) -> int | None:
-    """The rank of a layer's update; None where it has none."""
-    if "a2.weight" in tensors:
-        return tensors["a2.weight"].shape[0]
-    without = {"lokr_w1", "lokr_w2"} <= tensors.keys() or algorithm_of(tensors) in ("OFT", "BOFT", "Full")
-    return None if without else rank_of(tensors)
 
 
 def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:

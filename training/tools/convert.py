@@ -8,7 +8,8 @@ from torch import Tensor
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
 from lora_algos.formats import convert
-from training.tools.adapter import AdapterFile, LayerTensors, delta_of, rank_of_layer
+from lora_algos.formats.peft_config import known_rank
+from training.tools.adapter import AdapterFile, LayerTensors, delta_of
 from training.tools.model import Model
 from training.tools.options import Convert
 from training.tools.output import DTYPES, Target, dtype_of, write_adapter, written
@@ -41,7 +42,7 @@ def converted(adapter: AdapterFile, options: Convert, report: Report) -> Iterato
             faults.append(f"{layer}: {fault}")
             continue
         report.add(
-            layer, {"algorithm": algorithm_of(result), "rank": rank_of_layer(result) or "-"}, float(delta.norm()), error
+            layer, {"algorithm": algorithm_of(result), "rank": known_rank(result) or "-"}, float(delta.norm()), error
         )
         if not faults:
             yield layer, result

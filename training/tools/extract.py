@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_algos.attach import listed
 from lora_algos.formats import convert
+from lora_algos.formats.peft_config import known_rank
 from lora_algos.lokr import factorization
 from models.config import ModelError
-from training.load_config import listed
-from training.tools.adapter import LayerTensors, rank_of_layer
+from training.tools.adapter import LayerTensors
 from training.tools.model import Model
 from training.tools.options import Extract
 from training.tools.output import DTYPES, Target, write_adapter, written
@@ -55,8 +56,7 @@ def check_alike(base: Model, tuned: Model, options: Extract) -> None:
         if shapes[0].get(name) != shapes[1].get(name)
     ]
     if faults:
-        more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
-        raise ModelError(listed(f"{options.base} and {options.tuned} differ in shape", [*faults[:20], *more]))
+        raise ModelError(listed(f"{options.base} and {options.tuned} differ in shape", faults))
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Extraction:
             tensors = {**self.adapter(delta), **({"diff_b": bias} if bias is not None else {})}
             norm = float(delta.norm())
             error = float((convert.delta_of(tensors, delta) - delta).norm()) / (norm or 1.0)
-            words = {"algorithm": self.options.algorithm, "rank": rank_of_layer(tensors) or "-"}
+            words = {"algorithm": self.options.algorithm, "rank": known_rank(tensors) or "-"}
             self.report.add(layer, words, norm, error)
             yield layer, tensors
         inside = {f"{layer}.{kind}" for layer in self.base.layers for kind in ("weight", "bias")}

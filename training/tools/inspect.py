@@ -8,7 +8,8 @@ from pathlib import Path
 from lora_algos.attach import algorithm_of
 from lora_algos.config import AdapterError
 from lora_algos.formats.names import looks_like
-from training.tools.adapter import AdapterFile, delta_of, rank_of_layer
+from lora_algos.formats.peft_config import known_rank
+from training.tools.adapter import AdapterFile, delta_of
 from training.tools.model import Model
 from training.tools.options import Inspect
 from training.tools.report import Report
@@ -78,7 +79,7 @@ def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
             if not weight.is_meta:
                 damaged.append(f"{layer}: {error}")
         alpha = float(tensors["alpha"]) if "alpha" in tensors else "-"
-        report.add(layer, {"algorithm": algorithm, "rank": rank_of_layer(tensors) or "-", "alpha": alpha}, norm)
+        report.add(layer, {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha}, norm)
     return report, damaged
 
 

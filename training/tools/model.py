@@ -7,11 +7,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lora_algos.attach import adaptable_layers, norm_layers
+from lora_algos.attach import adaptable_layers, listed, norm_layers
 from lora_algos.formats import Names
 from models import get_family
 from models.config import ModelConfig, ModelError
-from training.load_config import listed
 from training.stream import TensorInfo, TensorStore
 
 
@@ -45,8 +44,7 @@ class Model:
             elif not info.dtype.is_floating_point:
                 faults.append(f"{self.keys[name]}: quantised weights ({info.dtype}) are not read")
         if faults:
-            more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
-            raise ModelError(listed(f"{path} is not whole", [*faults[:20], *more]))
+            raise ModelError(listed(f"{path} is not whole", faults))
 
     def take_spellings(self, infos: Mapping[str, TensorInfo], folder: bool) -> None:
         """A model that is known needs no names from a file."""

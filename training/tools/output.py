@@ -12,19 +12,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_algos import formats
-from lora_algos.attach import algorithm_of
 from lora_algos.config import AdapterError
-from lora_algos.formats.write import DORA_NORM, WRITERS, FileContent
+from lora_algos.formats.peft_config import known_rank
+from lora_algos.formats.write import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
 from training.files import WriteError, new_file, new_folder
 from training.stream import HASHES, TensorInfo, write_tensors
-from training.tools.adapter import AdapterFile, LayerTensors, rank_of_layer
+from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.unknown import UnknownModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_KEPT = (*HASHES, DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")
-MOST_ERROR = 1e-6  # of what is read back in fp32, relative to the update
-MOST_ERROR_DORA = 1e-5  # whose update is a small difference of large numbers
 
 
 class ToolError(RuntimeError):
@@ -81,7 +79,7 @@ def write_adapter(out: Path, layers: Iterable[tuple[str, LayerTensors]], target:
         metadata = {**described(target.metadata, spool), **plan.metadata, **HASHES}
         if plan.config is not None:
             metadata["format"] = "pt"
-        infos = {key: TensorInfo(stored_dtype(key, target), tuple(t.shape)) for key, t in plan.tensors.items()}
+        infos = {key: TensorInfo(stored_dtype(key, target.dtype), tuple(t.shape)) for key, t in plan.tensors.items()}
         errors: list[float] = []
         content = contents(spool, target, FileContent({}, metadata, plan.config), errors)
         if plan.config is None:
@@ -105,22 +103,19 @@ def spool_beside(out: Path) -> Iterator[Spool]:
         yield Spool(Path(path))
 
 
-def stored_dtype(key: str, target: Target) -> torch.dtype:
-    return torch.float32 if key.endswith(".alpha") else target.dtype
-
-
 def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float]) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors, of one layer at a time, each layer read back as a stranger would and compared."""
     alphas = [float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t]
     for layer in spool.layers:
         tensors = spool.get(layer)
         weight = target.model.weight(layer)
+        # these formats have one alpha in all layers, and a writer sees one layer here
         given = one_alpha(tensors, alphas[0]) if alphas and target.file_format in ("kohya", "comfyui") else tensors
         written = WRITERS[target.file_format]({layer: given}, {layer: weight}, target.model.names).tensors
         error = difference(FileContent(written, plan.metadata, plan.config), layer, tensors, weight, target)
-        if not error <= (MOST_ERROR_DORA if algorithm_of(tensors) == "DoRA" else MOST_ERROR):
+        if not error <= formats.MOST_ERROR:
             raise ToolError(f"{layer}: in the format {target.file_format} its update would differ by {error:.1e}")
-        rounded = {key: tensor.to(stored_dtype(key, target)) for key, tensor in written.items()}
+        rounded = {key: tensor.to(stored_dtype(key, target.dtype)) for key, tensor in written.items()}
         overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
         if overflown:
             raise ToolError(f"{', '.join(overflown)}: too large for {target.dtype}. Choose --dtype bf16 or fp32")
@@ -138,18 +133,10 @@ def difference(content: FileContent, layer: str, tensors: LayerTensors, weight: 
         raise ToolError(str(error)) from error
 
 
-def one_alpha(tensors: LayerTensors, alpha: float) -> LayerTensors:
-    """A layer's LoRA with that alpha: these formats have one in all layers, and a writer sees one layer at a time."""
-    if "lora_up.weight" not in tensors or "alpha" not in tensors:
-        return tensors
-    up = tensors["lora_up.weight"] * (float(tensors["alpha"]) / alpha)
-    return {**tensors, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
-
-
 def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
     """Metadata with what it says of ranks, alphas and formats made true again."""
     kept = {key: value for key, value in metadata.items() if key not in NOT_KEPT}
-    ranks = [rank for tensors in spool.layers.values() if (rank := rank_of_layer(tensors))]
+    ranks = [rank for tensors in spool.layers.values() if (rank := known_rank(tensors))]
     alphas = [float(tensors["alpha"]) for tensors in spool.layers.values() if "alpha" in tensors]
     kept["ss_network_module"], kept["ss_network_args"] = "networks.lora", "{}"
     kept["ss_network_dim"] = str(max(ranks, default=1))

@@ -8,7 +8,8 @@ from torch import Tensor
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
 from lora_algos.formats import convert
-from training.tools.adapter import AdapterFile, LayerTensors, rank_of_layer
+from lora_algos.formats.peft_config import known_rank
+from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.options import Resize
 from training.tools.output import DTYPES, Target, dtype_of, write_adapter, written
@@ -51,7 +52,7 @@ def resized(adapter: AdapterFile, options: Resize, report: Report) -> Iterator[t
         parts = convert.svd(tensors, weight)
         lora, error = convert.lora_svd(parts, wanted_rank(parts[1], options), weight.shape)
         rank = lora["lora_down.weight"].shape[0]
-        words = {"algorithm": algorithm, "rank": rank, "was": rank_of_layer(tensors) or "-"}
+        words = {"algorithm": algorithm, "rank": rank, "was": known_rank(tensors) or "-"}
         report.add(layer, words, float(parts[1].norm()), error)
         yield layer, {**lora, **convert.bias_of(tensors)}
     if faults:
