@@ -54,8 +54,8 @@ def train(config: TrainConfig) -> None:
     from training import setup, tracking
     from training.distributed import build_accelerator
     from training.export import check as check_export
-    from training.export import file_names
     from training.metadata import Parts
+    from training.names import file_names
     from training.optim import build_optimizer
     from training.run import Run
     from training.step import LossFunction

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from lora_algos.base import Adapter, OwnAdapter, Shapes
@@ -121,10 +122,25 @@ class DoRABase(LoRABase):
         return *super().factors(tensors), self.squared_norms
 
 
+class MagnitudeToCome(peft_lora.LoraVariant):
+    """DoRA to PEFT, but that the values are left to `setup`: PEFT's take tensors of the size of the weight."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        weight = module.get_base_layer().weight
+        sides = (1, weight.shape[0], *[1] * (weight.ndim - 2)) if weight.ndim > 2 else (weight.shape[0],)
+        holder = DoraLinearLayer(fan_in_fan_out=False)
+        holder.weight = nn.Parameter(torch.empty(sides, device=weight.device))
+        module.lora_magnitude_vector[adapter_name] = holder
+
+
 class PeftDoRA(DoRABase, PeftAdapter):
     """A layer of PEFT's with our forward pass."""
 
     has_magnitude = True
+
+    def resolve_lora_variant(self, **kwargs: Any) -> peft_lora.LoraVariant:
+        return MagnitudeToCome()
 
     def tensors(self) -> dict[str, nn.Parameter]:
         magnitude = self.lora_magnitude_vector[ADAPTER_NAME].weight

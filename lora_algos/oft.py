@@ -4,8 +4,8 @@ form of LyCORIS, ComfyUI and kohya). The bias is not rotated.
 Shapes, for a weight (out, in, *kernel): oft_blocks (out / b, b, b), zero at first, b the largest divisor of out up to
 block_size. R = (I + Q) (I - Q)^-1, Q = B - B^T.
 
-On activations: the output less its bias is rotated. For the backward pass only the output is kept, which the next layer
-mostly keeps too, and from which the output before the rotation follows.
+On activations: the output less its bias is rotated. For the backward pass the output is kept, which the next layer
+mostly keeps too and from which the output before the rotation follows, and three quarters of an inverse of the blocks.
 """
 
 from collections.abc import Iterable
@@ -53,13 +53,13 @@ class BlockRotation(Kernel):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
         y = self.op(x, weight, bias)
-        change = Cayley.of(factors[0]).minus_identity.to(y.dtype)
-        add_blocks(self.op, y, change.mT, without_bias(self.op, y, bias))
-        return y, (y,)
+        cayley = Cayley.of(factors[0])
+        add_blocks(self.op, y, cayley.minus_identity.to(y.dtype).mT, without_bias(self.op, y, bias))
+        return y, (y, *cayley.to_keep())
 
     def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
         (blocks,), bias = saved.factors, saved.bias
-        cayley = Cayley.of(blocks)
+        cayley = Cayley.of(blocks, saved.kept)
         # y = R^T y0, so y0 = R y, and the gradient of R is y0 g^T = R (y g^T)
         products = biased_products(self.op, saved.x, grad, bias, blocks)
         dblocks = cayley.grad(products + cayley.minus_identity @ products)

@@ -2,8 +2,8 @@
 activations.
 
 R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1: R - I = 2 S Q, which loses
-nothing for small Q, and the gradient of Q is 2 S^T G S^T, so one inverse serves both passes and nothing but B is
-kept.
+nothing for small Q, and the gradient of Q is 2 S^T G S^T, so one inverse serves both passes. It is taken of a symmetric
+matrix, which costs half: S = (I + Q) P with P = (I - Q^2)^-1.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,41 @@ from lora_algos.low_rank import channels_last_rows, is_channels_last
 from lora_algos.ops import LayerOp
 
 
+def inverse(matrices: Tensor) -> Tensor:
+    """Of symmetric matrices with eigenvalues of at least 1."""
+    if matrices.device.type == "cpu":
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices).L)
+    return torch.linalg.inv_ex(matrices).inverse  # inv would ask the device whether there is one
+
+
 @dataclass(frozen=True)
 class Cayley:
-    """R - I of blocks (..., b, b), and what its gradient needs."""
+    """R - I of blocks (..., b, b), and what its gradient needs: S, and P of which S is made."""
 
     minus_identity: Tensor
-    inverse: Tensor
+    s: Tensor
+    p: Tensor
 
     @classmethod
-    def of(cls, blocks: Tensor) -> "Cayley":
+    def of(cls, blocks: Tensor, kept: tuple[Tensor, ...] = ()) -> "Cayley":
+        """`kept`: what `to_keep` gave for these blocks, which spares the inverse."""
         q = blocks - blocks.mT
-        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        inverse = torch.linalg.inv_ex(identity - q).inverse  # of a matrix that has one; inv would ask the device
-        return cls(2 * inverse @ q, inverse)
+        if kept:
+            top, corner = kept
+            p = torch.cat([top, torch.cat([top[..., top.shape[-2] :].mT, corner], -1)], -2)
+        else:
+            p = inverse(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q @ q)
+        s = p + q @ p
+        return cls(2 * s @ q, s, p)
+
+    def to_keep(self) -> tuple[Tensor, ...]:
+        """P, which is symmetric, without a quarter of it that stands there twice."""
+        half = (self.p.shape[-1] + 1) // 2
+        return self.p[..., :half, :].clone(), self.p[..., half:, half:].clone()
 
     def grad(self, grad: Tensor) -> Tensor:
         """From the gradient of R to that of the blocks."""
-        dq = 2 * self.inverse.mT @ grad @ self.inverse.mT
+        dq = 2 * self.s.mT @ grad @ self.s.mT
         return dq - dq.mT
 
 

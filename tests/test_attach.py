@@ -8,9 +8,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_algos.attach import Plan, attach, select_layers
 from lora_algos.config import AdapterConfig, AdapterError, LayerSpec, Override
@@ -223,6 +225,28 @@ def test_a_model_without_values(spec, kind):
         y.square().mean().backward()
     assert y.shape == model["layer"](x).shape
     assert all(fake[name].grad.shape == tensor.shape for name, tensor in named.items() if tensor.requires_grad)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest new tensor of the block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
+            if tensor.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@every_algorithm
+def test_attaching_makes_no_copy_of_a_weight(spec):
+    model = nn.ModuleDict({"layer": nn.Linear(256, 256), "conv": nn.Conv2d(64, 64, 3)})
+    with LargestTensor() as largest:
+        attach(model, dict.fromkeys(model, spec), seed=0)
+    assert largest.elements < 64 * 64 * 9 if spec.algorithm != "Full" else largest.elements == 256 * 256
 
 
 @every_spec

@@ -20,11 +20,6 @@ from training.stream import addnet_hashes, training_metadata
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def file_names(family: ModelFamily, denoiser: nn.Module) -> formats.Names:
-    """How adapter files name the layers of this model."""
-    return formats.Names(family.native_names(denoiser), family.component, family.kohya_is_native)
-
-
 def write_adapter(config: TrainConfig, parts: Parts, provenance: Provenance) -> list[Path]:
     """Writes the adapter in every format asked for, each read back and compared before it takes its name."""
     adapted, names = parts.adapted, parts.names

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_algos.attach import adaptable_layers, listed, norm_layers
-from lora_algos.formats import Names
 from models import get_family
 from models.config import ModelConfig, ModelError
+from training.names import file_names
 from training.stream import TensorInfo, TensorStore
 
 
@@ -24,7 +24,7 @@ class Model:
         self.store = open_model_files(self.files, str(config.path))
         self.keys = self.family.stored_names(self.skeleton)
         self.layers: dict[str, nn.Module] = {**adaptable_layers(self.skeleton), **norm_layers(self.skeleton)}
-        self.names = Names(self.family.native_names(self.skeleton), self.family.component, self.family.kohya_is_native)
+        self.names = file_names(self.family, self.skeleton)
         self.layer_of_key = {
             self.keys[f"{layer}.{kind}"]: (layer, kind)
             for layer in self.layers
