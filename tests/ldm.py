@@ -10,24 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-UNET = {
-    "time_embedding.linear_1.": "time_embed.0.",
-    "time_embedding.linear_2.": "time_embed.2.",
-    "conv_in.": "input_blocks.0.0.",
-    "conv_norm_out.": "out.0.",
-    "conv_out.": "out.2.",
-    "mid_block.resnets.0.": "middle_block.0.",
-    "mid_block.attentions.0.": "middle_block.1.",
-    "mid_block.resnets.1.": "middle_block.2.",
-}
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+from models.ldm_names import native_names
+
 VAE = {
     "conv_norm_out": "norm_out",
     "conv_shortcut": "nin_shortcut",
@@ -51,38 +35,16 @@ def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     """All weights under their original names, and with them what else stands in Stable Diffusion 1.5's file: the noise
     schedule, in fp32 whatever the dtype of the weights, and integer positions."""
     unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    levels = len(vae.config.block_out_channels)
+    levels, native = len(vae.config.block_out_channels), native_names(unet)
+    unet_state = {name.rpartition("."): tensor for name, tensor in unet.state_dict().items()}
     text_state = {name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()}
     text_state["embeddings.position_ids"] = torch.arange(text.config.max_position_embeddings)[None]
     return {
         "alphas_cumprod": pipeline.scheduler.alphas_cumprod,
-        **{f"model.diffusion_model.{unet_name(n, unet.config)}": t for n, t in unet.state_dict().items()},
+        **{f"model.diffusion_model.{native[layer]}.{kind}": t for (layer, _, kind), t in unet_state.items()},
         **{f"first_stage_model.{vae_name(n, levels)}": vae_tensor(n, t) for n, t in vae.state_dict().items()},
         **{f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text_state.items()},
     }
-
-
-def unet_name(name: str, config: dict) -> str:
-    """`down_blocks.1.resnets.0.conv1.weight` -> `input_blocks.3.0.in_layers.2.weight`."""
-    block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
-    if block:
-        side, kind, rest = block[1], block[3], block[5]
-        level, layer, layers = int(block[2]), int(block[4]), config["layers_per_block"]
-        # The blocks of all levels are numbered in one row, layers + 1 to a level. On the way down the last of them is
-        # the downsampler; on the way up the upsampler is the last part of the last layer.
-        place = level * (layers + 1) + (layers if kind.endswith("samplers") else layer)
-        if side == "down":
-            slot = {"resnets": 0, "attentions": 1, "downsamplers": 0}[kind]
-            rest = rest.replace("conv.", "op.") if kind == "downsamplers" else rest
-            name = f"input_blocks.{place + 1}.{slot}.{rest}"
-        else:
-            attends = "CrossAttn" in config["up_block_types"][level]
-            slot = {"resnets": 0, "attentions": 1, "upsamplers": 1 + attends}[kind]
-            name = f"output_blocks.{place}.{slot}.{rest}"
-    else:
-        name = renamed(name, UNET)
-    in_resnet = re.match(r"(input_blocks|output_blocks)\.\d+\.0\.|middle_block\.[02]\.", name)
-    return renamed(name, UNET_RESNET) if in_resnet else name
 
 
 def vae_name(name: str, levels: int) -> str:
