@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -45,9 +45,10 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `path`, replacing what was there, only if the block ends without an error.
 
-    Raises WriteError for an OSError, in the block too.
+    Raises WriteError for an OSError, in the block too. Of a link, and of `.`, the folder that it leads to is replaced.
     """
-    beside = path.with_name(f".{path.name}.partial")
+    path = path.resolve()
+    beside, old = (path.with_name(f".{path.name}.{ending}") for ending in ("partial", "old"))
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -57,14 +58,16 @@ def new_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         sync_folder(beside)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         beside.rename(path)
         shutil.rmtree(old, ignore_errors=True)
         sync_folder(path.parent)
     except BaseException as error:
+        if old.exists() and not path.exists():
+            with suppress(OSError):
+                old.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, OSError):
             raise WriteError(path, error) from error

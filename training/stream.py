@@ -5,9 +5,9 @@ what `safetensors.torch.save` writes, whose metadata has no order; here it has i
 """
 
 import hashlib
+import io
 import json
 import math
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+HASHED_AT_ONCE = 1 << 20  # bytes
 REOPEN_AFTER = 16 << 20  # bytes: what was read of a mapped file stays in memory until it is closed
 
 
@@ -143,30 +144,18 @@ def training_metadata(metadata: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key.startswith("ss_")}
 
 
-def addnet_hashes(content: bytes | memoryview) -> dict[str, str]:
+def addnet_hashes(content: bytes) -> dict[str, str]:
     """The hashes by which A1111 and Forge know a file: they do not depend on the metadata (sd-scripts, train_util)."""
     tensors_at = 8 + int.from_bytes(content[:8], "little")
-    return hashes_of(content[:tensors_at], content[tensors_at:])
-
-
-def hashes_of(header: bytes | memoryview, data: bytes | memoryview) -> dict[str, str]:
-    """addnet's hashes of the file that these two are the parts of."""
-    first, last = 0x100000, 0x110000
-    part = bytes(header[first:last]) + bytes(data[max(0, first - len(header)) : max(0, last - len(header))])
-    return {
-        "sshs_model_hash": hashlib.sha256(data).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(part).hexdigest()[:8],
-    }
+    return file_hashes(io.BytesIO(content), tensors_at, content[:tensors_at])
 
 
 def file_hashes(file: BinaryIO, tensors_at: int, header: bytes) -> dict[str, str]:
-    """addnet's hashes of the tensors in `file` behind `header`."""
-    file.seek(0, 2)
-    if file.tell() == tensors_at:
-        return hashes_of(header, b"")
-    with (
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as content,
-        content[tensors_at:] as data,
-    ):
-        return hashes_of(header, data)
+    """addnet's hashes of the tensors in `file`, which begin at `tensors_at`, behind `header`."""
+    whole, first, last = hashlib.sha256(), 0x100000, 0x110000  # the legacy hash is of these bytes alone
+    file.seek(tensors_at)
+    while chunk := file.read(HASHED_AT_ONCE):
+        whole.update(chunk)
+    file.seek(tensors_at + max(0, first - len(header)))
+    part = header[first:last] + file.read(max(0, last - max(first, len(header))))
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": hashlib.sha256(part).hexdigest()[:8]}
