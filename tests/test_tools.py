@@ -198,16 +198,6 @@ def test_merge_into_a_single_file_leaves_all_else_as_it_is(tmp_path):
         assert there[key].dtype == tensor.dtype
 
 
-def test_merge_copies_no_weights_that_nothing_is_merged_into(model, tmp_path, capsys):
-    source = base_folder(tmp_path / "base")
-    (source / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old")
-    (source / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"other")
-    path, _ = of_case(tmp_path, "LoRA")
-    assert run("merge", source, tmp_path / "out", "--lora", path) == 0
-    assert "unet/diffusion_pytorch_model.bin" in capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "unet").iterdir())) == 2
-
-
 def test_the_script_runs_tools_as_a_user_does(tmp_path):
     path, _ = of_case(tmp_path, "LoRA")
     out = tmp_path / "out.safetensors"

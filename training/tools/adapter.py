@@ -122,6 +122,12 @@ class AdapterFile:
         tensors = self.tensors(layer, weight)
         if not weight.is_meta:
             get_algorithm(algorithm_of(tensors)).read_spec(tensors, weight.shape)
+        if "diff_b" in tensors and isinstance(self.model, Model):
+            there = tuple(tensors["diff_b"].shape)
+            if not self.model.has(layer, "bias"):
+                raise AdapterError(f"diff_b is {there}, and the layer has no bias")
+            if there != (wanted := tuple(self.model.shape(layer, "bias"))):
+                raise AdapterError(f"diff_b is {there} and should be {wanted}")
         return tensors, weight
 
 

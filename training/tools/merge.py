@@ -1,22 +1,21 @@
 """`merge`: adapters worked into the weights of a base model, in the dtypes that these are stored in."""
 
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora_algos.attach import algorithm_of
+from models.config import ModelError
 from training.files import new_file, new_folder
 from training.stream import write_tensors
 from training.tools.adapter import NEED_BASE, AdapterFile, delta_of
+from training.tools.folder import copy_rest
 from training.tools.model import Model
 from training.tools.options import Merge
 from training.tools.output import ToolError
 from training.tools.report import Report
-
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5")
 
 
 def run(options: Merge) -> int:
@@ -85,10 +84,14 @@ class Merging:
         if kind == "weight":
             self.of_base |= words & {*NEED_BASE}
             self.report.add(layer, {"algorithm": ", ".join(sorted(words)), "files": len(parts)}, float(total.norm()))
-        result = (weight + total).to(stored.dtype)
-        if not result.isfinite().all():
+        if not weight.isfinite().all():
+            raise ModelError(f"{key}: not finite (NaN or infinite values) in the model")
+        merged = weight + total
+        if not merged.isfinite().all():
+            raise ToolError(f"{key}: what the adapters add to it is not finite (NaN or infinite values)")
+        if merged.numel() and merged.abs().max() > torch.finfo(stored.dtype).max:  # which fp8 would cut off unsaid
             raise ToolError(f"{key}: merged, its values are too large for {stored.dtype}, the dtype of the model")
-        return result.reshape(stored.shape)
+        return merged.to(stored.dtype).reshape(stored.shape)
 
     def summary(self) -> str:
         """What was merged."""
@@ -99,28 +102,3 @@ class Merging:
             lines.append(f"{', '.join(sorted(self.of_base))}: strength x dW, each dW being made of the original W; "
                          "programs that apply one file after another, or to an already changed W, differ")  # fmt: skip
         return "\n".join([str(self.report), *lines])
-
-
-def copy_rest(source: Path, target: Path, merged: list[Path]) -> list[Path]:
-    """Copies a diffusers folder but for the weights of the denoiser. Returns those left out that are not `merged`."""
-    left_out = []
-    for file in sorted(source.rglob("*")):
-        place = file.relative_to(source)
-        if not file.is_file() or file in merged:
-            continue
-        if file.parent == merged[0].parent and (file.suffix in WEIGHTS or is_foreign_index(file, merged)):
-            left_out.append(place)
-            continue
-        (target / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / place)
-    for file in merged:
-        (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-    return left_out
-
-
-def is_foreign_index(file: Path, merged: list[Path]) -> bool:
-    """Whether this is the list of the shards of other weights than those that are merged."""
-    if not file.name.endswith(".index.json"):
-        return False
-    shards = set(json.loads(file.read_text(encoding="utf-8")).get("weight_map", {}).values())
-    return not shards <= {other.name for other in merged}
