@@ -17,10 +17,9 @@ from lora_algos.formats.names import group_keys, looks_like
 from lora_algos.formats.write import DORA_NORM
 from training.stream import TensorStore
 from training.tools.model import Model
-from training.tools.unknown import UnknownModel
+from training.tools.unknown import UnknownModel, format_of
 
 NEED_BASE = ("DoRA", "OFT", "BOFT", "GLoRA")  # their update is a function of the base's weight
-STARTS = {"lora_unet_": "kohya", "diffusion_model.": "comfyui", "unet.": "diffusers", "transformer.": "diffusers"}
 LayerTensors = dict[str, Tensor]
 
 
@@ -84,8 +83,7 @@ class AdapterFile:
             return self.model.file_format
         if self.path.is_dir():
             return "peft"
-        found = {file_format for start, file_format in STARTS.items() if any(k.startswith(start) for k in self.keys)}
-        return found.pop() if len(found) == 1 else self.model.family.file_format
+        return format_of(self.keys) or self.model.family.file_format
 
     @property
     def keys(self) -> list[str]:
@@ -120,8 +118,7 @@ class AdapterFile:
         not fit it."""
         weight = self.model.weight(layer)
         tensors = self.tensors(layer, weight)
-        if not weight.is_meta:
-            get_algorithm(algorithm_of(tensors)).read_spec(tensors, weight.shape)
+        get_algorithm(algorithm_of(tensors)).read_spec(tensors, weight.shape)
         if "diff_b" in tensors and isinstance(self.model, Model):
             there = tuple(tensors["diff_b"].shape)
             if not self.model.has(layer, "bias"):
@@ -131,9 +128,14 @@ class AdapterFile:
         return tensors, weight
 
 
+def needs_base(algorithm: str, weight: Tensor) -> bool:
+    """Whether an update cannot be had, as it is a function of the base's values and these are not known."""
+    return weight.is_meta and algorithm in NEED_BASE
+
+
 def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """The update of `weight`, fp32; AdapterError if it cannot be had without the base's values."""
     algorithm = algorithm_of(dict(tensors))
-    if weight.is_meta and algorithm in NEED_BASE:
+    if needs_base(algorithm, weight):
         raise AdapterError(f"{algorithm} needs --model")
     return convert.delta_of(dict(tensors), weight)

@@ -9,7 +9,7 @@ from lora_algos.attach import algorithm_of
 from lora_algos.config import AdapterError
 from lora_algos.formats.names import looks_like
 from lora_algos.formats.peft_config import known_rank
-from training.tools.adapter import AdapterFile, delta_of
+from training.tools.adapter import AdapterFile, delta_of, needs_base
 from training.tools.model import Model
 from training.tools.options import Inspect
 from training.tools.report import Report
@@ -69,15 +69,10 @@ def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
         try:
             tensors, weight = adapter.read(layer)
             algorithm = algorithm_of(tensors)
+            norm = math.nan if needs_base(algorithm, weight) else float(delta_of(tensors, weight).norm())
         except AdapterError as error:
             damaged.append(f"{layer}: {error}")
             continue
-        try:
-            norm = float(delta_of(tensors, weight).norm())
-        except AdapterError as error:
-            norm = math.nan
-            if not weight.is_meta:
-                damaged.append(f"{layer}: {error}")
         alpha = float(tensors["alpha"]) if "alpha" in tensors else "-"
         report.add(layer, {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha}, norm)
     return report, damaged

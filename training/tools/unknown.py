@@ -1,7 +1,7 @@
 """In the place of a base model that was not given: the layers that a file itself names, their shapes read from it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,19 @@ from lora_algos.formats.names import split_key
 from training.stream import TensorInfo
 from training.tools.model import nested
 
-PREFIXES = ("base_model.model.", "unet.", "transformer.")
+PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
+# what all layers of a file begin with, each with one of these -> the format of the file
+STARTS = {
+    "kohya": ("lora_", "lycoris_"),
+    "comfyui": ("diffusion_model.", "text_encoders."),
+    "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
+}
+
+
+def format_of(spellings: Iterable[str]) -> str | None:
+    """The format whose names all these layers, or their keys, have; None if no one has them all."""
+    given = [*spellings]
+    return next((name for name, starts in STARTS.items() if given and all(s.startswith(starts) for s in given)), None)
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,11 @@ class UnknownModel:
             spelling, name = split_key(key)
             if name and spelling not in ("", *PREFIXES):
                 found.setdefault(spelling, {})[name] = info
+        # a file of several parts of a model, a UNet and text encoders, keeps the prefix in each layer's name
         prefix = next((p for p in PREFIXES if found and all(layer.startswith(p) for layer in found)), "")
         self.names = Verbatim(prefix=prefix)
-        self.file_format = "peft" if folder else "diffusers" if prefix else "kohya"
+        bare = "diffusers" if prefix else "kohya"  # PEFT's names without its config: as diffusers, which has none
+        self.file_format = "peft" if folder else format_of(found) or bare
         self.layers = {layer.removeprefix(prefix): shape_of(parts) for layer, parts in found.items()}
 
     def empty(self, layer: str) -> Tensor:
@@ -77,6 +91,10 @@ def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
             return torch.Size((shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]))
         if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
             return lokr_shape(shapes)
+        if "oft_blocks" in shapes:  # which say nothing of the input
+            return torch.Size((shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 1))
+        if "a1.weight" in shapes:
+            return torch.Size((shapes["b1.weight"][0], shapes["a1.weight"][0], *shapes["b2.weight"][2:]))
     except (KeyError, IndexError):
         pass  # reading the layer says what is wrong with it
     return torch.Size((1, 1))
