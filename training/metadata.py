@@ -11,10 +11,10 @@ from data.batches import LatentDataset
 from data.identity import files_identity
 from data.precompute import Datasets
 from lora_algos import formats
-from lora_algos.attach import Adapted, algorithm_of
-from lora_algos.formats.peft_config import has_rank, rank_of
+from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
+from training.network import network_metadata
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
 TOTAL_STEPS = "train_lora.total_steps"
@@ -49,20 +49,6 @@ def file_metadata(config: TrainConfig, parts: Parts, layers: formats.Layers, pro
         **ss_metadata(config, parts.datasets.train, provenance),
         **parts.family.file_metadata(parts.adapted.model),
         **own_metadata(config, parts.family, parts.datasets.train, provenance),
-    }
-
-
-def network_metadata(layers: formats.Layers) -> dict[str, str]:
-    """What the adapter is, in kohya's words: of LoRA and DoRA its own scripts, of all else LyCORIS'."""
-    algorithms = sorted({algorithm_of(tensors) for tensors in layers.values()})
-    ranks = [rank_of(tensors) for tensors in layers.values() if has_rank(tensors)]
-    alphas = [float(tensors["alpha"]) for tensors in layers.values() if has_rank(tensors) and "alpha" in tensors]
-    args = {} if algorithms == ["LoRA"] else {"algo": ",".join(name.lower() for name in algorithms)}
-    return {
-        "ss_network_module": "networks.lora" if {*algorithms} <= {"LoRA", "DoRA"} else "lycoris.kohya",
-        "ss_network_dim": str(max(ranks, default=0)),
-        "ss_network_alpha": str(alphas[0] if alphas else 0.0),
-        "ss_network_args": json.dumps(args),
     }
 
 

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from lora_algos import formats
 from lora_algos.config import AdapterError
-from lora_algos.formats.peft_config import known_rank
 from lora_algos.formats.write import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
+from lora_algos.rotation import constrained
 from training.files import WriteError, new_file, new_folder
+from training.network import network_metadata
 from training.stream import HASHES, TensorInfo, write_tensors
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.unknown import UnknownModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_KEPT = (*HASHES, DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")
+NOT_KEPT = (*HASHES, "modelspec.hash_sha256", DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")
 
 
 class ToolError(RuntimeError):
@@ -71,7 +72,7 @@ def write_adapter(out: Path, layers: Iterable[tuple[str, LayerTensors]], target:
     """
     with spool_beside(out) as spool:
         for layer, tensors in layers:
-            spool.put(layer, tensors)
+            spool.put(layer, unconstrained(tensors))
         if not spool.layers:
             raise ToolError("there is nothing to write: no layer changes")
         weights = {layer: target.model.empty(layer) for layer in spool.layers}
@@ -134,14 +135,16 @@ def difference(content: FileContent, layer: str, tensors: LayerTensors, weight: 
 
 
 def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
-    """Metadata with what it says of ranks, alphas and formats made true again."""
-    kept = {key: value for key, value in metadata.items() if key not in NOT_KEPT}
-    ranks = [rank for tensors in spool.layers.values() if (rank := known_rank(tensors))]
-    alphas = [float(tensors["alpha"]) for tensors in spool.layers.values() if "alpha" in tensors]
-    kept["ss_network_module"], kept["ss_network_args"] = "networks.lora", "{}"
-    kept["ss_network_dim"] = str(max(ranks, default=1))
-    kept["ss_network_alpha"] = str(alphas[0] if alphas else 1.0)
-    return kept
+    """Metadata with what it says of the adapter and of the file made true again."""
+    return {**{key: value for key, value in metadata.items() if key not in NOT_KEPT}, **network_metadata(spool.layers)}
+
+
+def unconstrained(tensors: LayerTensors) -> LayerTensors:
+    """A rotation with its constraint worked in: programs differ in what they take a file's alpha for, but not for 0."""
+    if "oft_blocks" not in tensors:
+        return tensors
+    constraint = max(0.0, float(tensors.get("alpha", 0.0)))
+    return {**tensors, "oft_blocks": constrained(tensors["oft_blocks"], constraint), "alpha": torch.tensor(0.0)}
 
 
 def written(out: str, target: Target, rounding: float, dropped: Sequence[str] = ()) -> str:
