@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 
 from data.config import DataError
@@ -87,16 +88,25 @@ def train(config: TrainConfig) -> None:
 
 def run_tool(options: tools.Options) -> int:
     """A sub-command; raises what is a user's mistake."""
-    quieten_libraries()
-    from training.files import WriteError
-    from training.tools.output import ToolError
-
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
-        return tools.run(options)
-    except (ToolError, WriteError) as error:
-        return fail(error, 1)
+        quieten_libraries()
+        from training.files import WriteError  # torch loads here, which takes long enough to be interrupted
+        from training.tools.output import ToolError
+
+        try:
+            return tools.run(options)
+        except (ToolError, WriteError) as error:
+            return fail(error, 1)
     except KeyboardInterrupt:
         return fail(RuntimeError("interrupted; nothing was written"), 130)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def terminated(*_: object) -> None:
+    """Ends the process as SIGTERM does, but not before what it had begun to write is removed."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def quieten_libraries() -> None:

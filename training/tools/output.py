@@ -1,7 +1,9 @@
 """Writes an adapter layer by layer in one of the file formats, checked before it takes its name."""
 
 import json
-import tempfile
+import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,12 +98,32 @@ def write_adapter(out: Path, layers: Iterable[tuple[str, LayerTensors]], target:
 
 @contextmanager
 def spool_beside(out: Path) -> Iterator[Spool]:
+    """A spool that is gone in the end; those of runs that were killed go first."""
+    out = Path(os.path.abspath(out))  # which has a name, as . has not
+    folder = out.with_name(f".{out.name}.{os.getpid()}.spool")
     try:
-        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
+        for path in out.parent.iterdir():
+            if found := re.fullmatch(rf"\.{re.escape(out.name)}\.(\d{{1,9}})\.spool", path.name):
+                remove_spool(path, int(found[1]))
+        folder.mkdir()
+        yield Spool(folder)
     except OSError as error:
         raise WriteError(out, error) from error
-    with folder as path:
-        yield Spool(Path(path))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_spool(folder: Path, process: int) -> None:
+    """Removes a spool unless its process is another that is still there."""
+    try:
+        if process != os.getpid():
+            os.kill(process, 0)  # asks whether there is one
+            return
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float]) -> Iterator[tuple[str, Tensor]]:
