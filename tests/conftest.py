@@ -35,6 +35,22 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def fp32_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with weights in fp32, to be read only."""
+    from tool_cases import base_folder  # what loads torch is not for all tests
+
+    return base_folder(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def lora_file(tmp_path: Path) -> Path:
+    """A LoRA on some layers of the embedded model, in a file of kohya's."""
+    from tool_cases import of_case
+
+    return of_case(tmp_path, "LoRA")[0]
+
+
 @pytest.fixture
 def options(tmp_path: Path, images: Path, cache_dir: Path) -> list[str]:
     """Options of a run that takes about a second: six fp32 steps of batch 2 on four images, no previews."""

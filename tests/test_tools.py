@@ -27,12 +27,6 @@ from tool_cases import (
 from lora_algos import formats
 from training.stream import addnet_hashes
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return base_folder(tmp_path_factory.mktemp("model") / "base")
-
-
 # inspect
 
 
@@ -174,11 +168,11 @@ def test_merge_equals_attach_and_merge(shards, tmp_path, capsys):
     assert torch.equal(pipeline.unet.state_dict()["conv_in.weight"], there["conv_in.weight"])
 
 
-def test_merge_of_strength_one_is_the_trainers_own(model, tmp_path):
+def test_merge_of_strength_one_is_the_trainers_own(fp32_model, tmp_path):
     for case in ("LoRA", "DoRA", "LoKr"):
         path, adapted = of_case(tmp_path, case)
         out, merged = tmp_path / case, unet()
-        assert run("merge", model, out, "--lora", path) == 0
+        assert run("merge", fp32_model, out, "--lora", path) == 0
         adapted.merge_into(merged)
         there = unet_weights(out)
         assert max(float((there[n] - p).abs().max()) for n, p in merged.state_dict().items()) < 1e-6

@@ -34,11 +34,6 @@ def test_a_model_is_seen_without_its_weights(single, tmp_path):
 # wrong input
 
 
-@pytest.fixture
-def good(tmp_path):
-    return of_case(tmp_path, "LoRA")[0]
-
-
 def command(name: str, path: Path, out: Path, model: Path = BASE) -> list:
     return {
         "inspect": ["inspect", path, "--model", model],
@@ -89,8 +84,8 @@ SAYS = {
 
 @pytest.mark.parametrize("kind", SAYS)
 @pytest.mark.parametrize("name", ["inspect", "convert", "resize", "merge"])
-def test_a_bad_adapter_is_named_and_nothing_is_left_behind(name, kind, good, tmp_path, capsys):
-    path = damaged(kind, good)
+def test_a_bad_adapter_is_named_and_nothing_is_left_behind(name, kind, lora_file, tmp_path, capsys):
+    path = damaged(kind, lora_file)
     before = sorted(tmp_path.iterdir())
     out = tmp_path / ("out" if name == "merge" else "out.safetensors")
     code = run(*command(name, path, out))
@@ -102,41 +97,41 @@ def test_a_bad_adapter_is_named_and_nothing_is_left_behind(name, kind, good, tmp
 
 @pytest.mark.parametrize("kind", ["missing", "pickle", "truncated", "text"])
 @pytest.mark.parametrize("name", ["convert", "merge", "extract"])
-def test_a_bad_model_is_named_and_nothing_is_left_behind(name, kind, good, tmp_path, capsys):
+def test_a_bad_model_is_named_and_nothing_is_left_behind(name, kind, lora_file, tmp_path, capsys):
     model = damaged(kind, base_file(tmp_path / "base.safetensors"))
     before = sorted(tmp_path.iterdir())
-    words = command(name, good, tmp_path / "out.safetensors", model)
+    words = command(name, lora_file, tmp_path / "out.safetensors", model)
     words[2:3] = [BASE] if name == "extract" else words[2:3]
     assert run(*words, "--config", BASE) == 2
     assert model.name in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_model_without_all_its_weights_is_refused(good, tmp_path, capsys):
+def test_a_model_without_all_its_weights_is_refused(lora_file, tmp_path, capsys):
     path = base_file(tmp_path / "base.safetensors")
     tensors = load_file(path)
     del tensors["model.diffusion_model.out.2.weight"]
     save_file(tensors, path)
-    assert run("merge", path, tmp_path / "out.safetensors", "--lora", good, "--config", BASE) == 2
+    assert run("merge", path, tmp_path / "out.safetensors", "--lora", lora_file, "--config", BASE) == 2
     assert "model.diffusion_model.out.2.weight: missing" in capsys.readouterr().err
 
 
-def test_nothing_that_exists_is_overwritten_unasked(good, tmp_path, capsys):
+def test_nothing_that_exists_is_overwritten_unasked(lora_file, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
-    assert run(*command("convert", good, out)) == 2
+    assert run(*command("convert", lora_file, out)) == 2
     assert "exists. Name another, or add --overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine"
-    assert run(*command("convert", good, out), "--overwrite") == 0
-    before = good.read_bytes()
-    assert run(*command("convert", good, good), "--overwrite") == 2
-    assert good.read_bytes() == before
+    assert run(*command("convert", lora_file, out), "--overwrite") == 0
+    before = lora_file.read_bytes()
+    assert run(*command("convert", lora_file, lora_file), "--overwrite") == 2
+    assert lora_file.read_bytes() == before
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "me.png").write_text("mine")
-    assert run(*command("merge", good, folder), "--overwrite") == 2
-    assert run(*command("merge", good, BASE), "--overwrite") == 2
-    assert run(*command("merge", good, BASE / "unet" / "out"), "--overwrite") == 2
+    assert run(*command("merge", lora_file, folder), "--overwrite") == 2
+    assert run(*command("merge", lora_file, BASE), "--overwrite") == 2
+    assert run(*command("merge", lora_file, BASE / "unet" / "out"), "--overwrite") == 2
     assert (folder / "me.png").read_text() == "mine"
 
 
@@ -197,20 +192,20 @@ WRITING = {"convert": BYTES, "resize": LAYER, "merge": BYTES}
 
 
 @pytest.mark.parametrize(("name", "place"), WRITING.items())
-def test_a_full_disk_leaves_nothing_behind(name, place, good, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(name, place, lora_file, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(place, full)
-    assert run(*command(name, good, tmp_path / ("out" if name == "merge" else "out.safetensors"))) == 1
+    assert run(*command(name, lora_file, tmp_path / ("out" if name == "merge" else "out.safetensors"))) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_messages_name_the_flags_of_the_tools(good, tmp_path, capsys):
+def test_messages_name_the_flags_of_the_tools(lora_file, tmp_path, capsys):
     model = base_file(tmp_path / "base.safetensors")
-    assert run("merge", model, tmp_path / "out.safetensors", "--lora", good) == 2
+    assert run("merge", model, tmp_path / "out.safetensors", "--lora", lora_file) == 2
     assert re.search(r"^(?!.*--model\.).* as --config$", capsys.readouterr().err.replace("\n", " ").strip())
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import BASE
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tool_cases import WEIGHTS, of_case, run, unet_weights
+from tool_cases import WEIGHTS, run, unet_weights
 
 from training.files import WriteError, new_folder
 
@@ -64,11 +64,6 @@ def test_the_folder_one_is_in_is_replaced(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def lora(tmp_path):
-    return of_case(tmp_path, "LoRA")[0]
-
-
-@pytest.fixture
 def source(tmp_path):
     return shutil.copytree(BASE, tmp_path / "base")
 
@@ -84,43 +79,43 @@ def files(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("parts", [["vae"], ["unet", "text_encoder"]])
-def test_parts_of_a_model_that_are_links_are_merged_and_copied(parts, source, lora, tmp_path):
+def test_parts_of_a_model_that_are_links_are_merged_and_copied(parts, source, lora_file, tmp_path):
     for part in parts:
         (source / part).rename(tmp_path / part)
         (source / part).symlink_to(tmp_path / part)
     (source / "vae" / "around").symlink_to(source)
     (source / "scheduler" / "above").symlink_to(tmp_path)
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 0
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 0
     assert files(tmp_path / "out") == files(BASE)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
     StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None, feature_extractor=None)
 
 
-def test_links_to_each_other_have_an_end(source, lora, tmp_path):
+def test_links_to_each_other_have_an_end(source, lora_file, tmp_path):
     (tmp_path / "more").mkdir()
     (source / "there").symlink_to(tmp_path / "more")
     (tmp_path / "more" / "back").symlink_to(source)
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 0
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 0
     assert files(tmp_path / "out") == files(BASE)
 
 
-def test_a_link_to_nothing_is_said_not_skipped(source, lora, tmp_path, capsys):
+def test_a_link_to_nothing_is_said_not_skipped(source, lora_file, tmp_path, capsys):
     (source / "vae" / "config.json").unlink()
     (source / "vae" / "config.json").symlink_to(tmp_path / "gone.json")
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 2
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 2
     assert "vae/config.json: a link to nothing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_that_cannot_be_copied_is_said(source, lora, tmp_path, capsys):
+def test_a_part_that_cannot_be_copied_is_said(source, lora_file, tmp_path, capsys):
     shutil.rmtree(source / "vae")
     (source / "vae").symlink_to(source)
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 1
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 1
     assert "would lack vae" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_merge_copies_no_weights_that_nothing_is_merged_into(source, lora, tmp_path, capsys):
+def test_merge_copies_no_weights_that_nothing_is_merged_into(source, lora_file, tmp_path, capsys):
     foreign = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
                "v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt"]  # fmt: skip
     for name in foreign:
@@ -128,7 +123,7 @@ def test_merge_copies_no_weights_that_nothing_is_merged_into(source, lora, tmp_p
     index = "unet/diffusion_pytorch_model.fp16.safetensors.index.json"
     (source / index).write_text('{"weight_map": {"a": "b"}}')
     (source / "README.md").write_text("kept")
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 0
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 0
     said = capsys.readouterr().out
     assert [name for name in (*foreign, index) if name not in said] == []
     assert files(tmp_path / "out") == files(BASE) | {Path("README.md")}
@@ -136,26 +131,26 @@ def test_merge_copies_no_weights_that_nothing_is_merged_into(source, lora, tmp_p
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x80"])
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors.index.json"])
-def test_a_broken_list_of_shards_is_named(name, text, source, lora, tmp_path, capsys):
+def test_a_broken_list_of_shards_is_named(name, text, source, lora_file, tmp_path, capsys):
     (source / name).write_bytes(text.encode("latin1"))
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 2
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 2
     assert f"{name} is not readable as JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_merge_into_fp8(dtype, source, lora, tmp_path, capsys):
+def test_merge_into_fp8(dtype, source, lora_file, tmp_path, capsys):
     with_weights(source, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 0
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 0
     assert {tensor.dtype for tensor in unet_weights(tmp_path / "out").values()} == {dtype}
-    assert run("merge", source, tmp_path / "more", "--lora", f"{lora}:1e8") == 1
+    assert run("merge", source, tmp_path / "more", "--lora", f"{lora_file}:1e8") == 1
     assert "too large for" in capsys.readouterr().err
 
 
-def test_merge_says_what_is_not_finite(source, lora, tmp_path, capsys):
-    assert run("merge", source, tmp_path / "out", "--lora", f"{lora}:1e39") == 1
+def test_merge_says_what_is_not_finite(source, lora_file, tmp_path, capsys):
+    assert run("merge", source, tmp_path / "out", "--lora", f"{lora_file}:1e39") == 1
     assert "what the adapters add to it is not finite" in capsys.readouterr().err
     with_weights(source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan})
-    assert run("merge", source, tmp_path / "out", "--lora", lora) == 2
+    assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 2
     assert "conv_in.weight: not finite (NaN or infinite values) in the model" in capsys.readouterr().err
 
 
@@ -168,12 +163,12 @@ BIASES = {
 
 
 @pytest.mark.parametrize("case", BIASES)
-def test_a_bias_that_does_not_fit_is_named(case, lora, tmp_path, capsys):
+def test_a_bias_that_does_not_fit_is_named(case, lora_file, tmp_path, capsys):
     layer, size, fault = BIASES[case]
-    save_file({**load_file(lora), f"lora_unet_{layer}.diff_b": torch.ones(size)}, lora)
-    assert run("merge", BASE, tmp_path / "out", "--lora", lora) == 2
-    assert run("convert", lora, tmp_path / "out.safetensors", "--format", "kohya", "--model", BASE) == 2
+    save_file({**load_file(lora_file), f"lora_unet_{layer}.diff_b": torch.ones(size)}, lora_file)
+    assert run("merge", BASE, tmp_path / "out", "--lora", lora_file) == 2
+    assert run("convert", lora_file, tmp_path / "out.safetensors", "--format", "kohya", "--model", BASE) == 2
     assert capsys.readouterr().err.count(fault) == 2
-    assert run("inspect", lora, "--model", BASE) == 1
+    assert run("inspect", lora_file, "--model", BASE) == 1
     assert fault in capsys.readouterr().out
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

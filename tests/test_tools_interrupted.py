@@ -7,15 +7,10 @@ import sys
 
 import pytest
 from conftest import BASE, PROJECT
-from tool_cases import of_case, run
+from tool_cases import run
 
 ENDED = subprocess.Popen([sys.executable, "-c", ""])  # a process id that is no one's
 ENDED.wait()
-
-
-@pytest.fixture
-def good(tmp_path):
-    return of_case(tmp_path, "LoRA")[0]
 
 
 @pytest.fixture
@@ -44,24 +39,24 @@ WHEN = [("resize", "lora_algos.formats.to_bytes"), ("convert", "training.stream.
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("when", WHEN, ids="-".join)
-def test_a_signal_leaves_nothing_behind(when, number, good, handler, tmp_path, monkeypatch):
+def test_a_signal_leaves_nothing_behind(when, number, lora_file, handler, tmp_path, monkeypatch):
     (name, place), before = when, sorted(tmp_path.iterdir())
     monkeypatch.setattr(place, lambda *_: signal.raise_signal(number))
     out = tmp_path / ("out.safetensors" if name == "resize" else "out")
-    assert run(*commands(good, out)[name]) == 128 + number
+    assert run(*commands(lora_file, out)[name]) == 128 + number
     assert sorted(tmp_path.iterdir()) == before
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(good, tmp_path):
+def test_what_a_killed_run_left_is_removed_and_nothing_else(lora_file, tmp_path):
     out = tmp_path / "out.safetensors"
     stale = [tmp_path / f".out.safetensors.{pid}.spool" for pid in (ENDED.pid, os.getpid())]
     others = [tmp_path / name for name in (".out.safetensors.1.spool", f".other.{ENDED.pid}.spool", ".out.partial")]
     for folder in (*stale, *others):
         folder.mkdir()
         (folder / "0.safetensors").write_bytes(b"x")
-    assert run(*commands(good, out)["resize"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (good, out, *others)}
+    assert run(*commands(lora_file, out)["resize"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (lora_file, out, *others)}
 
 
 STOPPED = """
@@ -77,7 +72,7 @@ sys.exit(train_lora.main(["inspect", {path!r}]))
 """
 
 
-def test_ctrl_c_while_torch_loads_is_no_traceback(good):
-    code = STOPPED.format(project=str(PROJECT), path=str(good))
+def test_ctrl_c_while_torch_loads_is_no_traceback(lora_file):
+    code = STOPPED.format(project=str(PROJECT), path=str(lora_file))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was written\n")

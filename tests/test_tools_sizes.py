@@ -9,7 +9,6 @@ from tool_cases import (
     adapter_file,
     assert_same_updates,
     base_file,
-    base_folder,
     deltas,
     metadata_of,
     of_case,
@@ -21,12 +20,6 @@ from tool_cases import (
 from lora_algos import formats
 from lora_algos.attach import adaptable_layers
 from lora_algos.config import LayerSpec
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return base_folder(tmp_path_factory.mktemp("model") / "base")
-
 
 # resize
 
@@ -68,57 +61,57 @@ def test_resize_by_energy_takes_the_least_rank_that_keeps_it(tmp_path):
 # extract
 
 
-def test_extract_gives_back_what_was_merged(model, tmp_path):
+def test_extract_gives_back_what_was_merged(fp32_model, tmp_path):
     adapted = trained(dict.fromkeys(list(adaptable_layers(base()))[::4], LayerSpec(4, 6.0)))
     path = adapter_file(tmp_path / "a.safetensors", adapted)
-    assert run("merge", model, tmp_path / "tuned", "--lora", path) == 0
+    assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
     out = tmp_path / "out.safetensors"
-    assert run("extract", model, tmp_path / "tuned", out, "--algorithm", "LoRA", "--rank", 4) == 0
+    assert run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "LoRA", "--rank", 4) == 0
     assert_same_updates(out, adapted, 1e-5)
     assert "ss_base_model_version" in metadata_of(out)
 
 
-def test_extract_across_a_folder_and_a_single_file(model, tmp_path):
+def test_extract_across_a_folder_and_a_single_file(fp32_model, tmp_path):
     path, adapted = of_case(tmp_path, "LoRA")
     single, tuned = base_file(tmp_path / "base.safetensors"), tmp_path / "tuned.safetensors"
     assert run("merge", single, tuned, "--lora", path, "--config", BASE) == 0
     out = tmp_path / "out.safetensors"
     words = ("--algorithm", "LoRA", "--energy", 0.999999, "--config", BASE)
-    assert run("extract", model, tuned, out, *words) == 0
+    assert run("extract", fp32_model, tuned, out, *words) == 0
     assert_same_updates(out, adapted, 2e-3)
 
 
-def test_extract_full_is_exact_with_norms_and_biases(model, tmp_path, capsys):
+def test_extract_full_is_exact_with_norms_and_biases(fp32_model, tmp_path, capsys):
     adapted = with_norms()
     path, out = adapter_file(tmp_path / "a.safetensors", adapted), tmp_path / "out.safetensors"
-    assert run("merge", model, tmp_path / "tuned", "--lora", path) == 0
-    assert run("extract", model, tmp_path / "tuned", out, "--algorithm", "Full") == 0
-    assert run("merge", model, tmp_path / "again", "--lora", out) == 0
+    assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
+    assert run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "Full") == 0
+    assert run("merge", fp32_model, tmp_path / "again", "--lora", out) == 0
     there, here = unet_weights(tmp_path / "again"), unet_weights(tmp_path / "tuned")
     assert max(float((there[name] - here[name]).abs().max()) for name in here) < 1e-6
     capsys.readouterr()
     words = ("--algorithm", "LoRA", "--rank", 4, "--overwrite")
-    assert run("extract", model, tmp_path / "tuned", out, *words) == 0
+    assert run("extract", fp32_model, tmp_path / "tuned", out, *words) == 0
     left_out = capsys.readouterr().out
     assert "conv_norm_out.weight, |difference|" in left_out
     assert "conv_in.bias, |difference|" in left_out
 
 
 @pytest.mark.parametrize("case", ["LoKr", "LoKr full"])
-def test_extract_finds_a_kronecker_product(case, model, tmp_path):
+def test_extract_finds_a_kronecker_product(case, fp32_model, tmp_path):
     path, adapted = of_case(tmp_path, case)
-    assert run("merge", model, tmp_path / "tuned", "--lora", path) == 0
+    assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
     out = tmp_path / "out.safetensors"
     words = ("--factor", 4, "--rank", 2) if case == "LoKr" else ()
-    assert run("extract", model, tmp_path / "tuned", out, "--algorithm", "LoKr", *words) == 0
+    assert run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "LoKr", *words) == 0
     assert_same_updates(out, adapted, 1e-4)
 
 
-def test_extract_of_any_difference_is_the_nearest_kronecker_product(model, tmp_path):
+def test_extract_of_any_difference_is_the_nearest_kronecker_product(fp32_model, tmp_path):
     path, adapted = of_case(tmp_path, "LoRA")
-    assert run("merge", model, tmp_path / "tuned", "--lora", path) == 0
+    assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
     out = tmp_path / "out.safetensors"
-    assert run("extract", model, tmp_path / "tuned", out, "--algorithm", "LoKr") == 0
+    assert run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "LoKr") == 0
     layers, _ = formats.from_file(*formats.read(out), base(), names())
     there = deltas(out)
     for name, delta in adapted.deltas():

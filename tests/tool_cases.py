@@ -1,5 +1,6 @@
 """What the tests of the tools share: the embedded model in fp32, in each form of a model, adapters."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -67,11 +68,21 @@ def save(path: Path, content: FileContent) -> Path:
     return path
 
 
+@functools.cache
+def adapted_in(case: str) -> Adapted:
+    """To be read only: all tests of a worker have the same."""
+    return on_layers(case)
+
+
+@functools.cache
+def content_of(case: str, file_format: str) -> FileContent:
+    return written(adapted_in(case), file_format)
+
+
 def of_case(folder: Path, case: str, file_format: str = "kohya") -> tuple[Path, Adapted]:
     """An adapter of that case on ten layers, in a file."""
-    adapted = on_layers(case)
     name = case.replace(" ", "_") + ("" if file_format == "peft" else ".safetensors")
-    return adapter_file(folder / name, adapted, file_format), adapted
+    return save(folder / name, content_of(case, file_format)), adapted_in(case)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -97,11 +108,20 @@ def run(*words) -> int:
         return stopped.code
 
 
-def deltas(path, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """The updates that a file makes of the embedded UNet."""
-    model = model or unet()
+@functools.cache
+def scratch() -> nn.Module:
+    return unet()
+
+
+def deltas(path) -> dict[str, torch.Tensor]:
+    """The updates that a file makes of the embedded UNet, which is as it was after that."""
+    model = scratch()
     layers, unknown = formats.from_file(*formats.read(path), model, names())
-    return dict(attach_from_file(model, layers, unknown).deltas())
+    adapted = attach_from_file(model, layers, unknown)
+    found = dict(adapted.deltas())
+    for name, layer in adapted.layers().items():
+        model.set_submodule(name, layer.base_layer)
+    return found
 
 
 def assert_same_updates(path, adapted, error=2e-6):
