@@ -1,4 +1,4 @@
-"""Choosing the layers of a model, attaching adapters to them, and the handle on those that are attached."""
+"""Choosing the layers of a model and attaching adapters to them."""
 
 import difflib
 import hashlib
@@ -10,95 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_algos import ALGORITHMS, get_algorithm
-from lora_algos.base import Adapter, Shapes
-from lora_algos.config import AdapterConfig, AdapterError, BypassMode, LayerSpec, Override
+from lora_algos.adapted import Adapted
+from lora_algos.base import Adapter
+from lora_algos.config import AdapterConfig, AdapterError, BypassMode, LayerSpec, Override, listed
 from lora_algos.ops import ADAPTED_TYPES
+from lora_algos.tensors import Shapes, bias_faults
 
 # DoRA's layers have LoRA's tensors too, so it is asked first
 ALGORITHMS_BY_DETAIL = sorted(ALGORITHMS, key=lambda name: name != "DoRA")
-MOST_LISTED = 20  # names in one error message
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A model with adapters attached: what the trainer holds on to."""
-
-    model: nn.Module
-
-    def layers(self) -> dict[str, Adapter]:
-        """The adapted layers by the name that the layer itself had."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, Adapter)}
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """`<layer>.<name in a file>` -> trained parameter."""
-        return {f"{n}.{key}": p for n, layer in self.layers().items() for key, p in layer.trained().items()}
-
-    def specs(self) -> dict[str, LayerSpec]:
-        return {name: layer.spec for name, layer in self.layers().items()}
-
-    def learning_rate_scales(self, lora_plus_ratio: float) -> dict[str, float]:
-        """What the learning rate is multiplied by for each of `named_parameters`."""
-        return {
-            f"{name}.{key}": layer.spec.lr_scale * (lora_plus_ratio if key in layer.starts_at_zero else 1.0)
-            for name, layer in self.layers().items()
-            for key in layer.trained()
-        }
-
-    def _state(self) -> dict[str, Tensor]:
-        constants = {f"{n}.{key}": t for n, layer in self.layers().items() for key, t in layer.constants().items()}
-        return {**self.named_parameters(), **constants}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all that the adapters are, for a checkpoint: on the CPU (on meta for a model on meta), fp32."""
-        return {
-            name: t.detach().clone() if t.is_meta else t.detach().to("cpu", copy=True).contiguous()
-            for name, t in self._state().items()
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies `state` into the adapters; names and shapes must match one to one."""
-        here = self._state()
-        faults = [f"{name}: not in the file" for name in here.keys() - state.keys()]
-        faults += [f"{name}: not in the model" for name in state.keys() - here.keys()]
-        faults += [
-            f"{name}: {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-            for name, tensor in here.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if faults:
-            raise AdapterError(listed("the adapter does not fit the model", sorted(faults)))
-        for name, tensor in here.items():
-            tensor.copy_(state[name])
-
-    @torch.no_grad()
-    def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        """Layer name and update (fp32, on the layer's device) of every adapted layer."""
-        for name, layer in self.layers().items():
-            yield name, layer.delta_weight()
-
-    def merge(self) -> None:
-        """Puts the updates into the base's weights, until `unmerge` restores these bit for bit."""
-        for layer in self.layers().values():
-            layer.merge()
-
-    def unmerge(self) -> None:
-        for layer in self.layers().values():
-            layer.unmerge()
-
-    @torch.no_grad()
-    def merge_into(self, model: nn.Module) -> None:
-        """Adds the updates to the weights of `model`, another copy of the base without adapters."""
-        for name, layer in self.layers().items():
-            target = model.get_submodule(name)
-            weight: Tensor = target.weight  # type: ignore[assignment]
-            tensors, alpha = layer.in_file()  # of this weight, not of the one trained on, which may be in another dtype
-            here = {key: tensor.to(weight.device) for key, tensor in tensors.items()}
-            delta = layer.delta_of_file({**here, "alpha": torch.tensor(alpha, dtype=torch.float64)}, weight)
-            weight.copy_(weight + delta)  # in the wider dtype, rounded once
-            if layer.diff_b is not None:
-                bias: Tensor = target.bias  # type: ignore[assignment]
-                bias.copy_(bias + layer.diff_b)
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -260,6 +179,8 @@ def attach_from_file(
         try:
             weight: Tensor = layers[name].weight  # type: ignore[assignment]
             spec, shapes = get_algorithm(algorithm_of(given)).read_spec(given, weight.shape)
+            if wrong := bias_faults(given, weight.shape[0], getattr(layers[name], "bias", None) is not None):
+                raise AdapterError("; ".join(wrong))
             spec = replace(spec, bias="diff_b" in given)
             specs[name] = spec if plan is None else plan.trained_on(spec), shapes
         except AdapterError as error:
@@ -274,9 +195,3 @@ def attach_from_file(
             for key, parameter in adapter.trained().items():
                 parameter.copy_(tensors[name][key].reshape(parameter.shape))
     return Adapted(model)
-
-
-def listed(what: str, faults: list[str]) -> str:
-    """One message for many faults, of which the first few are named."""
-    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
-    return "\n  ".join([f"{what}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults[:MOST_LISTED], *more])

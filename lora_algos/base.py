@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 from lora_algos.kernels import WIDE, Additive, Branch, Kernel, Mode, Tensors, adapted
-from lora_algos.ops import LayerOp
-
-Shapes = dict[str, tuple[int, ...]]
+from lora_algos.ops import LayerOp, added
+from lora_algos.tensors import Shapes
 
 
 class Adapter(ABC):
@@ -145,9 +144,9 @@ class Adapter(ABC):
         weight, bias = self.base_layer.weight, getattr(self.base_layer, "bias", None)
         delta = self.delta_weight()
         self.unmerged = (weight.clone(), None if bias is None else bias.clone())
-        weight.copy_(weight + delta)  # in the wider dtype, rounded once
+        weight.copy_(added(weight, delta))
         if self.diff_b is not None and bias is not None:
-            bias.copy_(bias + self.diff_b)
+            bias.copy_(added(bias, self.diff_b))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -270,24 +269,3 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         found = x.to(dtype)
         _last_cast = (weakref.ref(x), x._version, weakref.ref(found))
     return found
-
-
-def alpha_of(tensors: dict[str, Tensor], rank: int) -> float:
-    """A layer's alpha in a file; without one its scaling is 1."""
-    alpha = tensors.get("alpha")
-    return float(rank if alpha is None else alpha)
-
-
-def fitted(tensors: dict[str, Tensor], shapes: Shapes, weight: torch.Size) -> Shapes:
-    """`shapes`, if the tensors of a layer are these, be they flattened to matrices or not; else AdapterError."""
-    given = {name: tensor for name, tensor in tensors.items() if name not in ("alpha", "diff_b")}
-    missing, unknown = shapes.keys() - given.keys(), given.keys() - shapes.keys()
-    faults = [f"{name} is missing" for name in sorted(missing)]
-    faults += [f"{name} {tuple(given[name].shape)} does not belong there" for name in sorted(unknown)]
-    for name in shapes.keys() & given.keys():
-        there, wanted = tuple(given[name].shape), shapes[name]
-        if given[name].numel() != torch.Size(wanted).numel() or there[:1] != wanted[:1]:
-            faults.append(f"{name} is {there} and should be {wanted}")
-    if faults:
-        raise AdapterError(f"for a weight of {tuple(weight)}: {'; '.join(faults)}")
-    return shapes

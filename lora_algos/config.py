@@ -14,6 +14,15 @@ class AdapterError(ValueError):
     """Targets that match no layer, options that do not fit one, or an adapter file that does not fit the model."""
 
 
+MOST_LISTED = 20  # names in one error message
+
+
+def listed(what: str, faults: list[str]) -> str:
+    """One message for many faults, of which the first few are named."""
+    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
+    return "\n  ".join([f"{what}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults[:MOST_LISTED], *more])
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """What an algorithm is told beyond rank and alpha."""

@@ -16,15 +16,15 @@ from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter, OwnAdapter, Shapes
+from lora_algos.base import Adapter, OwnAdapter
 from lora_algos.config import AdapterError, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.lora import ADAPTER_NAME, INITS_OF_LINEAR, LoRABase, OwnLoRA, PeftAdapter
-from lora_algos.low_rank import add_low_rank, low_rank_grads
+from lora_algos.low_rank import TINY, add_low_rank, low_rank_grads, norms_after, squared_norms
 from lora_algos.ops import LayerOp, channel_sum
+from lora_algos.tensors import Shapes
 
 MAGNITUDE = "lora_magnitude_vector"
-TINY = 1e-30  # a channel without weights has the norm 0, and no direction
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,7 @@ class MagnitudeAndDirection(Kernel):
     def _norms(self, weight: Tensor, factors: Tensors) -> Tensor:
         """||V|| per output channel, without forming V."""
         up, down, _, base = factors
-        up, down = up.detach().flatten(1), down.detach().flatten(1) * self.scaling
-        flat = weight.reshape(up.shape[0], -1).to(up.dtype)
-        cross = ((flat @ down.T) * up).sum(1)
-        own = ((up @ (down @ down.T)) * up).sum(1)
-        return (base + 2 * cross + own).clamp_min(TINY).sqrt()
+        return norms_after(weight, up.detach(), down.detach(), self.scaling, base)
 
     def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
         up, down, magnitude, _ = factors
@@ -116,7 +112,7 @@ class DoRABase(LoRABase):
     @classmethod
     def from_weight(cls, weight: Tensor) -> Tensors:
         dtype = weight.dtype if weight.dtype in WIDE else torch.float32
-        return (torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=dtype).square(),)
+        return (squared_norms(weight, dtype),)
 
     def factors(self, tensors: dict[str, Tensor]) -> Tensors:
         return *super().factors(tensors), self.squared_norms

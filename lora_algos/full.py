@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter, OwnAdapter, Shapes, fitted
+from lora_algos.base import Adapter, OwnAdapter
 from lora_algos.config import LayerSpec
 from lora_algos.kernels import DenseKernel, Kernel, Saved, Tensors
 from lora_algos.ops import ADAPTED_TYPES, LayerOp
+from lora_algos.tensors import Shapes, fitted
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import OwnAdapter, Shapes, alpha_of, fitted
+from lora_algos.base import OwnAdapter
 from lora_algos.config import LayerSpec
 from lora_algos.kernels import Kernel, Saved, Tensors
 from lora_algos.low_rank import add_low_rank, low_rank_grads
 from lora_algos.ops import LayerOp
+from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ class GLoRA(OwnAdapter):
 
     @classmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        rank = tensors["a2.weight"].shape[0] if "a2.weight" in tensors else 0
-        spec = LayerSpec(rank, alpha_of(tensors, rank), cls.algorithm)
+        spec = LayerSpec(*rank_and_alpha(tensors), cls.algorithm)
         return spec, fitted(tensors, cls.shapes(spec, weight), weight)
 
     @classmethod

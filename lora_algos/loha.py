@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import OwnAdapter, Shapes, alpha_of, fitted
+from lora_algos.base import OwnAdapter
 from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import Additive, DenseKernel, Kernel, Mode, Saved, Tensors, cheapest, weight_pass
 from lora_algos.low_rank import add_low_rank, low_rank_grads
 from lora_algos.ops import LayerOp
+from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 
 def khatri_rao(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,9 +134,7 @@ class LoHa(OwnAdapter):
     @classmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
         tucker = "hada_t1" in tensors
-        rank = tensors["hada_w1_b"].shape[0] if "hada_w1_b" in tensors else 0
-        options = AdapterOptions(tucker=tucker)
-        spec = LayerSpec(rank, alpha_of(tensors, rank), cls.algorithm, options)
+        spec = LayerSpec(*rank_and_alpha(tensors), cls.algorithm, AdapterOptions(tucker=tucker))
         return spec, fitted(tensors, cls.shapes(spec, weight), weight)
 
 

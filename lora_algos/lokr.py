@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import OwnAdapter, Shapes, alpha_of, fitted
+from lora_algos.base import OwnAdapter
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import Additive, Kernel, Mode, Saved, Tensors, cheapest, weight_pass
 from lora_algos.ops import LayerOp
+from lora_algos.tensors import Shapes, fitted, known_rank, rank_and_alpha
 
 
 def factorization(dim: int, factor: int) -> tuple[int, int]:
@@ -187,7 +188,7 @@ class LoKr(OwnAdapter):
     @classmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
         (out, channels, *kernel), has = weight, tensors.keys()
-        rank = next((tensors[n].shape[0] for n in ("lokr_w2_b", "lokr_w1_b") if n in has), 0)
+        rank, alpha = rank_and_alpha(tensors)
         first = [tensors[n].shape for n in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if n in has]
         a, c = (first[0][0], first[-1][-1]) if first and all(len(shape) >= 2 for shape in first) else (0, 0)
         if not a or not c or out % a or channels % c:
@@ -196,8 +197,8 @@ class LoKr(OwnAdapter):
         shapes: Shapes = {"lokr_w1_a": (a, rank), "lokr_w1_b": (rank, c)} if "lokr_w1_a" in has else {"lokr_w1": (a, c)}
         low: Shapes = {"lokr_w2_a": (b, rank), "lokr_w2_b": (rank, d * math.prod(kernel))}
         shapes |= low if "lokr_w2_a" in has else {"lokr_w2": (b, d, *kernel)}
-        options = AdapterOptions(decompose_both="lokr_w1_a" in has, full_matrix=rank == 0)
-        spec = LayerSpec(max(rank, 1), alpha_of(tensors, max(rank, 1)), cls.algorithm, options)
+        options = AdapterOptions(decompose_both="lokr_w1_a" in has, full_matrix=known_rank(tensors) is None)
+        spec = LayerSpec(rank, alpha, cls.algorithm, options)
         return spec, fitted(tensors, shapes, weight)
 
     @classmethod

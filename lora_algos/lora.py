@@ -18,11 +18,12 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter, OwnAdapter, Shapes, alpha_of, fitted
+from lora_algos.base import Adapter, OwnAdapter
 from lora_algos.config import AdapterError, LayerSpec
 from lora_algos.kernels import Kernel, Tensors
-from lora_algos.low_rank import LowRank
+from lora_algos.low_rank import LowRank, thin_svd
 from lora_algos.ops import LayerOp
+from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 INITS_OF_LINEAR = ("orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 ADAPTER_NAME = "default"  # PEFT's name of the one adapter we attach
@@ -56,14 +57,8 @@ class LoRABase(Adapter):
 
     @classmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        spec = cls.spec_of(tensors)
+        spec = LayerSpec(*rank_and_alpha(tensors), cls.algorithm)
         return spec, fitted(tensors, cls.shapes(spec, weight), weight)
-
-    @classmethod
-    def spec_of(cls, tensors: dict[str, Tensor]) -> LayerSpec:
-        down = tensors.get("lora_down.weight")
-        rank = down.shape[0] if down is not None and down.ndim else 0
-        return LayerSpec(rank, alpha_of(tensors, rank), cls.algorithm)
 
     @classmethod
     def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
@@ -130,11 +125,15 @@ class PeftAdapter(LoRABase):
         return {"initial_up": self.initial_up, "initial_down": self.initial_down}
 
     def in_file(self) -> tuple[dict[str, Tensor], float]:
+        """With what was taken out of the base subtracted, in as few ranks as that takes: side by side the two products
+        would be rounded by themselves, which in bf16 leaves little of a difference that is small."""
         tensors, alpha = super().in_file()
         if self.initial_up is not None and self.initial_down is not None:
-            tensors["lora_up.weight"] = torch.cat([tensors["lora_up.weight"], -self.initial_up], 1)
-            tensors["lora_down.weight"] = torch.cat([tensors["lora_down.weight"], self.initial_down])
-            alpha *= 2  # as the rank
+            up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
+            u, s, v = thin_svd(torch.cat([up, -self.initial_up], 1), torch.cat([down, self.initial_down]))
+            root = s.sqrt()
+            tensors |= {"lora_up.weight": (u * root).to(up.dtype), "lora_down.weight": (root[:, None] * v).to(up.dtype)}
+            alpha *= len(s) / self.spec.rank
         return tensors, alpha
 
     def factors(self, tensors: dict[str, Tensor]) -> Tensors:

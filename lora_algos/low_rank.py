@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
 from lora_algos.ops import LayerOp, rows
 
+TINY = 1e-30  # a channel without weights has the norm 0, and no direction
 SMALL = 2**17  # elements of an input; a convolution keeps its input whoever writes its backward pass
 
 
@@ -76,6 +77,28 @@ def low_rank_grads(
         else:
             rows(dx).addmm_(dh, down)
     return dup.view(up.shape), one_group.weight_grad(dh, grouped_x, down.shape)
+
+
+def squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """||W||^2 per output channel, with sums in `dtype`."""
+    wide = weight.to(dtype) if weight.dtype.itemsize == 1 else weight  # of float8, which has no sums, a copy
+    return torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=dtype).square()
+
+
+def norms_after(weight: Tensor, up: Tensor, down: Tensor, scaling: float, base: Tensor) -> Tensor:
+    """||W + scaling up @ down|| per output channel, without forming the sum; `base` is ||W||^2."""
+    up, down = up.flatten(1), down.flatten(1) * scaling
+    cross = ((weight.reshape(up.shape[0], -1).to(up.dtype) @ down.T) * up).sum(1)
+    own = ((up @ (down @ down.T)) * up).sum(1)
+    return (base + 2 * cross + own).clamp_min(TINY).sqrt()
+
+
+def thin_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values (u, s, v) of up @ down, which is never formed. In fp64, so that what cancels in it
+    does so to the last digit of the factors."""
+    (left, a), (right, b) = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
+    u, s, v = torch.linalg.svd(a @ b.T)
+    return left @ u, s, v @ right.T
 
 
 @dataclass(frozen=True)

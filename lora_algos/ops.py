@@ -86,6 +86,11 @@ def blank(like: Tensor, shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+def added(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + dW in the wider dtype of the two, to be rounded once. Said, because float8 has no sums."""
+    return weight + delta if weight.dtype.itemsize > 1 else weight.to(delta.dtype) + delta
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` (..., channels) as a matrix."""
     return x.reshape(-1, x.shape[-1])

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_algos import formats
 from lora_algos.attach import Adapted
-from lora_algos.config import AdapterError
+from lora_algos.config import AdapterError, listed
 from lora_algos.formats import convert
 from models.base import ModelFamily
 from training.config import TrainConfig
@@ -46,13 +46,13 @@ def check(config: TrainConfig, parts: Parts) -> None:
     """WHEN: before training. Raises AdapterError if what is being trained has no place in a format asked for."""
     if config.export.convert == "lora-svd":
         return  # whatever it was, then it is a LoRA
-    weights = formats.weights_of(parts.adapted.model)
+    model = parts.adapted.model
     if config.export.convert == "full":
-        layers: formats.Layers = {name: {"diff": weight} for name, weight in weights.items()}
+        layers: formats.Layers = {name: {"diff": weight} for name, weight in formats.weights_of(model).items()}
     else:
         layers = converted(config, parts.adapted)
     for file_format in config.export.format or (parts.family.file_format,):
-        formats.WRITERS[file_format](layers, weights, parts.names)
+        formats.content_of(layers, model, parts.names, file_format)
 
 
 def write_content(path: Path, content: formats.FileContent) -> Path:
@@ -80,10 +80,15 @@ def converted(config: TrainConfig, adapted: Adapted) -> formats.Layers:
         return {name: convert.full(tensors, weights[name]) for name, tensors in layers.items()}
     if how == "lora-exact":
         return {name: convert.lora_exact(tensors, weights[name].shape) for name, tensors in layers.items()}
-    result, errors = {}, []
+    result, errors, faults = {}, [], []
     for name, tensors in layers.items():
-        result[name], error = convert.nearest_lora(tensors, weights[name], config.export.svd_rank)
-        errors.append((error, name))
+        try:
+            result[name], error = convert.nearest_lora(tensors, weights[name], config.export.svd_rank)
+            errors.append((error, name))
+        except AdapterError as fault:
+            faults.append(f"{name}: {fault}")
+    if faults:
+        raise AdapterError(listed("--export.convert lora-svd", faults))
     worst, name = max(errors)
     mean = sum(error for error, _ in errors) / len(errors)
     print(

@@ -2,23 +2,27 @@
 format."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_algos.attach import Adapted, adaptable_layers, listed, norm_layers
+from lora_algos.adapted import Adapted
+from lora_algos.attach import adaptable_layers, layers_of, listed, norm_layers
 from lora_algos.config import AdapterError
 from lora_algos.formats import convert
-from lora_algos.formats.layers import canonical
+from lora_algos.formats.layers import canonical, faults_of, widened
 from lora_algos.formats.names import Names, group_keys, looks_like
 from lora_algos.formats.write import DORA_NORM, OF_BASE, WRITERS, FileContent, Layers, stored_dtype
+from lora_algos.tensors import known_rank, moved
 
 __all__ = [
-    "MOST_ERROR", "WRITERS", "FileContent", "Layers", "Names", "file_and_config", "from_file", "layers_of_adapted",
-    "read", "to_bytes", "to_file", "verify", "weights_of",
+    "MOST_ERROR", "WRITERS", "FileContent", "Layers", "Names", "content_of", "file_and_config", "from_file",
+    "layers_of_adapted", "read", "to_bytes", "to_file", "verify", "weights_of",
 ]  # fmt: skip
 
 
@@ -57,14 +61,21 @@ def file_and_config(path: Path) -> tuple[Path, dict[str, str]]:
         return path, {}
     try:
         config = (path / "adapter_config.json").read_text(encoding="utf-8")
-    except OSError as error:
-        raise AdapterError(f"{path} is not a folder of PEFT's: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is not a folder of PEFT's: adapter_config.json: {error}") from error
     return path / "adapter_model.safetensors", {"adapter_config": config}
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The base weight of every layer that an adapter file can change."""
-    return {name: layer.weight for name, layer in {**adaptable_layers(model), **norm_layers(model)}.items()}  # type: ignore[misc]
+    """The base weight of every layer that an adapter file can change, without an update that is merged into it."""
+    layers: dict[str, Any] = {**adaptable_layers(model), **norm_layers(model)}
+    unmerged = {name: layer.unmerged[0] for name, layer in Adapted(model).layers().items() if layer.unmerged}
+    return {name: unmerged.get(name, layer.weight) for name, layer in layers.items()}
+
+
+def has_bias(layer: nn.Module) -> bool | None:
+    """None: not known, of a layer that is there for its weight alone."""
+    return layer._parameters["bias"] is not None if "bias" in layer._parameters else None
 
 
 def from_file(
@@ -74,7 +85,9 @@ def from_file(
 
     The tensors are fp32 and have the names that the adapters here give them, whatever program wrote the file.
     """
-    weights = weights_of(model)
+    from lora_algos.formats.peft_config import config_in, scaled_by_config
+
+    weights, modules, config = weights_of(model), dict(layers_of(model)), config_in(metadata)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     found, unknown = group_keys(shapes, names.layer_of(weights))
     if unknown and not found and (what := looks_like(tensors)):
@@ -82,30 +95,31 @@ def from_file(
     result: Layers = {}
     for layer, keys in found.items():
         parts = {name: tensors[key] for name, key in keys.items()}
+        if faults := faults_of(parts, weights[layer], has_bias(modules[layer])):
+            unknown.append(f"{layer}: {'; '.join(faults)}")
+            continue
+        parts = widened(parts)
+        if config and "alpha" not in parts:
+            parts = scaled_by_config(config, layer, parts)
         try:
-            result[layer] = canonical(parts, weights[layer], metadata.get(DORA_NORM) == OF_BASE)
-        except (AdapterError, KeyError, RuntimeError) as error:
+            found_here = canonical(with_alpha(parts, metadata), weights[layer], metadata.get(DORA_NORM) == OF_BASE)
+        except (AdapterError, RuntimeError) as error:
             unknown.append(f"{layer}: {error}")
-    supply_alphas(result, metadata)
+        else:
+            result[layer] = found_here
     return result, unknown
 
 
-def supply_alphas(layers: Layers, metadata: dict[str, str]) -> None:
-    """Adds what stands in a file's metadata, or is understood, and not in its tensors."""
-    from lora_algos.formats.peft_config import alphas_of, known_rank
-
-    alphas = alphas_of(metadata, layers)
-    for layer, tensors in layers.items():
-        # without an alpha an update is scaled by 1, and a rotation is free
-        alpha = alphas.get(layer, 0.0 if "oft_blocks" in tensors else known_rank(tensors))
-        if alpha is not None and "alpha" not in tensors:
-            tensors["alpha"] = torch.tensor(float(alpha))
+def with_alpha(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+    """A layer's tensors with the alpha that is understood where there is none, and in the units of ours."""
+    if "oft_blocks" not in tensors:
+        rank = known_rank(tensors)
+        return tensors if rank is None or "alpha" in tensors else {**tensors, "alpha": torch.tensor(float(rank))}
+    alpha, shape = tensors.get("alpha", torch.tensor(0.0)), tensors["oft_blocks"].shape  # without one it is free
     if metadata.get("ss_network_module", "").startswith("lycoris"):
         # kohya's and LyCORIS' constraint is per output channel, ComfyUI's is the whole layer's
-        for tensors in layers.values():
-            if "oft_blocks" in tensors and "alpha" in tensors:
-                shape = tensors["oft_blocks"].shape
-                tensors["alpha"] = tensors["alpha"] * (shape[-3] * shape[-1])
+        alpha = alpha * torch.Size(shape[-3:-1]).numel()
+    return {**tensors, "alpha": alpha}
 
 
 def layers_of_adapted(adapted: Adapted) -> Layers:
@@ -118,10 +132,20 @@ def layers_of_adapted(adapted: Adapted) -> Layers:
     return layers
 
 
+def content_of(layers: Layers, model: nn.Module, names: Names, file_format: str) -> FileContent:
+    """The layers in one of `write.WRITERS`' formats, as they are. AdapterError if it cannot hold them."""
+    grouped = [name for name, layer in adaptable_layers(model).items() if getattr(layer, "groups", 1) > 1]
+    faults = [name for name in grouped if name in layers]
+    if file_format in ("peft", "diffusers") and faults:
+        what = f"--export.format {file_format}: PEFT has another function for grouped convolutions"
+        raise AdapterError(listed(what, faults))
+    weights = {name: weight.detach() for name, weight in weights_of(model).items() if name in layers}
+    return WRITERS[file_format](layers, weights, names)
+
+
 def to_file(layers: Layers, model: nn.Module, names: Names, file_format: str, dtype: torch.dtype) -> FileContent:
-    """The layers in one of `write.WRITERS`' formats, in `dtype` (alphas in fp32)."""
-    weights = {name: weight.detach().to("cpu") for name, weight in weights_of(model).items() if name in layers}
-    content = WRITERS[file_format](layers, weights, names)
+    """The layers in one of `write.WRITERS`' formats, in `dtype` (alphas and magnitudes in fp32)."""
+    content = content_of(layers, model, names, file_format)
     content.tensors = {
         key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in content.tensors.items()
     }
@@ -143,22 +167,25 @@ def verify(content: FileContent, layers: Layers, model: nn.Module, names: Names)
     missing = [f"{layer}: missing" for layer in layers.keys() - found.keys()]
     if unknown or missing:
         raise AdapterError(listed("what was written could not be read back and is not kept", [*unknown, *missing]))
-    weights, worst = weights_of(model), 0.0
-    for layer, tensors in layers.items():
-        weight = weights[layer].detach()
-        there, here = (
-            convert.delta_of({k: t.to(weight.device) for k, t in x.items()}, weight) for x in (found[layer], tensors)
-        )
-        size = here.norm()
-        if "lora_magnitude_vector" in tensors:  # whose digits are those of the whole weight, not of its change
-            size = size + weight.norm()
-        worst = max(worst, float((there - here).norm() / size) if size else float(there.norm()))
-        if "diff_b" in tensors:
-            worst = max(
-                worst,
-                float((found[layer]["diff_b"] - tensors["diff_b"]).norm() / tensors["diff_b"].norm().clamp_min(1e-30)),
-            )
-    return worst
+    weights = weights_of(model)
+    return max((difference(found[layer], layers[layer], weights[layer].detach()) for layer in layers), default=0.0)
+
+
+def difference(there: dict[str, Tensor], here: dict[str, Tensor], weight: Tensor) -> float:
+    """||difference|| / ||update|| of what two sets of a layer's tensors do, infinite if it is no number."""
+    deltas = [convert.delta_of(moved(tensors, weight.device), weight) for tensors in (there, here)]
+    size = deltas[1].norm()
+    if "lora_magnitude_vector" in here:  # whose digits are those of the whole weight, not of its change
+        size = size + weight.to(size.dtype).norm()
+    errors = [relative(deltas[0] - deltas[1], size)]
+    if "diff_b" in here:
+        errors.append(relative(there["diff_b"] - here["diff_b"], here["diff_b"].norm()))
+    return max(error if math.isfinite(error) else math.inf for error in errors)
+
+
+def relative(error: Tensor, size: Tensor) -> float:
+    """||error|| / size, and ||error|| where the size is 0."""
+    return float(error.norm() / torch.where(size == 0, 1.0, size))
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -11,6 +11,10 @@ from lora_algos import get_algorithm
 from lora_algos.attach import algorithm_of
 from lora_algos.config import AdapterError
 from lora_algos.loha import khatri_rao
+from lora_algos.low_rank import thin_svd
+from lora_algos.tensors import scaling_of
+
+NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"
 
 
 def delta_of(tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
@@ -43,23 +47,26 @@ def lora_exact(tensors: dict[str, Tensor], weight: torch.Size) -> dict[str, Tens
     algorithm = algorithm_of(tensors)
     if algorithm == "LoRA" or len(weight) < 2:
         return tensors
-    if algorithm == "LoHa" and "hada_t1" not in tensors:
-        w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab")
-        rank = w1_a.shape[1]
-        up, down = khatri_rao(w1_a, w1_b, w2_a, w2_b)
-        scaling = float(tensors.get("alpha", rank)) / rank
-        return {**as_lora(up * scaling, down, weight), **bias_of(tensors)}
+    if algorithm == "LoHa":
+        up, down = khatri_rao(*(factor for i in (1, 2) for factor in flat_loha(tensors, i)))
+        return {**as_lora(up * scaling_of(tensors), down, weight), **bias_of(tensors)}
     if algorithm == "LoKr":
         return {**lokr_as_lora(tensors, weight), **bias_of(tensors)}
     raise AdapterError(f"{algorithm} is no LoRA of a rank below the layer's; lora-svd makes one that is near it")
 
 
+def flat_loha(tensors: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """One of a LoHa's two products, as (out, rank) and (rank, in * kernel); of a core and w_b if there is one."""
+    a, b = (tensors[f"hada_w{number}_{side}"] for side in "ab")
+    if f"hada_t{number}" not in tensors:
+        return a, b
+    return a.T, torch.einsum("ij...,jn->in...", tensors[f"hada_t{number}"], b).flatten(1)
+
+
 def lokr_as_lora(tensors: dict[str, Tensor], weight: torch.Size) -> dict[str, Tensor]:
     """(u1 v1) (x) (u2 v2) = (u1 (x) u2)(v1 (x) v2); a whole factor is split by the identity on its smaller side."""
     (u1, v1), (u2, v2) = (halves(tensors, f"lokr_w{i}") for i in (1, 2))
-    rank = next((tensors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors), 0)
-    scaling = float(tensors.get("alpha", rank)) / rank if rank else 1.0
-    return as_lora(torch.kron(u1, u2) * scaling, torch.kron(v1, v2), weight)
+    return as_lora(torch.kron(u1, u2) * scaling_of(tensors), torch.kron(v1, v2), weight)
 
 
 def halves(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -82,14 +89,22 @@ def svd(tensors: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Ten
         return svd_of(delta_of(tensors, weight))
     if down.shape[0] >= min(up.shape[0], down.shape[1]):
         return svd_of(delta_of(tensors, weight))
-    scaling = float(exact.get("alpha", down.shape[0])) / down.shape[0]
-    (left, a), (right, b) = torch.linalg.qr(up), torch.linalg.qr(down.T)
-    u, s, v = torch.linalg.svd(a @ b.T * scaling)
-    return left @ u, s, v @ right.T
+    up = up * scaling_of(exact)
+    if not (up.isfinite().all() and down.isfinite().all()):
+        raise AdapterError(NOT_FINITE)
+    u, s, v = (part.to(up.dtype) for part in thin_svd(up, down))
+    if not s.isfinite().all():
+        raise AdapterError(NOT_FINITE)
+    return u, s, v
 
 
 def svd_of(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(delta.flatten(1), full_matrices=False)
+    if not delta.isfinite().all():
+        raise AdapterError(NOT_FINITE)
+    try:
+        return torch.linalg.svd(delta.flatten(1), full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise AdapterError(f"its update cannot be decomposed: {error}") from error
 
 
 def lora_svd(parts: tuple[Tensor, Tensor, Tensor], rank: int, weight: torch.Size) -> tuple[dict[str, Tensor], float]:

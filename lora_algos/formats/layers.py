@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from lora_algos.config import AdapterError
+from lora_algos.low_rank import TINY, norms_after, squared_norms
+from lora_algos.tensors import bias_faults, scaling_of
 
 Layers = dict[str, dict[str, Tensor]]
 """Layer -> a tensor's name here -> the tensor."""
@@ -16,18 +18,61 @@ NOT_READ = {
 }
 
 
+TOGETHER = (
+    ("lora_up.weight", "lora_down.weight"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    ("hada_t1", "hada_t2"),
+    ("lokr_w1_a", "lokr_w1_b"),
+    ("lokr_w2_a", "lokr_w2_b"),
+    ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+)
+NEEDS = {
+    "lora_mid.weight": "lora_down.weight",
+    "dora_scale": "lora_down.weight",
+    "lora_magnitude_vector": "lora_down.weight",
+    "hada_t1": "hada_w1_a",
+    "lokr_t2": "lokr_w2_a",
+}
+ANY_SHAPE = ("alpha", "diff", "diff_b", "dora_scale", "lora_magnitude_vector")  # all others are matrices at least
+
+
+def faults_of(tensors: dict[str, Tensor], weight: Tensor, has_bias: bool | None) -> list[str]:
+    """All that is wrong with one layer's tensors in a file, whatever its algorithm; `has_bias` None: not known."""
+    faults = [reason for name, reason in NOT_READ.items() if name in tensors]
+    for name, tensor in sorted(tensors.items()):
+        shape = tuple(tensor.shape)
+        if not tensor.numel():
+            faults.append(f"{name} is {shape}: empty")
+        elif name == "alpha" and tensor.numel() > 1:
+            faults.append(f"alpha is {shape}: not one number")
+        elif name not in (*ANY_SHAPE, *NOT_READ) and tensor.ndim < 2:
+            faults.append(f"{name} is {shape}: no matrix")
+        if not tensor.float().isfinite().all():
+            faults.append(f"{name}: not finite (NaN or infinite values)")
+    needed = {name for group in TOGETHER if tensors.keys() & {*group} for name in group}
+    needed |= {partner for name, partner in NEEDS.items() if name in tensors}
+    faults += [f"{name} is missing" for name in sorted(needed - tensors.keys())]
+    if {"dora_scale", "lora_magnitude_vector"} <= tensors.keys():
+        faults.append("dora_scale and lora_magnitude_vector: two magnitudes")
+    if weight.ndim < 2 and (strange := tensors.keys() - {"alpha", "diff", "diff_b"}):
+        faults.append(f"{', '.join(sorted(strange))}: the layer is a normalisation, which has diff and diff_b alone")
+    if has_bias is not None or not weight.is_meta:  # else the shape may be a guess
+        faults += bias_faults(tensors, weight.shape[0], has_bias)
+    return faults
+
+
+def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In fp32, or in fp64 what is that."""
+    return {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
+
+
 def canonical(tensors: dict[str, Tensor], weight: Tensor, precompensated: bool) -> dict[str, Tensor]:
-    """The tensors of one layer as the adapters want them, in fp32. AdapterError if that cannot be.
+    """The tensors of one layer, in which there are no faults, as the adapters want them. AdapterError if that cannot
+    be.
 
     `precompensated`: a dora_scale that is meant for programs that divide by the norm of the base weight alone.
     """
-    refused = [reason for name, reason in NOT_READ.items() if name in tensors]
-    if refused:
-        raise AdapterError("; ".join(refused))
-    found = {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
-    broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
-    if broken:
-        raise AdapterError(f"{', '.join(sorted(broken))}: not finite (NaN or infinite values)")
+    found = dict(tensors)
     if "lora_mid.weight" in found:
         fold_mid(found)
     if "lokr_t2" in found:
@@ -47,10 +92,11 @@ def fold_mid(tensors: dict[str, Tensor]) -> None:
 
 def rebuild_lokr(tensors: dict[str, Tensor]) -> None:
     """A LoKr whose w2 is in Tucker form with an undivided w2, the scaling moved into it where it was w2's alone."""
+    scaling = scaling_of(tensors)
     core, w2_a, w2_b = (tensors.pop(name) for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
     w2 = torch.einsum("ij...,jr->ir...", torch.einsum("ij...,ip->pj...", core, w2_a), w2_b)
     if "lokr_w1" in tensors:  # then nothing with a rank is left, and alpha means nothing
-        w2 = w2 * (float(tensors.get("alpha", core.shape[0])) / core.shape[0])
+        w2 = w2 * scaling
     tensors["lokr_w2"] = w2.contiguous()  # torch.kron fails on what einsum makes, which ComfyUI takes for no change
 
 
@@ -67,9 +113,8 @@ def magnitude_of(scale: Tensor, tensors: dict[str, Tensor], weight: Tensor, prec
 
 
 def dora_compensation(tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """||W + dW|| / ||W|| per output channel, dW being the LoRA's update."""
-    up, down = tensors["lora_up.weight"].flatten(1), tensors["lora_down.weight"].flatten(1)
-    rank = down.shape[0]
-    scaling = float(tensors["alpha"]) / rank if "alpha" in tensors else 1.0
-    flat = weight.flatten(1).to(up.dtype)
-    return (flat + up @ down * scaling).norm(dim=1) / flat.norm(dim=1).clamp_min(1e-30)
+    """||W + dW|| / ||W|| per output channel, dW being the LoRA's update: worked out where W is."""
+    up, down = (tensors[f"lora_{side}.weight"].to(weight.device) for side in ("up", "down"))
+    base = squared_norms(weight, up.dtype)
+    moved = norms_after(weight, up, down, scaling_of(tensors), base)
+    return (moved / base.clamp_min(TINY).sqrt()).to(tensors["lora_up.weight"].device)

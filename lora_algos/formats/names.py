@@ -58,7 +58,7 @@ SUFFIXES = {
         "oft_blocks", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "diff", "diff_b",
         "oft_R.weight", "set_weight", "reshape_weight",
     )},
-    **{f"{sep}{name}": own for own, sides in (
+    **{f".{name}": own for own, sides in (
         ("lora_down.weight", ("lora_A.weight", "lora_A.default.weight", "lora_A", "lora.down.weight",
                               "lora_linear_layer.down.weight")),
         ("lora_up.weight", ("lora_B.weight", "lora_B.default.weight", "lora_B", "lora.up.weight",
@@ -67,7 +67,7 @@ SUFFIXES = {
                                    "lora_magnitude_vector.default")),
         ("diff", ("w_norm",)),
         ("diff_b", ("b_norm",)),
-    ) for name in sides for sep in (".",)},
+    ) for name in sides},
     "_lora.down.weight": "lora_down.weight",
     "_lora.up.weight": "lora_up.weight",
 }  # fmt: skip
@@ -90,8 +90,11 @@ def group_keys(
     unknown = []
     for key, shape in shapes.items():
         spelling, name = split_key(key)
-        if name and spelling in layer_of:
-            found.setdefault(layer_of[spelling], {})[name] = key
+        parts = found.setdefault(layer_of[spelling], {}) if name and spelling in layer_of else None
+        if parts is not None and name in parts:
+            unknown.append(f"{key} {shape}: the same tensor as {parts[name]}")
+        elif parts is not None:
+            parts[name] = key
         else:
             unknown.append(f"{key} {shape}: {'no such layer in the model' if name else 'no tensor of an adapter'}")
     return found, unknown

@@ -2,23 +2,20 @@
 holds."""
 
 import json
+import math
 import re
 
+import torch
 from torch import Tensor
 
 from lora_algos.attach import listed
 from lora_algos.config import AdapterError
 from lora_algos.formats.layers import Layers
+from lora_algos.tensors import known_rank, rank_and_alpha
 
+# PEFT's initialisations that leave the base weight as it is; others move part of it into the adapter
+KEEP_THE_BASE = ("default", "gaussian", "eva", "mica", "true", "false")
 PEFT_TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR"}
-
-
-def known_rank(tensors: dict[str, Tensor]) -> int | None:
-    """The rank of a layer's update, if its tensors have one."""
-    for name in ("lora_down.weight", "hada_t1", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2.weight"):
-        if name in tensors and tensors[name].ndim:
-            return tensors[name].shape[0]
-    return None
 
 
 def rank_of(tensors: dict[str, Tensor]) -> int:
@@ -32,10 +29,10 @@ def has_rank(tensors: dict[str, Tensor]) -> bool:
 
 
 def alpha_of(tensors: dict[str, Tensor]) -> float:
-    rank = rank_of(tensors)
+    """What PEFT has to be told for the scaling to come out."""
     if {"lokr_w1", "lokr_w2"} <= tensors.keys():
-        return float(rank)  # PEFT scales these too: by 1, then
-    return float(tensors.get("alpha", rank))
+        return float(rank_of(tensors))  # PEFT scales these too: by 1, then
+    return rank_and_alpha(tensors)[1]
 
 
 def peft_config(layers: Layers, weights: dict[str, Tensor], algorithm: str) -> dict:
@@ -83,8 +80,9 @@ def lokr_options(layers: Layers, weights: dict[str, Tensor]) -> dict:
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": False}
 
 
-def alphas_of(metadata: dict[str, str], layers: Layers) -> dict[str, float]:
-    """Alpha of each layer as PEFT's config in a file's metadata says, be it PEFT's own or diffusers'."""
+def config_in(metadata: dict[str, str]) -> dict:
+    """PEFT's config in a file's metadata, be it PEFT's own or diffusers'; empty if there is none. AdapterError naming
+    all that cannot be used."""
     text = metadata.get("adapter_config") or metadata.get("lora_adapter_metadata")
     if not text:
         return {}
@@ -92,14 +90,68 @@ def alphas_of(metadata: dict[str, str], layers: Layers) -> dict[str, float]:
         config = json.loads(text)
     except json.JSONDecodeError as error:
         raise AdapterError(f"the adapter's config is not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"the adapter's config is no JSON object: {text[:40]}")
     # diffusers puts the component's name before each key
-    bare = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in config.items()}
-    rank = bare.get("r", 0)
-    alpha = bare.get("lora_alpha", bare.get("alpha", rank))
-    patterns = bare.get("alpha_pattern") or {}
-    alphas = {}
-    for layer, tensors in layers.items():
-        own = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", layer)), alpha)
-        layer_rank = rank_of(tensors) if has_rank(tensors) else 1
-        alphas[layer] = float(own) * (layer_rank**0.5 if bare.get("use_rslora") else 1.0)
-    return alphas
+    config = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in config.items()}
+    if faults := [*config_faults(config), *pattern_faults(config)]:
+        raise AdapterError(listed("the adapter's config cannot be used", faults))
+    return config
+
+
+def config_faults(config: dict) -> list[str]:
+    """What is wrong with a config's numbers, and an initialisation that has changed the base."""
+    faults = [
+        f"{name} = {config[name]!r}: no number"
+        for name in ("r", "lora_alpha", "alpha")
+        if name in config and not is_number(config[name])
+    ]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in KEEP_THE_BASE:
+        faults.append(
+            f"init_lora_weights = {init}: its base is not the model's, part of it was moved into the adapter. Save it "
+            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=<the adapter as it was before "
+            "training>), which makes it one for the model itself"
+        )
+    return faults
+
+
+def pattern_faults(config: dict) -> list[str]:
+    faults = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            faults.append(f"{name} = {patterns!r}: no JSON object")
+            continue
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                faults.append(f"{name}: {pattern} is no regular expression ({error})")
+            if not is_number(value):
+                faults.append(f"{name}: {pattern} = {value!r}: no number")
+    return faults
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def patterned(config: dict, patterns: str, layer: str, default: float) -> float:
+    """A layer's own value of those that a config gives by pattern, else the default."""
+    found = (config.get(patterns) or {}).items()
+    return next((value for pattern, value in found if re.match(rf"(.*\.)?({pattern})$", layer)), default)
+
+
+def scaled_by_config(config: dict, layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors with the scale that PEFT's config gives them: their alpha or, where nothing has a rank and
+    alpha means nothing here, the scale itself worked in."""
+    rank = known_rank(tensors)
+    default = config.get("lora_alpha", config.get("alpha", config.get("r", rank or 1)))
+    alpha = patterned(config, "alpha_pattern", layer, default)
+    if config.get("peft_type") == "LOKR" and {"lokr_w1", "lokr_w2"} <= tensors.keys():
+        asked = patterned(config, "rank_pattern", layer, config.get("r", 1)) or 1
+        return {**tensors, "lokr_w1": tensors["lokr_w1"] * (alpha / asked)}
+    if rank is None:
+        return tensors
+    return {**tensors, "alpha": torch.tensor(alpha * (rank**0.5 if config.get("use_rslora") else 1.0))}

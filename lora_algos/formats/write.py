@@ -20,6 +20,7 @@ from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
 from lora_algos.formats.layers import Layers, dora_compensation
 from lora_algos.formats.names import Names
+from lora_algos.tensors import rank_and_alpha, scaling_of
 
 DORA_NORM = "train_lora.dora_scale"  # metadata: what a dora_scale is meant to be divided by
 OF_BASE = "norm of the base weight"
@@ -45,8 +46,9 @@ def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> F
 def lycoris_named(layers: Layers, weights: dict[str, Tensor], spell: Callable[[str], str]) -> FileContent:
     content = FileContent({})
     alphas = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
+    shared = next((alpha for alpha in alphas if alpha), 1.0)
     for layer, tensors in layers.items():
-        tensors = one_alpha(tensors, alphas[0]) if alphas else dict(tensors)
+        tensors = one_alpha(tensors, shared)
         if "lora_magnitude_vector" in tensors:
             # ComfyUI and Forge divide by ||W|| where DoRA says ||W + dW||: the quotient is worked in
             magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weights[layer])
@@ -59,25 +61,26 @@ def lycoris_named(layers: Layers, weights: dict[str, Tensor], spell: Callable[[s
 
 
 def one_alpha(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A layer with that alpha if it is a LoRA: its own scaling goes into up."""
+    """A layer with that alpha if it is a LoRA: its own scaling goes into up. Of 0 nothing is a multiple: 1 then."""
     if "lora_up.weight" not in tensors:
         return dict(tensors)
-    up = tensors["lora_up.weight"] * (float(tensors["alpha"]) / alpha)
+    alpha = alpha or 1.0
+    up = tensors["lora_up.weight"] * (rank_and_alpha(tensors)[1] / alpha)
     return {**tensors, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
 
 
 def stored_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor of a file in `dtype` is stored in."""
-    return torch.float32 if key.endswith(".alpha") else dtype
+    """What a tensor of a file in `dtype` is stored in. A magnitude's digits are those of the whole weight: in bf16 they
+    would be more than what a short training changes."""
+    return torch.float32 if key.endswith((".alpha", ".dora_scale", ".lora_magnitude_vector")) else dtype
 
 
 def write_diffusers(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
     refuse(layers, "diffusers", ("LoRA", "DoRA"))
     content = FileContent({})
     for layer, tensors in layers.items():
-        scaling = float(tensors["alpha"]) / tensors["lora_down.weight"].shape[0]
         parts = peft_tensors(tensors, weights[layer])
-        parts["lora_B.weight"] = parts["lora_B.weight"] * scaling  # without an alpha, diffusers scales by 1
+        parts["lora_B.weight"] = parts["lora_B.weight"] * scaling_of(tensors)  # without an alpha, diffusers scales by 1
         content.tensors |= {f"{names.diffusers(layer)}.{name}": tensor for name, tensor in parts.items()}
     return content
 
