@@ -9,7 +9,7 @@ import torch
 from conftest import BASE
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tool_cases import WEIGHTS, run, unet_weights
+from tool_cases import WEIGHTS, of_case, run, unet_weights
 
 from training.files import WriteError, new_folder
 
@@ -137,6 +137,16 @@ def test_a_broken_list_of_shards_is_named(name, text, source, lora_file, tmp_pat
     assert f"{name} is not readable as JSON" in capsys.readouterr().err
 
 
+def test_out_may_be_a_link_or_the_folder_one_is_in(source, lora_file, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(source)
+    for name, here in (("link", tmp_path), (".", source)):
+        filled(source, "old")
+        monkeypatch.chdir(here)
+        assert run("merge", BASE, name, "--lora", lora_file, "--overwrite") == 0
+        assert files(source) == files(BASE)
+    assert names(tmp_path) == {"base", "link", lora_file.name}
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_merge_into_fp8(dtype, source, lora_file, tmp_path, capsys):
     with_weights(source, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
@@ -152,6 +162,18 @@ def test_merge_says_what_is_not_finite(source, lora_file, tmp_path, capsys):
     with_weights(source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan})
     assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 2
     assert "conv_in.weight: not finite (NaN or infinite values) in the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["DoRA", "OFT", "GLoRA"])
+def test_an_update_of_a_model_that_is_not_finite_is_named(case, source, tmp_path, capsys):
+    path, fault = of_case(tmp_path, case)[0], "conv_in: the model's weight is not finite (NaN or infinite values)"
+    with_weights(source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan})
+    assert run("inspect", path, "--model", source) == 1
+    said = capsys.readouterr().out
+    assert fault in said
+    assert "needs --model" not in said
+    assert run("resize", path, tmp_path / "out.safetensors", "--rank", 2, "--model", source) == 2
+    assert fault in capsys.readouterr().err
 
 
 TO_Q = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -88,3 +88,13 @@ def test_blocks_that_are_no_rotation_are_damaged(blocks, tmp_path, capsys):
     save_file({"lora_unet_conv_in.oft_blocks": torch.ones(blocks)}, tmp_path / "a.safetensors")
     assert run("inspect", tmp_path / "a.safetensors") == 1
     assert "lora_unet_conv_in: " in capsys.readouterr().out
+
+
+def test_an_update_that_is_not_finite_needs_no_model_to_be_named(tmp_path, capsys):
+    path, _ = of_case(tmp_path, "LoRA")
+    tensors = {key: t * (1e30 if "conv_in" in key and "alpha" not in key else 1) for key, t in load_file(path).items()}
+    save_file(tensors, path)
+    assert run("inspect", path) == 1
+    said = capsys.readouterr().out
+    assert "lora_unet_conv_in: its update is not finite" in said
+    assert "needs --model" not in said

@@ -118,7 +118,10 @@ class AdapterFile:
         not fit it."""
         weight = self.model.weight(layer)
         tensors = self.tensors(layer, weight)
-        get_algorithm(algorithm_of(tensors)).read_spec(tensors, weight.shape)
+        algorithm = algorithm_of(tensors)
+        get_algorithm(algorithm).read_spec(tensors, weight.shape)
+        if algorithm in NEED_BASE and not weight.is_meta and not weight.isfinite().all():
+            raise AdapterError("the model's weight is not finite (NaN or infinite values)")
         if "diff_b" in tensors and isinstance(self.model, Model):
             there = tuple(tensors["diff_b"].shape)
             if not self.model.has(layer, "bias"):

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from lora_algos.attach import algorithm_of
 from lora_algos.config import AdapterError
 from lora_algos.formats.names import looks_like
@@ -69,13 +71,21 @@ def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
         try:
             tensors, weight = adapter.read(layer)
             algorithm = algorithm_of(tensors)
-            norm = math.nan if needs_base(algorithm, weight) else float(delta_of(tensors, weight).norm())
+            norm = math.nan if needs_base(algorithm, weight) else size_of(delta_of(tensors, weight))
         except AdapterError as error:
             damaged.append(f"{layer}: {error}")
             continue
         alpha = float(tensors["alpha"]) if "alpha" in tensors else "-"
         report.add(layer, {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha}, norm)
     return report, damaged
+
+
+def size_of(delta: Tensor) -> float:
+    """AdapterError if it has none."""
+    norm = float(delta.norm())
+    if not math.isfinite(norm):
+        raise AdapterError("its update is not finite (NaN or infinite values, or too large)")
+    return norm
 
 
 def facts(metadata: Mapping[str, str]) -> dict[str, str]:
