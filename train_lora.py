@@ -63,7 +63,8 @@ def train(config: TrainConfig) -> None:
 
     accelerator = build_accelerator(config)
     family = get_family(config.model)
-    datasets = build_datasets(config.data, family, accelerator)  # the encoders live and die in here
+    # the encoders live and die in here
+    datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
     denoiser, dtype = setup.load_denoiser(config, family)
     names = file_names(family, denoiser)
     adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)

@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.identity import digest
+from data.index import LatentDataset
 from data.schedule import Schedule, key
-from data.sources import SourceImage
-from data.store import Store
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: raw `latents` and `noise` (B, C, h, w), `quantile` (B,), `cond` with batch dimension.
 
-    `visits` names the samples in reports.
+    `weight` (B,): factors on the loss. `mask` (B, h, w) in [0, 1]: where the loss counts, if the data has masks.
+    `crop` (B, 8): the fields of buckets.Crop. `visits` names the samples in reports.
     """
 
     latents: Tensor
     noise: Tensor
     quantile: Tensor
     cond: dict[str, Tensor]
+    weight: Tensor
+    crop: Tensor
     visits: range
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; copies from pinned memory do not wait for the device."""
@@ -43,27 +45,19 @@ class Batch:
         return replace(self, **moved, cond={name: function(tensor) for name, tensor in self.cond.items()})
 
 
-class LatentDataset:
-    """Encoded images with their captions; rows are read from disk when they are asked for."""
+@dataclass(frozen=True)
+class Drawn:
+    """What is random in a sample, in the order in which its generator gives it."""
 
-    def __init__(self, images: list[SourceImage], keys: dict[SourceImage, str], media: Store, text: Store):
-        self.names = [image.name for image in images]
-        self.captions = [image.caption for image in images]
-        self.epoch_rows = np.repeat(np.arange(len(images)), [image.repeats for image in images])
-        self.keys = [(keys[image], digest(image.caption)) for image in images]
-        self.fingerprint = digest(*(f"{m} {t} {i.repeats}" for (m, t), i in zip(self.keys, images, strict=True)))
-        self.media, self.text = media, text
+    quantile: Tensor
+    caption: float
+    drop: float
+    flip: float
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def latents(self, row: int) -> Tensor:
-        """Raw latents (C, h, w) of one row."""
-        return self.media[self.keys[row][0]]["latents"]
-
-    def cond(self, row: int) -> dict[str, Tensor]:
-        """Conditioning of one row, without batch dimension."""
-        return self.text[self.keys[row][1]]
+    @classmethod
+    def of(cls, generator: torch.Generator) -> "Drawn":
+        quantile, *others = torch.rand(4, generator=generator)
+        return cls(quantile, *(float(other) for other in others))
 
 
 class MicroBatches(Dataset):
@@ -74,22 +68,55 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, micro_batch: int) -> Batch:
         visits = self.schedule.visits(micro_batch)
-        rows = [self.schedule.row(visit) for visit in visits]
         seeds = [key("sample", self.schedule.seed, visit) for visit in visits]
-        return make_batch(self.dataset, rows, seeds, visits)
+        return make_batch(self.dataset, self.schedule.rows(micro_batch), seeds, visits)
 
 
 def make_batch(
     dataset: LatentDataset, rows: list[int], seeds: list[int], visits: range, quantile: Tensor | None = None
 ) -> Batch:
-    """Collates `rows`; each sample's noise, and its quantile unless given, come from a generator with its own seed."""
-    latents = torch.stack([dataset.latents(row) for row in rows])
+    """Collates `rows`; each sample's noise, caption and flip, and its quantile unless given, come from a generator with
+    its own seed. With `quantile` given (validation), the first caption is taken and nothing is mirrored or dropped."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = torch.cat([torch.rand(1, generator=g) for g in generators])
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
-    conds = [dataset.cond(row) for row in rows]
-    cond = {name: torch.stack([c[name] for c in conds]) for name in conds[0]}
-    return Batch(latents, noise, drawn if quantile is None else quantile, cond, visits)
+    drawn = [Drawn.of(generator) for generator in generators]
+    fixed = quantile is not None
+    places = dataset.arrays["media"][rows]
+    flips = [0 if fixed or p.shape[0] == 1 else int(d.flip < 0.5) for p, d in zip(places, drawn, strict=True)]
+    media = [int(p[flip]) for p, flip in zip(places, flips, strict=True)]
+    latents = dataset.media.stacked(media, "latents")
+    noise = torch.empty(latents.shape)
+    for one, generator in zip(noise, generators, strict=True):
+        torch.randn(one.shape, generator=generator, out=one)
+    columns = dataset.media.columns(media[0])
+    if "deviation" in columns:
+        latents = sampled(latents, dataset.media.stacked(media, "deviation"), generators)
+    texts = [text_place(dataset, row, d, fixed) for row, d in zip(rows, drawn, strict=True)]
+    return Batch(
+        latents,
+        noise,
+        torch.stack([d.quantile for d in drawn]) if quantile is None else quantile,
+        {name: dataset.text.stacked(texts, name) for name in dataset.text.columns(texts[0])},
+        torch.from_numpy(np.array(dataset.arrays["weight"][rows])),
+        torch.from_numpy(np.array(dataset.arrays["crop"][rows])),
+        visits,
+        masks(dataset, media) if "mask" in columns else None,
+    )
+
+
+def masks(dataset: LatentDataset, media: list[int]) -> Tensor:
+    floor = dataset.mask_floor
+    return floor + (1 - floor) * dataset.media.stacked(media, "mask")
+
+
+def sampled(mean: Tensor, deviation: Tensor, generators: list[torch.Generator]) -> Tensor:
+    draws = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
+    return mean + deviation * torch.stack(draws)
+
+
+def text_place(dataset: LatentDataset, row: int, drawn: Drawn, fixed: bool) -> int:
+    if not fixed and drawn.drop < dataset.arrays["dropout"][row]:
+        return dataset.empty_text
+    return dataset.text_of(row, 0.0 if fixed else drawn.caption)
 
 
 def micro_batches(

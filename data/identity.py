@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MEMO = "file_hashes.json"
+KEY_BYTES = 16
+
+
+def key_of(*parts: str | bytes) -> bytes:
+    """What a row of a store is known by: `digest` as bytes."""
+    return bytes.fromhex(digest(*parts))
 
 
 def digest(*parts: str | bytes) -> str:

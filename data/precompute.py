@@ -1,124 +1,250 @@
 """Encodes images and captions once, into stores on disk; a second run encodes nothing, a changed caption one row.
 
-Every rank encodes its share, one image at a time: the bytes do not depend on the number of ranks or on the neighbours.
+In turn, on all ranks (turns.py), each stage leaving a file that the next one reads:
+
+    listing   rank 0    every row of every source: names, captions, stamps; no image is opened
+    facts     all       size and content hash of each image, which is decoded once to see that it is whole
+    plan      rank 0    crops, caption variants, the keys of what is trained on, and which of them are missing
+    text      all       the missing captions; then the text encoders are freed
+    media     all       the missing images
+    index     rank 0    the rows in training order, with the places of all that belongs to them
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
-from tqdm import tqdm
 
-from data.batches import LatentDataset
-from data.config import DataConfig, DataError
-from data.identity import digest, files_identity
-from data.sources import SourceImage, decode, raise_faults, scan
+from data import encode, images, tables
+from data.buckets import Buckets
+from data.config import DataConfig, DataError, SourceConfig
+from data.identity import KEY_BYTES, digest, files_identity, key_of
+from data.index import LatentDataset, Stores, write_index
+from data.plan import VERSION, Planner, Sources, inspect_share, missing, write_listing, write_rows
+from data.sources import open_source
+from data.sources.encoded import EncodedSource
 from data.store import Store
+from data.turns import Turns
 from models.base import ModelFamily
 
-VERSION = "1"  # of what is stored; a change makes every row be encoded anew
+MOST_LISTED = 50
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """The run's encoded images, and how much of them had to be encoded now."""
+    """The run's encoded images, how much of them had to be encoded now, and what was left out."""
 
     train: LatentDataset
     validation: LatentDataset | None
     encoded_images: int
     encoded_captions: int
+    skipped: int = 0
 
 
-def build_datasets(config: DataConfig, family: ModelFamily, accelerator: Accelerator) -> Datasets:
+@dataclass(frozen=True)
+class Planned:
+    """What there is to train on, before anything is encoded: `work.rows` (tables.ROWS) and `work.listing`."""
+
+    work: encode.Work
+    stores: Stores
+    missing_images: int
+    missing_captions: int
+    skipped: int
+
+
+def build_datasets(
+    config: DataConfig, family: ModelFamily, accelerator: Accelerator, only_square: bool = False
+) -> Datasets:
     """Scans, checks and encodes what `config` names. Raises DataError with all bad files at once.
 
-    Collective: every rank calls it, and every rank returns the same datasets.
+    All ranks call it together, and every rank returns the same datasets.
     """
-    assert config.images is not None  # load_config refuses a run without images
-    images, faults = scan(config.images, config)
-    held_out: list[SourceImage] = []
-    if config.validation_images is not None:
-        held_out, more = scan(config.validation_images, config)
-        faults += more
-    cache = Path(config.cache_dir)
-    options = f"{VERSION} mode {config.resolution}"
-    media = Store(cache / f"media-{digest(options, files_identity(family.component_files('vae'), cache))}")
-    text = Store(cache / f"text-{digest(VERSION, files_identity(family.component_files('text'), cache))}")
-
-    keys = {image: digest(image.read()) for image in [*images, *held_out]}
-    new_images = {key: image for image, key in keys.items() if key not in media}
-    new_captions = {digest(image.caption): image.caption for image in keys if digest(image.caption) not in text}
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    mine = dict(list(new_images.items())[share])
-    raise_faults(sorted(set(faults) | set(all_ranks(undecodable(mine.values(), config.resolution), accelerator))))
-
-    if new_images or new_captions:
-        encode(config, family, accelerator, (media, mine), (text, dict(list(new_captions.items())[share])))
-    accelerator.wait_for_everyone()
-    media.reload()
-    text.reload()
-
-    if config.validation_share:
-        images, held_out = split(images, keys, config.validation_share)
-    train = LatentDataset(images, keys, media, text)
-    validation = LatentDataset(held_out, keys, media, text) if held_out else None
-    return Datasets(train, validation, len(new_images), len(new_captions))
+    with Build.opened(config, family, accelerator) as build:
+        return build.run(only_square)
 
 
-def undecodable(images: Iterable[SourceImage], resolution: int) -> list[str]:
-    """What is wrong with each image that cannot be read."""
-    faults = []
-    for image in images:
+class Build:
+    """One look at the data of a run: its folders, sources and stores."""
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: DataConfig, family: ModelFamily, accelerator: Accelerator) -> Iterator["Build"]:
+        """With a folder for what the stages leave each other, which is removed at the end."""
+        turns = Turns(accelerator, Path(config.cache_dir))
         try:
-            decode(image.read(), resolution)
-        except DataError as error:
-            faults.append(f"{image.name}: {error}")
-    return faults
+            yield cls(config, family, turns, accelerator)
+            turns.close()
+        finally:
+            if turns.ranks == 1:
+                shutil.rmtree(turns.folder, ignore_errors=True)
+
+    def __init__(self, config: DataConfig, family: ModelFamily, turns: Turns, accelerator: Accelerator):
+        self.config, self.family, self.turns, self.accelerator = config, family, turns, accelerator
+        self.cache = Path(config.cache_dir)
+        self.listing, self.rows = turns.folder / "listing.arrow", turns.folder / "rows.arrow"
+        if fault := images.colour_fault(config.background):
+            raise DataError(f"--data.background: {fault}")
+        held_out = () if config.validation_images is None else (SourceConfig(config.validation_images),)
+        configs = (*config.all_sources(), *(config.with_defaults(source) for source in held_out))
+        self.identities = turns.main(self._identities)
+        opened = tuple(open_source(source, config, family, self.identities) for source in configs)
+        self.sources = Sources(config, opened, len(configs) - len(held_out))
+
+    def plan(self, only_square: bool) -> "Planned":
+        """All but encoding: what there is, what of it is trained on, and what is missing."""
+        faults = self.turns.main(lambda: write_listing(self.sources, self.listing))
+        bad = self._inspect(faults)
+        stores = self._stores()
+        self.turns.main(lambda: self._discard_damaged((stores.media, stores.text)))
+        planner = Planner(self.sources, self._facts(), Buckets.of(self.config, self.family.pixel_step(), only_square))
+        todo = self.turns.main(lambda: self._plan(planner, bad, stores))
+        work = encode.Work(
+            planner, tables.mapped(self.listing), tables.mapped(self.rows), self.family, self.accelerator.device,
+            (self.turns.rank, self.turns.ranks),
+        )  # fmt: skip
+        return Planned(work, stores, todo["media"], todo["texts"], len(bad))
+
+    def run(self, only_square: bool) -> Datasets:
+        planned = self.plan(only_square)
+        work, stores = planned.work, planned.stores
+        self.turns.each(lambda: encode.encode_texts(work, stores.text, np.load(self.turns.folder / "texts.npy")))
+        self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
+        self.turns.each(lambda: encode.import_tensors(work, stores))
+        names = self.turns.main(lambda: self._index(stores))
+        for store, parts in ((stores.media, names["media_parts"]), (stores.text, names["text_parts"])):
+            store.parts = [Path(part) for part in parts]
+        train, validation = (self._dataset(name, stores) for name in names["indices"])
+        assert train is not None
+        return Datasets(train, validation, planned.missing_images, planned.missing_captions, planned.skipped)
+
+    def _stores(self) -> Stores:
+        encoded = [source.folder for source in self.sources.opened if isinstance(source, EncodedSource)]
+        names = {
+            "media": digest(VERSION, self.config.vae_sampling, self.config.masks, self.identities["vae"]),
+            "text": digest(VERSION, self.identities["text"]),
+        }
+        return Stores(*(
+            Store(self.cache / f"{kind}-{name}", tuple(folder / kind for folder in encoded))
+            for kind, name in names.items()
+        ))  # fmt: skip
+
+    def _identities(self) -> dict[str, str]:
+        family, cache = self.family, self.cache
+        hashes = {name: files_identity(family.component_files(name), cache) for name in ("vae", "text")}
+        return {**hashes, "family": family.name}
+
+    def _facts(self) -> Store:
+        return Store(self.cache / f"facts-{VERSION}")
+
+    def _discard_damaged(self, stores: Iterable[Store]) -> None:
+        for store in stores:
+            damaged = store.damaged()
+            for part in damaged:
+                print(f"{part} is damaged: its rows are encoded again")
+            store.clear(damaged)
+
+    def _inspect(self, faults: list[str]) -> set[int]:
+        """Looks at all images that are not known; the entries that are skipped."""
+        self.turns.main(lambda: self._discard_damaged([self._facts()]))
+        share = (self.turns.rank, self.turns.ranks)
+        found = self.turns.each(lambda: inspect_share(self.sources, self.listing, self._facts(), share))
+        bad = sorted((entry, fault) for part in found for entry, fault in part)
+        faults = [*faults, *(fault for _, fault in bad)]
+        if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):
+            raise_faults(faults)
+        if faults and self.turns.rank == 0:
+            print(listed(f"skipped {len(faults)} of the training data", faults))
+        return {entry for entry, _ in bad}
+
+    def _plan(self, planner: Planner, bad: set[int], stores: Stores) -> dict[str, int]:
+        """Writes the rows, and which of their media and captions are to be encoded; returns how many these are."""
+        write_rows(planner, self.listing, self.rows, bad)
+        rows = tables.mapped(self.rows)
+        stores.media.reload()
+        stores.text.reload()
+        texts = tables.keys(rows.column("texts"))
+        if any(value > 0 for value in rows.column("dropout").unique().to_pylist()):
+            texts = np.concatenate([texts, np.array([key_of("")], f"S{KEY_BYTES}")])
+        with_images = self._with_images(rows)
+        of_media = np.repeat(with_images, tables.lengths(rows.column("media")))
+        of_texts = np.ones(len(texts), bool)  # the last may be the empty prompt, which is no row's
+        owned = np.repeat(with_images, tables.lengths(rows.column("texts")))
+        of_texts[: len(owned)] = owned
+        todo = {
+            "texts": missing(texts, stores.text, of_texts),
+            "media": missing(tables.keys(rows.column("media")), stores.media, of_media),
+        }
+        for name, places in todo.items():
+            np.save(self.turns.folder / f"{name}.npy", places)
+        return {name: len(places) for name, places in todo.items()}
+
+    def _with_images(self, rows: Any) -> np.ndarray:
+        """Whether each row is an image, or else latents already."""
+        source = tables.mapped(self.listing).column("source").to_numpy()[rows.column("entry").to_numpy()]
+        has_images = np.array([opened.has_images for opened in self.sources.opened])
+        return has_images[source]
+
+    def _index(self, stores: Stores) -> dict[str, Any]:
+        """Writes the indices of training and validation; returns their names and the parts that they speak of."""
+        stores.media.reload()
+        stores.text.reload()
+        rows = tables.mapped(self.rows)
+        train, held_out = self._split(rows)
+        names: list[str | None] = []
+        for chosen in (train, held_out):
+            folder = self.turns.folder / f"index{len(names)}"
+            names.append(self._keep(folder, write_index(folder, rows, chosen, stores)) if len(chosen) else None)
+        parts = {
+            "media_parts": [str(part) for part in stores.media.parts],
+            "text_parts": [str(part) for part in stores.text.parts],
+        }
+        return {"indices": names, **parts}
+
+    def _keep(self, folder: Path, identity: str) -> str:
+        """Moves an index and its listing to their place in the cache; returns the name of the place."""
+        shutil.copy(self.listing, folder / "listing.arrow")
+        name = f"index-{identity}-{digest((folder / 'index.json').read_bytes())[:8]}"
+        try:
+            folder.rename(self.cache / name)
+        except OSError:
+            if not (self.cache / name / "listing.arrow").is_file():  # else it is there from an earlier run
+                raise
+        return name
+
+    def _dataset(self, name: str | None, stores: Stores) -> LatentDataset | None:
+        if name is None:
+            return None
+        folder = self.cache / name
+        return LatentDataset(folder, folder / "listing.arrow", stores, self.config.mask_floor)
+
+    def _split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to train on, and rows held out: those of validation sources, or the share of images with the lowest
+        content hash, whatever the seed and the file names."""
+        held_out = rows.column("held_out").to_numpy()
+        every = np.arange(len(rows))
+        share = self.config.validation_share
+        if not share:
+            return every[~held_out], every[held_out]
+        may = every[rows.column("may_hold_out").to_numpy()]
+        count = max(1, round(share * len(may)))
+        if count >= len(may):
+            raise DataError(f"--data.validation_share {share} of {len(may)} images leaves none to train on")
+        lowest = may[np.argsort(tables.keys(rows.column("content"))[may], kind="stable")[:count]]
+        return np.setdiff1d(every, lowest), lowest
 
 
-def all_ranks(items: list[str], accelerator: Accelerator) -> list[str]:
-    return gather_object(items) if accelerator.num_processes > 1 else items
+def raise_faults(faults: list[str]) -> None:
+    """One DataError for all faults of a run's images and captions."""
+    if faults:
+        raise DataError(listed(f"the training data has {len(faults)} fault{'s' * (len(faults) > 1)}", faults))
 
 
-def split(
-    images: list[SourceImage], keys: dict[SourceImage, str], share: float
-) -> tuple[list[SourceImage], list[SourceImage]]:
-    """Holds out the `share` of images whose content hash is lowest: whatever the seed and the file names."""
-    count = max(1, round(share * len(images)))
-    if count >= len(images):
-        raise DataError(f"--data.validation_share {share} of {len(images)} images leaves none to train on")
-    held_out = set(sorted(images, key=lambda image: keys[image])[:count])
-    return [image for image in images if image not in held_out], [image for image in images if image in held_out]
-
-
-@torch.no_grad()
-def encode(
-    config: DataConfig,
-    family: ModelFamily,
-    accelerator: Accelerator,
-    media: tuple[Store, dict[str, SourceImage]],
-    text: tuple[Store, dict[str, str]],
-) -> None:
-    """Writes this rank's share of the missing rows. The encoders live and die in here."""
-    encoders = family.load_encoders().to(accelerator.device)
-    device = accelerator.device
-
-    def conditioning(caption: str) -> dict[str, Tensor]:
-        return family.encode_prompt(encoders, [caption])[0]
-
-    def latents(image: SourceImage) -> dict[str, Tensor]:
-        pixels = decode(image.read(), config.resolution)[None].to(device)
-        return {"latents": family.encode_media(encoders, pixels)[0]}
-
-    def rows(items: dict[str, Any], encode_one: Callable[[Any], dict[str, Tensor]], what: str) -> Iterator:
-        hidden = not accelerator.is_main_process or not items
-        for key, item in tqdm(items.items(), desc=f"encoding {what}", disable=hidden):
-            yield key, encode_one(item)
-
-    text[0].write(rows(text[1], conditioning, "captions"))
-    media[0].write(rows(media[1], latents, "images"))
+def listed(what: str, faults: list[str]) -> str:
+    faults = list(dict.fromkeys(faults))
+    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
+    return "\n  ".join([what, *faults[:MOST_LISTED], *more])

@@ -1,28 +1,38 @@
 """What a row on disk looks like: its key, and each tensor as raw bytes with dtype and shape.
 
 Raw bytes because Arrow has no bfloat16 and decodes nested lists number by number; any torch dtype comes back exactly.
-Latents and conditioning are stored as the encoders give them: fp32, raw (not normalised).
+Latents are raw as the VAE gives them (not normalised); latents and conditioning are fp32 when we encode them.
 """
 
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Features, List, Value
 from torch import Tensor
 
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.int64,
+                  torch.bool)
+}  # fmt: skip
+
 
 def features(names: list[str]) -> Features:
     """Columns of a store whose rows hold the tensors `names`."""
-    columns = {"key": Value("string")}
+    columns = {"key": Value("binary")}
     for name in names:
         columns |= {
-            f"{name}.data": Value("binary"),
+            f"{name}.data": Value("large_binary"),
             f"{name}.dtype": Value("string"),
             f"{name}.shape": List(Value("int32")),
         }
     return Features(columns)
 
 
-def to_row(key: str, tensors: dict[str, Tensor]) -> dict:
-    row: dict = {"key": key}
+def to_row(key: bytes, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": key}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         row[f"{name}.data"] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -31,13 +41,26 @@ def to_row(key: str, tensors: dict[str, Tensor]) -> dict:
     return row
 
 
-def from_row(row: dict) -> dict[str, Tensor]:
-    result = {}
-    for column in row:
-        if column.endswith(".data"):
-            name = column.removesuffix(".data")
-            dtype = getattr(torch, row[f"{name}.dtype"])
-            data = bytearray(row[column])  # torch wants memory it may write to, and refuses none at all
-            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            result[name] = flat.reshape(row[f"{name}.shape"])
-    return result
+class Column:
+    """One tensor's columns of a part: where in the file each row's bytes are, its dtype and its shape."""
+
+    def __init__(self, table: pa.Table, name: str, base: int):
+        """`base`: the address at which the file is mapped."""
+        places = [byte_places(chunk, base) for chunk in table.column(f"{name}.data").chunks]
+        self.first, self.length = (np.concatenate(parts) for parts in zip(*places, strict=True))
+        self.dtypes = table.column(f"{name}.dtype").combine_chunks()
+        shapes = table.column(f"{name}.shape").combine_chunks()
+        self.sides, self.side_offsets = shapes.values.to_numpy(), shapes.offsets.to_numpy()
+
+    def dtype(self, row: int) -> torch.dtype:
+        return DTYPES[self.dtypes[row].as_py()]
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        return tuple(self.sides[self.side_offsets[row] : self.side_offsets[row + 1]].tolist())
+
+
+def byte_places(chunk: pa.Array, base: int) -> tuple[np.ndarray, np.ndarray]:
+    """First byte from `base` on, and number of bytes, of each value of a binary column that is mapped there."""
+    _, offsets, data = chunk.buffers()
+    ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return ends[:-1] + (data.address - base if data is not None else 0), np.diff(ends)

@@ -1,65 +1,214 @@
-"""A folder of encoded tensors on disk, addressed by content; written in parts, each whole or absent; memory-mapped.
+"""A folder of encoded tensors on disk, addressed by content; written in parts, each whole or absent.
 
-<folder>/part-<hash of its keys>/    a `datasets` dataset, see schema.py
+<folder>/part-<hash of its keys>/    a `datasets` dataset (schema.py) and check.json, the checksum of its file
+
+A row is read with one positioned read from the operating system's page cache into the tensor where it is wanted:
+nothing stays mapped but the small columns, so reading a whole data set takes no more memory than reading one row.
 """
 
+import hashlib
+import json
+import os
 import shutil
+import socket
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import torch
 from torch import Tensor
 
 from data import schema
 from data.config import DataError
-from data.identity import digest
+from data.identity import KEY_BYTES, digest
 
-ROWS_PER_PART = 256
+ROWS_PER_PART = 1024
+BYTES_PER_PART = 2**27
+CHECK = "check.json"
+MISSING = -1
+
+
+class Part:
+    """One part, opened for reading."""
+
+    def __init__(self, folder: Path):
+        self.path = data_file(folder)
+        mapped = pa.memory_map(str(self.path))
+        whole = mapped.read_buffer()
+        table = pa.ipc.open_stream(whole).read_all()
+        self.keys = np.array(table.column("key").to_pylist(), f"S{KEY_BYTES}")
+        names = [name.removesuffix(".data") for name in table.schema.names if name.endswith(".data")]
+        self.columns = {name: schema.Column(table, name, whole.address) for name in names}
+
+    def read_into(self, name: str, row: int, target: np.ndarray) -> None:
+        """Fills `target` (bytes) with a tensor's bytes."""
+        column = self.columns[name]
+        first, length = int(column.first[row]), int(column.length[row])
+        view, done, file = memoryview(target), 0, opened(str(self.path))  # type: ignore[arg-type]
+        while done < length:
+            got = os.preadv(file.fileno(), [view[done:]], first + done)
+            if not got:
+                raise DataError(f"{self.path}: ends too soon; delete {self.path.parent}, and it is encoded again")
+            done += got
+
+
+@lru_cache(maxsize=128)
+def opened(path: str):
+    """Files kept open: as many as never to reach a limit of the operating system."""
+    return open(path, "rb", buffering=0)
+
+
+@lru_cache(maxsize=512)
+def open_part(folder: Path) -> Part:
+    return Part(folder)
+
+
+def data_file(folder: Path) -> Path:
+    return folder / "data-00000-of-00001.arrow"
 
 
 class Store:
-    """Tensors by key. Other processes may write parts of their own; `reload` makes them visible here."""
+    """Tensors by key, or by place: the number of a part and that of a row in it, as one int64. Other processes may
+    write parts of their own; `reload` makes them visible here."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, also: tuple[Path, ...] = ()):
+        """`also`: other folders whose parts are read too."""
+        self.folder, self.also = folder, also
         self.reload()
 
     def reload(self) -> None:
-        datasets.disable_progress_bars()
-        parts = [datasets.load_from_disk(str(p)) for p in sorted(self.folder.glob("part-*"))]
-        # as Arrow: half the time per row of datasets' own Python format, and the keys without decoding a tensor
-        self.rows = datasets.concatenate_datasets(parts).with_format("arrow") if parts else None
-        keys = self.rows["key"][:].to_pylist() if self.rows is not None else []
-        self.index = {key: i for i, key in enumerate(keys)}
+        parts = [part for folder in (self.folder, *self.also) for part in sorted(folder.glob("part-*"))]
+        self.parts = [part for part in parts if data_file(part).is_file()]
+        keys = [Part(part).keys for part in self.parts]
+        places = [np.arange(len(k), dtype=np.int64) + (i << 32) for i, k in enumerate(keys)]
+        every = np.concatenate(keys) if keys else np.empty(0, f"S{KEY_BYTES}")
+        order = np.argsort(every, kind="stable")
+        self.keys = every[order]
+        self.places = (np.concatenate(places) if places else np.empty(0, np.int64))[order]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.index
+    def __len__(self) -> int:
+        return len(self.keys)
 
-    def __getitem__(self, key: str) -> dict[str, Tensor]:
-        assert self.rows is not None
-        return schema.from_row(self.rows[self.index[key]].to_pylist()[0])
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The place of each key, MISSING where there is none."""
+        if not len(self.keys):
+            return np.full(len(keys), MISSING, np.int64)
+        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[at] == keys, self.places[at], MISSING)
 
-    def write(self, rows: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    def __contains__(self, key: bytes) -> bool:
+        return bool(self.find(np.array([key], f"S{KEY_BYTES}"))[0] != MISSING)
+
+    def __getitem__(self, key: bytes) -> dict[str, Tensor]:
+        (place,) = self.find(np.array([key], f"S{KEY_BYTES}"))
+        if place == MISSING:
+            raise KeyError(key.hex())
+        return self.row(int(place))
+
+    def part(self, place: int) -> tuple[Part, int]:
+        """The part of a place, and the row in it."""
+        return open_part(self.parts[place >> 32]), place & (2**32 - 1)
+
+    def columns(self, place: int) -> list[str]:
+        """Names of a row's tensors."""
+        return list(self.part(place)[0].columns)
+
+    def row(self, place: int) -> dict[str, Tensor]:
+        return {name: self.stacked([place], name)[0] for name in self.columns(place)}
+
+    def shape(self, place: int, name: str) -> tuple[int, ...]:
+        part, row = self.part(place)
+        return part.columns[name].shape(row)
+
+    def stacked(self, places: Iterable[int], name: str) -> Tensor:
+        """The tensors `name` of those rows, which have one shape and dtype, as one batch."""
+        found = [self.part(place) for place in places]
+        first, row = found[0]
+        column = first.columns[name]
+        batch = torch.empty((len(found), *column.shape(row)), dtype=column.dtype(row))
+        target = batch.view(len(found), -1).view(torch.uint8).numpy()
+        for into, (part, row) in zip(target, found, strict=True):
+            column = part.columns[name]
+            if column.shape(row) != batch.shape[1:] or column.dtype(row) != batch.dtype:
+                raise DataError(
+                    f"{name} of one batch differ: {tuple(batch.shape[1:])} {batch.dtype} and {column.shape(row)} "
+                    f"{column.dtype(row)}, the latter in {part.path.parent}"
+                )
+            part.read_into(name, row, into)
+        return batch
+
+    def write(self, rows: Iterable[tuple[bytes, dict[str, Tensor]]]) -> None:
         """Writes rows in parts of a bounded size; what was complete when the process died is kept."""
         pending: list[dict] = []
+        size = 0
         for key, tensors in rows:
             pending.append(schema.to_row(key, tensors))
-            if len(pending) == ROWS_PER_PART:
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            if len(pending) == ROWS_PER_PART or size >= BYTES_PER_PART:
                 self._write_part(pending)
-                pending = []
+                pending, size = [], 0
         if pending:
             self._write_part(pending)
 
     def _write_part(self, rows: list[dict]) -> None:
         names = [column.removesuffix(".data") for column in rows[0] if column.endswith(".data")]
         part = self.folder / f"part-{digest(*(row['key'] for row in rows))}"
-        beside = self.folder / f".{part.name}"
-        shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed here
+        beside = self.folder / f".{part.name}.{socket.gethostname()}.{os.getpid()}"
+        datasets.disable_progress_bars()
         dataset = datasets.Dataset.from_list(rows, features=schema.features(names))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            dataset.save_to_disk(str(beside))
+            dataset.save_to_disk(str(beside), num_shards=1)
+            write_check(beside)
             beside.rename(part)
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
-            raise DataError(f"--data.cache_dir: {part} could not be written: {error}") from error
+            if not part.is_dir():  # else another process wrote the same rows meanwhile
+                raise DataError(f"--data.cache_dir: {part} could not be written: {error}") from error
+
+    def damaged(self) -> list[Path]:
+        """The parts that are not as they were written. A part whose file has the size and the time of change that it
+        was written with is not read again."""
+        return [part for part in sorted(self.folder.glob("part-*")) if not is_whole(part)]
+
+    def clear(self, parts: Iterable[Path]) -> None:
+        """Removes `parts`, and what was left by processes that were killed more than a day ago."""
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+        open_part.cache_clear()  # which may hold what was removed
+        opened.cache_clear()
+        for beside in self.folder.glob(".part-*"):
+            if beside.stat().st_mtime < self.folder.stat().st_mtime - 86400:
+                shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_check(part: Path) -> None:
+    """Writes the size, the time of change and the SHA-256 of a part's data."""
+    file = data_file(part)
+    with file.open("rb") as content:
+        checksum = hashlib.file_digest(content, "sha256").hexdigest()
+        os.fsync(content.fileno())
+    stat = file.stat()
+    beside = part / f".{CHECK}.{os.getpid()}"
+    beside.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}))
+    os.replace(beside, part / CHECK)
+
+
+def is_whole(part: Path) -> bool:
+    file = data_file(part)
+    try:
+        noted, stat = json.loads((part / CHECK).read_text(encoding="utf-8")), file.stat()
+        if stat.st_size != noted["size"]:
+            return False
+        if stat.st_mtime_ns == noted["mtime_ns"]:
+            return True
+        with file.open("rb") as content:
+            same = hashlib.file_digest(content, "sha256").hexdigest() == noted["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if same and os.access(part, os.W_OK):
+        write_check(part)  # a copy: not to be read as a whole each time
+    return same

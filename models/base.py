@@ -10,13 +10,27 @@ Conventions, for every family:
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig, ObjectiveConfig
+from models.config import ModelConfig, ModelError, ObjectiveConfig
 from models.objectives import Objective
+
+COMFY_WIDTHS = {
+    768: "SD1.5's",
+    1024: "SD2.1's",
+    2048: "SDXL's",
+    2304: "Lumina2's",
+    2560: "Z-Image's",
+    3584: "Qwen-Image's",
+    4096: "that of SD3, Flux, Wan or another model with T5 or Llama",
+    7680: "Flux2 klein's",
+    12288: "Flux2 klein's",
+    15360: "Flux2's",
+}
+"""Width of ComfyUI's conditioning -> whose it is: the only sign of its family that conditioning carries."""
 
 
 class ModelFamily(ABC):
@@ -25,7 +39,6 @@ class ModelFamily(ABC):
     name: str
     media: str
     latent_channels: int
-    spatial_factor: int
     targets: dict[str, str]
     """Presets of `--adapter.targets`: name -> regular expression over layer names."""
 
@@ -65,20 +78,39 @@ class ModelFamily(ABC):
         """The dtype of the denoiser's weights on disk."""
 
     @abstractmethod
-    def load_encoders(self) -> Any:
-        """WHEN: in precompute, only if something must be encoded. OUT: diffusers' pipeline without denoiser, fp32."""
+    def latent_step(self) -> int:
+        """The side of a latent's cell in pixels."""
+
+    @abstractmethod
+    def pixel_step(self) -> int:
+        """WHEN: to choose bucket sizes. OUT: what the sides of an image in pixels must be multiples of."""
+
+    @abstractmethod
+    def load_encoders(self, what: Literal["text", "media"]) -> Any:
+        """WHEN: in precompute, only if something must be encoded. OUT: diffusers' pipeline with the text encoders
+        or the VAE alone, fp32."""
 
     @abstractmethod
     def component_files(self, component: str) -> list[Path]:
         """The files that decide what `component` (denoiser, vae, text) computes: their content is its identity."""
 
     @abstractmethod
-    def encode_media(self, encoders: Any, pixels: Tensor) -> Tensor:
-        """WHEN: in precompute. IN: pixels. OUT: raw latents (B, C, h, w), the mode of the posterior, unscaled."""
+    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, h, w), unscaled."""
 
     @abstractmethod
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension."""
+
+    @abstractmethod
+    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+        """WHEN: data that ComfyUI encoded are read. IN: one element of its CONDITIONING: cond (1, L, D) and its dict.
+        OUT: conditioning tensors as encode_prompt's. Raises ModelError if they are of another family."""
+
+    @abstractmethod
+    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """WHEN: data are written for ComfyUI. IN: conditioning tensors as encode_prompt's. OUT: cond (1, L, D) and its
+        dict, in which "pooled_output" always is, None if the family has none."""
 
     @abstractmethod
     def normalise(self, latents: Tensor) -> Tensor:
@@ -103,3 +135,13 @@ class ModelFamily(ABC):
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         """Keys of an adapter file by which ComfyUI, A1111 and Forge recognise the base model."""
+
+
+def check_comfy_cond(cond: Tensor, width: int) -> None:
+    """Raises ModelError, saying what it is, unless `cond` is ComfyUI's conditioning (1, L >= 1, `width`)."""
+    if cond.ndim != 3 or cond.shape[0] != 1 or cond.shape[1] == 0:
+        raise ModelError(f"conditioning of shape {tuple(cond.shape)}, not (1, tokens, {width})")
+    if cond.shape[2] != width:
+        whose = f", which is {COMFY_WIDTHS[cond.shape[2]]}" if cond.shape[2] in COMFY_WIDTHS else ""
+        wanted = f", {COMFY_WIDTHS[width]}" if width in COMFY_WIDTHS else ""
+        raise ModelError(f"conditioning of width {cond.shape[2]}{whose}; this model takes {width}{wanted}")

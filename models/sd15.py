@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -18,7 +18,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from models.base import ModelFamily
+from models.base import ModelFamily, check_comfy_cond
 from models.config import ModelError, ObjectiveConfig
 from models.ldm_names import native_names
 from models.objectives import DDPM
@@ -35,7 +35,6 @@ class StableDiffusion(ModelFamily):
     name = "sd15"
     media = "image"
     latent_channels = 4
-    spatial_factor = 8
     component = "unet"
     file_format = "kohya"
     kohya_is_native = False
@@ -149,8 +148,17 @@ class StableDiffusion(ModelFamily):
             names = sorted(file.keys(), key=lambda name: not name.startswith("model.diffusion_model."))
             return file.get_tensor(names[0]).dtype
 
-    def load_encoders(self) -> Any:
-        encoders = self._load("vae", "text_encoder", "tokenizer")
+    def latent_step(self) -> int:
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)  # each level but the last halves the sides
+
+    def pixel_step(self) -> int:
+        levels = len(self.empty_denoiser().config.block_out_channels)  # type: ignore[union-attr, arg-type]
+        return self.latent_step() * 2 ** (levels - 1)
+
+    def load_encoders(self, what: Literal["text", "media"]) -> Any:
+        if what == "media":
+            return self._load("vae")
+        encoders = self._load("text_encoder", "tokenizer")
         known, wanted = len(encoders.tokenizer), encoders.text_encoder.config.vocab_size
         if known < wanted:  # transformers makes an empty tokenizer where the files are missing
             raise ModelError(
@@ -174,12 +182,24 @@ class StableDiffusion(ModelFamily):
             weights = weights or [f for f in files if re.fullmatch("[^.]+" + ending, f.name)]
         return [*(f for f in files if f.suffix in (".json", ".txt")), *weights]
 
-    def encode_media(self, encoders: Any, pixels: Tensor) -> Tensor:
-        return encoders.vae.encode(pixels).latent_dist.mode()
+    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = encoders.vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _ = encoders.encode_prompt(captions, encoders.text_encoder.device, 1, False)
         return [{"prompt_embeds": embed} for embed in embeds]
+
+    @cached_property
+    def _cond_width(self) -> int:
+        return self.empty_denoiser().config.cross_attention_dim  # type: ignore[union-attr, return-value]
+
+    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+        check_comfy_cond(cond, self._cond_width)
+        return {"prompt_embeds": cond[0]}  # several chunks of 77 tokens in a row are as good as one
+
+    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        return cond["prompt_embeds"][None], {"pooled_output": None}
 
     @cached_property
     def _vae_config(self) -> dict:

@@ -73,14 +73,16 @@ def test_every_form_gives_the_model_of_the_folder(forms, form):
     assert weights.keys() == expected_weights.keys()
     assert not [name for name in weights if not weights[name].equal(expected_weights[name])]
 
-    encoders, expected_encoders = family.load_encoders(), expected.load_encoders()
+    encoders, expected_encoders = family.load_encoders("text"), expected.load_encoders("text")
     prompts = [f.encode_prompt(e, CAPTIONS) for f, e in ((family, encoders), (expected, expected_encoders))]
     assert all(a["prompt_embeds"].equal(b["prompt_embeds"]) for a, b in zip(*prompts, strict=True))
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        latents = family.encode_media(encoders, pixels)
-        expected_latents = expected.encode_media(expected_encoders, pixels)
+        latents, deviation = family.encode_media(family.load_encoders("media"), pixels)
+        expected_latents, expected_deviation = expected.encode_media(expected.load_encoders("media"), pixels)
     assert latents.equal(expected_latents)
+    assert deviation.equal(expected_deviation)
+    assert latents.shape[-1] == 64 // family.latent_step()
     assert family.normalise(latents).equal(expected.normalise(expected_latents))
 
     objective, expected_objective = (f.objective(ObjectiveConfig()) for f in (family, expected))
@@ -103,7 +105,7 @@ def test_every_form_names_the_files_that_it_reads(forms):
 
 def test_encode_prompt_equals_the_pipelines():
     family = get_family(ModelConfig(path=str(BASE)))
-    encoded = family.encode_prompt(family.load_encoders(), CAPTIONS)
+    encoded = family.encode_prompt(family.load_encoders("text"), CAPTIONS)
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     for caption, cond in zip(CAPTIONS, encoded, strict=True):
         expected, _ = pipeline.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)
@@ -203,7 +205,8 @@ SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "proje
 ASK: dict[str, Callable[[ModelFamily], object]] = {
     "denoiser": lambda family: family.load_denoiser(None),
     "denoiser, dtype given": lambda family: family.load_denoiser(torch.bfloat16),
-    "encoders": lambda family: family.load_encoders(),
+    "encoders": lambda family: [family.load_encoders(what) for what in ("text", "media")],
+    "text encoders": lambda family: family.load_encoders("text"),
     "normalise": lambda family: family.normalise(torch.ones(1)),
     "objective": lambda family: family.objective(ObjectiveConfig()),
 }

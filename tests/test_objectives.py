@@ -1,6 +1,7 @@
 """The noise process against diffusers' and against the formulas, and the loss that is made of it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,7 +113,26 @@ TORCH_LOSSES = {"MSE": nn.MSELoss, "L1": nn.L1Loss, "Huber": nn.HuberLoss, "Smoo
 
 def batch_of(latents: Tensor, noise: Tensor) -> Batch:
     cond = {"prompt_embeds": torch.ones(len(latents), 3, 2), "attention_mask": torch.ones(len(latents), 3).long()}
-    return Batch(latents, noise, QUANTILES, cond, range(len(latents)))
+    count = len(latents)
+    return Batch(latents, noise, QUANTILES, cond, torch.ones(count), torch.zeros(count, 8), range(count))
+
+
+def test_masks_and_weights_scale_the_loss_of_their_samples():
+    objective = DDPM(scheduler().alphas_cumprod, "epsilon", "prediction")
+    latents, noise, prediction = normal(0), normal(1), normal(2)
+    loss = LossFunction(Maths(prediction), objective, "MSE", torch.float32)
+    mask = torch.rand(len(latents), *latents.shape[-2:])
+    weight = torch.rand(len(latents))
+    batch = replace(batch_of(latents, noise), mask=mask, weight=weight)
+    expected = ((prediction - noise) ** 2 * mask[:, None]).mean((1, 2, 3)) * weight
+    torch.testing.assert_close(loss(nn.Identity(), batch), expected)
+
+
+def test_latents_that_are_stored_in_bf16_are_noised_in_fp32():
+    objective = DDPM(scheduler().alphas_cumprod, "epsilon", "prediction")
+    family, latents = Maths(normal(2)), normal(0).bfloat16()
+    LossFunction(family, objective, "MSE", torch.float32)(nn.Identity(), batch_of(latents, normal(1)))
+    assert family.seen[0].equal(objective.noised(latents.float() * 3, normal(1), QUANTILES).noisy)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -1,17 +1,20 @@
 """Finding images and captions: every form of folder, and every bad file named at once."""
 
 import io
+import json
 import shutil
+import tarfile
+from pathlib import Path
 
 import datasets
-import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
-import torch
 from conftest import script
 from PIL import Image
 
-from data.config import DataConfig, DataError
-from data.sources import decode, scan
+from data.config import DataConfig, SourceConfig
+from data.sources import open_source
 
 
 def png(color=(255, 0, 0), size=(8, 8), mode="RGB", image_format="PNG") -> bytes:
@@ -20,9 +23,15 @@ def png(color=(255, 0, 0), size=(8, 8), mode="RGB", image_format="PNG") -> bytes
     return buffer.getvalue()
 
 
+def opened(folder, **options):
+    data = DataConfig(images=str(folder), **options)
+    return open_source(data.all_sources()[0], data, None, {})
+
+
 def found(folder, **options):
-    images, faults = scan(str(folder), DataConfig(**options))
-    return {image.name: (image.caption, image.repeats) for image in images}, faults
+    faults: list[str] = []
+    entries = list(opened(folder, **options).entries(faults))
+    return {e.name: (e.captions[0] if len(e.captions) == 1 else e.captions, e.repeats) for e in entries}, faults
 
 
 def test_folders_may_be_nested_and_carry_kohyas_repeats(tmp_path):
@@ -67,7 +76,68 @@ def test_another_caption_extension(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.txt").write_text("not this")
     (tmp_path / "a.caption").write_text("this")
-    assert found(tmp_path, caption_extension=".caption")[0] == {"a.png": ("this", 1)}
+    assert found(tmp_path, caption_extension=(".caption",))[0] == {"a.png": ("this", 1)}
+
+
+def test_lines_of_a_caption_file_are_captions_of_their_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("one, two\n\n  three \n")
+    assert found(tmp_path)[0] == {"a.png": ("one, two\n\n  three", 1)}
+    assert found(tmp_path, caption_multi=True)[0] == {"a.png": (["one, two", "three"], 1)}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_captions_of_a_metadata_file(tmp_path, kind):
+    for name in ("a.png", "b.png"):
+        (tmp_path / "inside").mkdir(exist_ok=True)
+        (tmp_path / "inside" / name).write_bytes(png())
+    rows = [{"file_name": "a.png", "text": "of a", "id": 1}, {"file_name": "b.png", "text": "of b", "id": 2}]
+    table = pyarrow.Table.from_pylist(rows)
+    file = tmp_path / "inside" / f"metadata.{kind}"
+    if kind == "jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    elif kind == "csv":
+        pyarrow.csv.write_csv(table, file)
+    else:
+        pyarrow.parquet.write_table(table, file)
+    assert found(tmp_path) == ({"inside/a.png": ("of a", 1), "inside/b.png": ("of b", 1)}, [])
+    assert "wants the columns file_name and words" in found(tmp_path, caption_column="words")[1][0]
+
+
+def test_every_fault_of_a_metadata_file_is_named(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    lines = ['{"file_name": "a.png", "text": ["one", "two"]}', '{"file_name": "gone.png", "text": "x"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "b.png", "text": null}']))
+    entries, faults = found(tmp_path)
+    assert entries == {"a.png": (["one", "two"], 1)}
+    assert [fault.rpartition("/")[2] for fault in faults] == [
+        f"metadata.jsonl row 2: gone.png is not in {tmp_path}".rpartition("/")[2],
+        "metadata.jsonl row 3: b.png has no caption in text",
+        "b.png: no caption file b.txt beside it",
+    ]
+    (tmp_path / "metadata.jsonl").write_text("[1, 2]")
+    assert "line 1 is no JSON object" in found(tmp_path)[1][0]
+
+
+def test_names_that_differ_by_case_and_links_in_a_circle(tmp_path):
+    for name in ("a", "A"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_text("caption")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    entries, faults = found(tmp_path)
+    assert sorted(entries) == ["A.png", "a.png"], "the folder is walked once"
+    assert len([fault for fault in faults if "differs from" in fault and "by case alone" in fault]) == 2
+
+
+def test_masks_are_no_images(tmp_path):
+    for name in ("a.png", "a_mask.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    source, faults = opened(tmp_path, caption="x", masks="files"), []
+    assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [("a.png", "a_mask.png"), ("b.png", "")]
+    assert "b.png: no mask b_mask.<extension> beside it" in faults[0]
+    assert len(found(tmp_path, caption="x")[0]) == 3
 
 
 def test_an_empty_folder_says_what_it_holds(tmp_path):
@@ -75,50 +145,67 @@ def test_an_empty_folder_says_what_it_holds(tmp_path):
     assert found(tmp_path)[1][0].endswith("it holds .md")
 
 
-def test_a_hugging_face_dataset_on_disk(tmp_path):
-    rows = {"picture": [{"bytes": png(), "path": None}] * 2, "words": ["one", "two"]}
+def table(tmp_path, captions=("one", "two", "three")) -> datasets.Dataset:
+    rows = {"picture": [{"bytes": png((i, 0, 0)), "path": None} for i in range(3)], "words": list(captions)}
     features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
-    dataset = datasets.Dataset.from_dict(rows, features=features)
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+COLUMNS = {"image_column": "picture", "caption_column": "words"}
+
+
+def contents(source, rows) -> list[bytes]:
+    return [content for _, content in source.contents(rows)]
+
+
+def test_a_hugging_face_dataset_on_disk(tmp_path):
+    dataset = table(tmp_path)
     dataset.save_to_disk(tmp_path / "single")
     datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "splits")
     for folder in ("single", "splits"):
-        images, faults = scan(str(tmp_path / folder), DataConfig(image_column="picture", caption_column="words"))
-        assert [(i.name, i.caption) for i in images] == [("row 0", "one"), ("row 1", "two")]
-        assert (faults, images[0].read()) == ([], png())
-    assert len(scan(str(tmp_path / "single"), DataConfig())[1]) == 2, "both wrong columns are named"
+        source, faults = opened(tmp_path / folder, **COLUMNS), []
+        names = [(e.name, e.captions) for e in source.entries(faults)]
+        assert names == [("row 0", ["one"]), ("row 1", ["two"]), ("row 2", ["three"])]
+        assert faults == []
+        assert contents(source, [0, 2]) == [png((0, 0, 0)), png((2, 0, 0))]
+    faults = found(tmp_path / "single")[1]
+    assert "no column image" in faults[0]
+    assert "no column text" in faults[0], "both wrong columns are named"
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (png((255, 0, 0)), (1, -1, -1)),
-        (png(128, mode="L"), (0, 0, 0)),
-        (png((0, 0, 0, 0), mode="RGBA"), (1, 1, 1)),
-        (png((255, 0, 0), image_format="WEBP"), (1, -1, -1)),
-        (png((0, 0, 0, 0), mode="CMYK", image_format="JPEG"), (1, 1, 1)),
-    ],
-    ids=["rgb", "grey", "transparent over white", "webp", "cmyk"],
-)
-def test_pixels_are_rgb_between_minus_one_and_one(data, expected):
-    pixels = decode(data, 16)
-    assert pixels.shape == (3, 16, 16)
-    assert torch.allclose(pixels.mean((1, 2)), torch.tensor(expected, dtype=torch.float32), atol=0.03)
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    folder, columns = tmp_path / "shards", COLUMNS
+    folder.mkdir()
+    if form == "parquet":
+        for i in range(2):
+            table(tmp_path).select(range(2 * i, min(2 * i + 2, 3))).to_parquet(folder / f"{i}.parquet")
+    else:
+        columns = {"image_column": "png", "caption_column": "txt"}
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for i, caption in enumerate(("one", "two", "three")):
+                for name, content in ((f"{i}.png", png((i, 0, 0))), (f"{i}.txt", caption.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    data = DataConfig(sources=(SourceConfig(str(folder), streaming=streaming),), **columns)
+    source, faults = open_source(data.all_sources()[0], data, None, {}), []
+    assert [e.captions for e in source.entries(faults)] == [["one"], ["two"], ["three"]]
+    assert faults == []
+    assert contents(source, [0, 2]) == [png((0, 0, 0)), png((2, 0, 0))]
+    assert contents(source, [1]) == [png((1, 0, 0))]
 
 
-def test_the_centre_is_kept_and_exif_turned():
-    wide = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8)[None] * 8, 16, 0))
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    wide.save(buffer, "PNG", exif=exif)
-    row = (decode(buffer.getvalue(), 16)[0, 0] + 1) * 127.5
-    assert row.round().tolist() == [8 * i for i in range(23, 7, -1)]
-
-
-@pytest.mark.parametrize("data", [b"", b"this is text", png()[:40], png(size=(64, 64))[:-30]])
-def test_what_is_no_image_says_so(data):
-    with pytest.raises(DataError, match=r"empty|not an image|damaged"):
-        decode(data, 16)
+def test_a_dataset_that_cannot_be_had_says_so(tmp_path):
+    assert "could not be loaded as a dataset" in found("nobody/nothing")[1][0]
+    datasets.DatasetDict(a=table(tmp_path), b=table(tmp_path)).save_to_disk(tmp_path / "splits")
+    assert "splits a, b; choose one" in found(tmp_path / "splits", **COLUMNS)[1][0]
+    table(tmp_path).rename_column("words", "picture2").save_to_disk(tmp_path / "text")
+    faults = found(tmp_path / "text", image_column="picture2", caption_column="picture2")[1]
+    assert "holds Value('string'), not images" in faults[0]
 
 
 def test_a_run_lists_all_bad_files_at_once_and_ends_with_2(options, images, tmp_path):

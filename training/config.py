@@ -169,6 +169,9 @@ class TrainConfig:
     checkpoint_policy: Literal["full", "attention-output-kept"] = "full"
     """full: recompute everything in a block. attention-output-kept: all but scaled dot product attention, whose output
     is kept: faster for long sequences, for little memory; not with the math backend, which recomputes all."""
+    bucket_mode: bool = True
+    """Images keep their shape: each is scaled and cropped to the nearest of a set of sizes of one area. Off: all are
+    cropped to squares."""
     existing_lora: str | None = None
     """An adapter to continue, with each layer's own algorithm, rank and alpha: a file of ours, ComfyUI, kohya, LyCORIS
     or diffusers, or a folder of PEFT's. Its steps are counted on."""

@@ -1,6 +1,7 @@
 """Reads a config: defaults < recipe YAML < command line, with every fault at once. No torch here."""
 
 import difflib
+import re
 import sys
 import types
 import typing
@@ -13,6 +14,7 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
+from data.config import DataConfig
 from models.config import path_fault
 from training.config import SCHEMA, ConfigError, TrainConfig
 
@@ -87,11 +89,7 @@ def path_faults(config: TrainConfig) -> list[str]:
     faults = []
     if fault := path_fault(config.model):
         faults.append(f"--model.path: {fault}")
-    if config.data.images is None:
-        faults.append("--data.images: no training images given. Name a folder of images with caption files")
-    for flag, path in (("data.images", config.data.images), ("data.validation_images", config.data.validation_images)):
-        if path is not None and not Path(path).is_dir():
-            faults.append(f"--{flag}: {path} is not a folder")
+    faults += source_faults(config.data)
     if config.data.validation_images is not None and config.data.validation_share:
         faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")
     for flag, path in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
@@ -100,6 +98,24 @@ def path_faults(config: TrainConfig) -> list[str]:
     if config.existing_lora is not None and not Path(config.existing_lora).exists():
         faults.append(f"--existing_lora: {config.existing_lora} does not exist")
     return faults
+
+
+def source_faults(data: DataConfig) -> list[str]:
+    """What is wrong with the paths of the training data."""
+    paths = [("data.images", data.images), ("data.validation_images", data.validation_images)]
+    paths += [(f"data.sources.{i}.path", source.path) for i, source in enumerate(data.sources)]
+    faults = [
+        f"--{flag}: {path} is not a folder"
+        for flag, path in paths
+        if path is not None and not Path(path).is_dir() and not is_hub_id(path)
+    ]
+    if data.images is None and not data.sources:
+        faults.append("--data.images: no training images given. Name a folder of images with caption files")
+    return faults
+
+
+def is_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).parent.exists()
 
 
 def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

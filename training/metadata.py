@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from data.batches import LatentDataset
 from data.identity import files_identity
+from data.index import LatentDataset
 from data.precompute import Datasets
 from lora_algos import formats
 from lora_algos.attach import Adapted
@@ -52,11 +52,17 @@ def file_metadata(config: TrainConfig, parts: Parts, layers: formats.Layers, pro
     }
 
 
+def bucket_info(dataset: LatentDataset) -> list[dict[str, object]]:
+    sizes = [dataset.size(bucket[0].first) for bucket in dataset.buckets]
+    counts = [sum(segment.visits for segment in bucket) for bucket in dataset.buckets]
+    return [{"resolution": [w, h], "count": count} for (h, w), count in zip(sizes, counts, strict=True)]
+
+
 def ss_metadata(config: TrainConfig, dataset: LatentDataset, provenance: Provenance) -> dict[str, str]:
     """kohya's keys, from which ComfyUI, A1111 and Forge show what a file was trained on, and modelspec's."""
-    folder = Path(config.data.images or "").name
+    folder = Path(next(iter(config.data.all_sources())).path).name
     tags: dict[str, int] = {}
-    for caption in dataset.captions:
+    for caption in dataset.first_captions():
         for tag in filter(None, (part.strip() for part in caption.split(","))):
             tags[tag] = tags.get(tag, 0) + 1
     side, name = config.data.resolution, config.export.name
@@ -75,11 +81,11 @@ def ss_metadata(config: TrainConfig, dataset: LatentDataset, provenance: Provena
         "ss_total_batch_size": provenance.total_batch_size,
         "ss_gradient_accumulation_steps": config.grad_accumulation_steps,
         "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_num_train_images": len(dataset.epoch_rows),
+        "ss_num_train_images": dataset.epoch_size,
         "ss_resolution": f"({side}, {side})",
         "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(dataset)}}),
         "ss_tag_frequency": json.dumps({folder: tags}),
-        "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [side, side], "count": len(dataset)}}}),
+        "ss_bucket_info": json.dumps({"buckets": dict(enumerate(bucket_info(dataset)))}),
         "ss_training_started_at": provenance.started_at,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": name,

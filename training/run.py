@@ -42,7 +42,7 @@ class Run:
         self.trained = list(parts.adapted.named_parameters().values())
         self.initial = parts.adapted.state_dict()  # what the run started from, for the preview before training
         train = parts.datasets.train
-        self.schedule = Schedule(train.epoch_rows, train.fingerprint, config.seed, config.batch_size)
+        self.schedule = Schedule(train.buckets, train.fingerprint, config.seed, config.batch_size)
         self.micro_batches_per_step = accelerator.num_processes * config.grad_accumulation_steps
         self.history = History(self.micro_batches_per_step)
         self.pending = Pending()
@@ -168,8 +168,8 @@ class Run:
             if all(abs(v) < float("inf") for v in (*values, norm)):  # False for NaN too
                 continue
             step = first + i
-            visits = [v for m in range(step * n, (step + 1) * n) for v in self.schedule.visits(m)]
-            names = [self.parts.datasets.train.names[self.schedule.row(v)] for v in visits]
+            rows = [row for m in range(step * n, (step + 1) * n) for row in self.schedule.rows(m)]
+            names = [self.parts.datasets.train.name(row) for row in rows]
             kept = checkpoint.existing(self.folder / CHECKPOINTS)
             raise TrainingDiverged(
                 f"step {step + 1} is not finite: losses {values}, gradient norm {norm}\n"
@@ -230,8 +230,8 @@ class Run:
 
     def _preview(self) -> Path:
         parts, config = self.parts, self.config
-        captions = (parts.datasets.validation or parts.datasets.train).captions
-        prompts = list(config.preview.prompts) or list(dict.fromkeys(captions))[:4]
+        shown = parts.datasets.validation or parts.datasets.train
+        prompts = list(config.preview.prompts) or shown.captions(4)
         pipeline = parts.family.pipeline(parts.adapted.model).to(self.accelerator.device)
         before, after = preview.before_and_after(
             parts.adapted, pipeline, self.initial, prompts, config.data.resolution, config.preview

@@ -43,7 +43,7 @@ def summary(run: Run) -> str:
     trained = sum(p.numel() for p in run.trained)
     total = sum(p.numel() for p in parts.adapted.model.parameters())
     train, held_out = parts.datasets.train, parts.datasets.validation
-    samples, epoch = config.steps * run.total_batch_size, len(train.epoch_rows)
+    samples, epoch = config.steps * run.total_batch_size, train.epoch_size
     groups: dict[str, int] = {}
     for layer in parts.adapted.layers().values():
         groups[layer.describe()] = groups.get(layer.describe(), 0) + 1

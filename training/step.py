@@ -26,11 +26,13 @@ class LossFunction:
         self.compare = LOSSES[name]
 
     def __call__(self, denoiser: nn.Module, batch: Batch) -> Tensor:
-        """(B,) losses in fp32, each the mean over one sample's elements."""
-        noised = self.objective.noised(self.family.normalise(batch.latents), batch.noise, batch.quantile)
+        """(B,) losses in fp32, each the mean over one sample's elements, times its mask and weight."""
+        noised = self.objective.noised(self.family.normalise(batch.latents.float()), batch.noise, batch.quantile)
         cond = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.cond.items()}
         prediction = self.family.predict(denoiser, noised.noisy.to(self.dtype), noised.timestep, cond)
         # every loss here is a function of the difference alone, so scaling both sides scales the error
         scale = noised.error_scale.view(-1, *[1] * (prediction.ndim - 1))
         losses = self.compare(prediction.float() * scale, noised.target.float() * scale, reduction="none")
-        return losses.flatten(1).mean(1)
+        if batch.mask is not None:
+            losses = losses * batch.mask.unsqueeze(1)
+        return losses.flatten(1).mean(1) * batch.weight

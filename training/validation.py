@@ -4,12 +4,14 @@ It draws nothing from a global generator, so a run with validation takes the ver
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from data.batches import Batch, LatentDataset, make_batch
+from data.batches import Batch, make_batch
+from data.index import LatentDataset
 from data.schedule import key
 from training.step import LossFunction
 
@@ -17,13 +19,21 @@ CHUNK = 16  # samples per forward; the same for every run, so that the kernels a
 
 
 def chunks(dataset: LatentDataset, quantiles: tuple[float, ...], mine: slice) -> Iterator[tuple[list[int], Batch]]:
-    """This rank's part of all (row, quantile) pairs: the index of each sample's quantile, and the batch."""
-    pairs = [(row, i) for i in range(len(quantiles)) for row in range(len(dataset))]
-    for start in list(range(0, len(pairs), CHUNK))[mine]:
-        rows, indices = zip(*pairs[start : start + CHUNK], strict=True)
+    """This rank's part of all (row, quantile) pairs: the index of each sample's quantile, and the batch, whose samples
+    are of one bucket."""
+    for first, count, start in islice(blocks(dataset, len(quantiles)), mine.start, None, mine.step):
+        pairs = range(start, min(start + CHUNK, count * len(quantiles)))
+        rows, indices = [first + pair % count for pair in pairs], [pair // count for pair in pairs]
         quantile = torch.tensor([quantiles[i] for i in indices])
         seeds = [key("validation", row) for row in rows]
-        yield list(indices), make_batch(dataset, list(rows), seeds, range(len(rows)), quantile)
+        yield indices, make_batch(dataset, rows, seeds, range(len(rows)), quantile)
+
+
+def blocks(dataset: LatentDataset, quantiles: int) -> Iterator[tuple[int, int, int]]:
+    """First row and number of rows of each bucket, and where each chunk of its pairs starts."""
+    for bucket in dataset.buckets:
+        first, count = bucket[0].first, sum(segment.count for segment in bucket)
+        yield from ((first, count, start) for start in range(0, count * quantiles, CHUNK))
 
 
 @torch.no_grad()

@@ -1,0 +1,208 @@
+"""Runs the text encoders and the VAE over what the stores lack.
+
+Every batch has encode_batch_size rows, filled up if need be, so that the bytes of a row do not depend on which others
+happen to be missing, nor on the number of ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import images, tables
+from data.buckets import Crop
+from data.config import DataConfig, DataError
+from data.identity import key_of
+from data.index import Stores
+from data.plan import Planner, ahead
+from data.store import Store
+from models.base import ModelFamily
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an encoder is run over, and how: `share` is (rank, ranks)."""
+
+    planner: Planner
+    listing: Any
+    rows: Any
+    family: ModelFamily
+    device: torch.device
+    share: tuple[int, int]
+
+    @property
+    def config(self) -> DataConfig:
+        return self.planner.config
+
+    def mine(self, todo: np.ndarray) -> np.ndarray:
+        """This rank's part of `todo`: every so many batches."""
+        rank, ranks = self.share
+        return todo[np.arange(len(todo)) // self.config.encode_batch_size % ranks == rank]
+
+    def progress(self, items: Iterator, total: int, what: str) -> Iterator:
+        return tqdm(items, desc=f"encoding {what}", total=total, disable=self.share[0] != 0 or not total)
+
+    def cells(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Cells of rows of the plan, with those of their entries in the listing."""
+        for _, row in tables.rows_of(self.rows, rows):
+            yield row, self.listing.slice(row["entry"], 1).to_pylist()[0]
+
+
+def lists_to_rows(lengths: np.ndarray) -> np.ndarray:
+    """For lists laid end to end, the row of each item."""
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+@torch.no_grad()
+def encode_texts(work: Work, store: Store, todo: np.ndarray) -> None:
+    """`todo`: places among all captions of all rows, laid end to end; a place after the last is the empty prompt."""
+    places = work.mine(todo)
+    if not len(places):
+        return
+    owner = lists_to_rows(tables.lengths(work.rows.column("texts")))
+    encoders = work.family.load_encoders("text").to(work.device)
+    size = work.config.encode_batch_size
+
+    def captions() -> Iterator[str]:
+        here = places[places < len(owner)]
+        first = np.concatenate([[0], np.cumsum(tables.lengths(work.rows.column("texts")))])
+        for place, (row, entry) in zip(here, work.cells(owner[here]), strict=True):
+            source = work.planner.sources.opened[entry["source"]].config
+            shares = work.planner.shares(entry, source, row["held_out"])
+            yield list(shares)[place - first[owner[place]]]
+        yield from [""] * (len(places) - len(here))
+
+    def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+        for batch in batched(work.progress(captions(), len(places), "captions"), size):
+            filled = batch + [""] * (size - len(batch))
+            conds = work.family.encode_prompt(encoders, filled)
+            yield from ((key_of(text), cond) for text, cond in zip(batch, conds, strict=False))
+
+    store.write(rows())
+
+
+def batched(items: Iterator, size: int) -> Iterator[list]:
+    batch: list = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def import_tensors(work: Work, stores: Stores) -> None:
+    """Copies this rank's part of the latents and conditioning that sources have already."""
+
+    def media() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+        for row, latents, _ in to_import(work, stores):
+            tensors = {"latents": latents}
+            if work.config.vae_sampling == "sample":
+                tensors["deviation"] = torch.zeros_like(latents)
+            if work.config.masks != "none":
+                tensors["mask"] = torch.ones(latents.shape[-2:])
+            yield row["media"][0], tensors
+
+    stores.media.write(media())
+    stores.text.write((row["texts"][0], cond) for row, _, cond in to_import(work, stores))
+
+
+def to_import(work: Work, stores: Stores) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
+    """Rows of the plan with latents and conditioning, of what the stores lack."""
+    rank, ranks = work.share
+    sources = work.planner.sources.opened
+    if all(source.has_images for source in sources):
+        return
+    for start in range(rank * tables.BATCH, len(work.rows), ranks * tables.BATCH):
+        part = np.arange(start, min(start + tables.BATCH, len(work.rows)))
+        wanted: dict[int, dict[int, dict[str, Any]]] = {}
+        for row, entry in work.cells(part):
+            source = sources[entry["source"]]
+            there = row["media"][0] in stores.media and row["texts"][0] in stores.text
+            if not (source.has_images or there or source.planned(entry["row"]) is not None):
+                wanted.setdefault(entry["source"], {})[entry["row"]] = row
+        for number, found in wanted.items():
+            for row_number, latents, cond in sources[number].tensors(sorted(found)):
+                yield found[row_number], latents, cond
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that is ready to be encoded."""
+
+    key: bytes
+    pixels: Tensor
+    mask: Tensor | None
+
+
+@torch.no_grad()
+def encode_media(work: Work, store: Store, todo: np.ndarray) -> None:
+    """`todo`: places among all media of all rows, laid end to end."""
+    places = work.mine(todo)
+    if not len(places):
+        return
+    encoders = work.family.load_encoders("media").to(work.device)
+    pending: dict[torch.Size, list[Picture]] = {}
+
+    def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+        for picture in work.progress(ahead(lambda make: make(), decoding(work, places)), len(places), "images"):
+            waiting = pending.setdefault(picture.pixels.shape, [])
+            waiting.append(picture)
+            if len(waiting) == work.config.encode_batch_size:
+                yield from encoded(work, encoders, pending.pop(picture.pixels.shape))
+        for waiting in pending.values():
+            yield from encoded(work, encoders, waiting)
+
+    store.write(rows())
+
+
+def decoding(work: Work, places: np.ndarray) -> Iterator[Any]:
+    """A function for each place that makes its Picture, and can run in a thread of its own."""
+    counts = tables.lengths(work.rows.column("media"))
+    owner, first = lists_to_rows(counts), np.concatenate([[0], np.cumsum(counts)])
+    for start in range(0, len(places), tables.BATCH):
+        part = places[start : start + tables.BATCH]
+        wanted: dict[int, list[tuple[dict[str, Any], bool]]] = {}
+        entries: dict[int, dict[str, Any]] = {}
+        for place, (row, entry) in zip(part, work.cells(owner[part]), strict=True):
+            wanted.setdefault(row["entry"], []).append((row, bool(place - first[owner[place]])))
+            entries[row["entry"]] = {**entry, "entry": row["entry"]}
+        for entry, content in work.planner.sources.contents(list(entries.values())):
+            for row, flip in wanted[entry["entry"]]:
+                yield lambda row=row, flip=flip, entry=entry, content=content: picture(
+                    work, (row, entry), content, flip
+                )
+
+
+def picture(
+    work: Work, given: tuple[dict[str, Any], dict[str, Any]], content: bytes | DataError, flip: bool
+) -> Picture:
+    row, entry = given
+    if isinstance(content, DataError):
+        raise DataError(f"{entry['name']}: {content}")
+    crop, config, mask = Crop(*row["crop"]), work.config, None
+    if config.masks == "alpha":
+        mask = images.alpha_mask(content, crop, flip)
+    elif config.masks == "files" and entry["mask"]:
+        with open(entry["mask"], "rb") as file:
+            mask = images.mask_file(file.read(), crop, flip)
+    return Picture(row["media"][int(flip)], images.pixels(content, crop, config.background, flip), mask)
+
+
+def encoded(work: Work, encoders: Any, pictures: list[Picture]) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+    size = work.config.encode_batch_size
+    pixels = torch.stack([p.pixels for p in pictures] + [pictures[0].pixels] * (size - len(pictures)))
+    mean, deviation = work.family.encode_media(encoders, pixels.to(work.device))
+    for i, one in enumerate(pictures):
+        tensors = {"latents": mean[i]}
+        if work.config.vae_sampling == "sample":
+            tensors["deviation"] = deviation[i]
+        if one.mask is not None:
+            tensors["mask"] = F.adaptive_avg_pool2d(one.mask[None], (mean.shape[-2], mean.shape[-1]))[0]
+        yield one.key, tensors

@@ -1,0 +1,202 @@
+"""From the rows of all sources to what is trained on: content, crop, captions, and the keys of what is stored."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import images, tables
+from data.buckets import Buckets, Crop
+from data.captions import variants
+from data.config import DataConfig, DataError, SourceConfig
+from data.identity import key_of
+from data.sources import Source
+from data.store import MISSING, Store
+
+AHEAD = 32  # rows that are read ahead of the one that is worked on
+VERSION = "2"  # of what is stored; a change makes every row be encoded anew
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of a run: of `opened`, those from `held_out_from` on are for validation."""
+
+    config: DataConfig
+    opened: tuple[Source, ...]
+    held_out_from: int
+
+    def contents(self, cells: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
+        """Rows of a listing, which ascend, with their files."""
+        for number, source in enumerate(self.opened):
+            mine = {row["row"]: row for row in cells if row["source"] == number}
+            if not mine or not source.has_images:
+                continue
+            try:
+                for row, content in source.contents(sorted(mine)):
+                    yield mine.pop(row), content
+            except (OSError, DataError) as error:
+                yield from ((row, DataError(f"cannot be read: {error}")) for row in mine.values())
+
+
+def write_listing(sources: Sources, path: Path) -> list[str]:
+    """Writes a row for every entry of every source; returns what is wrong with some."""
+    faults: list[str] = []
+    with tables.writing(path, tables.LISTING) as table:
+        for number, source in enumerate(sources.opened):
+            for entry in source.entries(faults):
+                table.add({"source": number, **vars(entry)})
+    return faults
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work` of each item, in order, in threads that are a bounded number of items ahead."""
+    pending: list[Any] = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) >= AHEAD:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+
+def facts_key(cells: dict[str, Any]) -> bytes:
+    return key_of("facts", cells["stamp"], mask_stamp(cells["mask"]))
+
+
+def mask_stamp(path: str) -> str:
+    if not path:
+        return ""
+    stat = os.stat(path)
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def look(given: tuple[dict[str, Any], bytes | DataError]) -> tuple[dict[str, Any], dict[str, Tensor] | str]:
+    """A row with what must be known of its content, or what is wrong with it."""
+    cells, content = given
+    try:
+        if isinstance(content, DataError):
+            raise content
+        facts = images.check(content)
+        mask = b""
+        if cells["mask"]:
+            mask = Path(cells["mask"]).read_bytes()
+            images.check(mask)
+    except (OSError, DataError) as error:
+        return cells, f"{cells['name']}: {error}"
+    found = torch.frombuffer(bytearray(key_of(content) + key_of(mask)), dtype=torch.uint8)
+    size = torch.tensor([facts.width, facts.height], dtype=torch.int32)
+    return cells, {"content": found, "size": size}
+
+
+def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[int, int]) -> list[tuple[int, str]]:
+    """Opens the images of every `share[1]`th row from `share[0]` on that are not known yet, and notes their size and
+    content. Returns the rows with a fault, and the fault."""
+    table = tables.mapped(listing)
+    rank, ranks = share
+    faults: list[tuple[int, str]] = []
+
+    def unknown() -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
+        for start in range(0, len(table), tables.BATCH):
+            numbers = np.arange(start, min(start + tables.BATCH, len(table)))
+            cells = [{**row, "entry": n} for n, row in tables.rows_of(table, numbers[numbers % ranks == rank])]
+            yield from sources.contents([row for row in cells if facts_key(row) not in facts])
+
+    def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+        for cells, found in ahead(look, unknown()):
+            if isinstance(found, str):
+                faults.append((cells["entry"], found))
+            else:
+                yield facts_key(cells), found
+
+    facts.write(rows())
+    return faults
+
+
+class Planner:
+    """Makes a row of tables.ROWS from a row of the listing."""
+
+    def __init__(self, sources: Sources, facts: Store, buckets: Buckets):
+        self.sources, self.facts, self.buckets = sources, facts, buckets
+        self.config = sources.config
+
+    def row(self, entry: int, cells: dict[str, Any]) -> dict[str, Any]:
+        source = self.sources.opened[cells["source"]]
+        held_out = cells["source"] >= self.sources.held_out_from
+        config = source.config
+        known = source.planned(cells["row"])
+        if known is None:
+            known = self._images(cells, config, held_out) if source.has_images else self._tensors(cells)
+        prior = self.config.prior_weight if config.regularisation else 1.0
+        return {
+            **known,
+            "entry": entry,
+            "repeats": cells["repeats"],
+            "weight": known.get("weight", 1.0) * cells["weight"] * config.weight * prior,
+            "dropout": 0.0 if config.regularisation or held_out else config.caption_dropout,
+            "held_out": held_out,
+            "may_hold_out": not config.regularisation,
+        }
+
+    def _images(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, Any]:
+        """What is stored of an image."""
+        shares = self.shares(cells, config, held_out)
+        content, mask, crop = self._facts(cells)
+        flips = (False, True) if self.config.flip and not held_out else (False,)
+        return {
+            "content": content,
+            "media": [self.media_key(content, mask, crop, flip) for flip in flips],
+            "texts": [key_of(text) for text in shares],
+            "shares": list(shares.values()),
+            "crop": list(astuple(crop)),
+        }
+
+    def _tensors(self, cells: dict[str, Any]) -> dict[str, Any]:
+        """What is stored of latents and conditioning that are taken as they are."""
+        width, height = cells["width"], cells["height"]
+        content = key_of("tensors", cells["stamp"])
+        return {
+            "content": content,
+            "media": [key_of("latents", content, self.config.masks)] * (2 if self.config.flip else 1),
+            "texts": [key_of("cond", content)],
+            "shares": [1.0],
+            "crop": list(astuple(Crop(width, height, width, height, 0, 0, width, height))),
+        }
+
+    def shares(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, float]:
+        """The captions of a row, and how often each is drawn; held-out rows have one that never changes."""
+        if held_out:
+            return {cells["captions"][0]: 1.0}
+        return variants(cells["captions"], config, self.config.max_variants)
+
+    def _facts(self, cells: dict[str, Any]) -> tuple[bytes, bytes, Crop]:
+        found = self.facts[facts_key(cells)]
+        both = bytes(found["content"].tolist())
+        return both[:16], both[16:], self.buckets.crop(*found["size"].tolist())
+
+    def media_key(self, content: bytes, mask: bytes, crop: Crop, flip: bool) -> bytes:
+        masks = self.config.masks if self.config.masks != "files" else mask.hex()
+        return key_of(content, crop.name(), "mirrored" if flip else "", self.config.background, masks)
+
+
+def write_rows(planner: Planner, listing: Path, path: Path, bad: set[int]) -> None:
+    """Writes the row of every entry that is not `bad`."""
+    with tables.writing(path, tables.ROWS) as table:
+        for entry, cells in tables.rows_of(tables.mapped(listing)):
+            if entry not in bad:
+                table.add(planner.row(entry, cells))
+
+
+def missing(keys: np.ndarray, store: Store, wanted: np.ndarray) -> np.ndarray:
+    """Where the `wanted` keys are that the store lacks, one place for each key, ascending."""
+    lacking = np.flatnonzero((store.find(keys) == MISSING) & wanted)
+    _, first = np.unique(keys[lacking], return_index=True)
+    return np.sort(lacking[first])

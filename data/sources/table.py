@@ -1,0 +1,132 @@
+"""A Hugging Face dataset: on disk (save_to_disk, parquet files, webdataset archives) or on the hub, or streamed."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.config import DataError, SourceConfig
+from data.sources.base import Entry, Source
+
+LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+
+
+def files_of(folder: Path) -> dict[str, list[str]]:
+    """The data files directly in a folder, by the name of the loader that reads them."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix in LOADERS:
+            found.setdefault(LOADERS[file.suffix], []).append(str(file))
+    return found
+
+
+class TableSource(Source):
+    """A Hugging Face dataset."""
+
+    def __init__(self, config: SourceConfig):
+        super().__init__(config)
+        self._loaded: Any = None
+
+    def _load(self) -> Any:
+        """The dataset; DataError if it cannot be had or lacks a column."""
+        import datasets  # slow import
+
+        config, folder = self.config, Path(self.config.path)
+        files = files_of(folder)
+        try:
+            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+                loaded: Any = datasets.load_from_disk(config.path)
+            elif files:
+                (loader, names), *others = files.items()
+                if others:
+                    raise DataError(f"{folder}: {' and '.join(files)} files; keep those of one kind")
+                options = {"data_files": {"train": names}, "streaming": config.streaming}
+                loaded = datasets.load_dataset(loader, **options)
+            else:
+                loaded = datasets.load_dataset(config.path, streaming=config.streaming)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{config.path}: could not be loaded as a dataset: {error}") from error
+        return self._checked(self._split(loaded))
+
+    def _split(self, loaded: Any) -> Any:
+        config = self.config
+        if not isinstance(loaded, dict):  # DatasetDict and IterableDatasetDict are
+            return loaded
+        if config.split is not None and config.split not in loaded:
+            raise DataError(f"{config.path}: no split {config.split}; it has {', '.join(loaded)}")
+        if config.split is None and "train" not in loaded and len(loaded) > 1:
+            raise DataError(f"{config.path}: splits {', '.join(loaded)}; choose one with split")
+        return loaded[config.split or ("train" if "train" in loaded else next(iter(loaded)))]
+
+    def _checked(self, loaded: Any) -> Any:
+        import datasets
+
+        config = self.config
+        if loaded.column_names is None:
+            loaded = loaded._resolve_features()
+        wanted = [("image_column", config.image_column)]
+        wanted += [("caption_column", config.caption_column)] if config.caption is None else []
+        faults = [
+            f"{config.path}: no column {column}; it has {', '.join(loaded.column_names)} (--data.{flag})"
+            for flag, column in wanted
+            if column not in loaded.column_names
+        ]
+        if faults:
+            raise DataError("\n  ".join(faults))
+        feature = (loaded.features or {}).get(config.image_column)
+        if feature is not None and not isinstance(feature, datasets.Image):
+            raise DataError(f"{config.path}: column {config.image_column} holds {feature}, not images")
+        return loaded.cast_column(config.image_column, datasets.Image(decode=False))
+
+    @property
+    def loaded(self) -> Any:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def entries(self, faults: list[str]) -> Iterator[Entry]:
+        try:
+            loaded = self.loaded
+        except DataError as error:
+            faults.append(str(error))
+            return
+        config, row = self.config, -1
+        identity = getattr(loaded, "_fingerprint", "") or f"{config.path} {config.split}"
+        captions = loaded.select_columns([config.caption_column]) if config.caption is None else loaded
+        for row, cells in enumerate(captions if config.caption is None else range_of(loaded)):
+            texts = [config.caption] if config.caption is not None else captions_of(cells[config.caption_column])
+            if texts is None:
+                faults.append(f"{config.path} row {row}: no caption")
+                continue
+            yield Entry(row, f"row {row}", texts, f"{identity} {row}", config.repeats)
+        if row < 0:
+            faults.append(f"{config.path}: the dataset is empty")
+
+    def contents(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        column = self.config.image_column
+        if hasattr(self.loaded, "__len__"):
+            for row in rows:
+                yield row, content_of(self.loaded[row][column])
+            return
+        wanted = iter(rows)
+        next_row = next(wanted, None)
+        for row, cells in enumerate(self.loaded):
+            if next_row is None:
+                return
+            if row == next_row:
+                yield row, content_of(cells[column])
+                next_row = next(wanted, None)
+
+
+def range_of(loaded: Any) -> Iterable[Any]:
+    return range(len(loaded)) if hasattr(loaded, "__len__") else loaded
+
+
+def captions_of(cell: Any) -> list[str] | None:
+    texts = [cell] if isinstance(cell, str) else cell
+    return texts if isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) else None
+
+
+def content_of(cell: Any) -> bytes:
+    if cell is None:
+        return b""
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
