@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.adapted import Adapted
@@ -34,7 +35,16 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer with a weight matrix that an adapter can be attached to, by name."""
-    return {name: module for name, module in layers_of(model) if isinstance(module, ADAPTED_TYPES)}
+    return {name: module for name, module in layers_of(model) if computes_as_adapted(module)}
+
+
+def computes_as_adapted(module: nn.Module) -> bool:
+    """Whether the layer's output is that of its kind: not of a subclass with a computation of its own, such as a
+    quantised layer, nor of one whose weight another module reads past it."""
+    if not isinstance(module, ADAPTED_TYPES) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    methods = [(kind, name) for kind in ADAPTED_TYPES for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    return all(getattr(type(module), n) is getattr(k, n) for k, n in methods if isinstance(module, k))
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_algos.config import LayerSpec
 from lora_algos.kernels import WIDE, Additive, Branch, Kernel, Mode, Tensors, adapted
-from lora_algos.ops import LayerOp, added
+from lora_algos.ops import LayerOp, added, autocast_dtype, without_autocast
 from lora_algos.tensors import Shapes
 
 
@@ -162,11 +162,13 @@ class Adapter(ABC):
         """The layer's output with its update, in the dtype in which the base layer would answer."""
         if self.unmerged is not None:
             return self.base_layer(x)
-        device, dtype = x.device.type, self.base_layer.weight.dtype
-        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        device, weight = x.device.type, self.base_layer.weight
+        dtype = autocast_dtype(device)
+        if dtype is None or x.dtype == torch.float64:
+            # float8 is for storing alone: then it is the input that says what is computed in
+            return self._batched(shared_cast(x, weight.dtype if weight.dtype.itemsize > 1 else x.dtype))
+        with without_autocast(device):
             return self._batched(shared_cast(x, dtype))
-        with torch.autocast(device, enabled=False):
-            return self._batched(shared_cast(x, torch.get_autocast_dtype(device)))
 
     def _batched(self, x: Tensor) -> Tensor:
         if self.op.spatial and x.ndim == self.op.spatial + 1:  # a single image, which convolutions take too
@@ -175,7 +177,9 @@ class Adapter(ABC):
 
     def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         weight, bias, op = self.base_layer.weight, self.base_layer.bias, self.op
-        factors = self.factors(self._masked(dict(self.tensors())))
+        tensors = self._masked(dict(self.trained()))
+        diff_b = tensors.pop("diff_b", None)
+        factors = self.factors(tensors)
         mode = self.mode(x, factors)
         dropout = self.spec.options.dropout if self.training else 0.0
         if not dropout:
@@ -186,7 +190,7 @@ class Adapter(ABC):
                 y = Branch.apply(self.kernel, y, dropped, *factors)
             else:
                 y = y + op(dropped, self.kernel.delta(weight, factors).to(dtype))
-        return y if self.diff_b is None else y + op.channel_view(self.diff_b.to(dtype))
+        return y if diff_b is None else y + op.channel_view(diff_b.to(dtype))
 
     def mode(self, x: Tensor, factors: Tensors) -> Mode:
         """How this input is computed, as `bypass_mode` asks: true by the factors, false by dW, auto the cheaper."""
@@ -216,6 +220,8 @@ class Adapter(ABC):
             scale = 1.0 if self.multiplicative else 1 / (1 - options.rank_dropout)
             sides = [ranks if i == axis else 1 for i in range(tensor.ndim)]
             masked[name] = tensor * (masks[ranks].view(sides).to(tensor.dtype) * scale)
+        if "diff_b" in masked:
+            masked["diff_b"] = masked["diff_b"] * keep
         return self.without_update(masked, keep)
 
     def without_update(self, masked: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
@@ -261,7 +267,7 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`; the same tensor for layers that are given the same `x` one after the other (q, k, v), so that
     what they keep for the backward pass is kept once."""
     global _last_cast
-    if x.dtype == dtype or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x.to(dtype)
     source, version, cast = _last_cast
     found = cast() if source() is x and version == x._version else None

@@ -104,6 +104,7 @@ class DoRABase(LoRABase):
         super().setup(base_layer, spec)
         (squared,) = self.from_weight(base_layer.weight.detach())
         self.register_buffer("squared_norms", squared, persistent=False)  # type: ignore[attr-defined]
+        self.register_load_state_dict_post_hook(measure_again)  # type: ignore[attr-defined]
         with torch.no_grad():
             # the norm by the kernel's own formula: the ratio is 1 to the last digit
             magnitude = self.tensors()[MAGNITUDE]
@@ -116,6 +117,11 @@ class DoRABase(LoRABase):
 
     def factors(self, tensors: dict[str, Tensor]) -> Tensors:
         return *super().factors(tensors), self.squared_norms
+
+    def without_update(self, masked: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        magnitude = masked[MAGNITUDE]
+        start = self.squared_norms.clamp_min(TINY).sqrt().view(magnitude.shape)
+        return {**masked, MAGNITUDE: torch.where(keep, magnitude, start)}
 
 
 class MagnitudeToCome(peft_lora.LoraVariant):
@@ -130,6 +136,13 @@ class MagnitudeToCome(peft_lora.LoraVariant):
         module.lora_magnitude_vector[adapter_name] = holder
 
 
+def measure_again(layer: DoRABase, _: Any) -> None:
+    """WHEN: the layer has loaded a state dict, in which the base may be another than the one it was attached to."""
+    (squared,) = layer.from_weight(layer.base_layer.weight.detach())
+    whole = getattr(squared, "full_tensor", None)  # of a weight that FSDP has in parts
+    layer.squared_norms = whole() if whole else squared
+
+
 class PeftDoRA(DoRABase, PeftAdapter):
     """A layer of PEFT's with our forward pass."""
 
@@ -141,11 +154,6 @@ class PeftDoRA(DoRABase, PeftAdapter):
     def tensors(self) -> dict[str, nn.Parameter]:
         magnitude = self.lora_magnitude_vector[ADAPTER_NAME].weight
         return {**super().tensors(), MAGNITUDE: magnitude}  # type: ignore[dict-item]
-
-    def without_update(self, masked: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-        magnitude = masked[MAGNITUDE]
-        start = self.squared_norms.clamp_min(TINY).sqrt().view(magnitude.shape)
-        return {**masked, MAGNITUDE: torch.where(keep, magnitude, start)}
 
     def in_file(self) -> tuple[dict[str, Tensor], float]:
         tensors, alpha = super().in_file()

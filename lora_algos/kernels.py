@@ -36,7 +36,11 @@ def weight_pass(shape: torch.Size, device: torch.device) -> float:
 
 def cheapest(costs: dict[Mode, float], wide: bool) -> Mode:
     """The mode with the least cost; merging is out unless `wide`."""
-    return min((mode for mode in costs if wide or mode != "merged"), key=lambda mode: costs[mode])
+    best: Mode = "dense"
+    for mode, cost in costs.items():  # torch.compile does not follow min() with a key
+        if cost < costs[best] and (wide or mode != "merged"):
+            best = mode
+    return best
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,10 @@ class AdaptedLayer(torch.autograd.Function):
             y, kept = kernel.forward(x, w, b, factors)
         else:
             y = with_delta(kernel, mode, x, w, b, factors)
+        if not torch.compiler.is_compiling() and y._is_view():
+            # of a view that is made here autograd allows no change in place, such as relu_ of the layer's output
+            whole = y.data
+            y, kept = whole, tuple(whole if tensor is y else tensor for tensor in kept)
         ctx.kernel, ctx.mode, ctx.num_factors, ctx.input = kernel, mode, len(factors), (x.shape, x.dtype)
         ctx.save_for_backward(weight, bias, *factors, *kept)
         return y

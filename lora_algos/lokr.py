@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_algos.base import OwnAdapter
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import Additive, Kernel, Mode, Saved, Tensors, cheapest, weight_pass
-from lora_algos.ops import LayerOp
+from lora_algos.ops import LayerOp, positions
 from lora_algos.tensors import Shapes, fitted, known_rank, rank_and_alpha
 
 
@@ -37,7 +37,8 @@ class Kronecker(Additive):
 
     def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
         w1, w2 = factors[0], self._second(factors[1:])
-        return torch.kron((w1 * self.scaling).view(*w1.shape, *[1] * self.op.spatial), w2)
+        # kron wants w2 as it is after model.to(memory_format=torch.channels_last) laid out anew
+        return torch.kron((w1 * self.scaling).view(*w1.shape, *[1] * self.op.spatial), w2.contiguous())
 
     def whole(self, weight: Tensor, factors: Tensors) -> Tensor:
         if self.op.spatial:
@@ -96,7 +97,9 @@ class Kronecker(Additive):
         grads = as_parts(self.op, grad, a)
         n = grads.shape[0] // a
         through = op.input_grad(grads, w2, torch.Size((n * a, *parts.shape[1:]))).view(n, a, *parts.shape[1:])
-        dw1 = torch.matmul(through.flatten(2), parts.view(n, c, -1).mT).sum(0).mul_(self.scaling)
+        dw1 = (
+            torch.matmul(through.flatten(2), parts.view(n, c, *parts.shape[1:]).flatten(2).mT).sum(0).mul_(self.scaling)
+        )
         if dx is not None:
             dx.add_(mix(w1.T, through).reshape(dx.shape))
         mixed = mix(w1.T, grads.view(n, a, *grads.shape[1:])).flatten(0, 1)
@@ -126,7 +129,7 @@ class Kronecker(Additive):
 def as_parts(op: LayerOp, x: Tensor, c: int) -> Tensor:
     """`x` with its channels split in c parts that become part of the batch: (n c, d, *spatial), or (n c, d)."""
     if op.spatial:
-        return x.reshape(x.shape[0] * c, -1, *x.shape[2:])
+        return x.reshape(x.shape[0] * c, x.shape[1] // c, *x.shape[2:])
     return x.reshape(-1, x.shape[-1] // c)
 
 
@@ -141,12 +144,12 @@ def add_outer(op: LayerOp, y: Tensor, mixed: Tensor, outer: Tensor | None) -> No
     if outer is None:
         y.add_(mixed.reshape(y.shape))
     elif not op.spatial:
-        y.view(n * a, -1).addmm_(mixed.view(n * a, channels), outer.T)
+        y.view(n * a, outer.shape[0]).addmm_(mixed.view(n * a, channels), outer.T)
     elif y.is_contiguous():
-        parts = y.view(n * a, outer.shape[0], -1)
-        parts.baddbmm_(outer.expand(n * a, *outer.shape), mixed.view(n * a, channels, -1))
+        parts = y.view(n * a, outer.shape[0], positions(y))
+        parts.baddbmm_(outer.expand(n * a, *outer.shape), mixed.view(n * a, channels, positions(y)))
     else:
-        y.add_(torch.matmul(outer, mixed.view(n * a, channels, -1)).reshape(y.shape))
+        y.add_(torch.matmul(outer, mixed.view(n * a, channels, positions(y))).reshape(y.shape))
 
 
 def outer_grads(op: LayerOp, grad: Tensor, mixed: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +158,8 @@ def outer_grads(op: LayerOp, grad: Tensor, mixed: Tensor, outer: Tensor) -> tupl
         flat = grad.reshape(-1, outer.shape[0])
         return (flat @ outer).view(mixed.shape), flat.T @ mixed.flatten(0, 1)
     n, a, channels = mixed.shape[:3]
-    flat = grad.reshape(n * a, outer.shape[0], -1)
-    d_outer = torch.bmm(flat, mixed.view(n * a, channels, -1).mT).sum(0)
+    flat = grad.reshape(n * a, outer.shape[0], positions(grad))
+    d_outer = torch.bmm(flat, mixed.view(n * a, channels, positions(grad)).mT).sum(0)
     return torch.matmul(outer.T, flat).view(mixed.shape), d_outer
 
 

@@ -91,6 +91,8 @@ class PeftAdapter(LoRABase):
         weight, init = base_layer.weight, spec.options.init
         if not isinstance(base_layer, nn.Linear) and init in INITS_OF_LINEAR:
             init = "default"  # PEFT has these for Linear layers only
+        if init in INITS_OF_LINEAR and weight.dtype.itemsize == 1:
+            raise AdapterError(f"--adapter.init {init} takes a base in fp32, bf16 or fp16, not in {weight.dtype}")
         untouched = weight.detach().clone() if init in INITS_OF_LINEAR else None
         config = LoraConfig(
             r=spec.rank,
@@ -143,6 +145,14 @@ class PeftAdapter(LoRABase):
         if initial_up is not None and initial_down is not None:
             up, down = torch.cat([up, -initial_up], 1), torch.cat([down, initial_down])
         return up, down, *rest
+
+    def not_ours(self, *args: Any, **kwargs: Any) -> None:
+        raise AdapterError(
+            "a layer of this trainer's does not follow PEFT's switches (enable_adapters, scale_layer and the like). "
+            "Export with --export.format peft and load that with PEFT, or use merge and unmerge of lora_algos.Adapted"
+        )
+
+    enable_adapters = set_scale = scale_layer = unscale_layer = delete_adapter = not_ours
 
 
 class LoRALinear(PeftAdapter, peft_lora.Linear):  # type: ignore[misc]

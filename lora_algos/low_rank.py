@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
-from lora_algos.ops import LayerOp, rows
+from lora_algos.ops import LayerOp, positions, rows
 
 TINY = 1e-30  # a channel without weights has the norm 0, and no direction
 SMALL = 2**17  # elements of an input; a convolution keeps its input whoever writes its backward pass
@@ -29,7 +29,7 @@ def channels_last_rows(op: LayerOp, x: Tensor) -> Tensor:
 
 def planes(op: LayerOp, x: Tensor) -> Tensor:
     """A convolution's `x` (B, C, *spatial) as (B * groups, C / groups, positions)."""
-    return x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, -1)
+    return x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, positions(x))
 
 
 def per_group(op: LayerOp, up: Tensor, batch: int) -> Tensor:
@@ -40,7 +40,7 @@ def per_group(op: LayerOp, up: Tensor, batch: int) -> Tensor:
 
 def groups_as_batch(op: LayerOp, x: Tensor) -> Tensor:
     """`x` (B, C, *spatial) as (B * groups, C / groups, *spatial)."""
-    return x if op.groups == 1 else x.reshape(x.shape[0] * op.groups, -1, *x.shape[2:])
+    return x if op.groups == 1 else x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, *x.shape[2:])
 
 
 def add_low_rank(op: LayerOp, y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:

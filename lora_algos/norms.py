@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_algos.config import LayerSpec
 from lora_algos.full import Full
 from lora_algos.kernels import WIDE
-from lora_algos.ops import LayerOp
+from lora_algos.ops import LayerOp, without_autocast
 
 
 class NormDifference(Full):
@@ -27,9 +27,10 @@ class NormDifference(Full):
             return self.base_layer(x)
         weight, bias = self.base_layer.weight, getattr(self.base_layer, "bias", None)
         wide = x.dtype if x.dtype in WIDE else torch.float32
-        changed = {"weight": weight.to(wide) + self._masked(dict(self.tensors()))["diff"]}
+        tensors = self._masked(dict(self.trained()))
+        changed = {"weight": weight.to(wide) + tensors["diff"]}
         if bias is not None:
-            changed["bias"] = bias.to(wide) if self.diff_b is None else bias.to(wide) + self.diff_b
-        with torch.autocast(x.device.type, enabled=False):
+            changed["bias"] = bias.to(wide) + tensors["diff_b"] if "diff_b" in tensors else bias.to(wide)
+        with without_autocast(x.device.type):
             y = torch.func.functional_call(self.base_layer, changed, (x.to(wide),))
         return y.to(x.dtype)

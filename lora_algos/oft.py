@@ -98,7 +98,8 @@ class OFT(OwnAdapter):
 
     @classmethod
     def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
-        return (constrained(tensors["oft_blocks"], spec.options.constraint),)
+        blocks = tensors["oft_blocks"]  # bf16 where FSDP or the user casts it, which has no inverse of a matrix
+        return (constrained(blocks if blocks.dtype in WIDE else blocks.float(), spec.options.constraint),)
 
     @classmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:

@@ -5,7 +5,9 @@ them.
 forward and backward passes are written with these, so none of them asks what kind of layer it is on.
 """
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +86,22 @@ def blank(like: Tensor, shape: torch.Size) -> Tensor:
     last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on a device, None where it is off or, as on meta, unknown."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def positions(x: Tensor) -> int:
+    """How many there are in one channel of one image; known also where there is no image."""
+    return math.prod(x.shape[2:])
 
 
 def added(weight: Tensor, delta: Tensor) -> Tensor:

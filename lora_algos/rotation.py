@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_algos.kernels import WIDE
 from lora_algos.low_rank import channels_last_rows, is_channels_last
-from lora_algos.ops import LayerOp
+from lora_algos.ops import LayerOp, positions
 
 
 def inverse(matrices: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def add_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor) -> None:
         put_blocks(op, y, matrices, x, beta=1)
         return
     every = matrices.expand(y.shape[0], *matrices.shape).reshape(-1, b, b)
-    parts = x.reshape(every.shape[0], b, -1)
+    parts = x.reshape(every.shape[0], b, positions(x))
     if y.is_contiguous():
         y.view(parts.shape).baddbmm_(every, parts)
     else:
@@ -102,7 +102,7 @@ def times_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
         put_blocks(op, turned, matrices, x, beta=0)
         return turned
     every = matrices.expand(x.shape[0], *matrices.shape).reshape(-1, b, b)
-    return torch.bmm(every, x.reshape(every.shape[0], b, -1)).view(x.shape)
+    return torch.bmm(every, x.reshape(every.shape[0], b, positions(x))).view(x.shape)
 
 
 def block_products(op: LayerOp, y: Tensor, x: Tensor, b: int) -> Tensor:
@@ -110,8 +110,9 @@ def block_products(op: LayerOp, y: Tensor, x: Tensor, b: int) -> Tensor:
     if is_channels_last(op, y):
         flat, flat_x = (channels_last_rows(op, t).view(-1, y.shape[1 if op.spatial else -1] // b, b) for t in (y, x))
         return torch.bmm(flat.permute(1, 2, 0), flat_x.transpose(0, 1))
-    flat, flat_x = (t.reshape(-1, b, y[0, 0].numel()) for t in (y, x))
-    return torch.bmm(flat, flat_x.mT).view(y.shape[0], -1, b, b).sum(0)
+    blocks = y.shape[1] // b
+    flat, flat_x = (t.reshape(t.shape[0] * blocks, b, positions(t)) for t in (y, x))
+    return torch.bmm(flat, flat_x.mT).view(y.shape[0], blocks, b, b).sum(0)
 
 
 def without_bias(op: LayerOp, y: Tensor, bias: Tensor | None) -> Tensor:

@@ -60,6 +60,9 @@ def test_under_bf16_autocast(spec, kind, mode, base):
         assert (mine - other).norm() < 0.05 * other.norm()
 
 
+COMPILED = {**SPECS, "LoKr whole": ALL_SPECS["LoKr whole"]}
+
+
 def compiled_matches(spec: LayerSpec, kind: str, backend: str) -> None:
     torch._dynamo.reset()
     model, x = model_of(kind)
@@ -73,10 +76,10 @@ def compiled_matches(spec: LayerSpec, kind: str, backend: str) -> None:
         assert (mine - other).norm() < 1e-4 * other.norm()
 
 
-@every_algorithm
+@pytest.mark.parametrize("spec", COMPILED.values(), ids=COMPILED.keys())
 @two_kinds
 def test_compiles_without_a_graph_break(spec, kind):
-    for mode in ("true", "false"):
+    for mode in ("true", "false", "auto"):
         compiled_matches(in_mode(spec, mode), kind, "aot_eager")
 
 
