@@ -3,8 +3,10 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.adapted import Adapted
 from lora_algos.base import Adapter
-from lora_algos.config import AdapterConfig, AdapterError, BypassMode, LayerSpec, Override, listed
+from lora_algos.config import AdapterConfig, AdapterError, AdapterOptions, BypassMode, LayerSpec, Override, listed
 from lora_algos.ops import ADAPTED_TYPES
 from lora_algos.tensors import Shapes, bias_faults
 
@@ -100,17 +102,42 @@ class Plan:
         names = select_layers(model, self.config.targets, presets)
         overrides = self._overrides(names, presets)
         specs = {name: self._spec(overrides.get(name, Override(""))) for name in names}
+        self._refuse_unheeded(model, specs)
         if self.config.norms:
             specs |= dict.fromkeys(norm_layers(model), LayerSpec(algorithm="Full", bias=self.config.biases))
         return {name: specs[name] for name, _ in layers_of(model) if name in specs}
 
-    def trained_on(self, spec: LayerSpec) -> LayerSpec:
-        """A spec read from a file, to be trained further as this plan says."""
-        options, asked = spec.options, self.config
-        options = replace(
-            options, dropout=asked.dropout, rank_dropout=asked.rank_dropout, module_dropout=asked.module_dropout
-        )
-        return replace(spec, bypass_mode=self.bypass_mode, options=options)
+    def trained_on(self, specs: dict[str, LayerSpec], presets: dict[str, str]) -> dict[str, LayerSpec]:
+        """The specs of the layers in a file, to be trained further as this plan says."""
+        overrides, asked = self._overrides(list(specs), presets), self.config
+        result = {}
+        for name, spec in specs.items():
+            rate = overrides[name].lr_scale if name in overrides else None
+            options = replace(
+                spec.options,
+                dropout=asked.dropout,
+                rank_dropout=asked.rank_dropout,
+                module_dropout=asked.module_dropout,
+            )
+            rate = spec.lr_scale if rate is None else rate
+            result[name] = replace(spec, bypass_mode=self.bypass_mode, options=options, lr_scale=rate)
+        return result
+
+    def _refuse_unheeded(self, model: nn.Module, specs: dict[str, LayerSpec]) -> None:
+        """AdapterError naming the options that were set and mean nothing to any layer of the run."""
+        layers: dict[str, Any] = dict(layers_of(model))
+        asked, plain = self.config.options(), AdapterOptions()
+        faults = []
+        for option in (item.name for item in fields(AdapterOptions) if not item.name.endswith("dropout")):
+            value = getattr(asked, option)
+            if value != getattr(plain, option) and not any(
+                get_algorithm(spec.algorithm).heeds(option, asked, layers[name].weight.shape)
+                for name, spec in specs.items()
+            ):
+                faults.append(f"{option} = {value}")
+        if faults:
+            algorithms = ", ".join(sorted({spec.algorithm for spec in specs.values()}))
+            raise AdapterError(listed(f"--adapter: options that no adapted layer ({algorithms}) has a use for", faults))
 
     def _overrides(self, names: list[str], presets: dict[str, str]) -> dict[str, Override]:
         chosen: dict[str, Override] = {}
@@ -118,7 +145,7 @@ class Plan:
         for number, override in enumerate(self.config.overrides):
             matched, fault = matching(presets.get(override.pattern, override.pattern), names)
             if fault:
-                faults.append(f"{number}.pattern = {override.pattern}: {fault} of those chosen by --adapter.targets")
+                faults.append(f"{number}.pattern = {override.pattern}: {fault} of those that are adapted")
             if override.algorithm not in (None, *ALGORITHMS):
                 faults.append(f"{number}.algorithm = {override.algorithm}: not one of {', '.join(ALGORITHMS)}")
             chosen |= dict.fromkeys(matched, override)
@@ -174,11 +201,16 @@ def algorithm_of(tensors: dict[str, Tensor]) -> str:
 
 
 def attach_from_file(
-    model: nn.Module, tensors: dict[str, dict[str, Tensor]], unknown: list[str], plan: Plan | None = None
+    model: nn.Module,
+    tensors: dict[str, dict[str, Tensor]],
+    unknown: list[str],
+    plan: Plan | None = None,
+    presets: Mapping[str, str] = MappingProxyType({}),
 ) -> Adapted:
     """Attaches the adapters of a file, each layer with its own algorithm, rank, alpha and options.
 
-    Of `plan` only counts how they are trained on: bypass_mode and the dropouts.
+    Of `plan` only counts how they are trained on: bypass_mode, the dropouts, and the overrides' lr_scale for the layers
+    that they match, by `presets` or regular expressions.
 
     `tensors` has the file's tensors by layer, `alpha` among them, and `unknown` describes those that belong to no layer
     (formats.from_file). Raises AdapterError naming these and every shape that does not fit `model`.
@@ -191,15 +223,16 @@ def attach_from_file(
             spec, shapes = get_algorithm(algorithm_of(given)).read_spec(given, weight.shape)
             if wrong := bias_faults(given, weight.shape[0], getattr(layers[name], "bias", None) is not None):
                 raise AdapterError("; ".join(wrong))
-            spec = replace(spec, bias="diff_b" in given)
-            specs[name] = spec if plan is None else plan.trained_on(spec), shapes
+            specs[name] = replace(spec, bias="diff_b" in given), shapes
         except AdapterError as error:
             faults.append(f"{name}: {error}")
     if faults or not specs:
         raise AdapterError(listed("the adapter file does not fit the model", faults or ["it holds no tensors"]))
+    read = {name: spec for name, (spec, _) in specs.items()}
+    asked = read if plan is None else plan.trained_on(read, dict(presets))
     model.requires_grad_(False)
-    for name, (spec, shapes) in specs.items():
-        adapter = get_algorithm(spec.algorithm).on(layers[name], spec, shapes)
+    for name, spec in asked.items():
+        adapter = get_algorithm(spec.algorithm).on(layers[name], spec, specs[name][1])
         model.set_submodule(name, adapter, strict=True)  # type: ignore[arg-type]
         with torch.no_grad():
             for key, parameter in adapter.trained().items():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_algos.config import LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Additive, Branch, Kernel, Mode, Tensors, adapted
 from lora_algos.ops import LayerOp, added, autocast_dtype, without_autocast
 from lora_algos.tensors import Shapes
@@ -33,6 +33,8 @@ class Adapter(ABC):
     """Tensors without which there is no update, and the axis along which rank_dropout drops."""
     starts_at_zero: ClassVar[tuple[str, ...]] = ()
     """The factor of a product that LoRA+ trains faster."""
+    own_options: ClassVar[tuple[str, ...]] = ()
+    """Options that not every algorithm has and that mean something to this one."""
     multiplicative: ClassVar[bool] = False
     """What rank_dropout leaves is not scaled up."""
 
@@ -48,6 +50,11 @@ class Adapter(ABC):
     def detects(cls, tensors: dict[str, Tensor]) -> bool:
         """Whether a layer with these tensors in a file is of this algorithm, or of one that is made of it."""
         return any(name in tensors for name in cls.detected_by)
+
+    @classmethod
+    def heeds(cls, option: str, options: AdapterOptions, weight: torch.Size) -> bool:
+        """Whether an option of those that not every algorithm has says anything to a layer with that weight."""
+        return option in cls.own_options
 
     @classmethod
     @abstractmethod

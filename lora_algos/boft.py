@@ -118,6 +118,7 @@ class BOFT(OFT):
 
     algorithm = "BOFT"
     rank_axis = {"oft_blocks": 1}  # noqa: RUF012
+    own_options = ("block_size", "constraint", "stages")
 
     @classmethod
     def detects(cls, tensors: dict[str, Tensor]) -> bool:

@@ -25,7 +25,7 @@ def listed(what: str, faults: list[str]) -> str:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What an algorithm is told beyond rank and alpha."""
+    """What an algorithm is told beyond rank and alpha. With `existing_lora` only the dropouts count."""
 
     __pydantic_config__ = STRICT
 
@@ -96,22 +96,27 @@ class Override:
 
 @dataclass(frozen=True)
 class AdapterConfig(AdapterOptions):
-    """Which layers are adapted, and how."""
+    """Which layers are adapted, and how.
+
+    With `existing_lora` the file says what is adapted and how: then only the dropouts, `lora_plus_ratio` and the
+    overrides' `lr_scale` apply. An option that no adapted layer has a use for is refused."""
 
     alpha: Annotated[float, Field(gt=0)] = 1.0
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank. With existing_lora: the file's."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all",)
     """Layers to adapt: presets of the model family (attention, attention-mlp, all) or regular expressions that match
-    whole layer names."""
+    whole layer names. With existing_lora: the file's."""
     norms: bool = False
-    """Also train the weights of normalisation layers (`.diff` in the file)."""
+    """Also train the weights of normalisation layers (`.diff` in the file). With existing_lora: where the file has
+    them."""
     biases: bool = False
-    """Also train the biases of adapted layers, and of normalisation layers where these are trained (`.diff_b`)."""
+    """Also train the biases of adapted layers, and of normalisation layers where these are trained (`.diff_b`). With
+    existing_lora: where the file has them."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     """LoRA+: the factor that starts at zero learns this many times faster than the other (LoRA, DoRA, LoHa, GLoRA)."""
     overrides: tuple[Override, ...] = ()
     """Other rank, alpha, algorithm or learning rate for some layers: a list of {pattern, rank, alpha, algorithm,
-    lr_scale}."""
+    lr_scale}. With existing_lora only lr_scale counts."""
 
     def options(self) -> AdapterOptions:
         """The algorithm's options alone."""

@@ -65,6 +65,7 @@ class GLoRA(OwnAdapter):
     detected_by = ("a1.weight",)
     rank_axis = {"a2.weight": 0, "b2.weight": 0}  # noqa: RUF012
     starts_at_zero = ("a2.weight", "b2.weight")
+    own_options = ("rslora",)
 
     @classmethod
     def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:

@@ -110,6 +110,12 @@ class LoHa(OwnAdapter):
     detected_by = ("hada_w1_a",)
     rank_axis = {"hada_w1_b": 0}  # noqa: RUF012
     starts_at_zero = ("hada_w2_a",)
+    own_options = ("rslora", "tucker")
+
+    @classmethod
+    def heeds(cls, option: str, options: AdapterOptions, weight: torch.Size) -> bool:
+        no_core = option == "tucker" and weight[2:].numel() == 1
+        return super().heeds(option, options, weight) and not no_core
 
     @classmethod
     def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:

@@ -97,9 +97,8 @@ class Kronecker(Additive):
         grads = as_parts(self.op, grad, a)
         n = grads.shape[0] // a
         through = op.input_grad(grads, w2, torch.Size((n * a, *parts.shape[1:]))).view(n, a, *parts.shape[1:])
-        dw1 = (
-            torch.matmul(through.flatten(2), parts.view(n, c, *parts.shape[1:]).flatten(2).mT).sum(0).mul_(self.scaling)
-        )
+        given = parts.view(n, c, *parts.shape[1:])
+        dw1 = torch.matmul(through.flatten(2), given.flatten(2).mT).sum(0).mul_(self.scaling)
         if dx is not None:
             dx.add_(mix(w1.T, through).reshape(dx.shape))
         mixed = mix(w1.T, grads.view(n, a, *grads.shape[1:])).flatten(0, 1)
@@ -169,6 +168,7 @@ class LoKr(OwnAdapter):
     algorithm = "LoKr"
     detected_by = ("lokr_w1", "lokr_w1_a")
     rank_axis = {"lokr_w2": 0, "lokr_w2_b": 0}  # noqa: RUF012
+    own_options = ("rslora", "factor", "decompose_both", "full_matrix")
 
     @classmethod
     def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:

@@ -19,7 +19,7 @@ from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
 from lora_algos.base import Adapter, OwnAdapter
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import Kernel, Tensors
 from lora_algos.low_rank import LowRank, thin_svd
 from lora_algos.ops import LayerOp
@@ -36,6 +36,12 @@ class LoRABase(Adapter):
     detected_by: ClassVar[tuple[str, ...]] = ("lora_down.weight", "lora_up.weight")
     rank_axis = {"lora_down.weight": 0, "initial_down": 0}  # noqa: RUF012
     starts_at_zero = ("lora_up.weight",)
+    own_options = ("rslora", "init")
+
+    @classmethod
+    def heeds(cls, option: str, options: AdapterOptions, weight: torch.Size) -> bool:
+        of_linear = option == "init" and options.init in INITS_OF_LINEAR
+        return super().heeds(option, options, weight) and not (of_linear and len(weight) > 2)
 
     @classmethod
     def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:

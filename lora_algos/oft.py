@@ -10,6 +10,7 @@ mostly keeps too and from which the output before the rotation follows, and thre
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ class OFT(OwnAdapter):
     detected_by = ("oft_blocks",)
     rank_axis = {"oft_blocks": 0}  # noqa: RUF012
     multiplicative = True
+    own_options: ClassVar[tuple[str, ...]] = ("block_size", "constraint")
 
     @classmethod
     def detects(cls, tensors: dict[str, Tensor]) -> bool:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_algos.attach import Plan, attach, select_layers
+from lora_algos.attach import Adapted, Plan, attach, attach_from_file, select_layers
 from lora_algos.config import AdapterConfig, AdapterError, LayerSpec, Override
 from models import get_family
 from models.config import ModelConfig
@@ -282,3 +282,79 @@ def test_every_layer_that_an_algorithm_does_not_fit_is_named():
     assert "odd: " in str(caught.value)
     assert "fits" not in str(caught.value).replace("that fits", "").replace("fits its", "")
     assert all(p.requires_grad for p in model.parameters()), "the model was touched"
+
+
+USELESS = {
+    "LoRA": {"tucker": True, "factor": 4, "decompose_both": True, "full_matrix": True, "block_size": 8,
+             "constraint": 0.1, "stages": 1},
+    "DoRA": {"tucker": True, "block_size": 8},
+    "LoHa": {"init": "pissa", "factor": 4},
+    "LoKr": {"init": "gaussian", "tucker": True, "constraint": 0.1},
+    "OFT": {"rslora": True, "factor": 4, "tucker": True, "stages": 2, "init": "olora"},
+    "BOFT": {"rslora": True, "full_matrix": True},
+    "GLoRA": {"init": "pissa", "block_size": 8},
+    "Full": {"rslora": True, "init": "gaussian", "block_size": 8},
+}  # fmt: skip
+USEFUL = {
+    "LoRA": {"rslora": True, "init": "pissa"},
+    "DoRA": {"rslora": True, "init": "gaussian"},
+    "LoHa": {"rslora": True, "tucker": True},
+    "LoKr": {"rslora": True, "factor": 4, "decompose_both": True, "full_matrix": True},
+    "OFT": {"block_size": 8, "constraint": 0.1},
+    "BOFT": {"block_size": 8, "constraint": 0.1, "stages": 1},
+    "GLoRA": {"rslora": True},
+    "Full": {},
+}
+
+
+def both_kinds() -> nn.ModuleDict:
+    return nn.ModuleDict({"linear": nn.Linear(8, 16), "conv": nn.Conv2d(8, 16, 3)})
+
+
+@every_algorithm
+def test_options_that_no_layer_has_a_use_for_are_refused_together(spec):
+    useless, useful = USELESS[spec.algorithm], USEFUL[spec.algorithm]
+    config = AdapterConfig(targets=(".*",), **{**useful, **useless})
+    with pytest.raises(AdapterError) as caught:
+        Plan(config, spec.algorithm, 2).specs(both_kinds(), {})
+    faults = str(caught.value).splitlines()[1:]
+    assert {fault.strip() for fault in faults} == {f"{name} = {value}" for name, value in useless.items()}
+    config = AdapterConfig(targets=(".*",), dropout=0.1, rank_dropout=0.1, module_dropout=0.1, **useful)
+    assert attach(both_kinds(), Plan(config, spec.algorithm, 2).specs(both_kinds(), {}), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "layer"), [("LoRA", {"init": "pissa"}, "conv"), ("LoHa", {"tucker": True}, "linear")]
+)
+def test_an_option_that_fits_none_of_the_chosen_layers_is_refused(algorithm, options, layer):
+    with pytest.raises(AdapterError, match="no adapted layer"):
+        Plan(AdapterConfig(targets=(layer,), **options), algorithm, 2).specs(both_kinds(), {})
+
+
+def test_an_override_may_be_the_one_that_has_a_use_for_an_option():
+    config = AdapterConfig(targets=(".*",), block_size=8, overrides=(Override("linear", algorithm="OFT"),))
+    specs = Plan(config, "LoRA", 2).specs(both_kinds(), {})
+    assert {name: spec.algorithm for name, spec in specs.items()} == {"linear": "OFT", "conv": "LoRA"}
+
+
+def continued(overrides: tuple[Override, ...], **options) -> Adapted:
+    model = both_kinds()
+    tensors = {
+        "linear": {"lora_up.weight": torch.ones(16, 2), "lora_down.weight": torch.ones(2, 8)},
+        "conv": {"lora_up.weight": torch.ones(16, 3), "lora_down.weight": torch.ones(3, 8, 3, 3)},
+    }
+    config = AdapterConfig(targets=("nowhere",), overrides=overrides, **options)
+    return attach_from_file(model, tensors, [], Plan(config, "OFT", 7), {"convolutions": "conv"})
+
+
+def test_a_continued_adapter_takes_the_dropouts_and_the_learning_rates_of_the_config():
+    adapted = continued((Override(".*", lr_scale=3.0), Override("convolutions", lr_scale=0.5)), dropout=0.2)
+    assert {n: (s.algorithm, s.rank, s.lr_scale, s.options.dropout) for n, s in adapted.specs().items()} == {
+        "linear": ("LoRA", 2, 3.0, 0.2), "conv": ("LoRA", 3, 0.5, 0.2),
+    }  # fmt: skip
+    assert set(adapted.learning_rate_scales(1.0).values()) == {3.0, 0.5}
+
+
+def test_overrides_that_match_nothing_of_a_continued_adapter_are_listed():
+    with pytest.raises(AdapterError, match=r"0.pattern = norm: matches no layer(.|\n)*1.pattern = \(: not a regular"):
+        continued((Override("norm", lr_scale=1.0), Override("(", lr_scale=1.0)))

@@ -33,7 +33,8 @@ def attach_adapters(
     if config.existing_lora is not None:
         tensors, metadata = formats.read(config.existing_lora)
         layers, unknown = formats.from_file(tensors, metadata, denoiser, names)
-        return attach_from_file(denoiser, layers, unknown, plan), total_steps_of(config.existing_lora, metadata)
+        adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
+        return adapted, total_steps_of(config.existing_lora, metadata)
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
 
 
