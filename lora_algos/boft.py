@@ -16,7 +16,7 @@ from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.oft import OFT, BlockRotation
 from lora_algos.ops import LayerOp
 from lora_algos.rotation import Cayley, add_blocks, block_products, times_blocks, without_bias
-from lora_algos.tensors import Shapes, fitted
+from lora_algos.tensors import Shapes, constraint_of, fitted
 
 
 def butterfly_side(channels: int, limit: int) -> int:
@@ -140,8 +140,7 @@ class BOFT(OFT):
         fits = len(sides) == 4 and sides[2] == sides[3] and sides[1] * sides[2] == weight[0]
         if not fits or sides[2] % 2 or sides[1] % 2 ** (sides[0] - 1):
             raise AdapterError(f"oft_blocks is {sides}, which is no butterfly over {weight[0]} output channels")
-        constraint = max(0.0, float(tensors.get("alpha", 0.0)))
-        options = AdapterOptions(block_size=sides[2], stages=sides[0], constraint=constraint)
+        options = AdapterOptions(block_size=sides[2], stages=sides[0], constraint=constraint_of(tensors))
         return LayerSpec(algorithm=cls.algorithm, options=options), fitted(tensors, {"oft_blocks": sides}, weight)
 
     @classmethod

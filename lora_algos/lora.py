@@ -158,6 +158,11 @@ class PeftAdapter(LoRABase):
             "Export with --export.format peft and load that with PEFT, or use merge and unmerge of lora_algos.Adapted"
         )
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:  # PEFT's, which merges and unmerges adapters by name
+            self.not_ours()
+        super().merge()
+
     enable_adapters = set_scale = scale_layer = unscale_layer = delete_adapter = not_ours
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_algos.config import AdapterError
 from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
 from lora_algos.ops import LayerOp, positions, rows
 
 TINY = 1e-30  # a channel without weights has the norm 0, and no direction
+NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"
 SMALL = 2**17  # elements of an input; a convolution keeps its input whoever writes its backward pass
 
 
@@ -95,10 +97,19 @@ def norms_after(weight: Tensor, up: Tensor, down: Tensor, scaling: float, base: 
 
 def thin_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular vectors and values (u, s, v) of up @ down, which is never formed. In fp64, so that what cancels in it
-    does so to the last digit of the factors."""
+    does so to the last digit of the factors. AdapterError if it is not finite."""
     (left, a), (right, b) = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
-    u, s, v = torch.linalg.svd(a @ b.T)
+    u, s, v = finite_svd(a @ b.T)
     return left @ u, s, v @ right.T
+
+
+def finite_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values (u, s, v); AdapterError if there are none."""
+    try:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise AdapterError(f"{NOT_FINITE} ({error})") from error
+    return u, s, v
 
 
 @dataclass(frozen=True)

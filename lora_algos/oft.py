@@ -20,7 +20,7 @@ from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.ops import LayerOp, channel_sum
 from lora_algos.rotation import Cayley, add_blocks, block_products, constrained, without_bias
-from lora_algos.tensors import Shapes, fitted
+from lora_algos.tensors import Shapes, constraint_of, fitted
 
 
 def block_side(channels: int, limit: int) -> int:
@@ -109,7 +109,7 @@ class OFT(OwnAdapter):
         sides = tuple(blocks.shape)
         if len(sides) != 3 or sides[1] != sides[2] or sides[0] * sides[1] != weight[0]:
             raise AdapterError(f"oft_blocks is {sides}, which does not tile {weight[0]} output channels")
-        options = AdapterOptions(block_size=max(2, sides[1]), constraint=max(0.0, float(tensors.get("alpha", 0.0))))
+        options = AdapterOptions(block_size=max(2, sides[1]), constraint=constraint_of(tensors))
         return LayerSpec(algorithm=cls.algorithm, options=options), fitted(tensors, {"oft_blocks": sides}, weight)
 
     @classmethod

@@ -25,6 +25,11 @@ def rank_and_alpha(tensors: dict[str, Tensor]) -> tuple[int, float]:
     return rank, float(rank if alpha is None else alpha)
 
 
+def constraint_of(tensors: dict[str, Tensor]) -> float:
+    """A rotation's constraint, which is called alpha in a file; 0: it is free."""
+    return max(0.0, float(tensors.get("alpha", 0.0)))
+
+
 def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A layer's tensors on a device; the alpha, which is read as a number, stays where it is."""
     return {name: tensor if name == "alpha" else tensor.to(device) for name, tensor in tensors.items()}

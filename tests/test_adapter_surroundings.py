@@ -220,6 +220,7 @@ def test_pefts_switches_are_refused_not_ignored(algorithm):
     for switch in (
         lambda: layer.enable_adapters(False), lambda: layer.scale_layer(0.5), lambda: layer.unscale_layer(),
         lambda: layer.set_scale("default", 2.0), lambda: layer.delete_adapter("default"),
+        lambda: layer.merge(safe_merge=True), lambda: layer.merge(adapter_names=["default"]),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match="does not follow PEFT's switches"):
             switch()

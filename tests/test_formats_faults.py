@@ -1,5 +1,6 @@
 """A broken adapter file is refused with all its faults by layer, before the model is touched."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from adapter_cases import every_spec, model_of, randomised
 from torch import Tensor, nn
 
 from lora_algos import formats
-from lora_algos.attach import attach, attach_from_file
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.attach import Adapted, attach, attach_from_file
+from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.formats import convert
 
 NAMES = formats.Names()
@@ -126,6 +127,23 @@ def test_an_update_that_is_not_finite_cannot_be_decomposed(value):
     for tensors in ({"diff": torch.full((12, 8), math.nan)}, {k[7:]: t * value for k, t in lora("linear").items()}):
         with pytest.raises(AdapterError, match="not finite"):
             convert.nearest_lora({**tensors, "alpha": torch.tensor(200.0)}, weight, 2)
+
+
+def written_and_verified(adapted: Adapted) -> None:
+    layers = formats.layers_of_adapted(adapted)
+    content = formats.to_file(layers, adapted.model, NAMES, "kohya", torch.float32)
+    formats.verify(content, layers, adapted.model, NAMES)
+
+
+def test_what_has_diverged_is_not_written_and_the_layer_is_named():
+    there, _ = model_of("Linear")
+    for init in ("default", "pissa"):
+        model = nn.ModuleDict({"diverged": copy.deepcopy(there["layer"])})
+        adapted = attach(model, {"diverged": LayerSpec(3, options=AdapterOptions(init=init))}, seed=0)
+        with torch.no_grad():
+            adapted.named_parameters()["diverged.lora_up.weight"][0] = math.nan
+        with pytest.raises(AdapterError, match=r"diverged: (.|\n)*not finite"):
+            written_and_verified(adapted)
 
 
 @every_spec

@@ -182,6 +182,19 @@ def test_peft_loads_the_folder_as_the_same_function(tmp_path, case):
     torch.testing.assert_close(output(again), output(adapted.model), rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
+def test_peft_and_diffusers_load_a_dora_in_bf16_with_its_fp32_magnitudes(tmp_path, caplog):
+    adapted = on_layers("DoRA")
+    content = written(adapted, "peft", torch.bfloat16)
+    (tmp_path / "adapter_model.safetensors").write_bytes(formats.to_bytes(content.tensors, content.metadata))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content.config))
+    in_peft = PeftModel.from_pretrained(unet(), tmp_path)
+    in_diffusers = load_in_diffusers(written(adapted, "diffusers", torch.bfloat16), tmp_path, caplog).unet
+    expected, plain = output(adapted.model), output(unet())
+    for model in (in_peft, in_diffusers):
+        assert (output(model) - expected).norm() < 0.01 * (plain - expected).norm()
+
+
 def test_a_lokr_that_peft_would_split_otherwise_is_refused_by_layer():
     with pytest.raises(AdapterError, match=r"whatever its factor(.|\n)*conv_in"):
         written(on_layers("LoKr"), "peft")

@@ -123,12 +123,20 @@ def with_alpha(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str
 
 
 def layers_of_adapted(adapted: Adapted) -> Layers:
-    """The adapter's tensors by layer, on the CPU, alpha among them."""
+    """The adapter's tensors by layer, on the CPU, alpha among them. AdapterError naming the layers that have none: an
+    update that is not finite, where it has to be decomposed."""
     layers: Layers = {}
+    faults = []
     for name, layer in adapted.layers().items():
-        tensors, alpha = layer.in_file()
+        try:
+            tensors, alpha = layer.in_file()
+        except AdapterError as error:
+            faults.append(f"{name}: {error}")
+            continue
         layers[name] = {key: tensor.to("cpu") for key, tensor in tensors.items()}
         layers[name]["alpha"] = torch.tensor(alpha)
+    if faults:
+        raise AdapterError(listed("the adapter cannot be written", faults))
     return layers
 
 

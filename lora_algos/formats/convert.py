@@ -11,10 +11,8 @@ from lora_algos import get_algorithm
 from lora_algos.attach import algorithm_of
 from lora_algos.config import AdapterError
 from lora_algos.loha import khatri_rao
-from lora_algos.low_rank import thin_svd
+from lora_algos.low_rank import NOT_FINITE, finite_svd, thin_svd
 from lora_algos.tensors import scaling_of
-
-NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"
 
 
 def delta_of(tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
@@ -89,10 +87,7 @@ def svd(tensors: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Ten
         return svd_of(delta_of(tensors, weight))
     if down.shape[0] >= min(up.shape[0], down.shape[1]):
         return svd_of(delta_of(tensors, weight))
-    up = up * scaling_of(exact)
-    if not (up.isfinite().all() and down.isfinite().all()):
-        raise AdapterError(NOT_FINITE)
-    u, s, v = (part.to(up.dtype) for part in thin_svd(up, down))
+    u, s, v = (part.to(up.dtype) for part in thin_svd(up * scaling_of(exact), down))
     if not s.isfinite().all():
         raise AdapterError(NOT_FINITE)
     return u, s, v
@@ -101,10 +96,7 @@ def svd(tensors: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Ten
 def svd_of(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not delta.isfinite().all():
         raise AdapterError(NOT_FINITE)
-    try:
-        return torch.linalg.svd(delta.flatten(1), full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise AdapterError(f"its update cannot be decomposed: {error}") from error
+    return finite_svd(delta.flatten(1))
 
 
 def lora_svd(parts: tuple[Tensor, Tensor, Tensor], rank: int, weight: torch.Size) -> tuple[dict[str, Tensor], float]:
