@@ -160,19 +160,19 @@ class PeftDoRA(DoRABase, PeftAdapter):
         return {**tensors, MAGNITUDE: tensors[MAGNITUDE].flatten()}, alpha
 
 
-class DoRALinear(PeftDoRA, peft_lora.Linear):  # type: ignore[misc]
+class DoRALinear(PeftDoRA, peft_lora.Linear):
     """A Linear layer with a DoRA."""
 
 
-class DoRAConv1d(PeftDoRA, peft_lora.Conv1d):  # type: ignore[misc]
+class DoRAConv1d(PeftDoRA, peft_lora.Conv1d):
     """A Conv1d layer with a DoRA."""
 
 
-class DoRAConv2d(PeftDoRA, peft_lora.Conv2d):  # type: ignore[misc]
+class DoRAConv2d(PeftDoRA, peft_lora.Conv2d):
     """A Conv2d layer with a DoRA."""
 
 
-class DoRAConv3d(PeftDoRA, peft_lora.Conv3d):  # type: ignore[misc]
+class DoRAConv3d(PeftDoRA, peft_lora.Conv3d):
     """A Conv3d layer with a DoRA."""
 
 

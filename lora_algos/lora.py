@@ -166,19 +166,19 @@ class PeftAdapter(LoRABase):
     enable_adapters = set_scale = scale_layer = unscale_layer = delete_adapter = not_ours
 
 
-class LoRALinear(PeftAdapter, peft_lora.Linear):  # type: ignore[misc]
+class LoRALinear(PeftAdapter, peft_lora.Linear):
     """A Linear layer with a LoRA."""
 
 
-class LoRAConv1d(PeftAdapter, peft_lora.Conv1d):  # type: ignore[misc]
+class LoRAConv1d(PeftAdapter, peft_lora.Conv1d):
     """A Conv1d layer with a LoRA."""
 
 
-class LoRAConv2d(PeftAdapter, peft_lora.Conv2d):  # type: ignore[misc]
+class LoRAConv2d(PeftAdapter, peft_lora.Conv2d):
     """A Conv2d layer with a LoRA."""
 
 
-class LoRAConv3d(PeftAdapter, peft_lora.Conv3d):  # type: ignore[misc]
+class LoRAConv3d(PeftAdapter, peft_lora.Conv3d):
     """A Conv3d layer with a LoRA."""
 
 
