@@ -1,7 +1,9 @@
 """From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU, by sample visit."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.index import LatentDataset
 from data.schedule import Schedule, key
+
+ALIGNED = 64  # bytes, of which tensors in one piece of memory start at a multiple
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,55 @@ class Batch:
         }  # fmt: skip
         return replace(self, **moved, cond={name: function(tensor) for name, tensor in self.cond.items()})
 
+    def __reduce__(self):
+        """From a worker all tensors go to the main process as one: each takes a connection between the two, which
+        costs more than copying."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)} | {(name,): t for name, t in self.cond.items()}
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors.values()))
+        layout = [
+            (name, start, tensor.dtype, tuple(tensor.shape))
+            for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
+        ]
+        whole = shared(ends[-1])
+        for tensor, (_, start, dtype, shape) in zip(tensors.values(), layout, strict=True):
+            piece(whole, start, dtype, shape).copy_(tensor)
+        return unpacked, (whole, layout, self.visits)
+
+
+def shared(size: int) -> Tensor:
+    """So many bytes that other processes may see."""
+    import os
+    if os.environ.get("V")=="1":
+        return torch.empty(size, dtype=torch.uint8)
+    if os.environ.get("V")=="2":
+        return torch.empty(size, dtype=torch.uint8).share_memory_()
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+
+
+def piece(whole: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return whole[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def unpacked(whole: Tensor, layout: list[tuple], visits: range) -> Batch:
+    """What Batch.__reduce__ has packed."""
+    tensors = {name: piece(whole, *place) for name, *place in layout}
+    cond = {name[0]: tensors.pop(name) for name in list(tensors) if isinstance(name, tuple)}
+    return Batch(cond=cond, visits=visits, **tensors)
+
 
 @dataclass(frozen=True)
 class Drawn:
     """What is random in a sample, in the order in which its generator gives it."""
 
-    quantile: Tensor
+    quantile: float
     caption: float
     drop: float
     flip: float
 
     @classmethod
     def of(cls, generator: torch.Generator) -> "Drawn":
-        quantile, *others = torch.rand(4, generator=generator)
-        return cls(quantile, *(float(other) for other in others))
+        return cls(*torch.rand(4, generator=generator).tolist())
 
 
 class MicroBatches(Dataset):
@@ -80,43 +119,36 @@ def make_batch(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [Drawn.of(generator) for generator in generators]
     fixed = quantile is not None
-    places = dataset.arrays["media"][rows]
-    flips = [0 if fixed or p.shape[0] == 1 else int(d.flip < 0.5) for p, d in zip(places, drawn, strict=True)]
-    media = [int(p[flip]) for p, flip in zip(places, flips, strict=True)]
-    latents = dataset.media.stacked(media, "latents")
-    noise = torch.empty(latents.shape)
-    for one, generator in zip(noise, generators, strict=True):
-        torch.randn(one.shape, generator=generator, out=one)
-    columns = dataset.media.columns(media[0])
-    if "deviation" in columns:
-        latents = sampled(latents, dataset.media.stacked(media, "deviation"), generators)
-    texts = [text_place(dataset, row, d, fixed) for row, d in zip(rows, drawn, strict=True)]
+    of_row = {name: np.asarray(dataset.arrays[name])[rows] for name in ("media", "dropout", "weight", "crop")}
+    turns = [0 if fixed or len(p) == 1 else int(d.flip < 0.5) for p, d in zip(of_row["media"], drawn, strict=True)]
+    media = dataset.media.rows(p.item(turn) for p, turn in zip(of_row["media"], turns, strict=True))
+    latents = media["latents"]
+    noise = standard_normal(latents.shape, generators)
+    if "deviation" in media:
+        latents = latents + media["deviation"] * standard_normal(latents.shape, generators)
+    dropout = [0.0] * len(rows) if fixed else of_row["dropout"].tolist()
+    texts = [
+        dataset.empty_text if d.drop < share else dataset.text_of(row, 0.0 if fixed else d.caption)
+        for row, share, d in zip(rows, dropout, drawn, strict=True)
+    ]
     return Batch(
         latents,
         noise,
-        torch.stack([d.quantile for d in drawn]) if quantile is None else quantile,
-        {name: dataset.text.stacked(texts, name) for name in dataset.text.columns(texts[0])},
-        torch.from_numpy(np.array(dataset.arrays["weight"][rows])),
-        torch.from_numpy(np.array(dataset.arrays["crop"][rows])),
+        torch.tensor([d.quantile for d in drawn]) if quantile is None else quantile,
+        dataset.text.rows(texts),
+        torch.from_numpy(of_row["weight"]),
+        torch.from_numpy(of_row["crop"]),
         visits,
-        masks(dataset, media) if "mask" in columns else None,
+        dataset.mask_floor + (1 - dataset.mask_floor) * media["mask"] if "mask" in media else None,
     )
 
 
-def masks(dataset: LatentDataset, media: list[int]) -> Tensor:
-    floor = dataset.mask_floor
-    return floor + (1 - floor) * dataset.media.stacked(media, "mask")
-
-
-def sampled(mean: Tensor, deviation: Tensor, generators: list[torch.Generator]) -> Tensor:
-    draws = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
-    return mean + deviation * torch.stack(draws)
-
-
-def text_place(dataset: LatentDataset, row: int, drawn: Drawn, fixed: bool) -> int:
-    if not fixed and drawn.drop < dataset.arrays["dropout"][row]:
-        return dataset.empty_text
-    return dataset.text_of(row, 0.0 if fixed else drawn.caption)
+def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """The next numbers of each sample's generator. Drawing the bits takes most of the loader's time."""
+    batch = torch.empty(shape)
+    for one, generator in zip(batch, generators, strict=True):
+        torch.randn(one.shape, generator=generator, out=one)
+    return batch
 
 
 def micro_batches(

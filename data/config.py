@@ -57,6 +57,8 @@ class SourceConfig:
     """Read a Hugging Face dataset row by row, without a copy of it on this machine."""
     image_column: str | None = None
     """Column of the images in a Hugging Face dataset."""
+    weight_column: str | None = None
+    """As data.weight_column."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """How often each image is seen per epoch, besides kohya's <repeats>_<name> folders."""
     weight: Annotated[float, Field(ge=0)] = 1.0
@@ -97,6 +99,8 @@ class DataConfig(CaptionOptions):
     """Several sources: a list of {path, kind, repeats, weight, regularisation, caption_...}."""
     image_column: str = "image"
     """Column of the images in a Hugging Face dataset."""
+    weight_column: str | None = None
+    """Column of a Hugging Face dataset or a metadata file that holds a factor on the loss of each image."""
     resolution: Annotated[int, Field(ge=16, le=8192)] = 512
     """Side of a square image in pixels; with buckets, images of other shapes have the same area."""
     bucket_step: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -142,5 +146,6 @@ class DataConfig(CaptionOptions):
         return tuple(self.with_defaults(source) for source in (*first, *self.sources))
 
     def with_defaults(self, source: SourceConfig) -> SourceConfig:
-        unsaid = [item.name for item in fields(source) if getattr(source, item.name) is None and item.name != "split"]
+        ours = {item.name for item in fields(self)}
+        unsaid = [item.name for item in fields(source) if getattr(source, item.name) is None and item.name in ours]
         return replace(source, **{name: getattr(self, name) for name in unsaid})

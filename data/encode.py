@@ -59,11 +59,13 @@ def lists_to_rows(lengths: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_texts(work: Work, store: Store, todo: np.ndarray) -> None:
-    """`todo`: places among all captions of all rows, laid end to end; a place after the last is the empty prompt."""
+def encode_texts(work: Work, store: Store, todo: np.ndarray) -> list[str]:
+    """`todo`: places among all captions of all rows, laid end to end; a place after the last is the empty prompt.
+    Returns the captions that are longer than what the encoders see."""
     places = work.mine(todo)
+    too_long: list[str] = []
     if not len(places):
-        return
+        return too_long
     owner = lists_to_rows(tables.lengths(work.rows.column("texts")))
     encoders = work.family.load_encoders("text").to(work.device)
     size = work.config.encode_batch_size
@@ -80,10 +82,13 @@ def encode_texts(work: Work, store: Store, todo: np.ndarray) -> None:
     def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
         for batch in batched(work.progress(captions(), len(places), "captions"), size):
             filled = batch + [""] * (size - len(batch))
+            counts, limit = work.family.token_counts(batch)
+            too_long.extend(text for text, count in zip(batch, counts, strict=True) if count > limit)
             conds = work.family.encode_prompt(encoders, filled)
             yield from ((key_of(text), cond) for text, cond in zip(batch, conds, strict=False))
 
     store.write(rows())
+    return too_long
 
 
 def batched(items: Iterator, size: int) -> Iterator[list]:

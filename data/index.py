@@ -32,40 +32,53 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
 
     All of it follows from what the rows hold, not from the names or the order of files.
     """
-    crops = rows.column("crop").combine_chunks().flatten().to_numpy().reshape(-1, 8)[chosen]
-    repeats = rows.column("repeats").to_numpy()[chosen]
     counts = tables.lengths(rows.column("media"))
     assert len(set(counts.tolist())) <= 1, "all rows have as many media"
     media = tables.keys(rows.column("media")).reshape(len(counts), -1)[chosen]
-    order = np.arange(len(chosen))
     text_counts = tables.lengths(rows.column("texts"))
     starts = np.concatenate([[0], np.cumsum(text_counts)])
-    texts, shares = tables.keys(rows.column("texts")), flat(rows.column("shares"))
+    texts = tables.keys(rows.column("texts"))
+    columns = {
+        "repeats": rows.column("repeats").to_numpy()[chosen],
+        "crop": rows.column("crop").combine_chunks().flatten().to_numpy().reshape(-1, 8)[chosen],
+        "media": stores.media.find(media.reshape(-1)).reshape(media.shape),
+        "entry": rows.column("entry").to_numpy()[chosen],
+        "weight": rows.column("weight").to_numpy()[chosen],
+        "dropout": rows.column("dropout").to_numpy()[chosen],
+    }
     first_text = texts[starts[:-1]][chosen]
-    for column in (first_text, media[:, 0], repeats, crops[:, CROP_WIDTH], crops[:, CROP_HEIGHT]):
+    assert not (columns["media"] == MISSING).any(), "every row was encoded"
+    bucket = buckets_of(columns, stores, first_text)
+    order = np.arange(len(chosen))
+    for column in (first_text, media[:, 0], columns["repeats"], *bucket):
         order = order[np.argsort(column[order], kind="stable")]  # the last sort counts most
+    arrays = {name: column[order] for name, column in columns.items()}
     taken = chosen[order]
-    counts_taken = text_counts[taken]
-    ends = np.cumsum(counts_taken)
-    items = np.arange(counts_taken.sum()) + np.repeat(starts[taken] - (ends - counts_taken), counts_taken)
-    arrays = {
-        "entry": rows.column("entry").to_numpy()[taken],
-        "media": stores.media.find(media[order].reshape(-1)).reshape(len(taken), -1),
+    lengths = text_counts[taken]
+    ends = np.cumsum(lengths)
+    items = np.arange(lengths.sum()) + np.repeat(starts[taken] - (ends - lengths), lengths)  # lists in the new order
+    arrays |= {
         "text_first": np.concatenate([[0], ends]),
         "texts": stores.text.find(texts[items]),
-        "shares": shares[items],
-        "crop": crops[order],
-        "weight": rows.column("weight").to_numpy()[taken],
-        "dropout": rows.column("dropout").to_numpy()[taken],
+        "shares": flat(rows.column("shares"))[items],
+        "bucket": np.stack(bucket)[:, order],
     }
-    assert not (arrays["media"] == MISSING).any(), "every row was encoded"
     assert not (arrays["texts"] == MISSING).any(), "every caption was encoded"
     identity = digest(
-        media[order].tobytes(), texts[items].tobytes(), repeats[order].tobytes(),
-        *(arrays[name].tobytes() for name in ("shares", "crop", "weight", "dropout")),
+        media[order].tobytes(), texts[items].tobytes(),
+        *(arrays[name].tobytes() for name in ("repeats", "shares", "crop", "weight", "dropout")),
     )  # fmt: skip
-    repeated = {"repeats": repeats[order]}
-    return save(folder, identity, {**arrays, **repeated}, stores)
+    return save(folder, identity, arrays, stores)
+
+
+def buckets_of(columns: dict[str, np.ndarray], stores: Stores, first_text: np.ndarray) -> list[np.ndarray]:
+    """What rows have in common that may share a batch: size, and dtypes and shapes of all tensors."""
+    return [
+        stores.text.kinds(stores.text.find(first_text)),
+        stores.media.kinds(columns["media"][:, 0]),
+        columns["crop"][:, CROP_WIDTH],
+        columns["crop"][:, CROP_HEIGHT],
+    ]
 
 
 def flat(column: pa.ChunkedArray) -> np.ndarray:
@@ -92,17 +105,18 @@ def save(folder: Path, identity: str, arrays: dict[str, np.ndarray], stores: Sto
 
 def segments(arrays: dict[str, np.ndarray]) -> list[list[list[int]]]:
     """Buckets, and in each of them (first row, count, repeats) of rows that are seen equally often."""
-    crops, repeats = arrays["crop"], arrays["repeats"]
+    repeats, bucket = arrays["repeats"], arrays["bucket"]
     if not len(repeats):
         return []
-    what = np.stack([crops[:, CROP_HEIGHT], crops[:, CROP_WIDTH], repeats])
-    starts = np.concatenate([[0], 1 + np.flatnonzero((what[:, 1:] != what[:, :-1]).any(0))])
+    another = (bucket[:, 1:] != bucket[:, :-1]).any(0)
+    starts = np.concatenate([[0], 1 + np.flatnonzero(another | (repeats[1:] != repeats[:-1]))])
     ends = np.concatenate([starts[1:], [len(repeats)]])
-    buckets: dict[tuple[int, int], list[list[int]]] = {}
+    result: list[list[list[int]]] = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        size = (int(crops[start, CROP_HEIGHT]), int(crops[start, CROP_WIDTH]))
-        buckets.setdefault(size, []).append([start, end - start, int(repeats[start])])
-    return list(buckets.values())
+        if start == 0 or another[start - 1]:
+            result.append([])
+        result[-1].append([start, end - start, int(repeats[start])])
+    return result
 
 
 class LatentDataset:

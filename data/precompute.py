@@ -28,7 +28,7 @@ from data.index import LatentDataset, Stores, write_index
 from data.plan import VERSION, Planner, Sources, inspect_share, missing, write_listing, write_rows
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
-from data.store import Store
+from data.store import Store, damaged, discard
 from data.turns import Turns
 from models.base import ModelFamily
 
@@ -100,8 +100,9 @@ class Build:
         faults = self.turns.main(lambda: write_listing(self.sources, self.listing))
         bad = self._inspect(faults)
         stores = self._stores()
-        self.turns.main(lambda: self._discard_damaged((stores.media, stores.text)))
-        planner = Planner(self.sources, self._facts(), Buckets.of(self.config, self.family.pixel_step(), only_square))
+        planner = Planner(
+            self.sources, Store(self._facts_folder), Buckets.of(self.config, self.family.pixel_step(), only_square)
+        )
         todo = self.turns.main(lambda: self._plan(planner, bad, stores))
         work = encode.Work(
             planner, tables.mapped(self.listing), tables.mapped(self.rows), self.family, self.accelerator.device,
@@ -112,7 +113,11 @@ class Build:
     def run(self, only_square: bool) -> Datasets:
         planned = self.plan(only_square)
         work, stores = planned.work, planned.stores
-        self.turns.each(lambda: encode.encode_texts(work, stores.text, np.load(self.turns.folder / "texts.npy")))
+        texts = np.load(self.turns.folder / "texts.npy")
+        found = self.turns.each(lambda: encode.encode_texts(work, stores.text, texts))
+        too_long = [text for of_rank in found for text in of_rank]
+        if too_long and self.turns.rank == 0:
+            print(listed(f"{len(too_long)} captions are longer than the text encoder reads; the end is cut", too_long))
         self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
         self.turns.each(lambda: encode.import_tensors(work, stores))
         names = self.turns.main(lambda: self._index(stores))
@@ -128,31 +133,24 @@ class Build:
             "media": digest(VERSION, self.config.vae_sampling, self.config.masks, self.identities["vae"]),
             "text": digest(VERSION, self.identities["text"]),
         }
-        return Stores(*(
-            Store(self.cache / f"{kind}-{name}", tuple(folder / kind for folder in encoded))
-            for kind, name in names.items()
-        ))  # fmt: skip
+        folders = {kind: self.cache / f"{kind}-{name}" for kind, name in names.items()}
+        self.turns.main(lambda: discard_damaged(folders.values()))
+        return Stores(*(Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items()))
 
     def _identities(self) -> dict[str, str]:
         family, cache = self.family, self.cache
         hashes = {name: files_identity(family.component_files(name), cache) for name in ("vae", "text")}
         return {**hashes, "family": family.name}
 
-    def _facts(self) -> Store:
-        return Store(self.cache / f"facts-{VERSION}")
-
-    def _discard_damaged(self, stores: Iterable[Store]) -> None:
-        for store in stores:
-            damaged = store.damaged()
-            for part in damaged:
-                print(f"{part} is damaged: its rows are encoded again")
-            store.clear(damaged)
+    @property
+    def _facts_folder(self) -> Path:
+        return self.cache / f"facts-{VERSION}"
 
     def _inspect(self, faults: list[str]) -> set[int]:
         """Looks at all images that are not known; the entries that are skipped."""
-        self.turns.main(lambda: self._discard_damaged([self._facts()]))
+        self.turns.main(lambda: discard_damaged([self._facts_folder]))
         share = (self.turns.rank, self.turns.ranks)
-        found = self.turns.each(lambda: inspect_share(self.sources, self.listing, self._facts(), share))
+        found = self.turns.each(lambda: inspect_share(self.sources, self.listing, Store(self._facts_folder), share))
         bad = sorted((entry, fault) for part in found for entry, fault in part)
         faults = [*faults, *(fault for _, fault in bad)]
         if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):
@@ -236,6 +234,14 @@ class Build:
             raise DataError(f"--data.validation_share {share} of {len(may)} images leaves none to train on")
         lowest = may[np.argsort(tables.keys(rows.column("content"))[may], kind="stable")[:count]]
         return np.setdiff1d(every, lowest), lowest
+
+
+def discard_damaged(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        found = damaged(folder)
+        for part in found:
+            print(f"{part} is damaged: its rows are encoded again")
+        discard(folder, found)
 
 
 def raise_faults(faults: list[str]) -> None:

@@ -48,15 +48,20 @@ class Column:
         """`base`: the address at which the file is mapped."""
         places = [byte_places(chunk, base) for chunk in table.column(f"{name}.data").chunks]
         self.first, self.length = (np.concatenate(parts) for parts in zip(*places, strict=True))
-        self.dtypes = table.column(f"{name}.dtype").combine_chunks()
+        dtypes = table.column(f"{name}.dtype").combine_chunks().dictionary_encode()
         shapes = table.column(f"{name}.shape").combine_chunks()
-        self.sides, self.side_offsets = shapes.values.to_numpy(), shapes.offsets.to_numpy()
+        sizes = np.diff(shapes.offsets.to_numpy())
+        # a line per row: the number of its dtype, its sides, and -1 where others have more sides
+        lines = np.full((len(sizes), 1 + sizes.max(initial=0)), -1, np.int32)
+        lines[:, 0] = dtypes.indices.to_numpy()
+        lines[:, 1:][np.arange(lines.shape[1] - 1) < sizes[:, None]] = shapes.flatten().to_numpy()
+        different, self.kinds = np.unique(lines, axis=0, return_inverse=True)
+        names = [DTYPES[dtype] for dtype in dtypes.dictionary.to_pylist()]
+        self.different = [(names[line[0]], tuple(n for n in line[1:] if n >= 0)) for line in different.tolist()]
 
-    def dtype(self, row: int) -> torch.dtype:
-        return DTYPES[self.dtypes[row].as_py()]
-
-    def shape(self, row: int) -> tuple[int, ...]:
-        return tuple(self.sides[self.side_offsets[row] : self.side_offsets[row + 1]].tolist())
+    def kind(self, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a row's tensor."""
+        return self.different[self.kinds.item(row)]
 
 
 def byte_places(chunk: pa.Array, base: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from data import schema
 from data.config import DataError
 from data.identity import KEY_BYTES, digest
+from data.schedule import key
 
 ROWS_PER_PART = 1024
 BYTES_PER_PART = 2**27
@@ -43,20 +44,29 @@ class Part:
         names = [name.removesuffix(".data") for name in table.schema.names if name.endswith(".data")]
         self.columns = {name: schema.Column(table, name, whole.address) for name in names}
 
-    def read_into(self, name: str, row: int, target: np.ndarray) -> None:
+    def kinds(self) -> np.ndarray:
+        """For each row a number that follows from the names, dtypes and shapes of its tensors."""
+        numbers = np.stack([column.kinds for column in self.columns.values()], 1)
+        different, of_rows = np.unique(numbers, axis=0, return_inverse=True)
+        columns = list(self.columns.items())
+        keys = [
+            key("kind", *(f"{name} {column.different[i]}" for i, (name, column) in zip(line, columns, strict=True)))
+            for line in different.tolist()
+        ]
+        return np.array(keys, np.uint64).astype(np.int64)[of_rows]
+
+    def read_into(self, name: str, row: int, target: memoryview) -> None:
         """Fills `target` (bytes) with a tensor's bytes."""
-        column = self.columns[name]
-        first, length = int(column.first[row]), int(column.length[row])
-        view, done, file = memoryview(target), 0, opened(str(self.path))  # type: ignore[arg-type]
-        while done < length:
-            got = os.preadv(file.fileno(), [view[done:]], first + done)
+        first, file = self.columns[name].first.item(row), opened(self.path)
+        while target:
+            got = os.preadv(file.fileno(), [target], first)
             if not got:
                 raise DataError(f"{self.path}: ends too soon; delete {self.path.parent}, and it is encoded again")
-            done += got
+            target, first = target[got:], first + got
 
 
 @lru_cache(maxsize=128)
-def opened(path: str):
+def opened(path: Path):
     """Files kept open: as many as never to reach a limit of the operating system."""
     return open(path, "rb", buffering=0)
 
@@ -117,35 +127,36 @@ class Store:
         return list(self.part(place)[0].columns)
 
     def row(self, place: int) -> dict[str, Tensor]:
-        return {name: self.stacked([place], name)[0] for name in self.columns(place)}
+        return {name: batch[0] for name, batch in self.rows([place]).items()}
 
     def shape(self, place: int, name: str) -> tuple[int, ...]:
         part, row = self.part(place)
-        return part.columns[name].shape(row)
+        return part.columns[name].kind(row)[1]
+
+    def rows(self, places: Iterable[int]) -> dict[str, Tensor]:
+        """All tensors of those rows, each name's as one batch."""
+        found = [self.part(place) for place in places]
+        return {name: stacked(found, name) for name in found[0][0].columns}
+
+    def kinds(self, places: np.ndarray) -> np.ndarray:
+        """For each place a number that is the same for rows whose tensors have the same names, dtypes and shapes."""
+        result = np.zeros(len(places), np.int64)
+        order = np.argsort(places >> 32, kind="stable")
+        numbers, starts = np.unique(places[order] >> 32, return_index=True)
+        for number, here in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            result[here] = Part(self.parts[number]).kinds()[places[here] & (2**32 - 1)]
+        return result
 
     def stacked(self, places: Iterable[int], name: str) -> Tensor:
         """The tensors `name` of those rows, which have one shape and dtype, as one batch."""
-        found = [self.part(place) for place in places]
-        first, row = found[0]
-        column = first.columns[name]
-        batch = torch.empty((len(found), *column.shape(row)), dtype=column.dtype(row))
-        target = batch.view(len(found), -1).view(torch.uint8).numpy()
-        for into, (part, row) in zip(target, found, strict=True):
-            column = part.columns[name]
-            if column.shape(row) != batch.shape[1:] or column.dtype(row) != batch.dtype:
-                raise DataError(
-                    f"{name} of one batch differ: {tuple(batch.shape[1:])} {batch.dtype} and {column.shape(row)} "
-                    f"{column.dtype(row)}, the latter in {part.path.parent}"
-                )
-            part.read_into(name, row, into)
-        return batch
+        return stacked([self.part(place) for place in places], name)
 
     def write(self, rows: Iterable[tuple[bytes, dict[str, Tensor]]]) -> None:
         """Writes rows in parts of a bounded size; what was complete when the process died is kept."""
         pending: list[dict] = []
         size = 0
-        for key, tensors in rows:
-            pending.append(schema.to_row(key, tensors))
+        for name, tensors in rows:
+            pending.append(schema.to_row(name, tensors))
             size += sum(tensor.nbytes for tensor in tensors.values())
             if len(pending) == ROWS_PER_PART or size >= BYTES_PER_PART:
                 self._write_part(pending)
@@ -169,20 +180,39 @@ class Store:
             if not part.is_dir():  # else another process wrote the same rows meanwhile
                 raise DataError(f"--data.cache_dir: {part} could not be written: {error}") from error
 
-    def damaged(self) -> list[Path]:
-        """The parts that are not as they were written. A part whose file has the size and the time of change that it
-        was written with is not read again."""
-        return [part for part in sorted(self.folder.glob("part-*")) if not is_whole(part)]
 
-    def clear(self, parts: Iterable[Path]) -> None:
-        """Removes `parts`, and what was left by processes that were killed more than a day ago."""
-        for part in parts:
-            shutil.rmtree(part, ignore_errors=True)
-        open_part.cache_clear()  # which may hold what was removed
-        opened.cache_clear()
-        for beside in self.folder.glob(".part-*"):
-            if beside.stat().st_mtime < self.folder.stat().st_mtime - 86400:
-                shutil.rmtree(beside, ignore_errors=True)
+def damaged(folder: Path) -> list[Path]:
+    """The parts in a store's folder that are not as they were written. A part whose file has the size and the time of
+    change that it was written with is not read again."""
+    return [part for part in sorted(folder.glob("part-*")) if not is_whole(part)]
+
+
+def discard(folder: Path, parts: Iterable[Path]) -> None:
+    """Removes `parts`, and what was left by processes that were killed more than a day ago."""
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+    open_part.cache_clear()  # which may hold what was removed
+    opened.cache_clear()
+    for beside in folder.glob(".part-*"):
+        if beside.stat().st_mtime < folder.stat().st_mtime - 86400:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def stacked(found: list[tuple[Part, int]], name: str) -> Tensor:
+    """The tensors `name` of those rows of parts, as one batch."""
+    first, row = found[0]
+    kind = dtype, shape = first.columns[name].kind(row)
+    batch = torch.empty((len(found), *shape), dtype=dtype)
+    target = memoryview(batch.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    size = len(target) // len(found)
+    for i, (part, row) in enumerate(found):
+        if (other := part.columns[name].kind(row)) != kind:
+            raise DataError(
+                f"{name} of one batch differ: {shape} {dtype} and {other[1]} {other[0]}, "
+                f"the latter in {part.path.parent}"
+            )
+        part.read_into(name, row, target[i * size : (i + 1) * size])
+    return batch
 
 
 def write_check(part: Path) -> None:

@@ -101,7 +101,13 @@ def test_captions_of_a_metadata_file(tmp_path, kind):
     else:
         pyarrow.parquet.write_table(table, file)
     assert found(tmp_path) == ({"inside/a.png": ("of a", 1), "inside/b.png": ("of b", 1)}, [])
-    assert "wants the columns file_name and words" in found(tmp_path, caption_column="words")[1][0]
+    assert "no column words (--data.caption_column)" in found(tmp_path, caption_column="words")[1][0]
+    source, faults = opened(tmp_path, weight_column="id"), []
+    assert [entry.weight for entry in source.entries(faults)] == [1.0, 2.0]
+    assert faults == []
+    source = opened(tmp_path, weight_column="text")
+    list(source.entries(faults))
+    assert "a.png has no weight of 0 or more in text: 'of a'" in faults[0]
 
 
 def test_every_fault_of_a_metadata_file_is_named(tmp_path):
@@ -176,8 +182,7 @@ def test_a_hugging_face_dataset_on_disk(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
 def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "nothing is written here")
     folder, columns = tmp_path / "shards", COLUMNS
     folder.mkdir()
     if form == "parquet":
@@ -191,12 +196,14 @@ def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    data = DataConfig(sources=(SourceConfig(str(folder), streaming=streaming),), **columns)
+    sources = (SourceConfig(str(folder), streaming=streaming),)
+    data = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"), **columns)
     source, faults = open_source(data.all_sources()[0], data, None, {}), []
     assert [e.captions for e in source.entries(faults)] == [["one"], ["two"], ["three"]]
     assert faults == []
     assert contents(source, [0, 2]) == [png((0, 0, 0)), png((2, 0, 0))]
     assert contents(source, [1]) == [png((1, 0, 0))]
+    assert not (tmp_path / "nothing is written here").exists()
 
 
 def test_a_dataset_that_cannot_be_had_says_so(tmp_path):

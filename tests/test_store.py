@@ -15,7 +15,7 @@ from PIL import Image
 from data.config import DataConfig, DataError, SourceConfig
 from data.identity import file_hashes, key_of
 from data.precompute import build_datasets
-from data.store import Store, data_file
+from data.store import Store, damaged, data_file
 from models import get_family
 from models.config import ModelConfig
 
@@ -92,19 +92,19 @@ def test_a_part_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
 def test_a_damaged_part_is_found_and_a_copied_one_is_not_taken_for_damaged(tmp_path):
     store = Store(tmp_path / "a")
     store.write([(k("x"), {"x": torch.arange(1000)})])
-    assert store.damaged() == []
+    assert damaged(store.folder) == []
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy)  # with times of its own
     (part,) = (tmp_path / "b").iterdir()
     before = json.loads((part / "check.json").read_text())
     os.utime(data_file(part), ns=(1, 1))
-    assert Store(tmp_path / "b").damaged() == []
+    assert damaged(tmp_path / "b") == []
     assert json.loads((part / "check.json").read_text()) == {**before, "mtime_ns": 1}, "not to be read each time"
     content = bytearray(data_file(part).read_bytes())
     content[len(content) // 2] ^= 1
     data_file(part).write_bytes(content)
-    assert Store(tmp_path / "b").damaged() == [part]
+    assert damaged(tmp_path / "b") == [part]
     (part / "check.json").unlink()
-    assert Store(tmp_path / "b").damaged() == [part]
+    assert damaged(tmp_path / "b") == [part]
 
 
 def config_for(images, tmp_path, **options) -> DataConfig:
@@ -289,3 +289,11 @@ def test_large_files_are_hashed_once(tmp_path):
     assert file_hashes([file], tmp_path)[file] == "remembered"
     file.write_bytes(b"y" * 2_000_001)
     assert file_hashes([file], tmp_path)[file] not in ("remembered", first[file])
+
+
+def test_captions_that_are_cut_are_named(images, tmp_path, family, accelerator, capsys):
+    (images / "cat.txt").write_text("cat " * 50)
+    build_datasets(config_for(images, tmp_path), family, accelerator)
+    assert "1 captions are longer than the text encoder reads; the end is cut\n  cat cat" in capsys.readouterr().out
+    build_datasets(config_for(images, tmp_path), family, accelerator)
+    assert "longer" not in capsys.readouterr().out

@@ -2,6 +2,9 @@
 
 import io
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,6 +54,28 @@ class Pending:
         count = len(losses)
         self.losses, self.norms = [], []
         return values[:count], values[count:]
+
+
+class Waiting:
+    """How much of the time between two steps went by waiting for the data."""
+
+    def __init__(self) -> None:
+        self.waited = self.total = 0.0
+        self._marked: float | None = None
+
+    @contextmanager
+    def for_data(self) -> Iterator[None]:
+        """The block waits for a batch; the time since the last such block is that of a step."""
+        start = time.perf_counter()
+        yield
+        end = time.perf_counter()
+        self.waited += end - start
+        self.total += end - (start if self._marked is None else self._marked)
+        self._marked = end
+
+    @property
+    def share(self) -> float:
+        return self.waited / self.total if self.total else 0.0
 
 
 def loss_json(history: History, total_steps: int) -> str:

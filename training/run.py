@@ -17,7 +17,7 @@ from training import checkpoint, export, preview, tracking
 from training.config import TrainConfig, to_yaml
 from training.files import write_file
 from training.metadata import Parts, Provenance
-from training.metrics import History, Pending, TrainingDiverged, loss_json, loss_png
+from training.metrics import History, Pending, TrainingDiverged, Waiting, loss_json, loss_png
 from training.optim import learning_rate
 from training.rundir import CHECKPOINTS, CONFIG_FILE, clear
 from training.step import LossFunction
@@ -45,7 +45,7 @@ class Run:
         self.schedule = Schedule(train.buckets, train.fingerprint, config.seed, config.batch_size)
         self.micro_batches_per_step = accelerator.num_processes * config.grad_accumulation_steps
         self.history = History(self.micro_batches_per_step)
-        self.pending = Pending()
+        self.pending, self.waiting = Pending(), Waiting()
         self.step = 0
         self.started_at = time.time()
         self.tracker_id = tracking.new_id()
@@ -110,7 +110,9 @@ class Run:
         loader = micro_batches(
             self.parts.datasets.train, self.schedule, numbers, self.config.data.num_workers, device.type == "cuda"
         )
-        for number, batch in zip(numbers, loader, strict=True):
+        for number in numbers:
+            with self.waiting.for_data():
+                batch = next(loader)
             if self.drops:
                 torch.manual_seed(key("dropout", self.config.seed, number))
             yield batch.to(device)
@@ -156,6 +158,7 @@ class Run:
         self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}")
         speed = self.progress.format_dict["rate"] or 0.0
         values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norms[-1]}
+        values["train/data_wait"] = self.waiting.share
         self.accelerator.log(
             {**values, "train/steps_per_second": speed, "train/samples_per_second": speed * self.total_batch_size},
             step=self.total_steps,
@@ -246,6 +249,7 @@ class Run:
         if len(validation) > 1:
             first, last = validation[0]["loss"], validation[-1]["loss"]
             print(f"validation loss: {first:.5f} -> {last:.5f} ({100 * (last / first - 1):+.1f} %)")
+        print(f"waited for data: {100 * self.waiting.share:.1f} % of the training time")
         print(f"total steps: {self.parts.previous_steps} + {self.step} = {self.total_steps}")
         for path in written:
             print(f"wrote {path}")

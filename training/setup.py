@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from data.index import LatentDataset
 from lora_algos import formats
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from models.base import ModelFamily
@@ -11,6 +12,7 @@ from training.config import TrainConfig
 from training.metadata import total_steps_of
 from training.run import Run
 
+MOST_BUCKETS = 12  # in one line
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
@@ -38,6 +40,18 @@ def attach_adapters(
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
 
 
+def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
+    """The sizes of the images, if they are not all alike, and how many of each are seen per epoch."""
+    buckets = sorted(((sum(s.visits for s in b), dataset.size(b[0].first)) for b in dataset.buckets), reverse=True)
+    if len(buckets) < 2:
+        return []
+    named = [f"{width}x{height}: {visits}" for visits, (height, width) in buckets[:MOST_BUCKETS]]
+    more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
+    small = sum(visits < batch_size for visits, _ in buckets)
+    late = f"; {small} of them fill a batch of {batch_size} only over several epochs" if small else ""
+    return [f"buckets     {', '.join(named)}{more}{late}"]
+
+
 def summary(run: Run) -> str:
     """What is about to happen, each derived number as an equation."""
     config, parts, accelerator = run.config, run.parts, run.accelerator
@@ -53,6 +67,7 @@ def summary(run: Run) -> str:
         f"base weights {str(run.loss_function.dtype).removeprefix('torch.')}, on {accelerator.device}",
         f"images      {len(train)} to train on, {len(held_out) if held_out else 0} held out; encoded now: "
         f"{parts.datasets.encoded_images} images, {parts.datasets.encoded_captions} captions",
+        *bucket_lines(train, config.batch_size),
         *(f"adapter     {count} layers: {what}" for what, count in groups.items()),
         f"trainable   {trained:,} of {total:,} parameters = {100 * trained / total:.2f} %",
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "

@@ -33,7 +33,7 @@ def open_source(config: SourceConfig, data: DataConfig, family: ModelFamily, ide
     if kind == "dataset":
         from data.sources.table import TableSource
 
-        return TableSource(config)
+        return TableSource(config, data.cache_dir)
     if kind == "comfyui":
         from data.sources.comfy import ComfySource
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from data import tables
 from data.config import DataConfig, SourceConfig
 from data.sources.base import Entry, Source
-from data.store import MISSING, Store
+from data.store import MISSING, Store, damaged
 
 ABOUT = "encoded.json"
 FORMAT = 1
@@ -61,10 +62,10 @@ class EncodedSource(Source):
             return [f"{self.folder}: not a dataset that export-dataset wrote: {error}"]
         faults = [f"{self.folder}: {self._difference(name, about.get(name), wanted[name])}" for name in differing]
         for name, column in (("media", "media"), ("text", "texts")):
-            store = Store(self.folder / name)
-            faults += [f"{part}: damaged; export the dataset again" for part in store.damaged()]
-            lost = int((store.find(tables.keys(rows.column(column))) == MISSING).sum())
-            faults += [f"{self.folder / name}: {lost} of its rows are not there"] if lost else []
+            broken = [f"{part}: damaged; export the dataset again" for part in damaged(self.folder / name)]
+            faults += broken
+            lost = 0 if broken else Store(self.folder / name).find(tables.keys(rows.column(column))) == MISSING
+            faults += [f"{self.folder / name}: {int(np.sum(lost))} of its rows are not there"] if np.any(lost) else []
         return faults
 
     def _difference(self, name: str, there: Any, here: Any) -> str:

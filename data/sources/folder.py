@@ -1,20 +1,17 @@
 """A folder of images with captions: caption files beside them, a metadata file, or one caption for all."""
 
-import csv
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig, DataError, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.images import EXTENSIONS
 from data.sources.base import Entry, Source
+from data.sources.metadata import METADATA, Described, read_metadata
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FILE_NAME = "file_name"  # the column of `datasets`' imagefolder
 MASK = "_mask"
 
 
@@ -57,11 +54,15 @@ class FolderSource(Source):
             )
             return
         for directory in self._directories([]):
-            described = read_metadata(directory, self.config, faults)
+            described = {}
+            if directory.metadata is not None:
+                there = {image.name for image in directory.images}
+                described = read_metadata(directory.metadata, there, self.config, faults)
             for path in directory.images:
                 captions = self._captions(directory, path, (shared, described), faults)
                 if captions is not None:
-                    yield self._entry(directory, path, captions, faults)
+                    weight = described[path.name].weight if path.name in described else 1.0
+                    yield replace(self._entry(directory, path, captions, faults), weight=weight)
 
     def _entry(self, directory: Directory, path: Path, captions: list[str], faults: list[str]) -> Entry:
         mask = directory.masks.get(path.stem + MASK)
@@ -93,13 +94,13 @@ class FolderSource(Source):
         return counts, None
 
     def _captions(
-        self, directory: Directory, path: Path, given: tuple[Path | None, dict[str, Any]], faults: list[str]
+        self, directory: Directory, path: Path, given: tuple[Path | None, dict[str, Described]], faults: list[str]
     ) -> list[str] | None:
         shared, described = given
         files = [shared] if shared is not None else directory.captions.get(path.stem, [])
         if self.config.caption is not None:
             return [self.config.caption]
-        found = described.get(path.name)
+        found = described[path.name].captions if path.name in described else None
         if found is not None and files:
             faults.append(f"{path}: captions in {files[0].name} and in {directory.metadata}; keep one of the two")
         elif found is not None:
@@ -194,49 +195,3 @@ def read_caption(file: Path, multi: bool, faults: list[str]) -> list[str] | None
         return None
     lines = [line.strip() for line in text.splitlines() if line.strip()] if multi else []
     return lines or [text]
-
-
-def read_metadata(directory: Directory, config: SourceConfig, faults: list[str]) -> dict[str, list[str]]:
-    """Captions by file name."""
-    file, column = directory.metadata, config.caption_column
-    if file is None or config.caption is not None:
-        return {}
-    try:
-        rows = list(metadata_rows(file))
-    except (OSError, ValueError, csv.Error, DataError) as error:
-        faults.append(f"{file}: cannot be read: {error}")
-        return {}
-    if not rows or FILE_NAME not in rows[0] or column not in rows[0]:
-        known = ", ".join(map(str, rows[0])) if rows else "none"
-        faults.append(f"{file}: wants the columns {FILE_NAME} and {column} (--data.caption_column); it has {known}")
-        return {}
-    result: dict[str, list[str]] = {}
-    there = {image.name for image in directory.images}
-    for number, row in enumerate(rows, 1):
-        name, caption = row.get(FILE_NAME), row.get(column)
-        captions = [caption] if isinstance(caption, str) else caption
-        if name not in there:
-            faults.append(f"{file} row {number}: {name} is not in {directory.path}")
-        elif not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-            faults.append(f"{file} row {number}: {name} has no caption in {column}")
-        else:
-            result[name] = captions
-    return result
-
-
-def metadata_rows(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from pyarrow.parquet.read_table(file).to_pylist()
-        return
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        if file.suffix == ".csv":
-            yield from csv.DictReader(lines)
-            return
-        for number, line in enumerate(lines, 1):
-            row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise DataError(f"line {number} is no JSON object")
-            if row:
-                yield row

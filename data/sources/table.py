@@ -6,6 +6,7 @@ from typing import Any
 
 from data.config import DataError, SourceConfig
 from data.sources.base import Entry, Source
+from data.sources.metadata import Described, columns, described
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
@@ -22,8 +23,9 @@ def files_of(folder: Path) -> dict[str, list[str]]:
 class TableSource(Source):
     """A Hugging Face dataset."""
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: SourceConfig, cache_dir: str):
         super().__init__(config)
+        self.cache_dir = str(Path(cache_dir) / "datasets")  # where the library puts what it makes of files
         self._loaded: Any = None
 
     def _load(self) -> Any:
@@ -32,6 +34,7 @@ class TableSource(Source):
 
         config, folder = self.config, Path(self.config.path)
         files = files_of(folder)
+        cached = {"cache_dir": self.cache_dir}
         try:
             if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
                 loaded: Any = datasets.load_from_disk(config.path)
@@ -39,10 +42,10 @@ class TableSource(Source):
                 (loader, names), *others = files.items()
                 if others:
                     raise DataError(f"{folder}: {' and '.join(files)} files; keep those of one kind")
-                options = {"data_files": {"train": names}, "streaming": config.streaming}
+                options = {"data_files": {"train": names}, "streaming": config.streaming, **cached}
                 loaded = datasets.load_dataset(loader, **options)
             else:
-                loaded = datasets.load_dataset(config.path, streaming=config.streaming)
+                loaded = datasets.load_dataset(config.path, streaming=config.streaming, **cached)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{config.path}: could not be loaded as a dataset: {error}") from error
         return self._checked(self._split(loaded))
@@ -63,8 +66,7 @@ class TableSource(Source):
         config = self.config
         if loaded.column_names is None:
             loaded = loaded._resolve_features()
-        wanted = [("image_column", config.image_column)]
-        wanted += [("caption_column", config.caption_column)] if config.caption is None else []
+        wanted = [("image_column", config.image_column), *columns(config).items()]
         faults = [
             f"{config.path}: no column {column}; it has {', '.join(loaded.column_names)} (--data.{flag})"
             for flag, column in wanted
@@ -91,13 +93,15 @@ class TableSource(Source):
             return
         config, row = self.config, -1
         identity = getattr(loaded, "_fingerprint", "") or f"{config.path} {config.split}"
-        captions = loaded.select_columns([config.caption_column]) if config.caption is None else loaded
-        for row, cells in enumerate(captions if config.caption is None else range_of(loaded)):
-            texts = [config.caption] if config.caption is not None else captions_of(cells[config.caption_column])
-            if texts is None:
-                faults.append(f"{config.path} row {row}: no caption")
+        read = list(columns(config).values())
+        for row, cells in enumerate(loaded.select_columns(read) if read else range_of(loaded)):
+            try:
+                found = described(cells, config) if read else Described(None, 1.0)
+            except DataError as error:
+                faults.append(f"{config.path} row {row}: {error}")
                 continue
-            yield Entry(row, f"row {row}", texts, f"{identity} {row}", config.repeats)
+            texts = found.captions or [str(config.caption)]
+            yield Entry(row, f"row {row}", texts, f"{identity} {row}", config.repeats, found.weight)
         if row < 0:
             faults.append(f"{config.path}: the dataset is empty")
 
@@ -119,11 +123,6 @@ class TableSource(Source):
 
 def range_of(loaded: Any) -> Iterable[Any]:
     return range(len(loaded)) if hasattr(loaded, "__len__") else loaded
-
-
-def captions_of(cell: Any) -> list[str] | None:
-    texts = [cell] if isinstance(cell, str) else cell
-    return texts if isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) else None
 
 
 def content_of(cell: Any) -> bytes:

@@ -1,0 +1,98 @@
+"""What a metadata file in a folder, or the columns of a dataset, say of each image: captions and weights."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.config import DataError, SourceConfig
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE_NAME = "file_name"  # the column of `datasets`' imagefolder
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a metadata file says of an image."""
+
+    captions: list[str] | None
+    weight: float
+
+
+def read_metadata(file: Path, there: set[str], config: SourceConfig, faults: list[str]) -> dict[str, Described]:
+    """By file name; `there` are the images beside `file`."""
+    if config.caption is not None and config.weight_column is None:
+        return {}
+    try:
+        rows = list(metadata_rows(file))
+    except (OSError, ValueError, csv.Error, DataError) as error:
+        faults.append(f"{file}: cannot be read: {error}")
+        return {}
+    lacking = [] if rows and FILE_NAME in rows[0] else [FILE_NAME]
+    lacking += [f"{c} (--data.{flag})" for flag, c in columns(config).items() if not rows or c not in rows[0]]
+    if lacking:
+        known = ", ".join(map(str, rows[0])) if rows else "none"
+        faults.append(f"{file}: no column {' and '.join(lacking)}; it has {known}")
+        return {}
+    result: dict[str, Described] = {}
+    for number, row in enumerate(rows, 1):
+        if row.get(FILE_NAME) not in there:
+            faults.append(f"{file} row {number}: {row.get(FILE_NAME)} is not in {file.parent}")
+            continue
+        try:
+            result[row[FILE_NAME]] = described(row, config)
+        except DataError as error:
+            faults.append(f"{file} row {number}: {row[FILE_NAME]} {error}")
+    return result
+
+
+def columns(config: SourceConfig) -> dict[str, str]:
+    """The columns that are read besides that of the image, by the option that names them."""
+    wanted = {"caption_column": config.caption_column, "weight_column": config.weight_column}
+    if config.caption is not None:
+        del wanted["caption_column"]
+    return {flag: column for flag, column in wanted.items() if column is not None}
+
+
+def described(row: dict[str, Any], config: SourceConfig) -> Described:
+    """A row of a metadata file or of a dataset."""
+    captions = None
+    if config.caption is None:
+        captions = captions_of(row[str(config.caption_column)])
+        if captions is None:
+            raise DataError(f"has no caption in {config.caption_column}")
+    if config.weight_column is None:
+        return Described(captions, 1.0)
+    try:
+        weight = float(row[config.weight_column])
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise DataError(f"has no weight of 0 or more in {config.weight_column}: {row[config.weight_column]!r}")
+    return Described(captions, weight)
+
+
+def captions_of(cell: Any) -> list[str] | None:
+    """One caption or a list of them."""
+    texts = [cell] if isinstance(cell, str) else cell
+    return texts if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) else None
+
+
+def metadata_rows(file: Path) -> Iterator[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(file).to_pylist()
+        return
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        if file.suffix == ".csv":
+            yield from csv.DictReader(lines)
+            return
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise DataError(f"line {number} is no JSON object")
+            if row:
+                yield row
