@@ -1,11 +1,14 @@
 """Trains an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml] [--option value]`.
 
+`python train_lora.py data|export-dataset [recipe.yaml] [--option value]` shows what a run would be trained on, or writes
+it into a folder for other machines (docs/data.md), and
 `python train_lora.py inspect|convert|merge|resize|extract ...` works on finished files (docs/tools.md).
 """
 
 import os
 import signal
 import sys
+from importlib import import_module
 
 from data.config import DataError
 from lora_algos.config import AdapterError
@@ -14,6 +17,7 @@ from training import tools
 from training.config import ConfigError, TrainConfig
 from training.load_config import load_config
 from training.rundir import check_output_dir
+from training.tools import data_options
 
 USER_ERRORS = (ConfigError, DataError, ModelError, AdapterError)
 
@@ -24,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv and argv[0] in tools.COMMANDS:
             return run_tool(tools.read_options(argv))
+        if argv and argv[0] in data_options.COMMANDS:
+            return run_tool(data_options.read_options(argv))
         config = load_config(argv)
         check_output_dir(config)
     except USER_ERRORS as error:
@@ -87,7 +93,7 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def run_tool(options: tools.Options) -> int:
+def run_tool(options: tools.Options | data_options.RunOptions) -> int:
     """A sub-command; raises what is a user's mistake."""
     before = signal.signal(signal.SIGTERM, terminated)
     try:
@@ -96,7 +102,12 @@ def run_tool(options: tools.Options) -> int:
         from training.tools.output import ToolError
 
         try:
-            return tools.run(options)
+            if not isinstance(options, data_options.RunOptions):
+                return tools.run(options)
+            try:
+                return import_module(f"training.tools.{options.module}").run(options)
+            finally:
+                leave()
         except (ToolError, WriteError) as error:
             return fail(error, 1)
     except KeyboardInterrupt:

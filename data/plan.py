@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import images, tables
 from data.buckets import Buckets, Crop
-from data.captions import variants
+from data.captions import variants, with_trigger
 from data.config import DataConfig, DataError, SourceConfig
 from data.identity import key_of
 from data.sources import Source
@@ -136,14 +136,16 @@ class Planner:
         if known is None:
             known = self._images(cells, config, held_out) if source.has_images else self._tensors(cells)
         prior = self.config.prior_weight if config.regularisation else 1.0
+        held_out = held_out or bool(known.get("held_out"))  # an encoded dataset says so itself
+        trained_on = not (config.regularisation or held_out) and known.get("may_hold_out", True)
         return {
             **known,
             "entry": entry,
             "repeats": cells["repeats"],
             "weight": known.get("weight", 1.0) * cells["weight"] * config.weight * prior,
-            "dropout": 0.0 if config.regularisation or held_out else config.caption_dropout,
+            "dropout": config.caption_dropout if trained_on else 0.0,
             "held_out": held_out,
-            "may_hold_out": not config.regularisation,
+            "may_hold_out": not config.regularisation and known.get("may_hold_out", True),
         }
 
     def _images(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, Any]:
@@ -173,8 +175,9 @@ class Planner:
 
     def shares(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, float]:
         """The captions of a row, and how often each is drawn; held-out rows have one that never changes."""
-        if held_out:
-            return {cells["captions"][0]: 1.0}
+        if held_out:  # nothing of it is left to chance
+            trigger, separator = (config.caption_trigger or "").strip(), config.caption_separator or ","
+            return {with_trigger(cells["captions"][0], trigger, separator): 1.0}
         return variants(cells["captions"], config, self.config.max_variants)
 
     def _facts(self, cells: dict[str, Any]) -> tuple[bytes, bytes, Crop]:

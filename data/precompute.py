@@ -10,7 +10,10 @@ In turn, on all ranks (turns.py), each stage leaving a file that the next one re
     index     rank 0    the rows in training order, with the places of all that belongs to them
 """
 
+import hashlib
+import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ from data.turns import Turns
 from models.base import ModelFamily
 
 MOST_LISTED = 50
+DAYS_KEPT = 30  # of an index that no run asks for any more; it is made anew in seconds
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Datasets:
     encoded_images: int
     encoded_captions: int
     skipped: int = 0
+
+    @property
+    def several_captions(self) -> bool:
+        """Whether visits draw from captions."""
+        return len(self.train.arrays["texts"]) > len(self.train)
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ class Build:
         stores.media.reload()
         stores.text.reload()
         rows = tables.mapped(self.rows)
-        train, held_out = self._split(rows)
+        train, held_out = self.split(rows)
         names: list[str | None] = []
         for chosen in (train, held_out):
             folder = self.turns.folder / f"index{len(names)}"
@@ -206,12 +215,18 @@ class Build:
     def _keep(self, folder: Path, identity: str) -> str:
         """Moves an index and its listing to their place in the cache; returns the name of the place."""
         shutil.copy(self.listing, folder / "listing.arrow")
-        name = f"index-{identity}-{digest((folder / 'index.json').read_bytes())[:8]}"
+        with self.listing.open("rb") as file:  # other names are another index, though the same data
+            names = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"index-{identity}-{digest((folder / 'index.json').read_bytes(), names)[:8]}"
         try:
             folder.rename(self.cache / name)
         except OSError:
             if not (self.cache / name / "listing.arrow").is_file():  # else it is there from an earlier run
                 raise
+        os.utime(self.cache / name)
+        for other in self.cache.glob("index-*"):
+            if other.stat().st_mtime < time.time() - DAYS_KEPT * 86400:
+                shutil.rmtree(other, ignore_errors=True)
         return name
 
     def _dataset(self, name: str | None, stores: Stores) -> LatentDataset | None:
@@ -220,7 +235,7 @@ class Build:
         folder = self.cache / name
         return LatentDataset(folder, folder / "listing.arrow", stores, self.config.mask_floor)
 
-    def _split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on, and rows held out: those of validation sources, or the share of images with the lowest
         content hash, whatever the seed and the file names."""
         held_out = rows.column("held_out").to_numpy()

@@ -99,8 +99,22 @@ class ModelFamily(ABC):
         """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, h, w), unscaled."""
 
     @abstractmethod
+    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
+        """WHEN: to look at what is stored. IN: raw latents (B, C, h, w). OUT: pixels (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension."""
+
+    @abstractmethod
+    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
+        """WHEN: to tell of captions that are cut; loads no encoder. OUT: tokens of each caption, and how many of them
+        the encoder sees at most, both without the marks of start and end."""
+
+    @abstractmethod
+    def cond_bytes(self) -> int:
+        """WHEN: to tell how large a store will be; loads no encoder. OUT: size of what encode_prompt makes of one
+        caption."""
 
     @abstractmethod
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:

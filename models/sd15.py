@@ -186,9 +186,24 @@ class StableDiffusion(ModelFamily):
         posterior = encoders.vae.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
+    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
+        return encoders.vae.decode(latents).sample.clamp(-1, 1)
+
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _ = encoders.encode_prompt(captions, encoders.text_encoder.device, 1, False)
         return [{"prompt_embeds": embed} for embed in embeds]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._load("tokenizer").tokenizer
+
+    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
+        tokenizer = self._tokenizer
+        counts = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
+        return counts, tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+
+    def cond_bytes(self) -> int:
+        return self._tokenizer.model_max_length * self._cond_width * torch.float32.itemsize
 
     @cached_property
     def _cond_width(self) -> int:

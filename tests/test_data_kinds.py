@@ -193,3 +193,22 @@ def test_buckets_train_end_to_end(options, images, run_here, tmp_path):
     more = ["--data.caption_shuffle", "--data.caption_dropout=0.1", "--data.flip", "--data.vae_sampling=sample"]
     assert run_here([*options, *more]) == 0
     assert (tmp_path / "out" / "lora.safetensors").is_file()
+
+
+def test_the_command_writes_a_folder_that_trains_as_the_images_do(options, images, run_here, tmp_path, capsys):
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for suffix in (".png", ".txt"):
+        (images / f"dog{suffix}").rename(held_out / f"dog{suffix}")
+    more = [f"--data.validation_images={held_out}", "--data.caption_dropout=0.2"]
+    out = tmp_path / "encoded"
+    assert run_here(["export-dataset", *options, *more, f"--out={out}"]) == 0
+    assert f"wrote 4 samples to {out}" in capsys.readouterr().out
+    assert run_here(["export-dataset", *options, *more, f"--out={out}"]) == 2
+    assert run_here([*options, *more]) == 0
+    first = json.loads((tmp_path / "out" / "loss.json").read_text())
+    shutil.rmtree(images)
+    shutil.rmtree(tmp_path / "out")
+    again = [option for option in options if not option.startswith("--data.images")]
+    assert run_here([*again, f"--data.images={out}", "--data.caption_dropout=0.2"]) == 0
+    assert json.loads((tmp_path / "out" / "loss.json").read_text()) == first, "what was held out is still held out"

@@ -196,6 +196,8 @@ def test_the_fingerprint_follows_content_and_repeats_not_names(images, tmp_path,
     for suffix in (".png", ".txt"):
         (images / f"cat{suffix}").rename(images / f"z_cat{suffix}")
     assert fingerprint() == first
+    renamed = build_datasets(config_for(images, tmp_path), family, accelerator).train
+    assert "z_cat.png" in names_of(renamed), "an index that is there is not taken for one with other names"
     folder = images / "3_more"
     folder.mkdir()
     others = [fingerprint(caption_dropout=0.1), fingerprint(flip=True)]

@@ -19,7 +19,7 @@ from models.config import path_fault
 from training.config import SCHEMA, ConfigError, TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
-PROGRAM = "train_lora.py [RECIPE | inspect | convert | merge | resize | extract]"
+PROGRAM = "train_lora.py [RECIPE | data | export-dataset | inspect | convert | merge | resize | extract]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
 
 
@@ -28,11 +28,7 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
 
     Raises ConfigError naming every fault; wrong option names and types on the command line exit with code 2 (tyro).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
-    if recipe is None and not any(a.startswith(("--model.path", "--data.images")) for a in argv):
-        recipe = DEMO_RECIPE
-    defaults = read_recipe(recipe) if recipe else TrainConfig()
+    defaults, argv = read_defaults(list(sys.argv[1:] if argv is None else argv))
     parsed = tyro.cli(TrainConfig, default=defaults, args=canonical_argv(argv), use_underscores=True, prog=PROGRAM)
     config = validate(asdict(parsed), where="the command line", prefix="--")
     faults = path_faults(config)
@@ -41,13 +37,22 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     return config
 
 
+def read_defaults(argv: list[str]) -> tuple[TrainConfig, list[str]]:
+    """What holds where the command line says nothing, from the recipe that `argv` may begin with, and its options."""
+    recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    argv = argv if recipe is None else argv[1:]
+    if recipe is None and not any(a.startswith(("--model.path", "--data.images")) for a in argv):
+        recipe = DEMO_RECIPE
+    return read_recipe(recipe) if recipe else TrainConfig(), argv
+
+
 def read_recipe(path: Path) -> TrainConfig:
     """The config in a YAML file; `{project}` in a string stands for the folder of train_lora.py."""
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in DEMO_RECIPE.parent.glob("*.yaml")))
         raise ConfigError(
-            f"{path} is not a file. A recipe is a YAML file; recipes/ holds {known}. Commands are inspect, convert, "
-            "merge, resize and extract"
+            f"{path} is not a file. A recipe is a YAML file; recipes/ holds {known}. Commands are data, "
+            "export-dataset, inspect, convert, merge, resize and extract"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -86,18 +91,23 @@ def listed(where: str, faults: list[str]) -> str:
 
 def path_faults(config: TrainConfig) -> list[str]:
     """What is wrong with the paths of `config`, found without opening a file."""
-    faults = []
-    if fault := path_fault(config.model):
-        faults.append(f"--model.path: {fault}")
-    faults += source_faults(config.data)
-    if config.data.validation_images is not None and config.data.validation_share:
-        faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")
-    for flag, path in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
-        if Path(path).exists() and not Path(path).is_dir():
-            faults.append(f"--{flag}: {path} exists and is not a folder")
+    faults = [*input_faults(config), *folder_faults("output_dir", config.output_dir)]
     if config.existing_lora is not None and not Path(config.existing_lora).exists():
         faults.append(f"--existing_lora: {config.existing_lora} does not exist")
     return faults
+
+
+def input_faults(config: TrainConfig) -> list[str]:
+    """What is wrong with the paths of the model and of the data."""
+    faults = [f"--model.path: {fault}"] if (fault := path_fault(config.model)) else []
+    faults += source_faults(config.data)
+    if config.data.validation_images is not None and config.data.validation_share:
+        faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")
+    return faults + folder_faults("data.cache_dir", config.data.cache_dir)
+
+
+def folder_faults(flag: str, path: str) -> list[str]:
+    return [f"--{flag}: {path} exists and is not a folder"] if Path(path).exists() and not Path(path).is_dir() else []
 
 
 def source_faults(data: DataConfig) -> list[str]:

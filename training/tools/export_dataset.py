@@ -1,0 +1,22 @@
+"""`export-dataset`: the encoded data of a run as a folder of its own."""
+
+from pathlib import Path
+
+from data.export import write_dataset
+from data.precompute import Build
+from models import get_family
+from training.distributed import build_accelerator
+from training.tools.data_options import ExportOptions
+
+
+def run(options: ExportOptions) -> int:
+    """Encodes what is missing, on all ranks, and writes the folder on the main one. Returns the exit code."""
+    config, out = options.config, Path(options.out)
+    accelerator, family = build_accelerator(config), get_family(config.model)
+    with Build.opened(config.data, family, accelerator) as build:
+        built = build.run(not config.bucket_mode)
+        count = build.turns.main(lambda: write_dataset(build, built, out, options.form))
+    accelerator.print(f"wrote {count} samples to {out}")
+    if options.form != "encoded" and (built.several_captions or config.data.flip):
+        accelerator.print("note: each image once, not mirrored, with its first caption; that is all this form has")
+    return 0

@@ -1,0 +1,225 @@
+"""Contact sheets: one PNG per bucket, with images as training sees them over their captions."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from data import images, tables
+from data.buckets import Crop
+from data.config import DataError
+from data.plan import ahead
+from data.precompute import Planned
+from data.store import MISSING
+from models.base import ModelFamily
+from training.files import write_file
+from training.preview import wrapped
+from training.tools.data_survey import Survey, has_images, shown, sizes
+
+MOST_IMAGES = 48
+COLUMNS = 8
+SIDE = 176  # pixels, of a thumbnail's longer side
+NARROWEST = 128  # pixels, of a column: captions need them
+GAP = 10
+NAME_LINE, CAPTION_LINES, LINE = 16, 3, 14
+FIRST_LETTERS = 300  # of a caption are looked at: no more has a place
+BEFORE_IMAGES = "run the training with these options, which encodes first, and then ask again"
+
+Size = tuple[int, int]
+Cells = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of a sheet."""
+
+    picture: Image.Image
+    name: str
+    caption: str
+
+
+@dataclass
+class Drawn:
+    """What was written, and what could not be drawn."""
+
+    written: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.lacking else 0
+
+    def lines(self) -> list[str]:
+        return [*(f"wrote {file}" for file in self.written), *self.lacking]
+
+
+def draw(planned: Planned, survey: Survey, folder: Path, decode: bool) -> Drawn:
+    """Writes a sheet into `folder` for every bucket, of the images or, with `decode`, of their latents."""
+    chosen, images_of = chosen_rows(planned, decode)
+    tiles: dict[Size, list[Tile]] = {size: [] for size in chosen}
+    rows = np.sort(np.concatenate([*chosen.values(), np.empty(0, np.int64)])).astype(np.int64)
+    make = decoded(planned, survey, rows) if decode else pictured(planned, rows)
+    for number, row, cells, picture in tqdm(make, desc="drawing", total=len(rows)):
+        name = survey.name(cells) + " (held out)" * bool(survey.held_out[number])
+        crop = Crop(*row["crop"])
+        caption = (cells["captions"] or [""])[0]
+        tiles[(crop.crop_width, crop.crop_height)].append(Tile(picture, name, caption))
+    drawn = Drawn()
+    for (width, height), found in tiles.items():
+        file = folder / f"bucket_{width}x{height}.png"
+        count = images_of[width, height]
+        if found:
+            of_all = f"{len(found)} of {count} image{'s' * (count > 1)}"
+            title = f"{width} x {height} pixels: {of_all}{', decoded from latents' * decode}"
+            write_file(file, sheet(title, found))
+            drawn.written.append(str(file))
+        if len(found) < min(count, MOST_IMAGES):
+            drawn.lacking.append(lack(file, count, len(found), decode))
+    return drawn
+
+
+def lack(file: Path, count: int, found: int, decode: bool) -> str:
+    """Why a sheet has fewer images than it might."""
+    if decode:
+        some = f"shows the {found} of {count} images that are encoded" if found else "not drawn: nothing is encoded yet"
+        return f"{file.name} {some}. For all, {BEFORE_IMAGES}, or leave off --decode"
+    some = f"shows the {found} of {count} that are images" if found else "not drawn: it has no images"
+    return f"{file.name} {some}. The others are latents already; --decode draws them"
+
+
+def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray], dict[Size, int]]:
+    """For every bucket the rows to draw, spread evenly over those that can be, and how many rows it has."""
+    found = sizes(planned.work.rows).astype(np.int64)
+    can = drawable(planned) if decode else has_images(planned.work)
+    codes, of_row, counts = np.unique(found[:, 0] << 32 | found[:, 1], return_inverse=True, return_counts=True)
+    buckets = [(int(code >> 32), int(code & (2**32 - 1))) for code in codes]
+    chosen = {}
+    for i, size in enumerate(buckets):
+        rows = np.flatnonzero((of_row == i) & can)
+        places = np.linspace(0, len(rows) - 1, min(len(rows), MOST_IMAGES)).round().astype(np.int64)
+        chosen[size] = rows[places]
+    return chosen, dict(zip(buckets, counts.tolist(), strict=True))
+
+
+def drawable(planned: Planned) -> np.ndarray:
+    """The rows whose latents are stored, or in the source as latents."""
+    rows = planned.work.rows
+    counts = tables.lengths(rows.column("media"))
+    first = np.cumsum(counts) - counts
+    return (planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING) | ~has_images(planned.work)
+
+
+def cells_of(planned: Planned, rows: np.ndarray) -> list[tuple[int, Cells, Cells]]:
+    """Number and cells of rows, with those of their entries; a sheet's worth for every bucket."""
+    return [
+        (number, row, {**entry, "entry": row["entry"]})
+        for number, (row, entry) in zip(rows.tolist(), planned.work.cells(rows), strict=True)
+    ]
+
+
+def pictured(planned: Planned, rows: np.ndarray) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
+    """Thumbnails of images, each source read once from front to back."""
+    wanted = cells_of(planned, rows)
+    by_entry = {cells["entry"]: (number, row) for number, row, cells in wanted}
+    background = planned.work.config.background
+
+    def thumbnail_of(given: tuple[Cells, bytes | DataError]) -> tuple[int, Cells, Cells, Image.Image]:
+        cells, content = given
+        number, row = by_entry[cells["entry"]]
+        try:
+            if isinstance(content, DataError):
+                raise content
+            pixels = images.pixels(content, Crop(*row["crop"]), background)
+        except DataError as error:
+            raise DataError(f"{cells['name']}: {error}") from error
+        return number, row, cells, thumbnail(pixels)
+
+    yield from ahead(thumbnail_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted]))
+
+
+@torch.no_grad()
+def decoded(planned: Planned, survey: Survey, rows: np.ndarray) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
+    """Thumbnails of what the VAE makes of latents, one after another: large ones take gigabytes."""
+    if not len(rows):
+        return
+    family, device = survey.family, planned.work.device
+    encoders = family.load_encoders("media").to(device)
+    of_source: dict[int, dict[int, tuple[int, Cells, Cells]]] = {}
+    for number, row, cells in cells_of(planned, rows):
+        if row["media"][0] in planned.stores.media:
+            latents = planned.stores.media[row["media"][0]]["latents"]
+            yield number, row, cells, picture_of(family, encoders, latents.to(device))
+        else:
+            of_source.setdefault(cells["source"], {})[cells["row"]] = (number, row, cells)
+    for source, found in of_source.items():
+        for row_number, latents, _ in planned.work.planner.sources.opened[source].tensors(sorted(found)):
+            yield *found[row_number], picture_of(family, encoders, latents.to(device))
+
+
+def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Image:
+    return thumbnail(family.decode_media(encoders, latents[None].float())[0].cpu())
+
+
+def thumbnail(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [-1, 1] with a longer side of SIDE; tiny ones are enlarged by a whole number."""
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array)
+    longest = max(picture.size)
+    if longest < SIDE:
+        zoom = max(1, SIDE // longest)
+        return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def sheet(title: str, tiles: list[Tile]) -> bytes:
+    """A PNG of tiles of one size, each over its name and its caption."""
+    font, small = ImageFont.load_default(size=12), ImageFont.load_default(size=11)
+    width, height = max(NARROWEST, tiles[0].picture.width), tiles[0].picture.height
+    step_x, step_y = width + GAP, height + NAME_LINE + CAPTION_LINES * LINE + 2 * GAP
+    columns = min(COLUMNS, len(tiles))
+    least = round(font.getlength(title)) + 2 * GAP
+    size = (max(GAP + columns * step_x, least), 30 + -(-len(tiles) // columns) * step_y)
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((GAP, 8), title, fill="black", font=font)
+    for i, tile in enumerate(tiles):
+        x, y = GAP + i % columns * step_x, 30 + i // columns * step_y
+        left = x + (width - tile.picture.width) // 2
+        page.paste(tile.picture, (left, y))
+        edge = (left - 1, y - 1, left + tile.picture.width, y + tile.picture.height)
+        pen.rectangle(edge, outline="#cccccc")  # else white images have no edge, and the crop cannot be seen
+        y += height + 3
+        pen.text((x, y), ending(drawable_text(tile.name, small), width, small), fill="#777777", font=small)
+        caption = wrapped(drawable_text(tile.caption, font), width, font, CAPTION_LINES) if tile.caption else ""
+        pen.multiline_text((x, y + NAME_LINE), caption or "(no caption)", fill="black" if caption else "#bb0000",
+                           font=font, spacing=2)  # fmt: skip
+    buffer = io.BytesIO()
+    page.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def drawable_text(text: str, font: Any) -> str:
+    """Text in one line that the font can be asked to draw."""
+    line = shown(text, FIRST_LETTERS)
+    try:
+        font.getlength(line)
+    except UnicodeEncodeError:  # the font that Pillow has without FreeType
+        line = line.encode("ascii", "replace").decode()
+    return line
+
+
+def ending(text: str, width: int, font: Any) -> str:
+    """The end of `text` that fits: of a path, that says the most."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"...{text}") > width:
+        text = text[1:]
+    return f"...{text}"
