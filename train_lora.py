@@ -1,8 +1,8 @@
 """Trains an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml] [--option value]`.
 
-`python train_lora.py data|export-dataset [recipe.yaml] [--option value]` shows what a run would be trained on, or writes
-it into a folder for other machines (docs/data.md), and
-`python train_lora.py inspect|convert|merge|resize|extract ...` works on finished files (docs/tools.md).
+`python train_lora.py data|export-dataset [recipe.yaml] [--option value]` shows what a run would be trained on, or
+writes it into a folder for other machines (docs/data.md); `inspect|convert|merge|resize|extract` work on finished files
+(docs/tools.md).
 """
 
 import os

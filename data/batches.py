@@ -1,9 +1,7 @@
 """From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU, by sample visit."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,8 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.index import LatentDataset
 from data.schedule import Schedule, key
-
-ALIGNED = 64  # bytes, of which tensors in one piece of memory start at a multiple
 
 
 @dataclass(frozen=True)
@@ -47,42 +43,6 @@ class Batch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }  # fmt: skip
         return replace(self, **moved, cond={name: function(tensor) for name, tensor in self.cond.items()})
-
-    def __reduce__(self):
-        """From a worker all tensors go to the main process as one: each takes a connection between the two, which
-        costs more than copying."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)} | {(name,): t for name, t in self.cond.items()}
-        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors.values()))
-        layout = [
-            (name, start, tensor.dtype, tuple(tensor.shape))
-            for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
-        ]
-        whole = shared(ends[-1])
-        for tensor, (_, start, dtype, shape) in zip(tensors.values(), layout, strict=True):
-            piece(whole, start, dtype, shape).copy_(tensor)
-        return unpacked, (whole, layout, self.visits)
-
-
-def shared(size: int) -> Tensor:
-    """So many bytes that other processes may see."""
-    import os
-    if os.environ.get("V")=="1":
-        return torch.empty(size, dtype=torch.uint8)
-    if os.environ.get("V")=="2":
-        return torch.empty(size, dtype=torch.uint8).share_memory_()
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-
-
-def piece(whole: Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return whole[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
-def unpacked(whole: Tensor, layout: list[tuple], visits: range) -> Batch:
-    """What Batch.__reduce__ has packed."""
-    tensors = {name: piece(whole, *place) for name, *place in layout}
-    cond = {name[0]: tensors.pop(name) for name in list(tensors) if isinstance(name, tuple)}
-    return Batch(cond=cond, visits=visits, **tensors)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ class Column:
         lines = np.full((len(sizes), 1 + sizes.max(initial=0)), -1, np.int32)
         lines[:, 0] = dtypes.indices.to_numpy()
         lines[:, 1:][np.arange(lines.shape[1] - 1) < sizes[:, None]] = shapes.flatten().to_numpy()
-        different, self.kinds = np.unique(lines, axis=0, return_inverse=True)
+        if (lines == lines[:1]).all():  # mostly so, and sorting takes longer than opening the file
+            different, self.kinds = lines[:1], np.zeros(len(lines), np.int64)
+        else:
+            different, self.kinds = np.unique(lines, axis=0, return_inverse=True)
         names = [DTYPES[dtype] for dtype in dtypes.dictionary.to_pylist()]
         self.different = [(names[line[0]], tuple(n for n in line[1:] if n >= 0)) for line in different.tolist()]
 

@@ -1,0 +1,17 @@
+"""benchmarks/data.py: it runs, and ten times as many rows take no more memory."""
+
+from benchmarks import data as bench
+
+
+def test_the_table_has_a_line_for_every_way_and_every_bar(capsys):
+    bench.main(["--tiny"])  # so few rows and turns say nothing about the bars
+    lines = capsys.readouterr().out.splitlines()
+    for name in (bench.COPY, bench.OURS, bench.OURS_STORED, bench.WORKER):
+        assert len([line for line in lines if line.startswith(f"{name}  ")]) == 1, name
+    assert len([line for line in lines if ", bar " in line]) == 5
+
+
+def test_ten_times_the_rows_take_no_more_memory():
+    few, many = bench.growth((2_000, 20_000), rounds=1, batches=100)
+    assert many["peak"] <= bench.GROWTH_BAR * few["peak"]
+    assert many["first"] <= 5 * few["first"] + 0.1, "a first batch that reads all rows would take far longer"
