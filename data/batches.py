@@ -1,5 +1,6 @@
 """From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU, by sample visit."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -47,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is random in a sample, in the order in which its generator gives it."""
+    """What is random in a sample besides its noise, each in [0, 1)."""
 
     quantile: float
     caption: float
@@ -55,8 +56,9 @@ class Drawn:
     flip: float
 
     @classmethod
-    def of(cls, generator: torch.Generator) -> "Drawn":
-        return cls(*torch.rand(4, generator=generator).tolist())
+    def of(cls, seed: int) -> "Drawn":
+        words = np.frombuffer(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16).digest(), "<u4")
+        return cls(*(int(word >> 8) * 2.0**-24 for word in words))  # exact in fp32
 
 
 class MicroBatches(Dataset):
@@ -74,10 +76,10 @@ class MicroBatches(Dataset):
 def make_batch(
     dataset: LatentDataset, rows: list[int], seeds: list[int], visits: range, quantile: Tensor | None = None
 ) -> Batch:
-    """Collates `rows`; each sample's noise, caption and flip, and its quantile unless given, come from a generator with
-    its own seed. With `quantile` given (validation), the first caption is taken and nothing is mirrored or dropped."""
+    """Collates `rows`; each sample's noise, caption and flip, and its quantile unless given, are functions of its own
+    seed. With `quantile` given (validation), the first caption is taken and nothing is mirrored or dropped."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = [Drawn.of(generator) for generator in generators]
+    drawn = [Drawn.of(seed) for seed in seeds]
     fixed = quantile is not None
     of_row = {name: np.asarray(dataset.arrays[name])[rows] for name in ("media", "dropout", "weight", "crop")}
     turns = [0 if fixed or len(p) == 1 else int(d.flip < 0.5) for p, d in zip(of_row["media"], drawn, strict=True)]

@@ -1,5 +1,6 @@
 """The rows of a run in the order of their buckets, with the places of what belongs to them: mapped arrays on disk."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from data import tables
-from data.identity import KEY_BYTES, digest, key_of
+from data.identity import KEY_BYTES, key_of
 from data.schedule import Segment
 from data.store import MISSING, Store
 
@@ -28,57 +29,93 @@ class Stores:
 
 
 def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores) -> str:
-    """Writes the index of the rows `chosen` of a plan, sorted by bucket and content; returns its folder's name.
+    """Writes the index of the rows `chosen` of a plan, sorted by bucket and content; returns its fingerprint.
 
-    All of it follows from what the rows hold, not from the names or the order of files.
+    All of it follows from what the rows hold, not from the names or the order of files. One array is in memory at a
+    time, besides the order.
     """
+    taken, bucket = training_order(rows, chosen, stores)
+    arrays = Arrays(folder)
+    arrays.add_places("media", media_keys(rows)[taken], stores.media)
+    for name in ("weight", "dropout"):
+        arrays.add(name, rows.column(name).to_numpy()[taken])
+    repeats = rows.column("repeats").to_numpy()[taken]
+    arrays.add("repeats", repeats)
+    arrays.add("crop", crops(rows)[taken])
+    arrays.save("entry", rows.column("entry").to_numpy()[taken])
+    lengths = tables.lengths(rows.column("texts"))
+    starts = np.cumsum(lengths) - lengths
+    lengths, ends = lengths[taken], np.cumsum(lengths[taken])
+    arrays.add("text_first", np.concatenate([[0], ends]))
+    items = np.arange(lengths.sum()) + np.repeat(starts[taken] - (ends - lengths), lengths)  # lists in the new order
+    arrays.add("shares", flat(rows.column("shares"))[items])
+    arrays.add_places("texts", tables.keys(rows.column("texts"))[items], stores.text)
+    fingerprint = arrays.state.hexdigest()
+    about = {
+        "fingerprint": fingerprint,
+        "segments": segments(repeats, bucket),
+        "empty_text": int(stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))[0]),
+        "media_parts": [str(part) for part in stores.media.parts],
+        "text_parts": [str(part) for part in stores.text.parts],
+    }
+    (folder / "index.json").write_text(json.dumps(about), encoding="utf-8")
+    return fingerprint
+
+
+class Arrays:
+    """Writes arrays into a folder, and hashes what they stand for."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.state = folder, hashlib.blake2b(digest_size=KEY_BYTES)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        np.save(self.folder / f"{name}.npy", array)
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        self.state.update(np.ascontiguousarray(array).data)
+        self.save(name, array)
+
+    def add_places(self, name: str, keys: np.ndarray, store: Store) -> None:
+        """The places of `keys`, which stand for the content."""
+        self.state.update(np.ascontiguousarray(keys).data)
+        places = store.find(keys.reshape(-1)).reshape(keys.shape)
+        assert not (places == MISSING).any(), "every row was encoded"
+        self.save(name, places)
+
+
+def media_keys(rows: pa.Table) -> np.ndarray:
     counts = tables.lengths(rows.column("media"))
     assert len(set(counts.tolist())) <= 1, "all rows have as many media"
-    media = tables.keys(rows.column("media")).reshape(len(counts), -1)[chosen]
-    text_counts = tables.lengths(rows.column("texts"))
-    starts = np.concatenate([[0], np.cumsum(text_counts)])
-    texts = tables.keys(rows.column("texts"))
-    columns = {
-        "repeats": rows.column("repeats").to_numpy()[chosen],
-        "crop": rows.column("crop").combine_chunks().flatten().to_numpy().reshape(-1, 8)[chosen],
-        "media": stores.media.find(media.reshape(-1)).reshape(media.shape),
-        "entry": rows.column("entry").to_numpy()[chosen],
-        "weight": rows.column("weight").to_numpy()[chosen],
-        "dropout": rows.column("dropout").to_numpy()[chosen],
-    }
-    first_text = texts[starts[:-1]][chosen]
-    assert not (columns["media"] == MISSING).any(), "every row was encoded"
-    bucket = buckets_of(columns, stores, first_text)
-    order = np.arange(len(chosen))
-    for column in (first_text, media[:, 0], columns["repeats"], *bucket):
-        order = order[np.argsort(column[order], kind="stable")]  # the last sort counts most
-    arrays = {name: column[order] for name, column in columns.items()}
-    taken = chosen[order]
-    lengths = text_counts[taken]
-    ends = np.cumsum(lengths)
-    items = np.arange(lengths.sum()) + np.repeat(starts[taken] - (ends - lengths), lengths)  # lists in the new order
-    arrays |= {
-        "text_first": np.concatenate([[0], ends]),
-        "texts": stores.text.find(texts[items]),
-        "shares": flat(rows.column("shares"))[items],
-        "bucket": np.stack(bucket)[:, order],
-    }
-    assert not (arrays["texts"] == MISSING).any(), "every caption was encoded"
-    identity = digest(
-        media[order].tobytes(), texts[items].tobytes(),
-        *(arrays[name].tobytes() for name in ("repeats", "shares", "crop", "weight", "dropout")),
-    )  # fmt: skip
-    return save(folder, identity, arrays, stores)
+    return tables.keys(rows.column("media")).reshape(len(counts), -1)
 
 
-def buckets_of(columns: dict[str, np.ndarray], stores: Stores, first_text: np.ndarray) -> list[np.ndarray]:
-    """What rows have in common that may share a batch: size, and dtypes and shapes of all tensors."""
-    return [
-        stores.text.kinds(stores.text.find(first_text)),
-        stores.media.kinds(columns["media"][:, 0]),
-        columns["crop"][:, CROP_WIDTH],
-        columns["crop"][:, CROP_HEIGHT],
+def crops(rows: pa.Table) -> np.ndarray:
+    """The fields of buckets.Crop, a line for each row."""
+    return rows.column("crop").combine_chunks().flatten().to_numpy().reshape(-1, 8)
+
+
+def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[np.ndarray, np.ndarray]:
+    """`chosen` in the order of buckets, repeats and content, and for each where another bucket begins.
+
+    Rows of a bucket may share a batch: they have one size, and all their tensors the same dtypes and shapes.
+    """
+    lengths = tables.lengths(rows.column("texts"))
+    text = tables.keys(rows.column("texts"))[np.cumsum(lengths) - lengths][chosen]
+    media, crop = media_keys(rows)[chosen, 0], crops(rows)[chosen]
+    bucket = [
+        stores.text.kinds(stores.text.find(text)),
+        stores.media.kinds(stores.media.find(media)),
+        crop[:, CROP_WIDTH],
+        crop[:, CROP_HEIGHT],
     ]
+    order = np.arange(len(chosen))
+    for column in (text, media, rows.column("repeats").to_numpy()[chosen], *bucket):
+        order = order[np.argsort(column[order], kind="stable")]  # the last sort counts most
+    another = np.zeros(len(chosen), bool)
+    for column in bucket:
+        another[1:] |= column[order][1:] != column[order][:-1]
+    return chosen[order], another
 
 
 def flat(column: pa.ChunkedArray) -> np.ndarray:
@@ -87,33 +124,15 @@ def flat(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
-def save(folder: Path, identity: str, arrays: dict[str, np.ndarray], stores: Stores) -> str:
-    empty = stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))
-    about = {
-        "fingerprint": identity,
-        "segments": segments(arrays),
-        "empty_text": int(empty[0]),
-        "media_parts": [str(part) for part in stores.media.parts],
-        "text_parts": [str(part) for part in stores.text.parts],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ARRAYS:
-        np.save(folder / f"{name}.npy", arrays[name])
-    (folder / "index.json").write_text(json.dumps(about), encoding="utf-8")
-    return identity
-
-
-def segments(arrays: dict[str, np.ndarray]) -> list[list[list[int]]]:
+def segments(repeats: np.ndarray, another: np.ndarray) -> list[list[list[int]]]:
     """Buckets, and in each of them (first row, count, repeats) of rows that are seen equally often."""
-    repeats, bucket = arrays["repeats"], arrays["bucket"]
     if not len(repeats):
         return []
-    another = (bucket[:, 1:] != bucket[:, :-1]).any(0)
-    starts = np.concatenate([[0], 1 + np.flatnonzero(another | (repeats[1:] != repeats[:-1]))])
+    starts = np.concatenate([[0], 1 + np.flatnonzero(another[1:] | (repeats[1:] != repeats[:-1]))])
     ends = np.concatenate([starts[1:], [len(repeats)]])
     result: list[list[list[int]]] = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        if start == 0 or another[start - 1]:
+        if start == 0 or another[start]:
             result.append([])
         result[-1].append([start, end - start, int(repeats[start])])
     return result

@@ -8,6 +8,7 @@ nothing stays mapped but the small columns, so reading a whole data set takes no
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -202,9 +203,9 @@ def stacked(found: list[tuple[Part, int]], name: str) -> Tensor:
     """The tensors `name` of those rows of parts, as one batch."""
     first, row = found[0]
     kind = dtype, shape = first.columns[name].kind(row)
-    batch = torch.empty((len(found), *shape), dtype=dtype)
-    target = memoryview(batch.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    size = len(target) // len(found)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(len(found) * size, np.uint8)
+    target = memory.data
     for i, (part, row) in enumerate(found):
         if (other := part.columns[name].kind(row)) != kind:
             raise DataError(
@@ -212,7 +213,9 @@ def stacked(found: list[tuple[Part, int]], name: str) -> Tensor:
                 f"the latter in {part.path.parent}"
             )
         part.read_into(name, row, target[i * size : (i + 1) * size])
-    return batch
+    if not size:
+        return torch.empty((len(found), *shape), dtype=dtype)
+    return torch.from_numpy(memory).view(dtype).view(len(found), *shape)
 
 
 def write_check(part: Path) -> None:
