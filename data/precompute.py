@@ -165,7 +165,8 @@ class Build:
         if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):
             raise_faults(faults)
         if faults and self.turns.rank == 0:
-            print(listed(f"skipped {len(faults)} of the training data", faults))
+            remain = len(tables.mapped(self.listing)) - len(bad)
+            print(listed(f"{len(faults)} faults of the training data; {remain} samples without one remain", faults))
         return {entry for entry, _ in bad}
 
     def _plan(self, planner: Planner, bad: set[int], stores: Stores) -> dict[str, int]:

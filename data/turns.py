@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from data.config import DataError
 
 POLL = 0.05  # seconds; ten times as long after a minute
+DAYS_KEPT = 7
 SHARED_WITHIN = 60.0  # seconds in which a new folder must be seen by all
 
 
@@ -39,6 +40,9 @@ class Turns:
             self._see()
 
     def _make(self, cache_dir: Path) -> None:
+        for other in cache_dir.glob(".turns-*"):  # of runs that failed on several ranks, or were killed
+            if other.stat().st_mtime < time.time() - DAYS_KEPT * 86400:
+                shutil.rmtree(other, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -87,6 +91,9 @@ class Turns:
         except DataError as error:
             self._leave({"fault": str(error)})
             raise
+        except Exception as error:  # or the others would wait for ever
+            self._leave({"crash": f"{type(error).__name__}: {error}"})
+            raise
         self._leave({"result": result})
         return result
 
@@ -108,4 +115,6 @@ class Turns:
                 time.sleep(POLL if time.monotonic() - started < 60 else 10 * POLL)
         if "fault" in content:
             raise DataError(content["fault"])
+        if "crash" in content:
+            raise RuntimeError(f"rank {rank} failed: {content['crash']}")
         return content["result"]

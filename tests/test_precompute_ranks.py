@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import BASE, PROJECT, TWEMOJI
 
+from data.config import DataError
 from data.store import Store, data_file
+from data.turns import Turns
 
 WORKER = """
 import json, sys, torch
@@ -84,6 +87,59 @@ def test_faults_found_by_any_rank_end_them_all_with_the_same_message(tmp_path):
     results = ran(tmp_path / "out", 2, **options_for(images, tmp_path / "cache"))
     assert results[0] == results[1]
     assert all(name in results[0]["error"] for name in names)
+
+
+class Ranks:
+    """Stands in for an Accelerator where only the rank counts."""
+
+    def __init__(self, rank: int, ranks: int):
+        self.process_index, self.num_processes = rank, ranks
+
+
+def in_threads(folder: Path, ranks: int, work) -> list[object]:
+    """What `work(turns)` returns or raises on each of `ranks` ranks at once."""
+
+    def run(rank: int) -> object:
+        turns = Turns(Ranks(rank, ranks), folder)
+        try:
+            return work(turns)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
+
+
+def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.turns.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+
+    def work(turns: Turns) -> tuple:
+        first = turns.main(lambda: turns.rank + 10)
+        every = turns.each(lambda: turns.rank * turns.rank)
+        turns.close()
+        return first, every
+
+    assert in_threads(tmp_path, 3, work) == [(10, [0, 1, 4])] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(DataError("a bad file"), ["a bad file"] * 3), (OSError("disk"), ["rank 1 failed: OSError: disk", "disk"] * 2)],
+)
+def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
+    monkeypatch.setattr("data.turns.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+
+    def work(turns: Turns) -> object:
+        def fail() -> None:
+            if turns.rank == 1:
+                raise error
+
+        return turns.each(fail)
+
+    results = in_threads(tmp_path, 3, work)
+    assert all(isinstance(result, Exception) for result in results)
+    assert [str(result) for result in results] == expected[:3]
 
 
 @pytest.mark.slow

@@ -275,7 +275,7 @@ def test_bad_images_can_be_skipped(images, tmp_path, family, accelerator, capsys
         build_datasets(config_for(images, tmp_path), family, accelerator)
     built = build_datasets(config_for(images, tmp_path, on_error="skip"), family, accelerator)
     assert (len(built.train), built.skipped) == (3, 1)
-    assert "dog.png: " in capsys.readouterr().out
+    assert "1 faults of the training data; 3 samples without one remain\n  dog.png: " in capsys.readouterr().out
     for file in images.glob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="4 faults"):
