@@ -90,7 +90,7 @@ def make_batch(
         latents = latents + media["deviation"] * standard_normal(latents.shape, generators)
     dropout = [0.0] * len(rows) if fixed else of_row["dropout"].tolist()
     texts = [
-        dataset.empty_text if d.drop < share else dataset.text_of(row, 0.0 if fixed else d.caption)
+        dataset.empty_text if d.drop < share else dataset.text_of(row, None if fixed else d.caption)
         for row, share, d in zip(rows, dropout, drawn, strict=True)
     ]
     return Batch(

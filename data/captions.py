@@ -5,6 +5,7 @@ the caption.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import combinations, permutations
 
@@ -19,7 +20,9 @@ Variants = dict[str, float]
 
 def variants(captions: list[str], source: SourceConfig, max_variants: int) -> Variants:
     """All that an image with these captions can be shown with."""
-    result: Variants = {}
+    trigger = "" if source.regularisation else (source.caption_trigger or "").strip()
+    # first the first caption as it is, which is shown wherever nothing is drawn
+    result: Variants = {with_trigger(captions[0], trigger, source.caption_separator or ","): 0.0}
     for caption in captions:
         for text, share in of_caption(caption, source, max_variants).items():
             result[text] = result.get(text, 0.0) + share / len(captions)
@@ -46,7 +49,7 @@ def of_caption(caption: str, source: SourceConfig, max_variants: int) -> Variant
 
 
 def with_trigger(caption: str, trigger: str, separator: str) -> str:
-    if not trigger or trigger in caption:
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     return joined([trigger, caption], separator) if caption else trigger
 

@@ -23,6 +23,8 @@ from data.plan import Planner, ahead
 from data.store import Store
 from models.base import ModelFamily
 
+MOST_NAMED, MOST_LETTERS = 20, 100  # of captions that are too long
+
 
 @dataclass(frozen=True)
 class Work:
@@ -59,13 +61,14 @@ def lists_to_rows(lengths: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_texts(work: Work, store: Store, todo: np.ndarray) -> list[str]:
+def encode_texts(work: Work, store: Store, todo: np.ndarray) -> tuple[int, list[str]]:
     """`todo`: places among all captions of all rows, laid end to end; a place after the last is the empty prompt.
-    Returns the captions that are longer than what the encoders see."""
+    Returns how many captions are longer than what the encoders see, and the first of them."""
     places = work.mine(todo)
     too_long: list[str] = []
+    number = 0
     if not len(places):
-        return too_long
+        return number, too_long
     owner = lists_to_rows(tables.lengths(work.rows.column("texts")))
     encoders = work.family.load_encoders("text").to(work.device)
     size = work.config.encode_batch_size
@@ -80,15 +83,18 @@ def encode_texts(work: Work, store: Store, todo: np.ndarray) -> list[str]:
         yield from [""] * (len(places) - len(here))
 
     def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+        nonlocal number
         for batch in batched(work.progress(captions(), len(places), "captions"), size):
             filled = batch + [""] * (size - len(batch))
             counts, limit = work.family.token_counts(batch)
-            too_long.extend(text for text, count in zip(batch, counts, strict=True) if count > limit)
+            found = [text[:MOST_LETTERS] for text, count in zip(batch, counts, strict=True) if count > limit]
+            number += len(found)
+            too_long.extend(found[: MOST_NAMED - len(too_long)])
             conds = work.family.encode_prompt(encoders, filled)
             yield from ((key_of(text), cond) for text, cond in zip(batch, conds, strict=False))
 
     store.write(rows())
-    return too_long
+    return number, too_long
 
 
 def batched(items: Iterator, size: int) -> Iterator[list]:
@@ -191,12 +197,18 @@ def picture(
     row, entry = given
     if isinstance(content, DataError):
         raise DataError(f"{entry['name']}: {content}")
-    crop, config, mask = Crop(*row["crop"]), work.config, None
+    crop, config, mask, mask_content = Crop(*row["crop"]), work.config, None, b""
+    if entry["mask"]:
+        with open(entry["mask"], "rb") as file:
+            mask_content = file.read()
+    key = work.planner.media_key(key_of(content), key_of(mask_content), crop, flip)
+    if key != row["media"][int(flip)]:
+        raise DataError(f"{entry['name']}: changed since it was looked at; run again")
     if config.masks == "alpha":
         mask = images.alpha_mask(content, crop, flip)
-    elif config.masks == "files" and entry["mask"]:
-        with open(entry["mask"], "rb") as file:
-            mask = images.mask_file(file.read(), crop, flip)
+    elif config.masks == "files":
+        whole = torch.ones(crop.crop_height, crop.crop_width)
+        mask = images.mask_file(mask_content, crop, flip) if entry["mask"] else whole
     return Picture(row["media"][int(flip)], images.pixels(content, crop, config.background, flip), mask)
 
 

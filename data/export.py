@@ -44,7 +44,8 @@ def write_encoded(build: Build, built: Datasets, folder: Path) -> int:
         shutil.copy(build.listing, beside / "listing.arrow")
         for store, column in ((built.train.media, "media"), (built.train.text, "texts")):
             wanted = np.unique(tables.keys(rows.column(column)))
-            Store(beside / ("media" if column == "media" else "text")).write(copied(store, wanted))
+            whole = Store(store.folder, store.also)  # which finds by key; that of a run no longer does
+            Store(beside / ("media" if column == "media" else "text")).write(copied(whole, wanted))
         about = {"format": FORMAT, **build.identities, "options": options_of(build.config)}
         (beside / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
         beside.rename(folder)

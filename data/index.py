@@ -34,11 +34,14 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
     All of it follows from what the rows hold, not from the names or the order of files. One array is in memory at a
     time, besides the order.
     """
-    taken, bucket = training_order(rows, chosen, stores)
+    taken, bucket, text_kinds = training_order(rows, chosen, stores)
     arrays = Arrays(folder)
     arrays.add_places("media", media_keys(rows)[taken], stores.media)
-    for name in ("weight", "dropout"):
-        arrays.add(name, rows.column(name).to_numpy()[taken])
+    arrays.add("weight", rows.column("weight").to_numpy()[taken])
+    empty = stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))
+    dropout = rows.column("dropout").to_numpy()[taken]
+    fits = text_kinds == stores.text.kinds(empty) if empty[0] != MISSING else np.ones(len(taken), bool)
+    arrays.add("dropout", np.where(fits, dropout, 0).astype(np.float32))
     repeats = rows.column("repeats").to_numpy()[taken]
     arrays.add("repeats", repeats)
     arrays.add("crop", crops(rows)[taken])
@@ -54,7 +57,8 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
     about = {
         "fingerprint": fingerprint,
         "segments": segments(repeats, bucket),
-        "empty_text": int(stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))[0]),
+        "empty_text": int(empty[0]),
+        "never_dropped": int((~fits & (dropout > 0)).sum()),
         "media_parts": [str(part) for part in stores.media.parts],
         "text_parts": [str(part) for part in stores.text.parts],
     }
@@ -95,8 +99,9 @@ def crops(rows: pa.Table) -> np.ndarray:
     return rows.column("crop").combine_chunks().flatten().to_numpy().reshape(-1, 8)
 
 
-def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[np.ndarray, np.ndarray]:
-    """`chosen` in the order of buckets, repeats and content, and for each where another bucket begins.
+def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[np.ndarray, ...]:
+    """`chosen` in the order of buckets, repeats and content; for each whether another bucket begins there, and the kind
+    of its caption.
 
     Rows of a bucket may share a batch: they have one size, and all their tensors the same dtypes and shapes.
     """
@@ -115,7 +120,7 @@ def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[
     another = np.zeros(len(chosen), bool)
     for column in bucket:
         another[1:] |= column[order][1:] != column[order][:-1]
-    return chosen[order], another
+    return chosen[order], another, bucket[0][order]
 
 
 def flat(column: pa.ChunkedArray) -> np.ndarray:
@@ -186,10 +191,10 @@ class LatentDataset:
         crop = self.arrays["crop"][row]
         return int(crop[CROP_HEIGHT]), int(crop[CROP_WIDTH])
 
-    def text_of(self, row: int, draw: float) -> int:
-        """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on."""
+    def text_of(self, row: int, draw: float | None) -> int:
+        """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the first."""
         first, last = self.arrays["text_first"][row : row + 2]
-        if last - first == 1:
+        if last - first == 1 or draw is None:
             return int(self.arrays["texts"][first])
         ends = np.cumsum(self.arrays["shares"][first:last])
         return int(self.arrays["texts"][first + min(np.searchsorted(ends, draw * ends[-1], "right"), last - first - 1)])

@@ -40,10 +40,10 @@ class Sources:
             if not mine or not source.has_images:
                 continue
             try:
-                for row, content in source.contents(sorted(mine)):
+                for row, content in source.contents({row: mine[row]["name"] for row in sorted(mine)}):
                     yield mine.pop(row), content
-            except (OSError, DataError) as error:
-                yield from ((row, DataError(f"cannot be read: {error}")) for row in mine.values())
+            except DataError as error:  # of the source as a whole
+                yield from ((row, error) for row in mine.values())
 
 
 def write_listing(sources: Sources, path: Path) -> list[str]:
@@ -152,7 +152,8 @@ class Planner:
         """What is stored of an image."""
         shares = self.shares(cells, config, held_out)
         content, mask, crop = self._facts(cells)
-        flips = (False, True) if self.config.flip and not held_out else (False,)
+        # held-out rows are never mirrored, but all rows have as many keys
+        flips = (False, not held_out) if self.config.flip else (False,)
         return {
             "content": content,
             "media": [self.media_key(content, mask, crop, flip) for flip in flips],

@@ -11,9 +11,9 @@ In turn, on all ranks (turns.py), each stage leaving a file that the next one re
 """
 
 import hashlib
+import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from data.index import LatentDataset, Stores, write_index
 from data.plan import VERSION, Planner, Sources, inspect_share, missing, write_listing, write_rows
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
-from data.store import Store, damaged, discard
+from data.store import Store, damaged, discard, is_old
 from data.turns import Turns
 from models.base import ModelFamily
 
@@ -88,6 +88,9 @@ class Build:
         try:
             yield cls(config, family, turns, accelerator)
             turns.close()
+        except BaseException as error:
+            turns.give_up(error)
+            raise
         finally:
             if turns.ranks == 1:
                 shutil.rmtree(turns.folder, ignore_errors=True)
@@ -101,7 +104,10 @@ class Build:
         held_out = () if config.validation_images is None else (SourceConfig(config.validation_images),)
         configs = (*config.all_sources(), *(config.with_defaults(source) for source in held_out))
         self.identities = turns.main(self._identities)
-        opened = tuple(open_source(source, config, family, self.identities) for source in configs)
+        try:
+            opened = tuple(open_source(source, config, family, self.identities) for source in configs)
+        except OSError as error:
+            raise DataError(f"the training data cannot be read: {error}") from error
         self.sources = Sources(config, opened, len(configs) - len(held_out))
 
     def plan(self, only_square: bool) -> "Planned":
@@ -124,14 +130,15 @@ class Build:
         work, stores = planned.work, planned.stores
         texts = np.load(self.turns.folder / "texts.npy")
         found = self.turns.each(lambda: encode.encode_texts(work, stores.text, texts))
-        too_long = [text for of_rank in found for text in of_rank]
-        if too_long and self.turns.rank == 0:
-            print(listed(f"{len(too_long)} captions are longer than the text encoder reads; the end is cut", too_long))
+        number, first = sum(count for count, _ in found), [text for _, texts in found for text in texts]
+        if number and self.turns.rank == 0:
+            print(listed(f"{number} captions are longer than the text encoder reads; the end is cut", first))
         self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
         self.turns.each(lambda: encode.import_tensors(work, stores))
         names = self.turns.main(lambda: self._index(stores))
         for store, parts in ((stores.media, names["media_parts"]), (stores.text, names["text_parts"])):
             store.parts = [Path(part) for part in parts]
+            store.forget_keys()
         train, validation = (self._dataset(name, stores) for name in names["indices"])
         assert train is not None
         return Datasets(train, validation, planned.missing_images, planned.missing_captions, planned.skipped)
@@ -225,8 +232,10 @@ class Build:
             if not (self.cache / name / "listing.arrow").is_file():  # else it is there from an earlier run
                 raise
         os.utime(self.cache / name)
+        if never := json.loads((self.cache / name / "index.json").read_text(encoding="utf-8"))["never_dropped"]:
+            print(f"note: {never} samples have conditioning unlike the empty prompt's, and are never shown with it")
         for other in self.cache.glob("index-*"):
-            if other.stat().st_mtime < time.time() - DAYS_KEPT * 86400:
+            if is_old(other, DAYS_KEPT):
                 shutil.rmtree(other, ignore_errors=True)
         return name
 
@@ -237,19 +246,23 @@ class Build:
         return LatentDataset(folder, folder / "listing.arrow", stores, self.config.mask_floor)
 
     def split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to train on, and rows held out: those of validation sources, or the share of images with the lowest
-        content hash, whatever the seed and the file names."""
+        """Rows to train on, and rows held out: those of validation sources, and the share of different images with the
+        lowest content hash, whatever the seed and the file names, with all their copies."""
         held_out = rows.column("held_out").to_numpy()
-        every = np.arange(len(rows))
-        share = self.config.validation_share
-        if not share:
-            return every[~held_out], every[held_out]
-        may = every[rows.column("may_hold_out").to_numpy()]
-        count = max(1, round(share * len(may)))
-        if count >= len(may):
-            raise DataError(f"--data.validation_share {share} of {len(may)} images leaves none to train on")
-        lowest = may[np.argsort(tables.keys(rows.column("content"))[may], kind="stable")[:count]]
-        return np.setdiff1d(every, lowest), lowest
+        content, every = tables.keys(rows.column("content")), np.arange(len(rows))
+        if share := self.config.validation_share:
+            may = rows.column("may_hold_out").to_numpy() & ~held_out
+            different = np.unique(content[may])
+            count = max(1, round(share * len(different)))
+            if count >= len(different):
+                raise DataError(f"--data.validation_share {share} of {len(different)} images leaves none to train on")
+            held_out = held_out | (may & np.isin(content, different[:count]))
+        if held_out.all():
+            raise DataError("no image is left to train on")
+        both = np.intersect1d(content[held_out], content[~held_out])
+        if len(both):
+            print(f"note: {len(both)} of the validation images are trained on too")
+        return every[~held_out], every[held_out]
 
 
 def discard_damaged(folders: Iterable[Path]) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +104,10 @@ class Store:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def forget_keys(self) -> None:
+        """Rows can still be had by place: all that training does, for which the keys would take 24 bytes a row."""
+        self.keys, self.places = np.empty(0, f"S{KEY_BYTES}"), np.empty(0, np.int64)
+
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The place of each key, MISSING where there is none."""
         if not len(self.keys):
@@ -154,16 +159,17 @@ class Store:
 
     def write(self, rows: Iterable[tuple[bytes, dict[str, Tensor]]]) -> None:
         """Writes rows in parts of a bounded size; what was complete when the process died is kept."""
-        pending: list[dict] = []
-        size = 0
+        pending: dict[tuple[str, ...], list[dict]] = {}  # of a part, all rows have the same tensors
+        sizes: dict[tuple[str, ...], int] = {}
         for name, tensors in rows:
-            pending.append(schema.to_row(name, tensors))
-            size += sum(tensor.nbytes for tensor in tensors.values())
-            if len(pending) == ROWS_PER_PART or size >= BYTES_PER_PART:
-                self._write_part(pending)
-                pending, size = [], 0
-        if pending:
-            self._write_part(pending)
+            kind = tuple(tensors)
+            pending.setdefault(kind, []).append(schema.to_row(name, tensors))
+            sizes[kind] = sizes.get(kind, 0) + sum(tensor.nbytes for tensor in tensors.values())
+            if len(pending[kind]) == ROWS_PER_PART or sizes[kind] >= BYTES_PER_PART:
+                self._write_part(pending.pop(kind))
+                del sizes[kind]
+        for rest in pending.values():
+            self._write_part(rest)
 
     def _write_part(self, rows: list[dict]) -> None:
         names = [column.removesuffix(".data") for column in rows[0] if column.endswith(".data")]
@@ -182,10 +188,18 @@ class Store:
                 raise DataError(f"--data.cache_dir: {part} could not be written: {error}") from error
 
 
-def damaged(folder: Path) -> list[Path]:
+def damaged(folder: Path, ours: bool = True) -> list[Path]:
     """The parts in a store's folder that are not as they were written. A part whose file has the size and the time of
-    change that it was written with is not read again."""
-    return [part for part in sorted(folder.glob("part-*")) if not is_whole(part)]
+    change that it was written with is not read again, nor is one of `ours` that was found whole."""
+    return [part for part in sorted(folder.glob("part-*")) if not is_whole(part, ours)]
+
+
+def is_old(path: Path, days: float) -> bool:
+    """Whether it was left so long ago that nobody works on it; not if another process has just removed it."""
+    try:
+        return path.stat().st_mtime < time.time() - days * 86400
+    except FileNotFoundError:
+        return False
 
 
 def discard(folder: Path, parts: Iterable[Path]) -> None:
@@ -195,7 +209,7 @@ def discard(folder: Path, parts: Iterable[Path]) -> None:
     open_part.cache_clear()  # which may hold what was removed
     opened.cache_clear()
     for beside in folder.glob(".part-*"):
-        if beside.stat().st_mtime < folder.stat().st_mtime - 86400:
+        if is_old(beside, 1):
             shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -230,7 +244,7 @@ def write_check(part: Path) -> None:
     os.replace(beside, part / CHECK)
 
 
-def is_whole(part: Path) -> bool:
+def is_whole(part: Path, ours: bool) -> bool:
     file = data_file(part)
     try:
         noted, stat = json.loads((part / CHECK).read_text(encoding="utf-8")), file.stat()
@@ -242,6 +256,6 @@ def is_whole(part: Path) -> bool:
             same = hashlib.file_digest(content, "sha256").hexdigest() == noted["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if same and os.access(part, os.W_OK):
+    if same and ours and os.access(part, os.W_OK):
         write_check(part)  # a copy: not to be read as a whole each time
     return same

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.config import DataError
+from data.store import is_old
 
 POLL = 0.05  # seconds; ten times as long after a minute
 DAYS_KEPT = 7
@@ -41,7 +42,7 @@ class Turns:
 
     def _make(self, cache_dir: Path) -> None:
         for other in cache_dir.glob(".turns-*"):  # of runs that failed on several ranks, or were killed
-            if other.stat().st_mtime < time.time() - DAYS_KEPT * 86400:
+            if is_old(other, DAYS_KEPT):
                 shutil.rmtree(other, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,24 +98,44 @@ class Turns:
         self._leave({"result": result})
         return result
 
+    def give_up(self, error: BaseException) -> None:
+        """Tells ranks that wait for this one, now or later, that it has failed outside a turn."""
+        if self.ranks > 1 and self.folder.is_dir():
+            known = isinstance(error, DataError)
+            told = {"fault": str(error)} if known else {"crash": f"{type(error).__name__}: {error}"}
+            write_beside(self._gave_up(self.rank), told)
+
+    def _gave_up(self, rank: int) -> Path:
+        return self.folder / f"failed.{rank}.json"
+
     def _file(self, rank: int) -> Path:
         return self.folder / f"{self.count}.{rank}.json"
 
     def _leave(self, content: dict[str, Any]) -> None:
-        beside = self._file(self.rank).with_suffix(".partial")
-        beside.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(beside, self._file(self.rank))
+        write_beside(self._file(self.rank), content)
 
     def _result_of(self, rank: int) -> Any:
         started = time.monotonic()
         while True:
-            try:
-                content = json.loads(self._file(rank).read_text(encoding="utf-8"))
+            content = read_if_there(self._file(rank)) or read_if_there(self._gave_up(rank))
+            if content is not None:
                 break
-            except FileNotFoundError:
-                time.sleep(POLL if time.monotonic() - started < 60 else 10 * POLL)
+            time.sleep(POLL if time.monotonic() - started < 60 else 10 * POLL)
         if "fault" in content:
             raise DataError(content["fault"])
         if "crash" in content:
             raise RuntimeError(f"rank {rank} failed: {content['crash']}")
         return content["result"]
+
+
+def write_beside(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_if_there(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

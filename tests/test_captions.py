@@ -22,7 +22,7 @@ def test_a_caption_is_left_alone():
 
 @pytest.mark.parametrize(
     ("caption", "expected"),
-    [("a dog", "sks, a dog"), ("a sks dog", "a sks dog"), ("", "sks")],
+    [("a dog", "sks, a dog"), ("a sks dog", "a sks dog"), ("", "sks"), ("risks", "sks, risks")],
 )
 def test_the_trigger_comes_first_unless_it_is_there(caption, expected):
     assert of_caption(caption, source(caption_trigger="sks"), 16) == {expected: 1.0}

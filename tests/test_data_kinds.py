@@ -212,3 +212,84 @@ def test_the_command_writes_a_folder_that_trains_as_the_images_do(options, image
     again = [option for option in options if not option.startswith("--data.images")]
     assert run_here([*again, f"--data.images={out}", "--data.caption_dropout=0.2"]) == 0
     assert json.loads((tmp_path / "out" / "loss.json").read_text()) == first, "what was held out is still held out"
+
+
+def test_held_out_rows_never_train(build, images, tmp_path):
+    """Whether they are of an encoded folder, copies with other captions, or the only ones there are."""
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for suffix in (".png", ".txt"):
+        (images / f"dog{suffix}").rename(held_out / f"dog{suffix}")
+    out = tmp_path / "encoded"
+    first = build(images=str(images), validation_images=str(held_out), flip=True, export=out)
+    again = build(images=str(out), flip=True, validation_share=0.3)
+    names = {again.validation.name(row) for row in range(len(again.validation))}
+    assert "dog.png" in names
+    assert len(again.train) + len(again.validation) == 4
+    assert first.validation.latents(0).numpy().tobytes() not in by_latents(again)
+    for name in ("cat", "owl", "tiger"):
+        shutil.copy(images / f"{name}.png", images / f"{name}2.png")
+        (images / f"{name}2.txt").write_text("again")
+    twice = build(images=str(images), validation_share=0.3)
+    assert (len(twice.train), len(twice.validation)) == (4, 2)
+    assert twice.validation.latents(0).equal(twice.validation.latents(1))
+    for file in images.glob("*.png"):
+        file.write_bytes(b"bad")
+    with pytest.raises(DataError, match="no image is left to train on"):
+        build(images=str(images), validation_images=str(held_out), on_error="skip")
+
+
+def test_an_image_that_changes_while_it_is_read_is_not_stored(build, images, monkeypatch):
+    from data import encode
+
+    plan = encode.encode_media
+
+    def changed(*arguments):
+        shutil.copy(images / "dog.png", images / "cat.png")
+        plan(*arguments)
+
+    monkeypatch.setattr(encode, "encode_media", changed)
+    with pytest.raises(DataError, match=r"cat\.png: changed since it was looked at; run again"):
+        build(images=str(images))
+
+
+def test_what_nothing_is_drawn_for_is_shown_with_its_own_caption(build, images, family):
+    (images / "cat.txt").write_text("cat, face, animal")
+    built = build(images=str(images), caption_tag_dropout=0.5, caption_shuffle=True, caption_trigger="sks")
+    row = [built.train.name(row) for row in range(4)].index("cat.png")
+    expected = family.encode_prompt(family.load_encoders("text"), ["sks, cat, face, animal"])[0]
+    torch.testing.assert_close(built.train.cond(row)["prompt_embeds"], expected["prompt_embeds"], rtol=1e-4, atol=1e-4)
+    batch = make_batch(built.train, [row], [1], range(1), torch.tensor([0.5]))
+    assert batch.cond["prompt_embeds"][0].equal(built.train.cond(row)["prompt_embeds"])
+
+
+def test_conditioning_unlike_the_empty_prompts_is_never_dropped(build, tmp_path, capsys):
+    none = {"pooled_output": None}
+    samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(4)]
+    comfy.write_folder(tmp_path / "mixed", samples)
+    built = build(images=str(tmp_path / "mixed"), caption_dropout=0.5)
+    assert "2 samples have conditioning unlike the empty prompt's" in capsys.readouterr().out
+    assert sorted(built.train.arrays["dropout"].tolist()) == [0, 0, 0.5, 0.5]
+    for bucket in built.train.buckets:
+        rows = [row for s in bucket for row in range(s.first, s.first + s.count)]
+        for seed in range(20):
+            make_batch(built.train, rows, [seed + 100 * row for row in rows], range(len(rows)))
+
+
+def test_rows_with_and_without_masks_are_kept_apart(build, images, tmp_path):
+    for name in ("cat", "dog", "owl"):
+        Image.new("L", (64, 64), 255).save(images / f"{name}_mask.png")
+    with pytest.raises(DataError, match=r"tiger\.png: no mask"):
+        build(images=str(images), masks="files")
+    built = build(images=str(images), masks="files", on_error="skip")
+    assert len(built.train) == 3
+    batch = make_batch(built.train, [0, 1, 2], [0, 1, 2], range(3))
+    assert batch.mask.equal(torch.ones(3, 16, 16))
+
+
+def test_an_encoded_folder_is_not_written_to(build, images, tmp_path):
+    build(images=str(images), export=tmp_path / "encoded")
+    shutil.copytree(tmp_path / "encoded", tmp_path / "copied", copy_function=shutil.copy)
+    before = {path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()}
+    build(images=str(tmp_path / "copied"))
+    assert {path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()} == before

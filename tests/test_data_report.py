@@ -18,6 +18,7 @@ from data.config import DataConfig
 from data.export import write_dataset
 from data.images import pixels
 from data.precompute import Build, build_datasets
+from data.store import Store
 from models import get_family
 from models.config import ModelConfig
 from training.tools import data_survey, sheets
@@ -157,8 +158,9 @@ def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
                       vae_sampling="sample", masks="alpha", caption_dropout=0.2)  # fmt: skip
     reset_accelerate()
     built = build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
-    latents = [built.train.media.row(int(place)) for place in built.train.media.places]
-    texts = [built.train.text.row(int(place)) for place in built.train.text.places]
+    media, text = Store(built.train.media.folder), Store(built.train.text.folder)
+    latents = [media.row(int(place)) for place in media.places]
+    texts = [text.row(int(place)) for place in text.places]
     sizes = [sum(t.nbytes for row in rows for t in row.values()) for rows in (latents, texts)]
     made = {row[0]: row[1:] for row in table(before, "encoding") if len(row) == 5}
     assert made["latents, with mirrored ones"] == ["12", "0", "12", data_size(sizes[0])], "two images are alike"
@@ -186,7 +188,7 @@ def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
     assert "lonely.txt: a caption without an image" in err
     code, out, err = told("--data.on_error=skip", images=odd)
     assert code == 0
-    assert out.startswith("skipped 2 of the training data")
+    assert out.startswith("2 faults of the training data; 7 samples without one remain")
     assert fact(out, "in all") == ["7, 1 skipped"]
     assert not list((tmp_path / "cache").glob(".turns-*")), "what the look left is gone"
 

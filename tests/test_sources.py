@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from conftest import script
 from PIL import Image
 
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig, DataError, SourceConfig
 from data.sources import open_source
 
 
@@ -141,9 +142,9 @@ def test_masks_are_no_images(tmp_path):
     for name in ("a.png", "a_mask.png", "b.png"):
         (tmp_path / name).write_bytes(png())
     source, faults = opened(tmp_path, caption="x", masks="files"), []
-    assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [("a.png", "a_mask.png"), ("b.png", "")]
+    assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [("a.png", "a_mask.png")]
     assert "b.png: no mask b_mask.<extension> beside it" in faults[0]
-    assert len(found(tmp_path, caption="x")[0]) == 3
+    assert sorted(found(tmp_path, caption="x")[0]) == ["a.png", "b.png"], "nor where masks are not used"
 
 
 def test_an_empty_folder_says_what_it_holds(tmp_path):
@@ -161,7 +162,7 @@ COLUMNS = {"image_column": "picture", "caption_column": "words"}
 
 
 def contents(source, rows) -> list[bytes]:
-    return [content for _, content in source.contents(rows)]
+    return [content for _, content in source.contents({row: "" for row in rows})]
 
 
 def test_a_hugging_face_dataset_on_disk(tmp_path):
@@ -230,3 +231,54 @@ def test_a_run_lists_all_bad_files_at_once_and_ends_with_2(options, images, tmp_
                  "dog.txt: not UTF-8", "lonely.txt: a caption without an image"):  # fmt: skip
         assert part in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_odd_files_and_names_are_faults_or_left_alone(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.symlink("a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    (tmp_path / "README.txt").write_text("no caption")
+    (tmp_path / "metadata.parquet").touch()
+    rows = [
+        {"file_name": "a.png", "text": "a"},
+        {"file_name": "b.png", "text": None},
+        {"file_name": "gone.png", "text": "g"},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    entries, faults = found(tmp_path)
+    assert entries == {"a.png": ("a", 1)}
+    for part in ("a name that is not UTF-8", "b.png has no caption", "gone.png: cannot be read"):
+        assert len([fault for fault in faults if part in fault]) == 1, (part, faults)
+    folder = tmp_path / "20240101123045_photos"
+    folder.mkdir()
+    (folder / "c.png").write_bytes(png())
+    assert found(folder, caption="x")[0] == {"c.png": ("x", 1)}
+
+
+def test_a_row_that_cannot_be_read_does_not_take_others_with_it(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+    source = opened(tmp_path, caption="x")
+    names = {entry.row: entry.name for entry in source.entries([])}
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "aa.png").write_bytes(b"new")
+    read = dict(source.contents(names))
+    assert [read[0], read[2]] == [png()] * 2
+    assert isinstance(read[1], DataError)
+
+
+def test_a_streamed_row_is_another_when_its_column_or_file_is(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    table(tmp_path).to_parquet(folder / "0.parquet")
+
+    def stamps(**more) -> list[str]:
+        sources = (SourceConfig(str(folder), streaming=True),)
+        data = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more})
+        return [e.stamp for e in open_source(data.all_sources()[0], data, None, {}).entries([])]
+
+    first = stamps()
+    assert stamps() == first
+    table(tmp_path).rename_column("picture", "other").to_parquet(folder / "0.parquet")
+    assert not set(first) & set(stamps(image_column="other"))

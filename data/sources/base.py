@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data.config import SourceConfig
+from data.config import DataError, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Source(ABC):
     def entries(self, faults: list[str]) -> Iterator[Entry]:
         """All rows in a fixed order; what is wrong with some is added to `faults`. Opens no image."""
 
-    def contents(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        """The files of `rows`, which ascend. A DataError stands for a row that cannot be read."""
+    def contents(self, names: dict[int, str]) -> Iterator[tuple[int, bytes | DataError]]:
+        """The files of rows, which ascend, with their names. A DataError stands for one that cannot be read."""
         raise NotImplementedError(f"{self.config.path} has no images")
 
     def planned(self, row: int) -> dict[str, Any] | None:

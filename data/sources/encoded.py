@@ -62,7 +62,7 @@ class EncodedSource(Source):
             return [f"{self.folder}: not a dataset that export-dataset wrote: {error}"]
         faults = [f"{self.folder}: {self._difference(name, about.get(name), wanted[name])}" for name in differing]
         for name, column in (("media", "media"), ("text", "texts")):
-            broken = [f"{part}: damaged; export the dataset again" for part in damaged(self.folder / name)]
+            broken = [f"{part}: damaged; export the dataset again" for part in damaged(self.folder / name, ours=False)]
             faults += broken
             lost = 0 if broken else Store(self.folder / name).find(tables.keys(rows.column(column))) == MISSING
             faults += [f"{self.folder / name}: {int(np.sum(lost))} of its rows are not there"] if np.any(lost) else []

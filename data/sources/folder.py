@@ -2,15 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig, DataError, SourceConfig
 from data.images import EXTENSIONS
 from data.sources.base import Entry, Source
-from data.sources.metadata import METADATA, Described, read_metadata
+from data.sources.metadata import METADATA, Described, is_text, read_metadata
 
 MASK = "_mask"
 
@@ -38,7 +38,7 @@ class FolderSource(Source):
     def __init__(self, config: SourceConfig, data: DataConfig):
         super().__init__(config)
         self.folder, self.with_masks = Path(config.path), data.masks == "files"
-        self.paths: list[Path] = []
+        self.count = 0
 
     def entries(self, faults: list[str]) -> Iterator[Entry]:
         counts, shared = self._survey(faults)
@@ -60,18 +60,25 @@ class FolderSource(Source):
                 described = read_metadata(directory.metadata, there, self.config, faults)
             for path in directory.images:
                 captions = self._captions(directory, path, (shared, described), faults)
-                if captions is not None:
+                entry = None if captions is None else self._entry(directory, path, captions, faults)
+                if entry is not None:
                     weight = described[path.name].weight if path.name in described else 1.0
-                    yield replace(self._entry(directory, path, captions, faults), weight=weight)
+                    yield replace(entry, weight=weight)
 
-    def _entry(self, directory: Directory, path: Path, captions: list[str], faults: list[str]) -> Entry:
-        mask = directory.masks.get(path.stem + MASK)
+    def _entry(self, directory: Directory, path: Path, captions: list[str], faults: list[str]) -> Entry | None:
+        mask = directory.masks.get(path.stem + MASK) if self.with_masks else None
         if self.with_masks and mask is None:
             faults.append(f"{path}: no mask {path.stem}{MASK}.<extension> beside it (--data.masks files)")
-        self.paths.append(path)
+            return None
+        try:
+            stamp = stamp_of(path)
+        except OSError as error:
+            faults.append(f"{path}: cannot be read: {error.strerror}")
+            return None
         repeats = self.config.repeats * repeats_of(path, self.folder)
         name = str(path.relative_to(self.folder))
-        return Entry(len(self.paths) - 1, name, captions, stamp_of(path), repeats, 1.0, str(mask or ""))
+        self.count += 1
+        return Entry(self.count - 1, name, captions, stamp, repeats, 1.0, str(mask or ""))
 
     def _survey(self, faults: list[str]) -> tuple[dict[str, Any], Path | None]:
         """What there is, and the one caption file for all images if there is one. Names alone are looked at."""
@@ -88,6 +95,8 @@ class FolderSource(Source):
                 faults += [f"{file}: a caption file beside --data.caption; keep one of the two" for file in files]
         if self.config.caption is not None:
             return counts, None
+        if counts["metadata"]:
+            return counts, None  # then a README.txt is no caption
         if counts["captions"] == 1 and len(orphans) == 1 and counts["images"]:
             return counts, orphans[0]
         faults += [f"{file}: a caption without an image" for file in orphans] if counts["images"] else []
@@ -138,10 +147,13 @@ class FolderSource(Source):
         lower: dict[str, str] = {}
         for name in names:
             file = path / name
+            if not is_text(name):
+                faults.append(f"{str(file)!a}: a name that is not UTF-8")
+                continue
             if (other := lower.setdefault(name.lower(), name)) != name:
                 faults.append(f"{file}: differs from {other} by case alone, and is the same file on other systems")
             if file.suffix.lower() in EXTENSIONS:
-                if self.with_masks and file.stem.endswith(MASK):
+                if file.stem.endswith(MASK) and (self.with_masks or of_image(file, names)):
                     directory.masks[file.stem] = file
                 else:
                     directory.images.append(file)
@@ -153,12 +165,18 @@ class FolderSource(Source):
                 directory.others.append(file.suffix or name)
         return directory
 
-    def contents(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        if not self.paths:
-            for _ in self.entries([]):
-                pass
-        for row in rows:
-            yield row, self.paths[row].read_bytes()
+    def contents(self, names: dict[int, str]) -> Iterator[tuple[int, bytes | DataError]]:
+        for row, name in names.items():
+            try:
+                yield row, (self.folder / name).read_bytes()
+            except OSError as error:
+                yield row, DataError(f"cannot be read: {error.strerror}")
+
+
+def of_image(mask: Path, names: list[str]) -> bool:
+    """Whether there is an image beside a file that has a mask's name."""
+    wanted = mask.stem.removesuffix(MASK)
+    return any(Path(name).stem == wanted and Path(name).suffix.lower() in EXTENSIONS for name in names)
 
 
 def is_directory(item: os.DirEntry) -> bool:
@@ -176,7 +194,7 @@ def stamp_of(path: Path) -> str:
 def repeats_of(path: Path, folder: Path) -> int:
     """kohya's convention: an image in a folder named `<repeats>_<name>` is seen that often per epoch."""
     for parent in [path.parent, *path.parent.parents]:
-        if match := re.fullmatch(r"(\d+)_.*", parent.name):
+        if match := re.fullmatch(r"(\d{1,4})_.*", parent.name):
             return max(1, int(match[1]))
         if parent == folder:
             break

@@ -60,24 +60,31 @@ def described(row: dict[str, Any], config: SourceConfig) -> Described:
     """A row of a metadata file or of a dataset."""
     captions = None
     if config.caption is None:
-        captions = captions_of(row[str(config.caption_column)])
+        captions = captions_of(row.get(str(config.caption_column)))
         if captions is None:
             raise DataError(f"has no caption in {config.caption_column}")
     if config.weight_column is None:
         return Described(captions, 1.0)
     try:
-        weight = float(row[config.weight_column])
+        weight = float(row.get(config.weight_column))  # type: ignore[arg-type]  # None is a fault too
     except (TypeError, ValueError):
         weight = -1.0
     if not 0 <= weight < float("inf"):
-        raise DataError(f"has no weight of 0 or more in {config.weight_column}: {row[config.weight_column]!r}")
+        raise DataError(f"has no weight of 0 or more in {config.weight_column}: {row.get(config.weight_column)!r}")
     return Described(captions, weight)
 
 
 def captions_of(cell: Any) -> list[str] | None:
     """One caption or a list of them."""
     texts = [cell] if isinstance(cell, str) else cell
-    return texts if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) else None
+    if isinstance(texts, list) and texts and all(isinstance(text, str) and is_text(text) for text in texts):
+        return texts
+    return None
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: what the system could not decode cannot."""
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def metadata_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """A Hugging Face dataset: on disk (save_to_disk, parquet files, webdataset archives) or on the hub, or streamed."""
 
+import tarfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.config import DataError, SourceConfig
 from data.sources.base import Entry, Source
-from data.sources.metadata import Described, columns, described
+from data.sources.metadata import METADATA, Described, columns, described
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
@@ -15,7 +17,7 @@ def files_of(folder: Path) -> dict[str, list[str]]:
     """The data files directly in a folder, by the name of the loader that reads them."""
     found: dict[str, list[str]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix in LOADERS:
+        if file.suffix in LOADERS and file.name not in METADATA:
             found.setdefault(LOADERS[file.suffix], []).append(str(file))
     return found
 
@@ -27,6 +29,8 @@ class TableSource(Source):
         super().__init__(config)
         self.cache_dir = str(Path(cache_dir) / "datasets")  # where the library puts what it makes of files
         self._loaded: Any = None
+        self._stream: Iterator[dict[str, Any]] | None = None
+        self._position = 0
 
     def _load(self) -> Any:
         """The dataset; DataError if it cannot be had or lacks a column."""
@@ -46,7 +50,7 @@ class TableSource(Source):
                 loaded = datasets.load_dataset(loader, **options)
             else:
                 loaded = datasets.load_dataset(config.path, streaming=config.streaming, **cached)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{config.path}: could not be loaded as a dataset: {error}") from error
         return self._checked(self._split(loaded))
 
@@ -79,6 +83,14 @@ class TableSource(Source):
             raise DataError(f"{config.path}: column {config.image_column} holds {feature}, not images")
         return loaded.cast_column(config.image_column, datasets.Image(decode=False))
 
+    def _identity(self) -> str:
+        """What changes with the content: without a way to know, nothing is the same as in another run."""
+        files = [Path(name) for found in files_of(Path(self.config.path)).values() for name in found]
+        if files:
+            stats = [(file, file.stat()) for file in files]
+            return " ".join(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+        return getattr(self.loaded, "_fingerprint", "") or uuid.uuid4().hex
+
     @property
     def loaded(self) -> Any:
         if self._loaded is None:
@@ -92,7 +104,7 @@ class TableSource(Source):
             faults.append(str(error))
             return
         config, row = self.config, -1
-        identity = getattr(loaded, "_fingerprint", "") or f"{config.path} {config.split}"
+        identity = f"{self._identity()} {config.image_column}"
         read = list(columns(config).values())
         for row, cells in enumerate(loaded.select_columns(read) if read else range_of(loaded)):
             try:
@@ -105,20 +117,23 @@ class TableSource(Source):
         if row < 0:
             faults.append(f"{config.path}: the dataset is empty")
 
-    def contents(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        column = self.config.image_column
-        if hasattr(self.loaded, "__len__"):
-            for row in rows:
-                yield row, content_of(self.loaded[row][column])
-            return
-        wanted = iter(rows)
-        next_row = next(wanted, None)
-        for row, cells in enumerate(self.loaded):
-            if next_row is None:
-                return
-            if row == next_row:
-                yield row, content_of(cells[column])
-                next_row = next(wanted, None)
+    def contents(self, names: dict[int, str]) -> Iterator[tuple[int, bytes | DataError]]:
+        for row in names:
+            try:
+                cells = self.loaded[row] if hasattr(self.loaded, "__len__") else self._streamed(row)
+                yield row, content_of(cells[str(self.config.image_column)])
+            except (OSError, tarfile.TarError) as error:
+                yield row, DataError(f"cannot be read: {error}")
+
+    def _streamed(self, row: int) -> dict[str, Any]:
+        """A row of a stream, which goes on from the row before."""
+        if self._stream is None or row < self._position:
+            self._stream, self._position = iter(self.loaded), 0
+        while self._position < row:
+            next(self._stream)
+            self._position += 1
+        self._position += 1
+        return next(self._stream)
 
 
 def range_of(loaded: Any) -> Iterable[Any]:
