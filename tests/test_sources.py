@@ -111,6 +111,17 @@ def test_captions_of_a_metadata_file(tmp_path, kind):
     assert "a.png has no weight of 0 or more in text: 'of a'" in faults[0]
 
 
+def test_a_metadata_file_may_speak_of_sub_folders(tmp_path):
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png", "sub/deep/c.png"):
+        (tmp_path / name).write_bytes(png())
+    rows = [{"file_name": name, "text": f"of {name}"} for name in ("a.png", "sub/b.png", "sub/deep/c.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert found(tmp_path) == ({row["file_name"]: (row["text"], 1) for row in rows}, [])
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,other\n")
+    assert any("is there too; keep one of the two" in fault for fault in found(tmp_path)[1])
+
+
 def test_every_fault_of_a_metadata_file_is_named(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())

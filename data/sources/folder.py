@@ -53,17 +53,16 @@ class FolderSource(Source):
                 "--data.caption, or write caption files"
             )
             return
+        described: dict[Path, Described] = {}
         for directory in self._directories([]):
-            described = {}
-            if directory.metadata is not None:
-                there = {image.name for image in directory.images}
-                described = read_metadata(directory.metadata, there, self.config, faults)
+            if directory.metadata is not None:  # which may speak of sub-folders, and these come later
+                described |= read_metadata(directory.metadata, self.config, faults)
             for path in directory.images:
-                captions = self._captions(directory, path, (shared, described), faults)
+                known = described.pop(path, None)
+                captions = self._captions(directory, path, (shared, known), faults)
                 entry = None if captions is None else self._entry(directory, path, captions, faults)
                 if entry is not None:
-                    weight = described[path.name].weight if path.name in described else 1.0
-                    yield replace(entry, weight=weight)
+                    yield replace(entry, weight=known.weight) if known is not None else entry
 
     def _entry(self, directory: Directory, path: Path, captions: list[str], faults: list[str]) -> Entry | None:
         mask = directory.masks.get(path.stem + MASK) if self.with_masks else None
@@ -103,15 +102,15 @@ class FolderSource(Source):
         return counts, None
 
     def _captions(
-        self, directory: Directory, path: Path, given: tuple[Path | None, dict[str, Described]], faults: list[str]
+        self, directory: Directory, path: Path, given: tuple[Path | None, Described | None], faults: list[str]
     ) -> list[str] | None:
-        shared, described = given
+        shared, known = given
         files = [shared] if shared is not None else directory.captions.get(path.stem, [])
         if self.config.caption is not None:
             return [self.config.caption]
-        found = described[path.name].captions if path.name in described else None
+        found = None if known is None else known.captions
         if found is not None and files:
-            faults.append(f"{path}: captions in {files[0].name} and in {directory.metadata}; keep one of the two")
+            faults.append(f"{path}: captions in {files[0].name} and in a metadata file; keep one of the two")
         elif found is not None:
             return found
         if not files:
@@ -159,6 +158,8 @@ class FolderSource(Source):
                     directory.images.append(file)
             elif file.suffix in (self.config.caption_extension or ()):
                 directory.captions.setdefault(file.stem, []).append(file)
+            elif name in METADATA and directory.metadata is not None:
+                faults.append(f"{file}: {directory.metadata.name} is there too; keep one of the two")
             elif name in METADATA:
                 directory.metadata = file
             else:

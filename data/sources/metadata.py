@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ class Described:
     weight: float
 
 
-def read_metadata(file: Path, there: set[str], config: SourceConfig, faults: list[str]) -> dict[str, Described]:
-    """By file name; `there` are the images beside `file`."""
+def read_metadata(file: Path, config: SourceConfig, faults: list[str]) -> dict[Path, Described]:
+    """By the images' paths, which `file` names as seen from its folder."""
     if config.caption is not None and config.weight_column is None:
         return {}
     try:
@@ -36,15 +37,16 @@ def read_metadata(file: Path, there: set[str], config: SourceConfig, faults: lis
         known = ", ".join(map(str, rows[0])) if rows else "none"
         faults.append(f"{file}: no column {' and '.join(lacking)}; it has {known}")
         return {}
-    result: dict[str, Described] = {}
+    result: dict[Path, Described] = {}
     for number, row in enumerate(rows, 1):
-        if row.get(FILE_NAME) not in there:
-            faults.append(f"{file} row {number}: {row.get(FILE_NAME)} is not in {file.parent}")
+        name = str(row.get(FILE_NAME))
+        if not os.path.lexists(file.parent / name):
+            faults.append(f"{file} row {number}: {name} is not in {file.parent}")
             continue
         try:
-            result[row[FILE_NAME]] = described(row, config)
+            result[file.parent / name] = described(row, config)
         except DataError as error:
-            faults.append(f"{file} row {number}: {row[FILE_NAME]} {error}")
+            faults.append(f"{file} row {number}: {name} {error}")
     return result
 
 
