@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak_memory
 from data import batches as data_batches
 from data import tables
 from data.batches import MicroBatches, micro_batches
@@ -75,7 +76,7 @@ def indexed(folder: Path) -> LatentDataset:
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
     rows = tables.mapped(folder / "rows.arrow")
     write_index(folder / "index", rows, np.arange(len(rows)), stores)
-    return LatentDataset(folder / "index", folder / "listing.arrow", stores)
+    return LatentDataset(folder / "index", stores)
 
 
 def sdxl(count: int) -> tuple[list[Tensors], list[Tensors]]:
@@ -234,21 +235,15 @@ def use_rows(folder: Path, batches: int) -> dict[str, float]:
     start = time.perf_counter()
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
     opened = time.perf_counter()
-    dataset = LatentDataset(folder / "index", folder / "listing.arrow", stores)
+    dataset = LatentDataset(folder / "index", stores)
     numbers = micro_batches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8), range(batches), 0, False)
     next(numbers)
     first = time.perf_counter()
     for _ in numbers:
         pass
-    result = {"peak": peak_memory(), "open": opened - start, "first": first - opened}
+    result = {"peak": peak_memory() / 2**20, "open": opened - start, "first": first - opened}
     indexed(folder)
-    return {**result, "index peak": peak_memory()}
-
-
-def peak_memory() -> float:
-    """MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return {**result, "index peak": peak_memory() / 2**20}
 
 
 def growth(counts: tuple[int, int], rounds: int = 3, batches: int = BATCHES) -> list[dict[str, float]]:

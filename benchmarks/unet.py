@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_memory
 from lora_algos.attach import adaptable_layers, attach
 from lora_algos.config import AdapterOptions, LayerSpec
 
@@ -100,12 +101,6 @@ def stepper(name: str, unet: nn.Module, size: int) -> Callable[[], Tensor]:
 
 def set_checkpointing(unet: Any, on: bool) -> None:
     unet.enable_gradient_checkpointing() if on else unet.disable_gradient_checkpointing()
-
-
-def peak_memory() -> int:
-    """Bytes that this process had resident at most."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def alone(name: str, checkpointing: bool, tiny: bool) -> int:

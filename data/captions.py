@@ -20,9 +20,8 @@ Variants = dict[str, float]
 
 def variants(captions: list[str], source: SourceConfig, max_variants: int) -> Variants:
     """All that an image with these captions can be shown with."""
-    trigger = "" if source.regularisation else (source.caption_trigger or "").strip()
     # first the first caption as it is, which is shown wherever nothing is drawn
-    result: Variants = {with_trigger(captions[0], trigger, source.caption_separator or ","): 0.0}
+    result: Variants = {as_given(captions[0], source): 0.0}
     for caption in captions:
         for text, share in of_caption(caption, source, max_variants).items():
             result[text] = result.get(text, 0.0) + share / len(captions)
@@ -30,10 +29,10 @@ def variants(captions: list[str], source: SourceConfig, max_variants: int) -> Va
 
 
 def of_caption(caption: str, source: SourceConfig, max_variants: int) -> Variants:
-    trigger = "" if source.regularisation else (source.caption_trigger or "").strip()
-    separator = source.caption_separator or ","
+    """All that one caption can become."""
     if not (source.caption_shuffle or source.caption_tag_dropout):
-        return {with_trigger(caption, trigger, separator): 1.0}
+        return {as_given(caption, source): 1.0}
+    separator, trigger = source.caption_separator or ",", trigger_of(source)
     tags = [tag.strip() for tag in caption.split(separator) if tag.strip()]
     if trigger in tags:
         tags.remove(trigger)
@@ -42,16 +41,21 @@ def of_caption(caption: str, source: SourceConfig, max_variants: int) -> Variant
     orders = all_orders if number_of_orders(free, source) <= max_variants else drawn_orders
     result: Variants = {}
     for order, share in orders(free, source, max_variants):
-        text = joined([*kept, *order], separator)
-        text = with_trigger(text, trigger, separator)
+        text = as_given(joined([*kept, *order], separator), source)
         result[text] = result.get(text, 0.0) + share
     return result
 
 
-def with_trigger(caption: str, trigger: str, separator: str) -> str:
+def trigger_of(source: SourceConfig) -> str:
+    return "" if source.regularisation else (source.caption_trigger or "").strip()
+
+
+def as_given(caption: str, source: SourceConfig) -> str:
+    """A caption with the source's trigger before it, unless it has that already."""
+    trigger = trigger_of(source)
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
-    return joined([trigger, caption], separator) if caption else trigger
+    return joined([trigger, caption], source.caption_separator or ",") if caption else trigger
 
 
 def joined(tags: list[str], separator: str) -> str:

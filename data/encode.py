@@ -19,7 +19,7 @@ from data.buckets import Crop
 from data.config import DataConfig, DataError
 from data.identity import key_of
 from data.index import Stores
-from data.plan import Planner, ahead
+from data.plan import Planner, ahead, has_images
 from data.store import Store
 from models.base import ModelFamily
 
@@ -46,6 +46,10 @@ class Work:
         rank, ranks = self.share
         return todo[np.arange(len(todo)) // self.config.encode_batch_size % ranks == rank]
 
+    def has_images(self) -> np.ndarray:
+        """Whether each row is an image, or else latents already."""
+        return has_images(self.rows, self.listing, self.planner.sources)
+
     def progress(self, items: Iterator, total: int, what: str) -> Iterator:
         return tqdm(items, desc=f"encoding {what}", total=total, disable=self.share[0] != 0 or not total)
 
@@ -69,13 +73,13 @@ def encode_texts(work: Work, store: Store, todo: np.ndarray) -> tuple[int, list[
     number = 0
     if not len(places):
         return number, too_long
-    owner = lists_to_rows(tables.lengths(work.rows.column("texts")))
+    counts = tables.lengths(work.rows.column("texts"))
+    owner, first = lists_to_rows(counts), tables.starts(counts)
     encoders = work.family.load_encoders("text").to(work.device)
     size = work.config.encode_batch_size
 
     def captions() -> Iterator[str]:
         here = places[places < len(owner)]
-        first = np.concatenate([[0], np.cumsum(tables.lengths(work.rows.column("texts")))])
         for place, (row, entry) in zip(here, work.cells(owner[here]), strict=True):
             source = work.planner.sources.opened[entry["source"]].config
             shares = work.planner.shares(entry, source, row["held_out"])
@@ -176,7 +180,7 @@ def encode_media(work: Work, store: Store, todo: np.ndarray) -> None:
 def decoding(work: Work, places: np.ndarray) -> Iterator[Any]:
     """A function for each place that makes its Picture, and can run in a thread of its own."""
     counts = tables.lengths(work.rows.column("media"))
-    owner, first = lists_to_rows(counts), np.concatenate([[0], np.cumsum(counts)])
+    owner, first = lists_to_rows(counts), tables.starts(counts)
     for start in range(0, len(places), tables.BATCH):
         part = places[start : start + tables.BATCH]
         wanted: dict[int, list[tuple[dict[str, Any], bool]]] = {}

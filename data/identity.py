@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from data.files import stamp_of, write_beside
 
 MEMO = "file_hashes.json"
 KEY_BYTES = 16
@@ -34,19 +35,16 @@ def file_hashes(paths: Iterable[Path], cache_dir: Path) -> dict[Path, str]:
         memo = {}
     result, news = {}, {}
     for path in paths:
-        stat = path.stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        key = stamp_of(path)
         if key not in memo:
             with path.open("rb") as file:
                 news[key] = hashlib.file_digest(file, "sha256").hexdigest()
         result[path] = memo.get(key) or news[key]
-        if stat.st_size < 1_000_000:
+        if path.stat().st_size < 1_000_000:
             news.pop(key, None)
     if news:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        beside = memo_path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({**memo, **news}, indent=1), encoding="utf-8")
-        os.replace(beside, memo_path)
+        write_beside(memo_path, json.dumps({**memo, **news}, indent=1))
     return result
 
 

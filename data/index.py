@@ -47,10 +47,10 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
     arrays.add("crop", crops(rows)[taken])
     arrays.save("entry", rows.column("entry").to_numpy()[taken])
     lengths = tables.lengths(rows.column("texts"))
-    starts = np.cumsum(lengths) - lengths
-    lengths, ends = lengths[taken], np.cumsum(lengths[taken])
-    arrays.add("text_first", np.concatenate([[0], ends]))
-    items = np.arange(lengths.sum()) + np.repeat(starts[taken] - (ends - lengths), lengths)  # lists in the new order
+    starts = tables.starts(lengths)[taken]
+    lengths = lengths[taken]
+    arrays.add("text_first", np.concatenate([[0], np.cumsum(lengths)]))
+    items = np.arange(lengths.sum()) + np.repeat(starts - tables.starts(lengths), lengths)  # lists in the new order
     arrays.add("shares", flat(rows.column("shares"))[items])
     arrays.add_places("texts", tables.keys(rows.column("texts"))[items], stores.text)
     fingerprint = arrays.state.hexdigest()
@@ -106,7 +106,7 @@ def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[
     Rows of a bucket may share a batch: they have one size, and all their tensors the same dtypes and shapes.
     """
     lengths = tables.lengths(rows.column("texts"))
-    text = tables.keys(rows.column("texts"))[np.cumsum(lengths) - lengths][chosen]
+    text = tables.keys(rows.column("texts"))[tables.starts(lengths)][chosen]
     media, crop = media_keys(rows)[chosen, 0], crops(rows)[chosen]
     bucket = [
         stores.text.kinds(stores.text.find(text)),
@@ -146,9 +146,10 @@ def segments(repeats: np.ndarray, another: np.ndarray) -> list[list[list[int]]]:
 class LatentDataset:
     """Encoded images with their captions; rows are read from disk when they are asked for."""
 
-    def __init__(self, folder: Path, listing: Path, stores: Stores, mask_floor: float = 0.0):
-        """`listing`: for names and captions, which training does not read. `mask_floor`: the least that counts."""
-        self.folder, self.listing, self.mask_floor = folder, listing, mask_floor
+    def __init__(self, folder: Path, stores: Stores, mask_floor: float = 0.0):
+        """`folder`: what write_index wrote, with the listing for names and captions, which training does not read.
+        `mask_floor`: the least that a mask counts."""
+        self.folder, self.listing, self.mask_floor = folder, folder / "listing.arrow", mask_floor
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.fingerprint: str = about["fingerprint"]
         self.buckets = tuple(tuple(Segment(*segment) for segment in bucket) for bucket in about["segments"])

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from data import images, tables
 from data.buckets import Buckets, Crop
-from data.captions import variants, with_trigger
+from data.captions import as_given, variants
 from data.config import DataConfig, DataError, SourceConfig
+from data.files import stamp_of
 from data.identity import key_of
 from data.sources import Source
 from data.store import MISSING, Store
@@ -69,14 +71,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def facts_key(cells: dict[str, Any]) -> bytes:
-    return key_of("facts", cells["stamp"], mask_stamp(cells["mask"]))
-
-
-def mask_stamp(path: str) -> str:
-    if not path:
-        return ""
-    stat = os.stat(path)
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    return key_of("facts", cells["stamp"], stamp_of(Path(cells["mask"])) if cells["mask"] else "")
 
 
 def look(given: tuple[dict[str, Any], bytes | DataError]) -> tuple[dict[str, Any], dict[str, Tensor] | str]:
@@ -177,8 +172,7 @@ class Planner:
     def shares(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, float]:
         """The captions of a row, and how often each is drawn; held-out rows have one that never changes."""
         if held_out:  # nothing of it is left to chance
-            trigger, separator = (config.caption_trigger or "").strip(), config.caption_separator or ","
-            return {with_trigger(cells["captions"][0], trigger, separator): 1.0}
+            return {as_given(cells["captions"][0], config): 1.0}
         return variants(cells["captions"], config, self.config.max_variants)
 
     def _facts(self, cells: dict[str, Any]) -> tuple[bytes, bytes, Crop]:
@@ -204,3 +198,9 @@ def missing(keys: np.ndarray, store: Store, wanted: np.ndarray) -> np.ndarray:
     lacking = np.flatnonzero((store.find(keys) == MISSING) & wanted)
     _, first = np.unique(keys[lacking], return_index=True)
     return np.sort(lacking[first])
+
+
+def has_images(rows: pa.Table, listing: pa.Table, sources: Sources) -> np.ndarray:
+    """Whether each row is an image, or else latents already."""
+    source = listing.column("source").to_numpy()[rows.column("entry").to_numpy()]
+    return np.array([opened.has_images for opened in sources.opened])[source]

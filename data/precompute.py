@@ -26,12 +26,13 @@ from accelerate import Accelerator
 from data import encode, images, tables
 from data.buckets import Buckets
 from data.config import DataConfig, DataError, SourceConfig
+from data.files import is_old
 from data.identity import KEY_BYTES, digest, files_identity, key_of
 from data.index import LatentDataset, Stores, write_index
-from data.plan import VERSION, Planner, Sources, inspect_share, missing, write_listing, write_rows
+from data.plan import VERSION, Planner, Sources, has_images, inspect_share, missing, write_listing, write_rows
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
-from data.store import Store, damaged, discard, is_old
+from data.store import Store, damaged, discard
 from data.turns import Turns
 from models.base import ModelFamily
 
@@ -91,9 +92,6 @@ class Build:
         except BaseException as error:
             turns.give_up(error)
             raise
-        finally:
-            if turns.ranks == 1:
-                shutil.rmtree(turns.folder, ignore_errors=True)
 
     def __init__(self, config: DataConfig, family: ModelFamily, turns: Turns, accelerator: Accelerator):
         self.config, self.family, self.turns, self.accelerator = config, family, turns, accelerator
@@ -135,11 +133,8 @@ class Build:
             print(listed(f"{number} captions are longer than the text encoder reads; the end is cut", first))
         self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
         self.turns.each(lambda: encode.import_tensors(work, stores))
-        names = self.turns.main(lambda: self._index(stores))
-        for store, parts in ((stores.media, names["media_parts"]), (stores.text, names["text_parts"])):
-            store.parts = [Path(part) for part in parts]
-            store.forget_keys()
-        train, validation = (self._dataset(name, stores) for name in names["indices"])
+        indices = self.turns.main(lambda: self._index(stores))
+        train, validation = (self._dataset(name, stores) for name in indices)
         assert train is not None
         return Datasets(train, validation, planned.missing_images, planned.missing_captions, planned.skipped)
 
@@ -170,7 +165,7 @@ class Build:
         bad = sorted((entry, fault) for part in found for entry, fault in part)
         faults = [*faults, *(fault for _, fault in bad)]
         if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):
-            raise_faults(faults)
+            raise DataError(listed(f"the training data has {len(faults)} fault{'s' * (len(faults) > 1)}", faults))
         if faults and self.turns.rank == 0:
             remain = len(tables.mapped(self.listing)) - len(bad)
             print(listed(f"{len(faults)} faults of the training data; {remain} samples without one remain", faults))
@@ -185,7 +180,7 @@ class Build:
         texts = tables.keys(rows.column("texts"))
         if any(value > 0 for value in rows.column("dropout").unique().to_pylist()):
             texts = np.concatenate([texts, np.array([key_of("")], f"S{KEY_BYTES}")])
-        with_images = self._with_images(rows)
+        with_images = has_images(rows, tables.mapped(self.listing), self.sources)
         of_media = np.repeat(with_images, tables.lengths(rows.column("media")))
         of_texts = np.ones(len(texts), bool)  # the last may be the empty prompt, which is no row's
         owned = np.repeat(with_images, tables.lengths(rows.column("texts")))
@@ -198,14 +193,8 @@ class Build:
             np.save(self.turns.folder / f"{name}.npy", places)
         return {name: len(places) for name, places in todo.items()}
 
-    def _with_images(self, rows: Any) -> np.ndarray:
-        """Whether each row is an image, or else latents already."""
-        source = tables.mapped(self.listing).column("source").to_numpy()[rows.column("entry").to_numpy()]
-        has_images = np.array([opened.has_images for opened in self.sources.opened])
-        return has_images[source]
-
-    def _index(self, stores: Stores) -> dict[str, Any]:
-        """Writes the indices of training and validation; returns their names and the parts that they speak of."""
+    def _index(self, stores: Stores) -> list[str | None]:
+        """Writes the indices of training and validation, if there is any; returns their names."""
         stores.media.reload()
         stores.text.reload()
         rows = tables.mapped(self.rows)
@@ -214,11 +203,7 @@ class Build:
         for chosen in (train, held_out):
             folder = self.turns.folder / f"index{len(names)}"
             names.append(self._keep(folder, write_index(folder, rows, chosen, stores)) if len(chosen) else None)
-        parts = {
-            "media_parts": [str(part) for part in stores.media.parts],
-            "text_parts": [str(part) for part in stores.text.parts],
-        }
-        return {"indices": names, **parts}
+        return names
 
     def _keep(self, folder: Path, identity: str) -> str:
         """Moves an index and its listing to their place in the cache; returns the name of the place."""
@@ -243,7 +228,10 @@ class Build:
         if name is None:
             return None
         folder = self.cache / name
-        return LatentDataset(folder, folder / "listing.arrow", stores, self.config.mask_floor)
+        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        stores.media.only_places(about["media_parts"])  # as the index numbers them
+        stores.text.only_places(about["text_parts"])
+        return LatentDataset(folder, stores, self.config.mask_floor)
 
     def split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on, and rows held out: those of validation sources, and the share of different images with the
@@ -271,12 +259,6 @@ def discard_damaged(folders: Iterable[Path]) -> None:
         for part in found:
             print(f"{part} is damaged: its rows are encoded again")
         discard(folder, found)
-
-
-def raise_faults(faults: list[str]) -> None:
-    """One DataError for all faults of a run's images and captions."""
-    if faults:
-        raise DataError(listed(f"the training data has {len(faults)} fault{'s' * (len(faults) > 1)}", faults))
 
 
 def listed(what: str, faults: list[str]) -> str:

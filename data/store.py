@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from data import schema
 from data.config import DataError
+from data.files import is_old, write_beside
 from data.identity import KEY_BYTES, digest
 from data.schedule import key
 
@@ -104,8 +104,10 @@ class Store:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def forget_keys(self) -> None:
-        """Rows can still be had by place: all that training does, for which the keys would take 24 bytes a row."""
+    def only_places(self, parts: list[str]) -> None:
+        """Numbers the parts like this, whatever others there are by now, and forgets the keys: training asks for rows
+        by place alone, and the keys take 24 bytes a row."""
+        self.parts = [Path(part) for part in parts]
         self.keys, self.places = np.empty(0, f"S{KEY_BYTES}"), np.empty(0, np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -134,10 +136,6 @@ class Store:
 
     def row(self, place: int) -> dict[str, Tensor]:
         return {name: batch[0] for name, batch in self.rows([place]).items()}
-
-    def shape(self, place: int, name: str) -> tuple[int, ...]:
-        part, row = self.part(place)
-        return part.columns[name].kind(row)[1]
 
     def rows(self, places: Iterable[int]) -> dict[str, Tensor]:
         """All tensors of those rows, each name's as one batch."""
@@ -194,14 +192,6 @@ def damaged(folder: Path, ours: bool = True) -> list[Path]:
     return [part for part in sorted(folder.glob("part-*")) if not is_whole(part, ours)]
 
 
-def is_old(path: Path, days: float) -> bool:
-    """Whether it was left so long ago that nobody works on it; not if another process has just removed it."""
-    try:
-        return path.stat().st_mtime < time.time() - days * 86400
-    except FileNotFoundError:
-        return False
-
-
 def discard(folder: Path, parts: Iterable[Path]) -> None:
     """Removes `parts`, and what was left by processes that were killed more than a day ago."""
     for part in parts:
@@ -239,9 +229,7 @@ def write_check(part: Path) -> None:
         checksum = hashlib.file_digest(content, "sha256").hexdigest()
         os.fsync(content.fileno())
     stat = file.stat()
-    beside = part / f".{CHECK}.{os.getpid()}"
-    beside.write_text(json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}))
-    os.replace(beside, part / CHECK)
+    write_beside(part / CHECK, json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}))
 
 
 def is_whole(part: Path, ours: bool) -> bool:

@@ -90,6 +90,11 @@ def keys(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, f"S{KEY_BYTES}")
 
 
+def starts(lengths: np.ndarray) -> np.ndarray:
+    """Where each list begins, of lists laid end to end."""
+    return np.cumsum(lengths) - lengths
+
+
 def lengths(column: pa.ChunkedArray) -> np.ndarray:
     """Lengths of the lists of a column."""
     parts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]

@@ -6,7 +6,6 @@ with a DataError leaves that, and the others raise it too.
 """
 
 import json
-import os
 import shutil
 import time
 import uuid
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.config import DataError
-from data.store import is_old
+from data.files import is_old, write_beside
 
 POLL = 0.05  # seconds; ten times as long after a minute
 DAYS_KEPT = 7
@@ -73,37 +72,35 @@ class Turns:
         return [self._result_of(rank) for rank in range(self.ranks)]
 
     def close(self) -> None:
-        """The last thing: waits until all are here."""
-        self.each(lambda: None)
-        if self.ranks == 1:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.rank == 0:
-            self.count += 1
-            for rank in range(1, self.ranks):
-                self._result_of(rank)
-            shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            self.count += 1
+        """The last thing: the main rank removes the folder when all others have left."""
+        self.count += 1
+        if self.rank:
             self._leave({"result": None})
+            return
+        for rank in range(1, self.ranks):
+            self._result_of(rank)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _do(self, work: Callable[[], Any]) -> Any:
         try:
             result = work()
-        except DataError as error:
-            self._leave({"fault": str(error)})
-            raise
         except Exception as error:  # or the others would wait for ever
-            self._leave({"crash": f"{type(error).__name__}: {error}"})
+            self._tell(self._file(self.rank), error)
             raise
         self._leave({"result": result})
         return result
 
     def give_up(self, error: BaseException) -> None:
-        """Tells ranks that wait for this one, now or later, that it has failed outside a turn."""
-        if self.ranks > 1 and self.folder.is_dir():
-            known = isinstance(error, DataError)
-            told = {"fault": str(error)} if known else {"crash": f"{type(error).__name__}: {error}"}
-            write_beside(self._gave_up(self.rank), told)
+        """Tells ranks that wait for this one, now or later, that it has failed."""
+        if self.ranks == 1:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif self.folder.is_dir():
+            self._tell(self._gave_up(self.rank), error)
+
+    def _tell(self, file: Path, error: BaseException) -> None:
+        known = isinstance(error, DataError)
+        told = {"fault": str(error)} if known else {"crash": f"{type(error).__name__}: {error}"}
+        write_beside(file, json.dumps(told))
 
     def _gave_up(self, rank: int) -> Path:
         return self.folder / f"failed.{rank}.json"
@@ -112,7 +109,7 @@ class Turns:
         return self.folder / f"{self.count}.{rank}.json"
 
     def _leave(self, content: dict[str, Any]) -> None:
-        write_beside(self._file(self.rank), content)
+        write_beside(self._file(self.rank), json.dumps(content))
 
     def _result_of(self, rank: int) -> Any:
         started = time.monotonic()
@@ -126,12 +123,6 @@ class Turns:
         if "crash" in content:
             raise RuntimeError(f"rank {rank} failed: {content['crash']}")
         return content["result"]
-
-
-def write_beside(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(beside, path)
 
 
 def read_if_there(path: Path) -> dict[str, Any] | None:

@@ -48,6 +48,11 @@ class ObjectiveConfig:
     weights noisy samples far more."""
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether it can only be the name of something on the hub: owner/name, where there is no folder `owner` here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).parent.exists()
+
+
 def path_fault(config: ModelConfig) -> str | None:
     """Why `config.path` cannot be a model, or None; looks at names only, so that a typo is found before torch loads."""
     if config.path is None:
@@ -61,6 +66,6 @@ def path_fault(config: ModelConfig) -> str | None:
         if path.suffix == ".safetensors":
             return None
         return f"{config.path} is a {path.suffix or 'nameless'} file; only .safetensors checkpoints are read"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.path) and path.suffix != ".safetensors" and not path.parent.exists():
+    if is_hub_id(config.path) and path.suffix != ".safetensors":
         return None  # a hub id: asked when the model is loaded
     return f"{config.path} does not exist"

@@ -44,4 +44,4 @@ def dataset_of(folder: Path, count: int, rows: list[dict] | None = None) -> Late
             listing.add({name: None for name in tables.LISTING.names} | {"name": f"image {i}", "captions": [f"{i}"]})
     table = pa.Table.from_pylist(rows, tables.ROWS)
     write_index(folder / "index", table, np.arange(len(rows)), stores)
-    return LatentDataset(folder / "index", folder / "index" / "listing.arrow", stores)
+    return LatentDataset(folder / "index", stores)

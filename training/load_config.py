@@ -1,7 +1,6 @@
 """Reads a config: defaults < recipe YAML < command line, with every fault at once. No torch here."""
 
 import difflib
-import re
 import sys
 import types
 import typing
@@ -15,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from data.config import DataConfig
-from models.config import path_fault
+from models.config import is_hub_id, path_fault
 from training.config import SCHEMA, ConfigError, TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -122,10 +121,6 @@ def source_faults(data: DataConfig) -> list[str]:
     if data.images is None and not data.sources:
         faults.append("--data.images: no training images given. Name a folder of images with caption files")
     return faults
-
-
-def is_hub_id(path: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).parent.exists()
 
 
 def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data import comfy
 from data.config import SourceConfig
+from data.files import stamp_of
 from data.sources.base import Entry, Source
 from models.base import ModelFamily
 
@@ -27,7 +28,7 @@ class ComfySource(Source):
         faults += bad
         for warning in warnings:
             print(f"note: {warning}")
-        stamps = {file.name: stamp(file) for file in comfy.shards(self.folder)}
+        stamps = {file.name: stamp_of(file) for file in comfy.shards(self.folder)}
         step = self.family.latent_step()
         for item in found:
             self.places.append((item.shard, item.index))
@@ -45,8 +46,3 @@ class ComfySource(Source):
             for sample in comfy.samples(self.folder, self.family, shard):
                 if sample.index in wanted:
                     yield wanted[sample.index], sample.latents, sample.cond
-
-
-def stamp(file: Path) -> str:
-    stat = file.stat()
-    return f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, DataError, SourceConfig
+from data.files import stamp_of
 from data.images import EXTENSIONS
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, is_text, read_metadata
@@ -185,11 +186,6 @@ def is_directory(item: os.DirEntry) -> bool:
         return item.is_dir()
     except OSError:  # a link that leads in a circle
         return False
-
-
-def stamp_of(path: Path) -> str:
-    stat = path.stat()
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def repeats_of(path: Path, folder: Path) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataError, SourceConfig
+from data.files import stamp_of
+from data.identity import digest
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, columns, described
 
@@ -85,10 +87,9 @@ class TableSource(Source):
 
     def _identity(self) -> str:
         """What changes with the content: without a way to know, nothing is the same as in another run."""
-        files = [Path(name) for found in files_of(Path(self.config.path)).values() for name in found]
+        files = [name for found in files_of(Path(self.config.path)).values() for name in found]
         if files:
-            stats = [(file, file.stat()) for file in files]
-            return " ".join(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+            return digest(*(stamp_of(Path(name)) for name in files))  # of many files, and it is in every row's stamp
         return getattr(self.loaded, "_fingerprint", "") or uuid.uuid4().hex
 
     @property

@@ -12,7 +12,7 @@ from lora_algos.formats.peft_config import known_rank
 from training.tools.adapter import AdapterFile, LayerTensors, delta_of
 from training.tools.model import Model
 from training.tools.options import Convert
-from training.tools.output import DTYPES, Target, dtype_of, write_adapter, written
+from training.tools.output import rewrite
 from training.tools.report import Report
 
 
@@ -22,12 +22,7 @@ def run(options: Convert) -> int:
     adapter = AdapterFile(Path(options.file), model, options.drop)
     adapter.require_all_known()
     report = Report(with_error=options.convert == "lora-svd")
-    dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
-    target = Target(model, options.format, dtype, adapter.metadata)
-    rounding = write_adapter(Path(options.out), converted(adapter, options, report), target)
-    print(report)
-    print(written(options.out, target, rounding, adapter.dropped))
-    return 0
+    return rewrite(options, adapter, options.format, converted(adapter, options, report), report)
 
 
 def converted(adapter: AdapterFile, options: Convert, report: Report) -> Iterator[tuple[str, LayerTensors]]:

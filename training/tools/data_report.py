@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.distributed import build_accelerator
 from training.tools import sheets
 from training.tools.data_options import DataOptions
-from training.tools.data_survey import Named, Survey, alike, has_images, kind, sizes
+from training.tools.data_survey import Named, Survey, alike, kind, sizes
 
 INDENT = "  "
 FLOAT_BYTES = 4
@@ -189,7 +189,7 @@ class Encoding:
         owners = lists_to_rows(tables.lengths(rows.column("media")))[lacking]
         numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (config.masks != "none")
         cells = (sizes(rows)[owners].astype(np.int64) // family.latent_step()).prod(axis=1)
-        of_images = has_images(planned.work)[lists_to_rows(tables.lengths(rows.column("texts")))]
+        of_images = planned.work.has_images()[lists_to_rows(tables.lengths(rows.column("texts")))]
         # caption dropout needs the empty prompt, which is in no row
         empty = planned.missing_captions - len(missing(texts, stores.text, of_images))
         new_texts = len(missing(texts, stores.text, np.ones(len(texts), bool))) + empty

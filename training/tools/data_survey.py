@@ -11,7 +11,7 @@ import numpy as np
 
 from data import tables
 from data.buckets import Crop
-from data.captions import with_trigger
+from data.captions import as_given, trigger_of
 from data.config import SourceConfig
 from data.encode import Work
 from data.precompute import Planned
@@ -151,14 +151,13 @@ class Survey:
 
     def _add_captions(self, row: dict[str, Any], cells: dict[str, Any]) -> None:
         source, name, found = self._config(cells), self.name(cells), self.captions
-        own = "" if source.regularisation or row["held_out"] else (source.caption_trigger or "").strip()
         for given in cells["captions"]:
             found.hashes += blake2b(given.encode(), digest_size=8).digest()
-            caption = with_trigger(given, own, source.caption_separator or ",")
+            caption = as_given(given, source)
             if not given.strip():
                 found.empty.add(name)
-            if own and own not in given:
-                found.given_trigger.setdefault(own, Named()).add(f"{name}  {shown(given)}")
+            if caption != given and not row["held_out"]:
+                found.given_trigger.setdefault(trigger_of(source), Named()).add(f"{name}  {shown(given)}")
             if self.trigger and self.trigger not in caption and not source.regularisation:
                 found.without_trigger.add(f"{name}  {shown(caption)}")
             self._waiting.setdefault(caption, []).append(name)
@@ -233,9 +232,3 @@ def sizes(rows: Any) -> np.ndarray:
     """Width and height of each row's bucket."""
     parts = [chunk.flatten().to_numpy().reshape(-1, 8)[:, 6:] for chunk in rows.column("crop").chunks]
     return np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
-
-
-def has_images(work: Work) -> np.ndarray:
-    """Whether each row is an image, or else latents already."""
-    source = work.listing.column("source").to_numpy()[work.rows.column("entry").to_numpy()]
-    return np.array([opened.has_images for opened in work.planner.sources.opened])[source]

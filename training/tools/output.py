@@ -22,10 +22,13 @@ from training.network import network_metadata
 from training.stream import HASHES, TensorInfo, write_tensors
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
+from training.tools.options import Convert, Resize
+from training.tools.report import Report
 from training.tools.unknown import UnknownModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_KEPT = (*HASHES, "modelspec.hash_sha256", DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")
+LayersInTurn = Iterable[tuple[str, LayerTensors]]
 
 
 class ToolError(RuntimeError):
@@ -67,7 +70,19 @@ class Spool:
         return self.folder / f"{list(self.layers).index(layer)}.safetensors"
 
 
-def write_adapter(out: Path, layers: Iterable[tuple[str, LayerTensors]], target: Target) -> float:
+def rewrite(
+    options: Convert | Resize, adapter: AdapterFile, file_format: str, layers: LayersInTurn, report: Report
+) -> int:
+    """Writes an adapter file anew, as `layers` make it, and says so. Returns the exit code."""
+    dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
+    target = Target(adapter.model, file_format, dtype, adapter.metadata)
+    rounding = write_adapter(Path(options.out), layers, target)
+    print(report)
+    print(written(options.out, target, rounding, adapter.dropped))
+    return 0
+
+
+def write_adapter(out: Path, layers: LayersInTurn, target: Target) -> float:
     """Writes the layers, which are asked for one by one. Returns the largest ||rounding|| / ||update|| of a layer.
 
     Raises AdapterError if the format cannot hold them, and ToolError if what it holds is another function.

@@ -12,7 +12,7 @@ from lora_algos.formats.peft_config import known_rank
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.options import Resize
-from training.tools.output import DTYPES, Target, dtype_of, write_adapter, written
+from training.tools.output import rewrite
 from training.tools.report import Report
 from training.tools.unknown import UnknownModel
 
@@ -22,13 +22,8 @@ def run(options: Resize) -> int:
     model = Model(options.model_config(options.model)) if options.model else UnknownModel()
     adapter = AdapterFile(Path(options.file), model, options.drop)
     adapter.require_all_known()
-    dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
     report = Report()
-    target = Target(model, adapter.file_format(), dtype, adapter.metadata)
-    rounding = write_adapter(Path(options.out), resized(adapter, options, report), target)
-    print(report)
-    print(written(options.out, target, rounding, adapter.dropped))
-    return 0
+    return rewrite(options, adapter, adapter.file_format(), resized(adapter, options, report), report)
 
 
 def resized(adapter: AdapterFile, options: Resize, report: Report) -> Iterator[tuple[str, LayerTensors]]:

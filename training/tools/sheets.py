@@ -21,7 +21,7 @@ from data.store import MISSING
 from models.base import ModelFamily
 from training.files import write_file
 from training.preview import wrapped
-from training.tools.data_survey import Survey, has_images, shown, sizes
+from training.tools.data_survey import Survey, shown, sizes
 
 MOST_IMAGES = 48
 COLUMNS = 8
@@ -97,7 +97,7 @@ def lack(file: Path, count: int, found: int, decode: bool) -> str:
 def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray], dict[Size, int]]:
     """For every bucket the rows to draw, spread evenly over those that can be, and how many rows it has."""
     found = sizes(planned.work.rows).astype(np.int64)
-    can = drawable(planned) if decode else has_images(planned.work)
+    can = drawable(planned) if decode else planned.work.has_images()
     codes, of_row, counts = np.unique(found[:, 0] << 32 | found[:, 1], return_inverse=True, return_counts=True)
     buckets = [(int(code >> 32), int(code & (2**32 - 1))) for code in codes]
     chosen = {}
@@ -111,9 +111,8 @@ def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray],
 def drawable(planned: Planned) -> np.ndarray:
     """The rows whose latents are stored, or in the source as latents."""
     rows = planned.work.rows
-    counts = tables.lengths(rows.column("media"))
-    first = np.cumsum(counts) - counts
-    return (planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING) | ~has_images(planned.work)
+    first = tables.starts(tables.lengths(rows.column("media")))
+    return (planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING) | ~planned.work.has_images()
 
 
 def cells_of(planned: Planned, rows: np.ndarray) -> list[tuple[int, Cells, Cells]]:
