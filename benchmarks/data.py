@@ -213,9 +213,7 @@ def speeds(count: int, batch_size: int, turns: int) -> bool:
         copy = rate[STORED_COPY if "no noise" in way.name else COPY]
         times = f"{median(way.seconds) * 1000:9.2f}{median(way.cpu) * 1000:9.2f}"
         print(f"{way.name:42}{way.size / 1e6:7.2f}{times}{rate[way.name]:8.2f}{rate[way.name] / copy:10.1%}")
-    print(
-        "Arrow has no bf16: fp16 is as many bytes, fp32 twice as many. CPU ms: of this process alone, not of the worker"
-    )
+    print("Arrow has no bf16: fp16 is as many bytes, fp32 twice as many. CPU ms: of the process and its worker")
     met = []
     for ours, copy in ((OURS, COPY), (OURS_STORED, STORED_COPY)):
         met.append(rate[ours] / rate[copy] >= BAR)

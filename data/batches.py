@@ -1,16 +1,19 @@
 """From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU, by sample visit."""
 
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from data.index import LatentDataset
 from data.schedule import Schedule, key
+
+AHEAD = 2  # batches per thread that may wait for the loop
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Drawn:
         return cls(*(int(word >> 8) * 2.0**-24 for word in words))  # exact in fp32
 
 
-class MicroBatches(Dataset):
+class MicroBatches:
     """Micro-batch number -> Batch."""
 
     def __init__(self, dataset: LatentDataset, schedule: Schedule):
@@ -114,14 +117,28 @@ def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -
 
 
 def micro_batches(
-    dataset: LatentDataset, schedule: Schedule, numbers: range, num_workers: int, pin_memory: bool
+    dataset: LatentDataset, schedule: Schedule, numbers: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """The micro-batches `numbers`, in order."""
-    loader: DataLoader = DataLoader(
-        MicroBatches(dataset, schedule),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-    )
-    return iter(loader)
+    """The micro-batches `numbers`, in order; `num_workers` threads make them ahead of time.
+
+    Threads, not processes: nearly all of a batch's time goes into reads and random bits, in which they do not hold
+    Python's lock, and what a process would make had to be sent here through shared memory, which costs twice as much.
+    """
+    source = MicroBatches(dataset, schedule)
+
+    def make(number: int) -> Batch:
+        return source[number].pin_memory() if pin_memory else source[number]
+
+    if not num_workers:
+        yield from map(make, numbers)
+        return
+    pool, ahead = ThreadPoolExecutor(num_workers, "data"), deque[Future[Batch]]()
+    try:
+        for number in numbers:
+            ahead.append(pool.submit(make, number))
+            if len(ahead) > AHEAD * num_workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

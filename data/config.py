@@ -137,8 +137,8 @@ class DataConfig(CaptionOptions):
     """Images held out for validation, in the same form as data.images."""
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the images to hold out for validation when there is no data.validation_images."""
-    num_workers: Annotated[int, Field(ge=0, le=64)] = 0
-    """Loader processes per rank; 0 loads in the training process."""
+    num_workers: Annotated[int, Field(ge=0, le=64)] = 1
+    """Threads per rank that make batches ahead of time; 0 makes each when it is needed."""
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """data.images as the first of data.sources; nothing in them is None that `data` says."""
