@@ -21,8 +21,10 @@ def handler():
         raise AssertionError("SIGTERM was not caught")
 
     before = signal.signal(signal.SIGTERM, failing)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     yield failing
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def commands(good, out):
