@@ -1,0 +1,65 @@
+"""Made-up machines for tests: Linux namespaces with a host name, processes and, if asked for, a network of their own.
+
+A machine lives as long as its first process; nothing of it is left on the real one, even if the tests are killed.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+
+TOOLS = ("unshare", "nsenter", "setpriv")
+
+
+def missing(*programs: str) -> str | None:
+    """Why there can be no made-up machines here that have `programs`, if there cannot."""
+    if os.geteuid() != 0:
+        return "made-up machines need root"
+    absent = [name for name in (*TOOLS, *programs) if not shutil.which(name)]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    trial = ["unshare", "--uts", "--mount", "--net", "--pid", "--fork", "--mount-proc", "true"]
+    result = subprocess.run(trial, capture_output=True, text=True, check=False)
+    return f"no namespaces here: {result.stderr.strip()}" if result.returncode else None
+
+
+class Machine:
+    """`command` as the first process of a machine called `name`, whose /etc/hosts is the file `hosts`."""
+
+    def __init__(self, name: str, hosts: Path, command: list[str], log: Path, network: bool = False):
+        prepare = 'echo "$1" > /proc/sys/kernel/hostname; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+        spaces = ["--uts", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
+        spaces += ["--net"] if network else []
+        words = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "sh", "-ec", prepare, "sh", name, str(hosts)]
+        self.name = name
+        with log.open("a") as out:
+            self.process = subprocess.Popen([*words, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+    @property
+    def first(self) -> psutil.Process:
+        """The machine's first process, from which all others on it descend."""
+        return psutil.Process(self.process.pid).children()[0]
+
+    def running(self, words: str) -> list[psutil.Process]:
+        """The machine's Python processes that have `words` in their command line, but not their launchers."""
+        found = []
+        for process in self.first.children(recursive=True):
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            if line and "python" in Path(line[0]).name and words in " ".join(line) and "launch" not in line:
+                found.append(process)
+        return found
+
+    def inside(self, *command: str, **options) -> subprocess.Popen:
+        """Runs `command` on the machine."""
+        enter = ["nsenter", "--target", str(self.first.pid), "--uts", "--mount", "--pid", "--net"]
+        return subprocess.Popen([*enter, *command], **options)
+
+    def crash(self) -> None:
+        """Ends all of the machine at once, as a power cut does."""
+        self.process.kill()
+        self.process.wait()
