@@ -6,6 +6,7 @@ A machine lives as long as its first process; nothing of it is left on the real 
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,15 @@ class Machine:
         self.name = name
         with log.open("a") as out:
             self.process = subprocess.Popen([*words, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+        deadline = time.monotonic() + 10
+        while not self._ready():
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+            time.sleep(0.01)
+
+    def _ready(self) -> bool:
+        children = psutil.Process(self.process.pid).children()
+        return bool(children) and children[0].name() not in ("unshare", "sh")
 
     @property
     def first(self) -> psutil.Process:
