@@ -5,20 +5,32 @@ writes it into a folder for other machines (docs/data.md); `inspect|convert|merg
 (docs/tools.md).
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.config import DataError
 from lora_algos.config import AdapterError
 from models.config import ModelError
 from training import tools
 from training.config import ConfigError, TrainConfig
+from training.interruption import Interruptions, Stopped, end_with_launcher
 from training.load_config import load_config
-from training.rundir import check_output_dir
+from training.rundir import check_output_dir, held
 from training.tools import data_options
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from training.failure import Failures
+
+LOCK_WAIT = 60.0  # seconds; a launcher's ranks may outlive it a little
 USER_ERRORS = (ConfigError, DataError, ModelError, AdapterError)
 
 
@@ -34,40 +46,58 @@ def main(argv: list[str] | None = None) -> int:
         check_output_dir(config)
     except USER_ERRORS as error:
         return fail(error, 2)
+    interruptions = Interruptions()
+    with interruptions.handled():
+        end_with_launcher()
+        try:
+            return run_training(config, interruptions)
+        except Stopped as stopped:
+            say(f"stopped by {stopped}")
+            return stopped.code
 
+
+def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
+    """One training, whose failure all ranks get to know; returns the exit code."""
     from training.checkpoint import CheckpointError  # torch loads here: what is wrong above is said within a second
+    from training.distributed import DistributedError, build_accelerator
+    from training.failure import Failures, explained
     from training.files import WriteError
     from training.metrics import TrainingDiverged
 
+    failures = None
     try:
-        train(config)
-    except USER_ERRORS as error:
-        return fail(error, 2)
-    except (CheckpointError, TrainingDiverged, WriteError) as error:
-        return fail(error, 1)
-    except KeyboardInterrupt:
-        return fail(RuntimeError("interrupted; the same command goes on from the last checkpoint"), 130)
+        quieten_libraries()
+        accelerator = build_accelerator(config)
+        failures = Failures(accelerator)
+        with held(Path(config.output_dir), LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
+            train(config, accelerator, failures, interruptions)
+    except Exception as error:
+        if failures is not None and not failures.tell(error):
+            return 1  # another rank failed first, and says so
+        known = isinstance(error, (CheckpointError, TrainingDiverged, WriteError, DistributedError, *USER_ERRORS))
+        text = str(error) if known else explained(error)
+        return fail(RuntimeError(text), 2 if isinstance(error, USER_ERRORS) else 1, failures is not None)
     finally:
+        if failures is not None:
+            failures.close()
         leave()
     return 0
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, interruptions: Interruptions) -> None:
     """The whole run, in the order in which its parts need each other."""
-    quieten_libraries()
-
     from data.precompute import build_datasets
     from models import get_family
-    from training import setup, tracking
-    from training.distributed import build_accelerator
+    from training import finish, setup, tracking
+    from training.distributed import prepare
     from training.export import check as check_export
     from training.metadata import Parts
     from training.names import file_names
     from training.optim import build_optimizer
+    from training.resume import resume
     from training.run import Run
     from training.step import LossFunction
 
-    accelerator = build_accelerator(config)
     family = get_family(config.model)
     # the encoders live and die in here
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
@@ -77,20 +107,23 @@ def train(config: TrainConfig) -> None:
     optimizer = build_optimizer(adapted, config)
     loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
 
-    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    denoiser = prepare(accelerator, denoiser, adapted)
     parts = Parts(family, datasets, adapted, names, previous_steps)
     check_export(config, parts)
-    run = Run(config, accelerator, parts, denoiser, optimizer, loss_function)
-    run.resume()  # nothing to do in a fresh output_dir
-    tracking.start(accelerator, config, run.tracker_id)  # after resume: a run that goes on is one run there too
-    accelerator.print(setup.summary(run))
-    for batch in run.batches():
-        with accelerator.accumulate(denoiser):
-            loss = loss_function(denoiser, batch).mean()
-            accelerator.backward(loss)
-            run.after_backward(loss)
-    run.export()
-    accelerator.end_training()
+    with interruptions.deferred():  # from here on a signal is answered between two steps, by all ranks together
+        run = Run(config, accelerator, parts, denoiser, optimizer, loss_function)
+        run.listen(interruptions)
+        resume(run)  # nothing to do in a fresh output_dir
+        tracking.start(accelerator, config, run.reporter.tracker_id)  # a run that goes on is one run there too
+        accelerator.print(setup.summary(run))
+        for batch in run.batches():
+            run.train_on(batch)
+        drawn = finish.finish(run)
+    failures.close()
+    if run.main:  # the others have no part in this, and need not wait for it
+        finish.write(run, drawn)
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def run_tool(options: tools.Options | data_options.RunOptions) -> int:
@@ -134,11 +167,17 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def fail(error: Exception, code: int) -> int:
+def fail(error: Exception, code: int, this_rank: bool = False) -> int:
     """Says what is wrong, on one rank, and passes the exit code on."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+    if this_rank or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def say(message: str) -> None:
+    """Prints on one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ leave()
 FIRST_STEP = """
 import train_lora
 train = train_lora.train
-def until_the_first_step(config):
+def until_the_first_step(*arguments):
     from training.run import Run
     batches = Run.batches
     def first(run):
@@ -52,7 +52,7 @@ def until_the_first_step(config):
         leave()
         yield
     Run.batches = first
-    train(config)
+    train(*arguments)
 train_lora.train = until_the_first_step
 sys.exit(train_lora.main() or "the script ended without a step")
 """
@@ -137,6 +137,7 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
     The script's time is from asking for a batch to asking for the next one, so it includes loading.
     """
     import train_lora
+    from training.interruption import Interruptions
     from training.load_config import load_config
     from training.run import Run
 
@@ -154,9 +155,11 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
         losses.extend(zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True))
 
     config = load_config([DEMO, *LOOP_OPTIONS, f"--output_dir={folder / 'loop'}", *options])
-    patched = patch.multiple(Run, batches=batches, export=lambda run: None)
-    with patched, contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        train_lora.train(config)
+    end = patch.multiple("training.finish", finish=lambda run: None, write=lambda run, drawn: None)
+    quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+    with patch.object(Run, "batches", batches), end, quiet[0], quiet[1]:
+        status = train_lora.run_training(config, Interruptions())
+    assert status == 0, "the run failed"
     apart = max(abs(float(a) / float(b) - 1) for a, b in losses)
     if apart > 1e-3:
         raise RuntimeError(f"the loops do not do the same work: their losses differ by up to {apart:.0e}")

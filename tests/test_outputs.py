@@ -9,7 +9,7 @@ from conftest import BASE
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from training import preview
+from training import finish, preview
 from training.config import PreviewConfig
 from training.metrics import History, loss_png, smoothed
 
@@ -22,18 +22,22 @@ def pipeline(path=BASE) -> StableDiffusionPipeline:
     return loaded
 
 
+def draw(loaded, prompts, resolution, config) -> np.ndarray:
+    return np.stack([preview.draw(loaded, prompt, n, resolution, config) for n, prompt in enumerate(prompts)])
+
+
 @pytest.fixture
 def drawn(options, run_here, tmp_path, monkeypatch):
     """Runs a short strong training with previews; returns its before and after images, prompts and preview config."""
     kept = {}
-    original = preview.before_and_after
+    original = finish.draw_previews
 
-    def keep(adapted, pipe, initial, prompts, resolution, config):
-        kept["before"], kept["after"] = original(adapted, pipe, initial, prompts, resolution, config)
-        kept["arguments"] = (list(prompts), resolution, config)
-        return kept["before"], kept["after"]
+    def keep(run):
+        prompts, images = original(run)
+        kept.update(images, arguments=(prompts, run.config.data.resolution, run.config.preview))
+        return prompts, images
 
-    monkeypatch.setattr(preview, "before_and_after", keep)
+    monkeypatch.setattr(finish, "draw_previews", keep)
     more = ["--preview.enabled", "--preview.num_inference_steps=4", "--export.merged"]
     assert run_here([*options, *STRONG, *more]) == 0
     return kept
@@ -42,14 +46,14 @@ def drawn(options, run_here, tmp_path, monkeypatch):
 def test_diffusers_draws_what_the_run_drew(drawn, tmp_path):
     assert np.abs(drawn["before"] - drawn["after"]).max() > 0.05, "the adapter does something"
     loaded = pipeline()
-    assert np.abs(preview.draw(loaded, *drawn["arguments"]) - drawn["before"]).max() <= 1e-4
+    assert np.abs(draw(loaded, *drawn["arguments"]) - drawn["before"]).max() <= 1e-4
     loaded.load_lora_weights(tmp_path / "out" / "lora.safetensors")
-    assert np.abs(preview.draw(loaded, *drawn["arguments"]) - drawn["after"]).max() <= 1e-4
+    assert np.abs(draw(loaded, *drawn["arguments"]) - drawn["after"]).max() <= 1e-4
 
 
 def test_the_merged_model_draws_what_the_run_drew(drawn, tmp_path):
     merged = pipeline(tmp_path / "out" / "model_with_lora")
-    image_error = np.abs(preview.draw(merged, *drawn["arguments"]) - drawn["after"]).max()
+    image_error = np.abs(draw(merged, *drawn["arguments"]) - drawn["after"]).max()
     assert image_error < 0.02, "fp16, as the base is stored, rounds the merged weights"
 
 
@@ -79,9 +83,9 @@ def test_smoothing_has_no_start_up_bias():
 
 def test_each_preview_has_its_own_noise_whatever_its_neighbours():
     loaded, config = pipeline(), PreviewConfig(num_inference_steps=2, seed=2**64 - 1)
-    pair = preview.draw(loaded, ["cat", "cat"], 64, config)
+    pair = draw(loaded, ["cat", "cat"], 64, config)
     assert np.abs(pair[0] - pair[1]).max() > 0.1
-    assert np.array_equal(preview.draw(loaded, ["cat"], 64, config)[0], pair[0])
+    assert np.array_equal(draw(loaded, ["cat"], 64, config)[0], pair[0])
 
 
 def test_the_largest_seed_trains(options, run_here):

@@ -41,9 +41,9 @@ def test_what_does_not_change_the_training_may_change(options, run_here, tmp_pat
 
 def test_no_resume_will_not_lose_a_run(options, run_here, capsys):
     assert run_here(options) == 0
-    assert run_here([*options, "--no_resume"]) == 2
+    assert run_here([*options, "--resume=never"]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run_here([*options, "--no_resume", "--overwrite"]) == 0
+    assert run_here([*options, "--resume=never", "--overwrite"]) == 0
     assert "resumed" not in capsys.readouterr().out
 
 

@@ -73,17 +73,17 @@ def test_twelve_steps_equal_five_and_seven(options, run_here, tmp_path, optimize
 
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Interrupts a run in the step after `steps`, as Ctrl-C would."""
+    """Interrupts a run after `steps`, as Ctrl-C would."""
     from training.run import Run
 
-    original = Run.after_backward
+    original = Run.answer
 
-    def interrupted(self, loss):
+    def interrupted(self):
         if self.step == steps:
-            raise KeyboardInterrupt
-        original(self, loss)
+            signal.raise_signal(signal.SIGINT)
+        original(self)
 
-    patch.setattr(Run, "after_backward", interrupted)
+    patch.setattr(Run, "answer", interrupted)
 
 
 def test_kill_9_costs_nothing_but_the_steps_since_the_checkpoint(options, tmp_path):

@@ -45,6 +45,14 @@ class OptimConfig:
     """Steps over which the learning rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm; 0 turns clipping off."""
+    lr_scale_with_batch: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x processes), or by the
+    square root of their number."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does. stop: the run ends at the next log, naming the samples; nothing
+    of it is saved. skip: that step changes nothing, and the run goes on."""
+    non_finite_limit: Annotated[int, Field(ge=1)] = 10
+    """With skip: the run ends when so many steps were skipped."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,24 @@ class CheckpointConfig:
 
     every: Annotated[int, Field(ge=0)] = 100
     """Save every so many steps into output_dir/checkpoints; 0 saves only after the last step."""
+    every_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Save also when so much time has gone by since the last checkpoint; 0 turns it off. A file `save` in output_dir
+    asks for one at once."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the newest checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run. How many and with what sharding is Accelerate's config."""
+
+    __pydantic_config__ = STRICT
+
+    timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """How long a rank waits for another in a collective before the run ends. Encoding and saving do not count."""
+    check_every: Annotated[int, Field(ge=0)] = 100
+    """Compare checksums of the adapters of all ranks every so many steps, without waiting for them; 0 never. The first
+    step's gradients are always compared."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,9 @@ class TrackingConfig:
     """Project of the tracker."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Read the losses from the device, check that they are finite and report them every so many steps."""
+    samples: bool = False
+    """Write output_dir/samples/rank_<n>.jsonl: for every sample its step, visit, dataset row, quantile and the hash of
+    its noise, to compare runs by."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +204,9 @@ class TrainConfig:
     or diffusers, or a folder of PEFT's. Its steps are counted on."""
     output_dir: str = "output/run"
     """Everything the run writes goes here."""
-    resume: bool = True
-    """Go on from the newest valid checkpoint in output_dir, if there is one."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest valid checkpoint in output_dir, if there is one, on however many processes: with the
+    same grad_accumulation_steps given, the samples per step stay what they were. never: refuse if there is one."""
     overwrite: bool = False
     """Replace a different run in output_dir, deleting its checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -189,6 +217,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

@@ -3,9 +3,9 @@
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,13 +28,22 @@ class History:
     micro_losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    """Steps, counted from 1, that changed nothing because their gradient was not finite."""
 
     def step_losses(self) -> list[float]:
         n = self.micro_batches_per_step
         return [sum(self.micro_losses[i : i + n]) / n for i in range(0, len(self.micro_losses), n)]
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+
+def is_finite(values: Iterable[float]) -> bool:
+    return all(abs(value) < float("inf") for value in values)  # False for NaN too
+
+
+def finite_mean(values: list[float]) -> float:
+    """The mean of the values that are finite; NaN if none is."""
+    finite = [value for value in values if is_finite([value])]
+    return sum(finite) / len(finite) if finite else float("nan")
 
 
 class Pending:
@@ -82,21 +91,28 @@ def loss_json(history: History, total_steps: int) -> str:
     """The content of loss.json."""
     content = {
         "total_steps": total_steps,
-        "loss_per_step": history.step_losses(),
-        "loss_per_micro_step": history.micro_losses,
-        "gradient_norm_per_step": history.grad_norms,
+        "loss_per_step": numbers(history.step_losses()),
+        "loss_per_micro_step": numbers(history.micro_losses),
+        "gradient_norm_per_step": numbers(history.grad_norms),
         "validation": history.validation,
+        "skipped_steps": history.skipped,
     }
     return json.dumps(content, indent=1)
+
+
+def numbers(values: list[float]) -> list[float | None]:
+    """JSON has no NaN and no infinity."""
+    return [value if is_finite([value]) else None for value in values]
 
 
 def smoothed(values: list[float], span: int) -> list[float]:
     """Exponential moving average with bias correction."""
     decay, mean, weight, result = 1 - 2 / (span + 1), 0.0, 0.0, []
     for value in values:
-        mean = decay * mean + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(mean / weight)
+        if is_finite([value]):
+            mean = decay * mean + (1 - decay) * value
+            weight = decay * weight + (1 - decay)
+        result.append(mean / weight if weight else float("nan"))
     return result
 
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_algos.attach import Adapted
 from training.config import OptimConfig, TrainConfig
@@ -43,3 +43,28 @@ def learning_rate(step: int, peak: float, steps: int, config: OptimConfig) -> fl
     if config.lr_schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     return peak
+
+
+def batch_scale(config: OptimConfig, total_batch_size: int) -> float:
+    """What the learning rate is multiplied by for the size of a step."""
+    scales = {"none": 1.0, "linear": float(total_batch_size), "sqrt": math.sqrt(total_batch_size)}
+    return scales[config.lr_scale_with_batch]
+
+
+class SkipNonFinite:
+    """Steps of an optimizer that change nothing where the gradient is not finite.
+
+    torch's fused optimizers take that from the device, as they do from a GradScaler. For others the norm is read.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.unread = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+    def step(self, norm: Tensor) -> None:
+        """`norm`: of the gradient, before clipping."""
+        if self.unread:
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(norm.isfinite()):
+            self.optimizer.step()

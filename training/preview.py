@@ -1,6 +1,7 @@
 """Images before and after training on the same prompts and the same noise, drawn by diffusers' own pipeline."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,37 +14,49 @@ from training.config import PreviewConfig
 SMALLEST = 128  # tiny images are enlarged to this in the grid
 
 
-def draw(pipeline: Any, prompts: list[str], resolution: int, config: PreviewConfig) -> np.ndarray:
-    """Images (N, H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call."""
+def draw(pipeline: Any, prompt: str, number: int, resolution: int, config: PreviewConfig) -> np.ndarray:
+    """One image (H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call."""
     mixed = any(p.dtype == torch.bfloat16 for p in pipeline.unet.parameters())  # they meet encoders in fp32
-    images = []
     with torch.autocast(pipeline.unet.device.type, torch.bfloat16, enabled=mixed):
-        for i, prompt in enumerate(prompts):
-            result = pipeline(
-                prompt,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                generator=torch.Generator().manual_seed((config.seed + i) % 2**64),
-                output_type="np",
-            )
-            images.append(result.images[0])
-    return np.stack(images)
+        result = pipeline(
+            prompt,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=torch.Generator().manual_seed((config.seed + number) % 2**64),
+            output_type="np",
+        )
+    return result.images[0]
 
 
-def before_and_after(
-    adapted: Adapted, pipeline: Any, initial: dict, prompts: list[str], resolution: int, config: PreviewConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images with the adapter's `initial` weights and with its trained ones, which it has again afterwards."""
+def my_images(
+    adapted: Adapted,
+    pipeline: Any,
+    weights: list[dict],
+    mine: list[tuple[int, str]],
+    draw_one: Callable[..., Any],
+    leaving: Callable[[], bool],
+) -> list[list[np.ndarray]] | None:
+    """For each of `weights` the images of the prompts `mine`, (number, text) each; None if it was left on all ranks.
+
+    The adapter has its own weights again afterwards. All ranks draw equally many, because a sharded denoiser needs all.
+    """
     trained = adapted.state_dict()
     adapted.model.eval()
-    adapted.load_state_dict(initial)
-    before = draw(pipeline, prompts, resolution, config)
-    adapted.load_state_dict(trained)
-    after = draw(pipeline, prompts, resolution, config)
-    adapted.model.train()
-    return before, after
+    found: list[list[np.ndarray]] = []
+    try:
+        for state in weights:
+            adapted.load_state_dict(state)
+            found.append([])
+            for number, prompt in mine:
+                if leaving():
+                    return None
+                found[-1].append(draw_one(pipeline, prompt, number))
+    finally:
+        adapted.load_state_dict(trained)
+        adapted.model.train()
+    return found
 
 
 def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:

@@ -1,26 +1,32 @@
-"""One run: its counters, and what happens after each backward pass, at each log, at each checkpoint and at the end."""
+"""One run: its steps, what happens after each of them, its checkpoints and how it goes on from one."""
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.batches import Batch, micro_batches
 from data.schedule import Schedule, key
-from training import checkpoint, export, preview, tracking
-from training.config import TrainConfig, to_yaml
-from training.files import write_file
-from training.metadata import Parts, Provenance
-from training.metrics import History, Pending, TrainingDiverged, Waiting, loss_json, loss_png
-from training.optim import learning_rate
-from training.rundir import CHECKPOINTS, CONFIG_FILE, clear
+from training import checkpoint, tracking
+from training.agreement import Agreement
+from training.config import TrainConfig
+from training.distributed import timeout
+from training.interruption import Asked, Interruptions, Stopped, requeue
+from training.metadata import Parts
+from training.metrics import History, Pending, TrainingDiverged, Waiting, finite_mean, is_finite
+from training.optim import SkipNonFinite, batch_scale, learning_rate
+from training.record import Reporter
+from training.requests import Requests
+from training.resume import base_hash, write
+from training.rundir import CHECKPOINTS
+from training.samples import SampleLog
 from training.step import LossFunction
+from training.sync_check import SyncCheck
 from training.validation import validate
 
 
@@ -38,20 +44,39 @@ class Run:
     ):
         self.config, self.accelerator, self.parts = config, accelerator, parts
         self.denoiser, self.optimizer, self.loss_function = denoiser, optimizer, loss_function
-        self.folder = Path(config.output_dir)
-        self.trained = list(parts.adapted.named_parameters().values())
+        self.folder, self.main = Path(config.output_dir), accelerator.is_main_process
+        self.names = parts.adapted.named_parameters()
+        self.trained = list(self.names.values())
         self.initial = parts.adapted.state_dict()  # what the run started from, for the preview before training
         train = parts.datasets.train
         self.schedule = Schedule(train.buckets, train.fingerprint, config.seed, config.batch_size)
-        self.micro_batches_per_step = accelerator.num_processes * config.grad_accumulation_steps
+        self.accumulation = config.grad_accumulation_steps
         self.history = History(self.micro_batches_per_step)
         self.pending, self.waiting = Pending(), Waiting()
-        self.step = 0
+        self.step = self.micro_step = 0
         self.started_at = time.time()
-        self.tracker_id = tracking.new_id()
-        self.progress: tqdm | None = None
+        self.reporter = Reporter(accelerator, self.folder, tracking.new_id())
+        self.samples = SampleLog(self.folder, accelerator.process_index) if config.tracking.samples else None
+        self.skipping = SkipNonFinite(optimizer) if config.optim.non_finite == "skip" else None
+        self.saved_step: int | None = None
+        self.unvalidated = False  # the validation of this step was interrupted
+        self.agreement = Agreement(accelerator, timeout(config))
+        self.sync_check = SyncCheck(denoiser, self.names, self.agreement)
+        self.requests = self.listen(Interruptions())
         options = config.adapter
         self.drops = bool(options.dropout or options.rank_dropout or options.module_dropout)
+        self.base = base_hash(parts.family, config) if self.main else None
+
+    def listen(self, interruptions: Interruptions) -> Requests:
+        """Has the run do from now on what `interruptions` ask for."""
+        self.requests = Requests(
+            self.agreement, interruptions, self.folder, self.config.checkpoint.every_minutes, self.main
+        )
+        return self.requests
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return self.accelerator.num_processes * self.accumulation
 
     @property
     def total_batch_size(self) -> int:
@@ -61,195 +86,157 @@ class Run:
     def total_steps(self) -> int:
         return self.parts.previous_steps + self.step
 
-    def resume(self) -> None:
-        """Goes on from the newest valid checkpoint of output_dir, if there is one. Collective."""
-        if self.config.overwrite and self.accelerator.is_main_process:
-            clear(self.folder)
-        self.accelerator.wait_for_everyone()
-        found, damaged = checkpoint.newest(self.folder / CHECKPOINTS)
-        for fault in damaged:
-            self.accelerator.print(f"passed over: {fault}")
-        if found is not None:
-            self._restore(found)
-            self.accelerator.print(f"resumed at step {self.step} of {self.config.steps}")
-        if self.accelerator.is_main_process:
-            write_file(self.folder / CONFIG_FILE, to_yaml(self.config))
-
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
-        state = json.loads(found.files["state.json"])
-        here = self._identity()
-        differing = [f"{k}: {state['identity'].get(k)} there, {v} here" for k, v in here.items()
-                     if state["identity"].get(k) != v]  # fmt: skip
-        if differing:
-            raise checkpoint.CheckpointError(
-                "\n  ".join([f"the checkpoint of step {found.step} in {self.folder} is of a different run", *differing])
-                + "\nChoose another --output_dir, or give --overwrite to start again there"
-            )
-        self.parts.adapted.load_state_dict(checkpoint.tensors_from_bytes(found.files["adapter.safetensors"]))
-        self.optimizer.load_state_dict(checkpoint.from_bytes(found.files["optimizer.pt"]))
-        self.history = History(**state["history"])
-        self.step, self.started_at, self.tracker_id = found.step, state["started_at"], state["tracker_id"]
-
-    def _identity(self) -> dict[str, object]:
-        """Facts that must be the same for the next step to be the one that would have come."""
-        return {
-            "dataset": self.parts.datasets.train.fingerprint,
-            "micro-batches per step (processes x grad_accumulation_steps)": self.micro_batches_per_step,
-            "steps of the existing LoRA": self.parts.previous_steps,
-        }
-
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the current step to the last, on its device."""
-        per_step, rank = self.micro_batches_per_step, self.accelerator.process_index
-        numbers = range(self.step * per_step + rank, self.config.steps * per_step, self.accelerator.num_processes)
+        config, per_step, rank = self.config, self.micro_batches_per_step, self.accelerator.process_index
+        numbers = range(self.step * per_step + rank, config.steps * per_step, self.accelerator.num_processes)
         device = self.accelerator.device
-        if self.step == 0:
-            self.validate()
-        hidden = not self.accelerator.is_main_process
-        self.progress = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=hidden)
+        self.validate_if_due()
+        self.answer()
+        self.reporter.bar(config.steps, self.step)
         loader = micro_batches(
-            self.parts.datasets.train, self.schedule, numbers, self.config.data.num_workers, device.type == "cuda"
+            self.parts.datasets.train, self.schedule, numbers, config.data.num_workers, device.type == "cuda"
         )
         for number in numbers:
             with self.waiting.for_data():
                 batch = next(loader)
+            if self.samples is not None:
+                self.samples.add(self.step + 1, self.schedule.rows(number), batch)
             if self.drops:
-                torch.manual_seed(key("dropout", self.config.seed, number))
+                torch.manual_seed(key("dropout", config.seed, number))
             yield batch.to(device)
-        self.progress.close()
+        self.reporter.close()
 
-    def after_backward(self, loss: Tensor) -> None:
-        """Keeps the loss; after the last micro-batch of a step, updates the weights and does what is due."""
+    def train_on(self, batch: Batch) -> None:
+        """One micro-step; the last one of a step updates the weights and does what is due."""
+        self.micro_step += 1
+        last = self.micro_step % self.accumulation == 0
+        wrapped = isinstance(self.denoiser, DistributedDataParallel)
+        with nullcontext() if last or not wrapped else self.denoiser.no_sync():  # type: ignore[operator]
+            loss = self.loss_function(self.denoiser, batch).mean()
+            self.accelerator.backward(loss / self.accumulation)
         self.pending.losses.append(loss.detach())
-        if not self.accelerator.sync_gradients:
-            return
-        config = self.config
-        limit = config.optim.max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self.trained, limit)
-        assert norm is not None
+        if last:
+            self._update()
+            self._after_step()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of update number `step`."""
+        optim, scale = self.config.optim, batch_scale(self.config.optim, self.total_batch_size)
+        return learning_rate(step, self.config.learning_rate * scale, self.config.steps, optim)
+
+    def _update(self) -> None:
+        self.sync_check.gradients()
+        limit = self.config.optim.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.trained, limit)
         self.pending.norms.append(norm.detach())
-        rate = learning_rate(self.step, config.learning_rate, config.steps, config.optim)
+        rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        self.optimizer.step()
+        if self.skipping is None:
+            self.optimizer.step()
+        else:
+            self.skipping.step(norm)
         self.optimizer.zero_grad()
         self.step += 1
-        assert self.progress is not None
-        self.progress.update()
-        last = self.step == config.steps
-        if last or self.step % config.tracking.log_every == 0:
-            self.log(rate)
-        if last or (config.validation.every and self.step % config.validation.every == 0):
-            self.validate()
-        if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
-            self.save()
+        self.reporter.advance()
 
-    def log(self, rate: float) -> None:
+    def _after_step(self) -> None:
+        config, step = self.config, self.step
+        last = step == config.steps
+        if config.distributed.check_every and step % config.distributed.check_every == 0:
+            self.sync_check.start(step)
+        if last or step % config.tracking.log_every == 0:
+            self.log()
+        self.validate_if_due()
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            self.save()
+        self.answer()
+
+    def answer(self) -> None:
+        """Does what signals, the clock or the user asked for, on any rank."""
+        asked = self.requests.next()
+        if asked:
+            self.save()
+        else:
+            self.reporter.emit(self.total_steps)
+        if asked.leaves:
+            self.leave(asked)
+
+    def leave(self, asked: Asked) -> None:
+        """Ends the run, whose step is on the disk."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        done = f"saved step {self.step} of {self.config.steps}"
+        if asked is Asked.REQUEUE and self.main:
+            done += f"; {requeue()}"
+        raise Stopped(asked, done)
+
+    def log(self) -> None:
         """Reads the losses since the last log from the device, checks and reports them. Collective."""
         first = len(self.history.grad_norms)
+        self.sync_check.finish()
         losses, norms = self.pending.read(self.accelerator)
         self._check_finite(losses, norms, first)
         if not norms:
             return
         self.history.micro_losses += losses
         self.history.grad_norms += norms
-        loss = sum(losses) / len(losses)
-        assert self.progress is not None
-        self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}")
-        speed = self.progress.format_dict["rate"] or 0.0
-        values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norms[-1]}
-        values["train/data_wait"] = self.waiting.share
-        self.accelerator.log(
-            {**values, "train/steps_per_second": speed, "train/samples_per_second": speed * self.total_batch_size},
-            step=self.total_steps,
-        )
+        loss, rate, speed = finite_mean(losses), self.rate(self.step - 1), self.reporter.speed
+        self.reporter.row |= {
+            "train/loss": loss, "train/lr": rate, "train/grad_norm": norms[-1], "train/data_wait": self.waiting.share,
+            "train/steps_per_second": speed, "train/samples_per_second": speed * self.total_batch_size,
+            "train/skipped_steps": len(self.history.skipped),
+        }  # fmt: skip
+        self.reporter.show(loss=f"{loss:.4f}", lr=f"{rate:.2e}")
 
     def _check_finite(self, losses: list[float], norms: list[float], first: int) -> None:
-        n = self.micro_batches_per_step
+        n, optim = self.micro_batches_per_step, self.config.optim
         for i, norm in enumerate(norms):
             values = losses[i * n : (i + 1) * n]
-            if all(abs(v) < float("inf") for v in (*values, norm)):  # False for NaN too
+            if is_finite([norm] if self.skipping else [*values, norm]):
                 continue
             step = first + i
             rows = [row for m in range(step * n, (step + 1) * n) for row in self.schedule.rows(m)]
             names = [self.parts.datasets.train.name(row) for row in rows]
+            fault = f"step {step + 1} is not finite: losses {values}, gradient norm {norm}\n  its samples: "
+            fault += ", ".join(names)
+            self.history.skipped.append(step + 1)
+            if self.skipping is not None and len(self.history.skipped) <= optim.non_finite_limit:
+                self.reporter.say(f"skipped: {fault}")
+                continue
             kept = checkpoint.existing(self.folder / CHECKPOINTS)
             raise TrainingDiverged(
-                f"step {step + 1} is not finite: losses {values}, gradient norm {norm}\n"
-                f"  its samples: {', '.join(names)}\n  last good checkpoint: {kept[-1] if kept else 'none'}\n"
+                f"{fault}\n  last good checkpoint: {kept[-1] if kept else 'none'}\n"
                 "  A lower --learning_rate, warm-up, or --training_dtype fp32 usually helps"
             )
 
-    def validate(self) -> None:
-        """Validation loss per quantile, if there are held-out images. Collective."""
-        dataset = self.parts.datasets.validation
-        if dataset is None:
+    def validate_if_due(self) -> None:
+        """Validation loss per quantile, if there are held-out images; before the first step, after the last, and every
+        so many. What is interrupted is done by the next sitting. Collective."""
+        config, dataset = self.config, self.parts.datasets.validation
+        every = config.validation.every
+        due = self.step in (0, config.steps) or (every and self.step % every == 0)
+        if not due or dataset is None or self.step in (entry["step"] for entry in self.history.validation):
             return
-        model = self.accelerator.unwrap_model(self.denoiser)
-        losses = validate(self.accelerator, model, self.loss_function, dataset, self.config.validation.quantiles)
+        losses = validate(
+            self.accelerator, self.parts.adapted.model, self.loss_function, dataset, config.validation.quantiles,
+            self.requests.leaving,
+        )  # fmt: skip
+        self.unvalidated = losses is None
+        if losses is None:
+            return
         self.history.validation.append({"step": self.step, **losses})
-        self.accelerator.log({f"validation/{k}": v for k, v in losses.items()}, step=self.total_steps)
-        message = f"validation loss at step {self.step}: {losses['loss']:.5f}"
-        if self.accelerator.is_main_process:
-            tqdm.write(message)
+        self.reporter.row |= {f"validation/{name}": loss for name, loss in losses.items()}
+        self.reporter.say(f"validation loss at step {self.step}: {losses['loss']:.5f}")
 
     def save(self) -> None:
         """Writes a checkpoint. Reads the losses first: what is not finite is never kept. Collective."""
-        self.log(learning_rate(self.step - 1, self.config.learning_rate, self.config.steps, self.config.optim))
-        state = {
-            "identity": self._identity(),
-            "total_steps": self.total_steps,
-            "history": asdict(self.history),
-            "started_at": self.started_at,
-            "tracker_id": self.tracker_id,
-        }
-        if self.accelerator.is_main_process:
-            files = {
-                "adapter.safetensors": checkpoint.tensors_to_bytes(self.parts.adapted.state_dict()),
-                "optimizer.pt": checkpoint.to_bytes(self.optimizer.state_dict()),
-                "state.json": json.dumps(state).encode(),
-            }
-            checkpoint.save(self.folder / CHECKPOINTS, self.step, files, self.config.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
-
-    def export(self) -> None:
-        """Writes the adapter, the loss files, the previews and, if asked for, the merged model."""
-        if self.accelerator.is_main_process:
-            config, parts = self.config, self.parts
-            provenance = Provenance(self.total_steps, self.total_batch_size, self.started_at)
-            written = export.write_adapter(config, parts, provenance)
-            for name, content in (
-                ("loss.json", loss_json(self.history, self.total_steps)),
-                ("loss.png", loss_png(self.history)),
-            ):
-                write_file(self.folder / name, content)
-                written.append(self.folder / name)
-            if config.export.merged:
-                written.append(export.write_merged(config, parts.family, parts.adapted))
-            if config.preview.enabled:
-                written.append(self._preview())
-            self._report(written)
-        self.accelerator.wait_for_everyone()
-
-    def _preview(self) -> Path:
-        parts, config = self.parts, self.config
-        shown = parts.datasets.validation or parts.datasets.train
-        prompts = list(config.preview.prompts) or shown.captions(4)
-        pipeline = parts.family.pipeline(parts.adapted.model).to(self.accelerator.device)
-        before, after = preview.before_and_after(
-            parts.adapted, pipeline, self.initial, prompts, config.data.resolution, config.preview
-        )
-        path = self.folder / "preview.png"
-        write_file(path, preview.grid_png({"before": before, "after": after}, prompts))
-        tracking.log_images(self.accelerator, {"preview/before": before, "preview/after": after}, self.total_steps)
-        return path
-
-    def _report(self, written: list[Path]) -> None:
-        validation = self.history.validation
-        if len(validation) > 1:
-            first, last = validation[0]["loss"], validation[-1]["loss"]
-            print(f"validation loss: {first:.5f} -> {last:.5f} ({100 * (last / first - 1):+.1f} %)")
-        print(f"waited for data: {100 * self.waiting.share:.1f} % of the training time")
-        print(f"total steps: {self.parts.previous_steps} + {self.step} = {self.total_steps}")
-        for path in written:
-            print(f"wrote {path}")
+        if self.saved_step == self.step:
+            return
+        self.log()
+        if not self.unvalidated:
+            self.reporter.emit(self.total_steps)
+        write(self)
+        self.saved_step = self.step
+        self.requests.saved()

@@ -1,7 +1,12 @@
 """Whose run an output_dir holds. No torch here: a wrong output_dir is refused at once."""
 
+import fcntl
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -9,12 +14,17 @@ from training.config import ConfigError, TrainConfig, to_dict
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+METRICS, TRACKER, SAMPLES = "metrics.jsonl", "tracker.json", "samples"
+SAVE_FILE = "save"
+"""A file of this name in output_dir asks for a checkpoint."""
 # May change between two sittings of one run: they do not change what is learned, or only how far it goes. The number of
 # micro-batches per step, which grad_accumulation_steps and the number of processes make together, is checked on resume.
 FREE = {
     "output_dir", "resume", "steps", "grad_accumulation_steps", "gradient_checkpointing", "checkpoint_depth",
     "checkpoint_policy", "bypass_mode", "lora_dtype", "validation",
-    "preview", "checkpoint", "tracking", "export", "data.cache_dir", "data.num_workers", "data.validation_images",
+    "preview", "checkpoint", "tracking", "export", "distributed", "data.cache_dir", "data.num_workers",
+    "data.validation_images",
 }  # fmt: skip
 
 
@@ -23,10 +33,10 @@ def check_output_dir(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     if config.overwrite:
         return
-    if not config.resume and any((folder / CHECKPOINTS).glob("step_*")):
+    if config.resume == "never" and any((folder / CHECKPOINTS).glob("step_*")):
         raise ConfigError(
-            f"{folder} holds a run with checkpoints, and --no_resume would lose them. Choose another --output_dir, or "
-            "give --overwrite to start again there"
+            f"{folder} holds a run with checkpoints, and --resume never would lose them. Choose another --output_dir, "
+            "or give --overwrite to start again there"
         )
     try:
         there = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -57,7 +67,46 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
     return lines
 
 
+@contextmanager
+def held(folder: Path, wait: float, say: Callable[[str], object]) -> Iterator[None]:
+    """Keeps other runs out of `folder`; raises ConfigError if one is still there after `wait` seconds.
+
+    The lock is the process's: it ends with it however it ends. Where a file system knows no locks, there is none. A
+    folder in which nothing was written is not left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    try:
+        with path.open("a+b") as file:
+            wait_for_lock(file, folder, wait, say)
+            yield
+    finally:
+        if [*folder.iterdir()] == [path]:
+            path.unlink()
+            folder.rmdir()
+
+
+def wait_for_lock(file: IO[bytes], folder: Path, wait: float, say: Callable[[str], object]) -> None:
+    last, said = time.monotonic() + wait, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > last:
+                raise ConfigError(f"{folder} is in use by another run. Choose another --output_dir") from None
+            if not said:
+                say(f"{folder} is in use by another run: waiting up to {wait:.0f} s for it to end")
+            said = True
+            time.sleep(0.2)
+        except OSError as error:
+            say(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run there")
+            return
+
+
 def clear(folder: Path) -> None:
     """Removes the state of the run in `folder`; its exported files stay until they are replaced."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    for name in (CONFIG_FILE, METRICS, TRACKER):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / SAMPLES, ignore_errors=True)

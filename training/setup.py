@@ -10,6 +10,7 @@ from models.base import ModelFamily
 from training import checkpointing
 from training.config import TrainConfig
 from training.metadata import total_steps_of
+from training.optim import batch_scale
 from training.run import Run
 
 MOST_BUCKETS = 12  # in one line
@@ -52,6 +53,17 @@ def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
     return [f"buckets     {', '.join(named)}{more}{late}"]
 
 
+def rate_lines(run: Run) -> list[str]:
+    """The learning rate where it is not the one that was given."""
+    config, how = run.config, run.config.optim.lr_scale_with_batch
+    if how == "none":
+        return []
+    scale = batch_scale(config.optim, run.total_batch_size)
+    root = "square root of " if how == "sqrt" else ""
+    return [f"rate        learning_rate x {root}samples per step = {config.learning_rate:g} x {scale:g} = "
+            f"{config.learning_rate * scale:g}"]  # fmt: skip
+
+
 def summary(run: Run) -> str:
     """What is about to happen, each derived number as an equation."""
     config, parts, accelerator = run.config, run.parts, run.accelerator
@@ -71,7 +83,8 @@ def summary(run: Run) -> str:
         *(f"adapter     {count} layers: {what}" for what, count in groups.items()),
         f"trainable   {trained:,} of {total:,} parameters = {100 * trained / total:.2f} %",
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
-        f"{config.grad_accumulation_steps} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
+        f"{run.accumulation} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
+        *rate_lines(run),
         f"run         {config.steps} steps x {run.total_batch_size} = {samples} samples = {samples} / {epoch} = "
         f"{samples / epoch:.1f} epochs",
     ]

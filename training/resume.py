@@ -1,0 +1,105 @@
+"""A run written into a checkpoint, and brought back from the newest valid one, on however many processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.identity import files_identity
+from models.base import ModelFamily
+from training import checkpoint
+from training.checkpoint import CheckpointError
+from training.config import TrainConfig, to_yaml
+from training.files import write_file
+from training.metrics import History
+from training.rundir import CHECKPOINTS, CONFIG_FILE, clear
+from training.state import ADAPTER, OPTIMIZER, InBackground, TrainerState, load_named_state, state_of, to_files
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+def base_hash(family: ModelFamily, config: TrainConfig) -> InBackground:
+    """The hash of the base model's files, which takes its time where it is not known yet."""
+    files, cache = family.component_files("denoiser"), Path(config.data.cache_dir)
+    return InBackground(lambda: files_identity(files, cache))
+
+
+def write(run: Run) -> None:
+    """Writes a checkpoint of `run`, on the main process."""
+    if not run.main:
+        return
+    state = TrainerState(
+        step=run.step,
+        samples=run.step * run.total_batch_size,
+        micro_batches_per_step=run.micro_batches_per_step,
+        grad_accumulation_steps=run.config.grad_accumulation_steps,
+        identity=identity(run),
+        started_at=run.started_at,
+        tracker_id=run.reporter.tracker_id,
+        history=asdict(run.history),
+        row=run.reporter.row,
+    )
+    files = to_files(state, run.parts.adapted.state_dict(), run.optimizer, run.names)
+    checkpoint.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
+
+
+def identity(run: Run) -> dict[str, object]:
+    """Facts that must be the same for the next step to be the one that would have come."""
+    assert run.base is not None, "asked for on the main process only"
+    return {
+        "dataset": run.parts.datasets.train.fingerprint,
+        "base model": run.base.result(),
+        "steps of the existing LoRA": run.parts.previous_steps,
+    }
+
+
+def resume(run: Run) -> None:
+    """Goes on from the newest valid checkpoint of output_dir, if there is one. Collective."""
+    if run.config.overwrite and run.main:
+        clear(run.folder)
+    run.accelerator.wait_for_everyone()
+    found, damaged = checkpoint.newest(run.folder / CHECKPOINTS)
+    for fault in damaged:
+        run.accelerator.print(f"passed over: {fault}")
+    if found is None:
+        run.reporter.resume(-1, {})
+    else:
+        state = state_of(found)
+        restore(run, found, state)
+        run.reporter.resume(run.total_steps, state.row)
+        run.accelerator.print(f"resumed at step {run.step} of {run.config.steps}")
+    if run.samples is not None:
+        run.samples.cut(run.step)
+    if run.main:
+        write_file(run.folder / CONFIG_FILE, to_yaml(run.config))
+
+
+def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None:
+    """Puts what a checkpoint holds into `run`; raises CheckpointError if it is another run's."""
+    per_step, processes = state.micro_batches_per_step, run.accelerator.num_processes
+    same_command = state.grad_accumulation_steps == run.config.grad_accumulation_steps
+    if per_step != run.micro_batches_per_step and same_command and per_step % processes == 0:
+        run.accumulation = per_step // processes
+        run.accelerator.print(
+            f"as in the steps before, {per_step} micro-batches per step: grad_accumulation_steps is {per_step} / "
+            f"{processes} processes = {run.accumulation}"
+        )
+    here = identity(run) if run.main else {}
+    differing = [f"{k}: {state.identity.get(k)} there, {v} here" for k, v in here.items() if state.identity.get(k) != v]
+    if per_step != run.micro_batches_per_step:
+        differing.append(
+            "micro-batches per step (processes x grad_accumulation_steps): "
+            f"{per_step} there, {run.micro_batches_per_step} here"
+        )
+    if differing:
+        raise CheckpointError(
+            "\n  ".join([f"the checkpoint of step {found.step} in {run.folder} is of a different run", *differing])
+            + "\nChoose another --output_dir, or give --overwrite to start again there"
+        )
+    run.parts.adapted.load_state_dict(checkpoint.tensors_from_bytes(found.files[ADAPTER]))
+    load_named_state(run.optimizer, checkpoint.from_bytes(found.files[OPTIMIZER]), run.names)
+    run.history = History(**state.history)
+    run.step = run.saved_step = found.step
+    run.started_at, run.reporter.tracker_id = state.started_at, state.tracker_id

@@ -1,0 +1,106 @@
+"""What a checkpoint holds of a run, as files, and a run brought back from it."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from training import checkpoint
+from training.checkpoint import Checkpoint, CheckpointError
+
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
+
+
+@dataclass
+class TrainerState:
+    """All of a run that is not a tensor. Everything else follows from the step (data/schedule.py)."""
+
+    step: int
+    samples: int
+    """Seen since the first step."""
+    micro_batches_per_step: int
+    grad_accumulation_steps: int
+    """As the config had it: what it became on another number of processes is not kept."""
+    identity: dict[str, Any]
+    """Facts that must be the same for the next step to be the one that would have come."""
+    started_at: float
+    tracker_id: str
+    history: dict[str, Any]
+    row: dict[str, float] = field(default_factory=dict)
+    """Metrics of this step that were not reported yet."""
+
+
+def to_files(
+    state: TrainerState,
+    adapter: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    names: dict[str, nn.Parameter],
+) -> dict[str, bytes]:
+    return {
+        ADAPTER: checkpoint.tensors_to_bytes(adapter),
+        OPTIMIZER: checkpoint.to_bytes(named_state(optimizer, names)),
+        STATE: json.dumps(asdict(state)).encode(),
+    }
+
+
+def state_of(found: Checkpoint) -> TrainerState:
+    try:
+        return TrainerState(**json.loads(found.files[STATE]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {found.step} was written by another version of this program ({error}). Go on with "
+            "that version, or give --overwrite to start again"
+        ) from error
+
+
+def named_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """The optimizer's state by the names of its parameters: no order, no groups, no ranks in it."""
+    by_parameter: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
+    state = {by_parameter[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+    return {name: {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+            for name, values in state.items()}  # fmt: skip
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]], names: dict[str, nn.Parameter]
+) -> None:
+    """Raises CheckpointError if `state` is not of these parameters."""
+    if state and state.keys() != names.keys():
+        odd = sorted(state.keys() ^ names.keys())
+        raise CheckpointError(
+            f"the checkpoint's optimizer has other parameters: {', '.join(odd[:5])} ({len(odd)} in all)"
+        )
+    by_parameter = {parameter: name for name, parameter in names.items()}
+    order = [by_parameter[p] for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(
+        {"state": {i: state[n] for i, n in enumerate(order) if n in state}, "param_groups": groups}
+    )
+
+
+class InBackground:
+    """The result of a function that runs beside the rest; nothing waits for it when the process ends."""
+
+    def __init__(self, function: Callable[[], str]):
+        self.value: str | None = None
+        self.error: BaseException | None = None
+        self.function = function
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.value = self.function()
+        except BaseException as error:  # raised where the result is asked for
+            self.error = error
+
+    def result(self) -> str:
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        assert self.value is not None
+        return self.value

@@ -1,0 +1,83 @@
+"""That the ranks of a run are one run: the same adapters everywhere, gradients that differ before they are averaged and
+are equal afterwards. What fails here without a check trains on, slowly and wrongly."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from training.agreement import Agreement
+from training.distributed import DistributedError, checksums
+
+MOST_NAMED = 10
+
+
+class SyncCheck:
+    """Looks at the first step's gradients, and every so many steps at the adapters."""
+
+    def __init__(self, denoiser: nn.Module, trained: dict[str, nn.Parameter], agreement: Agreement):
+        self.trained, self.agreement = trained, agreement
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
+        self.before: dict[str, Tensor] = {}
+        self.first = isinstance(denoiser, nn.parallel.DistributedDataParallel)
+        self.pending: tuple[Any, Tensor] | None = None
+        self.pending_step = 0
+        if isinstance(denoiser, nn.parallel.DistributedDataParallel):
+            denoiser.register_comm_hook(None, self._hook)
+
+    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if self.first:
+            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                self.before[self.names[parameter]] = checksums([gradient])[0]
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    def gradients(self) -> None:
+        """After the first backward pass: raises DistributedError if the ranks' gradients were not averaged, or were the
+        same before. Gradients that are all zero say nothing, and the next step is looked at. Collective."""
+        if not self.first:
+            return
+        names = [name for name, parameter in self.trained.items() if parameter.grad is not None]
+        after = checksums([self.trained[name].grad for name in names])  # type: ignore[misc]
+        missing = torch.tensor(-1, device=after.device)
+        before = torch.stack([self.before.get(name, missing) for name in names])
+        everyone = self.agreement.all_of(torch.cat([after, before]))
+        after, before = everyone.chunk(2, dim=1)
+        if bad := [name for i, name in enumerate(names) if not after[:, i].eq(after[0, i]).all()]:
+            raise DistributedError(f"after the first step the ranks' gradients differ: {named(bad)}")
+        if not after.any():
+            return
+        self.first, self.before = False, {}
+        if before.eq(before[0]).all():
+            raise DistributedError(
+                "all ranks have the same gradients before they are averaged: they train on the same samples. "
+                "Report this with the config and the launch command"
+            )
+
+    def start(self, step: int) -> None:
+        """Sends checksums of the adapters around, without waiting."""
+        if self.agreement.group is None:
+            return
+        sums = checksums(list(self.trained.values()))
+        both = torch.cat([sums, -sums])
+        self.pending = dist.all_reduce(both, dist.ReduceOp.MAX, async_op=True), both
+        self.pending_step = step
+
+    def finish(self) -> None:
+        """Raises DistributedError if the adapters were not the same on all ranks. Reads the device."""
+        if self.pending is None:
+            return
+        (work, both), self.pending = self.pending, None
+        work.wait()
+        largest, smallest = both.cpu().chunk(2)  # the largest of the negated is the smallest negated
+        differs = (largest + smallest) != 0
+        if bad := [name for name, different in zip(self.trained, differs.tolist(), strict=True) if different]:
+            raise DistributedError(
+                f"at step {self.pending_step} the adapters are not the same on all ranks: {named(bad)}"
+            )
+
+
+def named(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
