@@ -158,6 +158,7 @@ class SlurmCluster:
         """Lets a requeued job begin: SLURM would hold it back for two minutes."""
         # before its old processes are gone, the new ones would be given a wrong allocation
         until(lambda: self.nodes("idle") == set(self.addresses), 60, "nodes are clean")
+        time.sleep(2)  # slurmd refuses a start in the second in which it ended the one before
         self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def ranks(self) -> list[psutil.Process]:

@@ -1,6 +1,7 @@
 """The batch scripts on a real SLURM: what they train, and that a job ends as if nothing had happened to it."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -40,9 +41,10 @@ def settings(cache_dir: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def submit(cluster: SlurmCluster, folder: Path, *words: str) -> "Job":
+def submit(cluster: SlurmCluster, folder: Path, *words: str, **more: str) -> "Job":
     """Hands in a batch script, with options of sbatch before and options of train_lora.py behind it."""
     environment = {"ACCELERATE_USE_CPU": "true", "VENV": sys.prefix, "TQDM_MININTERVAL": "0", "OUTPUT": str(folder)}
+    environment |= more
     job = cluster.submit(f"--output={folder}/%a.log", *words, cwd=PROJECT, **environment)
     return Job(cluster, job, folder, folder / "4294967294.log")  # the %a of what is not an array
 
@@ -114,13 +116,13 @@ def test_two_nodes_train_the_adapter_of_one(cluster, settings, straight, tmp_pat
 
 def test_a_job_goes_on_after_a_warning_a_requeue_and_a_killed_rank(cluster, settings, straight, tmp_path):
     job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path}", "--checkpoint.every=60")
-    for restarts, signal in enumerate((["scancel", "--signal=USR1"], ["scontrol", "requeue"]), 1):
+    for restarts, words in enumerate((["scancel", "--signal=USR1"], ["scontrol", "requeue"]), 1):
         before = job.saved()
         job.wait(lambda: job.step() >= before + 10, "the job trains")  # noqa: B023
         seen = job.step()
-        cluster.run(*signal, job.id)
+        cluster.run(*words, job.id)
         job.goes_on(restarts)
-        assert seen <= job.saved() < 60, f"{' '.join(signal)} saves at once, not when the next checkpoint is due"
+        assert seen <= job.saved() < 60, f"{' '.join(words)} saves at once, not when the next checkpoint is due"
     job.wait(lambda: job.saved() >= 60, "a checkpoint is written")
     cluster.ranks()[1].kill()
     job.goes_on(3)
@@ -129,15 +131,38 @@ def test_a_job_goes_on_after_a_warning_a_requeue_and_a_killed_rank(cluster, sett
     assert "failed after a new checkpoint: requeued" in job.log
 
 
-def test_a_job_goes_on_after_one_of_its_nodes_died(cluster, settings, straight, tmp_path):
-    job = submit(cluster, tmp_path, *TWO_NODES, *settings, f"--output_dir={tmp_path}", "--checkpoint.every=20")
+def test_a_job_goes_on_after_a_killed_rank_and_a_dead_node(cluster, settings, straight, tmp_path):
+    restarts = "--max_restarts 1 --rdzv_backend c10d"  # within the job, by its launchers
+    options = [*TWO_NODES, *settings, f"--output_dir={tmp_path}", "--checkpoint.every=20"]
+    job = submit(cluster, tmp_path, *options, ACCELERATE_OPTIONS=restarts)
     job.wait(lambda: job.saved() >= 20, "a checkpoint is written")
+    cluster.ranks()[1].kill()
+    job.wait(lambda: job.resumed() == 1 and job.saved() >= 60, "the launchers have started the ranks again")
+    assert cluster.job(job.id)["Restarts"] == "0"
     cluster.machines["n1"].crash()  # the node of the batch script and of rank 0
     job.wait(lambda: cluster.requeued(job.id, 1), "SLURM notices", seconds=120)
     cluster.start_node("n1")
     job.goes_on(1)
     assert_equal(job.adapter(), straight)
-    assert job.resumed() == 1
+    assert job.resumed() == 2
+
+
+def test_a_warning_before_the_first_step_requeues(cluster, settings, tmp_path):
+    job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path}")
+    job.wait(lambda: [handles_usr1(rank.pid) for rank in cluster.ranks()] == [True, True], "the ranks are starting")
+    cluster.run("scancel", "--signal=USR1", job.id)
+    job.wait(lambda: cluster.requeued(job.id, 1), "the job is requeued")
+    assert job.step() == 0
+    cluster.run("scancel", job.id)
+
+
+def handles_usr1(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    [caught] = re.findall(r"^SigCgt:\s*(\w+)", status, re.M)
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def test_a_warning_of_the_time_limit_saves_and_requeues(cluster, settings, tmp_path):
@@ -165,10 +190,13 @@ def test_tasks_of_an_array_train_a_recipe_each_and_fail_alone(cluster, settings,
     [rank] = [rank for rank in cluster.ranks() if f"--output_dir {same.folder}" in " ".join(rank.cmdline())]
     rank.kill()
     same.goes_on(1)
+    same.wait(lambda: same.resumed() == 1 and same.step() < STEPS, "it has gone on")
+    cluster.run("scancel", "--signal=USR1", same.id)
+    same.goes_on(2)
     assert cluster.job(other.id)["Restarts"] == "0"
     ranks = [{t.shape[0] for name, t in task.adapter().items() if "lora_down" in name} for task in tasks]
     assert ranks == [{4}, {5}]
-    assert (same.resumed(), other.resumed()) == (1, 0)
+    assert (same.resumed(), other.resumed()) == (2, 0)
 
 
 def test_a_mistake_is_not_requeued(cluster, settings, tmp_path):

@@ -63,7 +63,7 @@ requeue_if_it_helps() {
 
 launch() {
     local output hosts status=0 restarts=${SLURM_RESTART_COUNT:-0}
-    ((restarts == 0)) || set -- "$@" --resume --no_overwrite # these spoke of what was there before the job
+    ((restarts == 0)) || set -- "$@" --resume auto --no_overwrite # other values spoke of what was there before
     output=$(output_dir "$@")
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR=${hosts[0]}
