@@ -72,11 +72,14 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
         with held(Path(config.output_dir), LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
             train(config, accelerator, failures, interruptions)
     except Exception as error:
-        if failures is not None and not failures.tell(error):
+        if failures is not None and not failures.is_first(error):
             return 1  # another rank failed first, and says so
         known = isinstance(error, (CheckpointError, TrainingDiverged, WriteError, DistributedError, *USER_ERRORS))
-        text = str(error) if known else explained(error)
-        return fail(RuntimeError(text), 2 if isinstance(error, USER_ERRORS) else 1, failures is not None)
+        fail(RuntimeError(str(error) if known else explained(error)), 1, failures is not None)
+        if failures is not None:
+            interruptions.ignored()
+            failures.wait_for_others()
+        return 2 if isinstance(error, USER_ERRORS) else 1
     finally:
         if failures is not None:
             failures.close()
@@ -89,7 +92,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     from data.precompute import build_datasets
     from models import get_family
     from training import finish, setup, tracking
-    from training.distributed import prepare
+    from training.distributed import is_sharded, prepare
     from training.export import check as check_export
     from training.metadata import Parts
     from training.names import file_names
@@ -101,15 +104,15 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     family = get_family(config.model)
     # the encoders live and die in here
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
-    denoiser, dtype = setup.load_denoiser(config, family)
+    denoiser, dtype = setup.load_denoiser(config, family, is_sharded(accelerator))
     names = file_names(family, denoiser)
     adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)
     optimizer = build_optimizer(adapted, config)
     loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
 
-    denoiser = prepare(accelerator, denoiser, adapted)
     parts = Parts(family, datasets, adapted, names, previous_steps)
     check_export(config, parts)
+    denoiser = prepare(accelerator, denoiser, adapted)
     with interruptions.deferred():  # from here on a signal is answered between two steps, by all ranks together
         run = Run(config, accelerator, parts, denoiser, optimizer, loss_function)
         run.listen(interruptions)

@@ -73,11 +73,15 @@ def conflicts(config: TrainConfig, precision: str) -> list[str]:
     return faults
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type is DistributedType.FSDP
+
+
 def prepare(accelerator: Accelerator, denoiser: nn.Module, adapted: Adapted) -> nn.Module:
     """The denoiser on its device, under autocast, its base sharded if so configured, its adapters the same on all ranks
     and with gradients that are means over them."""
     trained = set(adapted.named_parameters().values())
-    if accelerator.distributed_type is DistributedType.FSDP:
+    if is_sharded(accelerator):
         plugin = accelerator.state.fsdp_plugin
         assert plugin is not None
         shard_base(denoiser, trained, plugin)
@@ -118,11 +122,6 @@ def blocks(denoiser: nn.Module, classes: list[str] | None) -> list[nn.Module]:
             f"fsdp_transformer_layer_cls_to_wrap: the model has no {', '.join(sorted(missing))}; it has {here}"
         )
     return found[::-1] or list(checkpointing.blocks_at(denoiser, 1).values())
-
-
-def unwrapped(denoiser: nn.Module) -> nn.Module:
-    """The module inside DDP."""
-    return denoiser.module if isinstance(denoiser, nn.parallel.DistributedDataParallel) else denoiser
 
 
 def checksums(tensors: list[torch.Tensor]) -> torch.Tensor:

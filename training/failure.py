@@ -4,7 +4,6 @@ A rank that waits in a collective for one that has failed cannot do anything, no
 each has a thread that looks into the store of the process group, and ends the process.
 """
 
-import json
 import os
 import threading
 import time
@@ -37,22 +36,29 @@ class Failures:
         self.thread.start()
 
     def _watch(self, store: dist.Store) -> None:
-        with suppress(Exception):  # the store is gone when the rank or the launcher that keeps it is
+        try:
             while not self.over.wait(EVERY):
                 if store.check([self.key]):
                     os._exit(1)
+        except Exception:  # the store is gone with the rank or the launcher that kept it
+            if not self.over.wait(GRACE):
+                os._exit(1)
 
-    def tell(self, error: BaseException) -> bool:
-        """Tells the other ranks of `error`; whether it is the first. Then they have had time to leave."""
+    def is_first(self, error: BaseException) -> bool:
+        """Tells the other ranks of `error`, unless one of them has failed before. That one then says why it did, and
+        the others end in silence."""
         if self.store is None:
             return True
         self.over.set()
-        mine = json.dumps({"rank": self.rank, "error": f"{type(error).__name__}: {error}"})
+        mine = f"{self.rank}: {type(error).__name__}: {error}"
         with suppress(Exception):
-            if self.store.compare_set(self.key, "", mine).decode() != mine:
-                return False
-            time.sleep(GRACE)
+            return self.store.compare_set(self.key, "", mine).decode(errors="replace") == mine
         return True
+
+    def wait_for_others(self) -> None:
+        """Gives the other ranks time to see what `is_first` told them, before this one takes the store away."""
+        if self.store is not None:
+            time.sleep(GRACE)
 
     def close(self) -> None:
         """No one is to be told any more."""

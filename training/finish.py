@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from training import export, preview, tracking
+from training import export, preview, setup, tracking
+from training.distributed import is_sharded
 from training.files import write_file
 from training.interruption import Asked
 from training.metadata import Provenance
@@ -53,6 +54,8 @@ def finish(run: Run) -> tuple[list[str], Images] | None:
 def write(run: Run, drawn: tuple[list[str], Images] | None) -> None:
     """Writes the adapter, the loss files, the previews and, if asked for, the merged model. Main process only."""
     config, parts = run.config, run.parts
+    if is_sharded(run.accelerator):
+        parts = setup.on_one_process(config, parts)
     provenance = Provenance(run.total_steps, run.total_batch_size, run.started_at)
     written = export.write_adapter(config, parts, provenance)
     for name, content in (("loss.json", loss_json(run.history, run.total_steps)), ("loss.png", loss_png(run.history))):

@@ -78,6 +78,11 @@ class Interruptions:
         finally:
             self.waits = False
 
+    def ignored(self) -> None:
+        """Nothing is to be saved any more: signals are of no use from here on."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def take(self) -> Asked:
         """What was asked for. A wish to save is forgotten then: another signal is another wish."""
         asked = self.asked

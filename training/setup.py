@@ -1,5 +1,7 @@
 """Builds the denoiser with its adapters as a config asks for it, and says what came out."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from models.base import ModelFamily
 from training import checkpointing
 from training.config import TrainConfig
-from training.metadata import total_steps_of
+from training.metadata import Parts, total_steps_of
 from training.optim import batch_scale
 from training.run import Run
 
@@ -17,14 +19,15 @@ MOST_BUCKETS = 12  # in one line
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
-def load_denoiser(config: TrainConfig, family: ModelFamily) -> tuple[nn.Module, torch.dtype]:
+def load_denoiser(config: TrainConfig, family: ModelFamily, sharded: bool = False) -> tuple[nn.Module, torch.dtype]:
     """The base model in training form and the dtype of its weights, which its inputs must have too."""
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = next(denoiser.parameters()).dtype
     if config.gradient_checkpointing:
         checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
-    # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
-    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not sharded:  # FSDP cuts along rows, and takes contiguous weights only
+        # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.train(), dtype
 
 
@@ -39,6 +42,15 @@ def attach_adapters(
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
         return adapted, total_steps_of(config.existing_lora, metadata)
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
+
+
+def on_one_process(config: TrainConfig, parts: Parts) -> Parts:
+    """`parts` with the adapters on a copy of the base of their own, on the CPU: of a sharded base each rank has a part,
+    and what some files hold is reckoned from the whole."""
+    denoiser, _ = load_denoiser(config, parts.family)
+    adapted, _ = attach_adapters(config, parts.family, denoiser, parts.names)
+    adapted.load_state_dict(parts.adapted.state_dict())
+    return replace(parts, adapted=adapted)
 
 
 def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:

@@ -1,0 +1,39 @@
+"""One rank of several runs of train_lora.py, one after the other: what starts once is loaded once.
+
+`accelerate launch ... tests/ranks.py RUNS.json`, where RUNS.json holds a list of command lines. With Accelerate's FSDP
+config the base is sharded as on GPUs, over gloo: Accelerate alone would not do so on CPUs.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+if SHARDED:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import reset_accelerate
+
+import train_lora
+
+
+def main() -> int:
+    """Runs all in one process group; stops at the first that does not end well, with its exit code."""
+    leave, train_lora.leave = train_lora.leave, lambda: None
+    for argv in json.loads(Path(sys.argv[1]).read_text()):
+        reset_accelerate()
+        if SHARDED:
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # then it looks for FSDP
+        if status := train_lora.main(argv):
+            return status
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
