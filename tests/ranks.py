@@ -1,7 +1,8 @@
 """One rank of several runs of train_lora.py, one after the other: what starts once is loaded once.
 
-`accelerate launch ... tests/ranks.py RUNS.json`, where RUNS.json holds a list of command lines. With Accelerate's FSDP
-config the base is sharded as on GPUs, over gloo: Accelerate alone would not do so on CPUs.
+`accelerate launch ... tests/ranks.py RUNS.json [FAULT]`: RUNS.json holds a list of command lines, FAULT names a
+function of tests/rank_faults.py. With Accelerate's FSDP config the base is sharded as on GPUs, over gloo, which
+Accelerate alone would not do on CPUs.
 """
 
 import json
@@ -14,15 +15,18 @@ SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 if SHARDED:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from conftest import reset_accelerate
-
-import train_lora
-
 
 def main() -> int:
     """Runs all in one process group; stops at the first that does not end well, with its exit code."""
+    import rank_faults
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from conftest import reset_accelerate
+
+    import train_lora
+
+    if len(sys.argv) > 2:
+        getattr(rank_faults, sys.argv[2])()
     leave, train_lora.leave = train_lora.leave, lambda: None
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         reset_accelerate()

@@ -111,8 +111,8 @@ class DistributedConfig:
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
     """How long a rank waits for another in a collective before the run ends. Encoding and saving do not count."""
     check_every: Annotated[int, Field(ge=0)] = 100
-    """Compare checksums of the adapters of all ranks every so many steps, without waiting for them; 0 never. The first
-    step's gradients are always compared."""
+    """Compare checksums of the adapters of all ranks every so many steps and at the end, without waiting for them; 0
+    never. The gradients of the first two steps are always compared."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from contextlib import suppress
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 EVERY = 0.5  # seconds between two looks
 LOST = ("Connection closed by peer", "Timed out waiting", "Connection reset", "Broken pipe", "NCCL", "Read error")
-GRACE = 3.0  # seconds in which the others see a failure
+LATER = 1.5  # seconds: torchrun, which counts whole ones, takes the process that ended first for the cause
+GRACE = 4.0  # seconds in which the others see a failure
 
 
 class Failures:
@@ -39,6 +41,7 @@ class Failures:
         try:
             while not self.over.wait(EVERY):
                 if store.check([self.key]):
+                    time.sleep(LATER)
                     os._exit(1)
         except Exception:  # the store is gone with the rank or the launcher that kept it
             if not self.over.wait(GRACE):
@@ -52,7 +55,10 @@ class Failures:
         self.over.set()
         mine = f"{self.rank}: {type(error).__name__}: {error}"
         with suppress(Exception):
-            return self.store.compare_set(self.key, "", mine).decode(errors="replace") == mine
+            if self.store.compare_set(self.key, "", mine).decode(errors="replace") != mine:
+                return False
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            get_error_handler().record_exception(error)  # torchrun's summary names it then
         return True
 
     def wait_for_others(self) -> None:

@@ -144,7 +144,8 @@ class Run:
     def _after_step(self) -> None:
         config, step = self.config, self.step
         last = step == config.steps
-        if config.distributed.check_every and step % config.distributed.check_every == 0:
+        every = config.distributed.check_every
+        if every and (last or step % every == 0):
             self.sync_check.start(step)
         if last or step % config.tracking.log_every == 0:
             self.log()

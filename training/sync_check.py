@@ -12,15 +12,17 @@ from training.agreement import Agreement
 from training.distributed import DistributedError, checksums
 
 MOST_NAMED = 10
+FIRST_STEPS = 2  # in the first one, half of the factors have no gradient yet: the others are zero
 
 
 class SyncCheck:
-    """Looks at the first step's gradients, and every so many steps at the adapters."""
+    """Looks at the first steps' gradients, and every so many steps at the adapters."""
 
     def __init__(self, denoiser: nn.Module, trained: dict[str, nn.Parameter], agreement: Agreement):
         self.trained, self.agreement = trained, agreement
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
         self.before: dict[str, Tensor] = {}
+        self.left = FIRST_STEPS
         self.first = isinstance(denoiser, nn.parallel.DistributedDataParallel)
         self.pending: tuple[Any, Tensor] | None = None
         self.pending_step = 0
@@ -34,10 +36,11 @@ class SyncCheck:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     def gradients(self) -> None:
-        """After the first backward pass: raises DistributedError if the ranks' gradients were not averaged, or were the
-        same before. Gradients that are all zero say nothing, and the next step is looked at. Collective."""
+        """After a backward pass, one of the first: raises DistributedError if the ranks' gradients were not averaged, or
+        were the same before. Collective."""
         if not self.first:
             return
+        self.left -= 1
         names = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         after = checksums([self.trained[name].grad for name in names])  # type: ignore[misc]
         missing = torch.tensor(-1, device=after.device)
@@ -45,11 +48,9 @@ class SyncCheck:
         everyone = self.agreement.all_of(torch.cat([after, before]))
         after, before = everyone.chunk(2, dim=1)
         if bad := [name for i, name in enumerate(names) if not after[:, i].eq(after[0, i]).all()]:
-            raise DistributedError(f"after the first step the ranks' gradients differ: {named(bad)}")
-        if not after.any():
-            return
-        self.first, self.before = False, {}
-        if before.eq(before[0]).all():
+            raise DistributedError(f"the ranks' gradients differ after they should have been averaged: {named(bad)}")
+        self.first, self.before = bool(self.left), {}
+        if after.any() and before.eq(before[0]).all():
             raise DistributedError(
                 "all ranks have the same gradients before they are averaged: they train on the same samples. "
                 "Report this with the config and the launch command"

@@ -1,0 +1,110 @@
+"""What goes wrong on one rank of several, for tests/ranks.py."""
+
+import os
+import signal
+import time
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def at_step(step: int, rank: int, act) -> None:
+    """Has `rank` do `act` when it has taken `step` steps."""
+    from training.run import Run
+
+    original = Run.answer
+
+    def answer(self):
+        if self.step == step and rank == RANK:
+            act()
+        original(self)
+
+    Run.answer = answer
+
+
+def raises() -> None:
+    def act():
+        raise ValueError("the disk of rank 1 is on fire")
+
+    at_step(3, 1, act)
+
+
+def is_killed_once() -> None:
+    """Rank 1 dies without a word, the first time that the group runs."""
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    at_step(5, 1, lambda: os.kill(os.getpid(), signal.SIGKILL) if first else None)
+
+
+def hangs() -> None:
+    at_step(3, 1, lambda: time.sleep(600))
+
+
+def gets_signal() -> None:
+    at_step(4, 1, lambda: os.kill(os.getpid(), int(os.environ["TEST_SIGNAL"])))
+
+
+def leaves_an_adapter_out() -> None:
+    """DDP does not see one adapter, which then goes its own way on every rank."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    original = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+
+    def ignore(module, names):
+        original(module, [*names, next(name for name, p in module.named_parameters() if p.requires_grad)])
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model = ignore
+
+
+def drifts() -> None:
+    """Rank 1's weights change by a hair after step 3."""
+    import torch
+
+    from training.run import Run
+
+    original = Run._after_step
+
+    def after(self):
+        if self.step == 3 and RANK == 1:
+            with torch.no_grad():
+                self.trained[0].view(-1)[0].mul_(1 + 1e-6).add_(1e-7)
+        original(self)
+
+    Run._after_step = after
+
+
+def sees_the_same_samples() -> None:
+    """Every rank trains on what rank 0 should."""
+    from data.schedule import Schedule
+
+    rows, visits = Schedule.rows, Schedule.visits
+    Schedule.rows = lambda self, number: rows(self, number - number % 2)
+    Schedule.visits = lambda self, number: visits(self, number - number % 2)
+
+
+def counts_collectives() -> None:
+    """Prints, at the end, the collectives of one step after the first."""
+    import torch.distributed as dist
+
+    from training.run import Run
+
+    calls: list[str] = []
+
+    def counted(name: str, original):
+        def call(tensor=None, *args, **kwargs):
+            calls.append(f"{name} {getattr(tensor, 'nbytes', 0)}")
+            return original(tensor, *args, **kwargs) if tensor is not None else original(*args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "broadcast", "reduce_scatter", "barrier", "all_gather_into_tensor"):
+        setattr(dist, name, counted(name, getattr(dist, name)))
+    original = Run._after_step
+
+    def after(self):
+        if self.step == 4:
+            calls.clear()
+        original(self)
+        if self.step == 5 and RANK == 0:
+            gradients = sum(p.nbytes for p in self.trained)
+            print(f"step 5: {calls} of {gradients} bytes of gradients", flush=True)
+
+    Run._after_step = after

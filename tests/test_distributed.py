@@ -1,0 +1,98 @@
+"""Several processes are one run: the same samples, losses and adapter as one process, in every engine."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, PROJECT, TWEMOJI
+from safetensors.torch import load_file
+
+from lora_algos import ALGORITHMS
+
+pytestmark = pytest.mark.slow
+CONFIGS = PROJECT / "accelerate_configs"
+ENGINES = {"ddp": {2: ALGORITHMS, 4: ("LoRA", "LoHa", "LoKr", "OFT")}, "fsdp2": {2: ALGORITHMS}}
+TOTAL = 4  # micro-batches per step, on however many processes
+
+
+def launched(config: str, processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs tests/ranks.py under one of the shipped configs, on CPUs."""
+    command = [
+        str(Path(sys.executable).parent / "accelerate"), "launch", f"--config_file={CONFIGS / config}.yaml",
+        f"--num_processes={processes}", str(PROJECT / "tests" / "ranks.py"), *arguments,
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=env)
+
+
+def common(cache_dir: Path) -> list[str]:
+    return [
+        f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
+        f"--data.validation_images={TWEMOJI / 'validation'}", "--data.resolution=64", "--batch_size=1", "--rank=4",
+        "--training_dtype=fp32", "--lora_dtype=fp32", "--no_gradient_checkpointing", "--preview.no_enabled",
+        "--adapter.targets=attention", "--tracking.log_every=3", "--steps=3", "--tracking.samples",
+        "--optim.eps=1e-5",  # with 1e-8 Adam makes a whole step of gradients that are nothing but rounding
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def wide_images(tmp_path) -> Path:
+    """Images of three shapes, so that there are buckets."""
+    from PIL import Image
+
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for n, path in enumerate(sorted((TWEMOJI / "train").glob("*.png"))[:12]):
+        image = Image.open(path).convert("RGB")
+        image.resize([(64, 64), (96, 48), (48, 96)][n % 3]).save(folder / path.name)
+        (folder / path.with_suffix(".txt").name).write_text(path.with_suffix(".txt").read_text())
+    return folder
+
+
+def run_all(folder: Path, engine: str, processes: int, algorithms: Iterable[str], wide: Path) -> Path:
+    """Runs every algorithm, and one run with buckets and previews; returns the folder that they are in."""
+    accumulation, runs = f"--grad_accumulation_steps={TOTAL // processes}", []
+    out, options = folder / f"{engine}-{processes}", common(folder / "cache")
+    for algorithm in algorithms:
+        blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
+        runs.append([*options, f"--algorithm={algorithm}", f"--output_dir={out / algorithm}", accumulation, *blocks])
+    bucketed = [f"--data.images={wide}", f"--output_dir={out / 'buckets'}", "--preview.enabled", "--batch_size=2"]
+    runs.append([*options, *bucketed, "--preview.num_inference_steps=2", accumulation])
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    result = launched(engine, processes, str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{TOTAL // processes} x {processes} = {TOTAL} samples per step" in result.stdout
+    return out
+
+
+def samples(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for path in folder.glob("samples/*.jsonl") for line in path.read_text().splitlines()]
+    return sorted(rows, key=lambda row: row["visit"])
+
+
+def assert_same_run(one: Path, many: Path) -> None:
+    assert samples(one) == samples(many) != []
+    a, b = (json.loads((folder / "loss.json").read_text()) for folder in (one, many))
+    for what in ("loss_per_micro_step", "loss_per_step", "gradient_norm_per_step"):
+        assert b[what] == pytest.approx(a[what], rel=1e-5), what
+    assert [entry["loss"] for entry in b["validation"]] == pytest.approx([e["loss"] for e in a["validation"]], 1e-5)
+    x, y = (load_file(folder / "lora.safetensors") for folder in (one, many))
+    assert x.keys() == y.keys()
+    whole, other = (torch.cat([t[key].flatten() for key in sorted(t)]) for t in (x, y))
+    assert (whole - other).norm() <= 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_processes_is_the_same_run(engine, wide_images, tmp_path):
+    one = run_all(tmp_path, engine, 1, ALGORITHMS, wide_images)
+    for processes, algorithms in ENGINES[engine].items():
+        many = run_all(tmp_path, engine, processes, algorithms, wide_images)
+        for name in (*algorithms, "buckets"):
+            assert_same_run(one / name, many / name)
+        assert (many / "buckets" / "preview.png").read_bytes() == (one / "buckets" / "preview.png").read_bytes()
