@@ -130,9 +130,9 @@ class SlurmCluster:
         assert result.returncode == 0, f"{shlex.join(command)}: {result.stderr}"
         return result.stdout.strip()
 
-    def nodes(self, state: str) -> set[str]:
+    def nodes(self, *states: str) -> set[str]:
         return {line.split()[0] for line in self.run("sinfo", "-hN", "-o", "%N %T").splitlines()
-                if line.split()[1] == state}  # fmt: skip
+                if line.split()[1] in states}  # fmt: skip
 
     def submit(self, *words: str, cwd: Path, **environment: str) -> str:
         """Hands in a batch job; returns its id."""
@@ -147,8 +147,13 @@ class SlurmCluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ended(self, job: str) -> bool:
-        states = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
-        return self.job(job)["JobState"] not in states
+        """Whether a job is over. One that is being requeued may look so for a moment."""
+        going_on = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        for pause in (0, 1.5):
+            time.sleep(pause)
+            if self.job(job)["JobState"] in going_on:
+                return False
+        return True
 
     def requeued(self, job: str, restarts: int) -> bool:
         known = self.job(job)
@@ -157,7 +162,8 @@ class SlurmCluster:
     def start_now(self, job: str) -> None:
         """Lets a requeued job begin: SLURM would hold it back for two minutes."""
         # before its old processes are gone, the new ones would be given a wrong allocation
-        until(lambda: self.nodes("idle") == set(self.addresses), 60, "nodes are clean")
+        clean = ("idle", "mixed", "allocated")
+        until(lambda: self.nodes(*clean) == set(self.addresses), 60, "nodes are clean")
         time.sleep(2)  # slurmd refuses a start in the second in which it ended the one before
         self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 WHY_NOT = missing("ip")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=f"no made-up hosts: {WHY_NOT}")]
-STEPS = 100
-TIMEOUT = 8.0  # seconds
+STEPS = 60
+TIMEOUT = 20.0  # seconds
 ADDRESSES = {"host1": "10.78.0.1", "host2": "10.78.0.2"}
 
 
@@ -71,7 +71,7 @@ class Launch:
                 self.launchers.append(machine.inside(*words, stdout=out, stderr=out, env=environment))
 
     def wait_for_checkpoint(self) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not any(self.folder.glob("checkpoints/step_*")):
             assert time.monotonic() < deadline, self.output()
             assert all(launcher.poll() is None for launcher in self.launchers), self.output()
@@ -88,7 +88,7 @@ class Launch:
 
 def test_a_cut_link_ends_the_run_on_both_hosts_and_the_same_command_goes_on(hosts, cache_dir, tmp_path):
     straight = Launch(hosts, tmp_path / "straight", cache_dir)
-    assert straight.ended(120) == [0, 0], straight.output()
+    assert straight.ended(240) == [0, 0], straight.output()
 
     cut = Launch(hosts, tmp_path / "cut", cache_dir)
     cut.wait_for_checkpoint()
@@ -102,7 +102,7 @@ def test_a_cut_link_ends_the_run_on_both_hosts_and_the_same_command_goes_on(host
 
     ip(hosts[1], "link", "set", "eth0", "up")
     again = Launch(hosts, tmp_path / "cut", cache_dir)
-    assert again.ended(120) == [0, 0], again.output()
+    assert again.ended(240) == [0, 0], again.output()
     assert "resumed at step" in again.output()
     adapters = [load_file(tmp_path / name / "lora.safetensors") for name in ("straight", "cut")]
     assert adapters[0].keys() == adapters[1].keys()

@@ -67,7 +67,7 @@ class Job:
 
     def step(self) -> int:
         """The last step on the progress bar."""
-        return max(map(int, re.findall(rf" (\d+)/{STEPS} ", self.log)), default=0)
+        return max(map(int, re.findall(r"\| (\d+)/\d+ \[", self.log)), default=0)
 
     def saved(self) -> int:
         """The step of the newest checkpoint."""
@@ -77,7 +77,7 @@ class Job:
         """How often the job went on from a checkpoint."""
         return len(re.findall(r"^0: .*resumed at step", self.log, re.M))
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
         until(lambda: condition() or self.cluster.ended(self.id), seconds, what)
         self.check(condition())
 
@@ -88,7 +88,7 @@ class Job:
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """What the job has trained, when it has ended well."""
-        until(lambda: self.cluster.ended(self.id), 90, f"job {self.id} ends")
+        until(lambda: self.cluster.ended(self.id), 240, f"job {self.id} ends")
         self.check(self.cluster.job(self.id)["JobState"] == "COMPLETED")
         return load_file(self.folder / "lora.safetensors")
 
@@ -140,7 +140,7 @@ def test_a_job_goes_on_after_a_killed_rank_and_a_dead_node(cluster, settings, st
     job.wait(lambda: job.resumed() == 1 and job.saved() >= 60, "the launchers have started the ranks again")
     assert cluster.job(job.id)["Restarts"] == "0"
     cluster.machines["n1"].crash()  # the node of the batch script and of rank 0
-    job.wait(lambda: cluster.requeued(job.id, 1), "SLURM notices", seconds=120)
+    job.wait(lambda: cluster.requeued(job.id, 1), "SLURM notices")
     cluster.start_node("n1")
     job.goes_on(1)
     assert_equal(job.adapter(), straight)
@@ -166,11 +166,11 @@ def handles_usr1(pid: int) -> bool:
 
 
 def test_a_warning_of_the_time_limit_saves_and_requeues(cluster, settings, tmp_path):
-    """SLURM's shortest limit is a minute; the warning comes 20 to 30 seconds after the start, wherever the run is."""
-    options = ["--time=1", "--signal=USR1@40", *ONE_NODE, *settings, f"--output_dir={tmp_path}"]
+    """SLURM's shortest limit is a minute; the warning comes 20 to 50 seconds after the start, wherever the run is."""
+    options = ["--time=1", "--signal=USR1@10", *ONE_NODE, *settings, f"--output_dir={tmp_path}"]
     job = submit(cluster, tmp_path, *options, "--steps=5000", "--checkpoint.every=5000")
-    job.wait(lambda: cluster.requeued(job.id, 1), "the job is requeued", seconds=60)
-    assert job.saved() > 0
+    job.wait(lambda: cluster.requeued(job.id, 1), "the job is requeued")
+    assert job.saved() >= job.step()
     cluster.run("scancel", job.id)
 
 
@@ -206,7 +206,7 @@ def test_a_mistake_is_not_requeued(cluster, settings, tmp_path):
         (f"--data.images={tmp_path / 'empty'}", "1:0", "failed without a new checkpoint: not requeued"),
     ):
         job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path / 'out'}", mistake)
-        until(lambda: cluster.ended(job.id), 90, "the job ends")  # noqa: B023
+        until(lambda: cluster.ended(job.id), 240, "the job ends")  # noqa: B023
         known = cluster.job(job.id)
         assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", exit_code, "0"), job.log
         assert message in job.log
