@@ -92,11 +92,10 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     from data.precompute import build_datasets
     from models import get_family
     from training import finish, setup, tracking
-    from training.distributed import is_sharded, prepare
+    from training.engine import wants_contiguous
     from training.export import check as check_export
     from training.metadata import Parts
     from training.names import file_names
-    from training.optim import build_optimizer
     from training.resume import resume
     from training.run import Run
     from training.step import LossFunction
@@ -104,17 +103,16 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     family = get_family(config.model)
     # the encoders live and die in here
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
-    denoiser, dtype = setup.load_denoiser(config, family, is_sharded(accelerator))
+    denoiser, dtype = setup.load_denoiser(config, family, wants_contiguous(accelerator))
     names = file_names(family, denoiser)
     adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)
-    optimizer = build_optimizer(adapted, config)
     loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
 
     parts = Parts(family, datasets, adapted, names, previous_steps)
     check_export(config, parts)
-    denoiser = prepare(accelerator, denoiser, adapted)
+    engine = setup.build_engine(config, accelerator, denoiser, adapted)
     with interruptions.deferred():  # from here on a signal is answered between two steps, by all ranks together
-        run = Run(config, accelerator, parts, denoiser, optimizer, loss_function)
+        run = Run(config, accelerator, parts, engine, loss_function)
         run.listen(interruptions)
         resume(run)  # nothing to do in a fresh output_dir
         tracking.start(accelerator, config, run.reporter.tracker_id)  # a run that goes on is one run there too

@@ -65,7 +65,7 @@ def drifts() -> None:
     def after(self):
         if self.step == 3 and RANK == 1:
             with torch.no_grad():
-                self.trained[0].view(-1)[0].mul_(1 + 1e-6).add_(1e-7)
+                self.engine.trained[0].view(-1)[0].mul_(1 + 1e-6).add_(1e-7)
         original(self)
 
     Run._after_step = after
@@ -104,7 +104,7 @@ def counts_collectives() -> None:
             calls.clear()
         original(self)
         if self.step == 5 and RANK == 0:
-            gradients = sum(p.nbytes for p in self.trained)
+            gradients = sum(p.nbytes for p in self.engine.trained)
             print(f"step 5: {calls} of {gradients} bytes of gradients", flush=True)
 
     Run._after_step = after

@@ -1,8 +1,8 @@
 """One rank of several runs of train_lora.py, one after the other: what starts once is loaded once.
 
 `accelerate launch ... tests/ranks.py RUNS.json [FAULT]`: RUNS.json holds a list of command lines, FAULT names a
-function of tests/rank_faults.py. With Accelerate's FSDP config the base is sharded as on GPUs, over gloo, which
-Accelerate alone would not do on CPUs.
+function of tests/rank_faults.py. With Accelerate's config for FSDP or DeepSpeed they are used as on GPUs, over gloo,
+which Accelerate alone would not do on CPUs.
 """
 
 import json
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+ZERO = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+SHARDED = ZERO or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 if SHARDED:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
@@ -32,7 +33,12 @@ def main() -> int:
         reset_accelerate()
         if SHARDED:
             PartialState(cpu=True)
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # then it looks for FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # then it looks for them
+        if ZERO:
+            import deepspeed
+
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+            deepspeed.init_distributed("gloo")
         if status := train_lora.main(argv):
             return status
     leave()

@@ -7,7 +7,7 @@ import numpy as np
 import torch.distributed as dist
 
 from training import export, preview, setup, tracking
-from training.distributed import is_sharded
+from training.engine import is_sharded
 from training.files import write_file
 from training.interruption import Asked
 from training.metadata import Provenance

@@ -14,7 +14,7 @@ from training.config import TrainConfig, to_yaml
 from training.files import write_file
 from training.metrics import History
 from training.rundir import CHECKPOINTS, CONFIG_FILE, clear
-from training.state import ADAPTER, OPTIMIZER, InBackground, TrainerState, load_named_state, state_of, to_files
+from training.state import ADAPTER, OPTIMIZER, InBackground, TrainerState, state_of, to_files
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -27,7 +27,8 @@ def base_hash(family: ModelFamily, config: TrainConfig) -> InBackground:
 
 
 def write(run: Run) -> None:
-    """Writes a checkpoint of `run`, on the main process."""
+    """Writes a checkpoint of `run`. Collective; the main process writes, and no other waits for it."""
+    optimizer = run.engine.optimizer_state()
     if not run.main:
         return
     state = TrainerState(
@@ -41,7 +42,7 @@ def write(run: Run) -> None:
         history=asdict(run.history),
         row=run.reporter.row,
     )
-    files = to_files(state, run.parts.adapted.state_dict(), run.optimizer, run.names)
+    files = to_files(state, run.parts.adapted.state_dict(), optimizer)
     checkpoint.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
 
 
@@ -98,8 +99,7 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
             "\n  ".join([f"the checkpoint of step {found.step} in {run.folder} is of a different run", *differing])
             + "\nChoose another --output_dir, or give --overwrite to start again there"
         )
-    run.parts.adapted.load_state_dict(checkpoint.tensors_from_bytes(found.files[ADAPTER]))
-    load_named_state(run.optimizer, checkpoint.from_bytes(found.files[OPTIMIZER]), run.names)
+    run.engine.load(checkpoint.tensors_from_bytes(found.files[ADAPTER]), checkpoint.from_bytes(found.files[OPTIMIZER]))
     run.history = History(**state.history)
     run.step = run.saved_step = found.step
     run.started_at, run.reporter.tracker_id = state.started_at, state.tracker_id

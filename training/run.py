@@ -2,13 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.batches import Batch, micro_batches
 from data.schedule import Schedule, key
@@ -16,10 +13,11 @@ from training import checkpoint, tracking
 from training.agreement import Agreement
 from training.config import TrainConfig
 from training.distributed import timeout
+from training.engine import Engine
 from training.interruption import Asked, Interruptions, Stopped, requeue
 from training.metadata import Parts
 from training.metrics import History, Pending, TrainingDiverged, Waiting, finite_mean, is_finite
-from training.optim import SkipNonFinite, batch_scale, learning_rate
+from training.optim import batch_scale, learning_rate
 from training.record import Reporter
 from training.requests import Requests
 from training.resume import base_hash, write
@@ -38,15 +36,12 @@ class Run:
         config: TrainConfig,
         accelerator: Accelerator,
         parts: Parts,
-        denoiser: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         loss_function: LossFunction,
     ):
         self.config, self.accelerator, self.parts = config, accelerator, parts
-        self.denoiser, self.optimizer, self.loss_function = denoiser, optimizer, loss_function
+        self.engine, self.loss_function = engine, loss_function
         self.folder, self.main = Path(config.output_dir), accelerator.is_main_process
-        self.names = parts.adapted.named_parameters()
-        self.trained = list(self.names.values())
         self.initial = parts.adapted.state_dict()  # what the run started from, for the preview before training
         train = parts.datasets.train
         self.schedule = Schedule(train.buckets, train.fingerprint, config.seed, config.batch_size)
@@ -57,11 +52,10 @@ class Run:
         self.started_at = time.time()
         self.reporter = Reporter(accelerator, self.folder, tracking.new_id())
         self.samples = SampleLog(self.folder, accelerator.process_index) if config.tracking.samples else None
-        self.skipping = SkipNonFinite(optimizer) if config.optim.non_finite == "skip" else None
         self.saved_step: int | None = None
         self.unvalidated = False  # the validation of this step was interrupted
         self.agreement = Agreement(accelerator, timeout(config))
-        self.sync_check = SyncCheck(denoiser, self.names, self.agreement)
+        self.sync_check = SyncCheck(engine.denoiser, engine.names, self.agreement)
         self.requests = self.listen(Interruptions())
         options = config.adapter
         self.drops = bool(options.dropout or options.rank_dropout or options.module_dropout)
@@ -111,10 +105,9 @@ class Run:
         """One micro-step; the last one of a step updates the weights and does what is due."""
         self.micro_step += 1
         last = self.micro_step % self.accumulation == 0
-        wrapped = isinstance(self.denoiser, DistributedDataParallel)
-        with nullcontext() if last or not wrapped else self.denoiser.no_sync():  # type: ignore[operator]
-            loss = self.loss_function(self.denoiser, batch).mean()
-            self.accelerator.backward(loss / self.accumulation)
+        with self.engine.accumulating(last):
+            loss = self.loss_function(self.engine.denoiser, batch).mean()
+            self.engine.backward(loss / self.accumulation, last)
         self.pending.losses.append(loss.detach())
         if last:
             self._update()
@@ -127,17 +120,7 @@ class Run:
 
     def _update(self) -> None:
         self.sync_check.gradients()
-        limit = self.config.optim.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.trained, limit)
-        self.pending.norms.append(norm.detach())
-        rate = self.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        if self.skipping is None:
-            self.optimizer.step()
-        else:
-            self.skipping.step(norm)
-        self.optimizer.zero_grad()
+        self.pending.norms.append(self.engine.update(self.rate(self.step)))
         self.step += 1
         self.reporter.advance()
 
@@ -195,7 +178,8 @@ class Run:
         n, optim = self.micro_batches_per_step, self.config.optim
         for i, norm in enumerate(norms):
             values = losses[i * n : (i + 1) * n]
-            if is_finite([norm] if self.skipping else [*values, norm]):
+            skips = optim.non_finite == "skip"
+            if is_finite([norm] if skips else [*values, norm]):
                 continue
             step = first + i
             rows = [row for m in range(step * n, (step + 1) * n) for row in self.schedule.rows(m)]
@@ -203,7 +187,7 @@ class Run:
             fault = f"step {step + 1} is not finite: losses {values}, gradient norm {norm}\n  its samples: "
             fault += ", ".join(names)
             self.history.skipped.append(step + 1)
-            if self.skipping is not None and len(self.history.skipped) <= optim.non_finite_limit:
+            if skips and len(self.history.skipped) <= optim.non_finite_limit:
                 self.reporter.say(f"skipped: {fault}")
                 continue
             kept = checkpoint.existing(self.folder / CHECKPOINTS)

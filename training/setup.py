@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from data.index import LatentDataset
@@ -11,21 +13,22 @@ from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from models.base import ModelFamily
 from training import checkpointing
 from training.config import TrainConfig
+from training.engine import Engine
 from training.metadata import Parts, total_steps_of
-from training.optim import batch_scale
+from training.optim import batch_scale, build_optimizer
 from training.run import Run
 
 MOST_BUCKETS = 12  # in one line
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
-def load_denoiser(config: TrainConfig, family: ModelFamily, sharded: bool = False) -> tuple[nn.Module, torch.dtype]:
+def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = False) -> tuple[nn.Module, torch.dtype]:
     """The base model in training form and the dtype of its weights, which its inputs must have too."""
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = next(denoiser.parameters()).dtype
     if config.gradient_checkpointing:
         checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
-    if not sharded:  # FSDP cuts along rows, and takes contiguous weights only
+    if not contiguous:
         # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.train(), dtype
@@ -42,6 +45,16 @@ def attach_adapters(
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
         return adapted, total_steps_of(config.existing_lora, metadata)
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
+
+
+def build_engine(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: Adapted) -> Engine:
+    """What Accelerate's config asks for, with the optimizer."""
+    optimizer = build_optimizer(adapted, config)
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        from training.zero import ZeroEngine
+
+        return ZeroEngine(config, accelerator, denoiser, adapted, optimizer)
+    return Engine(config, accelerator, denoiser, adapted, optimizer)
 
 
 def on_one_process(config: TrainConfig, parts: Parts) -> Parts:
@@ -79,7 +92,7 @@ def rate_lines(run: Run) -> list[str]:
 def summary(run: Run) -> str:
     """What is about to happen, each derived number as an equation."""
     config, parts, accelerator = run.config, run.parts, run.accelerator
-    trained = sum(p.numel() for p in run.trained)
+    trained = sum(p.numel() for p in run.engine.trained)
     total = sum(p.numel() for p in parts.adapted.model.parameters())
     train, held_out = parts.datasets.train, parts.datasets.validation
     samples, epoch = config.steps * run.total_batch_size, train.epoch_size

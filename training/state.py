@@ -35,14 +35,11 @@ class TrainerState:
 
 
 def to_files(
-    state: TrainerState,
-    adapter: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    names: dict[str, nn.Parameter],
+    state: TrainerState, adapter: dict[str, torch.Tensor], optimizer: dict[str, dict[str, Any]]
 ) -> dict[str, bytes]:
     return {
         ADAPTER: checkpoint.tensors_to_bytes(adapter),
-        OPTIMIZER: checkpoint.to_bytes(named_state(optimizer, names)),
+        OPTIMIZER: checkpoint.to_bytes(optimizer),
         STATE: json.dumps(asdict(state)).encode(),
     }
 

@@ -36,8 +36,8 @@ class SyncCheck:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     def gradients(self) -> None:
-        """After a backward pass, one of the first: raises DistributedError if the ranks' gradients were not averaged, or
-        were the same before. Collective."""
+        """After a backward pass: raises DistributedError if the ranks' gradients were not averaged, or were the same
+        before. Looks at the first ones only. Collective."""
         if not self.first:
             return
         self.left -= 1

@@ -1,0 +1,37 @@
+"""What Accelerate's config and ours may not both say, and what no engine can do."""
+
+import pytest
+
+
+def test_what_zero_cannot_do_is_refused(options, run_here, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert run_here([*options, "--optim.non_finite=skip"]) == 2
+    said = capsys.readouterr().err
+    assert "zero_stage 3. Use 2, or fsdp2.yaml" in said
+    assert "--optim.non_finite skip" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("FSDP_VERSION=1", "fsdp_version 1. Set it to 2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING=true", "--gradient_checkpointing decides"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING=true", "encoders"),
+        ("FSDP_AUTO_WRAP_POLICY=NO_WRAP", "blocks are what is sharded"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4", "--grad_accumulation_steps decides"),
+    ],
+)
+def test_one_owner_for_each_option(setting, said, options, run_here, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv(*setting.split("="))
+    assert run_here(options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_sharding_that_accelerate_does_not_do_on_cpus_is_refused(options, run_here, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert run_here(options) == 2
+    assert "launched with FSDP, but Accelerate made" in capsys.readouterr().err
