@@ -72,12 +72,12 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
         with held(Path(config.output_dir), LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
             train(config, accelerator, failures, interruptions)
     except Exception as error:
+        interruptions.ignored()
         if failures is not None and not failures.is_first(error):
             return 1  # another rank failed first, and says so
         known = isinstance(error, (CheckpointError, TrainingDiverged, WriteError, DistributedError, *USER_ERRORS))
         fail(RuntimeError(str(error) if known else explained(error)), 1, failures is not None)
         if failures is not None:
-            interruptions.ignored()
             failures.wait_for_others()
         return 2 if isinstance(error, USER_ERRORS) else 1
     finally:
@@ -116,7 +116,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
         run.listen(interruptions)
         resume(run)  # nothing to do in a fresh output_dir
         tracking.start(accelerator, config, run.reporter.tracker_id)  # a run that goes on is one run there too
-        accelerator.print(setup.summary(run))
+        say(setup.summary(run))
         for batch in run.batches():
             run.train_on(batch)
         drawn = finish.finish(run)

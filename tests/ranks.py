@@ -39,8 +39,11 @@ def main() -> int:
 
             os.environ.pop("ACCELERATE_USE_CPU", None)
             deepspeed.init_distributed("gloo")
-        if status := train_lora.main(argv):
-            return status
+        try:
+            if status := train_lora.main(argv):
+                return status
+        except rank_faults.Abandoned:
+            print("abandoned", flush=True)
     leave()
     return 0
 

@@ -76,6 +76,35 @@ def samples(folder: Path) -> list[dict]:
     return sorted(rows, key=lambda row: row["visit"])
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_was_killed_is_the_run_that_was_not(processes, wide_images, tmp_path):
+    """Bit for bit, for every algorithm, with accumulation and buckets; one of them three times in a row."""
+    options = [*common(tmp_path / "cache"), f"--data.images={wide_images}", "--grad_accumulation_steps=2", "--steps=12",
+               "--checkpoint.every=2", "--optim.lr_schedule=cosine", "--optim.warmup_steps=3"]  # fmt: skip
+    runs, folders = [], {}
+    for algorithm in ALGORITHMS:
+        name = f"{algorithm}-5-6-9" if algorithm == "LoRA" else f"{algorithm}-5"
+        blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
+        here = [*options, f"--algorithm={algorithm}", *blocks]
+        runs += [[*here, f"--output_dir={tmp_path / algorithm}"]]
+        runs += [[*here, f"--output_dir={tmp_path / name}"]] * len(name.split("-"))
+        folders[tmp_path / algorithm] = tmp_path / name
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    result = launched("ddp", processes, str(tmp_path / "runs.json"), "abandons")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("abandoned") == (len(ALGORITHMS) + 2) * processes
+    assert result.stdout.count("resumed at step 4") == len(ALGORITHMS)
+    for straight, killed in folders.items():
+        assert samples(straight) == samples(killed)
+        a, b = (load_file(folder / "lora.safetensors") for folder in (straight, killed))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), killed
+        one, two = (json.loads((folder / "loss.json").read_text()) for folder in (straight, killed))
+        assert one == two
+        steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps))
+
+
 def assert_same_run(one: Path, many: Path) -> None:
     assert samples(one) == samples(many) != []
     a, b = (json.loads((folder / "loss.json").read_text()) for folder in (one, many))

@@ -190,3 +190,42 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
         calls.clear()
         assert run_here([*skip, "--overwrite", "--optim.non_finite_limit=1"]) == 1
         assert "step 5 is not finite" in capsys.readouterr().err
+
+
+def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, monkeypatch):
+    """Rows that were sent before the kill are not sent again."""
+    from rank_faults import Abandoned
+    from wandb_log import records
+
+    from training.run import Run
+
+    original = Run.answer
+
+    def answer(self):
+        if self.step == 5:
+            raise Abandoned
+        original(self)
+
+    run = [*options, "--tracking.report_to=wandb", "--tracking.log_every=1", "--checkpoint.every=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "answer", answer)
+        with pytest.raises(Abandoned):
+            run_here(run)
+    import wandb
+
+    wandb.finish()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
+    assert run_here(run) == 0
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    ids, steps = [], []
+    for log in sorted((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")):
+        read = list(records(log))
+        ids += [record.run.run_id for record in read if record.HasField("run")]
+        steps += [record.history.step.num for record in read if record.HasField("history")]
+    assert len(set(ids)) == 1
+    assert steps == sorted(set(steps))
+    assert {1, 2, 3, 4, 5, 6} <= {*steps}
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """Checkpoints: `<output_dir>/checkpoints/step_<n>/`, each complete or absent, the newest valid one found again.
 
-A checkpoint is a few named files and a manifest with their hashes, written last. The schedule and all randomness are
-functions of the step (data/schedule.py), so there is no other state to keep.
+A checkpoint is a few named files and a manifest with their sizes and hashes, written last. The schedule and all
+randomness are functions of the step (data/schedule.py), so there is no other state to keep.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
     Later ones stay: they are damaged, or the run would have gone on from them, and must not push valid ones out.
     """
     path = folder / f"step_{step:08d}"
-    manifest = {"step": step, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+    about = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     try:
         with new_folder(path) as beside:
             for name, data in files.items():
                 (beside / name).write_bytes(data)
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (beside / MANIFEST).write_text(json.dumps({"step": step, "files": about}, indent=1), encoding="utf-8")
     except WriteError as error:
         kept = existing(folder)
         previous = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
@@ -63,15 +63,19 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(existing(folder)):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            files = {name: (path / name).read_bytes() for name in manifest["sha256"]}
-            bad = [n for n, digest in manifest["sha256"].items() if hashlib.sha256(files[n]).hexdigest() != digest]
-        except (OSError, ValueError, KeyError) as error:
+            files = {name: (path / name).read_bytes() for name in manifest["files"]}
+            bad = [name for name, about in manifest["files"].items() if not is_whole(files[name], about)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             damaged.append(f"{path} is not complete ({error})")
             continue
         if not bad:
             return Checkpoint(int(manifest["step"]), files), damaged
         damaged.append(f"{path} is damaged ({', '.join(bad)})")
     return None, damaged
+
+
+def is_whole(data: bytes, about: dict) -> bool:
+    return len(data) == about["size"] and hashlib.sha256(data).hexdigest() == about["sha256"]
 
 
 def to_bytes(state: dict) -> bytes:

@@ -54,9 +54,17 @@ class Failures:
             return True
         self.over.set()
         mine = f"{self.rank}: {type(error).__name__}: {error}"
-        with suppress(Exception):
-            if self.store.compare_set(self.key, "", mine).decode(errors="replace") != mine:
-                return False
+        answer: list[str] = []
+
+        def ask() -> None:
+            with suppress(Exception):
+                answer.append(self.store.compare_set(self.key, "", mine).decode(errors="replace"))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(GRACE)  # over a dead link the store never answers
+        if answer and answer[0] != mine:
+            return False
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             get_error_handler().record_exception(error)  # torchrun's summary names it then
         return True
@@ -70,7 +78,7 @@ class Failures:
         """No one is to be told any more."""
         if self.store is not None:
             self.over.set()
-            self.thread.join()
+            self.thread.join(2 * EVERY)
 
 
 def explained(error: BaseException) -> str:

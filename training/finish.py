@@ -9,7 +9,6 @@ import torch.distributed as dist
 from training import export, preview, setup, tracking
 from training.engine import is_sharded
 from training.files import write_file
-from training.interruption import Asked
 from training.metadata import Provenance
 from training.metrics import loss_json, loss_png
 from training.run import Run
@@ -47,7 +46,7 @@ def finish(run: Run) -> tuple[list[str], Images] | None:
     """All that needs every rank. Afterwards the main process is on its own, and the others may leave. Collective."""
     drawn = draw_previews(run) if run.config.preview.enabled else None
     if run.requests.leaving():
-        run.leave(max(run.requests.agreed, Asked.TERMINATE))
+        run.leave(run.requests.agreed)
     return drawn
 
 

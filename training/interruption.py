@@ -57,6 +57,7 @@ class Interruptions:
     def __init__(self) -> None:
         self.asked = Asked.NOTHING
         self.waits = False
+        self.place = "left before the first step"
         self.interrupted_at: float | None = None
 
     @contextmanager
@@ -71,12 +72,11 @@ class Interruptions:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals are noted here for the one who asks."""
+        """Signals are noted here for the one who asks. For the loop, after which nothing is left to be saved."""
         self.waits = True
-        try:
-            yield
-        finally:
-            self.waits = False
+        yield  # after an error no signal is of use any more: it stays like this
+        self.waits = False
+        self.place = "left before all files were written, after the last step"
 
     def ignored(self) -> None:
         """Nothing is to be saved any more: signals are of no use from here on."""
@@ -98,7 +98,10 @@ class Interruptions:
             self.interrupted_at = self.interrupted_at or now
         self.asked = max(self.asked, asked_by(number))
         if self.asked.leaves and not self.waits:
-            raise Stopped(self.asked, "left before the first step")
+            done = self.place
+            if self.asked is Asked.REQUEUE and os.environ.get("RANK", "0") == "0":
+                done += f"; {requeue()}"
+            raise Stopped(self.asked, done)
 
 
 def asked_by(number: int) -> Asked:
@@ -111,6 +114,8 @@ def asked_by(number: int) -> Asked:
 def requeue() -> str:
     """Has SLURM start this job again; returns what became of it."""
     job, scontrol = os.environ["SLURM_JOB_ID"], shutil.which("scontrol")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the id of one of an array's tasks is the whole array's too
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if scontrol is None:
         return f"job {job} was not requeued: there is no scontrol on this node"
     done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)

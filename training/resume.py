@@ -63,14 +63,14 @@ def resume(run: Run) -> None:
     run.accelerator.wait_for_everyone()
     found, damaged = checkpoint.newest(run.folder / CHECKPOINTS)
     for fault in damaged:
-        run.accelerator.print(f"passed over: {fault}")
+        run.reporter.say(f"passed over: {fault}")
     if found is None:
         run.reporter.resume(-1, {})
     else:
         state = state_of(found)
         restore(run, found, state)
         run.reporter.resume(run.total_steps, state.row)
-        run.accelerator.print(f"resumed at step {run.step} of {run.config.steps}")
+        run.reporter.say(f"resumed at step {run.step} of {run.config.steps}")
     if run.samples is not None:
         run.samples.cut(run.step)
     if run.main:
@@ -83,7 +83,7 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
     same_command = state.grad_accumulation_steps == run.config.grad_accumulation_steps
     if per_step != run.micro_batches_per_step and same_command and per_step % processes == 0:
         run.accumulation = per_step // processes
-        run.accelerator.print(
+        run.reporter.say(
             f"as in the steps before, {per_step} micro-batches per step: grad_accumulation_steps is {per_step} / "
             f"{processes} processes = {run.accumulation}"
         )

@@ -89,6 +89,16 @@ def rate_lines(run: Run) -> list[str]:
             f"{config.learning_rate * scale:g}"]  # fmt: skip
 
 
+def process_lines(run: Run) -> list[str]:
+    """On which numbers of processes the run can go on."""
+    per_step = run.micro_batches_per_step
+    if per_step == 1:
+        return []
+    counts = [str(n) for n in range(1, per_step + 1) if per_step % n == 0]
+    return [f"processes   {', '.join(counts[:-1])} or {counts[-1]} can go on with this run by the same command: "
+            f"its {per_step} micro-batches per step are shared among them"]  # fmt: skip
+
+
 def summary(run: Run) -> str:
     """What is about to happen, each derived number as an equation."""
     config, parts, accelerator = run.config, run.parts, run.accelerator
@@ -109,6 +119,7 @@ def summary(run: Run) -> str:
         f"trainable   {trained:,} of {total:,} parameters = {100 * trained / total:.2f} %",
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
         f"{run.accumulation} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
+        *process_lines(run),
         *rate_lines(run),
         f"run         {config.steps} steps x {run.total_batch_size} = {samples} samples = {samples} / {epoch} = "
         f"{samples / epoch:.1f} epochs",
