@@ -49,10 +49,12 @@ def test_the_readmes_launch_commands_run(command, tmp_path, cache_dir):
         assert "2 x 2 x 2 = 8 samples per step" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (PROJECT / "accelerate_configs").glob("*.yaml")))
 def test_accelerate_configs_leave_precision_to_us(name):
     config = yaml.safe_load((PROJECT / "accelerate_configs" / f"{name}.yaml").read_text())
     assert config["mixed_precision"] == "no"
+    assert config.get("deepspeed_config", {}).get("gradient_accumulation_steps", 1) == 1
+    assert f"`{name}.yaml`" in README
 
 
 def test_the_cpu_config_runs(options):

@@ -55,10 +55,11 @@ class Failures:
         self.over.set()
         mine = f"{self.rank}: {type(error).__name__}: {error}"
         answer: list[str] = []
+        store = self.store
 
         def ask() -> None:
             with suppress(Exception):
-                answer.append(self.store.compare_set(self.key, "", mine).decode(errors="replace"))
+                answer.append(store.compare_set(self.key, "", mine).decode(errors="replace"))
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
