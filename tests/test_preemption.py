@@ -67,8 +67,11 @@ MOMENTS = {  # where, in which call, the step that is saved
 }
 
 
-@pytest.mark.parametrize("number", STATUS)
-@pytest.mark.parametrize("moment", MOMENTS)
+CASES = [(moment, signal.SIGTERM) for moment in MOMENTS]
+CASES += [(moment, signal.SIGINT) for moment in ("encoding images", "a training step", "the export")]
+
+
+@pytest.mark.parametrize(("moment", "number"), CASES)
 def test_a_signal_at_any_moment_costs_nothing(moment, number, long, run_here, tmp_path, capsys):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     place, when, step = MOMENTS[moment]
