@@ -61,7 +61,8 @@ def run_all(folder: Path, engine: str, processes: int, algorithms: Iterable[str]
     for algorithm in algorithms:
         blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
         runs.append([*options, f"--algorithm={algorithm}", f"--output_dir={out / algorithm}", accumulation, *blocks])
-    bucketed = [f"--data.images={wide}", f"--output_dir={out / 'buckets'}", "--preview.enabled", "--batch_size=2"]
+    bucketed = [f"--data.images={wide}", f"--output_dir={out / 'buckets'}", "--preview.enabled", "--batch_size=2",
+                "--gradient_checkpointing"]  # fmt: skip
     runs.append([*options, *bucketed, "--preview.num_inference_steps=2", accumulation])
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))

@@ -224,6 +224,24 @@ def test_learning_rates_are_functions_of_the_step(schedule, expected):
     assert rates == pytest.approx([1, 2, *(3 * e for e in expected)], abs=1e-5)
 
 
+def test_a_rate_for_the_size_of_a_step(options, run_here, tmp_path, capsys):
+    for how, rate in (("none", 5e-4), ("linear", 2e-3), ("sqrt", 1e-3)):
+        more = [f"--optim.lr_scale_with_batch={how}", "--grad_accumulation_steps=2", f"--output_dir={tmp_path / how}"]
+        assert run_here([*options, *more]) == 0
+        rows = [json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()]
+        assert [row["train/lr"] for row in rows] == pytest.approx([rate, rate])
+        said = "rate        learning_rate x " in capsys.readouterr().out
+        assert said == (how != "none")
+
+
+def test_a_checkpoint_of_other_options_is_refused_without_the_config_file_too(options, run_here, tmp_path, capsys):
+    assert run_here(options) == 0
+    (tmp_path / "out" / "config.yaml").unlink()
+    assert run_here([*options, "--steps=8", "--optim.eps=1e-7"]) == 1
+    assert "config: " in capsys.readouterr().err
+    assert run_here([*options, "--steps=8", "--tracking.log_every=2"]) == 0
+
+
 def test_loss_json_holds_numbers_only(options, run_here, tmp_path):
     assert run_here([*options, "--steps=1", "--grad_accumulation_steps=2"]) == 0
     losses = json.loads((tmp_path / "out" / "loss.json").read_text())

@@ -13,7 +13,7 @@ from training.checkpoint import CheckpointError
 from training.config import TrainConfig, to_yaml
 from training.files import write_file
 from training.metrics import History
-from training.rundir import CHECKPOINTS, CONFIG_FILE, clear
+from training.rundir import CHECKPOINTS, CONFIG_FILE, clear, fingerprint
 from training.state import ADAPTER, OPTIMIZER, InBackground, TrainerState, state_of, to_files
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def identity(run: Run) -> dict[str, object]:
     """Facts that must be the same for the next step to be the one that would have come."""
     assert run.base is not None, "asked for on the main process only"
     return {
+        "config": fingerprint(run.config),
         "dataset": run.parts.datasets.train.fingerprint,
         "base model": run.base.result(),
         "steps of the existing LoRA": run.parts.previous_steps,

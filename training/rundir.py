@@ -1,6 +1,8 @@
 """Whose run an output_dir holds. No torch here: a wrong output_dir is refused at once."""
 
 import fcntl
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -52,19 +54,28 @@ def check_output_dir(config: TrainConfig) -> None:
         )
 
 
-def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
+def differences(there: dict, here: dict) -> list[str]:
     """Options that matter and differ, one line each."""
-    lines: list[str] = []
-    for name in here:
+    old = dict(fixed(there))
+    return [f"{name}: {old.get(name)} there, {new} here" for name, new in fixed(here) if old.get(name) != new]
+
+
+def fixed(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names and values of the options that may not change between two sittings of one run."""
+    for name, value in config.items():
         dotted = f"{prefix}{name}"
         if dotted in FREE:
             continue
-        old, new = there.get(name), here[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{dotted}.")
-        elif old != new:
-            lines.append(f"{dotted}: {old} there, {new} here")
-    return lines
+        if isinstance(value, dict):
+            yield from fixed(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """The same for all sittings of one run."""
+    text = json.dumps(sorted(fixed(to_dict(config))), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
