@@ -72,7 +72,8 @@ def test_long_captions_are_cut_to_their_picture():
 
 @pytest.mark.parametrize("losses", [[0.5], [0.5] * 30, [0.0, 0.0], list(range(100))], ids=str)
 def test_loss_png_survives_constant_and_single_losses(losses):
-    history = History(1, [float(x) for x in losses], [1.0] * len(losses), [{"step": 0, "loss": 0.5}])
+    history = History(1, validation=[{"step": 0, "loss": 0.5}])
+    history.add([float(x) for x in losses], [1.0] * len(losses))
     assert Image.open(io.BytesIO(loss_png(history))).size == (990, 550)
 
 
@@ -90,3 +91,14 @@ def test_each_preview_has_its_own_noise_whatever_its_neighbours():
 
 def test_the_largest_seed_trains(options, run_here):
     assert run_here([*options, f"--seed={2**64 - 1}", "--steps=1"]) == 0
+
+
+def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
+    monkeypatch.setattr("training.metrics.MOST_MICRO_LOSSES", 6)
+    history = History(2)
+    history.add([1.0, 3.0, 2.0, 2.0], [1.0, 1.0])
+    assert (history.step_losses, history.micro_losses) == ([2.0, 2.0], [1.0, 3.0, 2.0, 2.0])
+    history.add([4.0, 4.0, 5.0, 5.0], [1.0, 1.0])
+    assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0], [])
+    history.add([6.0, 6.0], [1.0])
+    assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0, 6.0], [])

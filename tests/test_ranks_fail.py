@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -152,7 +153,13 @@ def test_a_storm_of_kills_costs_nothing(tmp_path, cache_dir):
         done = tmp_path / name / "preview.png"
         while not done.exists():
             process = start(name)
-            wait(process, rng.uniform(4, 16) if killed < KILLS else 300)
+            if killed >= KILLS:
+                wait(process, 300)
+            elif rng.random() < 0.2:
+                wait(process, rng.uniform(1, 8))  # while libraries load, mostly
+            else:
+                wait_for_output(process, tmp_path / f"{name}.log")
+                wait(process, rng.uniform(0, 7))
             if process.poll() is None:
                 moment = last_word(tmp_path / f"{name}.log")
                 moments[moment] = moments.get(moment, 0) + 1
@@ -173,6 +180,13 @@ def wait(process: subprocess.Popen, seconds: float) -> None:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         return
+
+
+def wait_for_output(process: subprocess.Popen, log: Path) -> None:
+    """Until this start of the run encodes or trains."""
+    before = log.stat().st_size
+    while process.poll() is None and not re.search(rb"encoding|model  ", log.read_bytes()[before:]):
+        time.sleep(0.05)
 
 
 def children(pid: int) -> list[int]:

@@ -12,6 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+MOST_MICRO_LOSSES = 1_000_000
+"""Every checkpoint holds them, and a thousand ranks make a million of them within a thousand steps."""
+
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient that is not finite."""
@@ -19,21 +22,26 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class History:
-    """All losses of a run: what a checkpoint keeps of its past, and loss.json shows.
-
-    `micro_losses` has one entry per micro-batch in schedule order, over all ranks.
-    """
+    """All losses of a run: what a checkpoint keeps of its past, and loss.json shows."""
 
     micro_batches_per_step: int
+    step_losses: list[float] = field(default_factory=list)
     micro_losses: list[float] = field(default_factory=list)
+    """One per micro-batch in schedule order, over all ranks; none once they would be more than MOST_MICRO_LOSSES."""
     grad_norms: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     """Steps, counted from 1, that changed nothing because their gradient was not finite."""
 
-    def step_losses(self) -> list[float]:
-        n = self.micro_batches_per_step
-        return [sum(self.micro_losses[i : i + n]) / n for i in range(0, len(self.micro_losses), n)]
+    def add(self, micro_losses: list[float], grad_norms: list[float]) -> None:
+        """Whole steps, the next ones."""
+        n, steps = self.micro_batches_per_step, len(self.step_losses) + len(grad_norms)
+        self.step_losses += [sum(micro_losses[i : i + n]) / n for i in range(0, len(micro_losses), n)]
+        self.grad_norms += grad_norms
+        if steps * n <= MOST_MICRO_LOSSES:
+            self.micro_losses += micro_losses
+        else:
+            self.micro_losses = []
 
 
 def is_finite(values: Iterable[float]) -> bool:
@@ -91,7 +99,7 @@ def loss_json(history: History, total_steps: int) -> str:
     """The content of loss.json."""
     content = {
         "total_steps": total_steps,
-        "loss_per_step": numbers(history.step_losses()),
+        "loss_per_step": numbers(history.step_losses),
         "loss_per_micro_step": numbers(history.micro_losses),
         "gradient_norm_per_step": numbers(history.grad_norms),
         "validation": history.validation,
@@ -121,7 +129,7 @@ def loss_png(history: History) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow import, needed once
     from matplotlib.figure import Figure
 
-    losses = history.step_losses()
+    losses = history.step_losses
     steps = range(1, len(losses) + 1)
     span = max(1, len(losses) // 20)
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")

@@ -164,8 +164,7 @@ class Run:
         self._check_finite(losses, norms, first)
         if not norms:
             return
-        self.history.micro_losses += losses
-        self.history.grad_norms += norms
+        self.history.add(losses, norms)
         loss, rate, speed = finite_mean(losses), self.rate(self.step - 1), self.reporter.speed
         self.reporter.row |= {
             "train/loss": loss, "train/lr": rate, "train/grad_norm": norms[-1], "train/data_wait": self.waiting.share,
