@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_algos.config import AdapterError
 from models.config import ModelError
 from training import tools
 from training.config import ConfigError, TrainConfig
-from training.interruption import Interruptions, Stopped, end_with_launcher
+from training.interruption import Asked, Interruptions, Stopped, end_with_launcher, requeue
 from training.load_config import load_config
 from training.rundir import check_output_dir, held
 from training.tools import data_options
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from training.failure import Failures
 
-LOCK_WAIT = 60.0  # seconds; a launcher's ranks may outlive it a little
+LOCK_WAIT = 120.0  # seconds; a launcher's ranks may outlive it a little, and NFS keeps a dead client's locks for 90
 USER_ERRORS = (ConfigError, DataError, ModelError, AdapterError)
 
 
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in data_options.COMMANDS:
             return run_tool(data_options.read_options(argv))
         config = load_config(argv)
-        check_output_dir(config)
+        if rank() == 0:
+            check_output_dir(config)
     except USER_ERRORS as error:
         return fail(error, 2)
     interruptions = Interruptions()
@@ -71,12 +73,21 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
         failures = Failures(accelerator)
         with held(Path(config.output_dir), LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
             train(config, accelerator, failures, interruptions)
+    except Stopped as stopped:
+        # asked for while every rank was on its own: the first one speaks for all
+        first = failures.is_first(stopped) if failures is not None and not stopped.agreed else rank() == 0
+        if first and not stopped.agreed and stopped.asked is Asked.REQUEUE:
+            stopped.done += f"; {requeue()}"
+        if first and rank():
+            print(f"rank {rank()} stopped by {stopped}", flush=True)
+        raise
     except Exception as error:
-        interruptions.ignored()
+        if failures is not None:
+            interruptions.ignored()
         if failures is not None and not failures.is_first(error):
             return 1  # another rank failed first, and says so
         known = isinstance(error, (CheckpointError, TrainingDiverged, WriteError, DistributedError, *USER_ERRORS))
-        fail(RuntimeError(str(error) if known else explained(error)), 1, failures is not None)
+        fail(str(error) if known else explained(error), 1, failures is not None)
         if failures is not None:
             failures.wait_for_others()
         return 2 if isinstance(error, USER_ERRORS) else 1
@@ -112,8 +123,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     check_export(config, parts)
     engine = setup.build_engine(config, accelerator, denoiser, adapted)
     with interruptions.deferred():  # from here on a signal is answered between two steps, by all ranks together
-        run = Run(config, accelerator, parts, engine, loss_function)
-        run.listen(interruptions)
+        run = Run(config, accelerator, parts, engine, loss_function, interruptions)
         resume(run)  # nothing to do in a fresh output_dir
         tracking.start(accelerator, config, run.reporter.tracker_id)  # a run that goes on is one run there too
         say(setup.summary(run))
@@ -123,8 +133,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     failures.close()
     if run.main:  # the others have no part in this, and need not wait for it
         finish.write(run, drawn)
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    tracking.finish(accelerator)
 
 
 def run_tool(options: tools.Options | data_options.RunOptions) -> int:
@@ -145,7 +154,7 @@ def run_tool(options: tools.Options | data_options.RunOptions) -> int:
         except (ToolError, WriteError) as error:
             return fail(error, 1)
     except KeyboardInterrupt:
-        return fail(RuntimeError("interrupted; nothing was written"), 130)
+        return fail("interrupted; nothing was written", 130)
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -168,16 +177,22 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def fail(error: Exception, code: int, this_rank: bool = False) -> int:
-    """Says what is wrong, on one rank, and passes the exit code on."""
-    if this_rank or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def fail(error: Exception | str, code: int, first: bool = False) -> int:
+    """Says what is wrong, and passes the exit code on. Most is wrong on all ranks alike, and then said by one: another
+    than rank 0 waits, so that the launcher ends it before it says the same; `first` is known to be the only one."""
+    if rank() and not first:
+        time.sleep(1)
+    print(f"error: {f'rank {rank()}: ' if rank() else ''}{error}", file=sys.stderr, flush=True)
     return code
 
 
 def say(message: str) -> None:
     """Prints on one rank."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(message, flush=True)
 
 

@@ -248,3 +248,33 @@ def test_loss_json_holds_numbers_only(options, run_here, tmp_path):
     assert losses["loss_per_step"] == [pytest.approx(sum(losses["loss_per_micro_step"]) / 2)]
     assert len(losses["loss_per_micro_step"]) == 2
     assert losses["validation"] == []
+
+
+def test_fewer_steps_than_there_are_is_a_mistake(options, run_here, capsys):
+    assert run_here(options) == 0
+    assert run_here([*options, "--steps=5"]) == 2
+    assert "is at step 6 already" in capsys.readouterr().err
+
+
+def test_another_course_of_the_learning_rate_is_said(options, run_here, capsys):
+    linear = [*options, "--optim.lr_schedule=linear"]
+    assert run_here(linear) == 0
+    assert run_here([*linear, "--steps=8"]) == 0
+    assert "note: --steps was 6 and is 8: from here on the linear learning rate" in capsys.readouterr().out
+
+
+def test_broken_records_stop_no_run(options, run_here, tmp_path):
+    assert run_here(options) == 0
+    with (tmp_path / "out" / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"a": 2}\n\xff\xfe\nnull\n{"step": 9')
+    (tmp_path / "out" / "tracker.json").write_text('{"id": "x", "sent": null}')
+    assert run_here([*options, "--steps=8"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 8]
+
+
+def test_what_killed_saves_left_is_removed_by_the_next(tmp_path):
+    for name in (".step_00000002.partial", ".step_00000001.old"):
+        (tmp_path / name).mkdir()
+    checkpoint.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

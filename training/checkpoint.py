@@ -24,12 +24,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or does not belong to this run."""
 
 
+class DamagedError(Exception):
+    """A checkpoint that is not as it was written."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint read back: its step and the content of its files."""
 
     step: int
     files: dict[str, bytes]
+    digest: str
+    """Of the manifest, and so of all files."""
 
 
 def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
@@ -37,7 +43,7 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
 
     Later ones stay: they are damaged, or the run would have gone on from them, and must not push valid ones out.
     """
-    path = folder / f"step_{step:08d}"
+    path = folder_of(folder, step)
     about = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     try:
         with new_folder(path) as beside:
@@ -48,8 +54,9 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
         kept = existing(folder)
         previous = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
         raise CheckpointError(f"{error}. {previous}. Make room and run the same command again") from error
-    for old in [other for other in existing(folder) if other <= path][:-keep]:
-        shutil.rmtree(old)
+    stale = [other for other in existing(folder) if other <= path][:-keep]
+    for old in [*stale, *folder.glob(".step_*")]:  # those with a dot: of kills
+        shutil.rmtree(old, ignore_errors=True)  # what cannot be removed now, by a file system's whim, is next time
 
 
 def existing(folder: Path) -> list[Path]:
@@ -59,19 +66,31 @@ def existing(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and why newer ones were passed over."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(existing(folder)):
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            files = {name: (path / name).read_bytes() for name in manifest["files"]}
-            bad = [name for name, about in manifest["files"].items() if not is_whole(files[name], about)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged.append(f"{path} is not complete ({error})")
-            continue
-        if not bad:
-            return Checkpoint(int(manifest["step"]), files), damaged
-        damaged.append(f"{path} is damaged ({', '.join(bad)})")
+            return read(path), damaged
+        except DamagedError as error:
+            damaged.append(str(error))
     return None, damaged
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises DamagedError if anything is not as it was written, and OSError for what may be well another time."""
+    try:
+        data = (path / MANIFEST).read_bytes()
+        manifest = json.loads(data)
+        files = {name: (path / name).read_bytes() for name in manifest["files"]}
+        bad = [name for name, about in manifest["files"].items() if not is_whole(files[name], about)]
+        if bad:
+            raise DamagedError(f"{path} is damaged ({', '.join(bad)})")
+        return Checkpoint(int(manifest["step"]), files, hashlib.sha256(data).hexdigest())
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is not complete ({error})") from error
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
 
 
 def is_whole(data: bytes, about: dict) -> bool:

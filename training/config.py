@@ -112,7 +112,7 @@ class DistributedConfig:
     """How long a rank waits for another in a collective before the run ends. Encoding and saving do not count."""
     check_every: Annotated[int, Field(ge=0)] = 100
     """Compare checksums of the adapters of all ranks every so many steps and at the end, without waiting for them; 0
-    never. The gradients of the first two steps are always compared."""
+    never. The gradients of the first two steps are always compared (not with DeepSpeed, which keeps them in parts)."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ def conflicts(config: TrainConfig, precision: str) -> list[str]:
         )
     if int(asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
         faults.append("gradient_accumulation_steps. Leave it at 1: --grad_accumulation_steps decides")
+    if int(asked("TORCHELASTIC_MAX_RESTARTS", "0")) and asked("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        faults.append(
+            "max_restarts. Give --rdzv_backend c10d with it and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without them "
+            "processes that are started again look for those that have died"
+        )
     if asked("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         stage = asked("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage not in ("1", "2"):

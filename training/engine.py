@@ -61,8 +61,8 @@ class Engine:
             group["lr"] = rate * group["lr_scale"]
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """By parameter name, whole. Collective."""
-        return named_state(self.optimizer, self.names)
+        """By parameter name, whole, on the main process. Collective."""
+        return named_state(self.optimizer, self.names) if self.accelerator.is_main_process else {}
 
     def load(self, adapter: dict[str, Tensor], optimizer: dict[str, dict[str, Any]]) -> None:
         """Raises CheckpointError or AdapterError if they are not of these parameters."""

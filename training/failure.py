@@ -5,6 +5,7 @@ each has a thread that looks into the store of the process group, and ends the p
 """
 
 import os
+import sys
 import threading
 import time
 import traceback
@@ -45,6 +46,7 @@ class Failures:
                     os._exit(1)
         except Exception:  # the store is gone with the rank or the launcher that kept it
             if not self.over.wait(GRACE):
+                print(f"error: rank {self.rank}: the launcher, or rank 0, is gone", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def is_first(self, error: BaseException) -> bool:

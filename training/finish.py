@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -22,23 +23,27 @@ def draw_previews(run: Run) -> tuple[list[str], Images]:
     config, parts, ranks = run.config, run.parts, run.accelerator.num_processes
     shown = parts.datasets.validation or parts.datasets.train
     prompts = list(config.preview.prompts) or shown.captions(4)
-    rounds = -(-len(prompts) // ranks)
-    numbers = [min(i * ranks + run.accelerator.process_index, len(prompts) - 1) for i in range(rounds)]
+    rounds, first = -(-len(prompts) // ranks), run.accelerator.process_index
+    numbers = [first + i * ranks for i in range(rounds)]
+    if is_sharded(run.accelerator):  # takes all ranks for each pass
+        numbers = [min(number, len(prompts) - 1) for number in numbers]
+    mine = {number: prompts[number] for number in numbers if number < len(prompts)}
     pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
-    mine = preview.my_images(
-        parts.adapted, pipeline, [run.initial, parts.adapted.state_dict()], [(n, prompts[n]) for n in numbers],
-        partial(preview.draw, resolution=config.data.resolution, config=config.preview), run.requests.leaving,
+    drawn = preview.images_of(
+        parts.adapted, [run.initial, parts.adapted.state_dict()], mine, rounds,
+        partial(preview.draw, pipeline, resolution=config.data.resolution, config=config.preview), run.requests.leaving,
     )  # fmt: skip
-    if mine is None:
+    if drawn is None:
         run.leave(run.requests.agreed)
-    everyone = [mine]
+    everyone: list[Any] = [drawn] * ranks
     if ranks > 1:
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, mine, group=run.agreement.group)
+        dist.gather_object(drawn, everyone if run.main else None, group=run.agreement.group)
+    if not run.main:
+        return prompts, {}
     labelled = {}
     for which, label in enumerate(("before", "after")):
-        images = [everyone[n % ranks][which][n // ranks] for n in range(len(prompts))]
-        labelled[label] = np.stack(images)
+        by_number = {n: image for images in everyone for n, image in images[which].items()}
+        labelled[label] = np.stack([by_number[n] for n in range(len(prompts))])
     return prompts, labelled
 
 

@@ -43,9 +43,10 @@ STATUS = {Asked.REQUEUE: 0, Asked.TERMINATE: 128 + signal.SIGTERM, Asked.INTERRU
 class Stopped(SystemExit):
     """The run leaves because it was asked to, with the exit status that says so."""
 
-    def __init__(self, asked: Asked, done: str):
+    def __init__(self, asked: Asked, done: str, agreed: bool = False):
+        """`agreed`: all ranks leave, and know it."""
         super().__init__(STATUS[asked])
-        self.asked, self.done = asked, done
+        self.asked, self.done, self.agreed = asked, done, agreed
 
     def __str__(self) -> str:
         return f"{NAMES[self.asked]}: {self.done}; the same command goes on from there"
@@ -98,10 +99,8 @@ class Interruptions:
             self.interrupted_at = self.interrupted_at or now
         self.asked = max(self.asked, asked_by(number))
         if self.asked.leaves and not self.waits:
-            done = self.place
-            if self.asked is Asked.REQUEUE and os.environ.get("RANK", "0") == "0":
-                done += f"; {requeue()}"
-            raise Stopped(self.asked, done)
+            self.waits = True  # a launcher repeats itself, and what is being left must not be cut off
+            raise Stopped(self.asked, self.place)
 
 
 def asked_by(number: int) -> Asked:

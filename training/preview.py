@@ -30,29 +30,30 @@ def draw(pipeline: Any, prompt: str, number: int, resolution: int, config: Previ
     return result.images[0]
 
 
-def my_images(
+def images_of(
     adapted: Adapted,
-    pipeline: Any,
     weights: list[dict],
-    mine: list[tuple[int, str]],
+    prompts: dict[int, str],
+    rounds: int,
     draw_one: Callable[..., Any],
     leaving: Callable[[], bool],
-) -> list[list[np.ndarray]] | None:
-    """For each of `weights` the images of the prompts `mine`, (number, text) each; None if it was left on all ranks.
+) -> list[dict[int, np.ndarray]] | None:
+    """For each of `weights` the images of `prompts`, by number; None if it was left, on all ranks.
 
-    The adapter has its own weights again afterwards. All ranks draw equally many, because a sharded denoiser needs all.
+    All ranks ask as often whether they are `leaving`, `rounds` times. The adapter has its own weights again afterwards.
     """
-    trained = adapted.state_dict()
+    trained, numbers = adapted.state_dict(), list(prompts)
     adapted.model.eval()
-    found: list[list[np.ndarray]] = []
+    found: list[dict[int, np.ndarray]] = []
     try:
         for state in weights:
             adapted.load_state_dict(state)
-            found.append([])
-            for number, prompt in mine:
+            found.append({})
+            for i in range(rounds):
                 if leaving():
                     return None
-                found[-1].append(draw_one(pipeline, prompt, number))
+                if i < len(numbers):
+                    found[-1][numbers[i]] = draw_one(prompts[numbers[i]], numbers[i])
     finally:
         adapted.load_state_dict(trained)
         adapted.model.train()

@@ -1,13 +1,14 @@
 """What a run has reported, as files of its own: a line of JSON per step. Trackers get the same rows."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from training.files import write_file
+from training.files import WriteError, write_file
 from training.rundir import METRICS, TRACKER
 
 
@@ -20,21 +21,24 @@ class JsonLines:
     def append(self, *rows: dict[str, Any]) -> None:
         """One write for all of `rows`: a reader, or a kill, sees whole lines."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        except OSError as error:
+            raise WriteError(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows; the last one may have been cut off by a kill."""
         try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except FileNotFoundError:
             return []
         found = []
         for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # of a kill, which the next sitting wrote on after
-                continue
+            with suppress(ValueError):  # of a kill, which the next sitting wrote on after
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    found.append(row)
         return found
 
     def cut(self, step: int) -> int:
@@ -49,7 +53,8 @@ class JsonLines:
 class Reporter:
     """Rows of metrics, one per step, for metrics.jsonl, the tracker and the progress bar. Writes on the main process.
 
-    A tracker cannot forget: rows that it has from before a kill are not sent again. They are the same but for times.
+    A tracker cannot forget: rows that it has from before a kill are not sent again. They are the same but for times
+    and for the span of a mean that a wish to save has cut.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, tracker_id: str):
@@ -65,11 +70,9 @@ class Reporter:
         self.row = dict(row)
         if not self.accelerator.is_main_process:
             return
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             about = json.loads((self.folder / TRACKER).read_text(encoding="utf-8"))
-            self.tracker_id, self.sent = about["id"], about["sent"]
-        except (OSError, ValueError, KeyError):
-            pass
+            self.tracker_id, self.sent = str(about["id"]), int(about["sent"])
         self.sent = max(self.sent, self.lines.cut(step if not row else step - 1))
         write_file(self.folder / TRACKER, json.dumps({"id": self.tracker_id, "sent": self.sent}))
 

@@ -25,10 +25,15 @@ class Requests:
         """A checkpoint was written."""
         self.saved_at = time.monotonic()
 
+    def post(self) -> None:
+        """WHEN: before the last micro-batch of a step, so that the answer is there at its end. Collective."""
+        if self.agreement.ranks > 1:
+            self.agreement.post(self._mine())
+
     def next(self) -> Asked:
-        """What all ranks are to do after this step; asked of any of them a step ago. Collective, but none waits."""
-        known = max(self.agreed, Asked(self.agreement.later(self._mine())))
-        self.agreed = Asked.NOTHING
+        """What all ranks are to do after this step: what any of them was asked before its last `post`."""
+        here = Asked(self.agreement.read()) if self.agreement.ranks > 1 else self._mine()
+        known, self.agreed = max(self.agreed, here), Asked.NOTHING
         return known
 
     def leaving(self) -> bool:
@@ -49,7 +54,8 @@ class Requests:
         if now - self.looked_at < LOOK_EVERY:
             return False
         self.looked_at = now
-        if not self.file.exists():
+        try:
+            self.file.unlink()
+        except OSError:  # there is none, or it is none of ours to remove
             return False
-        self.file.unlink(missing_ok=True)
         return True

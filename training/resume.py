@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from accelerate.utils import broadcast_object_list
 
 from data.identity import files_identity
 from models.base import ModelFamily
 from training import checkpoint
 from training.checkpoint import CheckpointError
-from training.config import TrainConfig, to_yaml
+from training.config import ConfigError, TrainConfig, to_yaml
+from training.distributed import DistributedError
 from training.files import write_file
 from training.metrics import History
-from training.rundir import CHECKPOINTS, CONFIG_FILE, clear, fingerprint
+from training.rundir import CHECKPOINTS, CONFIG_FILE, clear, fingerprint, note_start, restarted
+from training.samples import cut_all
 from training.state import ADAPTER, OPTIMIZER, InBackground, TrainerState, state_of, to_files
 
 if TYPE_CHECKING:
     from training.run import Run
+
+
+SEEN_WITHIN = 30.0  # seconds in which all nodes must see the same files
 
 
 def base_hash(family: ModelFamily, config: TrainConfig) -> InBackground:
@@ -33,6 +41,7 @@ def write(run: Run) -> None:
         return
     state = TrainerState(
         step=run.step,
+        steps=run.config.steps,
         samples=run.step * run.total_batch_size,
         micro_batches_per_step=run.micro_batches_per_step,
         grad_accumulation_steps=run.config.grad_accumulation_steps,
@@ -59,12 +68,12 @@ def identity(run: Run) -> dict[str, object]:
 
 def resume(run: Run) -> None:
     """Goes on from the newest valid checkpoint of output_dir, if there is one. Collective."""
-    if run.config.overwrite and run.main:
-        clear(run.folder)
+    if run.main:
+        if run.config.overwrite and not restarted(run.folder):
+            clear(run.folder)
+        note_start(run.folder)
     run.accelerator.wait_for_everyone()
-    found, damaged = checkpoint.newest(run.folder / CHECKPOINTS)
-    for fault in damaged:
-        run.reporter.say(f"passed over: {fault}")
+    found = agreed_checkpoint(run)
     if found is None:
         run.reporter.resume(-1, {})
     else:
@@ -72,10 +81,40 @@ def resume(run: Run) -> None:
         restore(run, found, state)
         run.reporter.resume(run.total_steps, state.row)
         run.reporter.say(f"resumed at step {run.step} of {run.config.steps}")
-    if run.samples is not None:
-        run.samples.cut(run.step)
     if run.main:
+        cut_all(run.folder, run.step)
         write_file(run.folder / CONFIG_FILE, to_yaml(run.config))
+    run.accelerator.wait_for_everyone()
+
+
+def agreed_checkpoint(run: Run) -> checkpoint.Checkpoint | None:
+    """The newest valid checkpoint that the main process sees; the others read that one, or the run ends. Collective."""
+    folder = run.folder / CHECKPOINTS
+    found, chosen = None, [None]
+    if run.main:
+        found, damaged = checkpoint.newest(folder)
+        for fault in damaged:
+            run.reporter.say(f"passed over: {fault}")
+        chosen = [None if found is None else (found.step, found.digest)]  # type: ignore[list-item]
+    if run.accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    if run.main or chosen[0] is None:
+        return found
+    step, digest = chosen[0]
+    last = time.monotonic() + SEEN_WITHIN
+    while True:
+        try:
+            found = checkpoint.read(checkpoint.folder_of(folder, step))
+            if found.digest == digest:
+                return found
+        except (OSError, checkpoint.DamagedError):
+            pass
+        if time.monotonic() > last:
+            raise DistributedError(
+                f"{folder} is not the same folder on all nodes: rank {run.accelerator.process_index} does not see the "
+                f"checkpoint of step {step} as the main process does. Name an --output_dir on a shared disk"
+            )
+        time.sleep(0.5)
 
 
 def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None:
@@ -87,6 +126,14 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
         run.reporter.say(
             f"as in the steps before, {per_step} micro-batches per step: grad_accumulation_steps is {per_step} / "
             f"{processes} processes = {run.accumulation}"
+        )
+    if found.step > run.config.steps:
+        raise ConfigError(f"--steps {run.config.steps}: {run.folder} is at step {found.step} already")
+    steps, course = run.config.steps, run.config.optim.lr_schedule
+    if state.steps != steps and course != "constant":
+        run.reporter.say(
+            f"note: --steps was {state.steps} and is {steps}: from here on the {course} learning rate is that of "
+            f"{steps} steps"
         )
     here = identity(run) if run.main else {}
     differing = [f"{k}: {state.identity.get(k)} there, {v} here" for k, v in here.items() if state.identity.get(k) != v]

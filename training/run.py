@@ -38,6 +38,7 @@ class Run:
         parts: Parts,
         engine: Engine,
         loss_function: LossFunction,
+        interruptions: Interruptions,
     ):
         self.config, self.accelerator, self.parts = config, accelerator, parts
         self.engine, self.loss_function = engine, loss_function
@@ -56,17 +57,10 @@ class Run:
         self.unvalidated = False  # the validation of this step was interrupted
         self.agreement = Agreement(accelerator, timeout(config))
         self.sync_check = SyncCheck(engine.denoiser, engine.names, self.agreement)
-        self.requests = self.listen(Interruptions())
+        self.requests = Requests(self.agreement, interruptions, self.folder, config.checkpoint.every_minutes, self.main)
         options = config.adapter
         self.drops = bool(options.dropout or options.rank_dropout or options.module_dropout)
         self.base = base_hash(parts.family, config) if self.main else None
-
-    def listen(self, interruptions: Interruptions) -> Requests:
-        """Has the run do from now on what `interruptions` ask for."""
-        self.requests = Requests(
-            self.agreement, interruptions, self.folder, self.config.checkpoint.every_minutes, self.main
-        )
-        return self.requests
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -105,6 +99,8 @@ class Run:
         """One micro-step; the last one of a step updates the weights and does what is due."""
         self.micro_step += 1
         last = self.micro_step % self.accumulation == 0
+        if last:
+            self.requests.post()
         with self.engine.accumulating(last):
             loss = self.loss_function(self.engine.denoiser, batch).mean()
             self.engine.backward(loss / self.accumulation, last)
@@ -149,12 +145,11 @@ class Run:
 
     def leave(self, asked: Asked) -> None:
         """Ends the run, whose step is on the disk."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
         done = f"saved step {self.step} of {self.config.steps}"
         if asked is Asked.REQUEUE and self.main:
             done += f"; {requeue()}"
-        raise Stopped(asked, done)
+        tracking.finish(self.accelerator)  # last: it may take its time over the network
+        raise Stopped(asked, done, agreed=True)
 
     def log(self) -> None:
         """Reads the losses since the last log from the device, checks and reports them. Collective."""
@@ -186,7 +181,7 @@ class Run:
             fault = f"step {step + 1} is not finite: losses {values}, gradient norm {norm}\n  its samples: "
             fault += ", ".join(names)
             self.history.skipped.append(step + 1)
-            if skips and len(self.history.skipped) <= optim.non_finite_limit:
+            if skips and len(self.history.skipped) < optim.non_finite_limit:
                 self.reporter.say(f"skipped: {fault}")
                 continue
             kept = checkpoint.existing(self.folder / CHECKPOINTS)
@@ -217,6 +212,7 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint. Reads the losses first: what is not finite is never kept. Collective."""
         if self.saved_step == self.step:
+            self.reporter.emit(self.total_steps)
             return
         self.log()
         if not self.unvalidated:

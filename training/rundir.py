@@ -3,7 +3,9 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ def check_output_dir(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     if config.overwrite:
         return
-    if config.resume == "never" and any((folder / CHECKPOINTS).glob("step_*")):
+    if config.resume == "never" and not restarted(folder) and any((folder / CHECKPOINTS).glob("step_*")):
         raise ConfigError(
             f"{folder} holds a run with checkpoints, and --resume never would lose them. Choose another --output_dir, "
             "or give --overwrite to start again there"
@@ -91,6 +93,7 @@ def held(folder: Path, wait: float, say: Callable[[str], object]) -> Iterator[No
         with path.open("a+b") as file:
             wait_for_lock(file, folder, wait, say)
             yield
+            file.truncate(0)
     finally:
         if [*folder.iterdir()] == [path]:
             path.unlink()
@@ -113,6 +116,30 @@ def wait_for_lock(file: IO[bytes], folder: Path, wait: float, say: Callable[[str
         except OSError as error:
             say(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run there")
             return
+
+
+def launcher() -> bytes:
+    """What is the same for all processes that one launcher starts, one after the other, on this machine."""
+    try:
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = ""
+    return f"{socket.gethostname()} {os.getppid()} {started}".encode()
+
+
+def restarted(folder: Path) -> bool:
+    """Whether the launcher of this process has started the run in `folder` before: then it is to go on, whatever the
+    command says of overwriting."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        return (folder / LOCK).read_bytes() == launcher()
+    except OSError:
+        return False
+
+
+def note_start(folder: Path) -> None:
+    (folder / LOCK).write_bytes(launcher())
 
 
 def clear(folder: Path) -> None:

@@ -16,10 +16,6 @@ class SampleLog:
     def __init__(self, folder: Path, rank: int):
         self.lines = JsonLines(folder / SAMPLES / f"rank_{rank}.jsonl")
 
-    def cut(self, step: int) -> None:
-        """Forgets what came after `step`, which will come again."""
-        self.lines.cut(step)
-
     def add(self, step: int, rows: list[int], batch: Batch) -> None:
         """`step`: the one that `batch` is part of, counted from 1."""
         seen = zip(batch.visits, rows, batch.quantile.tolist(), batch.noise, strict=True)
@@ -29,6 +25,12 @@ class SampleLog:
                 for visit, row, quantile, noise in seen
             )
         )
+
+
+def cut_all(folder: Path, step: int) -> None:
+    """Forgets what came after `step`, which will come again, perhaps on other ranks."""
+    for path in (folder / SAMPLES).glob("rank_*.jsonl"):
+        JsonLines(path).cut(step)
 
 
 def hash_of(tensor: Tensor) -> str:

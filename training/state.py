@@ -20,6 +20,8 @@ class TrainerState:
     """All of a run that is not a tensor. Everything else follows from the step (data/schedule.py)."""
 
     step: int
+    steps: int
+    """That the run was to take."""
     samples: int
     """Seen since the first step."""
     micro_batches_per_step: int

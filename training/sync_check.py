@@ -40,13 +40,16 @@ class SyncCheck:
         before. Looks at the first ones only. Collective."""
         if not self.first:
             return
-        self.left -= 1
         names = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         after = checksums([self.trained[name].grad for name in names])  # type: ignore[misc]
         missing = torch.tensor(-1, device=after.device)
         before = torch.stack([self.before.get(name, missing) for name in names])
-        everyone = self.agreement.all_of(torch.cat([after, before]))
-        after, before = everyone.chunk(2, dim=1)
+        finite = torch.stack([self.trained[name].grad.isfinite().all() for name in names]).all().long()  # type: ignore[union-attr]
+        everyone = self.agreement.all_of(torch.cat([finite.view(1), after, before]))
+        if not everyone[:, 0].all():
+            return  # another fault, which is reported with its samples
+        self.left -= 1
+        after, before = everyone[:, 1:].chunk(2, dim=1)
         if bad := [name for i, name in enumerate(names) if not after[:, i].eq(after[0, i]).all()]:
             raise DistributedError(f"the ranks' gradients differ after they should have been averaged: {named(bad)}")
         self.first, self.before = bool(self.left), {}

@@ -43,6 +43,15 @@ def start(accelerator: Accelerator, config: TrainConfig, run_id: str) -> None:
     accelerator.init_trackers(config.tracking.project, config=flat(to_dict(config)), init_kwargs=options)
 
 
+def finish(accelerator: Accelerator) -> None:
+    """Has the trackers send what is left. A run does not fail because one of them does."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # whatever a tracker raises
+            accelerator.print(f"note: {tracker.name} did not end well: {type(error).__name__}: {error}")
+
+
 def log_images(accelerator: Accelerator, images: dict[str, np.ndarray], step: int) -> None:
     """Sends image arrays (N, H, W, 3) in [0, 1] to the tracker."""
     for tracker in accelerator.trackers:

@@ -18,7 +18,7 @@ from training.engine import Engine
 
 
 class ZeroEngine(Engine):
-    """The adapters' optimizer belongs to DeepSpeed. It clips and updates within the last backward pass of a step."""
+    """The adapters' optimizer belongs to DeepSpeed. It clips and updates in one."""
 
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: Adapted,
@@ -26,7 +26,6 @@ class ZeroEngine(Engine):
     ):  # fmt: skip
         self.accelerator, self.adapted, self.names = accelerator, adapted, adapted.named_parameters()
         self.trained = list(self.names.values())
-        self.rate = 0.0
         plugin = accelerator.state.deepspeed_plugin
         assert plugin is not None
         plugin.deepspeed_config |= {
@@ -61,7 +60,7 @@ class ZeroEngine(Engine):
         numbers = {key: value for key, value in state.items() if key not in keys}
         return {
             name: {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in keys}
-            | {key: _copied(value) for key, value in numbers.items()}
+            | {key: _copied(value, "cpu") for key, value in numbers.items()}
             for name, parameter in self.names.items()
             if keys or numbers
         }
@@ -86,7 +85,8 @@ class ZeroEngine(Engine):
             return
         for flat in self.optimizer.single_partition_of_fp32_groups:
             self.inner.state[flat] = {
-                key: torch.zeros_like(flat) if _has_shape(value) else _copied(value) for key, value in like.items()
+                key: torch.zeros_like(flat) if _has_shape(value) else _copied(value, flat.device)
+                for key, value in like.items()
             }
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -95,5 +95,5 @@ def _has_shape(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copied(value: Any, device: torch.device | str) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
