@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -132,7 +133,10 @@ def micro_batches(
     if not num_workers:
         yield from map(make, numbers)
         return
-    pool, ahead = ThreadPoolExecutor(num_workers, "data"), deque[Future[Batch]]()
+    # a thread begins on the first GPU, and pinning memory there would take some of that GPU from its own process
+    device = torch.cuda.current_device() if pin_memory else None
+    begin = None if device is None else partial(torch.cuda.set_device, device)
+    pool, ahead = ThreadPoolExecutor(num_workers, "data", begin), deque[Future[Batch]]()
     try:
         for number in numbers:
             ahead.append(pool.submit(make, number))
