@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import BASE, PROJECT, TWEMOJI
+from PIL import Image
 from safetensors.torch import load_file
 
 from lora_algos import ALGORITHMS
@@ -43,8 +45,6 @@ def common(cache_dir: Path) -> list[str]:
 @pytest.fixture
 def wide_images(tmp_path) -> Path:
     """Images of three shapes, so that there are buckets."""
-    from PIL import Image
-
     folder = tmp_path / "wide"
     folder.mkdir()
     for n, path in enumerate(sorted((TWEMOJI / "train").glob("*.png"))[:12]):
@@ -125,4 +125,5 @@ def test_any_number_of_processes_is_the_same_run(engine, wide_images, tmp_path):
         many = run_all(tmp_path, engine, processes, algorithms, wide_images)
         for name in (*algorithms, "buckets"):
             assert_same_run(one / name, many / name)
-        assert (many / "buckets" / "preview.png").read_bytes() == (one / "buckets" / "preview.png").read_bytes()
+        images = [np.asarray(Image.open(folder / "buckets" / "preview.png"), int) for folder in (one, many)]
+        assert np.abs(images[0] - images[1]).max() <= 2, "drawn by other ranks, with weights that differ by rounding"
