@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run_training(config, interruptions)
         except Stopped as stopped:
-            say(f"stopped by {stopped}")
+            first = rank() == 0 if stopped.is_first is None else stopped.is_first
+            if first and not stopped.agreed and stopped.asked is Asked.REQUEUE:
+                stopped.done += f"; {requeue()}"
+            if first:
+                print(f"stopped by {stopped}", flush=True)
             return stopped.code
 
 
@@ -74,12 +78,8 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
         with held(Path(config.output_dir), LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
             train(config, accelerator, failures, interruptions)
     except Stopped as stopped:
-        # asked for while every rank was on its own: the first one speaks for all
-        first = failures.is_first(stopped) if failures is not None and not stopped.agreed else rank() == 0
-        if first and not stopped.agreed and stopped.asked is Asked.REQUEUE:
-            stopped.done += f"; {requeue()}"
-        if first and rank():
-            print(f"rank {rank()} stopped by {stopped}", flush=True)
+        if failures is not None and not stopped.agreed:  # asked for while every rank was on its own
+            stopped.is_first = failures.is_first(stopped)
         raise
     except Exception as error:
         if failures is not None:

@@ -47,6 +47,8 @@ class Stopped(SystemExit):
         """`agreed`: all ranks leave, and know it."""
         super().__init__(STATUS[asked])
         self.asked, self.done, self.agreed = asked, done, agreed
+        self.is_first: bool | None = None
+        """Of ranks that do not know of each other yet, the one that speaks for all."""
 
     def __str__(self) -> str:
         return f"{NAMES[self.asked]}: {self.done}; the same command goes on from there"
