@@ -4,7 +4,6 @@ that says otherwise is refused."""
 import os
 from datetime import timedelta
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -81,8 +80,3 @@ def conflicts(config: TrainConfig, precision: str) -> list[str]:
             if asked(name, wanted).upper() != wanted.upper():
                 faults.append(f"{name.lower()} {asked(name)}. Set it to {wanted}: {why}")
     return faults
-
-
-def checksums(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """(n,) int64, equal for equal bits; on their device, where nothing is read."""
-    return torch.stack([tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors])

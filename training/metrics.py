@@ -1,4 +1,4 @@
-"""What a run reports: losses kept on the device until they are logged, loss.json, loss.png, tracker, progress bar."""
+"""What a run reports: losses kept on the device until they are logged, loss.json, loss.png."""
 
 import io
 import json

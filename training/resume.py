@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
@@ -19,7 +21,7 @@ from training.files import write_file
 from training.metrics import History
 from training.rundir import CHECKPOINTS, CONFIG_FILE, clear, fingerprint, note_start, restarted
 from training.samples import cut_all
-from training.state import ADAPTER, OPTIMIZER, InBackground, TrainerState, state_of, to_files
+from training.state import ADAPTER, OPTIMIZER, TrainerState, state_of, to_files
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -28,10 +30,20 @@ if TYPE_CHECKING:
 SEEN_WITHIN = 30.0  # seconds in which all nodes must see the same files
 
 
-def base_hash(family: ModelFamily, config: TrainConfig) -> InBackground:
-    """The hash of the base model's files, which takes its time where it is not known yet."""
+def base_hash(family: ModelFamily, config: TrainConfig) -> Future[str]:
+    """The hash of the base model's files, which takes its time where it is not known yet: made beside the rest, in a
+    thread that nothing waits for when the process ends."""
     files, cache = family.component_files("denoiser"), Path(config.data.cache_dir)
-    return InBackground(lambda: files_identity(files, cache))
+    made = Future[str]()
+
+    def make() -> None:
+        try:
+            made.set_result(files_identity(files, cache))
+        except BaseException as error:  # raised where the hash is asked for
+            made.set_exception(error)
+
+    Thread(target=make, daemon=True).start()
+    return made
 
 
 def write(run: Run) -> None:

@@ -1,8 +1,6 @@
 """What a checkpoint holds of a run, as files, and a run brought back from it."""
 
 import json
-import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,11 +66,7 @@ def load_named_state(
     optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]], names: dict[str, nn.Parameter]
 ) -> None:
     """Raises CheckpointError if `state` is not of these parameters."""
-    if state and state.keys() != names.keys():
-        odd = sorted(state.keys() ^ names.keys())
-        raise CheckpointError(
-            f"the checkpoint's optimizer has other parameters: {', '.join(odd[:5])} ({len(odd)} in all)"
-        )
+    check_names(state, names)
     by_parameter = {parameter: name for name, parameter in names.items()}
     order = [by_parameter[p] for group in optimizer.param_groups for p in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
@@ -81,25 +75,9 @@ def load_named_state(
     )
 
 
-class InBackground:
-    """The result of a function that runs beside the rest; nothing waits for it when the process ends."""
-
-    def __init__(self, function: Callable[[], str]):
-        self.value: str | None = None
-        self.error: BaseException | None = None
-        self.function = function
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.value = self.function()
-        except BaseException as error:  # raised where the result is asked for
-            self.error = error
-
-    def result(self) -> str:
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        assert self.value is not None
-        return self.value
+def check_names(state: dict[str, dict[str, Any]], names: dict[str, nn.Parameter]) -> None:
+    if state and state.keys() != names.keys():
+        odd = sorted(state.keys() ^ names.keys())
+        raise CheckpointError(
+            f"the checkpoint's optimizer has other parameters: {', '.join(odd[:5])} ({len(odd)} in all)"
+        )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from training.agreement import Agreement
-from training.distributed import DistributedError, checksums
+from training.distributed import DistributedError
 
 MOST_NAMED = 10
 FIRST_STEPS = 2  # in the first one, half of the factors have no gradient yet: the others are zero
@@ -22,15 +22,15 @@ class SyncCheck:
         self.trained, self.agreement = trained, agreement
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
         self.before: dict[str, Tensor] = {}
-        self.left = FIRST_STEPS
-        self.first = isinstance(denoiser, nn.parallel.DistributedDataParallel)
+        self.left = 0  # of the first steps
         self.pending: tuple[Any, Tensor] | None = None
         self.pending_step = 0
         if isinstance(denoiser, nn.parallel.DistributedDataParallel):
+            self.left = FIRST_STEPS
             denoiser.register_comm_hook(None, self._hook)
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        if self.first:
+        if self.left:
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
                 self.before[self.names[parameter]] = checksums([gradient])[0]
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ class SyncCheck:
     def gradients(self) -> None:
         """After a backward pass: raises DistributedError if the ranks' gradients were not averaged, or were the same
         before. Looks at the first ones only. Collective."""
-        if not self.first:
+        if not self.left:
             return
         names = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         after = checksums([self.trained[name].grad for name in names])  # type: ignore[misc]
@@ -48,11 +48,10 @@ class SyncCheck:
         everyone = self.agreement.all_of(torch.cat([finite.view(1), after, before]))
         if not everyone[:, 0].all():
             return  # another fault, which is reported with its samples
-        self.left -= 1
         after, before = everyone[:, 1:].chunk(2, dim=1)
         if bad := [name for i, name in enumerate(names) if not after[:, i].eq(after[0, i]).all()]:
             raise DistributedError(f"the ranks' gradients differ after they should have been averaged: {named(bad)}")
-        self.first, self.before = bool(self.left), {}
+        self.left, self.before = self.left - 1, {}
         if after.any() and before.eq(before[0]).all():
             raise DistributedError(
                 "all ranks have the same gradients before they are averaged: they train on the same samples. "
@@ -85,3 +84,8 @@ class SyncCheck:
 def named(names: list[str]) -> str:
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
+
+
+def checksums(tensors: list[Tensor]) -> Tensor:
+    """(n,) int64, equal for equal bits; on their device, where nothing is read."""
+    return torch.stack([tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors])

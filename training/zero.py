@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_algos.attach import Adapted
-from training.checkpoint import CheckpointError
 from training.config import TrainConfig
 from training.engine import Engine
+from training.state import check_names
 
 
 class ZeroEngine(Engine):
@@ -69,8 +69,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.adapted.load_state_dict(adapter)
-        if optimizer and optimizer.keys() != self.names.keys():
-            raise CheckpointError("the checkpoint's optimizer has other parameters")
+        check_names(optimizer, self.names)
         device = self.accelerator.device
         self._make_room(next(iter(optimizer.values()), {}))
         for name, parameter in self.names.items():
