@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.base import ModelFamily, check_comfy_cond
 from models.config import ModelError, ObjectiveConfig
 from models.ldm_names import native_names
-from models.objectives import DDPM
+from models.processes import NoiseProcess, process_from_scheduler
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -226,13 +226,13 @@ class StableDiffusion(ModelFamily):
     def normalise(self, latents: Tensor) -> Tensor:
         return latents * self._vae_config.get("scaling_factor", SCALING_FACTOR)
 
-    def objective(self, config: ObjectiveConfig) -> DDPM:
+    def process(self, config: ObjectiveConfig) -> NoiseProcess:
         with self._faults_told():
             if self.path.is_dir():
-                scheduler = DDPMScheduler.from_pretrained(self.path, subfolder="scheduler")
+                scheduler = DDPMScheduler.load_config(self.path, subfolder="scheduler")
             else:
-                scheduler = DDPMScheduler.from_config(self._load("scheduler").scheduler.config)
-            return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, config.loss_space)
+                scheduler = dict(self._load("scheduler").scheduler.config)
+            return process_from_scheduler(scheduler, config)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return denoiser(noisy, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
@@ -246,7 +246,7 @@ class StableDiffusion(ModelFamily):
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         second = denoiser.config.cross_attention_dim == 1024  # type: ignore[union-attr]
-        v_prediction = self.objective(ObjectiveConfig()).prediction_type == "v_prediction"
+        v_prediction = self.process(ObjectiveConfig()).prediction_type == "v_prediction"
         version = "sd_v2" if second else "sd_v1"
         architecture = "stable-diffusion-v1"
         if second:
