@@ -136,13 +136,13 @@ class ModelFamily(ABC):
         """The noise process and target that the base model was trained with, changed as `config` asks."""
 
     def tokens(self, shape: tuple[int, ...]) -> int:
-        """WHEN: in the loop. IN: shape of the latents (B, C, [F,] h, w). OUT: how many image tokens the denoiser makes of
-        each, on which the noise levels of some families depend: here patches of 2 x 2."""
+        """WHEN: in the loop. IN: shape of the latents (B, C, [F,] h, w). OUT: how many image tokens the denoiser makes
+        of each, on which the noise levels of some families depend: here patches of 2 x 2."""
         return math.prod(shape[2:]) // 4
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """WHEN: in the loop. IN: noisy latents and timestep from the noise process. OUT: prediction, shaped like noisy."""
+        """WHEN: in the loop. IN: noisy latents and their timestep. OUT: prediction, shaped like noisy."""
 
     @abstractmethod
     def pipeline(self, denoiser: nn.Module | None) -> Any:

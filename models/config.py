@@ -83,8 +83,8 @@ class ObjectiveConfig:
     """Spread the noise levels of each step evenly over all its samples, on all ranks, instead of drawing each by
     itself: the gradient varies less."""
     weighting: Literal["none", "min-snr", "debiased", "p2", "sigma2", "inverse-sigma2", "cosmap"] = "none"
-    """Weight of a noise level in the loss, the same for every kind of prediction: docs/objectives.md. none: errors count
-    the same in the loss_space."""
+    """Weight of a noise level in the loss, the same for every kind of prediction: docs/objectives.md. none: errors
+    count the same in the loss_space."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """min-snr: the largest weight of a squared error of the denoised latents."""
     p2_k: Annotated[float, Field(gt=0)] = 1.0

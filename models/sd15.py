@@ -231,7 +231,8 @@ class StableDiffusion(ModelFamily):
             if self.path.is_dir():
                 scheduler = DDPMScheduler.load_config(self.path, subfolder="scheduler")
             else:
-                scheduler = dict(self._load("scheduler").scheduler.config)
+                loaded = self._load("scheduler").scheduler
+                scheduler = {**loaded.config, "_class_name": type(loaded).__name__}
             return process_from_scheduler(scheduler, config)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
