@@ -92,7 +92,7 @@ class DDPM(NoiseProcess):
                 "the image. Such a model predicts v (--objective.prediction_type v_prediction)"
             )
         wide = alphas_cumprod.double().clamp(min=LEAST_ALPHA)
-        self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log().float()
+        self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log()
 
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
         if self.alphas_cumprod.device != quantile.device:  # once: later steps copy nothing
@@ -110,11 +110,10 @@ class DDPM(NoiseProcess):
         return timestep, alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
 
     def _between(self, quantile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        t = quantile * (len(self.log_ratio) - 1)
-        low, high = self.log_ratio[t.floor().long()], self.log_ratio[t.ceil().long()]
-        ratio = torch.lerp(low.to(t.dtype), high.to(t.dtype), t.frac()).exp()
+        t = quantile.double() * (len(self.log_ratio) - 1)
+        ratio = torch.lerp(self.log_ratio[t.floor().long()], self.log_ratio[t.ceil().long()], t.frac()).exp()
         root = (ratio**2 + 1).sqrt()
-        return (t - 0.5).ceil().long(), 1 / root, ratio / root
+        return (t - 0.5).ceil().long(), (1 / root).to(quantile.dtype), (ratio / root).to(quantile.dtype)
 
     def time(self, levels: Levels) -> Tensor:
         return levels.timestep.to(levels.sigma.dtype) / len(self.alphas_cumprod)
