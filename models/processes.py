@@ -214,6 +214,18 @@ def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) 
     return DDPM(wide if options.continuous else scheduler.alphas_cumprod, chosen, options.continuous)
 
 
+def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
+    """diffusers' pipeline with a scheduler that says of the base what the options say, where its own does not."""
+    changes: dict[str, Any] = {}
+    if options.prediction_type != "auto":
+        changes["prediction_type"] = options.prediction_type
+    if options.zero_terminal_snr:  # then the first step must be the last timestep (Lin et al. 2024, section 3.3)
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if changes:
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
 def shift_of(config: Mapping[str, Any], options: ObjectiveConfig) -> Shift:
     """The shift that a flow-matching scheduler's config asks for, with diffusers' defaults, or the option's."""
     if options.shift is not None:

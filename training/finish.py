@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from models.processes import sample_as_trained
 from training import export, preview, setup, tracking
 from training.engine import is_sharded
 from training.files import write_file
@@ -29,6 +30,7 @@ def draw_previews(run: Run) -> tuple[list[str], Images]:
         numbers = [min(number, len(prompts) - 1) for number in numbers]
     mine = {number: prompts[number] for number in numbers if number < len(prompts)}
     pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
+    sample_as_trained(pipeline, config.objective)
     drawn = preview.images_of(
         parts.adapted, [run.initial, parts.adapted.state_dict()], mine, rounds,
         partial(preview.draw, pipeline, resolution=config.data.resolution, config=config.preview), run.requests.leaving,

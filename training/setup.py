@@ -10,7 +10,9 @@ from torch import nn
 from data.index import LatentDataset
 from lora_algos import formats
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
+from models import get_family
 from models.base import ModelFamily
+from models.objectives import Objective
 from training import checkpointing
 from training.config import TrainConfig
 from training.engine import Engine
@@ -20,6 +22,13 @@ from training.run import Run
 
 MOST_BUCKETS = 12  # in one line
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
+
+
+def family_of(config: TrainConfig) -> ModelFamily:
+    """The family of the base; ModelError, before anything is encoded, if it has no use for the objective asked for."""
+    family = get_family(config.model)
+    Objective(family.process(config.objective), config.objective)
+    return family
 
 
 def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = False) -> tuple[nn.Module, torch.dtype]:
