@@ -1,9 +1,9 @@
 """How much less the gradient varies from step to step when a step's noise levels are spread evenly.
 
 `python benchmarks/stratified.py` prints, for the embedded demo with an untrained LoRA on all layers, the variance of
-the gradient (the sum over all its numbers, over many steps at the same weights) with each sample's level drawn by itself
-and with `objective.stratified`, from the same images, noise and seeds. The rest of the variance is that of images and
-noise. In brackets: the smallest and largest ratio of five parts of the steps.
+the gradient (the sum over all its numbers, over many steps at the same weights) with each sample's level drawn by
+itself and with `objective.stratified`, from the same images, noise and seeds. The rest of the variance is that of
+images and noise. In brackets: the smallest and largest ratio of five parts of the steps.
 """
 
 import argparse
