@@ -9,8 +9,9 @@ Conventions, for every family:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,11 @@ class ModelFamily(ABC):
     """Knowledge about a family of models, bound to one path; holds no weights."""
 
     name: str
+    pipelines: ClassVar[tuple[str, ...]]
+    """diffusers' pipelines of the family; the first one encodes and draws."""
     media: str
     latent_channels: int
-    targets: dict[str, str]
+    targets: ClassVar[dict[str, str]]
     """Presets of `--adapter.targets`: name -> regular expression over layer names."""
 
     component: str
@@ -51,6 +54,11 @@ class ModelFamily(ABC):
 
     def __init__(self, config: ModelConfig):
         self.config = config
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, names: Set[str]) -> bool:
+        """WHEN: to recognise a single file. IN: names of its tensors, those of the denoiser also without a prefix."""
 
     @property
     @abstractmethod
@@ -141,6 +149,15 @@ class ModelFamily(ABC):
     @abstractmethod
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with `denoiser` if given."""
+
+    def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
+        """WHEN: in the loop. IN: (B, 8), how each image was scaled and cropped: the fields of data.buckets.Crop. OUT:
+        conditioning that is made of it, batch first."""
+        return {}
+
+    def preview_options(self, guidance_scale: float) -> dict[str, Any]:
+        """WHEN: for previews. OUT: arguments of the pipeline's call."""
+        return {"guidance_scale": guidance_scale}
 
     @abstractmethod
     def native_names(self, denoiser: nn.Module) -> dict[str, str]:

@@ -28,7 +28,8 @@ class LossFunction:
     def __call__(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """(B,) losses in fp32, each the mean over one sample's elements, times its mask and weight."""
         noised = self.objective.noised(self.family.normalise(batch.latents.float()), batch.noise, batch.quantile)
-        cond = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.cond.items()}
+        cond = {**self.family.size_cond(batch.crop), **batch.cond}  # sizes that the data states count more
+        cond = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in cond.items()}
         prediction = self.family.predict(denoiser, noised.noisy.to(self.dtype), noised.timestep, cond)
         # every loss here is a function of the difference alone, so scaling both sides scales the error
         scale = noised.error_scale.view(-1, *[1] * (prediction.ndim - 1))
