@@ -1,4 +1,4 @@
-"""Latents as the tokens of a transformer: cells of 2 x 2, the channels of a cell in a row (as FLUX.1 and its kin do)."""
+"""Latents as the tokens of a transformer: cells of 2 x 2, all channels of a cell in a row (FLUX.1 and its kin)."""
 
 import torch
 from torch import Tensor
