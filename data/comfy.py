@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.config import DataError
-from models.base import ModelFamily
+from models.base import ModelFamily, take_comfy_cond
 from models.config import ModelError
 
 PATTERNS = ("shard_*.pkl", "shard_*.safetensors")
@@ -111,7 +111,7 @@ def _walk(file: Path, family: ModelFamily, bad: Notes, odd: Notes) -> Iterator[C
         if batch is not None and pairs and len(elements) > count:
             odd[f"{len(elements)} elements of conditioning (of scheduled hooks); the first is taken"].append(index)
         for i, pair in enumerate(pairs, index):
-            cond = _attempt(bad, i, family.cond_from_comfy, *pair)
+            cond = _attempt(bad, i, take_comfy_cond, family, *pair)
             if batch is not None and cond is not None:
                 yield ComfySample(f"{file.name} sample {i}", i, batch[i - index], cond)
         index += count
