@@ -197,6 +197,12 @@ class LatentDataset:
         crop = self.arrays["crop"][row]
         return int(crop[CROP_HEIGHT]), int(crop[CROP_WIDTH])
 
+    def latent_frames(self, row: int) -> int:
+        """Frames of a row's latents; 1 of an image."""
+        part, place = self.media.part(int(self.arrays["media"][row, 0]))
+        _, *frames, _, _ = part.columns["latents"].kind(place)[1]
+        return frames[0] if frames else 1
+
     def text_of(self, row: int, draw: float | None) -> int:
         """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the first."""
         first, last = self.arrays["text_first"][row : row + 2]

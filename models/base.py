@@ -1,7 +1,7 @@
 """What a model family knows. One file per family holds the glue over diffusers; nothing else in the project names one.
 
 Conventions, for every family:
-  pixels    (B, 3, H, W) in [-1, 1]
+  pixels    (B, 3, H, W) in [-1, 1]; (B, 3, F, H, W) of videos with more than one frame
   latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalised (family.normalise) in the loop
   quantile  (B,) in (0, 1): the random input of the noise process. 0 is clean, 1 is pure noise. Training draws it,
             validation fixes it; the timestep as the denoiser wants it is made from it
@@ -38,6 +38,7 @@ class ModelFamily(ABC):
 
     name: str
     media: str
+    """image, or video: latents then have F frames, and an image is a video of one."""
     latent_channels: int
     targets: dict[str, str]
     """Presets of `--adapter.targets`: name -> regular expression over layer names."""
@@ -52,6 +53,8 @@ class ModelFamily(ABC):
     """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
     pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then
     has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name."""
+    comfy_frames: ClassVar[bool] = False
+    """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
     media_cond: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that encode_media_cond makes."""
 
@@ -102,7 +105,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, h, w), unscaled."""
+        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, [F,] h, w), unscaled."""
 
     def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
         """WHEN: in precompute, if `media_cond` has names. IN: the pixels of encode_media. OUT: under those names what
@@ -112,7 +115,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        """WHEN: to look at what is stored. IN: raw latents (B, C, h, w). OUT: pixels (B, 3, H, W) in [-1, 1]."""
+        """WHEN: to look at what is stored. IN: raw latents (B, C, [F,] h, w). OUT: pixels (B, 3, [F,] H, W) in
+        [-1, 1]."""
 
     @abstractmethod
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
@@ -173,6 +177,13 @@ def check_comfy_cond(cond: Tensor, width: int) -> None:
         whose = f", which is {COMFY_WIDTHS[cond.shape[2]]}" if cond.shape[2] in COMFY_WIDTHS else ""
         wanted = f", {COMFY_WIDTHS[width]}" if width in COMFY_WIDTHS else ""
         raise ModelError(f"conditioning of width {cond.shape[2]}{whose}; this model takes {width}{wanted}")
+
+
+def with_frames(latents: Tensor, frames: bool) -> Tensor:
+    """Latents (B, C, [F,] h, w) with a dimension of frames, or if not `frames`, without that of one frame."""
+    if (latents.ndim == 5) == frames:
+        return latents
+    return latents.unsqueeze(2) if frames else latents.squeeze(2)
 
 
 def take_comfy_cond(family: ModelFamily, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
