@@ -1,7 +1,7 @@
 """What a model family knows. One file per family holds the glue over diffusers; nothing else in the project names one.
 
 Conventions, for every family:
-  pixels    (B, 3, H, W) in [-1, 1]
+  pixels    (B, 3, H, W) in [-1, 1]; (B, 3, F, H, W) of videos with more than one frame
   latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalised (family.normalise) in the loop
   quantile  (B,) in (0, 1): the random input of the noise process. 0 is clean, 1 is pure noise. Training draws it,
             validation fixes it; the timestep as the denoiser wants it is made from it
@@ -41,6 +41,7 @@ class ModelFamily(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     """diffusers' pipelines of the family; the first one encodes and draws."""
     media: str
+    """image, or video: latents then have F frames, and an image is a video of one."""
     latent_channels: int
     targets: ClassVar[dict[str, str]]
     """Presets of `--adapter.targets`: name -> regular expression over layer names."""
@@ -51,6 +52,14 @@ class ModelFamily(ABC):
     """The format of adapter files that the most programs load for this family (lora_algos/formats)."""
     kohya_is_native: bool
     """Whether kohya's names of the layers are made of the original model's names."""
+    ragged: ClassVar[dict[str, int | None]] = {}
+    """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
+    pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then
+    has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name."""
+    comfy_frames: ClassVar[bool] = False
+    """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
+    media_cond: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that encode_media_cond makes."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -104,15 +113,23 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, h, w), unscaled."""
+        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, [F,] h, w), unscaled."""
+
+    def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+        """WHEN: in precompute, if `media_cond` has names. IN: the pixels of encode_media. OUT: under those names what
+        conditions the denoiser on the sample itself (the first frame's latents, of image-to-video), batch first; it is
+        stored beside the latents, and in `cond` of predict."""
+        raise NotImplementedError(f"{self.name} has media_cond, but no encode_media_cond")
 
     @abstractmethod
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        """WHEN: to look at what is stored. IN: raw latents (B, C, h, w). OUT: pixels (B, 3, H, W) in [-1, 1]."""
+        """WHEN: to look at what is stored. IN: raw latents (B, C, [F,] h, w). OUT: pixels (B, 3, [F,] H, W) in
+        [-1, 1]."""
 
     @abstractmethod
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension."""
+        """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension; those in `ragged`
+        with the caption's own number of tokens. They must not depend on the other captions."""
 
     @abstractmethod
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
@@ -127,7 +144,8 @@ class ModelFamily(ABC):
     @abstractmethod
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         """WHEN: data that ComfyUI encoded are read. IN: one element of its CONDITIONING: cond (1, L, D) and its dict.
-        OUT: conditioning tensors as encode_prompt's. Raises ModelError if they are of another family."""
+        OUT: conditioning tensors as encode_prompt's, and those of `media_cond`, which `extras` may have. Raises
+        ModelError if they are of another family."""
 
     @abstractmethod
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -176,3 +194,21 @@ def check_comfy_cond(cond: Tensor, width: int) -> None:
         whose = f", which is {COMFY_WIDTHS[cond.shape[2]]}" if cond.shape[2] in COMFY_WIDTHS else ""
         wanted = f", {COMFY_WIDTHS[width]}" if width in COMFY_WIDTHS else ""
         raise ModelError(f"conditioning of width {cond.shape[2]}{whose}; this model takes {width}{wanted}")
+
+
+def with_frames(latents: Tensor, frames: bool) -> Tensor:
+    """Latents (B, C, [F,] h, w) with a dimension of frames, or if not `frames`, without that of one frame."""
+    if (latents.ndim == 5) == frames:
+        return latents
+    return latents.unsqueeze(2) if frames else latents.squeeze(2)
+
+
+def take_comfy_cond(family: ModelFamily, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+    """family.cond_from_comfy, of which all that the family needs is there and fits."""
+    found = family.cond_from_comfy(cond, extras)
+    for name, most in family.ragged.items():
+        if most is not None and name in found and len(found[name]) > most:
+            raise ModelError(f"conditioning of {len(found[name])} tokens; this model takes {most}")
+    if lacking := [name for name in family.media_cond if name not in found]:
+        raise ModelError(f"conditioning without {' and '.join(lacking)}, which this model needs")
+    return found

@@ -35,5 +35,5 @@ class LossFunction:
         scale = noised.error_scale.view(-1, *[1] * (prediction.ndim - 1))
         losses = self.compare(prediction.float() * scale, noised.target.float() * scale, reduction="none")
         if batch.mask is not None:
-            losses = losses * batch.mask.unsqueeze(1)
+            losses = losses * batch.mask.unflatten(0, (-1, *[1] * (losses.ndim - 3)))
         return losses.flatten(1).mean(1) * batch.weight
