@@ -8,6 +8,7 @@ Conventions, for every family:
   cond      dict of conditioning tensors, batch first
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Set
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig, ModelError, ObjectiveConfig
-from models.objectives import Objective
+from models.processes import NoiseProcess
 
 COMFY_WIDTHS = {
     768: "SD1.5's",
@@ -157,12 +158,17 @@ class ModelFamily(ABC):
         """WHEN: in the loop. IN: raw VAE latents. OUT: latents at the scale that the denoiser was trained on."""
 
     @abstractmethod
-    def objective(self, config: ObjectiveConfig) -> Objective:
-        """The noise process and target that the base model was trained with."""
+    def process(self, config: ObjectiveConfig) -> NoiseProcess:
+        """The noise process and target that the base model was trained with, changed as `config` asks."""
+
+    def tokens(self, shape: tuple[int, ...]) -> int:
+        """WHEN: in the loop. IN: shape of the latents (B, C, [F,] h, w). OUT: how many image tokens the denoiser makes
+        of each, on which the noise levels of some families depend: here patches of 2 x 2."""
+        return math.prod(shape[2:]) // 4
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """WHEN: in the loop. IN: noisy latents and timestep from the objective. OUT: prediction, shaped like noisy."""
+        """WHEN: in the loop. IN: noisy latents and their timestep. OUT: prediction, shaped like noisy."""
 
     @abstractmethod
     def pipeline(self, denoiser: nn.Module | None) -> Any:

@@ -2,13 +2,10 @@
 
 from typing import Any, ClassVar
 
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from models.config import ObjectiveConfig
 from models.ldm_names import native_names
 from models.loading import DiffusersFamily
-from models.objectives import DDPM
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
@@ -40,11 +37,6 @@ class UNetFamily(DiffusersFamily):
     @property
     def cond_width(self) -> int:
         return self.denoiser_config["cross_attention_dim"]
-
-    def objective(self, config: ObjectiveConfig) -> DDPM:
-        with self._faults_told():
-            scheduler = DDPMScheduler.from_config(self.scheduler_config)
-            return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, config.loss_space)
 
     @property
     def prediction_type(self) -> str:
