@@ -18,7 +18,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from models.base import ModelFamily, check_comfy_cond
+from models.base import ModelFamily, Native, check_comfy_cond
 from models.config import ModelError, ObjectiveConfig
 from models.ldm_names import native_names
 from models.objectives import DDPM
@@ -36,7 +36,7 @@ class StableDiffusion(ModelFamily):
     media = "image"
     latent_channels = 4
     component = "unet"
-    file_format = "kohya"
+    file_formats = ("kohya",)
     kohya_is_native = False
     targets = {  # noqa: RUF012
         "attention": ATTENTION,
@@ -137,7 +137,7 @@ class StableDiffusion(ModelFamily):
         if self.path.is_dir():
             return names
         native, parts = self.native_names(denoiser), {name: name.rsplit(".", 1) for name in names}
-        return {name: f"model.diffusion_model.{native[layer]}.{kind}" for name, (layer, kind) in parts.items()}
+        return {name: f"model.diffusion_model.{native[layer].name}.{kind}" for name, (layer, kind) in parts.items()}
 
     def stored_dtype(self) -> torch.dtype:
         weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
@@ -241,8 +241,8 @@ class StableDiffusion(ModelFamily):
         loaded = [name for name in COMPONENTS if name != "unet" or denoiser is None]
         return self._load(*loaded, unet=denoiser)
 
-    def native_names(self, denoiser: nn.Module) -> dict[str, str]:
-        return native_names(denoiser)
+    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
+        return {name: Native(native) for name, native in native_names(denoiser).items()}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         second = denoiser.config.cross_attention_dim == 1024  # type: ignore[union-attr]
