@@ -11,6 +11,7 @@ Conventions, for every family:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +36,20 @@ COMFY_WIDTHS = {
 """Width of ComfyUI's conditioning -> whose it is: the only sign of its family that conditioning carries."""
 
 
+@dataclass(frozen=True)
+class Native:
+    """A layer in the original model, which is ComfyUI's: its weight is that of `name`, or a part of it."""
+
+    name: str
+    """Without `diffusion_model.` and `.weight`."""
+    rows: tuple[int, int] | None = None
+    """(first, count): the rows that the layer is of a weight that is fused of several layers."""
+    swapped: bool = False
+    """Whether the halves of its rows stand the other way round there: scale and shift."""
+    by_diffusers: bool = True
+    """Whether ComfyUI knows the layer by diffusers' name too, behind the family's `by_diffusers`."""
+
+
 class ModelFamily(ABC):
     """Knowledge about a family of models, bound to one path; holds no weights."""
 
@@ -49,8 +64,9 @@ class ModelFamily(ABC):
 
     component: str
     """diffusers' name of the denoiser in a pipeline."""
-    file_format: str
-    """The format of adapter files that the most programs load for this family (lora_algos/formats)."""
+    file_formats: tuple[str, ...]
+    """Formats of adapter files (lora_algos/formats), of which the first that holds an adapter for every program is
+    written. The last one holds everything."""
     kohya_is_native: bool
     """Whether kohya's names of the layers are made of the original model's names."""
     ragged: ClassVar[dict[str, int | None]] = {}
@@ -61,6 +77,9 @@ class ModelFamily(ABC):
     """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
     media_cond: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that encode_media_cond makes."""
+    by_diffusers: str = ""
+    """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
+    it knows none."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -89,7 +108,8 @@ class ModelFamily(ABC):
     @abstractmethod
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
         """WHEN: to read weights one at a time. IN: an empty denoiser will do. OUT: name of each parameter -> its key in
-        the .safetensors files among component_files("denoiser")."""
+        the .safetensors files among component_files("denoiser"). In a single file, where `path` is one, a layer's
+        weight and bias are the part of that tensor that native_names tells."""
 
     @abstractmethod
     def stored_dtype(self) -> torch.dtype:
@@ -184,8 +204,9 @@ class ModelFamily(ABC):
         return {"guidance_scale": guidance_scale}
 
     @abstractmethod
-    def native_names(self, denoiser: nn.Module) -> dict[str, str]:
-        """WHEN: for adapter files. OUT: diffusers' name -> the original model's, which is ComfyUI's, of every layer."""
+    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
+        """WHEN: for adapter files and single-file models. OUT: diffusers' name -> where it is in the original model, of
+        every layer."""
 
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:

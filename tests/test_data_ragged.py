@@ -15,7 +15,7 @@ from data.precompute import build_datasets
 from data.schedule import key
 from models.config import ModelConfig, ObjectiveConfig
 from models.sd15 import StableDiffusion
-from training.step import LossFunction
+from training.step import build_loss
 
 LENGTHS = (2, 5, 1, 3)
 EMPTY = 1
@@ -152,7 +152,7 @@ def test_a_batch_trains_on_each_caption_as_if_it_were_alone(built):
     plain = built(StableDiffusion(family.config))
     assert stored_bytes(dataset) < stored_bytes(plain), "padding takes no room, though there is the empty prompt too"
     denoiser = family.load_denoiser(torch.float32)
-    loss = LossFunction(family, family.objective(ObjectiveConfig()), "MSE", torch.float32)
+    loss = build_loss(family, ObjectiveConfig(), "MSE", torch.float32)
     chosen, seeds = [0, 1, 2, 3] * 2, [key("sample", 0, i) for i in range(8)]
     batch = make_batch(dataset, chosen, seeds, range(8))
     together = loss(denoiser, batch)

@@ -17,7 +17,7 @@ from data.identity import key_of
 from data.precompute import Build
 from models.config import ModelConfig, ObjectiveConfig
 from models.sd15 import StableDiffusion
-from training.step import LossFunction
+from training.step import build_loss
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_mask_counts_in_all_channels_and_frames(tmp_path, family, shape, monke
     texts = {text: {"prompt_embeds": torch.randn(24, 96)} for text in TEXTS}
     dataset = dataset_with(tmp_path, [row_of(0), row_of(1)], {key_of(f"media {i}"): row for i in range(2)}, texts)
     family = family if len(shape) == 4 else StableDiffusion(family.config)
-    loss = LossFunction(family, family.objective(ObjectiveConfig()), "MSE", torch.float32)
+    loss = build_loss(family, ObjectiveConfig(), "MSE", torch.float32)
     monkeypatch.setattr(loss, "compare", lambda prediction, target, reduction: torch.ones_like(target - prediction))
     losses = loss(family.load_denoiser(torch.float32), make_batch(dataset, [0, 1], [0, 1], range(2)))
     torch.testing.assert_close(losses, torch.full((2,), 0.5 * 32 / 256))
