@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from models.base import ModelFamily
 from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, local_path
-from models.config import ModelError
+from models.config import ModelError, ObjectiveConfig
+from models.processes import NoiseProcess, process_from_scheduler
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
@@ -277,6 +278,10 @@ class DiffusersFamily(ModelFamily):
 
     def latent_step(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)  # each level but the last halves the sides
+
+    def process(self, config: ObjectiveConfig) -> NoiseProcess:
+        with self._faults_told():
+            return process_from_scheduler(self.scheduler_config, config)
 
     def normalise(self, latents: Tensor) -> Tensor:
         shift = self.vae_config.get("shift_factor") or self.latent_shift

@@ -85,7 +85,7 @@ def test_every_form_gives_the_model_of_the_folder(forms, form):
     assert latents.shape[-1] == 64 // family.latent_step()
     assert family.normalise(latents).equal(expected.normalise(expected_latents))
 
-    objective, expected_objective = (f.objective(ObjectiveConfig()) for f in (family, expected))
+    process, expected_process = (f.process(ObjectiveConfig()) for f in (family, expected))
     assert objective.prediction_type == expected_objective.prediction_type == "epsilon"
     assert objective.alphas_cumprod.equal(expected_objective.alphas_cumprod)
 
@@ -134,7 +134,7 @@ def test_v_prediction_is_read_from_the_scheduler(copy, single_file):
     edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     for config in configs_of(copy, single_file):
         family = get_family(config)
-        assert family.objective(ObjectiveConfig()).prediction_type == "v_prediction"
+        assert family.process(ObjectiveConfig()).prediction_type == "v_prediction"
         metadata = family.file_metadata(family.load_denoiser(None))
         assert metadata["ss_base_model_version"] == "sd_v1_v"
         assert metadata["modelspec.prediction_type"] == "v"
@@ -208,7 +208,7 @@ ASK: dict[str, Callable[[ModelFamily], object]] = {
     "encoders": lambda family: [family.load_encoders(what) for what in ("text", "media")],
     "text encoders": lambda family: family.load_encoders("text"),
     "normalise": lambda family: family.normalise(torch.ones(1)),
-    "objective": lambda family: family.objective(ObjectiveConfig()),
+    "process": lambda family: family.process(ObjectiveConfig()),
 }
 
 
