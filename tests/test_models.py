@@ -86,8 +86,8 @@ def test_every_form_gives_the_model_of_the_folder(forms, form):
     assert family.normalise(latents).equal(expected.normalise(expected_latents))
 
     process, expected_process = (f.process(ObjectiveConfig()) for f in (family, expected))
-    assert objective.prediction_type == expected_objective.prediction_type == "epsilon"
-    assert objective.alphas_cumprod.equal(expected_objective.alphas_cumprod)
+    assert process.prediction_type == expected_process.prediction_type == "epsilon"
+    assert process.alphas_cumprod.equal(expected_process.alphas_cumprod)
 
 
 def test_every_form_names_the_files_that_it_reads(forms):
