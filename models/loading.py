@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
-from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, local_path
+from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, local_path
 from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 
@@ -109,7 +109,8 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
-        left_out = {name: None for name in (*self.components, *self.unused) if name not in wanted}
+        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
+        left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
         options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
