@@ -109,7 +109,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     from training.names import file_names
     from training.resume import resume
     from training.run import Run
-    from training.step import LossFunction
+    from training.step import build_loss
 
     family = get_family(config.model)
     # the encoders live and die in here
@@ -117,7 +117,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     denoiser, dtype = setup.load_denoiser(config, family, wants_contiguous(accelerator))
     names = file_names(family, denoiser)
     adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)
-    loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
+    loss_function = build_loss(family, config.objective, config.loss_function, dtype)
 
     parts = Parts(family, datasets, adapted, names, previous_steps)
     check_export(config, parts)

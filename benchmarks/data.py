@@ -118,7 +118,7 @@ def without_noise(batches: MicroBatches) -> Callable[[int], object]:
 def through_worker(dataset: LatentDataset, batch_size: int, turns: int) -> Way:
     """One after the other as fast as the worker makes them: in turns with others it would have time to make them."""
     schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
-    loader = micro_batches(dataset, schedule, range(turns + WARM_UP), 1, pin_memory=False)
+    loader = micro_batches(MicroBatches(dataset, schedule), range(turns + WARM_UP), 1, pin_memory=False)
     kept, way = next(loader), Way(WORKER, lambda turn: next(loader), 0)
     way.size = kept.noise.nbytes + kept.latents.nbytes + nbytes(kept.cond)
     take_turns([way], turns)
@@ -234,7 +234,9 @@ def use_rows(folder: Path, batches: int) -> dict[str, float]:
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
     opened = time.perf_counter()
     dataset = LatentDataset(folder / "index", stores)
-    numbers = micro_batches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8), range(batches), 0, False)
+    numbers = micro_batches(
+        MicroBatches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8)), range(batches), 0, False
+    )
     next(numbers)
     first = time.perf_counter()
     for _ in numbers:

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from data.index import LatentDataset
+from data.noise import altered, stratified
 from data.schedule import Schedule, key
+from data.schema import MEDIA_TENSORS
+from models.config import ObjectiveConfig
 
 AHEAD = 2  # batches per thread that may wait for the loop
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: raw `latents` and `noise` (B, C, h, w), `quantile` (B,), `cond` with batch dimension.
+    """One micro-batch: raw `latents` and `noise` (B, C, [F,] h, w), `quantile` (B,), `cond` with batch dimension.
 
     `weight` (B,): factors on the loss. `mask` (B, h, w) in [0, 1]: where the loss counts, if the data has masks.
-    `crop` (B, 8): the fields of buckets.Crop. `visits` names the samples in reports.
+    `crop` (B, 8): the fields of buckets.Crop. `visits` names the samples in reports. `input_noise`: the noise that the
+    denoiser sees, where it is not `noise`.
     """
 
     latents: Tensor
@@ -33,6 +37,7 @@ class Batch:
     crop: Tensor
     visits: range
     mask: Tensor | None = None
+    input_noise: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; copies from pinned memory do not wait for the device."""
@@ -66,22 +71,34 @@ class Drawn:
 
 
 class MicroBatches:
-    """Micro-batch number -> Batch."""
+    """Micro-batch number -> Batch. `per_step` micro-batches, of all ranks together, make one step."""
 
-    def __init__(self, dataset: LatentDataset, schedule: Schedule):
-        self.dataset, self.schedule = dataset, schedule
+    def __init__(
+        self, dataset: LatentDataset, schedule: Schedule, options: ObjectiveConfig | None = None, per_step: int = 1
+    ):
+        self.dataset, self.schedule, self.per_step = dataset, schedule, per_step
+        self.options = options or ObjectiveConfig()
 
     def __getitem__(self, micro_batch: int) -> Batch:
         visits = self.schedule.visits(micro_batch)
         seeds = [key("sample", self.schedule.seed, visit) for visit in visits]
-        return make_batch(self.dataset, self.schedule.rows(micro_batch), seeds, visits)
+        batch = make_batch(self.dataset, self.schedule.rows(micro_batch), seeds, visits, options=self.options)
+        if not self.options.stratified:
+            return batch
+        return replace(batch, quantile=stratified(batch.quantile, self.schedule, micro_batch, self.per_step))
 
 
 def make_batch(
-    dataset: LatentDataset, rows: list[int], seeds: list[int], visits: range, quantile: Tensor | None = None
+    dataset: LatentDataset,
+    rows: list[int],
+    seeds: list[int],
+    visits: range,
+    quantile: Tensor | None = None,
+    options: ObjectiveConfig | None = None,
 ) -> Batch:
     """Collates `rows`; each sample's noise, caption and flip, and its quantile unless given, are functions of its own
-    seed. With `quantile` given (validation), the first caption is taken and nothing is mirrored or dropped."""
+    seed. With `quantile` given (validation), the first caption is taken and nothing is mirrored or dropped. `options`
+    may ask for noise that is not standard normal."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [Drawn.of(seed) for seed in seeds]
     fixed = quantile is not None
@@ -92,21 +109,36 @@ def make_batch(
     noise = standard_normal(latents.shape, generators)
     if "deviation" in media:
         latents = latents + media["deviation"] * standard_normal(latents.shape, generators)
+    noise, input_noise = altered_noise(noise, options or ObjectiveConfig(), generators)
     dropout = [0.0] * len(rows) if fixed else of_row["dropout"].tolist()
     texts = [
         dataset.empty_text if d.drop < share else dataset.text_of(row, None if fixed else d.caption)
         for row, share, d in zip(rows, dropout, drawn, strict=True)
     ]
+    cond = dataset.text.rows(texts, dataset.ragged)
+    cond |= {name: tensor for name, tensor in media.items() if name not in MEDIA_TENSORS}
     return Batch(
         latents,
         noise,
         torch.tensor([d.quantile for d in drawn]) if quantile is None else quantile,
-        dataset.text.rows(texts),
+        cond,
         torch.from_numpy(of_row["weight"]),
         torch.from_numpy(of_row["crop"]),
         visits,
         dataset.mask_floor + (1 - dataset.mask_floor) * media["mask"] if "mask" in media else None,
+        input_noise,
     )
+
+
+def altered_noise(
+    noise: Tensor, options: ObjectiveConfig, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor | None]:
+    """The noise of a batch as `options` ask, and what the denoiser sees in its place, if that is not the same."""
+    if not (options.multires_iterations or options.noise_offset or options.input_perturbation):
+        return noise, None
+    both = [altered(one, options, generator) for one, generator in zip(noise, generators, strict=True)]
+    noise, seen = (torch.stack(tensors) for tensors in zip(*both, strict=True))
+    return noise, seen if options.input_perturbation else None
 
 
 def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
@@ -117,15 +149,12 @@ def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -
     return batch
 
 
-def micro_batches(
-    dataset: LatentDataset, schedule: Schedule, numbers: Iterable[int], num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """The micro-batches `numbers`, in order; `num_workers` threads make them ahead of time.
+def micro_batches(source: MicroBatches, numbers: Iterable[int], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The micro-batches `numbers` of `source`, in order; `num_workers` threads make them ahead of time.
 
     Threads, not processes: nearly all of a batch's time goes into reads and random bits, in which they do not hold
     Python's lock, and what a process would make had to be sent here through shared memory, which costs twice as much.
     """
-    source = MicroBatches(dataset, schedule)
 
     def make(number: int) -> Batch:
         return source[number].pin_memory() if pin_memory else source[number]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd15": "models.sd15",
     "sdxl": "models.sdxl",
+    "sd3": "models.sd3",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 

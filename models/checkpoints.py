@@ -65,6 +65,14 @@ def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[
     return found, f"its model_index.json says {name}"
 
 
+def absent_parts(folder: Path) -> set[str]:
+    """The parts of its pipeline that a diffusers folder says it has not; empty if it is no folder."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        return set()
+    return {name for name, part in json.loads(file.read_text(encoding="utf-8")).items() if part == [None, None]}
+
+
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
     """The family of a single file, if any, and what says so."""
     try:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
-from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, local_path
-from models.config import ModelError
+from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, local_path
+from models.config import ModelError, ObjectiveConfig
+from models.processes import NoiseProcess, process_from_scheduler
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
@@ -108,7 +109,8 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
-        left_out = {name: None for name in (*self.components, *self.unused) if name not in wanted}
+        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
+        left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
         options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -277,6 +279,10 @@ class DiffusersFamily(ModelFamily):
 
     def latent_step(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)  # each level but the last halves the sides
+
+    def process(self, config: ObjectiveConfig) -> NoiseProcess:
+        with self._faults_told():
+            return process_from_scheduler(self.scheduler_config, config)
 
     def normalise(self, latents: Tensor) -> Tensor:
         shift = self.vae_config.get("shift_factor") or self.latent_shift

@@ -1,66 +1,64 @@
-"""Noise processes: from clean latents, noise and a quantile to what the denoiser sees and should answer."""
+"""What is trained for: the density of noise levels, the target and the weighting, as three separate choices."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from models.config import ObjectiveConfig
+from models.densities import Density
+from models.processes import Levels, NoiseProcess
+from models.weightings import WEIGHTINGS
+
 
 @dataclass(frozen=True)
 class Noised:
-    """One noised batch: `noisy` and `target` (B, C, h, w), `timestep` (B,) as the denoiser wants it.
+    """One noised batch: `noisy` and `target` (B, C, [F,] h, w).
 
     `error_scale` (B,) turns the error in `target` into the error the loss is taken of: 1 in the prediction's own space.
+    `weight` (B,) is the factor on that loss.
     """
 
     noisy: Tensor
-    timestep: Tensor
     target: Tensor
+    levels: Levels
     error_scale: Tensor
+    weight: Tensor
+
+    @property
+    def timestep(self) -> Tensor:
+        """(B,) as the scheduler hands it to the pipeline's loop."""
+        return self.levels.timestep
 
 
-class Objective(ABC):
-    """A noise process and what the denoiser is trained to predict in it."""
-
-    @abstractmethod
-    def noised(self, latents: Tensor, noise: Tensor, quantile: Tensor) -> Noised:
-        """`latents` normalised, `noise` standard normal, both (B, C, h, w); `quantile` (B,) in (0, 1)."""
+def mixed(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y, with a, b (B,)."""
+    shape = (-1, *[1] * (x.ndim - 1))
+    return a.view(shape) * x + b.view(shape) * y
 
 
-class DDPM(Objective):
-    """Variance-preserving diffusion: noisy = sqrt(a) x0 + sqrt(1 - a) noise, with a = alphas_cumprod[timestep].
+class Objective:
+    """A model's noise process, and the options' density, loss space and weighting."""
 
-    Target `epsilon` is the noise, `v_prediction` is sqrt(a) noise - sqrt(1 - a) x0 (Salimans & Ho 2022, appendix D).
-    The quantile picks the timestep uniformly. In `x0` loss space the error of the denoised latents, at the scale of x0,
-    is compared: sqrt((1 - a) / a) times the error in epsilon, sqrt(1 - a) times the error in v.
-    """
+    def __init__(self, process: NoiseProcess, options: ObjectiveConfig):
+        self.process, self.options = process, options
+        self.density = Density(options)
 
-    def __init__(
-        self,
-        alphas_cumprod: Tensor,
-        prediction_type: Literal["epsilon", "v_prediction"],
-        loss_space: Literal["prediction", "x0"],
-    ):
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type {prediction_type!r}: only epsilon and v_prediction are known")
-        self.alphas_cumprod = alphas_cumprod.float()
-        self.prediction_type = prediction_type
-        self.loss_space = loss_space
+    def noised(
+        self, latents: Tensor, noise: Tensor, quantile: Tensor, tokens: int, input_noise: Tensor | None = None
+    ) -> Noised:
+        """`latents` normalised, `noise` the noise of the target, both (B, C, [F,] h, w); `quantile` (B,) in (0, 1).
 
-    def noised(self, latents: Tensor, noise: Tensor, quantile: Tensor) -> Noised:
-        count = len(self.alphas_cumprod)
-        timestep = (quantile * count).long().clamp(0, count - 1)
-        if self.alphas_cumprod.device != latents.device:
-            self.alphas_cumprod = self.alphas_cumprod.to(latents.device)  # once: later steps copy nothing
-        alpha_cumprod = self.alphas_cumprod[timestep].to(latents.dtype)
-        signal, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
-        shape = (-1, *[1] * (latents.ndim - 1))
-        noisy = signal.view(shape) * latents + sigma.view(shape) * noise
-        if self.prediction_type == "epsilon":
-            target, to_x0 = noise, sigma / signal
-        else:
-            target, to_x0 = signal.view(shape) * noise - sigma.view(shape) * latents, sigma
-        error_scale = to_x0 if self.loss_space == "x0" else torch.ones_like(sigma)
-        return Noised(noisy, timestep, target, error_scale)
+        `input_noise`: the noise that the denoiser sees, where it is another. `tokens`: of the denoiser, per image.
+        """
+        levels = self.process.levels(self.density(quantile), tokens)
+        noisy = mixed(levels.signal, latents, levels.sigma, noise if input_noise is None else input_noise)
+        target = mixed(levels.target_signal, latents, levels.target_sigma, noise)
+        error_scale = levels.to_x0 if self.options.loss_space == "x0" else torch.ones_like(levels.sigma)
+        return Noised(noisy, target, levels, error_scale, self._weight(levels, error_scale))
+
+    def _weight(self, levels: Levels, error_scale: Tensor) -> Tensor:
+        """The weighting, which is of the squared error of x0, for squared errors scaled by `error_scale`."""
+        if self.options.weighting == "none":
+            return torch.ones_like(levels.sigma)
+        return WEIGHTINGS[self.options.weighting](levels, self.options) * (levels.to_x0 / error_scale) ** 2

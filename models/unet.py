@@ -2,13 +2,11 @@
 
 from typing import Any, ClassVar
 
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from models.config import ObjectiveConfig
+from models.base import Native
 from models.ldm_names import native_names
 from models.loading import DiffusersFamily
-from models.objectives import DDPM
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
@@ -22,7 +20,7 @@ class UNetFamily(DiffusersFamily):
     component = "unet"
     denoiser_class = "UNet2DConditionModel"
     vae_class = "AutoencoderKL"
-    file_format = "kohya"
+    file_formats = ("kohya",)
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
@@ -41,25 +39,20 @@ class UNetFamily(DiffusersFamily):
     def cond_width(self) -> int:
         return self.denoiser_config["cross_attention_dim"]
 
-    def objective(self, config: ObjectiveConfig) -> DDPM:
-        with self._faults_told():
-            scheduler = DDPMScheduler.from_config(self.scheduler_config)
-            return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, config.loss_space)
-
     @property
     def prediction_type(self) -> str:
         """epsilon or v_prediction, as the base was trained."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
-    def native_names(self, denoiser: nn.Module) -> dict[str, str]:
-        return native_names(denoiser)
+    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
+        return {name: Native(native) for name, native in native_names(denoiser).items()}
 
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
         names = {name: name for name, _ in denoiser.named_parameters()}
         if self.path.is_dir():
             return names
         native, parts = self.native_names(denoiser), {name: name.rsplit(".", 1) for name in names}
-        return {name: f"model.diffusion_model.{native[layer]}.{kind}" for name, (layer, kind) in parts.items()}
+        return {name: f"model.diffusion_model.{native[layer].name}.{kind}" for name, (layer, kind) in parts.items()}
 
     def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
         """`file_metadata` of a base model of that version, as kohya and the model specification write them."""

@@ -156,7 +156,7 @@ def test_noise_is_standard_normal_and_quantiles_uniform(dataset):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_gives_the_numbers_asked_for_in_order(dataset, num_workers):
     s = Schedule(dataset.buckets, "f", 0, 2)
-    batches = list(micro_batches(dataset, s, range(3, 11, 2), num_workers, pin_memory=False))
+    batches = list(micro_batches(MicroBatches(dataset, s), range(3, 11, 2), num_workers, pin_memory=False))
     assert [batch.visits for batch in batches] == [range(6, 8), range(10, 12), range(14, 16), range(18, 20)]
     for batch, number in zip(batches, range(3, 11, 2), strict=True):
         assert batch.noise.equal(MicroBatches(dataset, s)[number].noise)
@@ -167,7 +167,14 @@ def test_threads_pin_memory_on_the_gpu_of_their_process(dataset, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
     monkeypatch.setattr(Batch, "pin_memory", lambda self: pinned.append(threading.get_ident()) or self)
-    assert len(list(micro_batches(dataset, Schedule(dataset.buckets, "f", 0, 2), range(4), 1, pin_memory=True))) == 4
+    assert (
+        len(
+            list(
+                micro_batches(MicroBatches(dataset, Schedule(dataset.buckets, "f", 0, 2)), range(4), 1, pin_memory=True)
+            )
+        )
+        == 4
+    )
     assert chosen == [(pinned[0], 3)]
     assert len(set(pinned)) == 1
     assert pinned[0] != threading.get_ident()

@@ -57,7 +57,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The loss of held-out images at fixed noise and fixed noise levels."""
+    """The mean squared error of the prediction on held-out images, at fixed noise and fixed noise levels.
+
+    It is the same whatever loss_function, loss space, density, weighting and shift are trained with."""
 
     __pydantic_config__ = STRICT
 
@@ -66,7 +68,7 @@ class ValidationConfig:
     quantiles: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
     )  # fmt: skip
-    """Noise levels, as quantiles of the training noise distribution: 0 is clean, 1 is pure noise."""
+    """Noise levels, as quantiles of the model's own noise process: 0 is clean, 1 is pure noise."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,8 @@ class TrainConfig:
     """Rank of the update. LoKr's factor, OFT's and BOFT's block size are options of their own."""
     optimizer: Literal["AdamW", "Adam", "SGD", "RMSprop"] = "AdamW"
     """The optimizer."""
-    loss_function: Literal["MSE", "L1", "Huber", "SmoothL1"] = "MSE"
-    """How prediction and target are compared."""
+    loss_function: Literal["MSE", "L1", "Huber", "SmoothL1", "pseudo-Huber", "log-cosh"] = "MSE"
+    """How prediction and target are compared. The first four are the node's. Validation is always MSE."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
     """Decides the adapter's initial weights, the order of the images, their noise and their noise levels."""
     training_dtype: Literal["bf16", "fp32", "none"] = "bf16"

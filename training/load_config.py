@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from data.config import DataConfig
-from models.config import is_hub_id, path_fault
+from models.config import is_hub_id, objective_faults, path_fault
 from training.config import SCHEMA, ConfigError, TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     defaults, argv = read_defaults(list(sys.argv[1:] if argv is None else argv))
     parsed = tyro.cli(TrainConfig, default=defaults, args=canonical_argv(argv), use_underscores=True, prog=PROGRAM)
     config = validate(asdict(parsed), where="the command line", prefix="--")
-    faults = path_faults(config)
+    faults = path_faults(config) + objective_faults(config.objective, config.loss_function)
     if faults:
         raise ConfigError(listed("cannot start", faults))
     return config

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.batches import Batch, micro_batches
+from data.batches import Batch, MicroBatches, micro_batches
 from data.schedule import Schedule, key
 from training import checkpoint, tracking
 from training.agreement import Agreement
@@ -82,9 +82,8 @@ class Run:
         self.validate_if_due()
         self.answer()
         self.reporter.bar(config.steps, self.step)
-        loader = micro_batches(
-            self.parts.datasets.train, self.schedule, numbers, config.data.num_workers, device.type == "cuda"
-        )
+        source = MicroBatches(self.parts.datasets.train, self.schedule, config.objective, per_step)
+        loader = micro_batches(source, numbers, config.data.num_workers, device.type == "cuda")
         for number in numbers:
             with self.waiting.for_data():
                 batch = next(loader)
@@ -199,8 +198,8 @@ class Run:
         if not due or dataset is None or self.step in (entry["step"] for entry in self.history.validation):
             return
         losses = validate(
-            self.accelerator, self.parts.adapted.model, self.loss_function, dataset, config.validation.quantiles,
-            self.requests.leaving,
+            self.accelerator, self.parts.adapted.model, self.loss_function.for_validation, dataset,
+            config.validation.quantiles, self.requests.leaving,
         )  # fmt: skip
         self.unvalidated = losses is None
         if losses is None:

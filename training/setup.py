@@ -68,12 +68,16 @@ def on_one_process(config: TrainConfig, parts: Parts) -> Parts:
 
 def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
     """The sizes of the images, if they are not all alike, and how many of each are seen per epoch."""
-    buckets = sorted(((sum(s.visits for s in b), dataset.size(b[0].first)) for b in dataset.buckets), reverse=True)
+    firsts = [(sum(segment.visits for segment in bucket), bucket[0].first) for bucket in dataset.buckets]
+    buckets = sorted(((n, dataset.size(row), dataset.latent_frames(row)) for n, row in firsts), reverse=True)
     if len(buckets) < 2:
         return []
-    named = [f"{width}x{height}: {visits}" for visits, (height, width) in buckets[:MOST_BUCKETS]]
+    named = [
+        f"{width}x{height}{f' of {frames} latent frames' * (frames > 1)}: {visits}"
+        for visits, (height, width), frames in buckets[:MOST_BUCKETS]
+    ]
     more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
-    small = sum(visits < batch_size for visits, _ in buckets)
+    small = sum(visits < batch_size for visits, _, _ in buckets)
     late = f"; {small} of them fill a batch of {batch_size} only over several epochs" if small else ""
     return [f"buckets     {', '.join(named)}{more}{late}"]
 

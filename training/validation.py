@@ -1,5 +1,8 @@
 """The loss of held-out images at fixed noise and fixed quantiles: comparable between steps and between runs.
 
+It is the plain squared error of the prediction whatever the training loss is (LossFunction.for_validation), at
+quantiles of the model's own noise process; only the data's masks and weights count as they do in training.
+
 It draws nothing from a global generator, so a run with validation takes the very same training steps as one without.
 """
 
