@@ -208,6 +208,10 @@ class ModelFamily(ABC):
         """WHEN: for adapter files and single-file models. OUT: diffusers' name -> where it is in the original model, of
         every layer."""
 
+    def text_names(self, denoiser: nn.Module) -> dict[str, str]:
+        """WHEN: for adapter files. OUT: kohya's names of the layers of text encoders that are part of `denoiser`."""
+        return {}
+
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         """Keys of an adapter file by which ComfyUI, A1111 and Forge recognise the base model."""

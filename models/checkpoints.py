@@ -50,7 +50,17 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
         raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
     if found is not None and config.family not in (None, found):
         raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
-    return classes[found or config.family or ""]
+    cls = classes[found or config.family or ""]
+    if not config.train_text_encoder:
+        return cls
+    from models.unet import UNetFamily
+    from models.with_text import trains_text
+
+    if not issubclass(cls, UNetFamily):
+        raise ModelError(
+            f"--model.train_text_encoder: {config.path} is {cls.name}, whose text encoders are no CLIP alone"
+        )
+    return trains_text(cls)
 
 
 def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:

@@ -186,7 +186,7 @@ class DiffusersFamily(ModelFamily):
         with self._faults_told():
             return getattr(diffusers, self.denoiser_class).load_config(self.source, subfolder=self.component)
 
-    def part_config(self, name: Literal["vae", "scheduler"]) -> dict[str, Any]:
+    def part_config(self, name: str) -> dict[str, Any]:
         """The configuration of a part, with its class as `_class_name`."""
         if name == "vae" and self.config.vae is not None:
             return dict(self._vae_alone(self.config.vae).config)  # type: ignore[arg-type]

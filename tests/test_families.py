@@ -34,7 +34,7 @@ def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE
     with torch.no_grad():
         rows = family.encode_prompt(family.load_encoders("text"), captions)
     height, width = shape
-    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.float32)
+    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32)
     return {**family.size_cond(crop), **collate(family, rows)}
 
 

@@ -19,6 +19,7 @@ from training.optim import batch_scale, build_optimizer
 from training.run import Run
 
 MOST_BUCKETS = 12  # in one line
+TEXT = ("lora_te", "text_encoder")  # how the keys of text encoders begin
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
@@ -42,6 +43,8 @@ def attach_adapters(
     if config.existing_lora is not None:
         tensors, metadata = formats.read(config.existing_lora)
         layers, unknown = formats.from_file(tensors, metadata, denoiser, names)
+        if any(key.startswith(TEXT) for key in tensors) and not names.text:
+            unknown.insert(0, "it has layers of text encoders, which --model.train_text_encoder goes on with")
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
         return adapted, total_steps_of(config.existing_lora, metadata)
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
