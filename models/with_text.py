@@ -33,7 +33,7 @@ class EncodesText(nn.Module):
 
     def forward(self, *args: Any, cond: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
         embedded = {} if cond is None else self.embed(self, cond)
-        return super().forward(*args, **embedded, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **embedded, **kwargs)
 
 
 @cache
@@ -63,7 +63,7 @@ class TextTraining(UNetFamily):
     def joined(self, denoiser: nn.Module, encoders: dict[str, nn.Module]) -> nn.Module:
         for name, encoder in encoders.items():
             denoiser.add_module(name, encoder.requires_grad_(False))
-        denoiser.__class__ = encoding(type(denoiser))
+        denoiser.__class__ = encoding(type(denoiser))  # type: ignore[arg-type]
         denoiser.embed = lambda model, cond: self.inputs(self.embedded(model, cond))  # type: ignore[assignment]
         return denoiser
 
