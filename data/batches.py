@@ -14,6 +14,7 @@ from torch import Tensor
 from data.index import LatentDataset
 from data.noise import altered, stratified
 from data.schedule import Schedule, key
+from data.schema import MEDIA_TENSORS
 from models.config import ObjectiveConfig
 
 AHEAD = 2  # batches per thread that may wait for the loop
@@ -21,7 +22,7 @@ AHEAD = 2  # batches per thread that may wait for the loop
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: raw `latents` and `noise` (B, C, h, w), `quantile` (B,), `cond` with batch dimension.
+    """One micro-batch: raw `latents` and `noise` (B, C, [F,] h, w), `quantile` (B,), `cond` with batch dimension.
 
     `weight` (B,): factors on the loss. `mask` (B, h, w) in [0, 1]: where the loss counts, if the data has masks.
     `crop` (B, 8): the fields of buckets.Crop. `visits` names the samples in reports. `input_noise`: the noise that the
@@ -114,11 +115,13 @@ def make_batch(
         dataset.empty_text if d.drop < share else dataset.text_of(row, None if fixed else d.caption)
         for row, share, d in zip(rows, dropout, drawn, strict=True)
     ]
+    cond = dataset.text.rows(texts, dataset.ragged)
+    cond |= {name: tensor for name, tensor in media.items() if name not in MEDIA_TENSORS}
     return Batch(
         latents,
         noise,
         torch.tensor([d.quantile for d in drawn]) if quantile is None else quantile,
-        dataset.text.rows(texts),
+        cond,
         torch.from_numpy(of_row["weight"]),
         torch.from_numpy(of_row["crop"]),
         visits,

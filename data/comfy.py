@@ -3,8 +3,8 @@
 <folder>/shard_0000.pkl, ...   shard_size samples each, the last one the rest; read in the order of their names
 <folder>/metadata.json         num_samples, num_shards, shard_size; not needed for reading
 
-A shard is torch.save of a dict: "latents": [{"samples": (1, C, h, w)}, ...], raw, as the VAE gives them, and
-"conditioning": [[[cond (1, L, D), extras]], ...]. After ResolutionBucket "samples" is (B, C, h, w), with B pairs
+A shard is torch.save of a dict: "latents": [{"samples": (1, C, [F,] h, w)}, ...], raw, as the VAE gives them, and
+"conditioning": [[[cond (1, L, D), extras]], ...]. After ResolutionBucket "samples" is (B, C, [F,] h, w), with B pairs
 [cond, extras]. Where there is but one conditioning, it is that of all samples of the shard.
 
 shard_0000.safetensors holds the same without pickle, for sample i = 0, 1, ... of the shard; ComfyUI does not read it:
@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.config import DataError
-from models.base import ModelFamily
+from models.base import ModelFamily, take_comfy_cond, with_frames
 from models.config import ModelError
 
 PATTERNS = ("shard_*.pkl", "shard_*.safetensors")
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class ComfySample:
-    """One sample: latents raw (C, h, w), cond as the family's encode_prompt gives it; both may lie in a mapped file."""
+    """One sample: latents raw (C, [F,] h, w), cond as the family's encode_prompt gives it; both may be mapped."""
 
     name: str
     index: int
@@ -111,7 +111,7 @@ def _walk(file: Path, family: ModelFamily, bad: Notes, odd: Notes) -> Iterator[C
         if batch is not None and pairs and len(elements) > count:
             odd[f"{len(elements)} elements of conditioning (of scheduled hooks); the first is taken"].append(index)
         for i, pair in enumerate(pairs, index):
-            cond = _attempt(bad, i, family.cond_from_comfy, *pair)
+            cond = _attempt(bad, i, take_comfy_cond, family, *pair)
             if batch is not None and cond is not None:
                 yield ComfySample(f"{file.name} sample {i}", i, batch[i - index], cond)
         index += count
@@ -135,18 +135,18 @@ def _lines(file: Path, notes: Notes) -> Iterator[str]:
 
 
 def _batch(item: Any, family: ModelFamily) -> Tensor:
-    """The latents (B, C, h, w) of one element of a shard. Raises DataError if the family has no such latents."""
+    """The latents (B, C, [F,] h, w) of one element of a shard. Raises DataError if the family has no such latents."""
     latents = item.get("samples") if isinstance(item, dict) else None
     if not _is_dense(latents):
         raise DataError('latents that are not {"samples": a tensor of floating-point numbers}')
     shape, video = tuple(latents.shape), family.media != "image"
-    if len(shape) == 5 and not video:
+    if len(shape) == 5 and not video and shape[2] > 1:
         raise DataError(f"latents of a video, {shape}; this model makes images, of latents (1, C, h, w)")
-    if len(shape) != 4 + video or 0 in shape:
+    if len(shape) not in (4, 5) or 0 in shape:
         raise DataError(f"latents of shape {shape}, not (1, C, {'F, ' * video}h, w)")
     if shape[1] != family.latent_channels:
         raise DataError(f"latents of {shape[1]} channels, of another model; this one's have {family.latent_channels}")
-    return latents.detach()
+    return with_frames(latents.detach(), video)
 
 
 def _pairs(elements: Any, count: int) -> list[tuple[Tensor, dict]]:
@@ -230,7 +230,7 @@ def _load_tensors(file: Path) -> dict[str, list]:
 
 
 def write_folder(folder: Path, samples: Iterable[Triple], shard_size: int = 1000, form: Form = "pkl") -> int:
-    """Writes (latents (C, h, w), cond (1, L, D), extras) as ComfyUI would, one shard in memory; returns how many.
+    """Writes (latents (C, [F,] h, w), cond (1, L, D), extras) as ComfyUI would, one shard in memory; returns how many.
 
     `folder` is there only when it is whole. Raises DataError if it is there already, or for what cannot be written.
     """

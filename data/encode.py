@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import images, tables
+from data import images, schema, tables
 from data.buckets import Crop
 from data.config import DataConfig, DataError
 from data.identity import key_of
@@ -116,16 +116,21 @@ def import_tensors(work: Work, stores: Stores) -> None:
     """Copies this rank's part of the latents and conditioning that sources have already."""
 
     def media() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        for row, latents, _ in to_import(work, stores):
+        for row, latents, cond in to_import(work, stores):
             tensors = {"latents": latents}
             if work.config.vae_sampling == "sample":
                 tensors["deviation"] = torch.zeros_like(latents)
             if work.config.masks != "none":
                 tensors["mask"] = torch.ones(latents.shape[-2:])
-            yield row["media"][0], tensors
+            yield row["media"][0], tensors | {name: cond[name] for name in of_media}
 
+    def texts() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+        for row, _, cond in to_import(work, stores):
+            yield row["texts"][0], {name: tensor for name, tensor in cond.items() if name not in of_media}
+
+    of_media = work.family.media_cond
     stores.media.write(media())
-    stores.text.write((row["texts"][0], cond) for row, _, cond in to_import(work, stores))
+    stores.text.write(texts())
 
 
 def to_import(work: Work, stores: Stores) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
@@ -219,9 +224,12 @@ def picture(
 def encoded(work: Work, encoders: Any, pictures: list[Picture]) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
     size = work.config.encode_batch_size
     pixels = torch.stack([p.pixels for p in pictures] + [pictures[0].pixels] * (size - len(pictures)))
-    mean, deviation = work.family.encode_media(encoders, pixels.to(work.device))
+    pixels = pixels.to(work.device)
+    mean, deviation = work.family.encode_media(encoders, pixels)
+    cond = work.family.encode_media_cond(encoders, pixels) if work.family.media_cond else {}
+    assert cond.keys() == {*work.family.media_cond} - {*schema.MEDIA_TENSORS}, "as the family says, under its own names"
     for i, one in enumerate(pictures):
-        tensors = {"latents": mean[i]}
+        tensors = {"latents": mean[i], **{name: tensor[i] for name, tensor in cond.items()}}
         if work.config.vae_sampling == "sample":
             tensors["deviation"] = deviation[i]
         if one.mask is not None:

@@ -16,7 +16,7 @@ from data.config import DataError
 from data.precompute import Build, Datasets
 from data.sources.encoded import ABOUT, FORMAT, options_of
 from data.store import Store
-from models.base import ModelFamily
+from models.base import ModelFamily, with_frames
 
 Form = Literal["encoded", "comfyui", "safetensors"]
 
@@ -63,4 +63,5 @@ def copied(store: Store, keys: np.ndarray) -> Iterator[tuple[bytes, dict[str, Te
 def comfy_samples(family: ModelFamily, built: Datasets) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     for dataset in filter(None, (built.train, built.validation)):
         for row in range(len(dataset)):
-            yield dataset.latents(row), *family.cond_to_comfy(dataset.cond(row))
+            latents = with_frames(dataset.latents(row)[None], family.comfy_frames or family.media != "image")[0]
+            yield latents, *family.cond_to_comfy(dataset.cond(row))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import pyarrow as pa
 from torch import Tensor
 
 from data import tables
+from data.collate import Ragged
 from data.identity import KEY_BYTES, key_of
 from data.schedule import Segment
+from data.schema import MEDIA_TENSORS
 from data.store import MISSING, Store
 
 CROP_HEIGHT, CROP_WIDTH = 7, 6  # of the fields of buckets.Crop
@@ -26,6 +28,8 @@ class Stores:
 
     media: Store
     text: Store
+    ragged: Ragged = field(default_factory=dict)
+    """As the family's."""
 
 
 def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores) -> str:
@@ -40,7 +44,7 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
     arrays.add("weight", rows.column("weight").to_numpy()[taken])
     empty = stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))
     dropout = rows.column("dropout").to_numpy()[taken]
-    fits = text_kinds == stores.text.kinds(empty) if empty[0] != MISSING else np.ones(len(taken), bool)
+    fits = text_kinds == stores.text.kinds(empty, stores.ragged) if empty[0] != MISSING else np.ones(len(taken), bool)
     arrays.add("dropout", np.where(fits, dropout, 0).astype(np.float32))
     repeats = rows.column("repeats").to_numpy()[taken]
     arrays.add("repeats", repeats)
@@ -103,13 +107,14 @@ def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[
     """`chosen` in the order of buckets, repeats and content; for each whether another bucket begins there, and the kind
     of its caption.
 
-    Rows of a bucket may share a batch: they have one size, and all their tensors the same dtypes and shapes.
+    Rows of a bucket may share a batch: they have one size, and all their tensors the same dtypes and shapes, whatever
+    the number of tokens where that is ragged.
     """
     lengths = tables.lengths(rows.column("texts"))
     text = tables.keys(rows.column("texts"))[tables.starts(lengths)][chosen]
     media, crop = media_keys(rows)[chosen, 0], crops(rows)[chosen]
     bucket = [
-        stores.text.kinds(stores.text.find(text)),
+        stores.text.kinds(stores.text.find(text), stores.ragged),
         stores.media.kinds(stores.media.find(media)),
         crop[:, CROP_WIDTH],
         crop[:, CROP_HEIGHT],
@@ -154,7 +159,7 @@ class LatentDataset:
         self.fingerprint: str = about["fingerprint"]
         self.buckets = tuple(tuple(Segment(*segment) for segment in bucket) for bucket in about["segments"])
         self.empty_text: int = about["empty_text"]
-        self.media, self.text = stores.media, stores.text
+        self.media, self.text, self.ragged = stores.media, stores.text, stores.ragged
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 
     def __len__(self) -> int:
@@ -192,6 +197,12 @@ class LatentDataset:
         crop = self.arrays["crop"][row]
         return int(crop[CROP_HEIGHT]), int(crop[CROP_WIDTH])
 
+    def latent_frames(self, row: int) -> int:
+        """Frames of a row's latents; 1 of an image."""
+        part, place = self.media.part(int(self.arrays["media"][row, 0]))
+        _, *frames, _, _ = part.columns["latents"].kind(place)[1]
+        return frames[0] if frames else 1
+
     def text_of(self, row: int, draw: float | None) -> int:
         """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the first."""
         first, last = self.arrays["text_first"][row : row + 2]
@@ -201,9 +212,12 @@ class LatentDataset:
         return int(self.arrays["texts"][first + min(np.searchsorted(ends, draw * ends[-1], "right"), last - first - 1)])
 
     def latents(self, row: int) -> Tensor:
-        """Raw latents (C, h, w) of one row."""
+        """Raw latents (C, [F,] h, w) of one row."""
         return self.media.stacked([int(self.arrays["media"][row, 0])], "latents")[0]
 
     def cond(self, row: int) -> dict[str, Tensor]:
-        """Conditioning of one row with its first caption, without batch dimension."""
-        return self.text.row(int(self.arrays["texts"][self.arrays["text_first"][row]]))
+        """Conditioning of one row with its first caption, without batch dimension and padding."""
+        media = int(self.arrays["media"][row, 0])
+        own = {name: self.media.stacked([media], name)[0] for name in self.media.columns(media)
+               if name not in MEDIA_TENSORS}  # fmt: skip
+        return self.text.row(int(self.arrays["texts"][self.arrays["text_first"][row]])) | own

@@ -140,13 +140,17 @@ class Build:
 
     def _stores(self) -> Stores:
         encoded = [source.folder for source in self.sources.opened if isinstance(source, EncodedSource)]
+        # families that share encoders need not make the same of them; latents of images are alike
+        kind = (self.family.media, *self.family.media_cond)
+        of_media = kind if kind != ("image",) else ()
         names = {
-            "media": digest(VERSION, self.config.vae_sampling, self.config.masks, self.identities["vae"]),
-            "text": digest(VERSION, self.identities["text"]),
+            "media": digest(VERSION, self.config.vae_sampling, self.config.masks, self.identities["vae"], *of_media),
+            "text": digest(VERSION, self.identities["text"], self.family.name),
         }
         folders = {kind: self.cache / f"{kind}-{name}" for kind, name in names.items()}
         self.turns.main(lambda: discard_damaged(folders.values()))
-        return Stores(*(Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items()))
+        media, text = (Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items())
+        return Stores(media, text, self.family.ragged)
 
     def _identities(self) -> dict[str, str]:
         family, cache = self.family, self.cache

@@ -19,6 +19,10 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
+MEDIA_TENSORS = ("latents", "deviation", "mask")
+"""What a row of media has; the rest in it is conditioning."""
+
+
 def features(names: list[str]) -> Features:
     """Columns of a store whose rows hold the tensors `names`."""
     columns = {"key": Value("binary")}

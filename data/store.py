@@ -8,7 +8,6 @@ nothing stays mapped but the small columns, so reading a whole data set takes no
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import socket
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data import schema
+from data.collate import NONE, Ragged, batch_of, is_ragged, stacked
 from data.config import DataError
 from data.files import is_old, write_beside
 from data.identity import KEY_BYTES, digest
@@ -46,13 +46,18 @@ class Part:
         names = [name.removesuffix(".data") for name in table.schema.names if name.endswith(".data")]
         self.columns = {name: schema.Column(table, name, whole.address) for name in names}
 
-    def kinds(self) -> np.ndarray:
-        """For each row a number that follows from the names, dtypes and shapes of its tensors."""
+    def kinds(self, ragged: Ragged) -> np.ndarray:
+        """For each row a number that follows from the names, dtypes and shapes of its tensors, but not from the number
+        of tokens of those that are `ragged`."""
+
+        def said(name: str, kind: tuple[torch.dtype, tuple[int, ...]]) -> str:
+            return f"{name} {(kind[0], ('tokens', *kind[1][1:])) if is_ragged(name, ragged) else kind}"
+
         numbers = np.stack([column.kinds for column in self.columns.values()], 1)
         different, of_rows = np.unique(numbers, axis=0, return_inverse=True)
         columns = list(self.columns.items())
         keys = [
-            key("kind", *(f"{name} {column.different[i]}" for i, (name, column) in zip(line, columns, strict=True)))
+            key("kind", *(said(name, column.different[i]) for i, (name, column) in zip(line, columns, strict=True)))
             for line in different.tolist()
         ]
         return np.array(keys, np.uint64).astype(np.int64)[of_rows]
@@ -137,18 +142,18 @@ class Store:
     def row(self, place: int) -> dict[str, Tensor]:
         return {name: batch[0] for name, batch in self.rows([place]).items()}
 
-    def rows(self, places: Iterable[int]) -> dict[str, Tensor]:
-        """All tensors of those rows, each name's as one batch."""
-        found = [self.part(place) for place in places]
-        return {name: stacked(found, name) for name in found[0][0].columns}
+    def rows(self, places: Iterable[int], ragged: Ragged = NONE) -> dict[str, Tensor]:
+        """All tensors of those rows, each name's as one batch, with an attention_mask if some are `ragged`."""
+        return batch_of([self.part(place) for place in places], ragged)
 
-    def kinds(self, places: np.ndarray) -> np.ndarray:
-        """For each place a number that is the same for rows whose tensors have the same names, dtypes and shapes."""
+    def kinds(self, places: np.ndarray, ragged: Ragged = NONE) -> np.ndarray:
+        """For each place a number that is the same for rows whose tensors have the same names, dtypes and shapes, but
+        for the number of tokens of those that are `ragged`."""
         result = np.zeros(len(places), np.int64)
         order = np.argsort(places >> 32, kind="stable")
         numbers, starts = np.unique(places[order] >> 32, return_index=True)
         for number, here in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-            result[here] = Part(self.parts[number]).kinds()[places[here] & (2**32 - 1)]
+            result[here] = Part(self.parts[number]).kinds(ragged)[places[here] & (2**32 - 1)]
         return result
 
     def stacked(self, places: Iterable[int], name: str) -> Tensor:
@@ -201,25 +206,6 @@ def discard(folder: Path, parts: Iterable[Path]) -> None:
     for beside in folder.glob(".part-*"):
         if is_old(beside, 1):
             shutil.rmtree(beside, ignore_errors=True)
-
-
-def stacked(found: list[tuple[Part, int]], name: str) -> Tensor:
-    """The tensors `name` of those rows of parts, as one batch."""
-    first, row = found[0]
-    kind = dtype, shape = first.columns[name].kind(row)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(len(found) * size, np.uint8)
-    target = memory.data
-    for i, (part, row) in enumerate(found):
-        if (other := part.columns[name].kind(row)) != kind:
-            raise DataError(
-                f"{name} of one batch differ: {shape} {dtype} and {other[1]} {other[0]}, "
-                f"the latter in {part.path.parent}"
-            )
-        part.read_into(name, row, target[i * size : (i + 1) * size])
-    if not size:
-        return torch.empty((len(found), *shape), dtype=dtype)
-    return torch.from_numpy(memory).view(dtype).view(len(found), *shape)
 
 
 def write_check(part: Path) -> None:

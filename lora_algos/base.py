@@ -236,6 +236,10 @@ class Adapter(ABC):
         return masked
 
 
+OF_THE_BASE = {"weight", "bias", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
+               "padding", "dilation", "groups"}  # fmt: skip
+
+
 class OwnAdapter(Adapter, nn.Module):
     """An adapter whose parameters are registered under their names in a file, `_` for `.`."""
 
@@ -265,6 +269,10 @@ class OwnAdapter(Adapter, nn.Module):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name.replace(".", "_")) for name in self.tensor_names}
+
+    def __getattr__(self, name: str) -> Any:
+        """What models and pipelines ask a layer for is the base layer's, as it is with PEFT's layers."""
+        return getattr(self.base_layer, name) if name in OF_THE_BASE else super().__getattr__(name)
 
 
 _last_cast: tuple[Any, int, Any] = (lambda: None, 0, lambda: None)

@@ -1,6 +1,5 @@
 """What is adapted. Imports nothing of ours; importing this page imports no torch."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,10 +8,14 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, str] = {
     "sd15": "models.sd15",
+    "sdxl": "models.sdxl",
+    "sd3": "models.sd3",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 
 
 def get_family(config: "ModelConfig") -> "ModelFamily":
-    """The family that `config` names, bound to its model path."""
-    return import_module(FAMILIES[config.family]).FAMILY(config)
+    """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the one named."""
+    from models.checkpoints import family_of
+
+    return family_of(config)(config)

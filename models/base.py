@@ -1,7 +1,7 @@
 """What a model family knows. One file per family holds the glue over diffusers; nothing else in the project names one.
 
 Conventions, for every family:
-  pixels    (B, 3, H, W) in [-1, 1]
+  pixels    (B, 3, H, W) in [-1, 1]; (B, 3, F, H, W) of videos with more than one frame
   latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalised (family.normalise) in the loop
   quantile  (B,) in (0, 1): the random input of the noise process. 0 is clean, 1 is pure noise. Training draws it,
             validation fixes it; the timestep as the denoiser wants it is made from it
@@ -10,8 +10,10 @@ Conventions, for every family:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,24 +36,58 @@ COMFY_WIDTHS = {
 """Width of ComfyUI's conditioning -> whose it is: the only sign of its family that conditioning carries."""
 
 
+@dataclass(frozen=True)
+class Native:
+    """A layer in the original model, which is ComfyUI's: its weight is that of `name`, or a part of it."""
+
+    name: str
+    """Without `diffusion_model.` and `.weight`."""
+    rows: tuple[int, int] | None = None
+    """(first, count): the rows that the layer is of a weight that is fused of several layers."""
+    swapped: bool = False
+    """Whether the halves of its rows stand the other way round there: scale and shift."""
+    by_diffusers: bool = True
+    """Whether ComfyUI knows the layer by diffusers' name too, behind the family's `by_diffusers`."""
+
+
 class ModelFamily(ABC):
     """Knowledge about a family of models, bound to one path; holds no weights."""
 
     name: str
+    pipelines: ClassVar[tuple[str, ...]]
+    """diffusers' pipelines of the family; the first one encodes and draws."""
     media: str
+    """image, or video: latents then have F frames, and an image is a video of one."""
     latent_channels: int
-    targets: dict[str, str]
+    targets: ClassVar[dict[str, str]]
     """Presets of `--adapter.targets`: name -> regular expression over layer names."""
 
     component: str
     """diffusers' name of the denoiser in a pipeline."""
-    file_format: str
-    """The format of adapter files that the most programs load for this family (lora_algos/formats)."""
+    file_formats: tuple[str, ...]
+    """Formats of adapter files (lora_algos/formats), of which the first that holds an adapter for every program is
+    written. The last one holds everything."""
     kohya_is_native: bool
     """Whether kohya's names of the layers are made of the original model's names."""
+    ragged: ClassVar[dict[str, int | None]] = {}
+    """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
+    pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then
+    has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name."""
+    comfy_frames: ClassVar[bool] = False
+    """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
+    media_cond: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that encode_media_cond makes."""
+    by_diffusers: str = ""
+    """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
+    it knows none."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, names: Set[str]) -> bool:
+        """WHEN: to recognise a single file. IN: names of its tensors, those of the denoiser also without a prefix."""
 
     @property
     @abstractmethod
@@ -72,7 +108,8 @@ class ModelFamily(ABC):
     @abstractmethod
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
         """WHEN: to read weights one at a time. IN: an empty denoiser will do. OUT: name of each parameter -> its key in
-        the .safetensors files among component_files("denoiser")."""
+        the .safetensors files among component_files("denoiser"). In a single file, where `path` is one, a layer's
+        weight and bias are the part of that tensor that native_names tells."""
 
     @abstractmethod
     def stored_dtype(self) -> torch.dtype:
@@ -97,15 +134,23 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, h, w), unscaled."""
+        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, [F,] h, w), unscaled."""
+
+    def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+        """WHEN: in precompute, if `media_cond` has names. IN: the pixels of encode_media. OUT: under those names what
+        conditions the denoiser on the sample itself (the first frame's latents, of image-to-video), batch first; it is
+        stored beside the latents, and in `cond` of predict."""
+        raise NotImplementedError(f"{self.name} has media_cond, but no encode_media_cond")
 
     @abstractmethod
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        """WHEN: to look at what is stored. IN: raw latents (B, C, h, w). OUT: pixels (B, 3, H, W) in [-1, 1]."""
+        """WHEN: to look at what is stored. IN: raw latents (B, C, [F,] h, w). OUT: pixels (B, 3, [F,] H, W) in
+        [-1, 1]."""
 
     @abstractmethod
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension."""
+        """WHEN: in precompute. OUT: per caption its conditioning tensors, without batch dimension; those in `ragged`
+        with the caption's own number of tokens. They must not depend on the other captions."""
 
     @abstractmethod
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
@@ -120,7 +165,8 @@ class ModelFamily(ABC):
     @abstractmethod
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         """WHEN: data that ComfyUI encoded are read. IN: one element of its CONDITIONING: cond (1, L, D) and its dict.
-        OUT: conditioning tensors as encode_prompt's. Raises ModelError if they are of another family."""
+        OUT: conditioning tensors as encode_prompt's, and those of `media_cond`, which `extras` may have. Raises
+        ModelError if they are of another family."""
 
     @abstractmethod
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -148,9 +194,23 @@ class ModelFamily(ABC):
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with `denoiser` if given."""
 
+    def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
+        """WHEN: in the loop. IN: (B, 8), how each image was scaled and cropped: the fields of data.buckets.Crop. OUT:
+        conditioning that is made of it, batch first."""
+        return {}
+
+    def preview_options(self, guidance_scale: float) -> dict[str, Any]:
+        """WHEN: for previews. OUT: arguments of the pipeline's call."""
+        return {"guidance_scale": guidance_scale}
+
     @abstractmethod
-    def native_names(self, denoiser: nn.Module) -> dict[str, str]:
-        """WHEN: for adapter files. OUT: diffusers' name -> the original model's, which is ComfyUI's, of every layer."""
+    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
+        """WHEN: for adapter files and single-file models. OUT: diffusers' name -> where it is in the original model, of
+        every layer."""
+
+    def text_names(self, denoiser: nn.Module) -> dict[str, str]:
+        """WHEN: for adapter files. OUT: kohya's names of the layers of text encoders that are part of `denoiser`."""
+        return {}
 
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
@@ -165,3 +225,21 @@ def check_comfy_cond(cond: Tensor, width: int) -> None:
         whose = f", which is {COMFY_WIDTHS[cond.shape[2]]}" if cond.shape[2] in COMFY_WIDTHS else ""
         wanted = f", {COMFY_WIDTHS[width]}" if width in COMFY_WIDTHS else ""
         raise ModelError(f"conditioning of width {cond.shape[2]}{whose}; this model takes {width}{wanted}")
+
+
+def with_frames(latents: Tensor, frames: bool) -> Tensor:
+    """Latents (B, C, [F,] h, w) with a dimension of frames, or if not `frames`, without that of one frame."""
+    if (latents.ndim == 5) == frames:
+        return latents
+    return latents.unsqueeze(2) if frames else latents.squeeze(2)
+
+
+def take_comfy_cond(family: ModelFamily, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+    """family.cond_from_comfy, of which all that the family needs is there and fits."""
+    found = family.cond_from_comfy(cond, extras)
+    for name, most in family.ragged.items():
+        if most is not None and name in found and len(found[name]) > most:
+            raise ModelError(f"conditioning of {len(found[name])} tokens; this model takes {most}")
+    if lacking := [name for name in family.media_cond if name not in found]:
+        raise ModelError(f"conditioning without {' and '.join(lacking)}, which this model needs")
+    return found

@@ -29,13 +29,20 @@ class ModelConfig:
     __pydantic_config__ = STRICT
 
     path: str | None = None
-    """A diffusers folder, a hub id (owner/name), or a single .safetensors checkpoint."""
-    family: FamilyName = "sd15"
-    """The model's family: sd15 is Stable Diffusion 1.x and 2.x."""
+    """A diffusers folder, a hub id (owner/name), or a single .safetensors file: a checkpoint, or the denoiser alone."""
+    family: FamilyName | None = None
+    """The model's family; None: recognised. Another one than the model is of is refused. sd15 is Stable Diffusion 1.x
+    and 2.x."""
     variant: str | None = None
     """Weight variant of a diffusers folder or hub id, such as fp16."""
     config: str | None = None
-    """For a single .safetensors file: a diffusers folder or hub id that holds the configuration and the tokenizer."""
+    """For a single .safetensors file: a diffusers folder or hub id that holds the configuration and the tokenizers, and
+    the text encoders and VAE if the file has none."""
+    train_text_encoder: bool = False
+    """Adapt the CLIP text encoders too (Stable Diffusion 1, 2 and XL): captions are then encoded in every step, not
+    once before training. Their layers' names begin with text_encoder."""
+    vae: str | None = None
+    """A VAE in place of the model's own: a .safetensors file or a folder of diffusers."""
 
 
 @dataclass(frozen=True)

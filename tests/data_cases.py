@@ -9,9 +9,12 @@ import torch
 
 from data import tables
 from data.buckets import Crop
+from data.collate import NONE, Ragged
 from data.identity import key_of
 from data.index import LatentDataset, Stores, write_index
 from data.store import Store
+
+Tensors = dict[bytes, dict[str, torch.Tensor]]
 
 
 def row_of(number: int, **given) -> dict:
@@ -28,15 +31,23 @@ def row_of(number: int, **given) -> dict:
 def dataset_of(folder: Path, count: int, rows: list[dict] | None = None) -> LatentDataset:
     """A data set of `count` rows, or of `rows`; latents (4, side / 8, side / 8) are full of the row's number."""
     rows = rows if rows is not None else [row_of(i) for i in range(count)]
-    stores = Stores(Store(folder / "media"), Store(folder / "text"))
     media = {
         key: {"latents": torch.full((4, row["crop"][7] // 8, row["crop"][6] // 8), row["entry"] + 0.5 * flip)}
         for row in rows
         for flip, key in enumerate(row["media"])
     }
     texts = dict.fromkeys([key_of(""), *(text for row in rows for text in row["texts"])])
+    conds = {text: {"prompt_embeds": torch.full((3, 5), float(i))} for i, text in enumerate(texts)}
+    return dataset_with(folder, rows, media, conds)
+
+
+def dataset_with(
+    folder: Path, rows: list[dict], media: Tensors, texts: Tensors, ragged: Ragged = NONE
+) -> LatentDataset:
+    """A data set of `rows`, whose media and texts are these tensors."""
+    stores = Stores(Store(folder / "media"), Store(folder / "text"), ragged)
     stores.media.write(media.items())
-    stores.text.write((text, {"prompt_embeds": torch.full((3, 5), float(i))}) for i, text in enumerate(texts))
+    stores.text.write(texts.items())
     stores.media.reload()
     stores.text.reload()
     with tables.writing(folder / "index" / "listing.arrow", tables.LISTING) as listing:

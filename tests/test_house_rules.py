@@ -98,12 +98,14 @@ def test_no_root_folder_shadows_a_library():
 
 
 def test_public_functions_say_what_they_are_for():
-    missing = []
+    missing = []  # but of the one class that a file is about, and says so at its top
+    about_one = {PROJECT / (module.replace(".", "/") + ".py") for module in (*FAMILIES.values(), ALGORITHMS["LoRA"])}
     for path in SOURCES:
         if package_of(path) not in MAY_IMPORT:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree), f"{relative(path)}: no docstring"
         classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
-        missing += [f"{relative(path)}: {n.name}" for n in classes if not ast.get_docstring(n)]
-    assert not [m for m in missing if m.split(": ")[1] not in ("LoRA", "StableDiffusion")]
+        undocumented = [f"{relative(path)}: {n.name}" for n in classes if not ast.get_docstring(n)]
+        missing += undocumented[1:] if path in about_one else undocumented
+    assert not missing

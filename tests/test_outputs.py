@@ -22,8 +22,9 @@ def pipeline(path=BASE) -> StableDiffusionPipeline:
     return loaded
 
 
-def draw(loaded, prompts, resolution, config) -> np.ndarray:
-    return np.stack([preview.draw(loaded, prompt, n, resolution, config) for n, prompt in enumerate(prompts)])
+def draw(loaded, prompts, side, config) -> np.ndarray:
+    options = {"height": side, "width": side, "guidance_scale": config.guidance_scale}
+    return np.stack([preview.draw(loaded, prompt, n, config, options) for n, prompt in enumerate(prompts)])
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def write_adapter(config: TrainConfig, parts: Parts, provenance: Provenance) -> 
     layers = converted(config, adapted)
     about = file_metadata(config, parts, layers, provenance)
     paths: list[Path] = []
-    for file_format in config.export.format or (parts.family.file_format,):
+    for file_format in config.export.format or (default_format(parts, layers),):
         exact = formats.to_file(layers, adapted.model, names, file_format, torch.float32)
         error = formats.verify(exact, layers, adapted.model, names)
         if not error <= formats.MOST_ERROR:
@@ -43,6 +43,11 @@ def write_adapter(config: TrainConfig, parts: Parts, provenance: Provenance) -> 
     return paths
 
 
+def default_format(parts: Parts, layers: formats.Layers) -> str:
+    """Where none is asked for."""
+    return formats.preferred(parts.family.file_formats, layers, parts.names)
+
+
 def check(config: TrainConfig, parts: Parts) -> None:
     """WHEN: before training. Raises AdapterError if what is being trained has no place in a format asked for."""
     if config.export.convert == "lora-svd":
@@ -52,7 +57,7 @@ def check(config: TrainConfig, parts: Parts) -> None:
         layers: formats.Layers = {name: {"diff": weight} for name, weight in formats.weights_of(model).items()}
     else:
         layers = converted(config, parts.adapted)
-    for file_format in config.export.format or (parts.family.file_format,):
+    for file_format in config.export.format or (default_format(parts, layers),):
         formats.content_of(layers, model, parts.names, file_format)
 
 

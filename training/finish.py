@@ -31,9 +31,11 @@ def draw_previews(run: Run) -> tuple[list[str], Images]:
     mine = {number: prompts[number] for number in numbers if number < len(prompts)}
     pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
     sample_as_trained(pipeline, config.objective)
+    side = config.data.resolution
+    options = {"height": side, "width": side, **parts.family.preview_options(config.preview.guidance_scale)}
     drawn = preview.images_of(
         parts.adapted, [run.initial, parts.adapted.state_dict()], mine, rounds,
-        partial(preview.draw, pipeline, resolution=config.data.resolution, config=config.preview), run.requests.leaving,
+        partial(preview.draw, pipeline, config=config.preview, options=options), run.requests.leaving,
     )  # fmt: skip
     if drawn is None:
         run.leave(run.requests.agreed)

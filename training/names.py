@@ -8,4 +8,14 @@ from models.base import ModelFamily
 
 def file_names(family: ModelFamily, denoiser: nn.Module) -> Names:
     """`denoiser` may be without values."""
-    return Names(family.native_names(denoiser), family.component, family.kohya_is_native)
+    natives = family.native_names(denoiser)
+    return Names(
+        {layer: native.name for layer, native in natives.items()},
+        family.component,
+        family.kohya_is_native,
+        rows={layer: native.rows for layer, native in natives.items() if native.rows},
+        swapped=frozenset(layer for layer, native in natives.items() if native.swapped),
+        by_diffusers=family.by_diffusers,
+        native_only=frozenset(layer for layer, native in natives.items() if not native.by_diffusers),
+        text=family.text_names(denoiser),
+    )

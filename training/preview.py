@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from lora_algos.attach import Adapted
 from training.config import PreviewConfig
@@ -14,20 +15,20 @@ from training.config import PreviewConfig
 SMALLEST = 128  # tiny images are enlarged to this in the grid
 
 
-def draw(pipeline: Any, prompt: str, number: int, resolution: int, config: PreviewConfig) -> np.ndarray:
-    """One image (H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call."""
-    mixed = any(p.dtype == torch.bfloat16 for p in pipeline.unet.parameters())  # they meet encoders in fp32
-    with torch.autocast(pipeline.unet.device.type, torch.bfloat16, enabled=mixed):
+def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options: dict[str, Any]) -> np.ndarray:
+    """One image (H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call. `options`: size and
+    guidance, as the family's pipeline calls them."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    mixed = any(next(part.parameters()).dtype == torch.bfloat16 for part in parts)  # then they meet others in fp32
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=mixed):
         result = pipeline(
             prompt,
-            height=resolution,
-            width=resolution,
             num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
             generator=torch.Generator().manual_seed((config.seed + number) % 2**64),
             output_type="np",
+            **options,
         )
-    return result.images[0]
+    return result.images[0] if hasattr(result, "images") else result.frames[0][0]
 
 
 def images_of(

@@ -21,6 +21,7 @@ from training.optim import batch_scale, build_optimizer
 from training.run import Run
 
 MOST_BUCKETS = 12  # in one line
+TEXT = ("lora_te", "text_encoder")  # how the keys of text encoders begin
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
@@ -51,6 +52,8 @@ def attach_adapters(
     if config.existing_lora is not None:
         tensors, metadata = formats.read(config.existing_lora)
         layers, unknown = formats.from_file(tensors, metadata, denoiser, names)
+        if any(key.startswith(TEXT) for key in tensors) and not names.text:
+            unknown.insert(0, "it has layers of text encoders, which --model.train_text_encoder goes on with")
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
         return adapted, total_steps_of(config.existing_lora, metadata)
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
@@ -77,12 +80,16 @@ def on_one_process(config: TrainConfig, parts: Parts) -> Parts:
 
 def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
     """The sizes of the images, if they are not all alike, and how many of each are seen per epoch."""
-    buckets = sorted(((sum(s.visits for s in b), dataset.size(b[0].first)) for b in dataset.buckets), reverse=True)
+    firsts = [(sum(segment.visits for segment in bucket), bucket[0].first) for bucket in dataset.buckets]
+    buckets = sorted(((n, dataset.size(row), dataset.latent_frames(row)) for n, row in firsts), reverse=True)
     if len(buckets) < 2:
         return []
-    named = [f"{width}x{height}: {visits}" for visits, (height, width) in buckets[:MOST_BUCKETS]]
+    named = [
+        f"{width}x{height}{f' of {frames} latent frames' * (frames > 1)}: {visits}"
+        for visits, (height, width), frames in buckets[:MOST_BUCKETS]
+    ]
     more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
-    small = sum(visits < batch_size for visits, _ in buckets)
+    small = sum(visits < batch_size for visits, _, _ in buckets)
     late = f"; {small} of them fill a batch of {batch_size} only over several epochs" if small else ""
     return [f"buckets     {', '.join(named)}{more}{late}"]
 

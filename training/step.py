@@ -62,14 +62,15 @@ class LossFunction:
         latents = self.family.normalise(batch.latents.float())
         tokens = self.family.tokens(latents.shape)
         noised = self.objective.noised(latents, batch.noise, batch.quantile, tokens, batch.input_noise)
-        cond = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.cond.items()}
+        cond = {**self.family.size_cond(batch.crop), **batch.cond}  # sizes that the data states count more
+        cond = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in cond.items()}
         prediction = self.family.predict(denoiser, noised.noisy.to(self.dtype), noised.timestep, cond)
         delta = self._delta(noised)
         # every loss here is a function of the difference alone, so scaling both sides scales the error
         scale = (noised.error_scale / delta).view(-1, *[1] * (prediction.ndim - 1))
         losses = self.compare(prediction.float() * scale, noised.target.float() * scale, reduction="none")
         if batch.mask is not None:
-            losses = losses * batch.mask.unsqueeze(1)
+            losses = losses * batch.mask.unflatten(0, (-1, *[1] * (losses.ndim - 3)))
         factor = noised.weight * delta ** POWERS.get(self.name, 0)
         return losses.flatten(1).mean(1) * batch.weight * factor
 

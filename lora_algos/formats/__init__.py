@@ -3,6 +3,7 @@ format."""
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from torch import Tensor, nn
 from lora_algos.adapted import Adapted
 from lora_algos.attach import adaptable_layers, layers_of, listed, norm_layers
 from lora_algos.config import AdapterError
-from lora_algos.formats import convert
-from lora_algos.formats.layers import canonical, faults_of, widened
+from lora_algos.formats import convert, rows
+from lora_algos.formats.layers import faults_of, widened, with_magnitude, without_cores
 from lora_algos.formats.names import Names, group_keys, looks_like
-from lora_algos.formats.write import DORA_NORM, OF_BASE, WRITERS, FileContent, Layers, stored_dtype
+from lora_algos.formats.write import DORA_NORM, OF_BASE, WRITERS, FileContent, Layers, preferred, stored_dtype
 from lora_algos.tensors import known_rank, moved
 
 __all__ = [
     "MOST_ERROR", "WRITERS", "FileContent", "Layers", "Names", "content_of", "file_and_config", "from_file",
-    "layers_of_adapted", "read", "to_bytes", "to_file", "verify", "weights_of",
+    "layers_of_adapted", "preferred", "read", "to_bytes", "to_file", "verify", "weights_of",
 ]  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def from_file(
 
     The tensors are fp32 and have the names that the adapters here give them, whatever program wrote the file.
     """
-    from lora_algos.formats.peft_config import config_in, scaled_by_config
+    from lora_algos.formats.peft_config import config_in
 
     weights, modules, config = weights_of(model), dict(layers_of(model)), config_in(metadata)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -94,20 +95,59 @@ def from_file(
         unknown.insert(0, f"the file looks like one for {what}")
     result: Layers = {}
     for layer, keys in found.items():
-        parts = {name: tensors[key] for name, key in keys.items()}
-        if faults := faults_of(parts, weights[layer], has_bias(modules[layer])):
-            unknown.append(f"{layer}: {'; '.join(faults)}")
-            continue
-        parts = widened(parts)
-        if config and "alpha" not in parts:
-            parts = scaled_by_config(config, layer, parts)
+        parts = [{name: tensors[key] for name, key in keys.items() if names.is_native(key, layer) == native}
+                 for native in (False, True)]  # fmt: skip
         try:
-            found_here = canonical(with_alpha(parts, metadata), weights[layer], metadata.get(DORA_NORM) == OF_BASE)
+            reader = LayerReader(layer, weights[layer], has_bias(modules[layer]), names, metadata, config)
+            if tensors_here := reader.read(*parts):
+                result[layer] = tensors_here
         except (AdapterError, RuntimeError) as error:
             unknown.append(f"{layer}: {error}")
-        else:
-            result[layer] = found_here
     return result, unknown
+
+
+@dataclass(frozen=True)
+class LayerReader:
+    """What one layer's tensors in a file are to the adapters here."""
+
+    layer: str
+    weight: Tensor
+    has_bias: bool | None
+    names: Names
+    metadata: dict[str, str]
+    config: dict
+
+    def read(self, own: dict[str, Tensor], native: dict[str, Tensor]) -> dict[str, Tensor]:
+        """IN: tensors for the layer itself, and tensors for the weight in the original model that it is part of. OUT:
+        nothing if the file changes other parts of that alone. AdapterError if they are broken."""
+        tensors = self.prepared(own, self.weight)
+        if native:
+            tensors |= self.from_native(native, bool(own))
+        return with_magnitude(tensors, self.weight, self.metadata.get(DORA_NORM) == OF_BASE)
+
+    def from_native(self, native: dict[str, Tensor], more: bool) -> dict[str, Tensor]:
+        """The layer's own tensors; `more`: there are others of it, to which zeros belong too."""
+        part = self.names.rows.get(self.layer)
+        if part is None:
+            turned = rows.swap(self.weight)
+            tensors = with_magnitude(self.prepared(native, turned), turned, self.metadata.get(DORA_NORM) == OF_BASE)
+            return rows.swapped(tensors, turned)
+        shape = torch.Size((self.names.native_rows(self.layer), *self.weight.shape[1:]))
+        tensors = self.prepared(native, torch.empty(shape, device="meta"))
+        return (rows.chosen(tensors, shape[0], [part]) if more else rows.part_of(tensors, shape, part)) or {}
+
+    def prepared(self, tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """In fp32 and in the forms that the adapters here have, but for DoRA's magnitude."""
+        from lora_algos.formats.peft_config import scaled_by_config
+
+        if not tensors:
+            return {}
+        if faults := faults_of(tensors, weight, self.has_bias):
+            raise AdapterError("; ".join(faults))
+        tensors = widened(tensors)
+        if self.config and "alpha" not in tensors:
+            tensors = scaled_by_config(self.config, self.layer, tensors)
+        return without_cores(with_alpha(tensors, self.metadata))
 
 
 def with_alpha(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
@@ -172,11 +212,20 @@ def verify(content: FileContent, layers: Layers, model: nn.Module, names: Names)
     if content.config is not None:
         metadata["adapter_config"] = json.dumps(content.config)
     found, unknown = from_file(content.tensors, metadata, model, names)
-    missing = [f"{layer}: missing" for layer in layers.keys() - found.keys()]
+    weights = weights_of(model)
+    missing = [
+        f"{layer}: missing" for layer in layers.keys() - found.keys()
+        if changes(layers[layer], weights[layer].detach())  # in a fused weight, nothing is not written
+    ]  # fmt: skip
     if unknown or missing:
         raise AdapterError(listed("what was written could not be read back and is not kept", [*unknown, *missing]))
-    weights = weights_of(model)
-    return max((difference(found[layer], layers[layer], weights[layer].detach()) for layer in layers), default=0.0)
+    return max((difference(t, layers[layer], weights[layer].detach()) for layer, t in found.items()), default=0.0)
+
+
+def changes(tensors: dict[str, Tensor], weight: Tensor) -> bool:
+    """Whether an adapter changes its layer at all."""
+    delta = convert.delta_of(moved(tensors, weight.device), weight)
+    return bool(delta.any()) or ("diff_b" in tensors and bool(tensors["diff_b"].any()))
 
 
 def difference(there: dict[str, Tensor], here: dict[str, Tensor], weight: Tensor) -> float:

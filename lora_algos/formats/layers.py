@@ -66,17 +66,23 @@ def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
 
 
-def canonical(tensors: dict[str, Tensor], weight: Tensor, precompensated: bool) -> dict[str, Tensor]:
-    """The tensors of one layer, in which there are no faults, as the adapters want them. AdapterError if that cannot
-    be.
-
-    `precompensated`: a dora_scale that is meant for programs that divide by the norm of the base weight alone.
-    """
+def without_cores(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one layer, in which there are no faults, with cores worked in that the adapters here do not
+    have."""
     found = dict(tensors)
     if "lora_mid.weight" in found:
         fold_mid(found)
     if "lokr_t2" in found:
         rebuild_lokr(found)
+    return found
+
+
+def with_magnitude(tensors: dict[str, Tensor], weight: Tensor, precompensated: bool) -> dict[str, Tensor]:
+    """With DoRA's magnitude as the adapters want it. AdapterError if that cannot be.
+
+    `precompensated`: a dora_scale that is meant for programs that divide by the norm of the base weight alone.
+    """
+    found = dict(tensors)
     if "dora_scale" in found:
         found["lora_magnitude_vector"] = magnitude_of(found.pop("dora_scale"), found, weight, precompensated)
     elif "lora_magnitude_vector" in found:

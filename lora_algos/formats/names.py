@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -15,38 +16,93 @@ class Names:
     """diffusers' name of the denoiser in a pipeline."""
     kohya_is_native: bool = False
     """Whether kohya's names are made of the native ones."""
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Layer -> (first, count): the rows that it is of a native weight that is fused of several layers."""
+    swapped: frozenset[str] = frozenset()
+    """Layers whose halves of rows stand the other way round in the native weight."""
+    by_diffusers: str = ""
+    """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
+    it knows none."""
+    native_only: frozenset[str] = frozenset()
+    """Layers that ComfyUI does not know by diffusers' name."""
+    text: dict[str, str] = field(default_factory=dict)
+    """Layers of text encoders, which begin with the encoder's name in a pipeline -> the name that all but diffusers
+    call them by, `lora_te_text_model_encoder_layers_0_mlp_fc1`."""
 
     def kohya(self, layer: str) -> str:
         """`down_blocks.0.attentions.0.proj_in` -> `lora_unet_down_blocks_0_attentions_0_proj_in`."""
+        if layer in self.text:
+            return self.text[layer]
         name = self.native[layer] if self.kohya_is_native else layer
         return "lora_unet_" + name.replace(".", "_")
 
     def comfyui(self, layer: str) -> str:
-        return f"diffusion_model.{self.native[layer]}"
+        return self.text.get(layer) or f"diffusion_model.{self.native[layer]}"
 
     def diffusers(self, layer: str) -> str:
-        return f"{self.component}.{layer}"
+        return layer if layer in self.text else f"{self.component}.{layer}"
 
     def peft(self, layer: str) -> str:
         return f"base_model.model.{layer}"
 
+    @cached_property
+    def fused(self) -> dict[str, list[str]]:
+        """Native name -> the layers that the weight is fused of, in the order of its rows."""
+        found: dict[str, list[str]] = {}
+        for layer in sorted(self.rows, key=lambda layer: self.rows[layer]):
+            found.setdefault(self.native[layer], []).append(layer)
+        return found
+
+    def siblings(self, layer: str) -> list[str]:
+        """The layers of which the native weight is fused, the layer itself among them; it alone if it is not."""
+        return self.fused[self.native[layer]] if layer in self.rows else [layer]
+
+    def native_rows(self, layer: str) -> int:
+        """How many rows the fused weight has that the layer is part of."""
+        first, count = self.rows[self.siblings(layer)[-1]]
+        return first + count
+
+    def groups(self, layers: Iterable[str]) -> list[list[str]]:
+        """`layers`, those of one fused weight together."""
+        found: dict[str, list[str]] = {}
+        for layer in layers:
+            found.setdefault(self.siblings(layer)[0], []).append(layer)
+        return list(found.values())
+
     def spellings(self, layer: str) -> list[str]:
         """Every way in which some program writes the layer."""
+        if layer in self.text:  # transformers puts `text_model` before most names in some versions, and in some not
+            encoder, _, inside = layer.partition(".")
+            inside = inside.removeprefix("text_model.")
+            return [self.text[layer], f"{encoder}.{inside}", f"{encoder}.text_model.{inside}"]
         flat = layer.replace(".", "_")
-        found = [
+        return [
             layer, f"lora_unet_{flat}", f"lycoris_{flat}", f"lora_transformer_{flat}", f"lycoris_unet_{flat}",
             *(f"{p}.{layer}" for p in ("unet", "transformer", "diffusion_model", "base_model.model")),
             *(f"{p}.base_model.model.{layer}" for p in ("unet", "transformer")),
+            *self.native_spellings(layer),
         ]  # fmt: skip
-        if layer in self.native:
-            native = self.native[layer]
-            found += [f"diffusion_model.{native}", f"model.diffusion_model.{native}",
-                      f"lora_unet_{native.replace('.', '_')}", f"lycoris_{native.replace('.', '_')}"]  # fmt: skip
-        return found
 
-    def layer_of(self, layers: Iterable[str]) -> dict[str, str]:
-        """Spelling -> layer, for all of `layers`."""
-        return {spelling: layer for layer in layers for spelling in self.spellings(layer)}
+    def native_spellings(self, layer: str) -> list[str]:
+        """Every way in which some program writes the weight in the original model that the layer is part of."""
+        if layer not in self.native:
+            return []
+        native = self.native[layer]
+        flat = native.replace(".", "_")
+        return [f"diffusion_model.{native}", f"model.diffusion_model.{native}", f"lora_unet_{flat}", f"lycoris_{flat}"]
+
+    def is_native(self, key: str, layer: str) -> bool:
+        """Whether the tensor is of the original model's weight, and that is not simply the layer's own."""
+        differs = layer in self.rows or layer in self.swapped
+        return differs and split_key(key)[0] in self.native_spellings(layer)
+
+    def layer_of(self, layers: Iterable[str]) -> dict[str, list[str]]:
+        """Spelling -> the layers that it means, of all of `layers`."""
+        found: dict[str, list[str]] = {}
+        for layer in layers:
+            for spelling in dict.fromkeys(self.spellings(layer)):
+                found.setdefault(spelling, []).append(layer)
+        return found
 
 
 # What a key ends with -> the tensor's name here. Names that several programs use stand there as they are.
@@ -83,18 +139,20 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def group_keys(
-    shapes: Mapping[str, tuple[int, ...]], layer_of: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]], layer_of: Mapping[str, list[str]]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """A file's keys as layer -> tensor's name here -> key, and a line for each key that belongs to no layer."""
     found: dict[str, dict[str, str]] = {}
     unknown = []
     for key, shape in shapes.items():
         spelling, name = split_key(key)
-        parts = found.setdefault(layer_of[spelling], {}) if name and spelling in layer_of else None
-        if parts is not None and name in parts:
-            unknown.append(f"{key} {shape}: the same tensor as {parts[name]}")
-        elif parts is not None:
-            parts[name] = key
+        layers = layer_of.get(spelling, []) if name else []
+        taken = [found[layer][name] for layer in layers if name in found.get(layer, ())]
+        if taken:
+            unknown.append(f"{key} {shape}: the same tensor as {taken[0]}")
+        elif layers:
+            for layer in layers:
+                found.setdefault(layer, {})[name] = key
         else:
             unknown.append(f"{key} {shape}: {'no such layer in the model' if name else 'no tensor of an adapter'}")
     return found, unknown

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
+from lora_algos.formats import rows
 from lora_algos.formats.layers import Layers, dora_compensation
 from lora_algos.formats.names import Names
 from lora_algos.tensors import rank_and_alpha, scaling_of
@@ -36,28 +37,69 @@ class FileContent:
 
 
 def write_kohya(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    return lycoris_named(layers, weights, names.kohya)
+    """Parts of fused weights, which have no names there, are fused."""
+    groups = names.groups(layers) if names.kohya_is_native else [[layer] for layer in layers]
+    return lycoris_named(layers, weights, names, [(names.kohya(group[0]), group) for group in groups])
 
 
 def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    return lycoris_named(layers, weights, names.comfyui)
+    """Parts of fused weights under diffusers' names, but their biases, which ComfyUI loses there."""
+    spelt: list[tuple[str, list[str]]] = []
+    biases: dict[str, Tensor] = {}
+    for group in names.groups(layers):
+        if group[0] not in names.rows or not names.by_diffusers:
+            spelt.append((names.comfyui(group[0]), group))
+            continue
+        spelt += [(names.by_diffusers + layer, [layer]) for layer in group]
+        parts = {names.rows[layer]: layers[layer] for layer in group}
+        fused = rows.fused_bias(parts, names.native_rows(group[0]))
+        biases |= {f"{names.comfyui(group[0])}.{name}": tensor for name, tensor in fused.items()}
+    own = {layer: without_bias(tensors) if layer in names.rows else tensors for layer, tensors in layers.items()}
+    content = lycoris_named(own if biases else layers, weights, names, spelt)
+    return FileContent({**content.tensors, **biases}, content.metadata)
 
 
-def lycoris_named(layers: Layers, weights: dict[str, Tensor], spell: Callable[[str], str]) -> FileContent:
+def without_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "diff_b"}
+
+
+def lycoris_named(
+    layers: Layers, weights: dict[str, Tensor], names: Names, spelt: list[tuple[str, list[str]]]
+) -> FileContent:
+    """`spelt`: what is written under each name. Several layers are fused; a native name has the native rows."""
     content = FileContent({})
     alphas = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
     shared = next((alpha for alpha in alphas if alpha), 1.0)
-    for layer, tensors in layers.items():
-        tensors = one_alpha(tensors, shared)
+    for spelling, group in spelt:
+        parts = {layer: one_alpha(layers[layer], shared) for layer in group}
+        tensors, weight = parts[group[0]], weights[group[0]]
+        if spelling in names.native_spellings(group[0]):
+            tensors, weight = in_native_rows(parts, weights, names)
         if "lora_magnitude_vector" in tensors:
             # ComfyUI and Forge divide by ||W|| where DoRA says ||W + dW||: the quotient is worked in
-            magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weights[layer])
-            tensors["dora_scale"] = magnitude.view(-1, *[1] * (weights[layer].ndim - 1))
+            magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weight)
+            tensors["dora_scale"] = magnitude.view(-1, *[1] * (weight.ndim - 1))
             content.metadata[DORA_NORM] = OF_BASE
         if tensors.keys() <= {"diff", "diff_b", "alpha"}:
             tensors.pop("alpha", None)
-        content.tensors |= {f"{spell(layer)}.{name}": tensor for name, tensor in tensors.items()}
+        content.tensors |= {f"{spelling}.{name}": tensor for name, tensor in tensors.items()}
     return content
+
+
+def in_native_rows(parts: Layers, weights: dict[str, Tensor], names: Names) -> tuple[dict[str, Tensor], Tensor]:
+    """The adapter of the original model's weight, given those of the layers that are it; and of that weight, where it
+    is needed, the values."""
+    layer = next(iter(parts))
+    if layer in names.swapped:
+        return rows.swapped(parts[layer], weights[layer]), rows.swap(weights[layer])
+    if layer not in names.rows:
+        return parts[layer], weights[layer]
+    placed = {names.rows[name]: tensors for name, tensors in parts.items()}
+    own = {names.rows[name]: weights[name] for name in parts}
+    tensors = rows.fused(placed, own, names.native_rows(layer))
+    if "lora_magnitude_vector" in tensors:
+        return tensors, torch.cat([weight for _, weight in sorted(own.items())])
+    return tensors, weights[layer]
 
 
 def one_alpha(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -122,6 +164,17 @@ def refuse(layers: Layers, file_format: str, algorithms: tuple[str, ...]) -> Non
     if faults:
         only = f"--export.format {file_format} holds {', '.join(algorithms)} alone; kohya and comfyui hold everything"
         raise AdapterError(listed(f"{only}, --export.convert lora-exact or lora-svd makes LoRAs", faults))
+
+
+def preferred(file_formats: tuple[str, ...], layers: Layers, names: Names) -> str:
+    """The first of these formats that holds the layers for every program; the last one, if none does."""
+    holds = {"diffusers": all(plain_lora(t) and layer not in names.native_only for layer, t in layers.items())}
+    return next((name for name in file_formats if holds.get(name, True)), file_formats[-1])
+
+
+def plain_lora(tensors: dict[str, Tensor]) -> bool:
+    """Whether diffusers' file format, which ComfyUI reads too, says all of a layer to both: not of a DoRA."""
+    return algorithm_of(tensors) == "LoRA" and "diff_b" not in tensors
 
 
 WRITERS: dict[str, Callable[[Layers, dict[str, Tensor], Names], FileContent]] = {

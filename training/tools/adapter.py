@@ -56,6 +56,18 @@ class AdapterFile:
         shapes = {key: info.shape for key, info in infos.items() if key not in self.dropped}
         self.layers, self.unknown = group_keys(shapes, self.model.names.layer_of(self.model.layers))
         self.layers = {layer: self.layers[layer] for layer in self.model.layers if layer in self.layers}
+        for layer in [layer for layer in self.layers if self._changes_others_alone(layer)]:
+            del self.layers[layer]
+
+    def _changes_others_alone(self, layer: str) -> bool:
+        """Whether what the file has for a fused weight is of other layers that this is made of."""
+        names = self.model.names
+        if layer not in names.rows or not all(names.is_native(key, layer) for key in self.layers[layer].values()):
+            return False
+        try:
+            return self._found(layer, self.model.empty(layer)) == {}
+        except AdapterError:
+            return False  # reading the layer says what is wrong with it
 
     def require_all_known(self) -> None:
         """AdapterError naming the keys that belong to no layer."""
@@ -83,7 +95,7 @@ class AdapterFile:
             return self.model.file_format
         if self.path.is_dir():
             return "peft"
-        return format_of(self.keys) or self.model.family.file_format
+        return format_of(self.keys) or self.model.family.file_formats[-1]
 
     @property
     def keys(self) -> list[str]:
@@ -105,13 +117,20 @@ class AdapterFile:
 
     def tensors(self, layer: str, weight: Tensor) -> LayerTensors:
         """A layer's tensors under the names that adapters here have, fp32. AdapterError if they are damaged."""
+        found = self._found(layer, weight)
+        if not found:
+            raise AdapterError("the file has nothing for it")
+        return found
+
+    def _found(self, layer: str, weight: Tensor) -> LayerTensors:
+        """Nothing if the file changes other parts of a fused weight alone."""
         given = {key: self.store.get(key) for key in self.layers[layer].values()}
         # without the base's values a dora_scale stays what the file says; its update is not asked for then
         metadata = {k: v for k, v in self.metadata.items() if k != DORA_NORM or not weight.is_meta}
-        found, faults = formats.from_file(given, metadata, self.model.alone(layer, weight), self.model.names)
-        if faults or layer not in found:
+        found, faults = formats.from_file(given, metadata, self.model.alone({layer: weight}), self.model.names)
+        if faults:
             raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
-        return found[layer]
+        return found.get(layer, {})
 
     def read(self, layer: str) -> tuple[LayerTensors, Tensor]:
         """A layer's tensors, and the weight that they are for, without values if none is known. AdapterError if they do

@@ -37,7 +37,7 @@ def run(options: Extract) -> int:
             "energy": options.energy, "factor": options.factor,
         }),
     }  # fmt: skip
-    target = Target(base, base.family.file_format, DTYPES[options.dtype], metadata)
+    target = Target(base, file_format_for(base, options), DTYPES[options.dtype], metadata)
     rounding = write_adapter(Path(options.out), extraction.layers(), target)
     print(extraction.report)
     for name, norm in extraction.left_out.items():
@@ -45,6 +45,14 @@ def run(options: Extract) -> int:
     print("text encoders and VAE were not compared")
     print(written(options.out, target, rounding))
     return 0
+
+
+def file_format_for(base: Model, options: Extract) -> str:
+    """The one that the most programs load."""
+    file_formats = base.family.file_formats
+    if options.algorithm == "LoRA" and not base.names.native_only:
+        return file_formats[0]
+    return next((name for name in file_formats if name != "diffusers"), file_formats[-1])
 
 
 def check_alike(base: Model, tuned: Model, options: Extract) -> None:

@@ -66,13 +66,18 @@ class Merging:
     def merged(self, key: str) -> Tensor:
         """One tensor of the model, as it is stored."""
         stored = self.model.store.get(key)
-        layer, kind = self.model.layer_of_key.get(key, ("", ""))
+        for layer, kind in self.model.layers_of_key.get(key, ()):
+            stored = self.with_layer(stored, key, layer, kind)
+        return stored
+
+    def with_layer(self, stored: Tensor, key: str, layer: str, kind: str) -> Tensor:
+        """A tensor with what the adapters change in the layer's part of it."""
         parts = [(adapter, strength) for adapter, strength in self.loras if layer in adapter.layers]
         if kind == "bias":
             parts = [(adapter, strength) for adapter, strength in parts if "diff_b" in adapter.layers[layer]]
         if not parts:
             return stored
-        weight = stored.float().reshape(self.model.shape(layer, kind))
+        weight = self.model.part(stored, layer, kind)
         total, words = weight.new_zeros(weight.shape), set()
         for adapter, strength in parts:
             if kind == "bias":
@@ -91,7 +96,7 @@ class Merging:
             raise ToolError(f"{key}: what the adapters add to it is not finite (NaN or infinite values)")
         if merged.numel() and merged.abs().max() > torch.finfo(stored.dtype).max:  # which fp8 would cut off unsaid
             raise ToolError(f"{key}: merged, its values are too large for {stored.dtype}, the dtype of the model")
-        return merged.to(stored.dtype).reshape(stored.shape)
+        return self.model.put_part(stored, merged, layer)
 
     def summary(self) -> str:
         """What was merged."""

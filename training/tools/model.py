@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_algos.attach import adaptable_layers, listed, norm_layers
+from lora_algos.formats.rows import swap
 from models import get_family
 from models.config import ModelConfig, ModelError
 from training.names import file_names
@@ -25,12 +26,13 @@ class Model:
         self.keys = self.family.stored_names(self.skeleton)
         self.layers: dict[str, nn.Module] = {**adaptable_layers(self.skeleton), **norm_layers(self.skeleton)}
         self.names = file_names(self.family, self.skeleton)
-        self.layer_of_key = {
-            self.keys[f"{layer}.{kind}"]: (layer, kind)
-            for layer in self.layers
-            for kind in ("weight", "bias")
-            if f"{layer}.{kind}" in self.keys
-        }
+        # in a single file a layer may be a part of a tensor
+        self.natives = self.family.native_names(self.skeleton) if self.family.path.is_file() else {}
+        self.layers_of_key: dict[str, list[tuple[str, str]]] = {}
+        """Key -> the layers, and weight or bias, that the tensor is."""
+        for layer, kind in ((layer, kind) for layer in self.layers for kind in ("weight", "bias")):
+            if self.has(layer, kind):
+                self.layers_of_key.setdefault(self.keys[f"{layer}.{kind}"], []).append((layer, kind))
         self._check(str(config.path))
 
     def _check(self, path: str) -> None:
@@ -39,12 +41,19 @@ class Model:
             info = self.store.infos.get(self.keys[name])
             if info is None:
                 faults.append(f"{self.keys[name]}: missing")
-            elif torch.Size(info.shape).numel() != parameter.numel():
+            elif not self._fits(name, info.shape, parameter.shape):
                 faults.append(f"{self.keys[name]}: {info.shape} in the file, {tuple(parameter.shape)} by its config")
             elif not info.dtype.is_floating_point:
                 faults.append(f"{self.keys[name]}: quantised weights ({info.dtype}) are not read")
         if faults:
             raise ModelError(listed(f"{path} is not whole", faults))
+
+    def _fits(self, name: str, there: tuple[int, ...], wanted: torch.Size) -> bool:
+        """Whether a tensor of that shape holds the parameter."""
+        native = self.natives.get(name.rpartition(".")[0])
+        if native is None or native.rows is None:
+            return torch.Size(there).numel() == wanted.numel()
+        return there[:1] >= (sum(native.rows),) and there[1:] == wanted[1:]
 
     def take_spellings(self, infos: Mapping[str, TensorInfo], folder: bool) -> None:
         """A model that is known needs no names from a file."""
@@ -54,8 +63,25 @@ class Model:
 
     def parameter(self, layer: str, kind: str = "weight") -> Tensor:
         """One weight or bias in fp32, in the shape that diffusers gives it."""
-        there = self.store.get(self.keys[f"{layer}.{kind}"])
-        return there.float().reshape(self.shape(layer, kind))
+        return self.part(self.store.get(self.keys[f"{layer}.{kind}"]), layer, kind)
+
+    def part(self, stored: Tensor, layer: str, kind: str) -> Tensor:
+        """A layer's weight or bias, fp32 and shaped as diffusers has it, of the tensor that the file has."""
+        native = self.natives.get(layer)
+        if native is not None and native.rows is not None:
+            stored = stored.narrow(0, *native.rows)
+        there = stored.float().reshape(self.shape(layer, kind))
+        return swap(there) if native is not None and native.swapped else there
+
+    def put_part(self, stored: Tensor, value: Tensor, layer: str) -> Tensor:
+        """`stored` with the layer's part of it replaced, and rounded to its dtype."""
+        native = self.natives.get(layer)
+        value = swap(value) if native is not None and native.swapped else value
+        if native is None or native.rows is None:
+            return value.to(stored.dtype).reshape(stored.shape)
+        changed = stored.clone()
+        changed.narrow(0, *native.rows).copy_(value)
+        return changed
 
     def shape(self, layer: str, kind: str = "weight") -> torch.Size:
         return self.skeleton.get_parameter(f"{layer}.{kind}").shape
@@ -68,21 +94,31 @@ class Model:
         """A layer's weight, fp32."""
         return self.parameter(layer)
 
-    def alone(self, layer: str, weight: Tensor) -> nn.Module:
-        """A model of which only that layer exists, under its own name, with that weight."""
-        module = type(self.layers[layer]).__new__(type(self.layers[layer]))
-        nn.Module.__init__(module)
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        return nested(layer, module)
+    def alone(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A model of which only these layers exist, under their own names, with these weights."""
+        return nested({layer: bare(type(self.layers[layer]), weight) for layer, weight in weights.items()})
 
 
-def nested(name: str, module: nn.Module) -> nn.Module:
-    """`module` as the submodule `name` of a module with no other."""
-    for part in reversed(name.split(".")):
-        outer = nn.Module()
-        outer.add_module(part, module)
-        module = outer
+def bare(kind: type[nn.Module], weight: Tensor) -> nn.Module:
+    """A module that has a weight and nothing else."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.weight = nn.Parameter(weight, requires_grad=False)
     return module
+
+
+def nested(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """A module with these submodules and no others."""
+    root = nn.Module()
+    for name, module in modules.items():
+        *path, last = name.split(".")
+        outer = root
+        for part in path:
+            if part not in outer._modules:
+                outer.add_module(part, nn.Module())
+            outer = outer.get_submodule(part)
+        outer.add_module(last, module)
+    return root
 
 
 def open_model_files(files: list[Path], path: str) -> TensorStore:

@@ -22,8 +22,8 @@ class Options:
 
     command: ClassVar[str]
 
-    family: FamilyName = ModelConfig.family
-    """The model's family."""
+    family: FamilyName | None = None
+    """The model's family; None: recognised."""
     variant: str | None = None
     """Weight variant of a diffusers folder, such as fp16."""
     config: str | None = None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_algos import formats
 from lora_algos.config import AdapterError
+from lora_algos.formats.rows import unconstrained
 from lora_algos.formats.write import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
-from lora_algos.rotation import constrained
 from training.files import WriteError, new_file, new_folder
 from training.network import network_metadata
 from training.stream import HASHES, TensorInfo, write_tensors
@@ -144,29 +144,32 @@ def remove_spool(folder: Path, process: int) -> None:
 def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float]) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors, of one layer at a time, each layer read back as a stranger would and compared."""
     alphas = [float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t]
-    for layer in spool.layers:
-        tensors = spool.get(layer)
-        weight = target.model.weight(layer)
-        # these formats have one alpha in all layers, and a writer sees one layer here
-        given = one_alpha(tensors, alphas[0]) if alphas and target.file_format in ("kohya", "comfyui") else tensors
-        written = WRITERS[target.file_format]({layer: given}, {layer: weight}, target.model.names).tensors
-        error = difference(FileContent(written, plan.metadata, plan.config), layer, tensors, weight, target)
+    one_for_all = bool(alphas) and target.file_format in ("kohya", "comfyui")
+    for group in target.model.names.groups(spool.layers):
+        layers = {layer: spool.get(layer) for layer in group}
+        weights = {layer: target.model.weight(layer) for layer in group}
+        # these formats have one alpha in all layers, and a writer sees a few layers here
+        given = {name: one_alpha(tensors, alphas[0]) if one_for_all else tensors for name, tensors in layers.items()}
+        written = WRITERS[target.file_format](given, weights, target.model.names).tensors
+        error = difference(FileContent(written, plan.metadata, plan.config), layers, weights, target)
         if not error <= formats.MOST_ERROR:
-            raise ToolError(f"{layer}: in the format {target.file_format} its update would differ by {error:.1e}")
+            raise ToolError(
+                f"{', '.join(group)}: in the format {target.file_format} its update would differ by {error:.1e}"
+            )
         rounded = {key: tensor.to(stored_dtype(key, target.dtype)) for key, tensor in written.items()}
         overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
         if overflown:
             raise ToolError(f"{', '.join(overflown)}: too large for {target.dtype}. Choose --dtype bf16 or fp32")
-        errors.append(difference(FileContent(rounded, plan.metadata, plan.config), layer, tensors, weight, target))
+        errors.append(difference(FileContent(rounded, plan.metadata, plan.config), layers, weights, target))
         yield from rounded.items()
 
 
-def difference(content: FileContent, layer: str, tensors: LayerTensors, weight: Tensor, target: Target) -> float:
-    """||what a reader of `content` makes of one layer - what `tensors` make of it|| / ||update||."""
-    if weight.is_meta:
-        weight = torch.zeros_like(weight, device="cpu")  # of which the update is no function, but norms are compared
+def difference(content: FileContent, layers: formats.Layers, weights: dict[str, Tensor], target: Target) -> float:
+    """||what a reader of `content` makes of a few layers - what `layers` make of them|| / ||update||, of the worst."""
+    # of a base that is not known the update is no function, but norms are compared
+    known = {name: torch.zeros_like(w, device="cpu") if w.is_meta else w for name, w in weights.items()}
     try:
-        return formats.verify(content, {layer: tensors}, target.model.alone(layer, weight), target.model.names)
+        return formats.verify(content, layers, target.model.alone(known), target.model.names)
     except AdapterError as error:
         raise ToolError(str(error)) from error
 
@@ -174,14 +177,6 @@ def difference(content: FileContent, layer: str, tensors: LayerTensors, weight: 
 def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
     """Metadata with what it says of the adapter and of the file made true again."""
     return {**{key: value for key, value in metadata.items() if key not in NOT_KEPT}, **network_metadata(spool.layers)}
-
-
-def unconstrained(tensors: LayerTensors) -> LayerTensors:
-    """A rotation with its constraint worked in: programs differ in what they take a file's alpha for, but not for 0."""
-    if "oft_blocks" not in tensors:
-        return tensors
-    constraint = max(0.0, float(tensors.get("alpha", 0.0)))
-    return {**tensors, "oft_blocks": constrained(tensors["oft_blocks"], constraint), "alpha": torch.tensor(0.0)}
 
 
 def written(out: str, target: Target, rounding: float, dropped: Sequence[str] = ()) -> str:

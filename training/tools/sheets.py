@@ -163,7 +163,8 @@ def decoded(planned: Planned, survey: Survey, rows: np.ndarray) -> Iterator[tupl
 
 
 def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Image:
-    return thumbnail(family.decode_media(encoders, latents[None].float())[0].cpu())
+    pixels = family.decode_media(encoders, latents[None].float())[0].cpu()
+    return thumbnail(pixels if pixels.ndim == 3 else pixels[:, 0])  # of a video the first frame
 
 
 def thumbnail(pixels: Tensor) -> Image.Image:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_algos.formats import Names
 from lora_algos.formats.names import split_key
 from training.stream import TensorInfo
-from training.tools.model import nested
+from training.tools.model import bare, nested
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
 # what all layers of a file begin with, each with one of these -> the format of the file
@@ -70,10 +70,8 @@ class UnknownModel:
     def weight(self, layer: str) -> Tensor:
         return torch.empty(self.layers[layer], device="meta")
 
-    def alone(self, layer: str, weight: Tensor) -> nn.Module:
-        module = nn.Linear(1, 1, device="meta")
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        return nested(layer, module)
+    def alone(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        return nested({layer: bare(nn.Linear, weight) for layer, weight in weights.items()})
 
 
 def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:

@@ -1,0 +1,101 @@
+"""Which family a model on disk is of: by the pipeline that model_index.json names, or by the tensors of a file."""
+
+import json
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from models import FAMILIES
+from models.config import ModelConfig, ModelError
+
+if TYPE_CHECKING:
+    from models.base import ModelFamily
+
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+
+
+@lru_cache(maxsize=8)
+def local_path(config: ModelConfig, path: str | None = None) -> Path:
+    """The diffusers folder or the single file `path`, or config.path; a hub id is downloaded, or found in the hub's
+    cache, first."""
+    path = path or config.path
+    assert path is not None  # load_config refuses a run without a model
+    if Path(path).exists():
+        return Path(path)
+    from diffusers import DiffusionPipeline  # slow import, needed for hub ids only
+
+    try:
+        return Path(DiffusionPipeline.download(path, variant=config.variant, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model.path {path} could not be had from the hub: {error}") from error
+
+
+def family_classes() -> dict[str, type["ModelFamily"]]:
+    return {name: import_module(module).FAMILY for name, module in FAMILIES.items()}
+
+
+def family_of(config: ModelConfig) -> type["ModelFamily"]:
+    """The family of the model that is there. ModelError if there is none here, or another than `config.family` says."""
+    path, classes = local_path(config), family_classes()
+    if path.is_dir():
+        found, what = by_pipeline(path, classes)
+    else:
+        found, what = by_tensors(path, classes)
+    known = f"--model.family is one of {', '.join(classes)}"
+    if found is None and config.family is None:
+        raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
+    if found is not None and config.family not in (None, found):
+        raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
+    cls = classes[found or config.family or ""]
+    if not config.train_text_encoder:
+        return cls
+    from models.unet import UNetFamily
+    from models.with_text import trains_text
+
+    if not issubclass(cls, UNetFamily):
+        raise ModelError(
+            f"--model.train_text_encoder: {config.path} is {cls.name}, whose text encoders are no CLIP alone"
+        )
+    return trains_text(cls)
+
+
+def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
+    """The family of a diffusers folder, if any, and what says so."""
+    try:
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model.path {folder} has a model_index.json that could not be read as JSON: {error}"
+        ) from error
+    found = next((family for family, cls in classes.items() if name in cls.pipelines), None)
+    return found, f"its model_index.json says {name}"
+
+
+def absent_parts(folder: Path) -> set[str]:
+    """The parts of its pipeline that a diffusers folder says it has not; empty if it is no folder."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        return set()
+    return {name for name, part in json.loads(file.read_text(encoding="utf-8")).items() if part == [None, None]}
+
+
+def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
+    """The family of a single file, if any, and what says so."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"--model.path {file} is not a readable .safetensors file: {error}") from error
+    for prefix in DENOISER_PREFIXES:
+        names |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    found = next((family for family, cls in classes.items() if cls.holds(names)), None)
+    return (
+        found,
+        "by the names of its tensors"
+        if found
+        else f"its {len(names)} tensors are named like {min(names, default='none')}",
+    )

@@ -1,0 +1,299 @@
+"""Where the weights of a family are, and how diffusers loads them: folders, hub ids, whole checkpoints, and files of
+the denoiser alone, whose other parts come from a diffusers folder.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from models.base import ModelFamily
+from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, local_path
+from models.config import ModelError, ObjectiveConfig
+from models.processes import NoiseProcess, process_from_scheduler
+
+UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
+LARGE = 1_000_000_000  # parameters: text encoders beyond it are loaded in bf16
+CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
+
+
+class DiffusersFamily(ModelFamily):
+    """A family that diffusers has a pipeline for; its members name the pipeline's classes and parts."""
+
+    denoiser_class: ClassVar[str]
+    """diffusers' class of the denoiser."""
+    vae_class: ClassVar[str]
+    """diffusers' class of the VAE."""
+    text: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    """The parts of the pipeline that encode captions."""
+    tokenizer: ClassVar[str] = "tokenizer"
+    """The one of them that tells how long a caption may be."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Parts of the pipeline that are left out."""
+    pipeline_options: ClassVar[dict[str, Any]] = {}
+    latent_shift, latent_scale = 0.0, 1.0
+    """Of a VAE whose config does not say."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (*self.text, "vae", self.component, "scheduler")
+
+    @cached_property
+    def path(self) -> Path:
+        return local_path(self.config)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the text encoders and the VAE are where the denoiser is."""
+        if self.path.is_dir():
+            return True
+        with self._faults_told(), safe_open(self.path, framework="pt") as file:
+            return any(key.startswith(OTHER_PARTS) for key in file.keys())  # noqa: SIM118
+
+    @cached_property
+    def source(self) -> str:
+        """The diffusers folder or hub id that holds the configuration, and all that a single file lacks."""
+        return str(self.path) if self.path.is_dir() else self.config.config or self._config_of_file()
+
+    def _config_of_file(self) -> str:
+        """The hub id whose configuration diffusers takes for this single file, by the shapes in it."""
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        with safe_open(self.path, framework="pt") as file:
+            shapes = {key: torch.empty(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+
+    @contextmanager
+    def _faults_told(self, what: str = "") -> Iterator[None]:
+        """Turns what the libraries raise on a bad model into a message for the user, in which `what` comes first."""
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+        try:
+            yield
+        except ModelError:
+            raise
+        except (*UNLOADABLE, SingleFileComponentError) as error:
+            reason = str(error).partition("\nPlease load the component")[0]  # diffusers goes on with Python to type
+            hint = ""
+            if self.path.is_file() and self.config.config is None:
+                hint = "\n  Without a network, name a diffusers folder of the same model as --model.config"
+            message = f"--model.path {self.config.path} could not be loaded as {self.name}: {what}{reason}{hint}"
+            raise ModelError(message) from error
+
+    @cached_property
+    def _from_pretrained(self) -> dict[str, Any]:
+        """Options of from_pretrained."""
+        local = Path(self.source).is_dir()
+        variant = self.config.variant if self.path.is_dir() else None
+        return {"variant": variant, "use_safetensors": True, "local_files_only": local}
+
+    def _load(self, *wanted: str, denoiser: nn.Module | None = None) -> Any:
+        """diffusers' pipeline with the components `wanted` loaded, `denoiser` put in if given, and no others."""
+        import diffusers
+
+        quieten()
+        pipeline_class = getattr(diffusers, self.pipelines[0])
+        given: dict[str, Any] = {} if denoiser is None else {self.component: denoiser}
+        if self.component in wanted and self.path.is_file():
+            given[self.component] = self.load_denoiser(torch.float32)
+        if "vae" in wanted and self.config.vae is not None:
+            given["vae"] = self._vae_alone(self.config.vae)
+        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
+        left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
+        options = {**left_out, **given, **self.pipeline_options}
+        with self._faults_told(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            if self.path.is_file() and self.is_whole:
+                pipeline = pipeline_class.from_single_file(
+                    str(self.path), config=self.config.config, dtype=torch.float32, **options
+                )
+            else:
+                dtypes = {name: self._text_dtype(name) for name in wanted if name in self.text}
+                options["dtype"] = {"default": torch.float32, **dtypes}
+                pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _vae_alone(self, path: str) -> nn.Module:
+        """A VAE from a file or a folder of its own."""
+        import diffusers
+
+        vae_class = getattr(diffusers, self.vae_class)
+        with self._faults_told(f"--model.vae {path}: "):
+            if Path(path).is_dir():
+                inside = "vae" if (Path(path) / "vae").is_dir() else None
+                return vae_class.from_pretrained(path, subfolder=inside, dtype=torch.float32)
+            source = {"config": self.source, "subfolder": "vae"}
+            return vae_class.from_single_file(path, dtype=torch.float32, **source)
+
+    def _text_dtype(self, name: str) -> torch.dtype:
+        """Large encoders would take twice the memory in fp32 for no digit that their training had."""
+        folder = Path(self.source) / name
+        count = 0
+        for file in self._files_read(folder) if folder.is_dir() else ():
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as weights:
+                    count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        return torch.bfloat16 if count > LARGE else torch.float32
+
+    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+        import diffusers
+
+        if dtype is None:
+            stored = self.stored_dtype()
+            dtype = {torch.float16: torch.float32, torch.float8_e4m3fn: torch.bfloat16}.get(stored, stored)
+        quieten()
+        denoiser_class = getattr(diffusers, self.denoiser_class)
+        with self._faults_told():
+            if self.path.is_dir():
+                denoiser = denoiser_class.from_pretrained(
+                    self.path, subfolder=self.component, dtype=dtype, variant=self.config.variant,
+                    use_safetensors=True,
+                )  # fmt: skip
+            else:
+                given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
+                denoiser = denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
+        self.check_denoiser(denoiser.config)
+        return denoiser
+
+    def check_denoiser(self, config: Any) -> None:
+        """Raises ModelError if a denoiser of that config is of another family after all."""
+
+    def empty_denoiser(self) -> nn.Module:
+        import diffusers
+
+        denoiser_class = getattr(diffusers, self.denoiser_class)
+        with self._faults_told(), torch.device("meta"):
+            denoiser = denoiser_class.from_config(self.denoiser_config)
+        self.check_denoiser(denoiser.config)
+        return denoiser
+
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        import diffusers
+
+        with self._faults_told():
+            return getattr(diffusers, self.denoiser_class).load_config(self.source, subfolder=self.component)
+
+    def part_config(self, name: str) -> dict[str, Any]:
+        """The configuration of a part, with its class as `_class_name`."""
+        if name == "vae" and self.config.vae is not None:
+            return dict(self._vae_alone(self.config.vae).config)  # type: ignore[arg-type]
+        if self.path.is_file() and self.is_whole:
+            part = getattr(self._load(name), name)
+            return {**part.config, "_class_name": type(part).__name__}
+        with self._faults_told():  # read here: the classes are slow imports that only encoding needs
+            file = Path(self.source) / name / CONFIG_NAMES.get(name, "config.json")
+            if not Path(self.source).is_dir():
+                file = Path(hf_hub_download(self.source, f"{name}/{file.name}"))
+            return json.loads(file.read_text(encoding="utf-8"))
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        return self.part_config("vae")
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        return self.part_config("scheduler")
+
+    def stored_dtype(self) -> torch.dtype:
+        weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
+        if not weights:
+            raise ModelError(
+                f"--model.path {self.config.path} has no .safetensors weights in its folder {self.component}"
+            )
+        with self._faults_told(f"{weights[0]}: "), safe_open(weights[0], framework="pt") as file:
+            # a single file holds other things first, some of them in another dtype; and biases may be in another one
+            names = sorted(file.keys(), key=lambda name: (not name.startswith(DENOISER_PREFIXES), "weight" not in name))
+            return file.get_tensor(names[0]).dtype
+
+    def load_encoders(self, what: Literal["text", "media"]) -> Any:
+        if what == "media":
+            return self._load("vae")
+        encoders = self._load(*self.text)
+        for name in self.text:
+            if name.startswith("tokenizer"):
+                self._check_tokenizer(
+                    getattr(encoders, name), getattr(encoders, name.replace("tokenizer", "text_encoder"))
+                )
+        return encoders
+
+    def _check_tokenizer(self, tokenizer: Any, encoder: Any) -> None:
+        if tokenizer is None or encoder is None:
+            return
+        config = getattr(encoder.config, "text_config", encoder.config)
+        known, wanted = len(getattr(tokenizer, "tokenizer", tokenizer)), config.vocab_size
+        # transformers makes an empty tokenizer where the files are missing; models round their tables up
+        if known < LEAST_KNOWN * wanted:
+            raise ModelError(
+                f"--model.path {self.config.path} has an incomplete tokenizer: it knows {known} tokens, "
+                f"the text encoder {wanted}"
+            )
+
+    def component_files(self, component: str) -> list[Path]:
+        folders = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
+        if component == "vae" and self.config.vae is not None:
+            path = Path(self.config.vae)
+            return [path] if path.is_file() else self._files_read(path / "vae" if (path / "vae").is_dir() else path)
+        if self.path.is_dir():
+            return [file for folder in folders for file in self._files_read(self.path / folder)]
+        if component == "denoiser" or self.is_whole:
+            configs = Path(self.config.config).glob("*/*") if self.config.config else ()
+            return [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
+        return [file for folder in folders for file in self._files_read(local_path(self.config, self.source) / folder)]
+
+    def _files_read(self, folder: Path) -> list[Path]:
+        """What diffusers reads in one folder: the weights of the variant if there are any, else those of none."""
+        files = sorted(folder.glob("*"))
+        weights: list[Path] = []
+        for variant in (self.config.variant, None):
+            ending = (re.escape(f".{variant}") if variant else "") + r"(-\d+-of-\d+)?\.safetensors"
+            weights = weights or [f for f in files if re.fullmatch("[^.]+" + ending, f.name)]
+        return [*(f for f in files if f.suffix in (".json", ".txt", ".model")), *weights]
+
+    def pipeline(self, denoiser: nn.Module | None) -> Any:
+        loaded = [name for name in self.components if name != self.component or denoiser is None]
+        return self._load(*loaded, denoiser=denoiser)
+
+    @cached_property
+    def counting_tokenizer(self) -> Any:
+        return getattr(self._load(self.tokenizer), self.tokenizer)
+
+    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = encoders.vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
+
+    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
+        return encoders.vae.decode(latents).sample.clamp(-1, 1)
+
+    def latent_step(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)  # each level but the last halves the sides
+
+    def process(self, config: ObjectiveConfig) -> NoiseProcess:
+        with self._faults_told():
+            return process_from_scheduler(self.scheduler_config, config)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        shift = self.vae_config.get("shift_factor") or self.latent_shift
+        scale = self.vae_config.get("scaling_factor") or self.latent_scale
+        return (latents - shift) * scale if shift else latents * scale
+
+
+def quieten() -> None:
+    """No progress bars of the libraries' own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

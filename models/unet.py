@@ -1,0 +1,83 @@
+"""What the UNets of Stable Diffusion 1, 2 and XL have in common."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from models.base import Native
+from models.ldm_names import native_names
+from models.loading import DiffusersFamily
+
+ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
+
+
+class UNetFamily(DiffusersFamily):
+    """A UNet over 4-channel latents with CLIP text conditioning; what it was trained to predict, and its noise
+    schedule, are read from its scheduler's config."""
+
+    media = "image"
+    latent_channels = 4
+    component = "unet"
+    denoiser_class = "UNet2DConditionModel"
+    vae_class = "AutoencoderKL"
+    file_formats = ("kohya",)
+    targets: ClassVar = {
+        "attention": ATTENTION,
+        "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
+        "all": r".*",
+    }
+
+    def pixel_step(self) -> int:
+        return self.latent_step() * 2 ** (len(self.denoiser_config["block_out_channels"]) - 1)
+
+    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
+        tokenizer = self.counting_tokenizer
+        counts = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
+        return counts, tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+
+    @property
+    def cond_width(self) -> int:
+        return self.denoiser_config["cross_attention_dim"]
+
+    @property
+    def prediction_type(self) -> str:
+        """epsilon or v_prediction, as the base was trained."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def unread_text(self) -> str:
+        """Regular expression that does not go on at layers of text encoders that nothing is read from."""
+        return ""
+
+    @abstractmethod
+    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
+        """Conditioning as the UNet's arguments."""
+
+    @abstractmethod
+    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`cond` with the tokens (B, L) of each text encoder, under its name, as what encode_prompt makes of them;
+        `encoders` has the text encoders as members."""
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return denoiser(noisy, timestep, **self.inputs(cond), return_dict=False)[0]
+
+    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
+        return {name: Native(native) for name, native in native_names(denoiser).items()}
+
+    def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
+        names = {name: name for name, _ in denoiser.named_parameters()}
+        if self.path.is_dir():
+            return names
+        native, parts = self.native_names(denoiser), {name: name.rsplit(".", 1) for name in names}
+        return {name: f"model.diffusion_model.{native[layer].name}.{kind}" for name, (layer, kind) in parts.items()}
+
+    def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
+        """`file_metadata` of a base model of that version, as kohya and the model specification write them."""
+        v_prediction = self.prediction_type == "v_prediction"
+        return {
+            "ss_base_model_version": version,
+            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        }

@@ -1,0 +1,135 @@
+"""What the tests of families share: a case per family, each with a tiny pipeline of the real classes, and one denoising
+call of diffusers' own pipeline to compare with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.identity import key_of
+from data.store import Store
+from models import FAMILIES, get_family
+from models.base import ModelFamily
+from models.config import ModelConfig
+
+PROMPTS = ["a photo of a smiling red cat", "owl"]
+SIDE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A family, how its tiny pipeline is made, and how its pipeline is called so that it takes the conditional
+    prediction as it is."""
+
+    family: str
+    make: Callable[[], Any]
+    guidance: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call by which there is no classifier-free guidance."""
+    unpack: Callable[[Any, Tensor, int, int], Tensor] | None = None
+    """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
+    comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
+    """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    name: str = ""
+    """Where a family has several cases."""
+    options: tuple[str, ...] = ()
+    """Of the command line, for a training of this case."""
+
+    def __str__(self) -> str:
+        return self.name or self.family
+
+
+@lru_cache
+def cases() -> list[Case]:
+    """One or several cases of each family: tests/family_<name>.py has CASE, or CASES."""
+    found: list[Case] = []
+    for family in FAMILIES:
+        if family != "sd15":  # its case is the embedded model, in tests of its own
+            module = import_module(f"family_{family}")
+            found += getattr(module, "CASES", None) or [module.CASE]
+    return found
+
+
+@lru_cache
+def folder_of(case: Case) -> Path:
+    """The tiny pipeline as a folder of diffusers, to be read only."""
+    folder = Path(mkdtemp(prefix=f"train-lora-{case}-"))
+    torch.manual_seed(0)
+    pipeline = case.make()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            livelier(part)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def livelier(module: torch.nn.Module) -> None:
+    """Random values where initial ones are all zero, so that every input counts in the output."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+
+
+def family_of(case: Case) -> ModelFamily:
+    return get_family(ModelConfig(path=str(folder_of(case))))
+
+
+@dataclass
+class Call:
+    """What one step of a pipeline showed, in the layout of latents: the noisy latents, the timestep and the prediction
+    that its scheduler was given; what it decoded, and the latents that it decoded."""
+
+    noisy: Tensor
+    timestep: Tensor
+    prediction: Tensor
+    final: Tensor
+    decoded: Tensor
+
+
+def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
+    """The first of two steps of diffusers' own pipeline on PROMPTS."""
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(folder_of(case))
+    absent = {name: None for name, part in index.items() if part == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
+    step, decode = pipeline.scheduler.step, pipeline.vae.decode
+    decoded: list[Tensor] = []
+
+    def watched_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(model_output, timestep, sample, *args, **kwargs)
+        steps.append((sample.clone(), timestep, model_output.clone(), result[0].clone()))
+        return result
+
+    def watched_decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(latents.clone())
+        return decode(latents, *args, **kwargs)
+
+    pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
+    pipeline(
+        PROMPTS, height=height, width=width, num_inference_steps=2, output_type="np",
+        generator=torch.Generator().manual_seed(0), **case.guidance,
+    )  # fmt: skip
+    noisy, timestep, prediction, _ = steps[0]
+    unpack = case.unpack or (lambda _, latents, *__: latents)
+    noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
+    return Call(noisy, torch.as_tensor(timestep), prediction, final, decoded[0])
+
+
+def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditioning of several captions as a batch has it, padded by the code that reads stores."""
+    with TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.write((key_of(str(i)), row) for i, row in enumerate(rows))
+        store.reload()
+        return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
