@@ -1,11 +1,12 @@
 """The sub-commands on a single file in the original model's names, where layers are parts of tensors: a small FLUX."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapter_cases import SPECS, randomised
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tool_cases import relative_error, run
@@ -20,9 +21,13 @@ from models.base import ModelFamily, Native
 from models.config import ModelConfig
 from training.names import file_names
 
-SMALL = {
+FLUX = {
     "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 3, "in_channels": 8,
     "joint_attention_dim": 12, "pooled_projection_dim": 6, "axes_dims_rope": (2, 2, 4), "guidance_embeds": True,
+}  # fmt: skip
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 12,
+    "freq_dim": 8, "ffn_dim": 32, "num_layers": 1,
 }  # fmt: skip
 LAYERS = [
     "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "transformer_blocks.0.attn.add_k_proj",
@@ -31,11 +36,12 @@ LAYERS = [
 PREFIX = "model.diffusion_model."
 
 
-class SmallFlux(ModelFamily):
+class Small(ModelFamily):
     """What the sub-commands ask of a family, for a single file."""
 
     name, component, kohya_is_native = "small", "transformer", True
     file_formats, by_diffusers = ("diffusers", "comfyui"), "transformer."
+    table: Any = dit_names.FLUX
 
     @property
     def path(self) -> Path:
@@ -43,34 +49,46 @@ class SmallFlux(ModelFamily):
 
     def empty_denoiser(self) -> nn.Module:
         with torch.device("meta"):
-            return FluxTransformer2DModel(**SMALL)
+            return self.denoiser()
+
+    def denoiser(self) -> nn.Module:
+        return FluxTransformer2DModel(**FLUX)
 
     def component_files(self, component: str) -> list[Path]:
         return [self.path]
 
     def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
-        return dit_names.renamed(denoiser, dit_names.FLUX)
+        return dit_names.renamed(denoiser, self.table)
 
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
         with safe_open(self.path, framework="pt") as file:
-            return dit_names.stored_names(denoiser, dit_names.FLUX, set(file.keys()))
+            return dit_names.stored_names(denoiser, self.table, set(file.keys()))
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        return {"ss_base_model_version": "flux1"}
+        return {"ss_base_model_version": "small"}
 
 
-SmallFlux.__abstractmethods__ = frozenset()
+class SmallWan(Small):
+    """A model with parameters of its own, outside of layers."""
+
+    file_formats, by_diffusers, table = ("comfyui",), "", dit_names.WAN
+
+    def denoiser(self) -> nn.Module:
+        return WanTransformer3DModel(**WAN)
+
+
+Small.__abstractmethods__ = SmallWan.__abstractmethods__ = frozenset()
 
 
 @pytest.fixture(autouse=True)
 def family(monkeypatch):
-    monkeypatch.setattr(training.tools.model, "get_family", SmallFlux)
+    monkeypatch.setattr(training.tools.model, "get_family", Small)
 
 
-def denoiser(seed: int = 0) -> nn.Module:
+def denoiser(family: type[Small] = Small) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FluxTransformer2DModel(**SMALL)
+        torch.manual_seed(0)
+        return family(ModelConfig()).denoiser()
 
 
 def native_state(model: nn.Module) -> dict[str, Tensor]:
@@ -90,7 +108,7 @@ def model_file(path: Path, model: nn.Module, dtype: torch.dtype = torch.float32)
 
 
 def spelt(path: Path) -> formats.Names:
-    return file_names(SmallFlux(ModelConfig(str(path))), denoiser())
+    return file_names(Small(ModelConfig(str(path))), denoiser())
 
 
 def trained(specs: dict[str, LayerSpec]) -> Adapted:
@@ -129,7 +147,7 @@ def assert_same(there: Adapted, here: Adapted) -> None:
 def test_merge_writes_into_the_parts(algorithm, file_format, tmp_path):
     base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere(algorithm)
     lora, out = saved(tmp_path / "lora.safetensors", adapted, base, file_format), tmp_path / "out.safetensors"
-    assert run("merge", base, lora, out) == 0
+    assert run("merge", base, out, "--lora", lora) == 0
     expected = denoiser()
     adapted.merge_into(expected)
     merged, plain = load_file(out), load_file(base)
@@ -145,7 +163,7 @@ def test_merge_writes_into_the_parts(algorithm, file_format, tmp_path):
 def test_merge_rounds_only_what_it_changes(tmp_path):
     base = model_file(tmp_path / "base.safetensors", denoiser(), torch.bfloat16)
     lora, out = saved(tmp_path / "lora.safetensors", everywhere("LoRA"), base), tmp_path / "out.safetensors"
-    assert run("merge", base, lora, out) == 0
+    assert run("merge", base, out, "--lora", lora) == 0
     merged, plain = load_file(out), load_file(base)
     qkv = f"{PREFIX}double_blocks.0.img_attn.qkv.weight"
     assert merged[qkv].dtype == torch.bfloat16
@@ -200,3 +218,34 @@ def test_a_file_with_a_part_missing_is_not_whole(tmp_path, capsys):
     assert run("inspect", saved(tmp_path / "lora", everywhere("LoRA"), model_file(tmp_path / "whole", denoiser())),
                "--model", tmp_path / "base.safetensors") != 0  # fmt: skip
     assert f"{key}: (100, 24) in the file, (96, 24) by its config" in capsys.readouterr().err
+
+
+def test_extract_tells_of_parameters_outside_of_layers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.tools.model, "get_family", SmallWan)
+    for name, change in (("base", 0.0), ("tuned", 0.5)):
+        model = denoiser(SmallWan)
+        with torch.no_grad():
+            model.scale_shift_table += change
+            model.blocks[0].scale_shift_table += change
+            model.blocks[0].attn1.to_q.weight += change
+        path = tmp_path / f"{name}.safetensors"
+        table = dit_names.stored_names(model, dit_names.WAN, ())
+        save_file({table[n]: p.detach().contiguous() for n, p in model.named_parameters()}, path)
+    out = tmp_path / "out.safetensors"
+    assert (
+        run(
+            "extract",
+            tmp_path / "base.safetensors",
+            tmp_path / "tuned.safetensors",
+            out,
+            "--algorithm=LoRA",
+            "--rank=1",
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "it: scale_shift_table, |" in said
+    assert "it: blocks.0.scale_shift_table, |" in said
+    assert {key.rpartition(".lora")[0] for key in load_file(out) if "lora" in key} == {
+        "diffusion_model.blocks.0.self_attn.q"
+    }
