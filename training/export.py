@@ -57,6 +57,7 @@ def check(config: TrainConfig, parts: Parts) -> None:
         layers: formats.Layers = {name: {"diff": weight} for name, weight in formats.weights_of(model).items()}
     else:
         layers = converted(config, parts.adapted)
+    layers = {name: formats.without_values(tensors) for name, tensors in layers.items()}
     for file_format in config.export.format or (default_format(parts, layers),):
         formats.content_of(layers, model, parts.names, file_format)
 
