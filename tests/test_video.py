@@ -198,6 +198,22 @@ def test_several_clips_of_a_video_are_rows_that_are_held_out_together(build, fol
     assert (len(rate.train), rate.encoded_images) == (4, 3)
 
 
+def test_a_mask_file_counts_in_all_frames_and_alpha_is_of_images_alone(build, folder):
+    mask = Image.new("L", (WIDTH, HEIGHT), 0)
+    mask.paste(255, (0, 0, WIDTH // 2, HEIGHT))
+    for file in folder.glob("*.txt"):
+        mask.save(file.with_name(f"{file.stem}_mask.png"))
+    assert len(build(folder, frames=5).train) == 4, "masks are no images"
+    masked, plain = (build(folder, frames=5, masks=masks).train for masks in ("files", "alpha"))
+    assert [masked.latents(row).shape[1] for row in range(4)].count(2) == 3
+    for row in range(4):
+        (of_file,), (whole,) = (make_batch(dataset, [row], [0], range(1)).mask for dataset in (masked, plain))
+        width = of_file.shape[-1]
+        halves = (torch.arange(width) < width // 2).float().expand_as(of_file)
+        torch.testing.assert_close(of_file, halves, rtol=0, atol=0.05)  # scaling blurs the edge
+        assert whole.equal(torch.ones_like(whole))
+
+
 def test_a_model_of_images_takes_no_videos(build, folder):
     plain = StableDiffusion(ModelConfig(path=str(BASE)))
     for name in ("long", "short"):
