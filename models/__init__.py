@@ -10,6 +10,8 @@ FAMILIES: dict[str, str] = {
     "sd15": "models.sd15",
     "sdxl": "models.sdxl",
     "sd3": "models.sd3",
+    "qwen_image": "models.qwen_image",
+    "z_image": "models.z_image",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 

@@ -14,6 +14,8 @@ from models.config import ModelError
 from models.dit_names import Table, renamed
 from models.loading import DiffusersFamily
 
+ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
+
 
 class TransformerFamily(DiffusersFamily):
     """A transformer over latents of 16 channels."""
