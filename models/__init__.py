@@ -12,6 +12,8 @@ FAMILIES: dict[str, str] = {
     "sd3": "models.sd3",
     "flux1": "models.flux1",
     "chroma": "models.chroma",
+    "qwen_image": "models.qwen_image",
+    "z_image": "models.z_image",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 

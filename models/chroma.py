@@ -4,9 +4,8 @@ The model was trained to see one token of padding after each caption, and is giv
 """
 
 from collections.abc import Set
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.base import check_comfy_cond
@@ -34,7 +33,6 @@ class Chroma(FluxFamily):
     denoiser_class = "ChromaTransformer2DModel"
     unused = ("feature_extractor", "image_encoder")
     native_only = CHROMA_NATIVE_ONLY
-    ragged: ClassVar = {"prompt_embeds": None}
 
     @classmethod
     def holds(cls, names: Set[str]) -> bool:
@@ -60,11 +58,8 @@ class Chroma(FluxFamily):
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return cond["prompt_embeds"][None], {"pooled_output": None}
 
-    def inputs(self, noisy: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
-        mask = cond["attention_mask"].bool()
-        image = torch.ones(len(noisy), self.tokens(noisy.shape), dtype=torch.bool, device=noisy.device)
-        # of one caption nothing is padding, and attention without a mask is faster
-        return {"attention_mask": torch.cat([mask, image], 1) if len(noisy) > 1 else None}
+    def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+        return {"attention_mask": self.mask(noisy, cond)}
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         found = super().pipeline(denoiser)

@@ -23,6 +23,7 @@ class FluxFamily(TransformerFamily):
     (0, 0, 0) of all text."""
 
     names = FLUX
+    ragged: ClassVar = {"prompt_embeds": None}
     latent_shift, latent_scale = 0.1159, 0.3611
     targets: ClassVar = {
         "attention": ATTENTION,
@@ -46,11 +47,19 @@ class FluxFamily(TransformerFamily):
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
         return counts(self.counting_tokenizer, captions, TOKENS)
 
+    def mask(self, noisy: Tensor, cond: dict[str, Any]) -> Tensor | None:
+        """(B, tokens of text and image), false where a text is filled up to the length of the batch's longest; None if
+        none is: attention without a mask is faster."""
+        if len(set(cond["lengths"])) == 1:
+            return None
+        image = torch.ones(len(noisy), self.tokens(noisy.shape), dtype=torch.bool, device=noisy.device)
+        return torch.cat([cond["attention_mask"].bool(), image], 1)
+
     @abstractmethod
-    def inputs(self, noisy: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
+    def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         """What the denoiser is given besides tokens, their positions and the timestep."""
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]) -> Tensor:
         height, width = noisy.shape[2:]
         text = cond["prompt_embeds"]
         tokens = denoiser(
@@ -63,8 +72,8 @@ class FluxFamily(TransformerFamily):
 
 
 class Flux1(FluxFamily, PooledTextFamily):
-    """T5 sees 512 tokens, filled up with padding that counts like text. ComfyUI's conditioning has 256 of them, or as
-    many as a longer caption: those of one batch must have the same number."""
+    """T5 sees 512 tokens, filled up with padding that counts like text; ComfyUI's conditioning has 256 of them, or as
+    many as a longer caption."""
 
     name = "flux1"
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
@@ -94,8 +103,10 @@ class Flux1(FluxFamily, PooledTextFamily):
     def cond_bytes(self) -> int:
         return TOKENS * self._width * self._text_dtype("text_encoder_2").itemsize + self._pooled_width * 4
 
-    def inputs(self, noisy: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
+    def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"pooled_projections": cond["pooled_prompt_embeds"]}
+        if (mask := self.mask(noisy, cond)) is not None:
+            found["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None]}
         if self.denoiser_config["guidance_embeds"]:
             scale = 1.0 if self.config.guidance is None else self.config.guidance
             found["guidance"] = torch.full((len(noisy),), scale, device=noisy.device)
