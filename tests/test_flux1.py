@@ -140,7 +140,7 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[st
     for layer, native in family.native_names(denoiser).items():
         for kind, tensor in denoiser.get_submodule(layer).named_parameters():
             tensor = torch.cat([*tensor.data.chunk(2)][::-1]) if native.swapped else tensor.data
-            name = f"{prefix}{native.name}.{norm if native.name.endswith('_norm') else kind}"
+            name = f"{prefix}{native.name}.{norm if 'norm' in native.name else kind}"
             parts.setdefault(name, []).append((native.rows[0] if native.rows else 0, tensor))
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
     return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}
@@ -161,12 +161,15 @@ def test_single_files_of_the_original_names_are_the_same_model(case, prefix, nor
     assert family.load_denoiser(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_files_that_lack_tensors_or_are_quantised_are_refused(tmp_path):
+def test_files_that_lack_tensors_or_are_quantised_or_are_of_another_config_are_refused(tmp_path):
     path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV)
     scaled = {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(())}
     cut = {name: tensor for name, tensor in tensors.items() if name != "final_layer.linear.bias"}
-    for there, message in ((cut, "lacks 1 tensors: final_layer.linear.bias"), (tensors | scaled, "scaled fp8")):
+    for there, config, message in (
+        (cut, DEV, "lacks 1 tensors: final_layer.linear.bias"), (tensors | scaled, DEV, "scaled fp8"),
+        (tensors, SCHNELL, "is told guidance"), (native_tensors(SCHNELL), DEV, "lacks 4 tensors: guidance_in"),
+    ):  # fmt: skip
         save_file(there, path)
-        family = get_family(ModelConfig(path=path, config=str(folder_of(DEV))))
+        family = get_family(ModelConfig(path=path, config=str(folder_of(config))))
         with pytest.raises(ModelError, match=message):
             family.load_denoiser(None)
