@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd15": "models.sd15",
     "sdxl": "models.sdxl",
+    "flux2": "models.flux2",
+    "flux2_klein": "models.flux2_klein",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 

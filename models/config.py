@@ -40,6 +40,8 @@ class ModelConfig:
     the text encoders and VAE if the file has none."""
     vae: str | None = None
     """A VAE in place of the model's own: a .safetensors file or a folder of diffusers."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """The guidance that a guidance-distilled model (FLUX dev) is told in training; None: 1."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.base import ModelFamily
 from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, local_path
-from models.config import ModelError, ObjectiveConfig
+from models.config import ModelConfig, ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -44,6 +44,17 @@ class DiffusersFamily(ModelFamily):
     pipeline_options: ClassVar[dict[str, Any]] = {}
     latent_shift, latent_scale = 0.0, 1.0
     """Of a VAE whose config does not say."""
+    default_guidance: ClassVar[float | None] = None
+    """The guidance that the denoiser is told in training, if none is asked for; None: it is not told any."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        if config.guidance is not None and self.default_guidance is None:
+            raise ModelError(f"--model.guidance {config.guidance:g}: a model of the family {self.name} is not told any")
+
+    @property
+    def guidance(self) -> float | None:
+        return self.default_guidance if self.config.guidance is None else self.config.guidance
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -109,6 +120,8 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
+        with self._faults_told():
+            given |= self.given_parts(wanted)
         left_out = {name: None for name in (*self.components, *self.unused) if name not in wanted}
         options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
@@ -123,6 +136,10 @@ class DiffusersFamily(ModelFamily):
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def given_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the parts `wanted` that the pipeline would not load as they should be."""
+        return {}
 
     def _vae_alone(self, path: str) -> nn.Module:
         """A VAE from a file or a folder of its own."""
