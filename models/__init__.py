@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd15": "models.sd15",
     "sdxl": "models.sdxl",
+    "sd3": "models.sd3",
     "flux2": "models.flux2",
     "flux2_klein": "models.flux2_klein",
 }

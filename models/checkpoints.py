@@ -50,7 +50,10 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
         raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
     if found is not None and config.family not in (None, found):
         raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
-    return classes[found or config.family or ""]
+    family = classes[found or config.family or ""]
+    if config.guidance is not None and not family.takes_guidance:
+        raise ModelError(f"--model.guidance {config.guidance:g}: models of the family {family.name} are told none")
+    return family
 
 
 def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
@@ -63,6 +66,14 @@ def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[
         ) from error
     found = next((family for family, cls in classes.items() if name in cls.pipelines), None)
     return found, f"its model_index.json says {name}"
+
+
+def absent_parts(folder: Path) -> set[str]:
+    """The parts of its pipeline that a diffusers folder says it has not; empty if it is no folder."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        return set()
+    return {name for name, part in json.loads(file.read_text(encoding="utf-8")).items() if part == [None, None]}
 
 
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:

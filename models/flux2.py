@@ -12,10 +12,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, forma
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 
-from models.base import Native, check_comfy_cond
+from models.base import check_comfy_cond
 from models.config import ObjectiveConfig
-from models.dit_names import FLUX, FLUX2_NATIVE_ONLY, renamed
-from models.loading import DiffusersFamily
+from models.dit import TransformerFamily, counts
+from models.dit_names import FLUX, FLUX2_NATIVE_ONLY
 from models.packing import image_ids
 from models.processes import Flow, NoiseProcess
 
@@ -32,7 +32,7 @@ def empirical_shift(tokens: int) -> float:
     return math.exp(compute_empirical_mu(tokens, STEPS))
 
 
-class Flux2Family(DiffusersFamily):
+class Flux2Family(TransformerFamily):
     """What FLUX.2 dev and klein have in common.
 
     Raw latents are what ComfyUI's VAE gives, and what is denoised: cells of 2 x 2 as channels, normalised by the
@@ -40,14 +40,10 @@ class Flux2Family(DiffusersFamily):
     is stored once: `pad_embeds`. In ComfyUI's own conditioning, which has none, it is zero, as it is there.
     """
 
-    media = "image"
     latent_channels = 128
-    component = "transformer"
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
-    file_formats = ("comfyui",)
-    kohya_is_native = True
-    by_diffusers = "transformer."
+    names, native_only = FLUX, FLUX2_NATIVE_ONLY
     ragged: ClassVar = {"prompt_embeds": TOKENS}
     targets: ClassVar = {
         "attention": ATTENTION,  # the single blocks' has their MLP in it
@@ -90,8 +86,8 @@ class Flux2Family(DiffusersFamily):
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
         tokenizer = getattr(self.counting_tokenizer, "tokenizer", self.counting_tokenizer)  # of a processor
-        counts = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
-        return counts, TOKENS - self.frame()
+        found, _ = counts(tokenizer, captions, TOKENS)
+        return found, TOKENS - self.frame()
 
     def cond_bytes(self) -> int:
         return (TOKENS + 1) * self.cond_width * torch.float32.itemsize
@@ -115,16 +111,13 @@ class Flux2Family(DiffusersFamily):
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         height, width = noisy.shape[-2:]
         text_ids = nn.functional.pad(torch.arange(TOKENS, device=noisy.device)[:, None], (3, 0))
-        guidance = None if self.guidance is None else torch.full_like(timestep, self.guidance)
+        guidance = torch.full_like(timestep, self.guidance) if self.takes_guidance else None
         tokens = denoiser(
             noisy.flatten(2).transpose(1, 2), timestep=timestep / 1000, guidance=guidance, return_dict=False,
             encoder_hidden_states=padded(cond["prompt_embeds"], cond["attention_mask"], cond["pad_embeds"]),
             txt_ids=text_ids, img_ids=image_ids(height, width, noisy.device, 4),
         )[0]  # fmt: skip
         return tokens.transpose(1, 2).unflatten(2, (height, width))
-
-    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
-        return renamed(denoiser, FLUX, FLUX2_NATIVE_ONLY)
 
     def model_metadata(self, variant: str) -> dict[str, str]:
         """`file_metadata` of a variant, as musubi-tuner writes it."""
@@ -140,7 +133,11 @@ class Flux2(Flux2Family):
 
     name = "flux2"
     pipelines = ("Flux2Pipeline",)
-    default_guidance = 1.0  # as musubi-tuner trains
+    takes_guidance = True
+
+    @property
+    def guidance(self) -> float:
+        return 1.0 if self.config.guidance is None else self.config.guidance  # 1: as musubi-tuner trains
 
     @classmethod
     def holds(cls, names: Set[str]) -> bool:

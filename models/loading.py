@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
-from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, local_path
-from models.config import ModelConfig, ModelError, ObjectiveConfig
+from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, local_path
+from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -44,18 +44,6 @@ class DiffusersFamily(ModelFamily):
     pipeline_options: ClassVar[dict[str, Any]] = {}
     latent_shift, latent_scale = 0.0, 1.0
     """Of a VAE whose config does not say."""
-    default_guidance: ClassVar[float | None] = None
-    """The guidance that the denoiser is told in training, if none is asked for; None: it is not told any."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        if config.guidance is not None and self.default_guidance is None:
-            raise ModelError(f"--model.guidance {config.guidance:g}: a model of the family {self.name} is not told any")
-
-    @property
-    def guidance(self) -> float | None:
-        return self.default_guidance if self.config.guidance is None else self.config.guidance
-
     @property
     def components(self) -> tuple[str, ...]:
         return (*self.text, "vae", self.component, "scheduler")
@@ -122,7 +110,8 @@ class DiffusersFamily(ModelFamily):
             given["vae"] = self._vae_alone(self.config.vae)
         with self._faults_told():
             given |= self.given_parts(wanted)
-        left_out = {name: None for name in (*self.components, *self.unused) if name not in wanted}
+        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
+        left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
         options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

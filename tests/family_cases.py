@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data.identity import key_of
+from data.store import Store
 from models import FAMILIES, get_family
 from models.base import ModelFamily
 from models.config import ModelConfig
@@ -32,6 +35,10 @@ class Case:
     """Arguments of the pipeline's call by which there is no classifier-free guidance."""
     unpack: Callable[[Any, Tensor, int, int], Tensor] | None = None
     """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
+    comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
+    """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -80,7 +87,7 @@ def family_of(case: Case) -> ModelFamily:
 @dataclass
 class Call:
     """What one step of a pipeline showed, in the layout of latents: the noisy latents, the timestep and the prediction
-    that its scheduler was given; what it decoded, and the latents that it decoded."""
+    that its scheduler was given; the last latents, and those that it decoded, raw as they are stored."""
 
     noisy: Tensor
     timestep: Tensor
@@ -94,7 +101,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
-    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32)
+    absent = {name: None for name, part in index.items() if part == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
     steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     step, decode = pipeline.scheduler.step, pipeline.vae.decode
@@ -117,4 +125,14 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     noisy, timestep, prediction, _ = steps[0]
     unpack = case.unpack or (lambda _, latents, *__: latents)
     noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
-    return Call(noisy, torch.as_tensor(timestep), prediction, final, decoded[0])
+    raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
+    return Call(noisy, torch.as_tensor(timestep), prediction, final, raw)
+
+
+def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditioning of several captions as a batch has it, padded by the code that reads stores."""
+    with TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.write((key_of(str(i)), row) for i, row in enumerate(rows))
+        store.reload()
+        return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)

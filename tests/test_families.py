@@ -2,34 +2,40 @@
 
 import pytest
 import torch
-from family_cases import PROMPTS, SIDE, Call, Case, cases, family_of, folder_of, run_pipeline
+from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline
 from safetensors import safe_open
 
 from lora_algos import ALGORITHMS
 from models import get_family
+from models.base import take_comfy_cond
 from models.config import ModelConfig, ModelError
 
 CASES = pytest.mark.parametrize("case", cases(), ids=str)
 
 
+SHAPES = pytest.mark.parametrize("shape", [(SIDE, SIDE), (2 * SIDE, SIDE)], ids=["square", "tall"])
+Calls = dict[tuple[Case, tuple[int, int]], Call]
+
+
 @pytest.fixture(scope="module")
-def calls() -> dict[Case, Call]:
+def calls() -> Calls:
     return {}
 
 
-def call_of(case: Case, calls: dict[Case, Call]) -> Call:
-    if case not in calls:
-        calls[case] = run_pipeline(case)
-    return calls[case]
+def call_of(case: Case, calls: Calls, shape: tuple[int, int] = (SIDE, SIDE)) -> Call:
+    if (case, shape) not in calls:
+        calls[case, shape] = run_pipeline(case, *shape)
+    return calls[case, shape]
 
 
-def conditioning(case: Case, captions: list[str]) -> dict[str, torch.Tensor]:
-    """What training would give the denoiser for square images of SIDE pixels with those captions."""
+def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE, SIDE)) -> dict[str, torch.Tensor]:
+    """What training would give the denoiser for images of that height and width with those captions."""
     family = family_of(case)
     with torch.no_grad():
         rows = family.encode_prompt(family.load_encoders("text"), captions)
-    crop = torch.tensor([[SIDE, SIDE, SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(captions), dtype=torch.float32)
-    return {**family.size_cond(crop), **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
+    height, width = shape
+    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.float32)
+    return {**family.size_cond(crop), **collate(family, rows)}
 
 
 @CASES
@@ -40,13 +46,14 @@ def test_the_family_is_recognised_and_a_wrong_name_is_refused(case):
         get_family(ModelConfig(path=path, family="sd15"))
 
 
+@SHAPES
 @CASES
-def test_predict_equals_the_pipelines_own_denoising_call(case, calls):
-    call, family = call_of(case, calls), family_of(case)
+def test_predict_equals_the_pipelines_own_denoising_call(case, shape, calls):
+    call, family = call_of(case, calls, shape), family_of(case)
     denoiser = family.load_denoiser(torch.float32).eval()
     with torch.no_grad():
         timestep = call.timestep.expand(len(PROMPTS)).to(torch.float32)
-        found = family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS))
+        found = family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS, shape))
     assert found.shape == call.noisy.shape
     assert call.prediction.std() > 1e-3
     torch.testing.assert_close(found, call.prediction, rtol=1e-5, atol=1e-5 * float(call.prediction.abs().max()))
@@ -96,6 +103,17 @@ def test_conditioning_comes_back_from_comfyuis_layout(case):
     back = family.cond_from_comfy(cond, extras)
     assert back.keys() == row.keys()
     assert all(back[name].equal(row[name]) for name in row)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.comfy], ids=str)
+def test_comfyuis_own_conditioning_gives_the_same_prediction(case, calls):
+    call, family = call_of(case, calls), family_of(case)
+    denoiser = family.load_denoiser(torch.float32).eval()
+    with torch.no_grad():
+        cond = take_comfy_cond(family, *case.comfy(family.load_encoders("text"), PROMPTS[0]))
+        timestep = call.timestep.reshape(1).to(torch.float32)
+        found = family.predict(denoiser, call.noisy[:1], timestep, collate(family, [cond]))
+    torch.testing.assert_close(found, call.prediction[:1], rtol=1e-4, atol=1e-5)
 
 
 @CASES

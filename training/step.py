@@ -25,7 +25,7 @@ def log_cosh(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
     """ln cosh e elementwise: e^2 / 2 for small errors, |e| - ln 2 for large ones."""
     size = (prediction - target).abs()
     bent = size.clamp(max=BEND)
-    return torch.log1p(2 * torch.sinh(bent / 2) ** 2) + (size - bent)
+    return torch.log1p(2 * torch.sinh(bent / 2) ** 2) + F.relu(size - BEND)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

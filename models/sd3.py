@@ -1,0 +1,101 @@
+"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens (Esser et al. 2024, arXiv 2403.03206), with two
+CLIP text encoders and, unless the folder has none, T5.
+"""
+
+from collections.abc import Set
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.base import check_comfy_cond
+from models.dit import TransformerFamily, comfy_pooled, counts
+from models.dit_names import SD3
+
+T5_TOKENS = 256  # the pipeline's default
+ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
+
+
+class StableDiffusion3(TransformerFamily):
+    """Conditioning is the tokens of both CLIPs side by side, filled up with zeros to T5's width, and after them T5's.
+
+    ComfyUI has fewer of T5's for short captions. All count: the model has no mask."""
+
+    name = "sd3"
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    denoiser_class = "SD3Transformer2DModel"
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    unused = ("feature_extractor", "image_encoder")
+    latent_shift, latent_scale = 0.0609, 1.5305
+    names = SD3
+    ragged: ClassVar = {"prompt_embeds": None}
+    targets: ClassVar = {
+        "attention": ATTENTION,
+        "attention-mlp": rf"{ATTENTION}|.*\.ff(_context)?\.net\.(0\.proj|2)",
+        "all": r".*",
+    }
+
+    @classmethod
+    def holds(cls, names: Set[str]) -> bool:
+        return {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"} <= names
+
+    def pixel_step(self) -> int:
+        return self.latent_step() * self.denoiser_config["patch_size"]
+
+    @property
+    def _width(self) -> int:
+        return self.denoiser_config["joint_attention_dim"]
+
+    @property
+    def _pooled_width(self) -> int:
+        return self.denoiser_config["pooled_projection_dim"]
+
+    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        device = encoders.text_encoder.device
+        if encoders.text_encoder_3 is None:  # the pipeline asks the denoiser, which is not here, for T5's width
+            clips = [encoders._get_clip_prompt_embeds(captions, 1, device, None, which) for which in (0, 1)]
+            clip, pooled = (torch.cat(both, -1) for both in zip(*clips, strict=True))
+            embeds = nn.functional.pad(clip, (0, self._width - clip.shape[-1], 0, T5_TOKENS))
+        else:
+            embeds, _, pooled, _ = encoders.encode_prompt(
+                captions, None, None, device, 1, False, max_sequence_length=T5_TOKENS
+            )
+        return [
+            {"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)
+        ]
+
+    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
+        both = self._load("tokenizer", "tokenizer_3")  # what CLIP does not see, T5 may
+        if both.tokenizer_3 is None:
+            return counts(both.tokenizer, captions, both.tokenizer.model_max_length)
+        return counts(both.tokenizer_3, captions, T5_TOKENS)
+
+    def cond_bytes(self) -> int:
+        tokens = self.counting_tokenizer.model_max_length + T5_TOKENS
+        return (tokens * self._width + self._pooled_width) * torch.float32.itemsize
+
+    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+        check_comfy_cond(cond, self._width)
+        pooled = comfy_pooled(extras, self._pooled_width)
+        return {"prompt_embeds": cond[0], "pooled_prompt_embeds": pooled}
+
+    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        return cond["prompt_embeds"][None], {"pooled_output": cond["pooled_prompt_embeds"][None]}
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return denoiser(
+            noisy, timestep=timestep, encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled_prompt_embeds"], return_dict=False,
+        )[0]  # fmt: skip
+
+    def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
+        config: Any = denoiser.config
+        version = "m" if config.qk_norm is None else "5-medium" if config.dual_attention_layers else "5-large"
+        return {
+            "ss_base_model_version": f"sd3-{version}",
+            "modelspec.architecture": f"stable-diffusion-3-{version}/lora",
+            "modelspec.implementation": "diffusers",
+        }
+
+
+FAMILY = StableDiffusion3
