@@ -111,7 +111,8 @@ class Flux2Family(TransformerFamily):
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         height, width = noisy.shape[-2:]
         text_ids = nn.functional.pad(torch.arange(TOKENS, device=noisy.device)[:, None], (3, 0))
-        guidance = torch.full_like(timestep, self.guidance) if self.takes_guidance else None
+        scale = 1.0 if self.config.guidance is None else self.config.guidance  # 1: as musubi-tuner trains
+        guidance = torch.full_like(timestep, scale) if self.takes_guidance else None
         tokens = denoiser(
             noisy.flatten(2).transpose(1, 2), timestep=timestep / 1000, guidance=guidance, return_dict=False,
             encoder_hidden_states=padded(cond["prompt_embeds"], cond["attention_mask"], cond["pad_embeds"]),
@@ -134,10 +135,6 @@ class Flux2(Flux2Family):
     name = "flux2"
     pipelines = ("Flux2Pipeline",)
     takes_guidance = True
-
-    @property
-    def guidance(self) -> float:
-        return 1.0 if self.config.guidance is None else self.config.guidance  # 1: as musubi-tuner trains
 
     @classmethod
     def holds(cls, names: Set[str]) -> bool:
