@@ -10,6 +10,8 @@ FAMILIES: dict[str, str] = {
     "sd15": "models.sd15",
     "sdxl": "models.sdxl",
     "sd3": "models.sd3",
+    "flux1": "models.flux1",
+    "chroma": "models.chroma",
     "flux2": "models.flux2",
     "flux2_klein": "models.flux2_klein",
 }

@@ -51,6 +51,9 @@ class Flux2Family(TransformerFamily):
         "all": r".*",
     }
 
+    def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+        return self.denoiser_by_names(denoiser_class, dtype)  # diffusers' converter knows no ComfyUI prefix
+
     def latent_step(self) -> int:
         return 2 * super().latent_step()
 
@@ -140,7 +143,7 @@ class Flux2(Flux2Family):
     def holds(cls, names: Set[str]) -> bool:
         return {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"} <= names
 
-    def given_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
         from transformers import AutoTokenizer
         from transformers.utils import is_torchvision_available
 

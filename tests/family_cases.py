@@ -39,6 +39,8 @@ class Case:
     """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    repair: Callable[[Any], None] | None = None
+    """Mends what is wrong in diffusers' pipeline."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -104,6 +106,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     absent = {name: None for name, part in index.items() if part == [None, None]}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
+    if case.repair:
+        case.repair(pipeline)
     steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     step, decode = pipeline.scheduler.step, pipeline.vae.decode
     decoded: list[Tensor] = []
