@@ -45,6 +45,7 @@ class DiffusersFamily(ModelFamily):
     pipeline_options: ClassVar[dict[str, Any]] = {}
     latent_shift, latent_scale = 0.0, 1.0
     """Of a VAE whose config does not say."""
+
     @property
     def components(self) -> tuple[str, ...]:
         return (*self.text, "vae", self.component, "scheduler")

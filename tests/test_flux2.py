@@ -44,7 +44,7 @@ def predicted(case, cond: dict, **options) -> torch.Tensor:
 
 @both
 def test_raw_latents_are_comfyuis(case):
-    """comfy/ldm/models/autoencoder.py: b c (i pi) (j pj) -> b (c pi pj) i j, then batch norm by the VAE's statistics."""
+    """comfy/ldm/models/autoencoder.py: b c (i pi) (j pj) -> b (c pi pj) i j, then batch norm by what the VAE has."""
     family, pixels = family_of(case), torch.rand(2, 3, 2 * SIDE, SIDE) * 2 - 1
     pipeline = family.load_encoders("media")
     vae = pipeline.vae

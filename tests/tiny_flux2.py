@@ -60,14 +60,17 @@ def mistral() -> Mistral3ForConditionalGeneration:
         "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "image_size": 16, "patch_size": 8,
     }  # fmt: skip
-    text = {"model_type": "mistral", "vocab_size": len(mistral_tokenizer()), "num_hidden_layers": MISTRAL_LAYERS, **TEXT}
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(mistral_tokenizer()),
+        "num_hidden_layers": MISTRAL_LAYERS,
+        **TEXT,
+    }
     return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
 
 
 def qwen() -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=len(qwen_tokenizer()), num_hidden_layers=QWEN_LAYERS, **TEXT)
-    ).eval()
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(qwen_tokenizer()), num_hidden_layers=QWEN_LAYERS, **TEXT)).eval()
 
 
 def vae() -> AutoencoderKLFlux2:
