@@ -110,7 +110,9 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
-        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
+        with self._faults_told():
+            own = self.own_parts(wanted)
+        there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
         left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
         options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
@@ -123,8 +125,13 @@ class DiffusersFamily(ModelFamily):
                 dtypes = {name: self._text_dtype(name) for name in wanted if name in self.text}
                 options["dtype"] = {"default": torch.float32, **dtypes}
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
+        pipeline.register_modules(**own)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the parts `wanted` that diffusers could not load."""
+        return {}
 
     def _vae_alone(self, path: str) -> nn.Module:
         """A VAE from a file or a folder of its own."""

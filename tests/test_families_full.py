@@ -18,6 +18,9 @@ FAMILIES = {
     "flux": "flux1",
     "flux_schnell": "flux1",
     "chroma": "chroma",
+    "flux2": "flux2",
+    "flux2_klein_4b": "flux2_klein",
+    "flux2_klein_9b": "flux2_klein",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16

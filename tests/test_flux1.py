@@ -146,11 +146,14 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[st
     return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}
 
 
-@pytest.mark.parametrize("prefix, norm", [("", "scale"), ("model.diffusion_model.", "weight")], ids=["BFL", "ComfyUI"])
+SPELT = {"BFL": ("", "scale"), "ComfyUI": ("model.diffusion_model.", "weight")}
+
+
+@pytest.mark.parametrize("spelt", SPELT)
 @ALL
-def test_single_files_of_the_original_names_are_the_same_model(case, prefix, norm, tmp_path):
+def test_single_files_of_the_original_names_are_the_same_model(case, spelt, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    save_file(native_tensors(case, prefix, norm), path)
+    save_file(native_tensors(case, *SPELT[spelt]), path)
     family = get_family(ModelConfig(path=path, config=str(folder_of(case))))
     assert family.name == case.family
     wanted = family_of(case).load_denoiser(torch.float32).state_dict()
