@@ -123,7 +123,7 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
     pipeline(
-        prompt=[*PROMPTS], height=height, width=width, num_inference_steps=2, output_type=\"np\",
+        prompt=[*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
     noisy, timestep, prediction, _ = steps[0]
