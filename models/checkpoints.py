@@ -50,17 +50,21 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
         raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
     if found is not None and config.family not in (None, found):
         raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
-    cls = classes[found or config.family or ""]
-    if not config.train_text_encoder:
-        return cls
+    family = classes[found or config.family or ""]
+    if config.guidance is not None and not family.takes_guidance:
+        raise ModelError(f"--model.guidance {config.guidance:g}: models of the family {family.name} are told none")
+    return training_text(family, config) if config.train_text_encoder else family
+
+
+def training_text(family: type["ModelFamily"], config: ModelConfig) -> type["ModelFamily"]:
+    """`family` with its text encoders trained too. ModelError if they cannot be."""
     from models.unet import UNetFamily
     from models.with_text import trains_text
 
-    if not issubclass(cls, UNetFamily):
-        raise ModelError(
-            f"--model.train_text_encoder: {config.path} is {cls.name}, whose text encoders are no CLIP alone"
-        )
-    return trains_text(cls)
+    if not issubclass(family, UNetFamily):
+        why = f"{config.path} is {family.name}, whose text encoders are not CLIP alone"
+        raise ModelError(f"--model.train_text_encoder: {why}")
+    return trains_text(family)
 
 
 def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:

@@ -43,6 +43,9 @@ class ModelConfig:
     once before training. Their layers' names begin with text_encoder."""
     vae: str | None = None
     """A VAE in place of the model's own: a .safetensors file or a folder of diffusers."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """The guidance that a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) is told in training; None: 1. Previews have
+    their own."""
 
 
 @dataclass(frozen=True)

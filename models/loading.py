@@ -21,6 +21,7 @@ from models.base import ModelFamily
 from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, local_path
 from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
+from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
@@ -94,9 +95,8 @@ class DiffusersFamily(ModelFamily):
     @cached_property
     def _from_pretrained(self) -> dict[str, Any]:
         """Options of from_pretrained."""
-        local = Path(self.source).is_dir()
         variant = self.config.variant if self.path.is_dir() else None
-        return {"variant": variant, "use_safetensors": True, "local_files_only": local}
+        return {"variant": variant, "use_safetensors": True, "local_files_only": Path(self.source).is_dir()}
 
     def _load(self, *wanted: str, denoiser: nn.Module | None = None) -> Any:
         """diffusers' pipeline with the components `wanted` loaded, `denoiser` put in if given, and no others."""
@@ -109,11 +109,12 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
-        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
-        left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
-        options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            own = self.own_parts(wanted)
+            there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
+            left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
+            options = {**left_out, **given, **self.pipeline_options}
             if self.path.is_file() and self.is_whole:
                 pipeline = pipeline_class.from_single_file(
                     str(self.path), config=self.config.config, dtype=torch.float32, **options
@@ -122,8 +123,13 @@ class DiffusersFamily(ModelFamily):
                 dtypes = {name: self._text_dtype(name) for name in wanted if name in self.text}
                 options["dtype"] = {"default": torch.float32, **dtypes}
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
+        pipeline.register_modules(**own)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the parts `wanted` that diffusers could not load."""
+        return {}
 
     def _vae_alone(self, path: str) -> nn.Module:
         """A VAE from a file or a folder of its own."""
@@ -162,10 +168,14 @@ class DiffusersFamily(ModelFamily):
                     use_safetensors=True,
                 )  # fmt: skip
             else:
-                given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
-                denoiser = denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
+                denoiser = self.denoiser_of_file(denoiser_class, dtype)
         self.check_denoiser(denoiser.config)
         return denoiser
+
+    def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+        """The denoiser in a single file, as diffusers reads it."""
+        given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
+        return denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
 
     def check_denoiser(self, config: Any) -> None:
         """Raises ModelError if a denoiser of that config is of another family after all."""
@@ -288,12 +298,3 @@ class DiffusersFamily(ModelFamily):
         shift = self.vae_config.get("shift_factor") or self.latent_shift
         scale = self.vae_config.get("scaling_factor") or self.latent_scale
         return (latents - shift) * scale if shift else latents * scale
-
-
-def quieten() -> None:
-    """No progress bars of the libraries' own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

@@ -35,8 +35,12 @@ class Case:
     """Arguments of the pipeline's call by which there is no classifier-free guidance."""
     unpack: Callable[[Any, Tensor, int, int], Tensor] | None = None
     """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    repair: Callable[[Any], None] | None = None
+    """Mends what is wrong in diffusers' pipeline."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -85,7 +89,7 @@ def family_of(case: Case) -> ModelFamily:
 @dataclass
 class Call:
     """What one step of a pipeline showed, in the layout of latents: the noisy latents, the timestep and the prediction
-    that its scheduler was given; what it decoded, and the latents that it decoded."""
+    that its scheduler was given; the last latents, and those that it decoded, raw as they are stored."""
 
     noisy: Tensor
     timestep: Tensor
@@ -102,6 +106,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     absent = {name: None for name, part in index.items() if part == [None, None]}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
+    if case.repair:
+        case.repair(pipeline)
     steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     step, decode = pipeline.scheduler.step, pipeline.vae.decode
     decoded: list[Tensor] = []
@@ -117,13 +123,14 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
     pipeline(
-        PROMPTS, height=height, width=width, num_inference_steps=2, output_type="np",
+        prompt=[*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
     noisy, timestep, prediction, _ = steps[0]
     unpack = case.unpack or (lambda _, latents, *__: latents)
     noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
-    return Call(noisy, torch.as_tensor(timestep), prediction, final, decoded[0])
+    raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
+    return Call(noisy, torch.as_tensor(timestep), prediction, final, raw)
 
 
 def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
