@@ -95,9 +95,8 @@ class DiffusersFamily(ModelFamily):
     @cached_property
     def _from_pretrained(self) -> dict[str, Any]:
         """Options of from_pretrained."""
-        local = Path(self.source).is_dir()
         variant = self.config.variant if self.path.is_dir() else None
-        return {"variant": variant, "use_safetensors": True, "local_files_only": local}
+        return {"variant": variant, "use_safetensors": True, "local_files_only": Path(self.source).is_dir()}
 
     def _load(self, *wanted: str, denoiser: nn.Module | None = None) -> Any:
         """diffusers' pipeline with the components `wanted` loaded, `denoiser` put in if given, and no others."""
@@ -110,8 +109,7 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
-        with self._faults_told():
-            own = self.own_parts(wanted)
+        own = self.own_parts(wanted)
         there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
         left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
         options = {**left_out, **given, **self.pipeline_options}
