@@ -18,6 +18,8 @@ FAMILIES = {
     "flux": "flux1",
     "flux_schnell": "flux1",
     "chroma": "chroma",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16
