@@ -21,6 +21,8 @@ FAMILIES = {
     "flux2": "flux2",
     "flux2_klein_4b": "flux2_klein",
     "flux2_klein_9b": "flux2_klein",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16
