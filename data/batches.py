@@ -14,11 +14,8 @@ from torch import Tensor
 from data.index import LatentDataset
 from data.noise import altered, stratified
 from data.schedule import Schedule, key
-<<<<<<< HEAD
 from data.schema import MEDIA_TENSORS
-=======
 from models.config import ObjectiveConfig
->>>>>>> objectives
 
 AHEAD = 2  # batches per thread that may wait for the loop
 

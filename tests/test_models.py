@@ -86,8 +86,8 @@ def test_every_form_gives_the_model_of_the_folder(forms, form):
     assert family.normalise(latents).equal(expected.normalise(expected_latents))
 
     process, expected_process = (f.process(ObjectiveConfig()) for f in (family, expected))
-    assert objective.prediction_type == expected_objective.prediction_type == "epsilon"
-    assert objective.alphas_cumprod.equal(expected_objective.alphas_cumprod)
+    assert process.prediction_type == expected_process.prediction_type == "epsilon"
+    assert process.alphas_cumprod.equal(expected_process.alphas_cumprod)
 
 
 def test_every_form_names_the_files_that_it_reads(forms):
@@ -227,8 +227,8 @@ ASK: dict[str, Callable[[ModelFamily], object]] = {
         pytest.param(without("vae"), "encoders", "config.json", id="no vae"),
         pytest.param(without("vae"), "normalise", "config.json", id="no vae, all encoded before"),
         pytest.param(without("tokenizer"), "encoders", "tokenizer", id="no tokenizer"),
-        pytest.param(without("scheduler"), "objective", "scheduler_config", id="no scheduler"),
-        pytest.param(edited(SCHEDULER, prediction_type="sample"), "objective", "sample", id="scheduler predicts x0"),
+        pytest.param(without("scheduler"), "process", "scheduler_config", id="no scheduler"),
+        pytest.param(edited(SCHEDULER, prediction_type="sample"), "process", "sample", id="scheduler predicts x0"),
     ],
 )
 def test_a_broken_folder_is_a_message(copy, breaks, ask, words):
@@ -255,7 +255,7 @@ def test_a_file_that_is_no_checkpoint_is_a_message(tmp_path, content, config, as
 
 def test_a_file_whose_config_cannot_be_had_is_a_message_that_says_what_to_do(single_file):
     config = ModelConfig(path=str(single_file))
-    for ask in ("denoiser", "encoders", "objective"):
+    for ask in ("denoiser", "encoders", "process"):
         with pytest.raises(ModelError, match=r"--model\.config") as caught:
             ASK[ask](get_family(config))
         assert_one_message_about(caught.value, config)
