@@ -111,6 +111,12 @@ class DataConfig(CaptionOptions):
     """Longest side of a bucket; None: twice data.resolution."""
     upscale: bool = True
     """Enlarge images that are smaller than their bucket. Off: they get a smaller bucket."""
+    frames: Annotated[int, Field(ge=1)] = 1
+    """Frames of a clip of a video, for models of videos; a video that has fewer gives as many as the model can take."""
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames of a clip per second, whatever a video's own rate; None: the model's."""
+    clip: Literal["first", "spread"] = "first"
+    """Which clips of a video are trained on. first: its beginning. spread: as many as fit into it, spread evenly."""
     flip: bool = False
     """Mirror every other visit of an image from left to right, at random; encoded beside the image."""
     vae_sampling: Literal["mode", "sample"] = "mode"

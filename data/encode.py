@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import images, schema, tables
+from data import images, schema, tables, video
 from data.buckets import Crop
 from data.config import DataConfig, DataError
 from data.identity import key_of
 from data.index import Stores
-from data.plan import Planner, ahead, has_images
+from data.plan import AHEAD, FEW, Planner, ahead, has_images
 from data.store import Store
+from data.video import Clip
 from models.base import ModelFamily
 
 MOST_NAMED, MOST_LETTERS = 20, 100  # of captions that are too long
@@ -171,10 +172,12 @@ def encode_media(work: Work, store: Store, todo: np.ndarray) -> None:
     pending: dict[torch.Size, list[Picture]] = {}
 
     def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        for picture in work.progress(ahead(lambda make: make(), decoding(work, places)), len(places), "images"):
+        most = AHEAD if work.planner.sources.clips is None else FEW
+        decoded = ahead(lambda make: make(), decoding(work, places), most)
+        for picture in work.progress(decoded, len(places), "images"):
             waiting = pending.setdefault(picture.pixels.shape, [])
             waiting.append(picture)
-            if len(waiting) == work.config.encode_batch_size:
+            if len(waiting) == together(work, picture):
                 yield from encoded(work, encoders, pending.pop(picture.pixels.shape))
         for waiting in pending.values():
             yield from encoded(work, encoders, waiting)
@@ -207,22 +210,35 @@ def picture(
     if isinstance(content, DataError):
         raise DataError(f"{entry['name']}: {content}")
     crop, config, mask, mask_content = Crop(*row["crop"]), work.config, None, b""
+    clip = Clip.of(row["clip"]) if row["clip"] else None
     if entry["mask"]:
         with open(entry["mask"], "rb") as file:
             mask_content = file.read()
-    key = work.planner.media_key(key_of(content), key_of(mask_content), crop, flip)
+    key = work.planner.media_key(key_of(content), key_of(mask_content), (crop, clip), flip)
     if key != row["media"][int(flip)]:
         raise DataError(f"{entry['name']}: changed since it was looked at; run again")
+    whole = torch.ones(crop.crop_height, crop.crop_width)
     if config.masks == "alpha":
-        mask = images.alpha_mask(content, crop, flip)
+        mask = images.alpha_mask(content, crop, flip) if clip is None else whole
     elif config.masks == "files":
-        whole = torch.ones(crop.crop_height, crop.crop_width)
         mask = images.mask_file(mask_content, crop, flip) if entry["mask"] else whole
-    return Picture(row["media"][int(flip)], images.pixels(content, crop, config.background, flip), mask)
+    return Picture(row["media"][int(flip)], pixels_of(content, crop, clip, config.background, flip), mask)
+
+
+def pixels_of(content: bytes, crop: Crop, clip: Clip | None, background: str, flip: bool = False) -> Tensor:
+    """Of an image or of a clip of a video: (3, [F,] H, W)."""
+    if clip is None:
+        return images.pixels(content, crop, background, flip)
+    return video.pixels(content, crop, clip, background, flip)
+
+
+def together(work: Work, picture: Picture) -> int:
+    """How many like it are encoded together: videos one by one."""
+    return work.config.encode_batch_size if picture.pixels.ndim == 3 else 1
 
 
 def encoded(work: Work, encoders: Any, pictures: list[Picture]) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-    size = work.config.encode_batch_size
+    size = together(work, pictures[0])
     pixels = torch.stack([p.pixels for p in pictures] + [pictures[0].pixels] * (size - len(pictures)))
     pixels = pixels.to(work.device)
     mean, deviation = work.family.encode_media(encoders, pixels)

@@ -115,11 +115,20 @@ def pixels(data: bytes, crop: Crop, background: str, flip: bool = False) -> Tens
     if fault := colour_fault(background):
         raise DataError(fault)
     layers = decode(data)
-    image = to_srgb(layers.colour, layers.profile)
-    if layers.alpha is not None:
-        canvas = Image.new("RGB", image.size, background)
-        canvas.paste(image, mask=layers.alpha)
-        image = canvas
+    return scaled(over(to_srgb(layers.colour, layers.profile), background, layers.alpha), crop, flip)
+
+
+def over(image: Image.Image, background: str, alpha: Image.Image | None = None) -> Image.Image:
+    """The image in RGB over `background` where `alpha`, or its own, is not opaque."""
+    if alpha is None and image.mode != "RGBA":
+        return image
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A") if alpha is None else alpha)
+    return canvas
+
+
+def scaled(image: Image.Image, crop: Crop, flip: bool) -> Tensor:
+    """The crop's window of an RGB image, (3, crop_height, crop_width) float32 in [-1, 1]."""
     return torch.from_numpy(window(image, crop, flip) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -154,11 +163,15 @@ def colour_fault(background: str) -> str | None:
     return f"{background!r} is not a colour; give a name such as white, black or gray, or #rrggbb"
 
 
+def reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile.ImageFile] | None:
+    return next((reader for magic, reader in READERS if magic.match(data)), None)
+
+
 def decode(data: bytes) -> Layers:
     """The first frame of a file's content, turned as its EXIF says; raises DataError saying why there is none."""
     if not data:
         raise DataError("the file is empty")
-    reader = next((reader for magic, reader in READERS if magic.match(data)), None)
+    reader = reader_of(data)
     if reader is None:
         raise DataError("not an image (PNG, JPEG, WebP, GIF, TIFF or BMP)")
     try:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data import images, tables
+from data import images, tables, video
 from data.buckets import Buckets, Crop
 from data.captions import as_given, variants
 from data.config import DataConfig, DataError, SourceConfig
@@ -22,6 +23,7 @@ from data.sources import Source
 from data.store import MISSING, Store
 
 AHEAD = 32  # rows that are read ahead of the one that is worked on
+FEW = 2  # where they may be videos: a clip's pixels take hundreds of MB
 VERSION = "2"  # of what is stored; a change makes every row be encoded anew
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,6 +36,8 @@ class Sources:
     config: DataConfig
     opened: tuple[Source, ...]
     held_out_from: int
+    clips: video.Clips | None = None
+    """What is taken of a video; None for models of images."""
 
     def contents(self, cells: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
         """Rows of a listing, which ascend, with their files."""
@@ -58,29 +62,32 @@ def write_listing(sources: Sources, path: Path) -> list[str]:
     return faults
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def ahead(work: Callable[[T], R], items: Iterable[T], most: int = AHEAD) -> Iterator[R]:
     """`work` of each item, in order, in threads that are a bounded number of items ahead."""
     pending: list[Any] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for item in items:
             pending.append(pool.submit(work, item))
-            if len(pending) >= AHEAD:
+            if len(pending) >= most:
                 yield pending.pop(0).result()
         for future in pending:
             yield future.result()
 
 
-def facts_key(cells: dict[str, Any]) -> bytes:
-    return key_of("facts", cells["stamp"], stamp_of(Path(cells["mask"])) if cells["mask"] else "")
+def facts_key(cells: dict[str, Any], videos: bool) -> bytes:
+    mask = stamp_of(Path(cells["mask"])) if cells["mask"] else ""
+    return key_of("facts", cells["stamp"], mask, *["videos"] * videos)
 
 
-def look(given: tuple[dict[str, Any], bytes | DataError]) -> tuple[dict[str, Any], dict[str, Tensor] | str]:
+def look(
+    videos: bool, given: tuple[dict[str, Any], bytes | DataError]
+) -> tuple[dict[str, Any], dict[str, Tensor] | str]:
     """A row with what must be known of its content, or what is wrong with it."""
     cells, content = given
     try:
         if isinstance(content, DataError):
             raise content
-        facts = images.check(content)
+        facts = video.check(content) if videos and video.is_video(content) else images.check(content)
         mask = b""
         if cells["mask"]:
             mask = Path(cells["mask"]).read_bytes()
@@ -88,8 +95,10 @@ def look(given: tuple[dict[str, Any], bytes | DataError]) -> tuple[dict[str, Any
     except (OSError, DataError) as error:
         return cells, f"{cells['name']}: {error}"
     found = torch.frombuffer(bytearray(key_of(content) + key_of(mask)), dtype=torch.uint8)
-    size = torch.tensor([facts.width, facts.height], dtype=torch.int32)
-    return cells, {"content": found, "size": size}
+    known = {"content": found, "size": torch.tensor([facts.width, facts.height], dtype=torch.int32)}
+    if isinstance(facts, video.Facts):
+        known["seconds"] = torch.tensor(facts.seconds, dtype=torch.float64)
+    return cells, known
 
 
 def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[int, int]) -> list[tuple[int, str]]:
@@ -97,39 +106,46 @@ def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[in
     content. Returns the rows with a fault, and the fault."""
     table = tables.mapped(listing)
     rank, ranks = share
+    videos = sources.clips is not None
     faults: list[tuple[int, str]] = []
 
     def unknown() -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
         for start in range(0, len(table), tables.BATCH):
             numbers = np.arange(start, min(start + tables.BATCH, len(table)))
             cells = [{**row, "entry": n} for n, row in tables.rows_of(table, numbers[numbers % ranks == rank])]
-            yield from sources.contents([row for row in cells if facts_key(row) not in facts])
+            yield from sources.contents([row for row in cells if facts_key(row, videos) not in facts])
 
     def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        for cells, found in ahead(look, unknown()):
+        for cells, found in ahead(partial(look, videos), unknown(), FEW if videos else AHEAD):
             if isinstance(found, str):
                 faults.append((cells["entry"], found))
             else:
-                yield facts_key(cells), found
+                yield facts_key(cells, videos), found
 
     facts.write(rows())
     return faults
 
 
 class Planner:
-    """Makes a row of tables.ROWS from a row of the listing."""
+    """Makes rows of tables.ROWS from a row of the listing: one, or of a video one for each clip."""
 
     def __init__(self, sources: Sources, facts: Store, buckets: Buckets):
         self.sources, self.facts, self.buckets = sources, facts, buckets
         self.config = sources.config
 
-    def row(self, entry: int, cells: dict[str, Any]) -> dict[str, Any]:
+    def rows(self, entry: int, cells: dict[str, Any]) -> Iterator[dict[str, Any]]:
         source = self.sources.opened[cells["source"]]
         held_out = cells["source"] >= self.sources.held_out_from
         config = source.config
-        known = source.planned(cells["row"])
-        if known is None:
-            known = self._images(cells, config, held_out) if source.has_images else self._tensors(cells)
+        planned = source.planned(cells["row"])
+        if planned is not None:
+            every = [planned]
+        else:
+            every = self._images(cells, config, held_out) if source.has_images else [self._tensors(cells)]
+        yield from (self._row(entry, cells, known, held_out) for known in every)
+
+    def _row(self, entry: int, cells: dict[str, Any], known: dict[str, Any], held_out: bool) -> dict[str, Any]:
+        config = self.sources.opened[cells["source"]].config
         prior = self.config.prior_weight if config.regularisation else 1.0
         held_out = held_out or bool(known.get("held_out"))  # an encoded dataset says so itself
         trained_on = not (config.regularisation or held_out) and known.get("may_hold_out", True)
@@ -143,19 +159,28 @@ class Planner:
             "may_hold_out": not config.regularisation and known.get("may_hold_out", True),
         }
 
-    def _images(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, Any]:
-        """What is stored of an image."""
+    def _images(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> list[dict[str, Any]]:
+        """What is stored of an image, or of each clip of a video."""
         shares = self.shares(cells, config, held_out)
-        content, mask, crop = self._facts(cells)
+        found = self.facts[facts_key(cells, self.sources.clips is not None)]
+        both = bytes(found["content"].tolist())
+        content, mask, crop = both[:16], both[16:], self.buckets.crop(*found["size"].tolist())
         # held-out rows are never mirrored, but all rows have as many keys
         flips = (False, not held_out) if self.config.flip else (False,)
-        return {
-            "content": content,
-            "media": [self.media_key(content, mask, crop, flip) for flip in flips],
-            "texts": [key_of(text) for text in shares],
-            "shares": list(shares.values()),
-            "crop": list(astuple(crop)),
-        }
+        clips: list[video.Clip | None] = [None]
+        if self.sources.clips is not None and "seconds" in found:
+            clips = [*self.sources.clips.of(found["seconds"].item())]
+        return [
+            {
+                "content": content,
+                "media": [self.media_key(content, mask, (crop, clip), flip) for flip in flips],
+                "texts": [key_of(text) for text in shares],
+                "shares": list(shares.values()),
+                "crop": list(astuple(crop)),
+                "clip": clip and list(astuple(clip)),
+            }
+            for clip in clips
+        ]
 
     def _tensors(self, cells: dict[str, Any]) -> dict[str, Any]:
         """What is stored of latents and conditioning that are taken as they are."""
@@ -175,14 +200,10 @@ class Planner:
             return {as_given(cells["captions"][0], config): 1.0}
         return variants(cells["captions"], config, self.config.max_variants)
 
-    def _facts(self, cells: dict[str, Any]) -> tuple[bytes, bytes, Crop]:
-        found = self.facts[facts_key(cells)]
-        both = bytes(found["content"].tolist())
-        return both[:16], both[16:], self.buckets.crop(*found["size"].tolist())
-
-    def media_key(self, content: bytes, mask: bytes, crop: Crop, flip: bool) -> bytes:
-        masks = self.config.masks if self.config.masks != "files" else mask.hex()
-        return key_of(content, crop.name(), "mirrored" if flip else "", self.config.background, masks)
+    def media_key(self, content: bytes, mask: bytes, part: tuple[Crop, video.Clip | None], flip: bool) -> bytes:
+        masks, (crop, clip) = self.config.masks if self.config.masks != "files" else mask.hex(), part
+        frames = () if clip is None else (clip.name(),)
+        return key_of(content, crop.name(), "mirrored" if flip else "", self.config.background, masks, *frames)
 
 
 def write_rows(planner: Planner, listing: Path, path: Path, bad: set[int]) -> None:
@@ -190,7 +211,19 @@ def write_rows(planner: Planner, listing: Path, path: Path, bad: set[int]) -> No
     with tables.writing(path, tables.ROWS) as table:
         for entry, cells in tables.rows_of(tables.mapped(listing)):
             if entry not in bad:
-                table.add(planner.row(entry, cells))
+                for row in planner.rows(entry, cells):
+                    table.add(row)
+
+
+def short_videos(rows: pa.Table, listing: pa.Table, wanted: video.Clips | None) -> list[str]:
+    """The videos of which less is taken than is wanted, and how much."""
+    if wanted is None:
+        return []
+    found = video.frames_of(rows)
+    short = np.flatnonzero((found > 0) & (found < wanted.frames))
+    entries = tables.rows_of(listing, rows.column("entry").to_numpy()[short])
+    taken = zip(entries, found[short].tolist(), strict=True)
+    return [f"{cells['name']}: {frames} of them are taken, {wanted.fps:g} a second" for (_, cells), frames in taken]
 
 
 def missing(keys: np.ndarray, store: Store, wanted: np.ndarray) -> np.ndarray:

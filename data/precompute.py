@@ -29,11 +29,22 @@ from data.config import DataConfig, DataError, SourceConfig
 from data.files import is_old
 from data.identity import KEY_BYTES, digest, files_identity, key_of
 from data.index import LatentDataset, Stores, write_index
-from data.plan import VERSION, Planner, Sources, has_images, inspect_share, missing, write_listing, write_rows
+from data.plan import (
+    VERSION,
+    Planner,
+    Sources,
+    has_images,
+    inspect_share,
+    missing,
+    short_videos,
+    write_listing,
+    write_rows,
+)
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
 from data.store import Store, damaged, discard
 from data.turns import Turns
+from data.video import Clips
 from models.base import ModelFamily
 
 MOST_LISTED = 50
@@ -106,7 +117,10 @@ class Build:
             opened = tuple(open_source(source, config, family, self.identities) for source in configs)
         except OSError as error:
             raise DataError(f"the training data cannot be read: {error}") from error
-        self.sources = Sources(config, opened, len(configs) - len(held_out))
+        clips = Clips.wanted(config, family.frame_step, family.fps) if family.media == "video" else None
+        if clips is None and config.frames > 1:
+            raise DataError(f"--data.frames {config.frames}: this model makes images")
+        self.sources = Sources(config, opened, len(configs) - len(held_out), clips)
 
     def plan(self, only_square: bool) -> "Planned":
         """All but encoding: what there is, what of it is trained on, and what is missing."""
@@ -179,6 +193,8 @@ class Build:
         """Writes the rows, and which of their media and captions are to be encoded; returns how many these are."""
         write_rows(planner, self.listing, self.rows, bad)
         rows = tables.mapped(self.rows)
+        if short := short_videos(rows, tables.mapped(self.listing), self.sources.clips):
+            print(listed(f"{len(short)} videos have fewer frames than --data.frames {self.config.frames}", short))
         stores.media.reload()
         stores.text.reload()
         texts = tables.keys(rows.column("texts"))

@@ -28,10 +28,12 @@ ROWS = pa.schema(
         ("texts", pa.list_(pa.binary(KEY_BYTES))), ("shares", pa.list_(pa.float32())),
         ("crop", pa.list_(pa.int32(), 8)), ("repeats", pa.int32()), ("weight", pa.float32()),
         ("dropout", pa.float32()), ("held_out", pa.bool_()), ("may_hold_out", pa.bool_()),
+        ("clip", pa.list_(pa.float64())),
     ]
 )  # fmt: skip
 """What is trained on. `entry`: its row in the listing. `media`: keys of its latents, of the mirrored ones too if there
-are. `texts` and `shares`: keys of its captions, and how often each is drawn. `crop`: the fields of buckets.Crop."""
+are. `texts` and `shares`: keys of its captions, and how often each is drawn. `crop`: the fields of buckets.Crop.
+`clip`: those of video.Clip, if it is one."""
 
 
 class Writer:

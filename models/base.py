@@ -73,6 +73,10 @@ class ModelFamily(ABC):
     """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
     pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then
     has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name."""
+    frame_step: ClassVar[int] = 1
+    """Videos have one more frame than a multiple of this, and their latents one more than that multiple."""
+    fps: ClassVar[float] = 16.0
+    """Frames per second of the videos that the base model was trained on."""
     comfy_frames: ClassVar[bool] = False
     """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
     media_cond: ClassVar[tuple[str, ...]] = ()

@@ -11,11 +11,13 @@ import datasets
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import script
+from conftest import BASE, script
 from PIL import Image
 
 from data.config import DataConfig, DataError, SourceConfig
 from data.sources import open_source
+from models import get_family
+from models.config import ModelConfig
 
 
 def png(color=(255, 0, 0), size=(8, 8), mode="RGB", image_format="PNG") -> bytes:
@@ -26,7 +28,7 @@ def png(color=(255, 0, 0), size=(8, 8), mode="RGB", image_format="PNG") -> bytes
 
 def opened(folder, **options):
     data = DataConfig(images=str(folder), **options)
-    return open_source(data.all_sources()[0], data, None, {})
+    return open_source(data.all_sources()[0], data, get_family(ModelConfig(path=str(BASE))), {})
 
 
 def found(folder, **options):

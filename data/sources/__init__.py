@@ -29,7 +29,7 @@ def open_source(config: SourceConfig, data: DataConfig, family: ModelFamily, ide
     if kind == "images":
         from data.sources.folder import FolderSource
 
-        return FolderSource(config, data)
+        return FolderSource(config, data, family.media == "video")
     if kind == "dataset":
         from data.sources.table import TableSource
 

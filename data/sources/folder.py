@@ -12,6 +12,7 @@ from data.files import stamp_of
 from data.images import EXTENSIONS
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, is_text, read_metadata
+from data.video import EXTENSIONS as VIDEOS
 
 MASK = "_mask"
 
@@ -36,16 +37,18 @@ class Directory:
 class FolderSource(Source):
     """A folder of images, with its sub-folders."""
 
-    def __init__(self, config: SourceConfig, data: DataConfig):
+    def __init__(self, config: SourceConfig, data: DataConfig, videos: bool = False):
+        """`videos`: whether video files are taken too."""
         super().__init__(config)
         self.folder, self.with_masks = Path(config.path), data.masks == "files"
+        self.extensions = EXTENSIONS | VIDEOS if videos else EXTENSIONS
         self.count = 0
 
     def entries(self, faults: list[str]) -> Iterator[Entry]:
         counts, shared = self._survey(faults)
         if not counts["images"]:
             found = ", ".join(sorted(counts["others"])) or "nothing"
-            faults.append(f"{self.folder}: no image ({', '.join(sorted(EXTENSIONS))}); it holds {found}")
+            faults.append(f"{self.folder}: no image ({', '.join(sorted(self.extensions))}); it holds {found}")
             return
         if not (counts["captions"] or counts["metadata"] or self.config.caption is not None):
             extensions = " or ".join(self.config.caption_extension or ())
@@ -152,7 +155,7 @@ class FolderSource(Source):
                 continue
             if (other := lower.setdefault(name.lower(), name)) != name:
                 faults.append(f"{file}: differs from {other} by case alone, and is the same file on other systems")
-            if file.suffix.lower() in EXTENSIONS:
+            if file.suffix.lower() in self.extensions:
                 if file.stem.endswith(MASK) and (self.with_masks or of_image(file, names)):
                     directory.masks[file.stem] = file
                 else:
@@ -178,7 +181,7 @@ class FolderSource(Source):
 def of_image(mask: Path, names: list[str]) -> bool:
     """Whether there is an image beside a file that has a mask's name."""
     wanted = mask.stem.removesuffix(MASK)
-    return any(Path(name).stem == wanted and Path(name).suffix.lower() in EXTENSIONS for name in names)
+    return any(Path(name).stem == wanted and Path(name).suffix.lower() in EXTENSIONS | VIDEOS for name in names)
 
 
 def is_directory(item: os.DirEntry) -> bool:

@@ -13,6 +13,7 @@ from data.config import DataConfig
 from data.encode import lists_to_rows
 from data.plan import missing
 from data.precompute import Build, Planned
+from data.video import frames_of
 from models import get_family
 from models.base import ModelFamily
 from training.config import TrainConfig
@@ -115,14 +116,15 @@ def bucket_table(batch_size: int, survey: Survey) -> list[str]:
         ]
     ]
     slow = []
-    for (width, height), counts in sorted(survey.buckets.items()):
+    for (width, height, frames), counts in sorted(survey.buckets.items()):
         batches = counts.visits / batch_size
+        size = f"{width} x {height}" + f", {frames} frames" * (frames > 1)
         lines.append([
-            f"{width} x {height}", str(counts.images), str(counts.held_out), str(counts.visits), f"{batches:.4g}",
+            size, str(counts.images), str(counts.held_out), str(counts.visits), f"{batches:.4g}",
             f"{counts.cropped.mean:.1%}", f"{counts.cropped.most:.1%}",
         ])  # fmt: skip
         if 0 < batches < 1:
-            slow.append(f"{width} x {height} has {counts.visits} visits per epoch, and a micro-batch of {batch_size} "
+            slow.append(f"{size} has {counts.visits} visits per epoch, and a micro-batch of {batch_size} "
                         f"every {batch_size / counts.visits:.3g} epochs")  # fmt: skip
     found = Named()
     for line in slow:
@@ -189,6 +191,7 @@ class Encoding:
         owners = lists_to_rows(tables.lengths(rows.column("media")))[lacking]
         numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (config.masks != "none")
         cells = (sizes(rows)[owners].astype(np.int64) // family.latent_step()).prod(axis=1)
+        cells *= 1 + (np.maximum(frames_of(rows), 1)[owners] - 1) // family.frame_step
         of_images = planned.work.has_images()[lists_to_rows(tables.lengths(rows.column("texts")))]
         # caption dropout needs the empty prompt, which is in no row
         empty = planned.missing_captions - len(missing(texts, stores.text, of_images))

@@ -16,6 +16,7 @@ from data.config import SourceConfig
 from data.encode import Work
 from data.precompute import Planned
 from data.sources import kind_of
+from data.video import Clip
 from models.base import ModelFamily
 
 MOST_NAMED = 10
@@ -77,7 +78,7 @@ class SourceCounts:
 
 @dataclass
 class BucketCounts:
-    """The images of one size; `cropped`: which share of the scaled image is not seen."""
+    """The images of one size and number of frames; `cropped`: which share of the scaled image is not seen."""
 
     images: int = 0
     held_out: int = 0
@@ -112,15 +113,18 @@ class Survey:
         self.held_out = np.zeros(len(planned.work.rows), bool)
         self.held_out[held_out] = True
         self.sources = [SourceCounts() for _ in self.work.planner.sources.opened]
-        self.buckets: dict[tuple[int, int], BucketCounts] = {}
+        self.buckets: dict[tuple[int, int, int], BucketCounts] = {}
         self.captions = Captions()
         self.variants = Span()
         self.enlarged = 0
         self.most_enlarged: list[tuple[float, int, str]] = []
         self._waiting: dict[str, list[str]] = {}
+        entry = -1
         for number, row, cells in pairs(self.work):
             self._add(number, row, cells)
-            self._add_captions(row, cells)
+            if row["entry"] != entry:  # clips of one video share their captions
+                self._add_captions(row, cells)
+            entry = row["entry"]
         self._tokenise()
         self.most_enlarged.sort(reverse=True)
 
@@ -130,13 +134,13 @@ class Survey:
 
     def _add(self, number: int, row: dict[str, Any], cells: dict[str, Any]) -> None:
         crop, source = Crop(*row["crop"]), self.sources[cells["source"]]
-        bucket = self.buckets.setdefault((crop.crop_width, crop.crop_height), BucketCounts())
+        frames = Clip.of(row["clip"]).frames if row["clip"] else 1
+        bucket = self.buckets.setdefault((crop.crop_width, crop.crop_height, frames), BucketCounts())
         visits = 0 if self.held_out[number] else row["repeats"]
         for counts in (source, bucket):
             counts.images += 1
             counts.held_out += bool(self.held_out[number])
             counts.visits += visits
-        source.captions += len(cells["captions"])
         source.repeats.add(row["repeats"])
         source.weight.add(round(row["weight"], 4))
         bucket.cropped.add(1 - crop.crop_width * crop.crop_height / (crop.scaled_width * crop.scaled_height))
@@ -151,6 +155,7 @@ class Survey:
 
     def _add_captions(self, row: dict[str, Any], cells: dict[str, Any]) -> None:
         source, name, found = self._config(cells), self.name(cells), self.captions
+        self.sources[cells["source"]].captions += len(cells["captions"])
         for given in cells["captions"]:
             found.hashes += blake2b(given.encode(), digest_size=8).digest()
             caption = as_given(given, source)
@@ -183,8 +188,8 @@ class Survey:
 def pairs(work: Work) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
     """Number and cells of each row of the plan, with the cells of its entry in the listing; both ascend."""
     listed = tables.rows_of(work.listing)
+    entry, cells = -1, dict[str, Any]()
     for number, row in tables.rows_of(work.rows):
-        entry, cells = next(listed)
         while entry < row["entry"]:
             entry, cells = next(listed)
         yield number, row, cells
@@ -208,12 +213,12 @@ def kind(config: SourceConfig) -> str:
 
 def alike(work: Work, held_out: np.ndarray) -> Named:
     """Groups of images whose files are the same."""
-    contents = tables.keys(work.rows.column("content"))
+    entries, first_rows = np.unique(work.rows.column("entry").to_numpy(), return_index=True)  # not each of its clips
+    contents, held_out = tables.keys(work.rows.column("content"))[first_rows], held_out[first_rows]
     order = np.argsort(contents, kind="stable")
     same = np.concatenate([[False], contents[order][1:] == contents[order][:-1], [False]]).astype(np.int8)
     starts, ends = np.flatnonzero(np.diff(same) == 1), np.flatnonzero(np.diff(same) == -1) + 1
     first = np.argsort(order[starts], kind="stable")[:MOST_NAMED]
-    entries = work.rows.column("entry").to_numpy()
     groups = Named(len(starts))
     for start, end in zip(starts[first].tolist(), ends[first].tolist(), strict=True):
         rows = order[start:end]

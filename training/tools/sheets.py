@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from data import images, tables
+from data import tables
 from data.buckets import Crop
 from data.config import DataError
+from data.encode import pixels_of
 from data.plan import ahead
 from data.precompute import Planned
 from data.store import MISSING
+from data.video import Clip
 from models.base import ModelFamily
 from training.files import write_file
 from training.preview import wrapped
@@ -126,21 +128,27 @@ def cells_of(planned: Planned, rows: np.ndarray) -> list[tuple[int, Cells, Cells
 def pictured(planned: Planned, rows: np.ndarray) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
     """Thumbnails of images, each source read once from front to back."""
     wanted = cells_of(planned, rows)
-    by_entry = {cells["entry"]: (number, row) for number, row, cells in wanted}
+    by_entry: dict[int, list[tuple[int, Cells]]] = {}
+    for number, row, cells in wanted:
+        by_entry.setdefault(cells["entry"], []).append((number, row))
     background = planned.work.config.background
 
-    def thumbnail_of(given: tuple[Cells, bytes | DataError]) -> tuple[int, Cells, Cells, Image.Image]:
+    def thumbnails_of(given: tuple[Cells, bytes | DataError]) -> list[tuple[int, Cells, Cells, Image.Image]]:
         cells, content = given
-        number, row = by_entry[cells["entry"]]
+        found = []
         try:
             if isinstance(content, DataError):
                 raise content
-            pixels = images.pixels(content, Crop(*row["crop"]), background)
+            for number, row in by_entry[cells["entry"]]:
+                first = replace(Clip.of(row["clip"]), frames=1) if row["clip"] else None
+                pixels = pixels_of(content, Crop(*row["crop"]), first, background)
+                found.append((number, row, cells, thumbnail(pixels)))
         except DataError as error:
             raise DataError(f"{cells['name']}: {error}") from error
-        return number, row, cells, thumbnail(pixels)
+        return found
 
-    yield from ahead(thumbnail_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted]))
+    for found in ahead(thumbnails_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted])):
+        yield from found
 
 
 @torch.no_grad()
