@@ -41,6 +41,10 @@ class Case:
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
     """Of the command line, for a training of this case."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Options of the model section, besides its path."""
+    step: int = 0
+    """Which step of the pipeline calls the denoiser that the family trains."""
 
     def __str__(self) -> str:
         return self.name or self.family
@@ -79,7 +83,7 @@ def livelier(module: torch.nn.Module) -> None:
 
 
 def family_of(case: Case) -> ModelFamily:
-    return get_family(ModelConfig(path=str(folder_of(case))))
+    return get_family(ModelConfig(path=str(folder_of(case)), **case.model))
 
 
 @dataclass
@@ -95,7 +99,7 @@ class Call:
 
 
 def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
-    """The first of two steps of diffusers' own pipeline on PROMPTS."""
+    """One of two steps of diffusers' own pipeline on PROMPTS."""
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
@@ -120,7 +124,7 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
         PROMPTS, height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
-    noisy, timestep, prediction, _ = steps[0]
+    noisy, timestep, prediction, _ = steps[case.step]
     unpack = case.unpack or (lambda _, latents, *__: latents)
     noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
     return Call(noisy, torch.as_tensor(timestep), prediction, final, decoded[0])
