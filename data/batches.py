@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Batch:
     latents: Tensor
     noise: Tensor
     quantile: Tensor
-    cond: dict[str, Tensor]
+    cond: dict[str, Any]
     weight: Tensor
     crop: Tensor
     visits: range
@@ -47,12 +48,11 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function) -> "Batch":
-        moved = {
-            f.name: function(value)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }  # fmt: skip
-        return replace(self, **moved, cond={name: function(tensor) for name, tensor in self.cond.items()})
+        def moved(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+        own = moved({f.name: getattr(self, f.name) for f in fields(self)})
+        return replace(self, **own, cond=self.cond | moved(self.cond))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from data.config import DataError
 if TYPE_CHECKING:
     from data.store import Part
 
-MASK = "attention_mask"
+MASK, LENGTHS = "attention_mask", "lengths"
 Ragged = Mapping[str, int | None]
 """As ModelFamily.ragged."""
 NONE: Ragged = {}
@@ -24,14 +24,16 @@ def is_ragged(name: str, ragged: Ragged) -> bool:
     return name in ragged or (bool(ragged) and name == MASK)
 
 
-def batch_of(found: "list[tuple[Part, int]]", ragged: Ragged) -> dict[str, Tensor]:
-    """All tensors of those rows of parts, each name's as one batch; with an attention_mask if some are `ragged`."""
+def batch_of(found: "list[tuple[Part, int]]", ragged: Ragged) -> dict[str, Any]:
+    """All tensors of those rows of parts, each name's as one batch. If some are `ragged`, with an attention_mask, and
+    with `lengths`: the numbers of tokens of the first of these, which stay on the host."""
     names = found[0][0].columns
-    batch = {name: stacked(found, name) for name in names if not is_ragged(name, ragged)}
+    batch: dict[str, Any] = {name: stacked(found, name) for name in names if not is_ragged(name, ragged)}
     mask = None
     for name in [name for name in ragged if name in names]:
         batch[name], lengths = padded(found, name, ragged[name])
         if mask is None:
+            batch[LENGTHS] = tuple(lengths)
             mask = torch.arange(batch[name].shape[1]) < torch.tensor(lengths)[:, None]
     if mask is not None and MASK not in batch:
         batch[MASK] = padded(found, MASK, mask.shape[1])[0] if MASK in names else mask

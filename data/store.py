@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -142,8 +143,8 @@ class Store:
     def row(self, place: int) -> dict[str, Tensor]:
         return {name: batch[0] for name, batch in self.rows([place]).items()}
 
-    def rows(self, places: Iterable[int], ragged: Ragged = NONE) -> dict[str, Tensor]:
-        """All tensors of those rows, each name's as one batch, with an attention_mask if some are `ragged`."""
+    def rows(self, places: Iterable[int], ragged: Ragged = NONE) -> dict[str, Any]:
+        """As collate.batch_of of those rows."""
         return batch_of([self.part(place) for place in places], ragged)
 
     def kinds(self, places: np.ndarray, ragged: Ragged = NONE) -> np.ndarray:

@@ -5,7 +5,7 @@ Conventions, for every family:
   latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalised (family.normalise) in the loop
   quantile  (B,) in (0, 1): the random input of the noise process. 0 is clean, 1 is pure noise. Training draws it,
             validation fixes it; the timestep as the denoiser wants it is made from it
-  cond      dict of conditioning tensors, batch first
+  cond      dict of conditioning tensors, batch first; and `lengths`, see ModelFamily.ragged
 """
 
 import math
@@ -69,10 +69,13 @@ class ModelFamily(ABC):
     written. The last one holds everything."""
     kohya_is_native: bool
     """Whether kohya's names of the layers are made of the original model's names."""
+    takes_guidance: ClassVar[bool] = False
+    """Whether some models of the family are distilled for guidance: they are told its scale (model.guidance)."""
     ragged: ClassVar[dict[str, int | None]] = {}
     """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
     pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then
-    has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name."""
+    has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name, and
+    `lengths`, how many tokens those are, as a tuple: no device has to be asked for them."""
     frame_step: ClassVar[int] = 1
     """Videos have one more frame than a multiple of this, and their latents one more than that multiple."""
     fps: ClassVar[float] = 16.0
@@ -196,7 +199,7 @@ class ModelFamily(ABC):
         return math.prod(shape[2:]) // 4
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]) -> Tensor:
         """WHEN: in the loop. IN: noisy latents and their timestep. OUT: prediction, shaped like noisy."""
 
     @abstractmethod

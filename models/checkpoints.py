@@ -51,7 +51,10 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
         raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
     if found is not None and config.family not in (None, found):
         raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
-    return classes[found or config.family or ""]
+    family = classes[found or config.family or ""]
+    if config.guidance is not None and not family.takes_guidance:
+        raise ModelError(f"--model.guidance {config.guidance:g}: models of the family {family.name} are told none")
+    return family
 
 
 def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:

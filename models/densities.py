@@ -1,4 +1,4 @@
-"""How noise levels are distributed: maps from a uniform quantile to a level t, both in (0, 1) and rising with the noise.
+"""How noise levels are distributed: maps from a uniform quantile to a level t, both in (0, 1), more noise upward.
 
 All are inverse distribution functions, so that even quantiles are as even a sample as there is. logit-normal, mode and
 cosmap: Esser et al. 2024, "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.

@@ -5,14 +5,20 @@ the original models' code, which ComfyUI has kept.
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.base import Native
+from models.base import Native, check_comfy_cond
 from models.checkpoints import DENOISER_PREFIXES
 from models.config import ModelError
 from models.dit_names import Table, renamed
 from models.loading import DiffusersFamily
+
+ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
+MLP = r".*\.ff(_context)?\.net\.(0\.proj|2)"
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantised weights
 
 
 class TransformerFamily(DiffusersFamily):
@@ -41,19 +47,71 @@ class TransformerFamily(DiffusersFamily):
         for name in names:
             layer, _, kind = name.rpartition(".")
             own = f"{native[layer].name}.{kind}" if layer in native else self.bare_name(name)
-            found[name] = self.stored_prefix + own
+            found[name] = self._as_stored(self.stored_prefix + own)
         return found
+
+    def _as_stored(self, key: str) -> str:
+        """Black Forest Labs' files have `scale` where ComfyUI has a norm's `weight`."""
+        scale = key.removesuffix("weight") + "scale"
+        return scale if key not in self._stored_keys and scale in self._stored_keys else key
 
     def bare_name(self, name: str) -> str:
         """The original name of a parameter that is of no layer."""
         return name
 
     @cached_property
+    def _stored_keys(self) -> set[str]:
+        """Names of the tensors of a single file."""
+        with self._faults_told(), safe_open(self.path, framework="pt") as file:
+            return set(file.keys())
+
+    @cached_property
     def stored_prefix(self) -> str:
         """What stands before the names of the denoiser's weights in a single file."""
-        with self._faults_told(), safe_open(self.path, framework="pt") as file:
-            names = list(file.keys())
-        return next((p for p in DENOISER_PREFIXES if any(name.startswith(p) for name in names)), "")
+        return next((p for p in DENOISER_PREFIXES if any(name.startswith(p) for name in self._stored_keys)), "")
+
+    def denoiser_by_names(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+        """The denoiser in a single file, read by the table of names; for any size of model."""
+        with init_empty_weights(include_buffers=False):
+            denoiser = denoiser_class.from_config(self.denoiser_config)
+        wanted = self.stored_names(denoiser)
+        if missing := sorted(set(wanted.values()) - self._stored_keys):
+            raise ModelError(f"--model.path {self.config.path} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+        if any(key.endswith(SCALES) for key in self._stored_keys):
+            raise ModelError(f"--model.path {self.config.path} has scaled fp8 weights, which are not read")
+        native, state = self.native_names(denoiser), {}
+        with safe_open(self.path, framework="pt") as file:
+            for name, key in wanted.items():
+                layer = native.get(name.rpartition(".")[0], Native(key))
+                first, count = layer.rows or (0, None)
+                part = file.get_slice(key)[first : count and first + count].to(dtype)
+                state[name] = part.roll(len(part) // 2, 0) if layer.swapped else part
+        denoiser.load_state_dict(state, assign=True)
+        return denoiser.eval()
+
+
+class PooledTextFamily(TransformerFamily):
+    """A transformer that is given the tokens of text encoders, and a pooled vector of theirs."""
+
+    @property
+    def _width(self) -> int:
+        return self.denoiser_config["joint_attention_dim"]
+
+    @property
+    def _pooled_width(self) -> int:
+        return self.denoiser_config["pooled_projection_dim"]
+
+    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+        check_comfy_cond(cond, self._width)
+        return {"prompt_embeds": cond[0], "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width)}
+
+    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        return cond["prompt_embeds"][None], {"pooled_output": cond["pooled_prompt_embeds"][None]}
+
+
+def pooled_rows(embeds: Tensor, pooled: Tensor) -> list[dict[str, Tensor]]:
+    """`encode_prompt` of text encoders' tokens (B, L, D) and pooled vectors (B, D)."""
+    return [{"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)]
 
 
 def counts(tokenizer: Any, captions: list[str], most: int) -> tuple[list[int], int]:

@@ -19,6 +19,7 @@ from models.base import ModelFamily
 from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, config_of, local_path
 from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
+from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
@@ -160,10 +161,14 @@ class DiffusersFamily(ModelFamily):
                     use_safetensors=True,
                 )  # fmt: skip
             else:
-                given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
-                denoiser = denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
+                denoiser = self.denoiser_of_file(denoiser_class, dtype)
         self.check_denoiser(denoiser.config)
         return denoiser
+
+    def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+        """The denoiser in a single file, as diffusers reads it."""
+        given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
+        return denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
 
     def check_denoiser(self, config: Any) -> None:
         """Raises ModelError if a denoiser of that config is of another family after all."""
@@ -288,12 +293,3 @@ class DiffusersFamily(ModelFamily):
         shift = self.vae_config.get("shift_factor") or self.latent_shift
         scale = self.vae_config.get("scaling_factor") or self.latent_scale
         return (latents - shift) * scale if shift else latents * scale
-
-
-def quieten() -> None:
-    """No progress bars of the libraries' own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

@@ -8,15 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.base import check_comfy_cond
-from models.dit import TransformerFamily, comfy_pooled, counts
+from models.dit import ATTENTION, MLP, PooledTextFamily, counts, pooled_rows
 from models.dit_names import SD3
 
 T5_TOKENS = 256  # the pipeline's default
-ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
 
 
-class StableDiffusion3(TransformerFamily):
+class StableDiffusion3(PooledTextFamily):
     """Conditioning is the tokens of both CLIPs side by side, filled up with zeros to T5's width, and after them T5's.
 
     ComfyUI has fewer of T5's for short captions. All count: the model has no mask."""
@@ -31,7 +29,7 @@ class StableDiffusion3(TransformerFamily):
     ragged: ClassVar = {"prompt_embeds": None}
     targets: ClassVar = {
         "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|.*\.ff(_context)?\.net\.(0\.proj|2)",
+        "attention-mlp": rf"{ATTENTION}|{MLP}",
         "all": r".*",
     }
 
@@ -41,14 +39,6 @@ class StableDiffusion3(TransformerFamily):
 
     def pixel_step(self) -> int:
         return self.latent_step() * self.denoiser_config["patch_size"]
-
-    @property
-    def _width(self) -> int:
-        return self.denoiser_config["joint_attention_dim"]
-
-    @property
-    def _pooled_width(self) -> int:
-        return self.denoiser_config["pooled_projection_dim"]
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device
@@ -60,9 +50,7 @@ class StableDiffusion3(TransformerFamily):
             embeds, _, pooled, _ = encoders.encode_prompt(
                 captions, None, None, device, 1, False, max_sequence_length=T5_TOKENS
             )
-        return [
-            {"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)
-        ]
+        return pooled_rows(embeds, pooled)
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
         both = self._load("tokenizer", "tokenizer_3")  # what CLIP does not see, T5 may
@@ -73,14 +61,6 @@ class StableDiffusion3(TransformerFamily):
     def cond_bytes(self) -> int:
         tokens = self.counting_tokenizer.model_max_length + T5_TOKENS
         return (tokens * self._width + self._pooled_width) * torch.float32.itemsize
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        check_comfy_cond(cond, self._width)
-        pooled = comfy_pooled(extras, self._pooled_width)
-        return {"prompt_embeds": cond[0], "pooled_prompt_embeds": pooled}
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        return cond["prompt_embeds"][None], {"pooled_output": cond["pooled_prompt_embeds"][None]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return denoiser(

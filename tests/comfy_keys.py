@@ -97,7 +97,9 @@ def resolve(tensors: Mapping[str, Any], architecture: str) -> list[str]:
     """A line for every tensor of an adapter file (anything with a shape) that ComfyUI would not load, would load onto
     something of another shape, or would let another one replace."""
     table, shapes = spellings(architecture), key_map(architecture)["weights"]
-    faults, groups, taken = [], {}, {}
+    faults: list[str] = []
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    taken: dict[tuple[str, int], str] = {}
     for key, tensor in tensors.items():
         suffix = max((s for s in SUFFIXES if key.endswith(f".{s}")), key=len, default=None)
         spelling = key.removesuffix(f".{suffix}")
@@ -107,29 +109,31 @@ def resolve(tensors: Mapping[str, Any], architecture: str) -> list[str]:
             groups.setdefault(spelling, {})[suffix] = tuple(tensor.shape)
     for spelling, parts in groups.items():
         place = table[spelling]
-        shape = tuple(shapes[place.weight])
-        rows = place.rows[1] if place.rows else shape[0]
-        faults += [f"{spelling}: {fault}" for fault in part_faults(parts, (rows, *shape[1:]))]
-        if "diff_b" in parts:
-            bias = shapes.get(place.weight.removesuffix("weight") + "bias")
-            if not place.whole:
-                faults.append(f"{spelling}: diff_b of a part is lost")
-            elif bias is None or tuple(bias) != parts["diff_b"]:
-                faults.append(f"{spelling}: diff_b {parts['diff_b']} for a bias of {bias}")
-        if place.swapped and parts.keys() & {"oft_blocks", "dora_scale", "a1.weight"}:
-            faults.append(f"{spelling}: applied to swapped rows, this is another function")
-        if parts.keys() - {"diff_b"}:
-            for row in row_range(place, shape):
-                if (place.weight, row) in taken:
-                    faults.append(f"{spelling}: replaces or adds to {taken[place.weight, row]}")
-                taken[place.weight, row] = spelling
+        faults += [f"{spelling}: {fault}" for fault in faults_at(place, parts, shapes)]
+        for row in row_range(place, shapes) if parts.keys() - {"diff_b"} else ():
+            if row in taken:
+                faults.append(f"{spelling}: replaces or adds to {taken[row]}")
+            taken[row] = spelling
     return faults
 
 
-def row_range(place: Place, shape: tuple[int, ...]) -> Iterable[int]:
+def faults_at(place: Place, parts: dict[str, tuple[int, ...]], shapes: Mapping[str, list[int]]) -> Iterable[str]:
+    """What does not fit the weight, its rows or its bias there."""
+    total, *rest = shapes[place.weight]
+    yield from part_faults(parts, (place.rows[1] if place.rows else total, *rest))
+    bias = shapes.get(place.weight.removesuffix("weight") + "bias")
+    if "diff_b" in parts and not place.whole:
+        yield "diff_b of a part is lost"
+    elif "diff_b" in parts and (bias is None or tuple(bias) != parts["diff_b"]):
+        yield f"diff_b {parts['diff_b']} for a bias of {bias}"
+    if place.swapped and parts.keys() & {"oft_blocks", "dora_scale", "a1.weight"}:
+        yield "applied to swapped rows, this is another function"
+
+
+def row_range(place: Place, shapes: Mapping[str, list[int]]) -> Iterable[tuple[str, int]]:
     """One row in 64 stands for its neighbours."""
-    first, count = place.rows or (0, shape[0])
-    return range(first, first + count, 64)
+    first, count = place.rows or (0, shapes[place.weight][0])
+    return ((place.weight, row) for row in range(first, first + count, 64))
 
 
 def part_faults(parts: dict[str, tuple[int, ...]], weight: tuple[int, ...]) -> list[str]:

@@ -37,6 +37,8 @@ class Case:
     """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
     comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    repair: Callable[[Any], None] | None = None
+    """Mends what is wrong in diffusers' pipeline."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -106,6 +108,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     absent = {name: None for name, part in index.items() if part == [None, None]}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
+    if case.repair:
+        case.repair(pipeline)
     steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
     step, decode = pipeline.scheduler.step, pipeline.vae.decode
     decoded: list[Tensor] = []
@@ -121,7 +125,7 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
     pipeline(
-        PROMPTS, height=height, width=width, num_inference_steps=2, output_type="np",
+        [*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
     noisy, timestep, prediction, _ = steps[case.step]

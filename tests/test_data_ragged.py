@@ -55,6 +55,7 @@ def test_captions_are_padded_to_the_longest_or_to_a_fixed_length(tmp_path, fixed
         embeds, mask = batch.cond["prompt_embeds"], batch.cond["attention_mask"]
         assert embeds.shape == (len(chosen), fixed or max(lengths), 3)
         assert (embeds.dtype, mask.dtype) == (torch.bfloat16, torch.bool)
+        assert batch.to(torch.device("meta")).cond["lengths"] == tuple(lengths), "they stay where they are"
         for one, seen, row, length in zip(embeds, mask, chosen, lengths, strict=True):
             assert one[:length].equal(tokens(1 + order[row], length))
             assert dataset.cond(row)["prompt_embeds"].equal(one[:length])
@@ -93,7 +94,10 @@ def test_the_empty_prompt_and_variants_may_have_other_lengths(tmp_path):
     seen = set()
     for seed in range(60):
         batch = make_batch(dataset, [0, 1], [key("a", seed), key("b", seed)], range(2))
-        seen |= {(int(e[0, 0]) // 10, int(m.sum())) for e, m in zip(*batch.cond.values(), strict=True)}
+        seen |= {
+            (int(e[0, 0]) // 10, int(m.sum()))
+            for e, m in zip(batch.cond["prompt_embeds"], batch.cond["attention_mask"], strict=True)
+        }
     assert seen == {(c, n) for c, n in enumerate((EMPTY, *LENGTHS))}
 
 

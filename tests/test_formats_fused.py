@@ -308,15 +308,14 @@ def test_a_part_by_diffusers_name_beside_the_whole_is_refused():
         **{f"diffusion_model.block.qkv.{name}": tensor for name, tensor in lora_tensors(72).items()},
         **{f"transformer.attn.to_q.{name}": tensor for name, tensor in lora_tensors(24).items()},
     }
-    with pytest.raises(AdapterError, match="the same tensor as diffusion_model.block.qkv"):
+    with pytest.raises(AdapterError, match=r"the same tensor as diffusion_model\.block\.qkv"):
         read(formats.FileContent(tensors))
 
 
 BROKEN = {
-    "blocks across two layers": ({"oft_blocks": noise(9, 8, 8)[:, :, :], "alpha": torch.tensor(0.0)}, None),
-    "straddling": ({"oft_blocks": torch.ones(4, 18, 18)}, "with blocks of 18, which rotate rows of this layer"),
+    "blocks across layers": ({"oft_blocks": torch.ones(4, 18, 18)}, "blocks of 18, which rotate rows of this layer"),
     "too few rows": ({"diff": torch.ones(48, 12)}, r"diff is \(48, 12\), and the original model's weight has 72 rows"),
-    "a short bias": ({"diff": torch.ones(72, 12), "diff_b": torch.ones(24)}, r"diff_b is \(24,\) and should be \(72,\)"),
+    "a short bias": ({"diff": noise(72, 12), "diff_b": torch.ones(24)}, r"diff_b is \(24,\) and should be \(72,\)"),
     "half a LoRA": ({"lora_up.weight": torch.ones(72, 2)}, "lora_down.weight is missing"),
     "NaN": ({"diff": torch.full((72, 12), torch.nan)}, "not finite"),
     "a LoKr that divides nothing": ({"lokr_w1": torch.ones(7, 4), "lokr_w2": torch.ones(10, 3)}, "has 72 rows"),
@@ -327,9 +326,6 @@ BROKEN = {
 def test_what_cannot_be_split_is_refused_by_layer(case):
     tensors, words = BROKEN[case]
     file = formats.FileContent({f"diffusion_model.block.qkv.{name}": tensor for name, tensor in tensors.items()})
-    if words is None:
-        assert {*read(file).layers()} == {*ATTENTION}
-        return
     with pytest.raises(AdapterError, match=rf"attn.to_q: (.|\n)*{words}"):
         read(file)
 

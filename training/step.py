@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def log_cosh(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
     """ln cosh e elementwise: e^2 / 2 for small errors, |e| - ln 2 for large ones."""
     size = (prediction - target).abs()
     bent = size.clamp(max=BEND)
-    return torch.log1p(2 * torch.sinh(bent / 2) ** 2) + (size - bent)
+    return torch.log1p(2 * torch.sinh(bent / 2) ** 2) + F.relu(size - BEND)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -63,7 +64,7 @@ class LossFunction:
         tokens = self.family.tokens(latents.shape)
         noised = self.objective.noised(latents, batch.noise, batch.quantile, tokens, batch.input_noise)
         cond = {**self.family.size_cond(batch.crop), **batch.cond}  # sizes that the data states count more
-        cond = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in cond.items()}
+        cond = {name: self._cast(value) for name, value in cond.items()}
         prediction = self.family.predict(denoiser, noised.noisy.to(self.dtype), noised.timestep, cond)
         delta = self._delta(noised)
         # every loss here is a function of the difference alone, so scaling both sides scales the error
@@ -73,6 +74,9 @@ class LossFunction:
             losses = losses * batch.mask.unflatten(0, (-1, *[1] * (losses.ndim - 3)))
         factor = noised.weight * delta ** POWERS.get(self.name, 0)
         return losses.flatten(1).mean(1) * batch.weight * factor
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _delta(self, noised: Noised) -> Tensor:
         """(B,) the losses' delta at each sample's noise level. The schedules are those of kohya's scripts

@@ -1,0 +1,51 @@
+"""At full size, on the meta device: how many layers each preset of targets matches, and how many parameters each
+algorithm trains with rank 16. `python tests/test_families_full.py` writes what it finds to data/full_size.json, to be
+read critically."""
+
+import json
+from pathlib import Path
+
+import comfy_keys
+import pytest
+
+from lora_algos import ALGORITHMS
+from lora_algos.attach import attach, select_layers
+from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from models.checkpoints import family_classes
+
+GOLDEN = Path(__file__).parent / "data" / "full_size.json"
+FAMILIES = {
+    "flux": "flux1",
+    "flux_schnell": "flux1",
+    "chroma": "chroma",
+}
+"""Architecture of tests/keys -> family."""
+RANK = 16
+
+
+def found(architecture: str) -> dict[str, dict[str, int | None]]:
+    """Layers by preset; parameters by algorithm on the preset attention, None where it does not fit."""
+    presets = family_classes()[FAMILIES[architecture]].targets
+    denoiser = comfy_keys.empty_denoiser(architecture)
+    layers = {preset: select_layers(denoiser, (preset,), presets) for preset in presets}
+    counts = {algorithm: parameters(architecture, layers["attention"], algorithm) for algorithm in ALGORITHMS}
+    return {"layers": {preset: len(names) for preset, names in layers.items()}, "parameters": counts}
+
+
+def parameters(architecture: str, layers: list[str], algorithm: str) -> int | None:
+    denoiser = comfy_keys.empty_denoiser(architecture)
+    spec = LayerSpec(RANK, float(RANK), algorithm, AdapterOptions())
+    try:
+        adapted = attach(denoiser, dict.fromkeys(layers, spec), 0)
+    except AdapterError:
+        return None
+    return sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_presets_match_and_algorithms_train_what_they_did(architecture):
+    assert found(architecture) == json.loads(GOLDEN.read_text())[architecture]
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({name: found(name) for name in FAMILIES}, indent=1) + "\n")
