@@ -17,7 +17,7 @@ from torch import Tensor
 from data.identity import key_of
 from data.store import Store
 from models import FAMILIES, get_family
-from models.base import ModelFamily
+from models.base import ModelFamily, Native
 from models.config import ModelConfig
 
 PROMPTS = ["a photo of a smiling red cat", "owl"]
@@ -39,6 +39,8 @@ class Case:
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
     repair: Callable[[Any], None] | None = None
     """Mends what is wrong in diffusers' pipeline."""
+    bare: Callable[[str], str] = str
+    """diffusers' name of a parameter or buffer that is of no layer -> its name in the original model."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -141,3 +143,20 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         store.write((key_of(str(i)), row) for i, row in enumerate(rows))
         store.reload()
         return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
+
+
+def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[str, Tensor]:
+    """The denoiser as the original model's code has it: fused, with shift before scale."""
+    family = family_of(case)
+    denoiser = family.load_denoiser(torch.float32)
+    natives, parts = family.native_names(denoiser), {}
+    for name, tensor in denoiser.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        native = natives.get(layer, Native(""))
+        tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped else tensor
+        key = (
+            f"{native.name}.{norm if native.name.endswith('_norm') else kind}" if layer in natives else case.bare(name)
+        )
+        parts.setdefault(prefix + key, []).append((native.rows[0] if native.rows else 0, tensor))
+    in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
+    return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}

@@ -47,10 +47,23 @@ def comfy(pipeline: Any, caption: str) -> tuple[Tensor, dict[str, Any]]:
     return cond, {"pooled_output": None}
 
 
+def bare(name: str) -> str:
+    return name.replace("scale_shift_table", "modulation" if "." in name else "head.modulation")
+
+
 CALL = {"guidance_scale": 1.0, "num_frames": 5}
 CASES = [
-    Case("wan", make, CALL, comfy=comfy),
+    Case("wan", make, CALL, comfy=comfy, bare=bare),
     Case("wan", make_pair, CALL, name="wan2.2-high"),
-    Case("wan", make_pair, CALL, name="wan2.2-low", options=("--model.expert=low",), model={"expert": "low"}, step=1),
-    Case("wan", partial(make, OF_5B, CHANNELS, expand_timesteps=True), CALL, name="wan2.2-5b"),
+    Case(
+        "wan",
+        make_pair,
+        CALL,
+        name="wan2.2-low",
+        options=("--model.expert=low",),
+        model={"expert": "low"},
+        step=1,
+        bare=bare,
+    ),  # fmt: skip
+    Case("wan", partial(make, OF_5B, CHANNELS, expand_timesteps=True), CALL, name="wan2.2-5b", bare=bare),
 ]

@@ -18,6 +18,12 @@ FAMILIES = {
     "flux": "flux1",
     "flux_schnell": "flux1",
     "chroma": "chroma",
+    "sd3": "sd3",
+    "sd35_medium": "sd3",
+    "sd35_large": "sd3",
+    "wan21_1.3b": "wan",
+    "wan21_14b": "wan",
+    "wan22_5b": "wan",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16
