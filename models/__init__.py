@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "z_image": "models.z_image",
     "flux2": "models.flux2",
     "flux2_klein": "models.flux2_klein",
+    "wan": "models.wan",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 
@@ -23,5 +24,9 @@ FAMILIES: dict[str, str] = {
 def get_family(config: "ModelConfig") -> "ModelFamily":
     """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the one named."""
     from models.checkpoints import family_of
+    from models.config import ModelError
 
-    return family_of(config)(config)
+    family = family_of(config)(config)
+    if config.expert is not None and not family.has_experts:
+        raise ModelError(f"--model.expert = {config.expert}: {config.path} has one denoiser; leave it out")
+    return family

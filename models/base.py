@@ -97,6 +97,11 @@ class ModelFamily(ABC):
         """WHEN: to recognise a single file. IN: names of its tensors, those of the denoiser also without a prefix."""
 
     @property
+    def has_experts(self) -> bool:
+        """Whether there are two denoisers, for high and for low noise."""
+        return False
+
+    @property
     @abstractmethod
     def path(self) -> Path:
         """Where the model is: a diffusers folder or a single file; a hub id's is had first."""

@@ -4,8 +4,9 @@ import json
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from models import FAMILIES
@@ -77,6 +78,14 @@ def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[
         ) from error
     found = next((family for family, cls in classes.items() if name in cls.pipelines), None)
     return found, f"its model_index.json says {name}"
+
+
+def config_of(source: str, file: str) -> dict[str, Any]:
+    """A file of JSON in a diffusers folder, or in the hub's repository of that id. Raises OSError or ValueError."""
+    path = Path(source) / file
+    if not Path(source).is_dir():
+        path = Path(hf_hub_download(source, file))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def absent_parts(folder: Path) -> set[str]:

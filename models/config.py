@@ -46,6 +46,9 @@ class ModelConfig:
     guidance: Annotated[float, Field(ge=0)] | None = None
     """The guidance that a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) is told in training; None: 1. Previews have
     their own."""
+    expert: Literal["high", "low"] | None = None
+    """Of a model with two denoisers (Wan 2.2 A14B), the one that is trained, within its noise levels: the one for high
+    noise or the one for low noise. None: the one for high noise. An adapter of each is trained in a run of its own."""
 
 
 @dataclass(frozen=True)

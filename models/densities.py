@@ -82,15 +82,22 @@ def untruncated(options: ObjectiveConfig) -> Callable[[Tensor], Tensor] | None:
 
 
 class Density:
-    """Quantile (B,) -> level t (B,), in the quantile's dtype, inside (0, 1) and `level_range`.
+    """Quantile (B,) -> level t (B,), in the quantile's dtype, inside (0, 1), `level_range` and `span`.
 
     The range cuts the density off: it uses those quantiles whose levels lie in it. Raises ModelError if hardly any do.
+    `span`: the levels that the denoiser is for.
     """
 
-    def __init__(self, options: ObjectiveConfig):
+    def __init__(self, options: ObjectiveConfig, span: tuple[float, float] = (0.0, 1.0)):
         self.inverse = untruncated(options)
-        self.low, self.high = options.level_range
-        ends = [self._quantile_of(level) for level in options.level_range]
+        self.low, self.high = max(options.level_range[0], span[0]), min(options.level_range[1], span[1])
+        if self.low >= self.high:
+            low, high = options.level_range
+            raise ModelError(
+                f"--objective.level_range = {low:g} {high:g}: this denoiser is for levels from {span[0]:.3f} to "
+                f"{span[1]:.3f}"
+            )
+        ends = [self._quantile_of(level) for level in (self.low, self.high)]
         self.first, self.mass = ends[0], ends[1] - ends[0]
         if self.mass < LEAST_MASS:
             raise ModelError(

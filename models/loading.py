@@ -2,7 +2,6 @@
 the denoiser alone, whose other parts come from a diffusers folder.
 """
 
-import json
 import math
 import re
 import warnings
@@ -13,19 +12,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
-from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, local_path
+from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, config_of, local_path
 from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
-LARGE = 1_000_000_000  # parameters: text encoders beyond it are loaded in bf16
+LARGE = 1_000_000_000  # parameters: text encoders, and denoisers beside the one that is trained, beyond it are bf16
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 
 
@@ -120,7 +118,7 @@ class DiffusersFamily(ModelFamily):
                     str(self.path), config=self.config.config, dtype=torch.float32, **options
                 )
             else:
-                dtypes = {name: self._text_dtype(name) for name in wanted if name in self.text}
+                dtypes = {name: self._dtype_of(name) for name in there - {"vae", self.component}}
                 options["dtype"] = {"default": torch.float32, **dtypes}
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
         pipeline.register_modules(**own)
@@ -143,8 +141,8 @@ class DiffusersFamily(ModelFamily):
             source = {"config": self.source, "subfolder": "vae"}
             return vae_class.from_single_file(path, dtype=torch.float32, **source)
 
-    def _text_dtype(self, name: str) -> torch.dtype:
-        """Large encoders would take twice the memory in fp32 for no digit that their training had."""
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Large parts that are not trained would take twice the memory in fp32 for no digit that their training had."""
         folder = Path(self.source) / name
         count = 0
         for file in self._files_read(folder) if folder.is_dir() else ():
@@ -204,10 +202,12 @@ class DiffusersFamily(ModelFamily):
             part = getattr(self._load(name), name)
             return {**part.config, "_class_name": type(part).__name__}
         with self._faults_told():  # read here: the classes are slow imports that only encoding needs
-            file = Path(self.source) / name / CONFIG_NAMES.get(name, "config.json")
-            if not Path(self.source).is_dir():
-                file = Path(hf_hub_download(self.source, f"{name}/{file.name}"))
-            return json.loads(file.read_text(encoding="utf-8"))
+            return config_of(self.source, f"{name}/{CONFIG_NAMES.get(name, 'config.json')}")
+
+    @cached_property
+    def pipeline_config(self) -> dict[str, Any]:
+        with self._faults_told():
+            return config_of(self.source, "model_index.json")
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:

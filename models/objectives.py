@@ -42,7 +42,7 @@ class Objective:
 
     def __init__(self, process: NoiseProcess, options: ObjectiveConfig):
         self.process, self.options = process, options
-        self.density = Density(options)
+        self.density = Density(options, process.span)
 
     def noised(
         self, latents: Tensor, noise: Tensor, quantile: Tensor, tokens: int, input_noise: Tensor | None = None

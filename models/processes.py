@@ -54,6 +54,8 @@ class NoiseProcess(ABC):
     prediction_type: str
     heeds: tuple[str, ...]
     """Options of the config that say something to this process, among those that not every process has."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """The quantiles that the denoiser is for, if others are for the rest; none outside are trained or validated on."""
 
     @abstractmethod
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
@@ -153,6 +155,11 @@ class Flow(NoiseProcess):
 
     def __init__(self, shift: Callable[[int], float], num_train_timesteps: int = 1000, inverted: bool = False):
         self.shift, self.num_train_timesteps, self.inverted = shift, num_train_timesteps, inverted
+
+    def quantile(self, sigma: float, tokens: int) -> float:
+        """Where that level is."""
+        factor = self.shift(tokens)
+        return sigma / (factor - (factor - 1) * sigma)
 
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
         factor = self.shift(tokens)

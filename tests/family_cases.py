@@ -17,7 +17,7 @@ from torch import Tensor
 from data.identity import key_of
 from data.store import Store
 from models import FAMILIES, get_family
-from models.base import ModelFamily
+from models.base import ModelFamily, Native
 from models.config import ModelConfig
 
 PROMPTS = ["a photo of a smiling red cat", "owl"]
@@ -41,10 +41,16 @@ class Case:
     """Mends what is wrong in diffusers' pipeline."""
     stored: Callable[[Any, Tensor], Tensor] | None = None
     """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
+    bare: Callable[[str], str] = str
+    """diffusers' name of a parameter or buffer that is of no layer -> its name in the original model."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
     """Of the command line, for a training of this case."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Options of the model section, besides its path."""
+    step: int = 0
+    """Which step of the pipeline calls the denoiser that the family trains."""
 
     def __str__(self) -> str:
         return self.name or self.family
@@ -83,7 +89,7 @@ def livelier(module: torch.nn.Module) -> None:
 
 
 def family_of(case: Case) -> ModelFamily:
-    return get_family(ModelConfig(path=str(folder_of(case))))
+    return get_family(ModelConfig(path=str(folder_of(case)), **case.model))
 
 
 @dataclass
@@ -99,7 +105,7 @@ class Call:
 
 
 def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
-    """The first of two steps of diffusers' own pipeline on PROMPTS."""
+    """One of two steps of diffusers' own pipeline on PROMPTS."""
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
@@ -126,7 +132,7 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
         prompt=[*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
-    noisy, timestep, prediction, _ = steps[0]
+    noisy, timestep, prediction, _ = steps[case.step]
     unpack = case.unpack or (lambda _, latents, *__: latents)
     noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
     raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
@@ -140,3 +146,20 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         store.write((key_of(str(i)), row) for i, row in enumerate(rows))
         store.reload()
         return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
+
+
+def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[str, Tensor]:
+    """The denoiser as the original model's code has it: fused, with shift before scale."""
+    family = family_of(case)
+    denoiser = family.load_denoiser(torch.float32)
+    natives, parts = family.native_names(denoiser), {}
+    for name, tensor in denoiser.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        native = natives.get(layer, Native(""))
+        tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped else tensor
+        key = (
+            f"{native.name}.{norm if native.name.endswith('_norm') else kind}" if layer in natives else case.bare(name)
+        )
+        parts.setdefault(prefix + key, []).append((native.rows[0] if native.rows else 0, tensor))
+    in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
+    return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}

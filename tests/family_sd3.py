@@ -42,9 +42,15 @@ def comfy(pipeline: Any, caption: str) -> tuple[Tensor, dict[str, Any]]:
     return torch.cat([cond, pipeline.text_encoder_3(tokens)[0]], 1), {"pooled_output": torch.cat(pooled, -1)}
 
 
+def bare(name: str) -> str:
+    return name.replace("pos_embed.pos_embed", "pos_embed")
+
+
 UNGUIDED = {"guidance_scale": 1.0}
 CASES = [
-    Case("sd3", make, UNGUIDED, comfy=comfy),
-    Case("sd3", partial(make, qk_norm="rms_norm", dual_attention_layers=(0, 1)), UNGUIDED, name="sd3.5-medium"),
+    Case("sd3", make, UNGUIDED, comfy=comfy, bare=bare),
+    Case(
+        "sd3", partial(make, qk_norm="rms_norm", dual_attention_layers=(0, 1)), UNGUIDED, name="sd3.5-medium", bare=bare
+    ),
     Case("sd3", partial(make, with_t5=False), UNGUIDED, name="sd3-without-t5"),
 ]

@@ -1,5 +1,7 @@
 """Every family against diffusers' own pipeline of it, at a tiny size, and from images to a file that loads."""
 
+import json
+
 import pytest
 import torch
 from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline
@@ -126,14 +128,33 @@ def test_a_caption_is_as_large_as_the_family_says(case):
     assert 0 < counts[1] < counts[0] <= limit
 
 
+def flags(case: Case, options: list[str]) -> list[str]:
+    """A run of three steps of every layer."""
+    return [
+        *(option for option in options if not option.startswith(("--model.path", "--adapter.targets"))),
+        f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
+        *case.options,
+    ]  # fmt: skip
+
+
+@CASES
+def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, options, run_here, tmp_path, capsys):
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        mine = [*flags(case, options), "--gradient_checkpointing", f"--training_dtype={dtype}", f"--output_dir={out}"]
+        assert run_here(mine) == 0, capsys.readouterr().err
+        losses[dtype] = json.loads((out / "loss.json").read_text())["loss_per_step"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @CASES
 def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, options, run_here, tmp_path, capsys):
     """Images in, three steps, previews, a file of every tensor's own name; and three steps more from that file."""
     mine = [
-        *(option for option in options if not option.startswith(("--model.path", "--adapter.targets"))),
-        f"--model.path={folder_of(case)}", "--adapter.targets=all", f"--algorithm={algorithm}", "--steps=3",
-        f"--data.resolution={SIDE}", "--preview.enabled", "--preview.num_inference_steps=2", *case.options,
+        *flags(case, options), f"--algorithm={algorithm}", "--preview.enabled", "--preview.num_inference_steps=2"
     ]  # fmt: skip
     out = tmp_path / "out"
     assert run_here(mine) == 0, capsys.readouterr().err

@@ -23,6 +23,12 @@ FAMILIES = {
     "flux2_klein_9b": "flux2_klein",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
+    "sd3": "sd3",
+    "sd35_medium": "sd3",
+    "sd35_large": "sd3",
+    "wan21_1.3b": "wan",
+    "wan21_14b": "wan",
+    "wan22_5b": "wan",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16

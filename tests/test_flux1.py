@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from family_cases import PROMPTS, Case, collate, family_of, folder_of, run_pipeline
+from family_cases import PROMPTS, Case, collate, family_of, folder_of, native_tensors, run_pipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -130,20 +130,6 @@ def test_noise_levels_are_shifted_as_the_pipeline_shifts_them(side):
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=calculate_shift(tokens))
     levels = family.process(ObjectiveConfig()).levels(sigmas, family.tokens(shape))
     torch.testing.assert_close(levels.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-3)
-
-
-def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[str, Tensor]:
-    """The denoiser as the original model's code has it: fused, with shift before scale."""
-    family = family_of(case)
-    denoiser = family.load_denoiser(torch.float32)
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for layer, native in family.native_names(denoiser).items():
-        for kind, tensor in denoiser.get_submodule(layer).named_parameters():
-            tensor = torch.cat([*tensor.data.chunk(2)][::-1]) if native.swapped else tensor.data
-            name = f"{prefix}{native.name}.{norm if 'norm' in native.name else kind}"
-            parts.setdefault(name, []).append((native.rows[0] if native.rows else 0, tensor))
-    in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
-    return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}
 
 
 SPELT = {"BFL": ("", "scale"), "ComfyUI": ("model.diffusion_model.", "weight")}

@@ -2,7 +2,7 @@
 
 import torch
 from conftest import BASE
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
@@ -12,6 +12,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WORDS = ["photo", "of", "cat", "dog", "owl", "red", "blue", "green", "smiling", "sad", "face", "style", "house", "tree"]
@@ -51,6 +53,20 @@ def t5_encoder(width: int = 32) -> T5EncoderModel:
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return T5EncoderModel(config).eval()
+
+
+def umt5_encoder(width: int = 32) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=2 * width, num_heads=2, num_layers=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return UMT5EncoderModel(config).eval()
+
+
+def wan_vae(**more: object) -> AutoencoderKLWan:
+    """A VAE of videos that makes cells of 8 pixels and 4 frames; `more`: as Wan 2.2's 5B has it, of 16 pixels."""
+    options = {"z_dim": 16, "base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **more}
+    return AutoencoderKLWan(temperal_downsample=[False, True, True], **options).eval()
 
 
 def image_vae(channels: int, **more: object) -> AutoencoderKL:

@@ -19,7 +19,7 @@ def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options
     """One image (H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call. `options`: size and
     guidance, as the family's pipeline calls them."""
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    mixed = any(next(part.parameters()).dtype == torch.bfloat16 for part in parts)  # then they meet others in fp32
+    mixed = any(p.dtype == torch.bfloat16 for part in parts for p in part.parameters())  # then they meet others in fp32
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=mixed):
         result = pipeline(
             prompt=prompt,  # which is not the first argument of every pipeline

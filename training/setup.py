@@ -1,5 +1,6 @@
 """Builds the denoiser with its adapters as a config asks for it, and says what came out."""
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -35,13 +36,23 @@ def family_of(config: TrainConfig) -> ModelFamily:
 def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = False) -> tuple[nn.Module, torch.dtype]:
     """The base model in training form and the dtype of its weights, which its inputs must have too."""
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
-    dtype = next(denoiser.parameters()).dtype
+    dtype = main_dtype(denoiser)
     if config.gradient_checkpointing:
         checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
     if not contiguous:
         # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
-        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for layer in denoiser.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.train(), dtype
+
+
+def main_dtype(denoiser: nn.Module) -> torch.dtype:
+    """What most of its weights have: some models keep a few in fp32."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in denoiser.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
 
 
 def attach_adapters(

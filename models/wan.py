@@ -1,0 +1,167 @@
+"""Wan 2.1 and 2.2 (Wan Team 2025, arXiv 2503.20314), text to video: a transformer over latents of videos, with umT5.
+
+The A14B of Wan 2.2 is two denoisers, one for the noisier and one for the cleaner part of the way.
+"""
+
+import re
+from collections.abc import Set
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.base import check_comfy_cond, with_frames
+from models.config import ModelConfig, ModelError, ObjectiveConfig
+from models.dit import TransformerFamily, counts
+from models.dit_names import WAN, WAN_NATIVE_ONLY
+from models.processes import Flow, NoiseProcess
+
+TEXT_TOKENS = 512  # the pipeline's default, and all that the denoiser takes
+ATTENTION = r"blocks\.\d+\.attn[12]\.(to_(q|k|v|out\.0)|add_[kv]_proj)"
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+OTHERS = ("vace_blocks.0.after_proj.bias", "motion_encoder.dec.direction.weight", "img_emb.proj.0.weight")
+
+
+class Wan(TransformerFamily):
+    """Images are videos of one frame. The tokens of a caption are followed by zeros, which count as tokens."""
+
+    name = "wan"
+    pipelines = ("WanPipeline",)
+    media = "video"
+    frame_step = 4
+    denoiser_class = "WanTransformer3DModel"
+    vae_class = "AutoencoderKLWan"
+    unused = ("transformer_2",)
+    by_diffusers = ""
+    names = WAN
+    native_only = WAN_NATIVE_ONLY
+    ragged: ClassVar = {"prompt_embeds": TEXT_TOKENS}
+    targets: ClassVar = {
+        "attention": ATTENTION,
+        "attention-mlp": rf"{ATTENTION}|blocks\.\d+\.ffn\.net\.(0\.proj|2)",
+        "all": r".*",
+    }
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.component = EXPERTS[config.expert or "high"]
+        self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def holds(cls, names: Set[str]) -> bool:
+        return {"head.modulation", "blocks.0.self_attn.q.weight"} <= names and not names & {*OTHERS}
+
+    def check_denoiser(self, config: Any) -> None:
+        if config.in_channels != config.out_channels:
+            raise ModelError(
+                f"--model.path {self.config.path} makes videos of images, which this family does not: its denoiser "
+                f"takes {config.in_channels} channels and gives {config.out_channels}"
+            )
+
+    @cached_property
+    def boundary(self) -> float | None:
+        """The noise level (sigma) from which on the expert for high noise has its turn; None: there is one denoiser."""
+        index = self.pipeline_config
+        has_both = index.get(EXPERTS["low"], [None])[0] is not None
+        return index.get("boundary_ratio") if has_both else None
+
+    @property
+    def has_experts(self) -> bool:
+        return self.boundary is not None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        denoisers = EXPERTS.values() if self.has_experts else (self.component,)
+        return (*self.text, "vae", *denoisers, "scheduler")
+
+    @property
+    def latent_channels(self) -> int:  # type: ignore[override]
+        return self.vae_config.get("z_dim", 16)
+
+    @property
+    def fps(self) -> float:  # type: ignore[override]
+        return 16.0 if self.latent_channels == 16 else 24.0
+
+    def latent_step(self) -> int:
+        return self.vae_config.get("scale_factor_spatial", 8)
+
+    def pixel_step(self) -> int:
+        return self.latent_step() * self.denoiser_config["patch_size"][-1]
+
+    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return super().encode_media(encoders, with_frames(pixels, True))
+
+    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
+        return with_frames(super().decode_media(encoders, latents), latents.shape[2] > 1)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        if latents.device not in self._moments:  # once: later steps copy nothing
+            mean, std = (torch.tensor(self.vae_config[f"latents_{of}"]).view(-1, 1, 1, 1) for of in ("mean", "std"))
+            self._moments[latents.device] = mean.to(latents.device), std.to(latents.device)
+        mean, std = self._moments[latents.device]
+        return (latents - mean) / std
+
+    def process(self, config: ObjectiveConfig) -> NoiseProcess:
+        process = super().process(config)
+        if self.boundary is not None and isinstance(process, Flow):
+            border = process.quantile(self.boundary, tokens=0)
+            process.span = (0.0, border) if self.config.expert == "low" else (border, 1.0)
+        return process
+
+    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        device = encoders.text_encoder.device
+        embeds, _ = encoders.encode_prompt(
+            captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=device
+        )
+        cleaned = [prompt_clean(caption) for caption in captions]
+        tokens = encoders.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
+        return [{"prompt_embeds": embed[: len(own)]} for embed, own in zip(embeds, tokens, strict=True)]
+
+    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
+        return counts(self.counting_tokenizer, captions, TEXT_TOKENS)
+
+    @property
+    def _width(self) -> int:
+        return self.denoiser_config["text_dim"]
+
+    def cond_bytes(self) -> int:
+        return TEXT_TOKENS * self._width * torch.float32.itemsize
+
+    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
+        check_comfy_cond(cond, self._width)
+        used = cond[0].any(-1).nonzero()  # the rest is put there when a batch is made
+        return {"prompt_embeds": cond[0, : int(used[-1]) + 1 if len(used) else 1]}
+
+    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        rest = TEXT_TOKENS - len(cond["prompt_embeds"])
+        return nn.functional.pad(cond["prompt_embeds"], (0, 0, 0, rest))[None], {"pooled_output": None}
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        # the 5B's pipeline gives each token its timestep; from text alone all have the same, as one number says
+        return denoiser(noisy, timestep, cond["prompt_embeds"], return_dict=False)[0]
+
+    def bare_name(self, name: str) -> str:
+        if name == "scale_shift_table":
+            return "head.modulation"
+        return re.sub(r"\.scale_shift_table$", ".modulation", name)
+
+    def preview_options(self, guidance_scale: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance_scale, "num_frames": 1}
+
+    def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
+        version = "wan2.2" if self.has_experts or self.latent_channels != 16 else "wan2.1"
+        found = {
+            "ss_base_model_version": version,
+            "modelspec.architecture": f"{version}/lora",
+            "modelspec.implementation": "diffusers",
+        }
+        if self.boundary is not None:
+            border = round(self.boundary * 1000)
+            found["modelspec.timestep_range"] = f"0,{border}" if self.config.expert == "low" else f"{border},1000"
+        return found
+
+
+FAMILY = Wan
