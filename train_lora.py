@@ -111,6 +111,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     from training.run import Run
     from training.step import LossFunction
 
+    setup.check(config)
     family = get_family(config.model)
     # the encoders live and die in here
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
@@ -118,7 +119,6 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     names = file_names(family, denoiser)
     adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)
     loss_function = LossFunction(family, family.objective(config.objective), config.loss_function, dtype)
-
     parts = Parts(family, datasets, adapted, names, previous_steps)
     check_export(config, parts)
     engine = setup.build_engine(config, accelerator, denoiser, adapted)
