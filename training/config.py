@@ -20,7 +20,9 @@ from training.optimizers import NAMED, NODE
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 if TYPE_CHECKING:
-    AlgorithmName = NodeOptimizer = NamedOptimizer = str
+    AlgorithmName = str
+    NodeOptimizer = str
+    NamedOptimizer = str
 else:
     AlgorithmName, NodeOptimizer, NamedOptimizer = (Literal[tuple(names)] for names in (ALGORITHMS, NODE, NAMED))
 

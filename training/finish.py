@@ -96,8 +96,8 @@ def write(run: Run, drawn: tuple[list[str], Images] | None) -> None:
         parts.adapted.load_state_dict(result.weights)
         steps = parts.previous_steps + result.step
         provenance = Provenance(steps, run.total_batch_size, run.started_at, result.about)
-        named = replace(config.export, name=config.export.name + result.suffix)
-        written += export.write_adapter(replace(config, export=named), parts, provenance)
+        files = replace(config.export, name=config.export.name + result.suffix)
+        written += export.write_adapter(replace(config, export=files), parts, provenance)
     for name, content in (("loss.json", loss_json(run.history, run.total_steps)), ("loss.png", loss_png(run.history))):
         write_file(run.folder / name, content)
         written.append(run.folder / name)
