@@ -15,6 +15,7 @@ OTHERS = {
     "LoHa": ["--algorithm=LoHa"],
     "LoKr": ["--algorithm=LoKr"],
     "OFT": ["--algorithm=OFT", "--adapter.block_size=28"],
+    "Lion and EMA": ["--optim.name=Lion", "--optim.eps=None", "--ema.decay=0.9"],
 }
 PACKAGES = ("deepspeed", "hjson", "msgpack", "ninja", "py-cpuinfo")
 
