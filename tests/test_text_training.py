@@ -111,6 +111,23 @@ def test_a_run_goes_on_from_the_file(name, algorithm, options, run_here, tmp_pat
     assert "--model.train_text_encoder" in capsys.readouterr().err
 
 
+def test_the_encoders_have_a_learning_rate_of_their_own(options, run_here, tmp_path, capsys):
+    """So small a one that nothing of theirs changes, while the denoiser trains."""
+    rates = ["--optim.text_encoder_learning_rate=1e-12", "--learning_rate=1e-2"]
+    assert run_here(arguments("sd15", options, *rates)) == 0
+    tensors = load_file(tmp_path / "out" / "lora.safetensors")
+    sizes = {"lora_te": 0.0, "lora_unet": 0.0}
+    for key, tensor in tensors.items():
+        if "lora_up" in key:
+            start = next(start for start in sizes if key.startswith(start))
+            sizes[start] = max(sizes[start], float(tensor.abs().max()))
+    assert sizes["lora_te"] < 1e-9
+    assert sizes["lora_unet"] > 1e-3
+    plain = [option for option in arguments("sd15", options, *rates) if option != "--model.train_text_encoder"]
+    assert run_here(plain) == 2
+    assert "text_encoder_learning_rate: only used with" in capsys.readouterr().err
+
+
 def test_what_has_no_captions_is_refused():
     family = families("sd15")[1]
     with pytest.raises(ModelError, match="train_text_encoder"):

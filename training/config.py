@@ -68,6 +68,8 @@ class OptimConfig:
     """Steps over which the learning rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm; 0 turns clipping off."""
+    text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate of the text encoders' layers, with model.train_text_encoder. None: learning_rate."""
     lr_scale_with_batch: Literal["none", "linear", "sqrt"] = "none"
     """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x processes), or by the
     square root of their number."""

@@ -14,7 +14,9 @@ def parameter_groups(adapted: Adapted, config: TrainConfig) -> list[dict]:
     """The trained parameters by the factor on their learning rate, which each group has as `lr_scale`."""
     parameters = adapted.named_parameters()
     groups: dict[float, list[nn.Parameter]] = {}
+    text_rate = config.optim.text_encoder_learning_rate or config.learning_rate
     for name, scale in adapted.learning_rate_scales(config.adapter.lora_plus_ratio).items():
+        scale *= text_rate / config.learning_rate if name.startswith("text_encoder") else 1.0
         groups.setdefault(scale, []).append(parameters[name])
     return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
 
