@@ -35,10 +35,10 @@ class Case:
     """Arguments of the pipeline's call by which there is no classifier-free guidance."""
     unpack: Callable[[Any, Tensor, int, int], Tensor] | None = None
     """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
-    stored: Callable[[Any, Tensor], Tensor] | None = None
-    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     repair: Callable[[Any], None] | None = None
     """Mends what is wrong in diffusers' pipeline."""
     name: str = ""
