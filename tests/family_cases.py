@@ -37,6 +37,8 @@ class Case:
     """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
     comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     repair: Callable[[Any], None] | None = None
     """Mends what is wrong in diffusers' pipeline."""
     stored: Callable[[Any, Tensor], Tensor] | None = None
