@@ -64,6 +64,6 @@ CASES = [
         model={"expert": "low"},
         step=1,
         bare=bare,
-    ),  # fmt: skip
+    ),
     Case("wan", partial(make, OF_5B, CHANNELS, expand_timesteps=True), CALL, name="wan2.2-5b", bare=bare),
 ]
