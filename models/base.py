@@ -172,7 +172,7 @@ class ModelFamily(ABC):
     @abstractmethod
     def cond_bytes(self) -> int:
         """WHEN: to tell how large a store will be; loads no encoder. OUT: size of what encode_prompt makes of one
-        caption."""
+        caption, at most."""
 
     @abstractmethod
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:

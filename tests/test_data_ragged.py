@@ -179,6 +179,8 @@ def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
     dataset = built(family, images=str(tmp_path / "set"), caption_dropout=0.5)
     assert len(dataset.buckets) == 1
     assert dataset.arrays["dropout"].tolist() == [0.5] * 4
+    crop = make_batch(dataset, [0], [0], range(1)).crop
+    assert crop.tolist() == [[64, 64, 64, 64, 0, 0, 64, 64]], "as large as the latents, and not cropped"
     lengths = sorted(len(dataset.cond(row)["prompt_embeds"]) for row in range(4))
     assert lengths == [3, 4, 5, 6]
     family.ragged = {"prompt_embeds": 5}

@@ -91,12 +91,16 @@ def test_frames_are_scaled_cropped_mirrored_and_turned_as_images_are():
     turned, file = io.BytesIO(content), io.BytesIO()
     with av.open(turned) as source, av.open(file, "w", format="mp4") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
-        copy.set_display_rotation(90) if hasattr(copy, "set_display_rotation") else pytest.skip("PyAV cannot write it")
+        copy.set_display_rotation(90)
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
                 packet.stream = copy
                 target.mux(packet)
-    assert (check(file.getvalue()).width, check(file.getvalue()).height) == (HEIGHT, WIDTH)
+    facts = check(file.getvalue())
+    assert (facts.width, facts.height) == (HEIGHT, WIDTH)
+    upright = Crop(HEIGHT, WIDTH, HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH)
+    found = pixels(file.getvalue(), upright, Clip(0, 1, 16), "white")
+    assert found[:, WIDTH // 2 :].mean() < found[:, : WIDTH // 2].mean() - 0.1, "counter-clockwise: left is below"
 
 
 def test_what_is_transparent_in_an_animation_is_of_the_background():
@@ -192,6 +196,22 @@ def test_several_clips_of_a_video_are_rows_that_are_held_out_together(build, fol
     assert build(folder, frames=5, clip="first").encoded_images == 0, "the first clips are the same"
     rate = build(folder, frames=5, fps=8.0)
     assert (len(rate.train), rate.encoded_images) == (4, 3)
+
+
+def test_a_mask_file_counts_in_all_frames_and_alpha_is_of_images_alone(build, folder):
+    mask = Image.new("L", (WIDTH, HEIGHT), 0)
+    mask.paste(255, (0, 0, WIDTH // 2, HEIGHT))
+    for file in folder.glob("*.txt"):
+        mask.save(file.with_name(f"{file.stem}_mask.png"))
+    assert len(build(folder, frames=5).train) == 4, "masks are no images"
+    masked, plain = (build(folder, frames=5, masks=masks).train for masks in ("files", "alpha"))
+    assert [masked.latents(row).shape[1] for row in range(4)].count(2) == 3
+    for row in range(4):
+        (of_file,), (whole,) = (make_batch(dataset, [row], [0], range(1)).mask for dataset in (masked, plain))
+        width = of_file.shape[-1]
+        halves = (torch.arange(width) < width // 2).float().expand_as(of_file)
+        torch.testing.assert_close(of_file, halves, rtol=0, atol=0.05)  # scaling blurs the edge
+        assert whole.equal(torch.ones_like(whole))
 
 
 def test_a_model_of_images_takes_no_videos(build, folder):
