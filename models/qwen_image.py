@@ -39,6 +39,9 @@ class QwenImage(QwenTextFamily):
     def holds(cls, names: Set[str]) -> bool:
         return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= names
 
+    def _config_of_file(self) -> str:
+        return "Qwen/Qwen-Image"  # diffusers would take the file for Stable Diffusion 1's
+
     def latent_step(self) -> int:
         return 2 ** len(self.vae_config["temperal_downsample"])  # diffusers' spelling
 

@@ -4,11 +4,12 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.dit import TransformerFamily
+from models.dit import TransformerFamily, counts
+from models.packing import PATCH
 
 
 class QwenTextFamily(TransformerFamily):
@@ -24,8 +25,11 @@ class QwenTextFamily(TransformerFamily):
     def cond_width(self) -> int:
         return self.denoiser_config[self.cond_width_name]
 
+    def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+        return self.denoiser_by_names(denoiser_class, dtype)  # diffusers takes Qwen-Image's without a prefix only
+
     def pixel_step(self) -> int:
-        return 2 * self.latent_step()  # a token is 2 x 2 cells
+        return self.latent_step() * PATCH
 
     @abstractmethod
     def marks(self) -> str:
@@ -33,12 +37,11 @@ class QwenTextFamily(TransformerFamily):
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
         tokenizer = self.counting_tokenizer
-        counts = [len(tokens) for tokens in tokenizer(captions, verbose=False).input_ids]
-        return counts, self.most_tokens - len(tokenizer(self.marks()).input_ids)
+        return counts(tokenizer, captions, self.most_tokens - len(tokenizer(self.marks()).input_ids))
 
     def cond_bytes(self) -> int:
         """Of the longest caption."""
-        return self.most_tokens * self.cond_width * torch.float32.itemsize
+        return self.most_tokens * self.cond_width * self._text_dtype("text_encoder").itemsize
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self.cond_width)

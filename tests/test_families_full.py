@@ -18,6 +18,8 @@ FAMILIES = {
     "flux": "flux1",
     "flux_schnell": "flux1",
     "chroma": "chroma",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
     "sd3": "sd3",
     "sd35_medium": "sd3",
     "sd35_large": "sd3",
