@@ -23,7 +23,7 @@ from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
-LARGE = 1_000_000_000  # parameters: text encoders, and denoisers beside the one that is trained, beyond it are bf16
+LARGE = 1_000_000_000  # parameters: parts that are not trained are loaded in bf16 beyond it
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 
 
@@ -118,7 +118,7 @@ class DiffusersFamily(ModelFamily):
                     str(self.path), config=self.config.config, dtype=torch.float32, **options
                 )
             else:
-                dtypes = {name: self._dtype_of(name) for name in there - {"vae", self.component}}
+                dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component}}
                 options["dtype"] = {"default": torch.float32, **dtypes}
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
         pipeline.register_modules(**own)
@@ -141,8 +141,9 @@ class DiffusersFamily(ModelFamily):
             source = {"config": self.source, "subfolder": "vae"}
             return vae_class.from_single_file(path, dtype=torch.float32, **source)
 
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """Large parts that are not trained would take twice the memory in fp32 for no digit that their training had."""
+    def _text_dtype(self, name: str) -> torch.dtype:
+        """Large encoders, and a denoiser beside the trained one, would take twice the memory in fp32 for no digit that
+        their training had."""
         folder = Path(self.source) / name
         count = 0
         for file in self._files_read(folder) if folder.is_dir() else ():
