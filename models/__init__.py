@@ -14,6 +14,8 @@ FAMILIES: dict[str, str] = {
     "chroma": "models.chroma",
     "qwen_image": "models.qwen_image",
     "z_image": "models.z_image",
+    "flux2": "models.flux2",
+    "flux2_klein": "models.flux2_klein",
     "wan": "models.wan",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""

@@ -41,8 +41,8 @@ class ModelConfig:
     vae: str | None = None
     """A VAE in place of the model's own: a .safetensors file or a folder of diffusers."""
     guidance: Annotated[float, Field(ge=0)] | None = None
-    """The guidance that a guidance-distilled model (FLUX.1 dev) is told in training; None: 1. Previews have their
-    own."""
+    """The guidance that a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) is told in training; None: 1. Previews have
+    their own."""
     expert: Literal["high", "low"] | None = None
     """Of a model with two denoisers (Wan 2.2 A14B), the one that is trained, within its noise levels: the one for high
     noise or the one for low noise. None: the one for high noise. An adapter of each is trained in a run of its own."""

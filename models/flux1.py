@@ -95,6 +95,13 @@ class Flux1(FluxFamily, PooledTextFamily):
                 "FLUX.1 dev is, and is told none"
             )
 
+        told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self._stored_keys
+        if told and not config.guidance_embeds:
+            raise ModelError(
+                f"--model.path {self.config.path} is told guidance, as FLUX.1 dev is, and --model.config "
+                f"{self.source} is of a model that is told none, as schnell"
+            )
+
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder_2.device
         embeds, pooled, _ = encoders.encode_prompt(captions, device=device, max_sequence_length=TOKENS)

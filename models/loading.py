@@ -93,9 +93,8 @@ class DiffusersFamily(ModelFamily):
     @cached_property
     def _from_pretrained(self) -> dict[str, Any]:
         """Options of from_pretrained."""
-        local = Path(self.source).is_dir()
         variant = self.config.variant if self.path.is_dir() else None
-        return {"variant": variant, "use_safetensors": True, "local_files_only": local}
+        return {"variant": variant, "use_safetensors": True, "local_files_only": Path(self.source).is_dir()}
 
     def _load(self, *wanted: str, denoiser: nn.Module | None = None) -> Any:
         """diffusers' pipeline with the components `wanted` loaded, `denoiser` put in if given, and no others."""
@@ -108,11 +107,12 @@ class DiffusersFamily(ModelFamily):
             given[self.component] = self.load_denoiser(torch.float32)
         if "vae" in wanted and self.config.vae is not None:
             given["vae"] = self._vae_alone(self.config.vae)
-        there = {*wanted} - absent_parts(Path(self.source))  # diffusers wants to be told of those too
-        left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
-        options = {**left_out, **given, **self.pipeline_options}
         with self._faults_told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            own = self.own_parts(wanted)
+            there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
+            left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
+            options = {**left_out, **given, **self.pipeline_options}
             if self.path.is_file() and self.is_whole:
                 pipeline = pipeline_class.from_single_file(
                     str(self.path), config=self.config.config, dtype=torch.float32, **options
@@ -121,8 +121,13 @@ class DiffusersFamily(ModelFamily):
                 dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component}}
                 options["dtype"] = {"default": torch.float32, **dtypes}
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
+        pipeline.register_modules(**own)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the parts `wanted` that diffusers could not load."""
+        return {}
 
     def _vae_alone(self, path: str) -> nn.Module:
         """A VAE from a file or a folder of its own."""

@@ -37,6 +37,8 @@ class Case:
     """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
     comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
     """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     repair: Callable[[Any], None] | None = None
     """Mends what is wrong in diffusers' pipeline."""
     bare: Callable[[str], str] = str
@@ -93,7 +95,7 @@ def family_of(case: Case) -> ModelFamily:
 @dataclass
 class Call:
     """What one step of a pipeline showed, in the layout of latents: the noisy latents, the timestep and the prediction
-    that its scheduler was given; what it decoded, and the latents that it decoded."""
+    that its scheduler was given; the last latents, and those that it decoded, raw as they are stored."""
 
     noisy: Tensor
     timestep: Tensor
@@ -127,13 +129,14 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
     pipeline(
-        [*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
+        prompt=[*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
     noisy, timestep, prediction, _ = steps[case.step]
     unpack = case.unpack or (lambda _, latents, *__: latents)
     noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
-    return Call(noisy, torch.as_tensor(timestep), prediction, final, decoded[0])
+    raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
+    return Call(noisy, torch.as_tensor(timestep), prediction, final, raw)
 
 
 def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -145,8 +148,9 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
 
 
-def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[str, Tensor]:
-    """The denoiser as the original model's code has it: fused, with shift before scale."""
+def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[str, Tensor]:
+    """The denoiser as the original model's code has it: fused, with shift before scale; `norm`: what it calls the
+    weights of norms."""
     family = family_of(case)
     denoiser = family.load_denoiser(torch.float32)
     natives, parts = family.native_names(denoiser), {}
@@ -155,7 +159,9 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[st
         native = natives.get(layer, Native(""))
         tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped else tensor
         key = (
-            f"{native.name}.{norm if native.name.endswith('_norm') else kind}" if layer in natives else case.bare(name)
+            f"{native.name}.{norm if 'norm' in native.name and kind == 'weight' else kind}"
+            if layer in natives
+            else case.bare(name)
         )
         parts.setdefault(prefix + key, []).append((native.rows[0] if native.rows else 0, tensor))
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}

@@ -31,4 +31,4 @@ def comfy(pipeline: Any, caption: str) -> tuple[Tensor, dict[str, Any]]:
     return pipeline.text_encoder(padded, attention_mask=mask)[0], {"pooled_output": None}
 
 
-CASE = Case("chroma", make, {"guidance_scale": 1.0}, unpack, comfy, repair=mask_padding)
+CASE = Case("chroma", make, {"guidance_scale": 1.0}, unpack, comfy=comfy, repair=mask_padding)

@@ -36,7 +36,7 @@ def comfy(pipeline: Any, caption: str, tokens: int = 512) -> tuple[Tensor, dict[
 
 
 DEV = Case(
-    "flux1", partial(make, guided=True, shift=3.0, use_dynamic_shifting=True), {"guidance_scale": 1.0}, unpack, comfy,
-    name="flux1-dev",
+    "flux1", partial(make, guided=True, shift=3.0, use_dynamic_shifting=True), {"guidance_scale": 1.0}, unpack,
+    comfy=comfy, name="flux1-dev",
 )  # fmt: skip
-CASES = [DEV, Case("flux1", partial(make, guided=False), {}, unpack, comfy, name="flux1-schnell")]
+CASES = [DEV, Case("flux1", partial(make, guided=False), {}, unpack, comfy=comfy, name="flux1-schnell")]

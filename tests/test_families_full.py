@@ -26,6 +26,9 @@ FAMILIES = {
     "wan21_1.3b": "wan",
     "wan21_14b": "wan",
     "wan22_5b": "wan",
+    "flux2": "flux2",
+    "flux2_klein_4b": "flux2_klein",
+    "flux2_klein_9b": "flux2_klein",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16

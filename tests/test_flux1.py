@@ -132,11 +132,14 @@ def test_noise_levels_are_shifted_as_the_pipeline_shifts_them(side):
     torch.testing.assert_close(levels.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("prefix, norm", [("", "scale"), ("model.diffusion_model.", "weight")], ids=["BFL", "ComfyUI"])
+SPELT = {"BFL": ("", "scale"), "ComfyUI": ("model.diffusion_model.", "weight")}
+
+
+@pytest.mark.parametrize("spelt", SPELT)
 @ALL
-def test_single_files_of_the_original_names_are_the_same_model(case, prefix, norm, tmp_path):
+def test_single_files_of_the_original_names_are_the_same_model(case, spelt, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    save_file(native_tensors(case, prefix, norm), path)
+    save_file(native_tensors(case, *SPELT[spelt]), path)
     family = get_family(ModelConfig(path=path, config=str(folder_of(case))))
     assert family.name == case.family
     wanted = family_of(case).load_denoiser(torch.float32).state_dict()
@@ -147,12 +150,15 @@ def test_single_files_of_the_original_names_are_the_same_model(case, prefix, nor
     assert family.load_denoiser(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_files_that_lack_tensors_or_are_quantised_are_refused(tmp_path):
-    path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV)
+def test_files_that_lack_tensors_or_are_quantised_or_are_of_another_config_are_refused(tmp_path):
+    path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV, *SPELT["BFL"])
     scaled = {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(())}
     cut = {name: tensor for name, tensor in tensors.items() if name != "final_layer.linear.bias"}
-    for there, message in ((cut, "lacks 1 tensors: final_layer.linear.bias"), (tensors | scaled, "scaled fp8")):
+    for there, config, message in (
+        (cut, DEV, "lacks 1 tensors: final_layer.linear.bias"), (tensors | scaled, DEV, "scaled fp8"),
+        (tensors, SCHNELL, "is told guidance"), (native_tensors(SCHNELL), DEV, "lacks 4 tensors: guidance_in"),
+    ):  # fmt: skip
         save_file(there, path)
-        family = get_family(ModelConfig(path=path, config=str(folder_of(DEV))))
+        family = get_family(ModelConfig(path=path, config=str(folder_of(config))))
         with pytest.raises(ModelError, match=message):
             family.load_denoiser(None)

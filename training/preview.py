@@ -22,7 +22,7 @@ def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options
     mixed = any(p.dtype == torch.bfloat16 for part in parts for p in part.parameters())  # then they meet others in fp32
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=mixed):
         result = pipeline(
-            prompt,
+            prompt=prompt,  # which is not the first argument of every pipeline
             num_inference_steps=config.num_inference_steps,
             generator=torch.Generator().manual_seed((config.seed + number) % 2**64),
             output_type="np",
