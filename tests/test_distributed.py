@@ -55,7 +55,8 @@ def wide_images(tmp_path) -> Path:
 
 
 def run_all(folder: Path, engine: str, processes: int, algorithms: Iterable[str], wide: Path) -> Path:
-    """Runs every algorithm, and one run with buckets and previews; returns the folder that they are in."""
+    """Runs every algorithm, one run with buckets and previews, and one with what works on whole steps; returns where
+    they are."""
     accumulation, runs = f"--grad_accumulation_steps={TOTAL // processes}", []
     out, options = folder / f"{engine}-{processes}", common(folder / "cache")
     for algorithm in algorithms:
@@ -64,6 +65,9 @@ def run_all(folder: Path, engine: str, processes: int, algorithms: Iterable[str]
     bucketed = [f"--data.images={wide}", f"--output_dir={out / 'buckets'}", "--preview.enabled", "--batch_size=2",
                 "--gradient_checkpointing"]  # fmt: skip
     runs.append([*options, *bucketed, "--preview.num_inference_steps=2", accumulation])
+    text = ["--model.train_text_encoder"] if engine == "ddp" else []
+    extras = ["--objective.stratified", "--objective.noise_offset=0.1", "--ema.decay=0.9", *text]
+    runs.append([*options, *extras, f"--output_dir={out / 'extras'}", accumulation])
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
     result = launched(engine, processes, str(file))
@@ -123,7 +127,7 @@ def test_any_number_of_processes_is_the_same_run(engine, wide_images, tmp_path):
     one = run_all(tmp_path, engine, 1, ALGORITHMS, wide_images)
     for processes, algorithms in ENGINES[engine].items():
         many = run_all(tmp_path, engine, processes, algorithms, wide_images)
-        for name in (*algorithms, "buckets"):
+        for name in (*algorithms, "buckets", "extras"):
             assert_same_run(one / name, many / name)
         images = [np.asarray(Image.open(folder / "buckets" / "preview.png"), int) for folder in (one, many)]
         assert np.abs(images[0] - images[1]).max() <= 2, "drawn by other ranks, with weights that differ by rounding"
