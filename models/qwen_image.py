@@ -70,6 +70,10 @@ class QwenImage(QwenTextFamily):
         counts = [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(1).tolist()
         return [{"prompt_embeds": embed[:count].clone()} for embed, count in zip(embeds, counts, strict=True)]
 
+    def idle_layers(self, denoiser: nn.Module) -> list[str]:
+        last = f"transformer_blocks.{denoiser.config['num_layers'] - 1}"  # whose text goes nowhere
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
+
     def marks(self) -> str:
         return AFTER_CAPTION
 
