@@ -49,7 +49,7 @@ class Chroma(FluxFamily):
         return [{"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)]
 
     def cond_bytes(self) -> int:
-        return TOKENS * self._width * self._dtype_of("text_encoder").itemsize
+        return TOKENS * self._width * self._text_dtype("text_encoder").itemsize
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self._width)

@@ -108,7 +108,7 @@ class Flux1(FluxFamily, PooledTextFamily):
         return pooled_rows(embeds, pooled)
 
     def cond_bytes(self) -> int:
-        return TOKENS * self._width * self._dtype_of("text_encoder_2").itemsize + self._pooled_width * 4
+        return TOKENS * self._width * self._text_dtype("text_encoder_2").itemsize + self._pooled_width * 4
 
     def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"pooled_projections": cond["pooled_prompt_embeds"]}

@@ -93,7 +93,7 @@ class Flux2Family(TransformerFamily):
         return found, TOKENS - self.frame()
 
     def cond_bytes(self) -> int:
-        return (TOKENS + 1) * self.cond_width * self._dtype_of("text_encoder").itemsize
+        return (TOKENS + 1) * self.cond_width * self._text_dtype("text_encoder").itemsize
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self.cond_width)

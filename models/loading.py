@@ -2,8 +2,6 @@
 the denoiser alone, whose other parts come from a diffusers folder.
 """
 
-import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +14,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
-from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, config_of, local_path
+from models.checkpoints import (
+    DENOISER_PREFIXES,
+    OTHER_PARTS,
+    absent_parts,
+    config_of,
+    files_read,
+    local_path,
+    num_parameters,
+    part_folder,
+)
 from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
-LARGE = 1_000_000_000  # parameters: text encoders, and denoisers beside the one that is trained, beyond it are bf16
+LARGE = 1_000_000_000  # parameters: parts that are not trained are loaded in bf16 beyond it
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 
 
@@ -118,7 +125,7 @@ class DiffusersFamily(ModelFamily):
                     str(self.path), config=self.config.config, dtype=torch.float32, **options
                 )
             else:
-                dtypes = {name: self._dtype_of(name) for name in there - {"vae", self.component}}
+                dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component}}
                 options["dtype"] = {"default": torch.float32, **dtypes}
                 pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
         pipeline.register_modules(**own)
@@ -141,15 +148,11 @@ class DiffusersFamily(ModelFamily):
             source = {"config": self.source, "subfolder": "vae"}
             return vae_class.from_single_file(path, dtype=torch.float32, **source)
 
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """Large parts that are not trained would take twice the memory in fp32 for no digit that their training had."""
-        folder = Path(self.source) / name
-        count = 0
-        for file in self._files_read(folder) if folder.is_dir() else ():
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as weights:
-                    count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        return torch.bfloat16 if count > LARGE else torch.float32
+    def _text_dtype(self, name: str) -> torch.dtype:
+        """Large encoders, and a denoiser beside the trained one, would take twice the memory in fp32 for no digit that
+        their training had."""
+        files = files_read(part_folder(self.source, name), self.config.variant)
+        return torch.bfloat16 if num_parameters(files) > LARGE else torch.float32
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         import diffusers
@@ -252,25 +255,17 @@ class DiffusersFamily(ModelFamily):
             )
 
     def component_files(self, component: str) -> list[Path]:
-        folders = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
         if component == "vae" and self.config.vae is not None:
             path = Path(self.config.vae)
-            return [path] if path.is_file() else self._files_read(path / "vae" if (path / "vae").is_dir() else path)
-        if self.path.is_dir():
-            return [file for folder in folders for file in self._files_read(self.path / folder)]
-        if component == "denoiser" or self.is_whole:
+            inside = path / "vae" if (path / "vae").is_dir() else path
+            return [path] if path.is_file() else files_read(inside, self.config.variant)
+        if self.path.is_file() and (component == "denoiser" or self.is_whole):
             configs = Path(self.config.config).glob("*/*") if self.config.config else ()
             return [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
-        return [file for folder in folders for file in self._files_read(local_path(self.config, self.source) / folder)]
-
-    def _files_read(self, folder: Path) -> list[Path]:
-        """What diffusers reads in one folder: the weights of the variant if there are any, else those of none."""
-        files = sorted(folder.glob("*"))
-        weights: list[Path] = []
-        for variant in (self.config.variant, None):
-            ending = (re.escape(f".{variant}") if variant else "") + r"(-\d+-of-\d+)?\.safetensors"
-            weights = weights or [f for f in files if re.fullmatch("[^.]+" + ending, f.name)]
-        return [*(f for f in files if f.suffix in (".json", ".txt", ".model")), *weights]
+        parts = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
+        with self._faults_told():
+            folders = [part_folder(self.source, part) for part in parts]
+        return [file for folder in folders for file in files_read(folder, self.config.variant)]
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         loaded = [name for name in self.components if name != self.component or denoiser is None]

@@ -41,7 +41,7 @@ class QwenTextFamily(TransformerFamily):
 
     def cond_bytes(self) -> int:
         """Of the longest caption."""
-        return self.most_tokens * self.cond_width * self._dtype_of("text_encoder").itemsize
+        return self.most_tokens * self.cond_width * self._text_dtype("text_encoder").itemsize
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self.cond_width)

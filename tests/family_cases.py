@@ -150,8 +150,9 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
 
 
-def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[str, Tensor]:
-    """The denoiser as the original model's code has it: fused, with shift before scale."""
+def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[str, Tensor]:
+    """The denoiser as the original model's code has it: fused, with shift before scale; `norm`: what it calls the
+    weights of norms."""
     family = family_of(case)
     denoiser = family.load_denoiser(torch.float32)
     natives, parts = family.native_names(denoiser), {}
@@ -160,7 +161,9 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "scale") -> dict[st
         native = natives.get(layer, Native(""))
         tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped else tensor
         key = (
-            f"{native.name}.{norm if native.name.endswith('_norm') else kind}" if layer in natives else case.bare(name)
+            f"{native.name}.{norm if 'norm' in native.name and kind == 'weight' else kind}"
+            if layer in natives
+            else case.bare(name)
         )
         parts.setdefault(prefix + key, []).append((native.rows[0] if native.rows else 0, tensor))
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}

@@ -151,7 +151,7 @@ def test_single_files_of_the_original_names_are_the_same_model(case, spelt, tmp_
 
 
 def test_files_that_lack_tensors_or_are_quantised_or_are_of_another_config_are_refused(tmp_path):
-    path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV)
+    path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV, *SPELT["BFL"])
     scaled = {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(())}
     cut = {name: tensor for name, tensor in tensors.items() if name != "final_layer.linear.bias"}
     for there, config, message in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import BASE, reset_accelerate
-from family_cases import Video
+from data_families import Video
 from PIL import Image
 
 import models
@@ -259,7 +259,7 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
 
 
 def test_the_report_and_the_sheets_show_clips(folder, run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.FAMILIES, Video.name, "family_cases")
+    monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
     options = [
         f"--model.path={BASE}", f"--data.images={folder}", f"--data.cache_dir={tmp_path / 'cache'}",
         "--data.resolution=96", "--data.frames=5", "--data.clip=spread", f"--output_dir={tmp_path / 'out'}",
