@@ -71,7 +71,8 @@ class QwenImage(QwenTextFamily):
         return [{"prompt_embeds": embed[:count].clone()} for embed, count in zip(embeds, counts, strict=True)]
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
-        last = f"transformer_blocks.{denoiser.config['num_layers'] - 1}"  # whose text goes nowhere
+        blocks: Any = denoiser.transformer_blocks
+        last = f"transformer_blocks.{len(blocks) - 1}"  # what it makes of the text goes nowhere
         return [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
 
     def marks(self) -> str:
