@@ -23,7 +23,10 @@ class Adapted:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, Adapter)}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """`<layer>.<name in a file>` -> trained parameter."""
+        """`<layer>.<name in a file>` -> trained parameter, of layers that are not frozen."""
+        return {name: parameter for name, parameter in self._parameters().items() if parameter.requires_grad}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
         return {f"{n}.{key}": p for n, layer in self.layers().items() for key, p in layer.trained().items()}
 
     def specs(self) -> dict[str, LayerSpec]:
@@ -34,12 +37,13 @@ class Adapted:
         return {
             f"{name}.{key}": layer.spec.lr_scale * (lora_plus_ratio if key in layer.starts_at_zero else 1.0)
             for name, layer in self.layers().items()
-            for key in layer.trained()
+            for key, parameter in layer.trained().items()
+            if parameter.requires_grad
         }
 
     def _state(self) -> dict[str, Tensor]:
         constants = {f"{n}.{key}": t for n, layer in self.layers().items() for key, t in layer.constants().items()}
-        return {**self.named_parameters(), **constants}
+        return {**self._parameters(), **constants}
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of all that the adapters are, for a checkpoint: on the CPU (on meta for a model on meta), fp32."""

@@ -206,6 +206,11 @@ class ModelFamily(ABC):
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with `denoiser` if given."""
 
+    def idle_layers(self, denoiser: nn.Module) -> list[str]:
+        """WHEN: adapters are attached. OUT: names of layers, and of modules with layers, on whose output no prediction
+        depends: adapters there get no gradients, for which several ranks would wait in vain."""
+        return []
+
     def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
         """WHEN: in the loop. IN: (B, 8), how each image was scaled and cropped: the fields of data.buckets.Crop. OUT:
         conditioning that is made of it, batch first."""

@@ -70,6 +70,11 @@ class QwenImage(QwenTextFamily):
         counts = [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(1).tolist()
         return [{"prompt_embeds": embed[:count].clone()} for embed, count in zip(embeds, counts, strict=True)]
 
+    def idle_layers(self, denoiser: nn.Module) -> list[str]:
+        blocks: Any = denoiser.transformer_blocks
+        last = f"transformer_blocks.{len(blocks) - 1}"  # what it makes of the text goes nowhere
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
+
     def marks(self) -> str:
         return AFTER_CAPTION
 

@@ -11,6 +11,9 @@ from lora_algos import ALGORITHMS
 from models import get_family
 from models.base import take_comfy_cond
 from models.config import ModelConfig, ModelError
+from training.load_config import load_config
+from training.names import file_names
+from training.setup import attach_adapters
 
 CASES = pytest.mark.parametrize("case", cases(), ids=str)
 
@@ -147,6 +150,19 @@ def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, options, r
         losses[dtype] = json.loads((out / "loss.json").read_text())["loss_per_step"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]
+
+
+@CASES
+def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, options):
+    call, family = call_of(case, calls), family_of(case)
+    denoiser = family.load_denoiser(torch.float32)
+    adapted, _ = attach_adapters(load_config(flags(case, options)), family, denoiser, file_names(family, denoiser))
+    trained = adapted.named_parameters().keys()
+    denoiser.requires_grad_(True)
+    parameters = adapted.named_parameters()
+    timestep = call.timestep.expand(len(PROMPTS)).to(torch.float32)
+    family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS)).square().mean().backward()
+    assert {name for name, parameter in parameters.items() if parameter.grad is not None} == trained
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -10,7 +10,7 @@ from device_reads import device_reads
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from family_cases import PROMPTS, Case, collate, family_of, folder_of, run_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_flux1 import native_tensors, noise, prediction, rows_of
 from torch import Tensor
 
@@ -136,3 +136,17 @@ def test_single_files_of_the_original_names_are_the_same_model(case, prefix, tmp
         cond, latents = collate(family, rows_of(case)), noise()
         together = family.predict(found, latents, torch.full((2,), 700.0), cond)
     torch.testing.assert_close(together, prediction(case, rows_of(case), latents))
+
+
+def test_a_run_in_which_some_adapters_are_frozen_goes_on_as_if_it_had_not_stopped(options, run_here, tmp_path):
+    """What the last block makes of the text goes nowhere: no optimizer has a state for it."""
+    mine = [
+        option for option in options if not option.startswith(("--model.path", "--adapter.targets", "--output_dir"))
+    ]
+    mine += [f"--model.path={folder_of(QWEN)}", "--adapter.targets=all", "--data.resolution=32", "--checkpoint.every=2"]
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert run_here([*mine, f"--steps={steps}", f"--output_dir={tmp_path / folder}"]) == 0
+    whole, parts = (load_file(tmp_path / folder / "lora.safetensors") for folder in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
+    assert any("transformer_blocks.1.txt_mlp" in name for name in whole), "other trainers' files have them too"

@@ -79,8 +79,12 @@ def attach_adapters(
         if any(key.startswith(TEXT) for key in tensors) and not names.text:
             unknown.insert(0, "it has layers of text encoders, which --model.train_text_encoder goes on with")
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
-        return adapted, total_steps_of(config.existing_lora, metadata)
-    return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
+        steps = total_steps_of(config.existing_lora, metadata)
+    else:
+        adapted, steps = attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
+    for name in family.idle_layers(denoiser):
+        denoiser.get_submodule(name).requires_grad_(False)
+    return adapted, steps
 
 
 def build_engine(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: Adapted) -> Engine:
