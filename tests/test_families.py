@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline
+from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline, seen_in
 from safetensors import safe_open
 
 from lora_algos import ALGORITHMS
@@ -35,9 +35,10 @@ def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE
     family = family_of(case)
     with torch.no_grad():
         rows = family.encode_prompt(family.load_encoders("text"), captions)
+        of_media = seen_in(family, shape, case.guidance["num_frames"], len(captions)) if case.first_frame else {}
     height, width = shape
     crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.float32)
-    return {**family.size_cond(crop), **collate(family, rows)}
+    return {**family.size_cond(crop), **collate(family, rows), **of_media}
 
 
 @CASES
@@ -158,7 +159,7 @@ def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, opti
     ]  # fmt: skip
     out = tmp_path / "out"
     assert run_here(mine) == 0, capsys.readouterr().err
-    assert (out / "preview.png").is_file()
+    assert (out / "preview.png").is_file() == family_of(case).draws
     with safe_open(out / "lora.safetensors", framework="pt") as file:
         assert any(file.get_tensor(key).any() for key in file.keys())  # noqa: SIM118
     more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--preview.no_enabled"]

@@ -19,9 +19,7 @@ def videos(tmp_path):
     folder.mkdir()
     for number in range(2):
         frames = [Image.new("RGB", (SIDE, SIDE), (20 * i, 100 * number, 50)) for i in range(FRAMES)]
-        frames[0].save(
-            folder / f"{number}.webp", save_all=True, append_images=frames[1:], duration=63, lossless=True
-        )
+        frames[0].save(folder / f"{number}.webp", save_all=True, append_images=frames[1:], duration=63, lossless=True)
         (folder / f"{number}.txt").write_text("a photo of a cat")
     Image.new("RGB", (SIDE, SIDE), "red").save(folder / "image.png")
     (folder / "image.txt").write_text("red")
