@@ -26,6 +26,7 @@ FAMILIES = {
     "wan21_1.3b": "wan",
     "wan21_14b": "wan",
     "wan22_5b": "wan",
+    "wan21_i2v_14b": "wan_i2v",
     "flux2": "flux2",
     "flux2_klein_4b": "flux2_klein",
     "flux2_klein_9b": "flux2_klein",
