@@ -101,7 +101,6 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
 def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, interruptions: Interruptions) -> None:
     """The whole run, in the order in which its parts need each other."""
     from data.precompute import build_datasets
-    from models import get_family
     from training import finish, setup, tracking
     from training.engine import wants_contiguous
     from training.export import check as check_export
@@ -111,7 +110,7 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     from training.run import Run
     from training.step import build_loss
 
-    family = get_family(config.model)
+    family = setup.family_of(config)
     # the encoders live and die in here
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
     denoiser, dtype = setup.load_denoiser(config, family, wants_contiguous(accelerator))

@@ -77,7 +77,7 @@ class ModelFamily(ABC):
     has `attention_mask` (B, L) too, true where the first of them has tokens, or what the rows have under this name, and
     `lengths`, how many tokens those are, as a tuple: no device has to be asked for them."""
     frame_step: ClassVar[int] = 1
-    """Videos have one more frame than a multiple of this, and their latents one more than that multiple."""
+    """Videos have 1 + n times this many frames, and their latents 1 + n."""
     fps: ClassVar[float] = 16.0
     """Frames per second of the videos that the base model was trained on."""
     draws: ClassVar[bool] = True
@@ -221,6 +221,10 @@ class ModelFamily(ABC):
     def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
         """WHEN: for adapter files and single-file models. OUT: diffusers' name -> where it is in the original model, of
         every layer."""
+
+    def text_names(self, denoiser: nn.Module) -> dict[str, str]:
+        """WHEN: for adapter files. OUT: kohya's names of the layers of text encoders that are part of `denoiser`."""
+        return {}
 
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Which family a model on disk is of: by the pipeline that model_index.json names, or by the tensors of a file."""
 
 import json
+import math
+import re
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from models import FAMILIES
@@ -54,7 +56,18 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
     family = classes[found or config.family or ""]
     if config.guidance is not None and not family.takes_guidance:
         raise ModelError(f"--model.guidance {config.guidance:g}: models of the family {family.name} are told none")
-    return family
+    return training_text(family, config) if config.train_text_encoder else family
+
+
+def training_text(family: type["ModelFamily"], config: ModelConfig) -> type["ModelFamily"]:
+    """`family` with its text encoders trained too. ModelError if they cannot be."""
+    from models.unet import UNetFamily
+    from models.with_text import trains_text
+
+    if not issubclass(family, UNetFamily):
+        why = f"{config.path} is {family.name}, whose text encoders are not CLIP alone"
+        raise ModelError(f"--model.train_text_encoder: {why}")
+    return trains_text(family)
 
 
 def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
@@ -83,6 +96,33 @@ def absent_parts(folder: Path) -> set[str]:
     if not file.is_file():
         return set()
     return {name for name, part in json.loads(file.read_text(encoding="utf-8")).items() if part == [None, None]}
+
+
+def part_folder(source: str, name: str) -> Path:
+    """A part's folder in a diffusers folder, or of the hub's repository of that id, had first. Raises OSError."""
+    if Path(source).is_dir():
+        return Path(source) / name
+    return Path(snapshot_download(source, allow_patterns=[f"{name}/*"])) / name
+
+
+def files_read(folder: Path, variant: str | None) -> list[Path]:
+    """What diffusers reads in one part's folder: the weights of the variant if there are any, else those of none."""
+    files = sorted(folder.glob("*"))
+    weights: list[Path] = []
+    for ending in (variant, None):
+        pattern = r"[^.]+" + (re.escape(f".{ending}") if ending else "") + r"(-\d+-of-\d+)?\.safetensors"
+        weights = weights or [file for file in files if re.fullmatch(pattern, file.name)]
+    return [*(file for file in files if file.suffix in (".json", ".txt", ".model", ".jinja")), *weights]
+
+
+def num_parameters(files: list[Path]) -> int:
+    """How many numbers the weights among `files` hold."""
+    count = 0
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return count
 
 
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:

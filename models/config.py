@@ -38,6 +38,9 @@ class ModelConfig:
     config: str | None = None
     """For a single .safetensors file: a diffusers folder or hub id that holds the configuration and the tokenizers, and
     the text encoders and VAE if the file has none."""
+    train_text_encoder: bool = False
+    """Adapt the CLIP text encoders too (Stable Diffusion 1, 2 and XL): captions are then encoded in every step, not
+    once before training. Their layers' names begin with text_encoder."""
     vae: str | None = None
     """A VAE in place of the model's own: a .safetensors file or a folder of diffusers."""
     guidance: Annotated[float, Field(ge=0)] | None = None

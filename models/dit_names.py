@@ -6,7 +6,7 @@ where the layer makes nothing else. Names that no table has are the same in both
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from models.base import Native
 
 Table = Iterable[tuple[str, str, dict[str, str]]]
+STORED_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 
 def renamed(denoiser: nn.Module, table: Table, native_only: str = "(?!)") -> dict[str, Native]:
@@ -40,6 +41,19 @@ def renamed(denoiser: nn.Module, table: Table, native_only: str = "(?!)") -> dic
             count = layers[layer].weight.shape[0]
             found[layer] = Native(whole, (first, count))
             first += count
+    return found
+
+
+def stored_names(denoiser: nn.Module, table: Table, keys: Collection[str]) -> dict[str, str]:
+    """Name of each parameter -> its key among those of a single file, which the original code or ComfyUI wrote; the
+    likeliest one if it is not there."""
+    natives, found = renamed(denoiser, table), {}
+    for name, _ in denoiser.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        native = f"{natives[layer].name}.{kind}" if layer in natives else native_name(name, table).removesuffix("~")
+        likely = [f"{prefix}{native}" for prefix in STORED_PREFIXES]
+        likely += [re.sub("weight$", "scale", key) for key in likely]  # of FLUX's norms
+        found[name] = next((key for key in likely if key in keys), likely[0])
     return found
 
 
@@ -161,7 +175,9 @@ WAN_ATTENTION = {
 WAN = (
     (r"blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn.", WAN_ATTENTION),
     (r"blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn.", WAN_ATTENTION),
-    (r"blocks\.(\d+)\.", r"blocks.\1.", {"norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}),
+    (r"blocks\.(\d+)\.", r"blocks.\1.", {
+        "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "scale_shift_table": "modulation",
+    }),
     (r"condition_embedder\.image_embedder\.", "img_emb.proj.", {
         "norm1": "0", "ff.net.0.proj": "1", "ff.net.2": "3", "norm2": "4",
     }),
@@ -170,6 +186,6 @@ WAN = (
         "time_proj": "time_projection.1",
         "text_embedder.linear_1": "text_embedding.0", "text_embedder.linear_2": "text_embedding.2",
     }),
-    ("proj_out", "head.head", {"": ""}),
+    ("", "", {"proj_out": "head.head", "scale_shift_table": "head.modulation"}),
 )  # fmt: skip
 WAN_NATIVE_ONLY = r".*"

@@ -151,7 +151,8 @@ class Flux2(Flux2Family):
             return {}
         # the pipeline's processor, which is for images too, needs torchvision, but captions only its tokenizer
         options = {"subfolder": "tokenizer", "local_files_only": self._from_pretrained["local_files_only"]}
-        return {"tokenizer": AutoTokenizer.from_pretrained(self.source, **options)}
+        with self._faults_told():
+            return {"tokenizer": AutoTokenizer.from_pretrained(self.source, **options)}
 
     def frame(self) -> int:
         template = self.counting_tokenizer.apply_chat_template

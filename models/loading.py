@@ -2,8 +2,6 @@
 the denoiser alone, whose other parts come from a diffusers folder.
 """
 
-import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.base import ModelFamily
-from models.checkpoints import DENOISER_PREFIXES, OTHER_PARTS, absent_parts, config_of, local_path
+from models.checkpoints import (
+    DENOISER_PREFIXES,
+    OTHER_PARTS,
+    absent_parts,
+    config_of,
+    files_read,
+    local_path,
+    num_parameters,
+    part_folder,
+)
 from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
@@ -144,13 +151,8 @@ class DiffusersFamily(ModelFamily):
     def _text_dtype(self, name: str) -> torch.dtype:
         """Large encoders, and a denoiser beside the trained one, would take twice the memory in fp32 for no digit that
         their training had."""
-        folder = Path(self.source) / name
-        count = 0
-        for file in self._files_read(folder) if folder.is_dir() else ():
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as weights:
-                    count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        return torch.bfloat16 if count > LARGE else torch.float32
+        files = files_read(part_folder(self.source, name), self.config.variant)
+        return torch.bfloat16 if num_parameters(files) > LARGE else torch.float32
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         import diffusers
@@ -195,7 +197,7 @@ class DiffusersFamily(ModelFamily):
         with self._faults_told():
             return getattr(diffusers, self.denoiser_class).load_config(self.source, subfolder=self.component)
 
-    def part_config(self, name: Literal["vae", "scheduler"]) -> dict[str, Any]:
+    def part_config(self, name: str) -> dict[str, Any]:
         """The configuration of a part, with its class as `_class_name`."""
         if name == "vae" and self.config.vae is not None:
             return dict(self._vae_alone(self.config.vae).config)  # type: ignore[arg-type]
@@ -253,25 +255,17 @@ class DiffusersFamily(ModelFamily):
             )
 
     def component_files(self, component: str) -> list[Path]:
-        folders = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
         if component == "vae" and self.config.vae is not None:
             path = Path(self.config.vae)
-            return [path] if path.is_file() else self._files_read(path / "vae" if (path / "vae").is_dir() else path)
-        if self.path.is_dir():
-            return [file for folder in folders for file in self._files_read(self.path / folder)]
-        if component == "denoiser" or self.is_whole:
+            inside = path / "vae" if (path / "vae").is_dir() else path
+            return [path] if path.is_file() else files_read(inside, self.config.variant)
+        if self.path.is_file() and (component == "denoiser" or self.is_whole):
             configs = Path(self.config.config).glob("*/*") if self.config.config else ()
             return [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
-        return [file for folder in folders for file in self._files_read(local_path(self.config, self.source) / folder)]
-
-    def _files_read(self, folder: Path) -> list[Path]:
-        """What diffusers reads in one folder: the weights of the variant if there are any, else those of none."""
-        files = sorted(folder.glob("*"))
-        weights: list[Path] = []
-        for variant in (self.config.variant, None):
-            ending = (re.escape(f".{variant}") if variant else "") + r"(-\d+-of-\d+)?\.safetensors"
-            weights = weights or [f for f in files if re.fullmatch("[^.]+" + ending, f.name)]
-        return [*(f for f in files if f.suffix in (".json", ".txt", ".model")), *weights]
+        parts = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
+        with self._faults_told():
+            folders = [part_folder(self.source, part) for part in parts]
+        return [file for folder in folders for file in files_read(folder, self.config.variant)]
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         loaded = [name for name in self.components if name != self.component or denoiser is None]

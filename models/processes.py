@@ -94,7 +94,7 @@ class DDPM(NoiseProcess):
                 "the image. Such a model predicts v (--objective.prediction_type v_prediction)"
             )
         wide = alphas_cumprod.double().clamp(min=LEAST_ALPHA)
-        self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log().float()
+        self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log()
 
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
         if self.alphas_cumprod.device != quantile.device:  # once: later steps copy nothing
@@ -112,11 +112,10 @@ class DDPM(NoiseProcess):
         return timestep, alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
 
     def _between(self, quantile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        t = quantile * (len(self.log_ratio) - 1)
-        low, high = self.log_ratio[t.floor().long()], self.log_ratio[t.ceil().long()]
-        ratio = torch.lerp(low.to(t.dtype), high.to(t.dtype), t.frac()).exp()
+        t = quantile.double() * (len(self.log_ratio) - 1)
+        ratio = torch.lerp(self.log_ratio[t.floor().long()], self.log_ratio[t.ceil().long()], t.frac()).exp()
         root = (ratio**2 + 1).sqrt()
-        return (t - 0.5).ceil().long(), 1 / root, ratio / root
+        return (t - 0.5).ceil().long(), (1 / root).to(quantile.dtype), (ratio / root).to(quantile.dtype)
 
     def time(self, levels: Levels) -> Tensor:
         return levels.timestep.to(levels.sigma.dtype) / len(self.alphas_cumprod)
@@ -220,6 +219,18 @@ def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) 
     # between timesteps ComfyUI's accuracy is wanted, which multiplies them up in fp64
     wide = (1 - scheduler.betas.double()).cumprod(0)
     return DDPM(wide if options.continuous else scheduler.alphas_cumprod, chosen, options.continuous)
+
+
+def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
+    """diffusers' pipeline with a scheduler that says of the base what the options say, where its own does not."""
+    changes: dict[str, Any] = {}
+    if options.prediction_type != "auto":
+        changes["prediction_type"] = options.prediction_type
+    if options.zero_terminal_snr:  # then the first step must be the last timestep (Lin et al. 2024, section 3.3)
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if changes:
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
+    return pipeline
 
 
 def shift_of(config: Mapping[str, Any], options: ObjectiveConfig) -> Shift:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.unet import UNetFamily, predict
+from models.unet import UNetFamily
 
 
 class StableDiffusion(UNetFamily):
@@ -43,8 +43,11 @@ class StableDiffusion(UNetFamily):
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return cond["prompt_embeds"][None], {"pooled_output": None}
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return predict(denoiser, noisy, timestep, cond["prompt_embeds"])
+    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
+        return {"encoder_hidden_states": cond["prompt_embeds"]}
+
+    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**cond, "prompt_embeds": encoders.text_encoder(cond["text_encoder"])[0]}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         second = denoiser.config.cross_attention_dim == 1024  # type: ignore[union-attr]

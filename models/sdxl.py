@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.unet import UNetFamily, predict
+from models.unet import UNetFamily
 
 # of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target size, height first
 TIME_IDS = [1, 0, 5, 4, 7, 6]
@@ -69,7 +69,7 @@ class StableDiffusionXL(UNetFamily):
                 "target_width": extras["width"],
                 **extras,
             }
-            found["time_ids"] = torch.tensor([float(sizes[name]) for name in COMFY_SIZES])
+            found["time_ids"] = torch.tensor([int(sizes[name]) for name in COMFY_SIZES], dtype=torch.int32)
         return found
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -80,9 +80,20 @@ class StableDiffusionXL(UNetFamily):
         }
         return cond["prompt_embeds"][None], extras
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
         added = {"text_embeds": cond["pooled_prompt_embeds"], "time_ids": cond["time_ids"]}
-        return predict(denoiser, noisy, timestep, cond["prompt_embeds"], added)
+        return {"encoder_hidden_states": cond["prompt_embeds"], "added_cond_kwargs": added}
+
+    @property
+    def unread_text(self) -> str:
+        last = self.part_config("text_encoder")["num_hidden_layers"] - 1  # its output is taken one layer before
+        return rf"(?!text_encoder\.(text_model\.)?encoder\.layers\.{last}\.)"
+
+    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        first = encoders.text_encoder(cond["text_encoder"], output_hidden_states=True)
+        second = encoders.text_encoder_2(cond["text_encoder_2"], output_hidden_states=True)
+        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return {**cond, "prompt_embeds": embeds, "pooled_prompt_embeds": second[0]}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return self.unet_metadata("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")

@@ -1,5 +1,6 @@
 """What the UNets of Stable Diffusion 1, 2 and XL have in common."""
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -44,6 +45,23 @@ class UNetFamily(DiffusersFamily):
         """epsilon or v_prediction, as the base was trained."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
+    @property
+    def unread_text(self) -> str:
+        """Regular expression that does not go on at layers of text encoders that nothing is read from."""
+        return ""
+
+    @abstractmethod
+    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
+        """Conditioning as the UNet's arguments."""
+
+    @abstractmethod
+    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`cond` with the tokens (B, L) of each text encoder, under its name, as what encode_prompt makes of them;
+        `encoders` has the text encoders as members."""
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return denoiser(noisy, timestep, **self.inputs(cond), return_dict=False)[0]
+
     def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
         return {name: Native(native) for name, native in native_names(denoiser).items()}
 
@@ -63,8 +81,3 @@ class UNetFamily(DiffusersFamily):
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         }
-
-
-def predict(denoiser: Any, noisy: Tensor, timestep: Tensor, prompt_embeds: Tensor, added: dict | None = None) -> Tensor:
-    """A UNet's prediction; `added`: its added_cond_kwargs."""
-    return denoiser(noisy, timestep, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import with_frames
+from models.checkpoints import files_read, part_folder
 from models.config import ModelError
 from models.wan import Wan
 
@@ -60,8 +61,10 @@ class WanImageToVideo(Wan):
 
     def component_files(self, component: str) -> list[Path]:
         found = super().component_files(component)
-        if component == "vae" and self.sees and Path(self.source).is_dir():
-            found += [file for part in VISION for file in self._files_read(Path(self.source) / part)]
+        if component == "vae" and self.sees:
+            with self._faults_told():
+                folders = [part_folder(self.source, part) for part in VISION]
+            found += [file for folder in folders for file in files_read(folder, self.config.variant)]
         return found
 
     def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ class Case:
     """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     repair: Callable[[Any], None] | None = None
     """Mends what is wrong in diffusers' pipeline."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
     bare: Callable[[str], str] = str
     """diffusers' name of a parameter or buffer that is of no layer -> its name in the original model."""
     name: str = ""

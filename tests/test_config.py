@@ -148,4 +148,4 @@ def test_reading_a_config_loads_no_torch():
 
 
 def test_asdict_is_what_pydantic_validates():
-    assert asdict(TrainConfig())["optim"]["betas"] == (0.9, 0.999)
+    assert asdict(TrainConfig())["adapter"]["targets"] == ("all",)

@@ -25,6 +25,7 @@ TABLES = {
     "ZImageTransformer2DModel": (dit_names.Z_IMAGE, NO_LAYER),
     "WanTransformer3DModel": (dit_names.WAN, dit_names.WAN_NATIVE_ONLY),
 }
+NOT_IN_DIFFUSERS = {"pos_embed"}  # a table of sines, which diffusers makes anew
 TRANSFORMERS = [name for name in comfy_keys.ARCHITECTURES if comfy_keys.key_map(name)["class"] in TABLES]
 
 
@@ -78,6 +79,17 @@ def test_every_layer_is_where_comfyui_has_it(architecture):
     assert not left
     parameters = {name for name, _ in denoiser.named_parameters()}
     assert not {n for n in parameters if re.search(r"\.(weight|bias)$", n) and n.rpartition(".")[0] not in found}
+
+
+@pytest.mark.parametrize("architecture", TRANSFORMERS)
+def test_every_parameter_is_found_in_a_single_file(architecture):
+    there, denoiser = comfy_keys.key_map(architecture)["weights"], denoiser_of(architecture)
+    table = TABLES[comfy_keys.key_map(architecture)["class"]][0]
+    parts: dict[str, int] = {}
+    for name, key in dit_names.stored_names(denoiser, table, there).items():
+        parts[key] = parts.get(key, 0) + denoiser.get_parameter(name).numel()
+    assert parts == {key: torch.Size(shape).numel() for key, shape in there.items() if key in parts}
+    assert not there.keys() - parts.keys() - NOT_IN_DIFFUSERS
 
 
 def test_sdxls_unet_is_named_by_the_table_of_unets():

@@ -5,15 +5,29 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 import yaml
 from conftest import BASE, PROJECT, TWEMOJI, accelerate_launch, script
 
+from training.load_config import validate
+from training.optimizers import NAMED
+
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-LAUNCHES = [command for command in COMMANDS if command.startswith("accelerate launch")]
+TRAINING = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def launches(page: str) -> list[str]:
+    return [command for command in commands(page) if command.startswith("accelerate launch")]
+
+
+COMMANDS, LAUNCHES = commands(README), launches(README)
 
 
 def test_the_options_page_is_up_to_date():
@@ -35,10 +49,41 @@ def test_make_targets_exist(target):
     assert result.returncode == 0, result.stderr
 
 
+def words_of(command: str) -> list[str]:
+    return shlex.split(command.replace("<model>", str(BASE)).replace("<folder>", str(TWEMOJI / "train")))
+
+
+@pytest.mark.parametrize("command", launches(TRAINING))
+def test_the_commands_on_training_run(command, run_here, tmp_path, cache_dir):
+    words = words_of(command)
+    assert words[:4] == ["accelerate", "launch", "train_lora.py", "recipes/sd15.yaml"]
+    short = ["--steps=3", "--validation.every=2", "--data.resolution=64", f"--output_dir={tmp_path}", "--batch_size=1",
+             f"--data.cache_dir={cache_dir}", "--preview.no_enabled", "--data.num_workers=0"]  # fmt: skip
+    assert run_here([str(PROJECT / words[3]), *words[4:], *short]) == 0
+    assert (tmp_path / "lora.safetensors").is_file()
+    assert (tmp_path / "lora.raw.safetensors").is_file() == ("ema" in command)
+
+
+def test_the_recipe_on_training_is_one_and_all_optimizers_are_there():
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", TRAINING, re.S)
+    assert validate(yaml.safe_load(recipe), "the page", "").optim.args == ("d_coef=0.8", "use_bias_correction=True")
+    rows = [line.split("|")[1:3] for line in TRAINING.splitlines() if line.startswith("| `")]
+    listed = {name: package.strip() for names, package in rows for name in re.findall(r"`(\w+)`", names)}
+    assert listed == {name: source.package for name, source in NAMED.items()}
+
+
+def test_the_packages_of_the_optimizers_are_the_projects():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for source in NAMED.values():
+        needs = project["dependencies"] if source.extra is None else extras[source.extra]
+        assert any(need.startswith(source.package + ">=") for need in needs), source.package
+    assert {*extras["optimizers"]} <= {*extras["test"]}
+
+
 @pytest.mark.parametrize("command", LAUNCHES)
 def test_the_readmes_launch_commands_run(command, tmp_path, cache_dir):
-    filled = command.replace("<model>", str(BASE)).replace("<folder>", str(TWEMOJI / "train"))
-    words = shlex.split(filled)
+    words = words_of(command)
     at = words.index("train_lora.py")
     short = ["--steps=2", "--data.resolution=64", f"--output_dir={tmp_path}", f"--data.cache_dir={cache_dir}",
              "--preview.num_inference_steps=2", "--data.num_workers=0"]  # fmt: skip

@@ -37,7 +37,7 @@ def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE
         rows = family.encode_prompt(family.load_encoders("text"), captions)
         of_media = seen_in(family, shape, case.guidance["num_frames"], len(captions)) if case.first_frame else {}
     height, width = shape
-    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.float32)
+    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32)
     return {**family.size_cond(crop), **collate(family, rows), **of_media}
 
 

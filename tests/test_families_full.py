@@ -18,6 +18,9 @@ FAMILIES = {
     "flux": "flux1",
     "flux_schnell": "flux1",
     "chroma": "chroma",
+    "flux2": "flux2",
+    "flux2_klein_4b": "flux2_klein",
+    "flux2_klein_9b": "flux2_klein",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
     "sd3": "sd3",
@@ -27,9 +30,6 @@ FAMILIES = {
     "wan21_14b": "wan",
     "wan22_5b": "wan",
     "wan21_i2v_14b": "wan_i2v",
-    "flux2": "flux2",
-    "flux2_klein_4b": "flux2_klein",
-    "flux2_klein_9b": "flux2_klein",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16

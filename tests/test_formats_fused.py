@@ -210,7 +210,9 @@ def test_parts_keep_their_algorithm_where_comfyui_has_names_for_them(algorithm):
 def test_biases_of_parts_are_written_once_with_zeros_where_there_is_none():
     specs = {"attn.to_q": spec_of("LoRA"), "attn.to_v": replace(spec_of("LoRA"), bias=True)}
     adapted = trained(specs)
-    tensors = check(adapted, "comfyui").tensors
+    content = check(adapted, "comfyui")
+    assert [name for name, spec in read(content).specs().items() if spec.bias] == ["attn.to_v"]
+    tensors = content.tensors
     bias = tensors.pop("diffusion_model.block.qkv.diff_b")
     assert not [key for key in tensors if "diff_b" in key]
     assert bias.shape == (72,)

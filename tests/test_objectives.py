@@ -31,6 +31,9 @@ class Maths:
     def tokens(self, shape: tuple[int, ...]) -> int:
         return TOKENS
 
+    def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
+        return {}
+
     def process(self, options: ObjectiveConfig) -> NoiseProcess:
         self.asked = options
         return self.own_process

@@ -23,7 +23,7 @@ def test_an_output_dir_of_a_different_run_is_refused(options, run_here, tmp_path
     assert run_here([*options, "--rank=2", "--optim.eps=1e-7"]) == 2
     error = capsys.readouterr().err
     assert "rank: 4 there, 2 here" in error
-    assert "optim.eps: 1e-08 there, 1e-07 here" in error
+    assert "optim.eps: None there, 1e-07 here" in error
     assert "--overwrite" in error
     assert (tmp_path / "out" / "lora.safetensors").read_bytes() == before
     assert run_here([*options, "--rank=2", "--optim.eps=1e-7", "--overwrite"]) == 0

@@ -15,6 +15,8 @@ OTHERS = {
     "LoHa": ["--algorithm=LoHa"],
     "LoKr": ["--algorithm=LoKr"],
     "OFT": ["--algorithm=OFT", "--adapter.block_size=28"],
+    "EMA": ["--ema.decay=0.9"],
+    "Lion": ["--optim.name=Lion", "--optim.eps=None"],
 }
 PACKAGES = ("deepspeed", "hjson", "msgpack", "ninja", "py-cpuinfo")
 
@@ -67,4 +69,5 @@ def test_zero_is_the_same_run_and_its_checkpoints_are_everyones(zero, tmp_path):
     for folder in (ddp, other):
         assert_same_run(whole, folder)
     for name in OTHERS:
-        assert_same_run(tmp_path / name, ddp / name)
+        # of a gradient that is nothing but rounding Lion takes the sign
+        assert_same_run(tmp_path / name, ddp / name, 1e-3 if name == "Lion" else 1e-5)

@@ -4,27 +4,46 @@ The node's inputs keep their own names at the root; what goes beyond the node si
 docstring under it, and docs/options.md is generated from this file.
 """
 
+import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from data.config import DataConfig
 from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
 from models.config import ModelConfig, ObjectiveConfig
+from training.optimizers import NAMED, NODE
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 if TYPE_CHECKING:
     AlgorithmName = str
+    NodeOptimizer = str
+    NamedOptimizer = str
 else:
-    AlgorithmName = Literal[tuple(ALGORITHMS)]
+    AlgorithmName, NodeOptimizer, NamedOptimizer = (Literal[tuple(names)] for names in (ALGORITHMS, NODE, NAMED))
 
 
 class ConfigError(ValueError):
     """Faults of a config; the message names every one of them with its flag or file."""
+
+
+def name_value_pairs(given: Any) -> Any:
+    """`name=value` texts in the order of their names, also from a mapping, as a recipe may have it."""
+    if isinstance(given, dict):
+        given = [f"{name}={value}" for name, value in given.items()]
+    if not isinstance(given, list | tuple):
+        return given
+    wrong = [pair for pair in given if not re.fullmatch(r"\w+=.*", str(pair))]
+    if wrong:
+        raise ValueError(f"must be name=value, not {', '.join(map(str, wrong))}")
+    names = [str(pair).split("=")[0] for pair in given]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} is given twice")
+    return tuple(sorted(map(str, given)))
 
 
 @dataclass(frozen=True)
@@ -33,18 +52,24 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
+    name: NamedOptimizer | None = None
+    """An optimizer beyond ComfyUI's four, in place of `optimizer` (docs/training.md)."""
+    args: Annotated[tuple[str, ...], BeforeValidator(name_value_pairs)] = ()
+    """Further arguments of the optimizer's class, name=value each; in a recipe a mapping too."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """None: the optimizer's own default (0.01 for AdamW, 0 for the others)."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW and Adam: decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW, Adam and RMSprop: added to the denominator."""
+    """None: the optimizer's own default (0.01 for AdamW, 0 for the others of ComfyUI)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """Decay of the running means of the gradient and of its square. None: the optimizer's own (0.9 0.999 for AdamW)."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Added to the denominator. None: the optimizer's own (1e-8 for AdamW, Adam and RMSprop)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after warm-up; linear and cosine end at zero after the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm; 0 turns clipping off."""
+    text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate of the text encoders' layers, with model.train_text_encoder. None: learning_rate."""
     lr_scale_with_batch: Literal["none", "linear", "sqrt"] = "none"
     """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x processes), or by the
     square root of their number."""
@@ -53,6 +78,20 @@ class OptimConfig:
     of it is saved. skip: that step changes nothing, and the run goes on."""
     non_finite_limit: Annotated[int, Field(ge=1)] = 10
     """With skip: the run ends when so many steps were skipped."""
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """An exponential moving average of the trained weights."""
+
+    __pydantic_config__ = STRICT
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the average that stays in each step, e.g. 0.999; less in the first steps: (1 + step) / (10 + step). 0:
+    no average."""
+    use: Literal["ema", "raw"] = "ema"
+    """Which weights are validated, drawn and exported as the adapter, where there is an average: it, or those trained.
+    The others are exported beside as <name>.raw or <name>.ema."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +108,10 @@ class ValidationConfig:
         0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
     )  # fmt: skip
     """Noise levels, as quantiles of the model's own noise process: 0 is clean, 1 is pure noise."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """End the run when so many validations in a row, of those every `every` steps, brought no improvement; 0: never."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """For patience: by how much the validation loss must fall to count as an improvement."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +145,8 @@ class CheckpointConfig:
     asks for one at once."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the newest checkpoints to keep."""
+    best: bool = False
+    """Keep in every checkpoint the weights of the lowest validation loss so far, for export.which."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +187,8 @@ class ExportConfig:
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "lora"
     """The adapter is written to output_dir/<name>.safetensors, further formats to <name>.<format>.safetensors."""
+    which: Literal["last", "best"] = "last"
+    """The weights after the last step, or those of the step with the lowest validation loss, which are then kept."""
     format: tuple[Literal["kohya", "comfyui", "diffusers", "peft"], ...] = ()
     """Whose keys the file has, one or several; none means what loads in the most programs for the model. kohya:
     ComfyUI, A1111, Forge and, for LoRA, diffusers. comfyui: as ComfyUI's trainer writes. diffusers:
@@ -174,8 +221,8 @@ class TrainConfig:
     """Peak learning rate."""
     rank: Annotated[int, Field(ge=1, le=128)] = 8
     """Rank of the update. LoKr's factor, OFT's and BOFT's block size are options of their own."""
-    optimizer: Literal["AdamW", "Adam", "SGD", "RMSprop"] = "AdamW"
-    """The optimizer."""
+    optimizer: NodeOptimizer = "AdamW"
+    """The optimizer. Others: optim.name."""
     loss_function: Literal["MSE", "L1", "Huber", "SmoothL1", "pseudo-Huber", "log-cosh"] = "MSE"
     """How prediction and target are compared. The first four are the node's. Validation is always MSE."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
@@ -216,12 +263,21 @@ class TrainConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+    @property
+    def optimizer_name(self) -> str:
+        return self.optim.name or self.optimizer
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.checkpoint.best or self.export.which == "best"
 
 
 SCHEMA = TypeAdapter(TrainConfig)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from training.config import ConfigError, TrainConfig
+from training.optimizers import OPTIMIZERS
 
 
 class DistributedError(RuntimeError):
@@ -64,11 +65,7 @@ def conflicts(config: TrainConfig, precision: str) -> list[str]:
             "processes that are started again look for those that have died"
         )
     if asked("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        stage = asked("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("1", "2"):
-            faults.append(f"zero_stage {stage}. Use 2, or fsdp2.yaml to shard the base model")
-        if config.optim.non_finite == "skip":
-            faults.append("DeepSpeed, with --optim.non_finite skip. Use ddp.yaml for that")
+        faults += zero_conflicts(config)
     if asked("ACCELERATE_USE_FSDP", "false") == "true":
         refused = {
             "FSDP_VERSION": ("2", "fsdp_version must be 2"),
@@ -79,4 +76,20 @@ def conflicts(config: TrainConfig, precision: str) -> list[str]:
         for name, (wanted, why) in refused.items():
             if asked(name, wanted).upper() != wanted.upper():
                 faults.append(f"{name.lower()} {asked(name)}. Set it to {wanted}: {why}")
+    return faults
+
+
+def zero_conflicts(config: TrainConfig) -> list[str]:
+    """What DeepSpeed's ZeRO cannot do of what the config asks for."""
+    faults, stage = [], os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("1", "2"):
+        faults.append(f"zero_stage {stage}. Use 2, or fsdp2.yaml to shard the base model")
+    if config.optim.non_finite == "skip":
+        faults.append("DeepSpeed, with --optim.non_finite skip. Use ddp.yaml for that")
+    if not OPTIMIZERS[config.optimizer_name].elementwise:
+        able = ", ".join(name for name, source in OPTIMIZERS.items() if source.elementwise)
+        faults.append(
+            f"DeepSpeed, with {config.optimizer_name}, which cannot work on shares of flattened weights. Use ddp.yaml, "
+            f"or one of {able}"
+        )
     return faults

@@ -12,6 +12,7 @@ from lora_algos.attach import Adapted
 from lora_algos.config import AdapterError, listed
 from lora_algos.formats import convert
 from models.base import ModelFamily
+from models.processes import sample_as_trained
 from training.config import TrainConfig
 from training.files import WriteError, new_folder, write_file
 from training.metadata import Parts, Provenance, file_metadata
@@ -56,6 +57,7 @@ def check(config: TrainConfig, parts: Parts) -> None:
         layers: formats.Layers = {name: {"diff": weight} for name, weight in formats.weights_of(model).items()}
     else:
         layers = converted(config, parts.adapted)
+    layers = {name: formats.without_values(tensors) for name, tensors in layers.items()}
     for file_format in config.export.format or (default_format(parts, layers),):
         formats.content_of(layers, model, parts.names, file_format)
 
@@ -107,7 +109,7 @@ def write_merged(config: TrainConfig, family: ModelFamily, adapted: Adapted) -> 
     path = Path(config.output_dir) / "model_with_lora"
     merged: nn.Module = family.load_denoiser(torch.float32)
     adapted.merge_into(merged)
-    pipeline = family.pipeline(merged.to(family.stored_dtype()))
+    pipeline = sample_as_trained(family.pipeline(merged.to(family.stored_dtype())), config.objective)
     with new_folder(path) as beside:
         pipeline.save_pretrained(beside)
     return path

@@ -1,12 +1,15 @@
 """After the last step: previews, drawn by all ranks, and the files of a finished run, written by the main process."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
+from models.processes import sample_as_trained
 from training import export, preview, setup, tracking
 from training.engine import is_sharded
 from training.files import write_file
@@ -29,10 +32,11 @@ def draw_previews(run: Run) -> tuple[list[str], Images]:
         numbers = [min(number, len(prompts) - 1) for number in numbers]
     mine = {number: prompts[number] for number in numbers if number < len(prompts)}
     pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
+    sample_as_trained(pipeline, config.objective)
     side = config.data.resolution
     options = {"height": side, "width": side, **parts.family.preview_options(config.preview.guidance_scale)}
     drawn = preview.images_of(
-        parts.adapted, [run.initial, parts.adapted.state_dict()], mine, rounds,
+        parts.adapted, [run.initial, results(run)[0].weights], mine, rounds,
         partial(preview.draw, pipeline, config=config.preview, options=options), run.requests.leaving,
     )  # fmt: skip
     if drawn is None:
@@ -47,6 +51,35 @@ def draw_previews(run: Run) -> tuple[list[str], Images]:
         by_number = {n: image for images in everyone for n, image in images[which].items()}
         labelled[label] = np.stack([by_number[n] for n in range(len(prompts))])
     return prompts, labelled
+
+
+@dataclass(frozen=True)
+class Result:
+    """Weights to export."""
+
+    suffix: str
+    """Of the name of their files."""
+    step: int
+    about: str
+    weights: dict[str, Tensor]
+
+
+def results(run: Run) -> list[Result]:
+    """The adapter, and after it what is exported beside it: of an EMA and the weights that it is of, the other ones."""
+    config, best = run.config, run.best
+    average, last = f"EMA of decay {config.ema.decay:g}, ", f"after step {run.step}"
+    kinds = {"ema": average + last, "raw": last} if config.ema.decay else {"raw": last}
+    use = config.ema.use if config.ema.decay else "raw"
+    if config.export.which == "best" and best is not None:
+        loss = next(entry["loss"] for entry in run.history.validation if entry["step"] == best.step)
+        about = f"after step {best.step} of {run.step}, whose validation loss {loss:.5f} is the lowest"
+        return [Result("", best.step, (average if use == "ema" else "") + about, best.weights)]
+    found = []
+    for kind in sorted(kinds, key=lambda kind: kind != use):
+        with run.averages.shown(kind):
+            weights = run.parts.adapted.state_dict()
+        found.append(Result("" if kind == use else f".{kind}", run.step, kinds[kind], weights))
+    return found
 
 
 def finish(run: Run) -> tuple[list[str], Images] | None:
@@ -66,8 +99,13 @@ def write(run: Run, drawn: tuple[list[str], Images] | None) -> None:
     config, parts = run.config, run.parts
     if is_sharded(run.accelerator):
         parts = setup.on_one_process(config, parts)
-    provenance = Provenance(run.total_steps, run.total_batch_size, run.started_at)
-    written = export.write_adapter(config, parts, provenance)
+    exported, written = results(run), []
+    for result in reversed(exported):  # the adapter itself last: it stays in the model
+        parts.adapted.load_state_dict(result.weights)
+        steps = parts.previous_steps + result.step
+        provenance = Provenance(steps, run.total_batch_size, run.started_at, result.about)
+        files = replace(config.export, name=config.export.name + result.suffix)
+        written += export.write_adapter(replace(config, export=files), parts, provenance)
     for name, content in (("loss.json", loss_json(run.history, run.total_steps)), ("loss.png", loss_png(run.history))):
         write_file(run.folder / name, content)
         written.append(run.folder / name)
@@ -80,10 +118,10 @@ def write(run: Run, drawn: tuple[list[str], Images] | None) -> None:
         named = {f"preview/{label}": array for label, array in images.items()}
         tracking.log_images(run.accelerator, named, run.total_steps)
         written.append(path)
-    report(run, written)
+    report(run, exported[0], written)
 
 
-def report(run: Run, written: list[Path]) -> None:
+def report(run: Run, adapter: Result, written: list[Path]) -> None:
     """Says what came out."""
     validation = run.history.validation
     if len(validation) > 1:
@@ -93,5 +131,6 @@ def report(run: Run, written: list[Path]) -> None:
         print(f"skipped, because they were not finite: steps {', '.join(map(str, run.history.skipped))}")
     print(f"waited for data: {100 * run.waiting.share:.1f} % of the training time")
     print(f"total steps: {run.parts.previous_steps} + {run.step} = {run.total_steps}")
+    print(f"the adapter: {adapter.about}")
     for path in written:
         print(f"wrote {path}")

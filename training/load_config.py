@@ -93,6 +93,8 @@ def path_faults(config: TrainConfig) -> list[str]:
     faults = [*input_faults(config), *folder_faults("output_dir", config.output_dir)]
     if config.existing_lora is not None and not Path(config.existing_lora).exists():
         faults.append(f"--existing_lora: {config.existing_lora} does not exist")
+    if config.optim.text_encoder_learning_rate is not None and not config.model.train_text_encoder:
+        faults.append("--optim.text_encoder_learning_rate: only used with --model.train_text_encoder")
     return faults
 
 

@@ -15,6 +15,7 @@ from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
 from training.network import network_metadata
+from training.optimizers import OPTIMIZERS
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
 TOTAL_STEPS = "train_lora.total_steps"
@@ -40,6 +41,8 @@ class Provenance:
     total_steps: int
     total_batch_size: int
     started_at: float
+    weights: str
+    """Which of the run's weights these are, in words."""
 
 
 def file_metadata(config: TrainConfig, parts: Parts, layers: formats.Layers, provenance: Provenance) -> dict[str, str]:
@@ -74,7 +77,7 @@ def ss_metadata(config: TrainConfig, dataset: LatentDataset, provenance: Provena
         "ss_steps": provenance.total_steps,
         "ss_seed": config.seed,
         "ss_learning_rate": config.learning_rate,
-        "ss_optimizer": config.optimizer,
+        "ss_optimizer": config.optimizer_name,
         "ss_lr_scheduler": config.optim.lr_schedule,
         "ss_mixed_precision": "bf16" if config.training_dtype == "bf16" else "no",
         "ss_batch_size_per_device": config.batch_size,
@@ -103,11 +106,17 @@ def own_metadata(
     """What is needed to repeat the run, or to continue it."""
     return {
         TOTAL_STEPS: str(provenance.total_steps),
+        "train_lora.weights": provenance.weights,
         "train_lora.config": to_yaml(config),
         "train_lora.base_model_hash": files_identity(family.component_files("denoiser"), Path(config.data.cache_dir)),
         "train_lora.dataset_hash": dataset.fingerprint,
-        "train_lora.versions": json.dumps({name: version(name) for name in LIBRARIES}),
+        "train_lora.versions": json.dumps({name: version(name) for name in libraries(config)}),
     }
+
+
+def libraries(config: TrainConfig) -> list[str]:
+    """The packages that a run's result depends on."""
+    return list(dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer_name].package]))
 
 
 def total_steps_of(path: str, metadata: dict[str, str]) -> int:

@@ -17,4 +17,5 @@ def file_names(family: ModelFamily, denoiser: nn.Module) -> Names:
         swapped=frozenset(layer for layer, native in natives.items() if native.swapped),
         by_diffusers=family.by_diffusers,
         native_only=frozenset(layer for layer, native in natives.items() if not native.by_diffusers),
+        text=family.text_names(denoiser),
     )

@@ -7,30 +7,25 @@ from torch import Tensor, nn
 
 from lora_algos.attach import Adapted
 from training.config import OptimConfig, TrainConfig
+from training.optim_args import arguments, optimizer_class
 
 
 def parameter_groups(adapted: Adapted, config: TrainConfig) -> list[dict]:
     """The trained parameters by the factor on their learning rate, which each group has as `lr_scale`."""
     parameters = adapted.named_parameters()
     groups: dict[float, list[nn.Parameter]] = {}
+    text_rate = config.optim.text_encoder_learning_rate or config.learning_rate
     for name, scale in adapted.learning_rate_scales(config.adapter.lora_plus_ratio).items():
+        scale *= text_rate / config.learning_rate if name.startswith("text_encoder") else 1.0
         groups.setdefault(scale, []).append(parameters[name])
     return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
 
 
 def build_optimizer(adapted: Adapted, config: TrainConfig) -> torch.optim.Optimizer:
-    """The node's four optimizers; the fused implementations where torch has them (one kernel, no device read)."""
+    """The one that the config names, as its options say. WHEN: `optimizer_faults` found none."""
+    values, _ = arguments(config)
     parameters = parameter_groups(adapted, config)
-    optim, lr = config.optim, config.learning_rate
-    if config.optimizer == "AdamW":
-        decay = 0.01 if optim.weight_decay is None else optim.weight_decay
-        return torch.optim.AdamW(parameters, lr, optim.betas, optim.eps, decay, fused=True)
-    decay = optim.weight_decay or 0.0
-    if config.optimizer == "Adam":
-        return torch.optim.Adam(parameters, lr, optim.betas, optim.eps, decay, fused=True)
-    if config.optimizer == "SGD":
-        return torch.optim.SGD(parameters, lr, weight_decay=decay, fused=True)
-    return torch.optim.RMSprop(parameters, lr, eps=optim.eps, weight_decay=decay, foreach=True)
+    return optimizer_class(config.optimizer_name)(parameters, lr=config.learning_rate, **values)
 
 
 def learning_rate(step: int, peak: float, steps: int, config: OptimConfig) -> float:

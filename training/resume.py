@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from data.identity import files_identity
 from models.base import ModelFamily
 from training import checkpoint
+from training.best import Best, best_step
 from training.checkpoint import CheckpointError
 from training.config import ConfigError, TrainConfig, to_yaml
 from training.distributed import DistributedError
@@ -21,7 +22,7 @@ from training.files import write_file
 from training.metrics import History
 from training.rundir import CHECKPOINTS, CONFIG_FILE, clear, fingerprint, note_start, restarted
 from training.samples import cut_all
-from training.state import ADAPTER, OPTIMIZER, TrainerState, state_of, to_files
+from training.state import ADAPTER, BEST, EMA, OPTIMIZER, TrainerState, state_of, to_files, weights_of
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -62,8 +63,14 @@ def write(run: Run) -> None:
         tracker_id=run.reporter.tracker_id,
         history=asdict(run.history),
         row=run.reporter.row,
+        best_step=run.best.step if run.best else None,
     )
-    files = to_files(state, run.parts.adapted.state_dict(), optimizer)
+    weights = {
+        ADAPTER: run.parts.adapted.state_dict(),
+        EMA: run.averages.state_dict(),
+        BEST: run.best.weights if run.best else {},
+    }
+    files = to_files(state, weights, optimizer)
     checkpoint.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
 
 
@@ -159,7 +166,25 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
             "\n  ".join([f"the checkpoint of step {found.step} in {run.folder} is of a different run", *differing])
             + "\nChoose another --output_dir, or give --overwrite to start again there"
         )
-    run.engine.load(checkpoint.tensors_from_bytes(found.files[ADAPTER]), checkpoint.from_bytes(found.files[OPTIMIZER]))
+    run.engine.load(weights_of(found, ADAPTER), checkpoint.from_bytes(found.files[OPTIMIZER]))
+    run.averages.load_state_dict(weights_of(found, EMA))
     run.history = History(**state.history)
     run.step = run.saved_step = found.step
+    restore_best(run, found, state.best_step)
     run.started_at, run.reporter.tracker_id = state.started_at, state.tracker_id
+
+
+def restore_best(run: Run, found: checkpoint.Checkpoint, kept: int | None) -> None:
+    """Brings back the weights of the best step of the history; raises ConfigError if they are wanted and were not
+    kept."""
+    if not run.config.keeps_best:
+        return
+    if kept is not None:
+        run.best = Best(kept, weights_of(found, BEST))
+    run.keep_if_best()
+    step = best_step(run.history.validation)
+    if step != (run.best.step if run.best else None):
+        raise ConfigError(
+            f"--checkpoint.best, --export.which best: the weights of step {step}, whose validation loss is the lowest "
+            f"so far, were not kept in {run.folder}. Leave both off, or give --overwrite to start again there"
+        )

@@ -11,6 +11,8 @@ from data.batches import Batch, MicroBatches, micro_batches
 from data.schedule import Schedule, key
 from training import checkpoint, tracking
 from training.agreement import Agreement
+from training.averages import Averages
+from training.best import Best, best_step, is_over
 from training.config import TrainConfig
 from training.distributed import timeout
 from training.engine import Engine
@@ -43,6 +45,8 @@ class Run:
         self.config, self.accelerator, self.parts = config, accelerator, parts
         self.engine, self.loss_function = engine, loss_function
         self.folder, self.main = Path(config.output_dir), accelerator.is_main_process
+        self.averages = Averages(config, engine)
+        self.best: Best | None = None
         self.initial = parts.adapted.state_dict()  # what the run started from, for the preview before training
         train = parts.datasets.train
         self.schedule = Schedule(train.buckets, train.fingerprint, config.seed, config.batch_size)
@@ -74,6 +78,11 @@ class Run:
     def total_steps(self) -> int:
         return self.parts.previous_steps + self.step
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether validation has shown that more steps bring nothing; the same on all ranks, which know its losses."""
+        return is_over(self.history.validation, self.config.validation)
+
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the current step to the last, on its device."""
         config, per_step, rank = self.config, self.micro_batches_per_step, self.accelerator.process_index
@@ -85,6 +94,10 @@ class Run:
         source = MicroBatches(self.parts.datasets.train, self.schedule, config.objective, per_step)
         loader = micro_batches(source, numbers, config.data.num_workers, device.type == "cuda")
         for number in numbers:
+            if self.stops_early:
+                self.reporter.say(f"stops early at step {self.step} of {config.steps}: {config.validation.patience} "
+                                  "validations without improvement")  # fmt: skip
+                break
             with self.waiting.for_data():
                 batch = next(loader)
             if self.samples is not None:
@@ -117,6 +130,7 @@ class Run:
         self.sync_check.gradients()
         self.pending.norms.append(self.engine.update(self.rate(self.step)))
         self.step += 1
+        self.averages.update(self.step)
         self.reporter.advance()
 
     def _after_step(self) -> None:
@@ -128,6 +142,10 @@ class Run:
         if last or step % config.tracking.log_every == 0:
             self.log()
         self.validate_if_due()
+        if self.stops_early and not last:
+            last = True
+            if every:
+                self.sync_check.start(step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
         self.answer()
@@ -197,16 +215,24 @@ class Run:
         due = self.step in (0, config.steps) or (every and self.step % every == 0)
         if not due or dataset is None or self.step in (entry["step"] for entry in self.history.validation):
             return
-        losses = validate(
-            self.accelerator, self.parts.adapted.model, self.loss_function.for_validation, dataset,
-            config.validation.quantiles, self.requests.leaving,
-        )  # fmt: skip
+        with self.averages.shown():
+            losses = validate(
+                self.accelerator, self.parts.adapted.model, self.loss_function.for_validation, dataset,
+                config.validation.quantiles, self.requests.leaving,
+            )  # fmt: skip
         self.unvalidated = losses is None
         if losses is None:
             return
         self.history.validation.append({"step": self.step, **losses})
+        self.keep_if_best()
         self.reporter.row |= {f"validation/{name}": loss for name, loss in losses.items()}
         self.reporter.say(f"validation loss at step {self.step}: {losses['loss']:.5f}")
+
+    def keep_if_best(self) -> None:
+        """Keeps a copy of the weights as they are shown, if no validation loss was lower than that of this step."""
+        if self.config.keeps_best and best_step(self.history.validation) == self.step:
+            with self.averages.shown():
+                self.best = Best(self.step, self.parts.adapted.state_dict())
 
     def save(self) -> None:
         """Writes a checkpoint. Reads the losses first: what is not finite is never kept. Collective."""

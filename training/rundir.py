@@ -28,7 +28,7 @@ FREE = {
     "output_dir", "resume", "steps", "grad_accumulation_steps", "gradient_checkpointing", "checkpoint_depth",
     "checkpoint_policy", "bypass_mode", "lora_dtype", "validation",
     "preview", "checkpoint", "tracking", "export", "distributed", "data.cache_dir", "data.num_workers",
-    "data.validation_images",
+    "data.validation_images", "ema.use",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 
 import torch
 from accelerate import Accelerator
@@ -11,16 +12,38 @@ from torch import nn
 from data.index import LatentDataset
 from lora_algos import formats
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
+from models import get_family
 from models.base import ModelFamily
+from models.objectives import Objective
 from training import checkpointing
-from training.config import TrainConfig
+from training.best import validation_faults
+from training.config import ConfigError, TrainConfig
 from training.engine import Engine
+from training.load_config import listed
 from training.metadata import Parts, total_steps_of
 from training.optim import batch_scale, build_optimizer
+from training.optim_args import optimizer_faults
+from training.optimizers import OPTIMIZERS
 from training.run import Run
 
 MOST_BUCKETS = 12  # in one line
+TEXT = ("lora_te", "text_encoder")  # how the keys of text encoders begin
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
+
+
+def check(config: TrainConfig) -> None:
+    """WHEN: before anything is encoded or loaded. Raises ConfigError with all that is wrong with the optimizer and with
+    what is asked of validation."""
+    if faults := [*optimizer_faults(config), *validation_faults(config)]:
+        raise ConfigError(listed("cannot train", faults))
+
+
+def family_of(config: TrainConfig) -> ModelFamily:
+    """The family of the base. ConfigError or ModelError, before anything is encoded, for options that do not fit."""
+    check(config)
+    family = get_family(config.model)
+    Objective(family.process(config.objective), config.objective)
+    return family
 
 
 def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = False) -> tuple[nn.Module, torch.dtype]:
@@ -53,6 +76,8 @@ def attach_adapters(
     if config.existing_lora is not None:
         tensors, metadata = formats.read(config.existing_lora)
         layers, unknown = formats.from_file(tensors, metadata, denoiser, names)
+        if any(key.startswith(TEXT) for key in tensors) and not names.text:
+            unknown.insert(0, "it has layers of text encoders, which --model.train_text_encoder goes on with")
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
         return adapted, total_steps_of(config.existing_lora, metadata)
     return attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
@@ -104,6 +129,21 @@ def rate_lines(run: Run) -> list[str]:
             f"{config.learning_rate * scale:g}"]  # fmt: skip
 
 
+def optimizer_lines(config: TrainConfig) -> list[str]:
+    """The optimizer where it is not one of the node's, and the average of the weights if there is one."""
+    lines, name, rate = [], config.optimizer_name, config.learning_rate
+    source = OPTIMIZERS[name]
+    if config.optim.name is not None:
+        told = "".join(f", {pair}" for pair in config.optim.args)
+        lines.append(f"optimizer   {name} of {source.package} {version(source.package)}{told}")
+    if source.one_rate and rate != 1:
+        lines.append(f"note        {name} finds the learning rate by itself, and learning_rate is a factor on it: "
+                     f"1 is what it is made for, not {rate:g}")  # fmt: skip
+    if config.ema.decay:
+        lines.append(f"average     EMA of decay {config.ema.decay:g}; validated, drawn and exported: {config.ema.use}")
+    return lines
+
+
 def process_lines(run: Run) -> list[str]:
     """On which numbers of processes the run can go on."""
     per_step = run.micro_batches_per_step
@@ -136,6 +176,7 @@ def summary(run: Run) -> str:
         f"{run.accumulation} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
         *process_lines(run),
         *rate_lines(run),
+        *optimizer_lines(config),
         f"run         {config.steps} steps x {run.total_batch_size} = {samples} samples = {samples} / {epoch} = "
         f"{samples / epoch:.1f} epochs",
     ]

@@ -11,6 +11,9 @@ from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
+EMA, BEST = "ema.safetensors", "best.safetensors"
+GROUP = "group"
+SCHEDULED = ("params", "lr", "lr_scale")  # of a group, what the config and the step decide
 
 
 @dataclass
@@ -32,16 +35,24 @@ class TrainerState:
     history: dict[str, Any]
     row: dict[str, float] = field(default_factory=dict)
     """Metrics of this step that were not reported yet."""
+    best_step: int | None = None
+    """Whose weights are kept in BEST."""
 
 
 def to_files(
-    state: TrainerState, adapter: dict[str, torch.Tensor], optimizer: dict[str, dict[str, Any]]
+    state: TrainerState, weights: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, dict[str, Any]]
 ) -> dict[str, bytes]:
+    """`weights`: by the name of their file; of what is empty there is none."""
     return {
-        ADAPTER: checkpoint.tensors_to_bytes(adapter),
+        **{name: checkpoint.tensors_to_bytes(tensors) for name, tensors in weights.items() if tensors},
         OPTIMIZER: checkpoint.to_bytes(optimizer),
         STATE: json.dumps(asdict(state)).encode(),
     }
+
+
+def weights_of(found: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """What `to_files` was given under `name`."""
+    return checkpoint.tensors_from_bytes(found.files[name]) if name in found.files else {}
 
 
 def state_of(found: Checkpoint) -> TrainerState:
@@ -55,11 +66,23 @@ def state_of(found: Checkpoint) -> TrainerState:
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by the names of its parameters: no order, no groups, no ranks in it."""
+    """The optimizer's state by the names of its parameters: no order, no ranks in it. What it has of a whole group, and
+    has changed, is with each of its parameters, under GROUP."""
     by_parameter: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
-    state = {by_parameter[parameter]: dict(values) for parameter, values in optimizer.state.items()}
-    return {name: {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-            for name, values in state.items()}  # fmt: skip
+    state = {by_parameter[p]: {k: on_cpu(v) for k, v in values.items()} for p, values in optimizer.state.items()}
+    for group in optimizer.param_groups:
+        changed = {k: on_cpu(v) for k, v in group.items() if k not in SCHEDULED and is_changed(optimizer, k, v)}
+        for parameter in group["params"] if changed else ():
+            state.setdefault(by_parameter[parameter], {})[GROUP] = changed
+    return state
+
+
+def on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def is_changed(optimizer: torch.optim.Optimizer, key: str, value: Any) -> bool:
+    return key not in optimizer.defaults or optimizer.defaults[key] != value
 
 
 def load_named_state(
@@ -70,9 +93,10 @@ def load_named_state(
     by_parameter = {parameter: name for name, parameter in names.items()}
     order = [by_parameter[p] for group in optimizer.param_groups for p in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(
-        {"state": {i: state[n] for i, n in enumerate(order) if n in state}, "param_groups": groups}
-    )
+    for group in groups:
+        group |= state.get(order[group["params"][0]], {}).get(GROUP, {})
+    per_parameter = {i: {k: v for k, v in state[n].items() if k != GROUP} for i, n in enumerate(order) if n in state}
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
 
 
 def check_names(state: dict[str, dict[str, Any]], names: dict[str, nn.Parameter]) -> None:

@@ -23,7 +23,7 @@ from lora_algos.tensors import known_rank, moved
 
 __all__ = [
     "MOST_ERROR", "WRITERS", "FileContent", "Layers", "Names", "content_of", "file_and_config", "from_file",
-    "layers_of_adapted", "preferred", "read", "to_bytes", "to_file", "verify", "weights_of",
+    "layers_of_adapted", "preferred", "read", "to_bytes", "to_file", "verify", "weights_of", "without_values",
 ]  # fmt: skip
 
 
@@ -122,11 +122,11 @@ class LayerReader:
         nothing if the file changes other parts of that alone. AdapterError if they are broken."""
         tensors = self.prepared(own, self.weight)
         if native:
-            tensors |= self.from_native(native, bool(own))
+            tensors |= self.from_native(native)
         return with_magnitude(tensors, self.weight, self.metadata.get(DORA_NORM) == OF_BASE)
 
-    def from_native(self, native: dict[str, Tensor], more: bool) -> dict[str, Tensor]:
-        """The layer's own tensors; `more`: there are others of it, to which zeros belong too."""
+    def from_native(self, native: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's own tensors."""
         part = self.names.rows.get(self.layer)
         if part is None:
             turned = rows.swap(self.weight)
@@ -134,7 +134,7 @@ class LayerReader:
             return rows.swapped(tensors, turned)
         shape = torch.Size((self.names.native_rows(self.layer), *self.weight.shape[1:]))
         tensors = self.prepared(native, torch.empty(shape, device="meta"))
-        return (rows.chosen(tensors, shape[0], [part]) if more else rows.part_of(tensors, shape, part)) or {}
+        return rows.part_of(tensors, shape, part)
 
     def prepared(self, tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """In fp32 and in the forms that the adapters here have, but for DoRA's magnitude."""
@@ -181,14 +181,24 @@ def layers_of_adapted(adapted: Adapted) -> Layers:
 
 
 def content_of(layers: Layers, model: nn.Module, names: Names, file_format: str) -> FileContent:
-    """The layers in one of `write.WRITERS`' formats, as they are. AdapterError if it cannot hold them."""
+    """The layers in one of `write.WRITERS`' formats, as they are. AdapterError if it cannot hold them.
+
+    Of layers without values the content has none either, and no weight of the model is looked at.
+    """
     grouped = [name for name, layer in adaptable_layers(model).items() if getattr(layer, "groups", 1) > 1]
     faults = [name for name in grouped if name in layers]
     if file_format in ("peft", "diffusers") and faults:
         what = f"--export.format {file_format}: PEFT has another function for grouped convolutions"
         raise AdapterError(listed(what, faults))
     weights = {name: weight.detach() for name, weight in weights_of(model).items() if name in layers}
+    if any(tensor.is_meta for tensors in layers.values() for tensor in tensors.values()):
+        weights = {name: weight.to("meta") for name, weight in weights.items()}
     return WRITERS[file_format](layers, weights, names)
+
+
+def without_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as names and shapes; the alpha keeps its value."""
+    return {name: tensor if name == "alpha" else tensor.to("meta") for name, tensor in tensors.items()}
 
 
 def to_file(layers: Layers, model: nn.Module, names: Names, file_format: str, dtype: torch.dtype) -> FileContent:
@@ -236,7 +246,8 @@ def difference(there: dict[str, Tensor], here: dict[str, Tensor], weight: Tensor
         size = size + weight.to(size.dtype).norm()
     errors = [relative(deltas[0] - deltas[1], size)]
     if "diff_b" in here:
-        errors.append(relative(there["diff_b"] - here["diff_b"], here["diff_b"].norm()))
+        bias = there.get("diff_b", torch.zeros(()))  # in a fused weight, nothing is not written
+        errors.append(relative(bias - here["diff_b"], here["diff_b"].norm()))
     return max(error if math.isfinite(error) else math.inf for error in errors)
 
 

@@ -25,17 +25,22 @@ class Names:
     it knows none."""
     native_only: frozenset[str] = frozenset()
     """Layers that ComfyUI does not know by diffusers' name."""
+    text: dict[str, str] = field(default_factory=dict)
+    """Layers of text encoders, which begin with the encoder's name in a pipeline -> the name that all but diffusers
+    call them by, `lora_te_text_model_encoder_layers_0_mlp_fc1`."""
 
     def kohya(self, layer: str) -> str:
         """`down_blocks.0.attentions.0.proj_in` -> `lora_unet_down_blocks_0_attentions_0_proj_in`."""
+        if layer in self.text:
+            return self.text[layer]
         name = self.native[layer] if self.kohya_is_native else layer
         return "lora_unet_" + name.replace(".", "_")
 
     def comfyui(self, layer: str) -> str:
-        return f"diffusion_model.{self.native[layer]}"
+        return self.text.get(layer) or f"diffusion_model.{self.native[layer]}"
 
     def diffusers(self, layer: str) -> str:
-        return f"{self.component}.{layer}"
+        return layer if layer in self.text else f"{self.component}.{layer}"
 
     def peft(self, layer: str) -> str:
         return f"base_model.model.{layer}"
@@ -66,6 +71,10 @@ class Names:
 
     def spellings(self, layer: str) -> list[str]:
         """Every way in which some program writes the layer."""
+        if layer in self.text:  # transformers puts `text_model` before most names in some versions, and in some not
+            encoder, _, inside = layer.partition(".")
+            inside = inside.removeprefix("text_model.")
+            return [self.text[layer], f"{encoder}.{inside}", f"{encoder}.text_model.{inside}"]
         flat = layer.replace(".", "_")
         return [
             layer, f"lora_unet_{flat}", f"lycoris_{flat}", f"lora_transformer_{flat}", f"lycoris_unet_{flat}",

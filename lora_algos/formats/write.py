@@ -6,6 +6,9 @@ written.
     diffusers  unet.<layer>: for load_lora_weights; LoRA and DoRA only
     peft       a folder for PeftModel.from_pretrained: adapter_model.safetensors and adapter_config.json
 
+Layers that the original model has as one weight (to_q, to_k, to_v): comfyui names each by diffusers' name, under which
+ComfyUI applies it to its rows; kohya, which has no such names, gets one adapter of the whole (rows.fused).
+
 In kohya's and ComfyUI's files all LoRA layers have one alpha: diffusers gives attention layers a wrong one otherwise. A
 layer's own scaling is then in its lora_up, which is exact.
 """

@@ -100,7 +100,7 @@ class Extraction:
             yield layer, tensors
         inside = {f"{layer}.{kind}" for layer in self.base.layers for kind in ("weight", "bias")}
         for name in self.base.keys.keys() - inside:
-            layer, kind = name.rsplit(".", 1)
+            layer, _, kind = name.rpartition(".")
             self.note(name, self.difference(layer, kind))
 
     def difference(self, layer: str, kind: str) -> Tensor:

@@ -32,7 +32,7 @@ class Model:
         """Key -> the layers, and weight or bias, that the tensor is."""
         for layer, kind in ((layer, kind) for layer in self.layers for kind in ("weight", "bias")):
             if self.has(layer, kind):
-                self.layers_of_key.setdefault(self.keys[f"{layer}.{kind}"], []).append((layer, kind))
+                self.layers_of_key.setdefault(self.keys[joined(layer, kind)], []).append((layer, kind))
         self._check(str(config.path))
 
     def _check(self, path: str) -> None:
@@ -59,11 +59,11 @@ class Model:
         """A model that is known needs no names from a file."""
 
     def has(self, layer: str, kind: str) -> bool:
-        return f"{layer}.{kind}" in self.keys
+        return joined(layer, kind) in self.keys
 
     def parameter(self, layer: str, kind: str = "weight") -> Tensor:
         """One weight or bias in fp32, in the shape that diffusers gives it."""
-        return self.part(self.store.get(self.keys[f"{layer}.{kind}"]), layer, kind)
+        return self.part(self.store.get(self.keys[joined(layer, kind)]), layer, kind)
 
     def part(self, stored: Tensor, layer: str, kind: str) -> Tensor:
         """A layer's weight or bias, fp32 and shaped as diffusers has it, of the tensor that the file has."""
@@ -84,7 +84,7 @@ class Model:
         return changed
 
     def shape(self, layer: str, kind: str = "weight") -> torch.Size:
-        return self.skeleton.get_parameter(f"{layer}.{kind}").shape
+        return self.skeleton.get_parameter(joined(layer, kind)).shape
 
     def empty(self, layer: str) -> Tensor:
         """A layer's weight without values."""
@@ -97,6 +97,11 @@ class Model:
     def alone(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A model of which only these layers exist, under their own names, with these weights."""
         return nested({layer: bare(type(self.layers[layer]), weight) for layer, weight in weights.items()})
+
+
+def joined(layer: str, kind: str) -> str:
+    """A parameter's name; the model itself, which can have some too, is the layer without a name."""
+    return f"{layer}.{kind}" if layer else kind
 
 
 def bare(kind: type[nn.Module], weight: Tensor) -> nn.Module:

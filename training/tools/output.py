@@ -56,7 +56,7 @@ class Spool:
         """Layer -> its tensors without values; but alphas have theirs."""
 
     def put(self, layer: str, tensors: LayerTensors) -> None:
-        self.layers[layer] = {key: t if key == "alpha" else t.to("meta") for key, t in tensors.items()}
+        self.layers[layer] = formats.without_values(tensors)
         try:
             self._path(layer).write_bytes(formats.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {}))
         except OSError as error:
