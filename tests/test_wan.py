@@ -67,3 +67,11 @@ def test_comfyuis_first_frame_is_taken_and_its_lack_is_told():
     assert family.cond_to_comfy(found)[1]["concat_latent_image"].equal(first)
     with pytest.raises(ModelError, match="without first_frame"):
         take_comfy_cond(family, cond, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("wan", {"vae"}), ("wan2.1-i2v", {"vae", "image_encoder", "image_processor"})]
+)
+def test_what_encodes_a_video_is_what_its_store_is_known_by(name, parts):
+    family = family_of(next(case for case in cases() if str(case) == name))
+    assert {file.parent.name for file in family.component_files("vae")} == parts
