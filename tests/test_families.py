@@ -75,6 +75,17 @@ def test_every_sample_of_a_batch_has_its_own_prediction(case, calls):
 
 
 @CASES
+def test_predict_reads_no_value_from_the_device(case, calls):
+    """On the meta device there are none."""
+    call, family = call_of(case, calls), family_of(case)
+    cond = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in conditioning(case, PROMPTS).items()}
+    noisy = family.normalise(torch.empty_like(call.noisy, device="meta"))
+    found = family.predict(family.empty_denoiser(), noisy, torch.empty(len(PROMPTS), device="meta"), cond)
+    assert found.is_meta
+    assert found.shape == call.noisy.shape
+
+
+@CASES
 def test_normalised_latents_are_what_the_pipeline_denoises(case, calls):
     call, family = call_of(case, calls), family_of(case)
     torch.testing.assert_close(family.normalise(call.decoded.reshape(call.final.shape)), call.final)
