@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "flux2": "models.flux2",
     "flux2_klein": "models.flux2_klein",
     "wan": "models.wan",
+    "wan_i2v": "models.wan_i2v",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 

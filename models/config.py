@@ -32,7 +32,7 @@ class ModelConfig:
     """A diffusers folder, a hub id (owner/name), or a single .safetensors file: a checkpoint, or the denoiser alone."""
     family: FamilyName | None = None
     """The model's family; None: recognised. Another one than the model is of is refused. sd15 is Stable Diffusion 1.x
-    and 2.x."""
+    and 2.x, sd3 is 3 and 3.5, wan is Wan 2.1 and 2.2 of text, wan_i2v of an image."""
     variant: str | None = None
     """Weight variant of a diffusers folder or hub id, such as fp16."""
     config: str | None = None

@@ -32,7 +32,7 @@ class Wan(TransformerFamily):
     frame_step = 4
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
-    unused = ("transformer_2",)
+    unused: ClassVar[tuple[str, ...]] = ("transformer_2",)
     by_diffusers = ""
     names = WAN
     native_only = WAN_NATIVE_ONLY

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.identity import key_of
@@ -53,6 +54,8 @@ class Case:
     """Options of the model section, besides its path."""
     step: int = 0
     """Which step of the pipeline calls the denoiser that the family trains."""
+    first_frame: bool = False
+    """Whether the pipeline is given an image, which is the first frame."""
 
     def __str__(self) -> str:
         return self.name or self.family
@@ -106,6 +109,20 @@ class Call:
     decoded: Tensor
 
 
+def picture(height: int, width: int) -> Image.Image:
+    """Any image."""
+    pixels = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(1))
+    return Image.fromarray((pixels * 255).to(torch.uint8).numpy())
+
+
+def seen_in(family: ModelFamily, shape: tuple[int, int], frames: int, count: int) -> dict[str, Tensor]:
+    """What `count` videos that begin with the picture tell the denoiser of themselves."""
+    first = torch.from_numpy(np.array(picture(*shape))).permute(2, 0, 1) / 127.5 - 1
+    video = torch.rand(count, 3, frames, *shape) * 2 - 1
+    video[:, :, 0] = first
+    return family.encode_media_cond(family.load_encoders("media"), video)
+
+
 def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     """One of two steps of diffusers' own pipeline on PROMPTS."""
     import diffusers
@@ -130,8 +147,9 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
         return decode(latents, *args, **kwargs)
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
+    given = {"image": picture(height, width)} if case.first_frame else {}
     pipeline(
-        prompt=[*PROMPTS], height=height, width=width, num_inference_steps=2, output_type="np",
+        prompt=[*PROMPTS], **given, height=height, width=width, num_inference_steps=2, output_type="np",
         generator=torch.Generator().manual_seed(0), **case.guidance,
     )  # fmt: skip
     noisy, timestep, prediction, _ = steps[case.step]

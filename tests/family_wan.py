@@ -13,18 +13,22 @@ WIDTH = 24
 CHANNELS = 48  # of the 5B's latents
 
 
-def transformer(channels: int = 16) -> WanTransformer3DModel:
+def transformer(channels: int = 16, seen: int | None = None, **more: Any) -> WanTransformer3DModel:
+    """Of latents of `channels`; its input has `seen`."""
     return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=WIDTH,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        num_attention_heads=2, attention_head_dim=12, in_channels=seen or channels, out_channels=channels,
+        text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32, **more,
     )  # fmt: skip
+
+
+def scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
 def make(vae: dict[str, Any] | None = None, channels: int = 16, **options: Any) -> WanPipeline:
     return WanPipeline(
         tokenizer=t5_tokenizer(), text_encoder=umt5_encoder(WIDTH), vae=wan_vae(**vae or {}),
-        transformer=transformer(channels), **options,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=transformer(channels), scheduler=scheduler(), **options,
     )  # fmt: skip
 
 

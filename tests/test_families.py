@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline
+from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline, seen_in
 from safetensors import safe_open
 
 from lora_algos import ALGORITHMS
@@ -38,9 +38,10 @@ def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE
     family = family_of(case)
     with torch.no_grad():
         rows = family.encode_prompt(family.load_encoders("text"), captions)
+        of_media = seen_in(family, shape, case.guidance["num_frames"], len(captions)) if case.first_frame else {}
     height, width = shape
     crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32)
-    return {**family.size_cond(crop), **collate(family, rows)}
+    return {**family.size_cond(crop), **collate(family, rows), **of_media}
 
 
 @CASES
@@ -74,6 +75,17 @@ def test_every_sample_of_a_batch_has_its_own_prediction(case, calls):
             timestep = call.timestep.reshape(1).to(torch.float32)
             found = family.predict(denoiser, call.noisy[here], timestep, conditioning(case, [prompt]))
             torch.testing.assert_close(found, call.prediction[here], rtol=1e-4, atol=1e-5)
+
+
+@CASES
+def test_predict_reads_no_value_from_the_device(case, calls):
+    """On the meta device there are none."""
+    call, family = call_of(case, calls), family_of(case)
+    cond = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in conditioning(case, PROMPTS).items()}
+    noisy = family.normalise(torch.empty_like(call.noisy, device="meta"))
+    found = family.predict(family.empty_denoiser(), noisy, torch.empty(len(PROMPTS), device="meta"), cond)
+    assert found.is_meta
+    assert found.shape == call.noisy.shape
 
 
 @CASES
@@ -174,7 +186,7 @@ def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, opti
     ]  # fmt: skip
     out = tmp_path / "out"
     assert run_here(mine) == 0, capsys.readouterr().err
-    assert (out / "preview.png").is_file()
+    assert (out / "preview.png").is_file() == family_of(case).draws
     with safe_open(out / "lora.safetensors", framework="pt") as file:
         assert any(file.get_tensor(key).any() for key in file.keys())  # noqa: SIM118
     more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--preview.no_enabled"]

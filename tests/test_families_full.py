@@ -34,6 +34,7 @@ FAMILIES = {
     "wan21_1.3b": "wan",
     "wan21_14b": "wan",
     "wan22_5b": "wan",
+    "wan21_i2v_14b": "wan_i2v",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16

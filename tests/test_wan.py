@@ -8,7 +8,7 @@ from PIL import Image
 from models.base import take_comfy_cond
 from models.config import ModelError
 
-CASE = next(case for case in cases() if str(case) == "wan")
+CASE, SEEN = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.1-i2v"))
 FRAMES, SIDE = 9, 32
 
 
@@ -26,10 +26,11 @@ def videos(tmp_path):
     return folder
 
 
-def test_videos_and_images_are_trained_on_together(videos, options, run_here, capsys):
+@pytest.mark.parametrize("case", [CASE, SEEN], ids=str)
+def test_videos_and_images_are_trained_on_together(case, videos, options, run_here, capsys):
     mine = [option for option in options if not option.startswith(("--model.path", "--data.images"))]
     more = [
-        f"--model.path={folder_of(CASE)}", f"--data.images={videos}", f"--data.resolution={SIDE}",
+        f"--model.path={folder_of(case)}", f"--data.images={videos}", f"--data.resolution={SIDE}",
         f"--data.frames={FRAMES}", "--steps=4", "--batch_size=1",
     ]  # fmt: skip
     assert run_here([*mine, *more]) == 0, capsys.readouterr().err
@@ -56,3 +57,21 @@ def test_a_caption_may_have_512_tokens_and_no_more():
     with pytest.raises(ModelError, match="513 tokens; this model takes 512"):
         take_comfy_cond(family, torch.ones(1, 513, 24), {})
     assert family.cond_from_comfy(torch.zeros(1, 512, 24), {})["prompt_embeds"].shape == (1, 24)
+
+
+def test_comfyuis_first_frame_is_taken_and_its_lack_is_told():
+    family = family_of(next(case for case in cases() if str(case) == "wan2.2-i2v"))
+    first, cond = torch.rand(1, 16, 3, 4, 4), torch.rand(1, 512, 24)
+    found = take_comfy_cond(family, cond, {"concat_latent_image": first})
+    assert found["first_frame"].equal(first[0])
+    assert family.cond_to_comfy(found)[1]["concat_latent_image"].equal(first)
+    with pytest.raises(ModelError, match="without first_frame"):
+        take_comfy_cond(family, cond, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("wan", {"vae"}), ("wan2.1-i2v", {"vae", "image_encoder", "image_processor"})]
+)
+def test_what_encodes_a_video_is_what_its_store_is_known_by(name, parts):
+    family = family_of(next(case for case in cases() if str(case) == name))
+    assert {file.parent.name for file in family.component_files("vae")} == parts

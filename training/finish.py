@@ -84,7 +84,11 @@ def results(run: Run) -> list[Result]:
 
 def finish(run: Run) -> tuple[list[str], Images] | None:
     """All that needs every rank. Afterwards the main process is on its own, and the others may leave. Collective."""
-    drawn = draw_previews(run) if run.config.preview.enabled else None
+    drawn = None
+    if run.config.preview.enabled and run.parts.family.draws:
+        drawn = draw_previews(run)
+    elif run.config.preview.enabled:
+        run.reporter.say(f"no previews: {run.parts.family.name} draws of prompts and images, not of prompts alone")
     if run.requests.leaving():
         run.leave(run.requests.agreed)
     return drawn
