@@ -41,7 +41,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "beta 3, 1": ("--objective.density=beta", "--objective.beta_a=3", "--objective.beta_b=1"),
     },
     "stratified": {
-        "each by itself": ("--objective.no_stratified",),
+        "each by itself (default)": (),
         "stratified": ("--objective.stratified",),
     },
     "weighting": {

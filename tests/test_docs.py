@@ -11,11 +11,13 @@ import pytest
 import yaml
 from conftest import BASE, PROJECT, TWEMOJI, accelerate_launch, script
 
+from models import FAMILIES
 from training.load_config import validate
 from training.optimizers import NAMED
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TRAINING = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")
+FAMILY_PAGE = (PROJECT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 def commands(page: str) -> list[str]:
@@ -53,8 +55,8 @@ def words_of(command: str) -> list[str]:
     return shlex.split(command.replace("<model>", str(BASE)).replace("<folder>", str(TWEMOJI / "train")))
 
 
-@pytest.mark.parametrize("command", launches(TRAINING))
-def test_the_commands_on_training_run(command, run_here, tmp_path, cache_dir):
+@pytest.mark.parametrize("command", [*launches(TRAINING), *launches(FAMILY_PAGE)])
+def test_the_commands_on_training_and_families_run(command, run_here, tmp_path, cache_dir):
     words = words_of(command)
     assert words[:4] == ["accelerate", "launch", "train_lora.py", "recipes/sd15.yaml"]
     short = ["--steps=3", "--validation.every=2", "--data.resolution=64", f"--output_dir={tmp_path}", "--batch_size=1",
@@ -70,6 +72,14 @@ def test_the_recipe_on_training_is_one_and_all_optimizers_are_there():
     rows = [line.split("|")[1:3] for line in TRAINING.splitlines() if line.startswith("| `")]
     listed = {name: package.strip() for names, package in rows for name in re.findall(r"`(\w+)`", names)}
     assert listed == {name: source.package for name, source in NAMED.items()}
+
+
+def test_the_page_of_families_has_every_one_with_its_recipe():
+    rows = [line.split("|") for line in FAMILY_PAGE.splitlines() if line.startswith("| `")]
+    recipes = {row[1].strip(" `"): row[3].strip(" `") for row in rows if len(row) == 6}
+    assert recipes == {name: f"recipes/{name}.yaml" for name in FAMILIES}
+    for name, path in recipes.items():
+        assert name == "sd15" or f"family: {name}" in (PROJECT / path).read_text(encoding="utf-8")
 
 
 def test_the_packages_of_the_optimizers_are_the_projects():

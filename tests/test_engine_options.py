@@ -35,3 +35,10 @@ def test_sharding_that_accelerate_does_not_do_on_cpus_is_refused(options, run_he
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert run_here(options) == 2
     assert "launched with FSDP, but Accelerate made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_text_encoders_are_not_trained_where_nobody_tried_it(engine, options, run_here, monkeypatch, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    assert run_here([*options, "--model.train_text_encoder"]) == 2
+    assert f"{engine}, with --model.train_text_encoder" in capsys.readouterr().err

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import comfy_keys
 import pytest
+from exported_keys import exported
 
 from lora_algos import ALGORITHMS
 from lora_algos.attach import attach, select_layers
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from models import get_family
 from models.checkpoints import family_classes
+from models.config import ModelConfig
+from training.names import file_names
 
 GOLDEN = Path(__file__).parent / "data" / "full_size.json"
 FAMILIES = {
+    "sdxl": "sdxl",
     "flux": "flux1",
     "flux_schnell": "flux1",
     "chroma": "chroma",
@@ -57,6 +62,40 @@ def parameters(architecture: str, layers: list[str], algorithm: str) -> int | No
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_presets_match_and_algorithms_train_what_they_did(architecture):
     assert found(architecture) == json.loads(GOLDEN.read_text())[architecture]
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """Architecture -> the family's own view of a folder of that size without weights, and the empty denoiser."""
+    found = {}
+
+    def family_and_denoiser(architecture: str):
+        if architecture not in found:
+            folder, family = tmp_path_factory.mktemp(architecture), family_classes()[FAMILIES[architecture]]
+            index = {"_class_name": family.pipelines[0]}
+            (folder / "model_index.json").write_text(json.dumps(index))
+            comfy_keys.empty_denoiser(architecture).save_config(folder / family.component)
+            bound = get_family(ModelConfig(path=str(folder)))
+            found[architecture] = bound, bound.empty_denoiser()
+        return found[architecture]
+
+    return family_and_denoiser
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, full_size):
+    family, denoiser = full_size(architecture)
+    names = file_names(family, denoiser)
+    layers = dict.fromkeys(select_layers(denoiser, ("all",), family.targets), algorithm)
+    for file_format in {"comfyui", *family.file_formats}:
+        plain = file_format == "diffusers"
+        if plain and algorithm != "LoRA":
+            continue
+        known = {name: algorithm for name in layers if name not in names.native_only} if plain else layers
+        tensors = exported(denoiser, names, known, file_format, biases=not plain)
+        assert len(tensors) > len(known) / 2
+        assert comfy_keys.resolve(tensors, architecture) == []
 
 
 if __name__ == "__main__":

@@ -64,9 +64,12 @@ def conflicts(config: TrainConfig, precision: str) -> list[str]:
             "max_restarts. Give --rdzv_backend c10d with it and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without them "
             "processes that are started again look for those that have died"
         )
-    if asked("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    sharded = [name for name in ("FSDP", "DEEPSPEED") if asked(f"ACCELERATE_USE_{name}", "false") == "true"]
+    if config.model.train_text_encoder and sharded:
+        faults.append(f"{sharded[0]}, with --model.train_text_encoder, which was not tried with it. Use ddp.yaml")
+    if "DEEPSPEED" in sharded:
         faults += zero_conflicts(config)
-    if asked("ACCELERATE_USE_FSDP", "false") == "true":
+    if "FSDP" in sharded:
         refused = {
             "FSDP_VERSION": ("2", "fsdp_version must be 2"),
             "FSDP_ACTIVATION_CHECKPOINTING": ("false", "--gradient_checkpointing decides"),
