@@ -23,6 +23,7 @@ class StableDiffusionXL(UNetFamily):
     text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused = ("feature_extractor", "image_encoder")
     latent_scale = 0.13025
+    read_before_last = ("text_encoder",)
     kohya_is_native = True
 
     @classmethod

@@ -45,6 +45,9 @@ class UNetFamily(DiffusersFamily):
         """epsilon or v_prediction, as the base was trained."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
+    read_before_last: ClassVar[tuple[str, ...]] = ()
+    """Text encoders of which the output of the last layer but one is taken, and no other."""
+
     @property
     def unread_text(self) -> str:
         """Regular expression that does not go on at layers of text encoders that nothing is read from."""

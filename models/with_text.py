@@ -6,6 +6,7 @@ checkpoints see one model; its class gets a `forward` that encodes the tokens fi
 """
 
 import copy
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,14 @@ class TextTraining(UNetFamily):
         loaded = self._load("vae", "scheduler", *self.tokenizers, denoiser=alone)
         loaded.register_modules(**{name: getattr(denoiser, name) for name in self.encoders})
         return loaded
+
+    def idle_layers(self, denoiser: nn.Module) -> list[str]:
+        """Of encoders whose output is not read, but that of a layer before."""
+        idle = [*super().idle_layers(denoiser)]
+        for encoder in self.read_before_last:
+            layers = [name for name, _ in denoiser.named_modules() if re.fullmatch(rf"{encoder}\..*layers\.\d+", name)]
+            idle += [layers[-1], layers[-1].replace(f"encoder.layers.{len(layers) - 1}", "final_layer_norm")]
+        return idle
 
     def text_names(self, denoiser: nn.Module) -> dict[str, str]:
         names = {}

@@ -253,3 +253,12 @@ def test_module_dropout_drops_a_norms_whole_change():
     x = torch.randn(4, 6)
     assert model["norm"](x).equal(model["norm"].base_layer(x))
     assert math.isfinite(float(model["norm"].eval()(x).sum()))
+
+
+def test_a_norm_before_everything_else_is_trained_channels_last():
+    """Of an input without a gradient: torch's own backward pass dies of that on CPUs, and the process with it."""
+    model = nn.Sequential(nn.GroupNorm(8, 16), nn.Conv2d(16, 4, 1)).to(memory_format=torch.channels_last)
+    adapted = attach(model, {name: LayerSpec(2, 2.0, "Full") for name in ("0", "1")}, 0)
+    x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
+    model(x).square().sum().backward()
+    assert adapted.named_parameters()["0.diff"].grad.abs().sum() > 0

@@ -103,3 +103,19 @@ def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0], [])
     history.add([6.0, 6.0], [1.0])
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0, 6.0], [])
+
+
+@pytest.mark.parametrize("fault", ["size", "memory"])
+def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(fault, options, run_here, tmp_path, monkeypatch, capsys):
+    more = ["--preview.enabled", "--preview.num_inference_steps=2", "--steps=2"]
+    if fault == "memory":
+
+        def out_of_memory(*args: object) -> None:
+            raise torch.OutOfMemoryError("no memory for text encoders")
+
+        monkeypatch.setattr(StableDiffusionPipeline, "to", out_of_memory)
+    assert run_here([*options, *more, "--data.resolution=60"]) == 0
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+    assert (tmp_path / "out" / "loss.json").is_file()
+    assert (tmp_path / "out" / "preview.png").is_file() == (fault == "size"), "sides are those of buckets"
+    assert ("no memory for text encoders" in capsys.readouterr().out) == (fault == "memory")

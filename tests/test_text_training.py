@@ -111,6 +111,33 @@ def test_a_run_goes_on_from_the_file(name, algorithm, options, run_here, tmp_pat
     assert "--model.train_text_encoder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("targets", [["--adapter.norms"], ["--adapter.targets", r".*attn.*"]])
+def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, run_here, monkeypatch):
+    """Of SDXL's first encoder the last layer: on several ranks DDP would look for its gradients in vain."""
+    from training import run
+
+    found = []
+    update = run.Run._update
+
+    def watched(self):
+        found.append(
+            [name for name, p in self.engine.denoiser.named_parameters() if p.requires_grad and p.grad is None]
+        )
+        update(self)
+
+    monkeypatch.setattr(run.Run, "_update", watched)
+    assert run_here(arguments("sdxl", options, *targets, "--steps=2")) == 0
+    assert found == [[], []]
+
+
+def test_a_file_without_text_encoders_is_not_one_to_train_them_with(options, run_here, tmp_path, capsys):
+    plain = [option for option in arguments("sd15", options, "--steps=1") if option != "--model.train_text_encoder"]
+    assert run_here(plain) == 0
+    file = f"--existing_lora={tmp_path / 'out' / 'lora.safetensors'}"
+    assert run_here([*plain, file, "--model.train_text_encoder", f"--output_dir={tmp_path / 'more'}"]) == 2
+    assert "no layer of a text encoder is adapted" in capsys.readouterr().err
+
+
 def test_the_encoders_have_a_learning_rate_of_their_own(options, run_here, tmp_path, capsys):
     """So small a one that nothing of theirs changes, while the denoiser trains."""
     rates = ["--optim.text_encoder_learning_rate=1e-12", "--learning_rate=1e-2"]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from lora_algos import formats
 from lora_algos.attach import Adapted
@@ -105,11 +104,13 @@ def converted(config: TrainConfig, adapted: Adapted) -> formats.Layers:
 
 
 def write_merged(config: TrainConfig, family: ModelFamily, adapted: Adapted) -> Path:
-    """Writes output_dir/model_with_lora: the whole pipeline, its denoiser in the dtype the base is stored in."""
+    """Writes output_dir/model_with_lora: the whole pipeline, its denoiser in the dtype that the base is stored in."""
     path = Path(config.output_dir) / "model_with_lora"
-    merged: nn.Module = family.load_denoiser(torch.float32)
+    stored = family.stored_dtype()
+    # each sum is made in fp32 and rounded once; float8 is too coarse for what was learned
+    merged = family.load_denoiser(stored if stored.itemsize > 1 else torch.bfloat16)
     adapted.merge_into(merged)
-    pipeline = sample_as_trained(family.pipeline(merged.to(family.stored_dtype())), config.objective)
+    pipeline = sample_as_trained(family.pipeline(merged), config.objective)
     with new_folder(path) as beside:
         pipeline.save_pretrained(beside)
     return path

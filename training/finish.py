@@ -20,9 +20,10 @@ from training.run import Run
 Images = dict[str, np.ndarray]
 
 
-def draw_previews(run: Run) -> tuple[list[str], Images]:
-    """Prompts, and images (N, H, W, 3) before and after training, on the main process. Collective; each rank draws its
-    share. Leaves if asked to: the checkpoint of the last step is there."""
+def draw_previews(run: Run) -> tuple[list[str], Images] | None:
+    """Prompts, and images (N, H, W, 3) before and after training, on the main process; None if they could not be drawn,
+    which is said. Collective; each rank draws its share. Leaves if asked to: the checkpoint of the last step is there.
+    """
     config, parts, ranks = run.config, run.parts, run.accelerator.num_processes
     shown = parts.datasets.validation or parts.datasets.train
     prompts = list(config.preview.prompts) or shown.captions(4)
@@ -31,24 +32,30 @@ def draw_previews(run: Run) -> tuple[list[str], Images]:
     if is_sharded(run.accelerator):  # takes all ranks for each pass
         numbers = [min(number, len(prompts) - 1) for number in numbers]
     mine = {number: prompts[number] for number in numbers if number < len(prompts)}
-    pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
-    sample_as_trained(pipeline, config.objective)
-    side = config.data.resolution
+    step = parts.family.pixel_step()
+    side = max(step, config.data.resolution // step * step)  # as buckets have it
     options = {"height": side, "width": side, **parts.family.preview_options(config.preview.guidance_scale)}
-    drawn = preview.images_of(
-        parts.adapted, [run.initial, results(run)[0].weights], mine, rounds,
-        partial(preview.draw, pipeline, config=config.preview, options=options), run.requests.leaving,
-    )  # fmt: skip
+
+    def load() -> Any:
+        pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
+        return sample_as_trained(pipeline, config.objective)
+
+    attempt = preview.Attempt(load, partial(preview.draw, config=config.preview, options=options))
+    weights = [run.initial, results(run)[0].weights]
+    drawn = preview.images_of(parts.adapted, weights, mine, rounds, attempt, run.requests.leaving)
     if drawn is None:
         run.leave(run.requests.agreed)
-    everyone: list[Any] = [drawn] * ranks
+    everyone: list[Any] = [(drawn, attempt.error)] * ranks
     if ranks > 1:
-        dist.gather_object(drawn, everyone if run.main else None, group=run.agreement.group)
+        dist.gather_object(everyone[0], everyone if run.main else None, group=run.agreement.group)
     if not run.main:
-        return prompts, {}
+        return None
+    if error := next((error for _, error in everyone if error), None):
+        run.reporter.say(f"no previews, which could not be drawn:\n{error}\nThe adapter is written all the same")
+        return None
     labelled = {}
     for which, label in enumerate(("before", "after")):
-        by_number = {n: image for images in everyone for n, image in images[which].items()}
+        by_number = {n: image for images, _ in everyone for n, image in images[which].items()}
         labelled[label] = np.stack([by_number[n] for n in range(len(prompts))])
     return prompts, labelled
 

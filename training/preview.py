@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_algos.attach import Adapted
 from training.config import PreviewConfig
+from training.failure import explained
 
 SMALLEST = 128  # tiny images are enlarged to this in the grid
 
@@ -31,12 +32,33 @@ def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options
     return result.images[0] if hasattr(result, "images") else result.frames[0][0]
 
 
+class Attempt:
+    """Draws as `draw` of what `load` gives does, until something goes wrong: then nothing more, for the `error`.
+
+    A preview is the least of what a run is for, and may need memory that training did not.
+    """
+
+    def __init__(self, load: Callable[[], Any], draw: Callable[..., np.ndarray]):
+        self.load, self.draw = load, draw
+        self.pipeline: Any = None
+        self.error: str | None = None
+
+    def __call__(self, prompt: str, number: int) -> np.ndarray | None:
+        if self.error is None:
+            try:
+                self.pipeline = self.pipeline or self.load()
+                return self.draw(self.pipeline, prompt, number)
+            except Exception as error:
+                self.error, self.pipeline = explained(error), None
+        return None
+
+
 def images_of(
     adapted: Adapted,
     weights: list[dict],
     prompts: dict[int, str],
     rounds: int,
-    draw_one: Callable[..., Any],
+    draw_one: Callable[[str, int], Any],
     leaving: Callable[[], bool],
 ) -> list[dict[int, np.ndarray]] | None:
     """For each of `weights` the images of `prompts`, by number; None if it was left, on all ranks.

@@ -12,6 +12,7 @@ from torch import nn
 from data.index import LatentDataset
 from lora_algos import formats
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
+from lora_algos.config import AdapterError
 from models import get_family
 from models.base import ModelFamily
 from models.objectives import Objective
@@ -82,6 +83,11 @@ def attach_adapters(
         steps = total_steps_of(config.existing_lora, metadata)
     else:
         adapted, steps = attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
+    if names.text and not any(name in names.text for name in adapted.layers()):
+        raise AdapterError(
+            "--model.train_text_encoder, but no layer of a text encoder is adapted: the file of --existing_lora has "
+            "none, or no pattern of --adapter.targets matches one"
+        )
     for name in family.idle_layers(denoiser):
         denoiser.get_submodule(name).requires_grad_(False)
     return adapted, steps
