@@ -36,9 +36,8 @@ class ZImage(QwenTextFamily):
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device
-        embeds, _ = encoders.encode_prompt(
-            [*captions], device, False, max_sequence_length=TOKENS
-        )  # it changes its list
+        own = [*captions]  # the pipeline writes into the list
+        embeds, _ = encoders.encode_prompt(own, device, False, max_sequence_length=TOKENS)
         return [{"prompt_embeds": embed} for embed in embeds]
 
     def marks(self) -> str:
