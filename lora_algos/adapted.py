@@ -24,9 +24,10 @@ class Adapted:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """`<layer>.<name in a file>` -> trained parameter, of layers that are not frozen."""
-        return {name: parameter for name, parameter in self._parameters().items() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.all_parameters().items() if parameter.requires_grad}
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """`named_parameters`, and those of frozen layers."""
         return {f"{n}.{key}": p for n, layer in self.layers().items() for key, p in layer.trained().items()}
 
     def specs(self) -> dict[str, LayerSpec]:
@@ -43,7 +44,7 @@ class Adapted:
 
     def _state(self) -> dict[str, Tensor]:
         constants = {f"{n}.{key}": t for n, layer in self.layers().items() for key, t in layer.constants().items()}
-        return {**self._parameters(), **constants}
+        return {**self.all_parameters(), **constants}
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of all that the adapters are, for a checkpoint: on the CPU (on meta for a model on meta), fp32."""

@@ -33,8 +33,8 @@ class NormDifference(Full):
             changed["bias"] = bias.to(wide) + tensors["diff_b"] if "diff_b" in tensors else bias.to(wide)
         x, dtype = x.to(wide), x.dtype
         if torch.is_grad_enabled() and not x.requires_grad:
-            # for a gradient that nobody reads: torch 2.13 dies on CPUs in the backward pass of a channels-last GroupNorm
-            # that is to give one for its weight and none for its input
+            # for a gradient that nobody reads: torch 2.13 dies on CPUs in the backward pass of a channels-last
+            # GroupNorm that is to give one for its weight and none for its input
             x = x.detach().requires_grad_()
         with without_autocast(x.device.type):
             y = torch.func.functional_call(self.base_layer, changed, (x,))

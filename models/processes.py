@@ -89,9 +89,10 @@ class DDPM(NoiseProcess):
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str, continuous: bool = False):
         self.prediction_type, self.continuous = checked(prediction_type), continuous
         if prediction_type == "epsilon" and alphas_cumprod.min() <= 0:
-            raise ValueError(
-                "epsilon is asked for at zero terminal SNR, where the noise is all there is to see and says nothing of "
-                "the image. Such a model predicts v (--objective.prediction_type v_prediction)"
+            raise ModelError(
+                "--objective.zero_terminal_snr, or the model's scheduler, asks for epsilon at zero terminal SNR, where "
+                "the noise is all there is to see and says nothing of the image. Such a model predicts v "
+                "(--objective.prediction_type v_prediction)"
             )
         wide = alphas_cumprod.double().clamp(min=LEAST_ALPHA)
         self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log()

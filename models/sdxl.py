@@ -53,7 +53,7 @@ class StableDiffusionXL(UNetFamily):
         return values * torch.float32.itemsize
 
     def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
-        return {"time_ids": crop[:, TIME_IDS]}
+        return {"time_ids": torch.stack([crop[:, field] for field in TIME_IDS], 1)}  # an index would be copied there
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self.cond_width)

@@ -152,6 +152,17 @@ def test_the_best_weights_may_be_asked_for_later_if_they_were_kept(options, run_
     assert metadata(tmp_path / "kept" / "lora.safetensors")["ss_steps"] == str(best_step(said))
 
 
+@pytest.mark.parametrize("other", ["--ema.use=raw", "--validation.quantiles=0.95"])
+def test_losses_of_two_kinds_tell_no_best_step(options, run_here, capsys, other):
+    kept = [*options, *VALIDATED, "--ema.decay=0.7", "--checkpoint.best", "--steps=4"]
+    assert run_here(kept) == 0
+    assert run_here([*kept, other, "--steps=6"]) == 2
+    assert "where the best step is told by validation losses" in capsys.readouterr().err
+    free = [option for option in kept if option != "--checkpoint.best"]
+    assert run_here([*free, "--overwrite"]) == 0
+    assert run_here([*free, other, "--steps=6"]) == 0
+
+
 def test_a_run_that_brings_nothing_ends_and_stays_at_its_end(options, run_here, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_here([*options, *NOTHING_BETTER]) == 0

@@ -149,3 +149,10 @@ def test_reading_a_config_loads_no_torch():
 
 def test_asdict_is_what_pydantic_validates():
     assert asdict(TrainConfig())["adapter"]["targets"] == ("all",)
+
+
+def test_paths_beside_the_models_are_looked_at_before_anything_loads(options, run_here, capsys):
+    assert run_here([*options, "--model.vae=nope.safetensors", "--model.config=nowhere/at/all"]) == 2
+    said = capsys.readouterr().err
+    assert "--model.vae: nope.safetensors does not exist" in said
+    assert "--model.config: nowhere/at/all does not exist" in said

@@ -39,7 +39,7 @@ def test_validation_before_the_first_step_is_one_number_for_all_objectives(optio
     ("arguments", "words"),
     [
         (["--objective.shift=3", "--objective.edm_std=1"], ["DDPM", "shift = 3.0", "edm_std = 1.0"]),
-        (["--objective.zero_terminal_snr"], ["--model.path", "zero terminal SNR", "v_prediction"]),
+        (["--objective.zero_terminal_snr"], ["--objective.zero_terminal_snr", "zero terminal SNR", "v_prediction"]),
         (["--objective.p2_k=2", "--objective.level_range", "0.5", "0.1"], ["p2_k = 2.0", "level_range = 0.5 0.1"]),
     ],
 )

@@ -132,6 +132,11 @@ FAULTS = {
     "schedule": ("--optim.name=ScheduleFreeAdamW --optim.lr_schedule=cosine", "--optim.lr_schedule cosine: Schedule"),
     "two averages": ("--optim.name=ScheduleFreeAdamW --ema.decay=0.9", "evaluates an average of its own"),
     "two rates": ("--optim.name=Prodigy --adapter.lora_plus_ratio=4", "Prodigy has one learning rate for all layers"),
+    "two rates of text": (
+        "--optim.name=Prodigy --model.train_text_encoder --optim.text_encoder_learning_rate=0.1",
+        "Prodigy has one learning rate for all layers",
+    ),
+    "fails in a step": ("--optim.name=Prodigy --optim.args slice_p=0", "Prodigy refuses: slice step cannot be zero"),
     "missing": (
         "--optim.name=AdamW8bit",
         "pip install bitsandbytes, or in the project's folder pip install -e '.[bits",
@@ -168,6 +173,11 @@ def test_a_recipe_has_arguments_as_a_mapping(options, run_here, tmp_path, capsys
     again = [str(tmp_path / "out" / "config.yaml"), f"--output_dir={tmp_path / 'again'}", "--preview.no_enabled"]
     assert run_here(again) == 0
     assert_same_adapter(tmp_path / "out", tmp_path / "again")
+
+
+def test_whole_numbers_stay_whole(options, run_here):
+    """Prodigy slices by slice_p, and has it as an int by its default alone."""
+    assert run_here([*options, "--optim.name=Prodigy", "--learning_rate=1", "--optim.args", "slice_p=11"]) == 0
 
 
 def test_prodigy_says_which_rate_it_is_made_for(options, run_here, capsys):

@@ -138,6 +138,12 @@ def test_a_file_without_text_encoders_is_not_one_to_train_them_with(options, run
     assert "no layer of a text encoder is adapted" in capsys.readouterr().err
 
 
+def test_what_pefts_folders_cannot_hold_is_refused_before_training(options, run_here, tmp_path, capsys):
+    assert run_here(arguments("sd15", options, "--export.format=peft")) == 2
+    assert "text encoders are others" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_the_encoders_have_a_learning_rate_of_their_own(options, run_here, tmp_path, capsys):
     """So small a one that nothing of theirs changes, while the denoiser trains."""
     rates = ["--optim.text_encoder_learning_rate=1e-12", "--learning_rate=1e-2"]

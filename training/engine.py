@@ -33,7 +33,7 @@ class Engine:
         self.trained = list(self.names.values())
         self.limit = config.optim.max_grad_norm or float("inf")
         self.skipping = SkipNonFinite(optimizer) if config.optim.non_finite == "skip" else None
-        self.denoiser = prepare(accelerator, denoiser, set(self.trained))
+        self.denoiser = prepare(accelerator, denoiser, adapted)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Around the passes of a micro-batch: gradients are averaged over the ranks in the `last` one of a step."""
@@ -79,19 +79,21 @@ def wants_contiguous(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def prepare(accelerator: Accelerator, denoiser: nn.Module, trained: set[nn.Parameter]) -> nn.Module:
+def prepare(accelerator: Accelerator, denoiser: nn.Module, adapted: Adapted) -> nn.Module:
     """The denoiser on its device, under autocast, its base sharded if so configured, its adapters the same on all ranks
     and with gradients that are means over them."""
     if is_sharded(accelerator):
         plugin = accelerator.state.fsdp_plugin
         assert plugin is not None
-        shard_base(denoiser, trained, plugin)
-        for parameter in trained:
+        whole = set(adapted.all_parameters().values())
+        shard_base(denoiser, whole, plugin)
+        for parameter in whole:
             parameter.data = parameter.data.to(accelerator.device)
     # evaluation mode: device and autocast only. Accelerate's DDP would send the frozen base to all ranks at the start
     denoiser = accelerator.prepare_model(denoiser, evaluation_mode=True)
     if accelerator.num_processes == 1:
         return denoiser
+    trained = set(adapted.named_parameters().values())
     frozen = [name for name, parameter in denoiser.named_parameters() if parameter not in trained]
     frozen += [name for name, _ in denoiser.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)
@@ -101,11 +103,11 @@ def prepare(accelerator: Accelerator, denoiser: nn.Module, trained: set[nn.Param
     )
 
 
-def shard_base(denoiser: nn.Module, trained: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin) -> None:
-    """Shards the frozen weights block by block."""
+def shard_base(denoiser: nn.Module, whole: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin) -> None:
+    """Shards the weights block by block, but for those that are to stay `whole`."""
     from torch.distributed.fsdp import fully_shard
 
-    options = {"reshard_after_forward": plugin.reshard_after_forward, "ignored_params": trained}
+    options = {"reshard_after_forward": plugin.reshard_after_forward, "ignored_params": whole}
     if plugin.cpu_offload:
         options["offload_policy"] = plugin.cpu_offload
     for block in blocks(denoiser, plugin.transformer_cls_names_to_wrap):

@@ -101,6 +101,9 @@ def path_faults(config: TrainConfig) -> list[str]:
 def input_faults(config: TrainConfig) -> list[str]:
     """What is wrong with the paths of the model and of the data."""
     faults = [f"--model.path: {fault}"] if (fault := path_fault(config.model)) else []
+    for flag, path in (("vae", config.model.vae), ("config", config.model.config)):
+        if path is not None and not Path(path).exists() and (flag == "vae" or not is_hub_id(path)):
+            faults.append(f"--model.{flag}: {path} does not exist")
     faults += source_faults(config.data)
     if config.data.validation_images is not None and config.data.validation_share:
         faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")

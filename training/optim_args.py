@@ -18,7 +18,7 @@ from training.optimizers import OPTIMIZERS, Source
 SHARED = ("weight_decay", "betas", "eps")
 """Options of the `optim` section that are arguments of most optimizers, under the same name."""
 WORDS = {"true": True, "false": False, "none": None, "null": None}
-REFUSED = (ValueError, TypeError, AssertionError, NotImplementedError)  # what constructors raise
+REFUSED = (ValueError, TypeError, AssertionError, NotImplementedError)  # what constructors and steps raise
 
 
 def optimizer_faults(config: TrainConfig) -> list[str]:
@@ -34,8 +34,10 @@ def optimizer_faults(config: TrainConfig) -> list[str]:
     if source.averages and config.ema.decay:
         faults.append(f"--ema.decay {config.ema.decay:g}: {name} evaluates an average of its own. Leave it at 0")
     scales = [override.lr_scale for override in config.adapter.overrides] + [config.adapter.lora_plus_ratio]
-    if source.one_rate and any(scale not in (None, 1) for scale in scales):
-        faults.append(f"--adapter.lora_plus_ratio and lr_scale: {name} has one learning rate for all layers")
+    text_rate = optim.text_encoder_learning_rate or config.learning_rate
+    if source.one_rate and (text_rate != config.learning_rate or any(scale not in (None, 1) for scale in scales)):
+        faults.append(f"--adapter.lora_plus_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} has one "
+                      "learning rate for all layers")  # fmt: skip
     try:
         values, more = arguments(config)
     except ConfigError as error:
@@ -43,7 +45,13 @@ def optimizer_faults(config: TrainConfig) -> list[str]:
     faults += more
     if not faults:  # what only the constructor knows
         try:
-            optimizer_class(name)([torch.nn.Parameter(torch.zeros(2, 2))], lr=config.learning_rate, **values)
+            probe = torch.nn.Parameter(torch.zeros(2, 2))
+            optimizer = optimizer_class(name)([probe], lr=config.learning_rate, **values)
+            if source.averages:
+                optimizer.train()
+            probe.grad = torch.ones(2, 2)
+            if source.package != "bitsandbytes":  # whose steps may be for GPUs alone
+                optimizer.step()
         except REFUSED as error:
             faults.append(f"--optim.args: {name} refuses: {error or type(error).__name__}")
     return faults
@@ -126,7 +134,9 @@ def type_like(default: Any) -> Any:
         return Any
     if isinstance(default, tuple | list):
         return tuple[tuple(type_like(item) for item in default)]  # type: ignore[misc]
-    return float if isinstance(default, int) and not isinstance(default, bool) else type(default)
+    if isinstance(default, int) and not isinstance(default, bool):
+        return int | float  # which stays what it is: some ints are meant as such
+    return type(default)
 
 
 def parsed(text: str) -> Any:

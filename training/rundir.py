@@ -30,6 +30,8 @@ FREE = {
     "preview", "checkpoint", "tracking", "export", "distributed", "data.cache_dir", "data.num_workers",
     "data.validation_images", "ema.use",
 }  # fmt: skip
+COMPARED = ("ema.use", "validation.quantiles", "data.validation_images")
+"""What of it makes validation losses that do not compare."""
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -48,12 +50,26 @@ def check_output_dir(config: TrainConfig) -> None:
         return
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE} is not readable: {error}") from error
-    differing = differences(there if isinstance(there, dict) else {}, to_dict(config))
+    there, here = there if isinstance(there, dict) else {}, to_dict(config)
+    differing = differences(there, here)
+    if config.keeps_best or config.validation.patience:
+        for name in COMPARED:
+            old, new = (option(values, name) for values in (there, here))
+            if old != new:
+                differing.append(f"{name}: {old} there, {new} here, where the best step is told by validation losses")
     if differing:
         raise ConfigError(
             "\n  ".join([f"{folder} holds a different run", *differing])
             + "\nChoose another --output_dir, or give --overwrite to start again there"
         )
+
+
+def option(values: dict, name: str) -> object:
+    """The value of an option by its dotted name."""
+    found: object = values
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def differences(there: dict, here: dict) -> list[str]:

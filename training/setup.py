@@ -90,6 +90,8 @@ def attach_adapters(
         )
     for name in family.idle_layers(denoiser):
         denoiser.get_submodule(name).requires_grad_(False)
+    if not adapted.named_parameters():
+        raise AdapterError("--adapter.targets: no prediction depends on the layers that it names. Name others")
     return adapted, steps
 
 

@@ -135,6 +135,8 @@ def write_peft(layers: Layers, weights: dict[str, Tensor], names: Names) -> File
 
     algorithms = {algorithm_of(tensors) for tensors in layers.values()}
     refuse(layers, "peft", ("LoRA", "DoRA", "LoHa", "LoKr"))
+    if any(layer in names.text for layer in layers):
+        raise AdapterError("--export.format peft: a folder of PEFT's is of one model, and text encoders are others")
     if len(algorithms) > 1:
         raise AdapterError(
             f"--export.format peft: one file of PEFT's holds one algorithm, not {', '.join(sorted(algorithms))}"
