@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from models.base import ModelFamily
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl"))
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantised weights
 
 
 @lru_cache(maxsize=8)
@@ -115,23 +117,37 @@ def files_read(folder: Path, variant: str | None) -> list[Path]:
     return [*(file for file in files if file.suffix in (".json", ".txt", ".model", ".jinja")), *weights]
 
 
-def num_parameters(files: list[Path]) -> int:
-    """How many numbers the weights among `files` hold."""
-    count = 0
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as weights:
-                count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    return count
+def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a .safetensors file. Raises OSError or SafetensorError."""
+    with safe_open(file, framework="pt") as tensors:
+        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+
+
+def num_parameters(files: list[Path], prefixes: tuple[str, ...] = ("",)) -> int:
+    """How many numbers the weights among `files` hold whose names have one of those prefixes."""
+    weights = (item for file in files if file.suffix == ".safetensors" for item in shapes_of(file).items())
+    return sum(math.prod(shape) for name, shape in weights if name.startswith(prefixes))
+
+
+def hub_id_by_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    """The hub id whose configuration diffusers takes for a single file with such tensors."""
+    import torch
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
 
 
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
     """The family of a single file, if any, and what says so."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
+        names = set(shapes_of(file))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"--model.path {file} is not a readable .safetensors file: {error}") from error
+    if any(name.endswith(SCALES) for name in names):
+        raise ModelError(
+            f"--model.path {file} has scaled fp8 weights, which are not read: take the bf16, fp16 or plain fp8 file"
+        )
     for prefix in DENOISER_PREFIXES:
         names |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     found = next((family for family, cls in classes.items() if cls.holds(names)), None)

@@ -4,11 +4,12 @@ The model was trained to see one token of padding after each caption, and is giv
 """
 
 from collections.abc import Set
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from models.base import check_comfy_cond
+from models.checkpoints import T5
 from models.dit_names import CHROMA_NATIVE_ONLY
 from models.flux1 import BLOCKS, TOKENS, FluxFamily
 
@@ -32,6 +33,7 @@ class Chroma(FluxFamily):
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
     denoiser_class = "ChromaTransformer2DModel"
     unused = ("feature_extractor", "image_encoder")
+    in_file: ClassVar = {**FluxFamily.in_file, "text_encoder": (T5,)}
     native_only = CHROMA_NATIVE_ONLY
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import CLIP_L, T5
 from models.config import ModelError
 from models.dit import ATTENTION, MLP, PooledTextFamily, TransformerFamily, counts, pooled_rows
 from models.dit_names import FLUX
@@ -80,6 +81,7 @@ class Flux1(FluxFamily, PooledTextFamily):
     denoiser_class = "FluxTransformer2DModel"
     text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     tokenizer = "tokenizer_2"
+    in_file: ClassVar = {**FluxFamily.in_file, "text_encoder": (CLIP_L,), "text_encoder_2": (T5,)}
     unused = ("feature_extractor", "image_encoder")
     takes_guidance = True
 
@@ -95,7 +97,7 @@ class Flux1(FluxFamily, PooledTextFamily):
                 "FLUX.1 dev is, and is told none"
             )
 
-        told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self._stored_keys
+        told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self.stored_shapes
         if told and not config.guidance_embeds:
             raise ModelError(
                 f"--model.path {self.config.path} is told guidance, as FLUX.1 dev is, and --model.config "

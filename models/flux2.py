@@ -43,6 +43,7 @@ class Flux2Family(TransformerFamily):
     latent_channels = 128
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
+    in_file: ClassVar = {}
     names, native_only = FLUX, FLUX2_NATIVE_ONLY
     ragged: ClassVar = {"prompt_embeds": TOKENS}
     targets: ClassVar = {

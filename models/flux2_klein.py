@@ -4,7 +4,6 @@ conditioning and without guidance."""
 
 from collections.abc import Set
 
-from safetensors import safe_open
 from torch import nn
 
 from models.flux2 import Flux2Family
@@ -23,8 +22,7 @@ class Flux2Klein(Flux2Family):
         return "double_stream_modulation_img.lin.weight" in names and "guidance_in.in_layer.weight" not in names
 
     def _config_of_file(self) -> str:
-        with self._faults_told(), safe_open(self.path, framework="pt") as file:
-            width = file.get_slice(f"{self.stored_prefix}txt_in.weight").get_shape()[1]
+        width = self.stored_shapes[f"{self.stored_prefix}txt_in.weight"][1]
         # diffusers takes every FLUX.2 file for dev; base and distilled have one configuration
         return f"black-forest-labs/FLUX.2-klein-base-{'4B' if width == SMALL else '9B'}"
 

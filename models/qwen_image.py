@@ -26,6 +26,7 @@ class QwenImage(QwenTextFamily):
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     denoiser_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
+    in_file: ClassVar = {}
     names = QWEN_IMAGE
     comfy_frames = True
     targets: ClassVar = {

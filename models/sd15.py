@@ -15,6 +15,7 @@ class StableDiffusion(UNetFamily):
     name = "sd15"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     unused = ("safety_checker", "feature_extractor", "image_encoder")
+    in_file: ClassVar = {**UNetFamily.in_file, "text_encoder": ("cond_stage_model.",)}
     pipeline_options: ClassVar = {"requires_safety_checker": False}
     latent_scale = 0.18215
     kohya_is_native = False

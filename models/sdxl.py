@@ -3,7 +3,7 @@ each image, where it was cropped and to what size (Podell et al. 2023, section 2
 """
 
 from collections.abc import Set
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ class StableDiffusionXL(UNetFamily):
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused = ("feature_extractor", "image_encoder")
+    in_file: ClassVar = {
+        **UNetFamily.in_file,
+        "text_encoder": ("conditioner.embedders.0.",),
+        "text_encoder_2": ("conditioner.embedders.1.",),
+    }
     latent_scale = 0.13025
     kohya_is_native = True
 

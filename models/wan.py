@@ -32,6 +32,7 @@ class Wan(TransformerFamily):
     frame_step = 4
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
+    in_file: ClassVar = {}
     unused: ClassVar[tuple[str, ...]] = ("transformer_2",)
     by_diffusers = ""
     names = WAN
