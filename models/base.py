@@ -103,6 +103,11 @@ class ModelFamily(ABC):
         """Whether there are two denoisers, for high and for low noise."""
         return False
 
+    def check(self) -> None:
+        """WHEN: first of all. Raises ModelError if the denoiser's configuration, where it can be had, is one that the
+        family cannot train; reads no weights."""
+        return
+
     @property
     @abstractmethod
     def path(self) -> Path:

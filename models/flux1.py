@@ -3,7 +3,7 @@ have weights of their own for each kind; T5 for the tokens, CLIP for a pooled ve
 """
 
 from abc import abstractmethod
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar
 
 import torch
@@ -32,10 +32,10 @@ class FluxFamily(TransformerFamily):
         "all": r".*",
     }
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.in_channels != self.latent_channels * PATCH**2:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        if config["in_channels"] != self.latent_channels * PATCH**2:
             raise ModelError(
-                f"--model.path {self.config.path} takes {config.in_channels} channels per token, not "
+                f"--model.path {self.config.path} takes {config['in_channels']} channels per token, not "
                 f"{self.latent_channels * PATCH**2}: it edits or follows an image, which cannot be trained here"
             )
 
@@ -89,16 +89,16 @@ class Flux1(FluxFamily, PooledTextFamily):
     def holds(cls, names: Set[str]) -> bool:
         return BLOCKS | {"vector_in.in_layer.weight"} <= names
 
-    def check_denoiser(self, config: Any) -> None:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)
-        if self.config.guidance is not None and not config.guidance_embeds:
+        if self.config.guidance is not None and not config.get("guidance_embeds"):
             raise ModelError(
                 f"--model.guidance {self.config.guidance:g}: {self.config.path} is not distilled for guidance, as "
                 "FLUX.1 dev is, and is told none"
             )
 
         told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self.stored_shapes
-        if told and not config.guidance_embeds:
+        if told and not config.get("guidance_embeds"):
             raise ModelError(
                 f"--model.path {self.config.path} is told guidance, as FLUX.1 dev is, and --model.config "
                 f"{self.source} is of a model that is told none, as schnell"

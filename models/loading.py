@@ -3,41 +3,39 @@ the denoiser alone, whose other parts come from a diffusers folder.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models.base import ModelFamily
 from models.checkpoints import (
-    DENOISER_PREFIXES,
     VAE_PREFIXES,
     absent_parts,
+    check_tokenizer,
     config_of,
+    configs_in,
     files_read,
     hub_id_by_shapes,
     local_path,
     num_parameters,
     part_folder,
     shapes_of,
+    weight_dtype,
 )
 from models.config import ModelError, ObjectiveConfig
+from models.latents import LatentScale
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
-LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
 LARGE = 1_000_000_000  # parameters: parts that are not trained are loaded in bf16 beyond it
-WIDENED = {
-    torch.float16: torch.float32,
-    torch.float8_e4m3fn: torch.bfloat16,
-    torch.float8_e5m2: torch.bfloat16,
-}
+WIDENED = {torch.float16: torch.float32, **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16)}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 
 
@@ -129,8 +127,7 @@ class DiffusersFamily(ModelFamily):
             there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
             absent = {name: None for name in (*self.components, *self.unused)}
             for name in (there & self.held) - given.keys():
-                others = {**absent, **self.pipeline_options}
-                given[name] = self._part_of_file(pipeline_class, name, others)
+                given[name] = self._part_of_file(pipeline_class, name, {**absent, **self.pipeline_options})
             left_out = {name: None for name in absent if name not in there}
             dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component} - given.keys()}
             options = {**left_out, **given, **self.pipeline_options, "dtype": {"default": torch.float32, **dtypes}}
@@ -168,18 +165,16 @@ class DiffusersFamily(ModelFamily):
     def _text_dtype(self, name: str) -> torch.dtype:
         """Large encoders, and a denoiser beside the trained one, would take twice the memory in fp32 for no digit that
         their training had."""
-        if name in self.held:
-            count = num_parameters([self.path], self.in_file[name])
-        else:
-            count = num_parameters(files_read(part_folder(self.source, name), self.config.variant))
+        held = name in self.held
+        files = [self.path] if held else files_read(part_folder(self.source, name), self.config.variant)
+        count = num_parameters(files, self.in_file[name] if held else ("",))
         return torch.bfloat16 if count > LARGE else torch.float32
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         import diffusers
 
         if dtype is None:
-            stored = self.stored_dtype()
-            dtype = WIDENED.get(stored, stored)
+            dtype = WIDENED.get(stored := self.stored_dtype(), stored)
         quieten()
         denoiser_class = getattr(diffusers, self.denoiser_class)
         with self._faults_told():
@@ -198,7 +193,14 @@ class DiffusersFamily(ModelFamily):
         given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
         return denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
 
-    def check_denoiser(self, config: Any) -> None:
+    def check(self) -> None:
+        try:
+            config = config_of(self.source, f"{self.component}/config.json")
+        except UNLOADABLE:
+            return  # told when it is loaded, which may never be
+        self.check_denoiser(config)
+
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
         """Raises ModelError if a denoiser of that config is of another family after all."""
 
     def empty_denoiser(self) -> nn.Module:
@@ -240,13 +242,9 @@ class DiffusersFamily(ModelFamily):
     def stored_dtype(self) -> torch.dtype:
         weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
         if not weights:
-            raise ModelError(
-                f"--model.path {self.config.path} has no .safetensors weights in its folder {self.component}"
-            )
-        with self._faults_told(f"{weights[0]}: "), safe_open(weights[0], framework="pt") as file:
-            # a single file holds other things first, some of them in another dtype; and biases may be in another one
-            names = sorted(file.keys(), key=lambda name: (not name.startswith(DENOISER_PREFIXES), "weight" not in name))
-            return file.get_tensor(names[0]).dtype
+            raise ModelError(f"--model.path {self.config.path} has no .safetensors weights in {self.component}/")
+        with self._faults_told(f"{weights[0]}: "):
+            return weight_dtype(weights[0])
 
     def load_encoders(self, what: Literal["text", "media"]) -> Any:
         if what == "media":
@@ -254,22 +252,9 @@ class DiffusersFamily(ModelFamily):
         encoders = self._load(*self.text)
         for name in self.text:
             if name.startswith("tokenizer"):
-                self._check_tokenizer(
-                    getattr(encoders, name), getattr(encoders, name.replace("tokenizer", "text_encoder"))
-                )
+                encoder = getattr(encoders, name.replace("tokenizer", "text_encoder"))
+                check_tokenizer(self.config.path, getattr(encoders, name), encoder)
         return encoders
-
-    def _check_tokenizer(self, tokenizer: Any, encoder: Any) -> None:
-        if tokenizer is None or encoder is None:
-            return
-        config = getattr(encoder.config, "text_config", encoder.config)
-        known, wanted = len(getattr(tokenizer, "tokenizer", tokenizer)), config.vocab_size
-        # transformers makes an empty tokenizer where the files are missing; models round their tables up
-        if known < LEAST_KNOWN * wanted:
-            raise ModelError(
-                f"--model.path {self.config.path} has an incomplete tokenizer: it knows {known} tokens, "
-                f"the text encoder {wanted}"
-            )
 
     def component_files(self, component: str) -> list[Path]:
         if component == "vae" and self.config.vae is not None:
@@ -279,10 +264,7 @@ class DiffusersFamily(ModelFamily):
         parts = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
         held = {self.component, *self.held} if self.path.is_file() else set()
         elsewhere = [part for part in parts if part.replace("tokenizer", "text_encoder") not in held]
-        found = []
-        if len(elsewhere) < len(parts):
-            configs = Path(self.config.config).glob("*/*") if self.config.config else ()
-            found = [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
+        found = [self.path, *configs_in(self.config.config)] if len(elsewhere) < len(parts) else []
         with self._faults_told():
             folders = [part_folder(self.source, part) for part in elsewhere]
         found += [file for folder in folders for file in files_read(folder, self.config.variant)]
@@ -310,7 +292,9 @@ class DiffusersFamily(ModelFamily):
         with self._faults_told():
             return process_from_scheduler(self.scheduler_config, config)
 
+    @cached_property
+    def _latent_scale(self) -> LatentScale:
+        return LatentScale(self.vae_config, self.latent_shift, self.latent_scale)
+
     def normalise(self, latents: Tensor) -> Tensor:
-        shift = self.vae_config.get("shift_factor") or self.latent_shift
-        scale = self.vae_config.get("scaling_factor") or self.latent_scale
-        return (latents - shift) * scale if shift else latents * scale
+        return self._latent_scale(latents)

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: a UNet with one CLIP text encoder; epsilon or v-prediction."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,9 @@ class StableDiffusion(UNetFamily):
     def holds(cls, names: Set[str]) -> bool:
         return "input_blocks.0.0.weight" in names and "label_emb.0.0.weight" not in names
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.addition_embed_type is not None:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        super().check_denoiser(config)
+        if config.get("addition_embed_type") is not None:
             raise ModelError(
                 f"--model.path {self.config.path} is not of the family sd15: its UNet wants size conditioning"
             )

@@ -2,7 +2,7 @@
 each image, where it was cropped and to what size (Podell et al. 2023, section 2.2).
 """
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from models.unet import UNetFamily
 
 # of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target size, height first
 TIME_IDS = [1, 0, 5, 4, 7, 6]
+REFINER_WIDTH = 1280  # of its conditioning: the second text encoder's
 COMFY_SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # in the same order
 
 
@@ -34,8 +35,14 @@ class StableDiffusionXL(UNetFamily):
     def holds(cls, names: Set[str]) -> bool:
         return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= names
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.addition_embed_type != "text_time":
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        super().check_denoiser(config)
+        if config.get("cross_attention_dim") == REFINER_WIDTH:
+            raise ModelError(
+                f"--model.path {self.config.path} is SDXL's refiner, which has the second text encoder alone and is "
+                "not trained here: give the base model"
+            )
+        if config.get("addition_embed_type") != "text_time":
             raise ModelError(
                 f"--model.path {self.config.path} is not of the family sdxl: its UNet takes no size conditioning"
             )
