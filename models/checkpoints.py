@@ -172,19 +172,19 @@ def hub_id_by_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
     """The family of a single file, if any, and what says so."""
     try:
-        names = set(shapes_of(file))
+        shapes = shapes_of(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"--model.path {file} is not a readable .safetensors file: {error}") from error
-    if any(name.endswith(SCALES) for name in names):
+    if any(name.endswith(SCALES) for name in shapes):
         raise ModelError(
             f"--model.path {file} has scaled fp8 weights, which are not read: take the bf16, fp16 or plain fp8 file"
         )
     for prefix in DENOISER_PREFIXES:
-        names |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    found = next((family for family, cls in classes.items() if cls.holds(names)), None)
+        shapes |= {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
+    found = next((family for family, cls in classes.items() if cls.holds(shapes)), None)
     return (
         found,
         "by the names of its tensors"
         if found
-        else f"its {len(names)} tensors are named like {min(names, default='none')}",
+        else f"its {len(shapes)} tensors are named like {min(shapes, default='none')}",
     )

@@ -3,7 +3,7 @@
 The model was trained to see one token of padding after each caption, and is given it here.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class Chroma(FluxFamily):
     native_only = CHROMA_NATIVE_ONLY
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return BLOCKS | {"distilled_guidance_layer.in_proj.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return BLOCKS | {"distilled_guidance_layer.in_proj.weight"} <= shapes.keys()
 
     @property
     def _width(self) -> int:

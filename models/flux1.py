@@ -3,7 +3,7 @@ have weights of their own for each kind; T5 for the tokens, CLIP for a pooled ve
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -86,8 +86,8 @@ class Flux1(FluxFamily, PooledTextFamily):
     takes_guidance = True
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return BLOCKS | {"vector_in.in_layer.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return BLOCKS | {"vector_in.in_layer.weight"} <= shapes.keys()
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)

@@ -4,7 +4,7 @@ https://bfl.ai/blog/flux-2), with three layers of Mistral Small 3 as conditionin
 
 import math
 from abc import abstractmethod
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -141,8 +141,8 @@ class Flux2(Flux2Family):
     takes_guidance = True
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"} <= shapes.keys()
 
     def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
         from transformers import AutoTokenizer

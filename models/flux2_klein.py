@@ -2,7 +2,7 @@
 https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence): FLUX.2 with three layers of Qwen3 as
 conditioning and without guidance."""
 
-from collections.abc import Set
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -18,8 +18,8 @@ class Flux2Klein(Flux2Family):
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline")
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return "double_stream_modulation_img.lin.weight" in names and "guidance_in.in_layer.weight" not in names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "double_stream_modulation_img.lin.weight" in shapes and "guidance_in.in_layer.weight" not in shapes
 
     def _config_of_file(self) -> str:
         width = self.stored_shapes[f"{self.stored_prefix}txt_in.weight"][1]

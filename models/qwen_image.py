@@ -2,7 +2,7 @@
 Qwen2.5-VL as text encoder and a VAE for videos, of which an image is one frame.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class QwenImage(QwenTextFamily):
     most_tokens, cond_width_name = TOKENS, "joint_attention_dim"
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= shapes.keys()
 
     def _config_of_file(self) -> str:
         return "Qwen/Qwen-Image"  # diffusers would take the file for Stable Diffusion 1's

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: a UNet with one CLIP text encoder; epsilon or v-prediction."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +21,8 @@ class StableDiffusion(UNetFamily):
     kohya_is_native = False
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return "input_blocks.0.0.weight" in names and "label_emb.0.0.weight" not in names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" not in shapes
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)

@@ -2,7 +2,7 @@
 CLIP text encoders and, unless the folder has none, T5.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -41,8 +41,8 @@ class StableDiffusion3(PooledTextFamily):
     }
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"} <= shapes.keys()
 
     def pixel_step(self) -> int:
         return self.latent_step() * self.denoiser_config["patch_size"]

@@ -2,7 +2,7 @@
 each image, where it was cropped and to what size (Podell et al. 2023, section 2.2).
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +32,8 @@ class StableDiffusionXL(UNetFamily):
     kohya_is_native = True
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= shapes.keys()
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)

@@ -4,7 +4,7 @@ The A14B of Wan 2.2 is two denoisers, one for the noisier and one for the cleane
 """
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -21,6 +21,9 @@ TEXT_TOKENS = 512  # the pipeline's default, and all that the denoiser takes
 ATTENTION = r"blocks\.\d+\.attn[12]\.(to_(q|k|v|out\.0)|add_[kv]_proj)"
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
 CLIP_VIEW = "img_emb.proj.0.weight"
+PATCHES = "patch_embedding.weight"
+WAN_NAMES = {"head.modulation", "blocks.0.self_attn.q.weight", PATCHES}
+IMAGE_CHANNELS = 36  # the input's, of noisy latents, a mask and the first frame's latents
 OTHERS = ("vace_blocks.0.after_proj.bias", "motion_encoder.dec.direction.weight", CLIP_VIEW)
 
 
@@ -50,14 +53,16 @@ class Wan(TransformerFamily):
         self.component = EXPERTS[config.expert or "high"]
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"head.modulation", "blocks.0.self_attn.q.weight"} <= names and not names & {*OTHERS}
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return (
+            shapes.keys() >= WAN_NAMES and not shapes.keys() & {*OTHERS} and IMAGE_CHANNELS not in shapes[PATCHES][1:2]
+        )
 
     def _config_of_file(self) -> str:
-        width, channels = self.stored_shapes[f"{self.stored_prefix}patch_embedding.weight"][:2]
+        width, channels = self.stored_shapes[f"{self.stored_prefix}{PATCHES}"][:2]
         if (width, channels) == (3072, 48):
             return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-        if channels == 36 and f"{self.stored_prefix}{CLIP_VIEW}" not in self.stored_shapes:
+        if channels == IMAGE_CHANNELS and f"{self.stored_prefix}{CLIP_VIEW}" not in self.stored_shapes:
             return "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
         return super()._config_of_file()
 
