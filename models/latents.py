@@ -26,4 +26,4 @@ class LatentScale:
         if self.moments[0].device != latents.device:  # once: later steps copy nothing
             self.moments = self.moments[0].to(latents.device), self.moments[1].to(latents.device)
         mean, deviation = (moment.view(-1, *[1] * (latents.ndim - 2)) for moment in self.moments)
-        return (latents - mean) / deviation
+        return ((latents - mean) / deviation).to(latents.dtype)
