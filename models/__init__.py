@@ -30,4 +30,5 @@ def get_family(config: "ModelConfig") -> "ModelFamily":
     family = family_of(config)(config)
     if config.expert is not None and not family.has_experts:
         raise ModelError(f"--model.expert = {config.expert}: {config.path} has one denoiser; leave it out")
+    family.check()
     return family

@@ -10,7 +10,7 @@ Conventions, for every family:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -95,13 +95,19 @@ class ModelFamily(ABC):
 
     @classmethod
     @abstractmethod
-    def holds(cls, names: Set[str]) -> bool:
-        """WHEN: to recognise a single file. IN: names of its tensors, those of the denoiser also without a prefix."""
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """WHEN: to recognise a single file. IN: name -> shape of its tensors, those of the denoiser also
+        without a prefix."""
 
     @property
     def has_experts(self) -> bool:
         """Whether there are two denoisers, for high and for low noise."""
         return False
+
+    def check(self) -> None:
+        """WHEN: first of all. Raises ModelError if the denoiser's configuration, where it can be had, is one that the
+        family cannot train; reads no weights."""
+        return
 
     @property
     @abstractmethod

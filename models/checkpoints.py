@@ -15,10 +15,16 @@ from models import FAMILIES
 from models.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from models.base import ModelFamily
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl"))
+LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
+UNWANTED = ("safety_checker", "feature_extractor")  # by every family
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantised weights
 
 
 @lru_cache(maxsize=8)
@@ -32,7 +38,8 @@ def local_path(config: ModelConfig, path: str | None = None) -> Path:
     from diffusers import DiffusionPipeline  # slow import, needed for hub ids only
 
     try:
-        return Path(DiffusionPipeline.download(path, variant=config.variant, use_safetensors=True))
+        options = {"variant": config.variant, "use_safetensors": True, **dict.fromkeys(UNWANTED)}
+        return Path(DiffusionPipeline.download(path, **options))
     except (OSError, ValueError) as error:
         raise ModelError(f"--model.path {path} could not be had from the hub: {error}") from error
 
@@ -98,6 +105,11 @@ def absent_parts(folder: Path) -> set[str]:
     return {name for name, part in json.loads(file.read_text(encoding="utf-8")).items() if part == [None, None]}
 
 
+def configs_in(folder: str | None) -> list[Path]:
+    """The configurations and vocabularies of all parts in a diffusers folder; none of a hub id's."""
+    return sorted(f for f in Path(folder).glob("*/*") if f.suffix in (".json", ".txt")) if folder else []
+
+
 def part_folder(source: str, name: str) -> Path:
     """A part's folder in a diffusers folder, or of the hub's repository of that id, had first. Raises OSError."""
     if Path(source).is_dir():
@@ -115,29 +127,64 @@ def files_read(folder: Path, variant: str | None) -> list[Path]:
     return [*(file for file in files if file.suffix in (".json", ".txt", ".model", ".jinja")), *weights]
 
 
-def num_parameters(files: list[Path]) -> int:
-    """How many numbers the weights among `files` hold."""
-    count = 0
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as weights:
-                count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    return count
+def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a .safetensors file. Raises OSError or SafetensorError."""
+    with safe_open(file, framework="pt") as tensors:
+        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+
+
+def check_tokenizer(path: str | None, tokenizer: Any, encoder: Any) -> None:
+    """Raises ModelError if both are there, but the tokenizer knows too few of the text encoder's tokens."""
+    if tokenizer is None or encoder is None:
+        return
+    config = getattr(encoder.config, "text_config", encoder.config)
+    known, wanted = len(getattr(tokenizer, "tokenizer", tokenizer)), config.vocab_size
+    # transformers makes an empty tokenizer where the files are missing; models round their tables up
+    if known < LEAST_KNOWN * wanted:
+        raise ModelError(
+            f"--model.path {path} has an incomplete tokenizer: it knows {known} tokens, the text encoder {wanted}"
+        )
+
+
+def num_parameters(files: list[Path], prefixes: tuple[str, ...] = ("",)) -> int:
+    """How many numbers the weights among `files` hold whose names have one of those prefixes."""
+    weights = (item for file in files if file.suffix == ".safetensors" for item in shapes_of(file).items())
+    return sum(math.prod(shape) for name, shape in weights if name.startswith(prefixes))
+
+
+def weight_dtype(file: Path) -> "torch.dtype":
+    """The dtype of the denoiser's weights in a .safetensors file. Raises OSError or SafetensorError."""
+    with safe_open(file, framework="pt") as tensors:
+        # a single file holds other things first, some of them in another dtype; and biases may be in another one
+        names = sorted(tensors.keys(), key=lambda name: (not name.startswith(DENOISER_PREFIXES), "weight" not in name))
+        return tensors.get_tensor(names[0]).dtype
+
+
+def hub_id_by_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    """The hub id whose configuration diffusers takes for a single file with such tensors."""
+    import torch
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
 
 
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
     """The family of a single file, if any, and what says so."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
+        shapes = shapes_of(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"--model.path {file} is not a readable .safetensors file: {error}") from error
+    if any(name.endswith(SCALES) for name in shapes):
+        raise ModelError(
+            f"--model.path {file} has scaled fp8 weights, which are not read: take the bf16, fp16 or plain fp8 file"
+        )
     for prefix in DENOISER_PREFIXES:
-        names |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    found = next((family for family, cls in classes.items() if cls.holds(names)), None)
+        shapes |= {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
+    found = next((family for family, cls in classes.items() if cls.holds(shapes)), None)
     return (
         found,
         "by the names of its tensors"
         if found
-        else f"its {len(names)} tensors are named like {min(names, default='none')}",
+        else f"its {len(shapes)} tensors are named like {min(shapes, default='none')}",
     )

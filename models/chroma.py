@@ -3,12 +3,13 @@
 The model was trained to see one token of padding after each caption, and is given it here.
 """
 
-from collections.abc import Set
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from models.base import check_comfy_cond
+from models.checkpoints import T5
 from models.dit_names import CHROMA_NATIVE_ONLY
 from models.flux1 import BLOCKS, TOKENS, FluxFamily
 
@@ -32,11 +33,12 @@ class Chroma(FluxFamily):
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
     denoiser_class = "ChromaTransformer2DModel"
     unused = ("feature_extractor", "image_encoder")
+    in_file: ClassVar = {**FluxFamily.in_file, "text_encoder": (T5,)}
     native_only = CHROMA_NATIVE_ONLY
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return BLOCKS | {"distilled_guidance_layer.in_proj.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return BLOCKS | {"distilled_guidance_layer.in_proj.weight"} <= shapes.keys()
 
     @property
     def _width(self) -> int:

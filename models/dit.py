@@ -18,7 +18,6 @@ from models.loading import DiffusersFamily
 
 ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
 MLP = r".*\.ff(_context)?\.net\.(0\.proj|2)"
-SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantised weights
 
 
 class TransformerFamily(DiffusersFamily):
@@ -53,32 +52,24 @@ class TransformerFamily(DiffusersFamily):
     def _as_stored(self, key: str) -> str:
         """Black Forest Labs' files have `scale` where ComfyUI has a norm's `weight`."""
         scale = key.removesuffix("weight") + "scale"
-        return scale if key not in self._stored_keys and scale in self._stored_keys else key
+        return scale if key not in self.stored_shapes and scale in self.stored_shapes else key
 
     def bare_name(self, name: str) -> str:
         """The original name of a parameter that is of no layer."""
         return name
 
     @cached_property
-    def _stored_keys(self) -> set[str]:
-        """Names of the tensors of a single file."""
-        with self._faults_told(), safe_open(self.path, framework="pt") as file:
-            return set(file.keys())
-
-    @cached_property
     def stored_prefix(self) -> str:
         """What stands before the names of the denoiser's weights in a single file."""
-        return next((p for p in DENOISER_PREFIXES if any(name.startswith(p) for name in self._stored_keys)), "")
+        return next((p for p in DENOISER_PREFIXES if any(name.startswith(p) for name in self.stored_shapes)), "")
 
     def denoiser_by_names(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
         """The denoiser in a single file, read by the table of names; for any size of model."""
         with init_empty_weights(include_buffers=False):
             denoiser = denoiser_class.from_config(self.denoiser_config)
         wanted = self.stored_names(denoiser)
-        if missing := sorted(set(wanted.values()) - self._stored_keys):
+        if missing := sorted(set(wanted.values()) - self.stored_shapes.keys()):
             raise ModelError(f"--model.path {self.config.path} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
-        if any(key.endswith(SCALES) for key in self._stored_keys):
-            raise ModelError(f"--model.path {self.config.path} has scaled fp8 weights, which are not read")
         native, state = self.native_names(denoiser), {}
         with safe_open(self.path, framework="pt") as file:
             for name, key in wanted.items():

@@ -3,12 +3,13 @@ have weights of their own for each kind; T5 for the tokens, CLIP for a pooled ve
 """
 
 from abc import abstractmethod
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import CLIP_L, T5
 from models.config import ModelError
 from models.dit import ATTENTION, MLP, PooledTextFamily, TransformerFamily, counts, pooled_rows
 from models.dit_names import FLUX
@@ -31,10 +32,10 @@ class FluxFamily(TransformerFamily):
         "all": r".*",
     }
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.in_channels != self.latent_channels * PATCH**2:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        if config["in_channels"] != self.latent_channels * PATCH**2:
             raise ModelError(
-                f"--model.path {self.config.path} takes {config.in_channels} channels per token, not "
+                f"--model.path {self.config.path} takes {config['in_channels']} channels per token, not "
                 f"{self.latent_channels * PATCH**2}: it edits or follows an image, which cannot be trained here"
             )
 
@@ -80,23 +81,24 @@ class Flux1(FluxFamily, PooledTextFamily):
     denoiser_class = "FluxTransformer2DModel"
     text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     tokenizer = "tokenizer_2"
+    in_file: ClassVar = {**FluxFamily.in_file, "text_encoder": (CLIP_L,), "text_encoder_2": (T5,)}
     unused = ("feature_extractor", "image_encoder")
     takes_guidance = True
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return BLOCKS | {"vector_in.in_layer.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return BLOCKS | {"vector_in.in_layer.weight"} <= shapes.keys()
 
-    def check_denoiser(self, config: Any) -> None:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)
-        if self.config.guidance is not None and not config.guidance_embeds:
+        if self.config.guidance is not None and not config.get("guidance_embeds"):
             raise ModelError(
                 f"--model.guidance {self.config.guidance:g}: {self.config.path} is not distilled for guidance, as "
                 "FLUX.1 dev is, and is told none"
             )
 
-        told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self._stored_keys
-        if told and not config.guidance_embeds:
+        told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self.stored_shapes
+        if told and not config.get("guidance_embeds"):
             raise ModelError(
                 f"--model.path {self.config.path} is told guidance, as FLUX.1 dev is, and --model.config "
                 f"{self.source} is of a model that is told none, as schnell"

@@ -4,7 +4,7 @@ https://bfl.ai/blog/flux-2), with three layers of Mistral Small 3 as conditionin
 
 import math
 from abc import abstractmethod
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,7 @@ class Flux2Family(TransformerFamily):
     latent_channels = 128
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
+    in_file: ClassVar = {}
     names, native_only = FLUX, FLUX2_NATIVE_ONLY
     ragged: ClassVar = {"prompt_embeds": TOKENS}
     targets: ClassVar = {
@@ -140,8 +141,8 @@ class Flux2(Flux2Family):
     takes_guidance = True
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"} <= shapes.keys()
 
     def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
         from transformers import AutoTokenizer

@@ -2,9 +2,8 @@
 https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence): FLUX.2 with three layers of Qwen3 as
 conditioning and without guidance."""
 
-from collections.abc import Set
+from collections.abc import Mapping
 
-from safetensors import safe_open
 from torch import nn
 
 from models.flux2 import Flux2Family
@@ -19,12 +18,11 @@ class Flux2Klein(Flux2Family):
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline")
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return "double_stream_modulation_img.lin.weight" in names and "guidance_in.in_layer.weight" not in names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "double_stream_modulation_img.lin.weight" in shapes and "guidance_in.in_layer.weight" not in shapes
 
     def _config_of_file(self) -> str:
-        with self._faults_told(), safe_open(self.path, framework="pt") as file:
-            width = file.get_slice(f"{self.stored_prefix}txt_in.weight").get_shape()[1]
+        width = self.stored_shapes[f"{self.stored_prefix}txt_in.weight"][1]
         # diffusers takes every FLUX.2 file for dev; base and distilled have one configuration
         return f"black-forest-labs/FLUX.2-klein-base-{'4B' if width == SMALL else '9B'}"
 

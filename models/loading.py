@@ -3,34 +3,39 @@ the denoiser alone, whose other parts come from a diffusers folder.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models.base import ModelFamily
 from models.checkpoints import (
-    DENOISER_PREFIXES,
-    OTHER_PARTS,
+    VAE_PREFIXES,
     absent_parts,
+    check_tokenizer,
     config_of,
+    configs_in,
     files_read,
+    hub_id_by_shapes,
     local_path,
     num_parameters,
     part_folder,
+    shapes_of,
+    weight_dtype,
 )
 from models.config import ModelError, ObjectiveConfig
+from models.latents import LatentScale
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
 
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
-LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
 LARGE = 1_000_000_000  # parameters: parts that are not trained are loaded in bf16 beyond it
+WIDENED = {torch.float16: torch.float32, **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16)}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 
 
@@ -47,6 +52,8 @@ class DiffusersFamily(ModelFamily):
     """The one of them that tells how long a caption may be."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that are left out."""
+    in_file: ClassVar[dict[str, tuple[str, ...]]] = {"vae": VAE_PREFIXES}
+    """Parts besides the denoiser that diffusers reads from a single file -> how the names of their tensors begin."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
     latent_shift, latent_scale = 0.0, 1.0
     """Of a VAE whose config does not say."""
@@ -60,12 +67,16 @@ class DiffusersFamily(ModelFamily):
         return local_path(self.config)
 
     @cached_property
-    def is_whole(self) -> bool:
-        """Whether the text encoders and the VAE are where the denoiser is."""
-        if self.path.is_dir():
-            return True
-        with self._faults_told(), safe_open(self.path, framework="pt") as file:
-            return any(key.startswith(OTHER_PARTS) for key in file.keys())  # noqa: SIM118
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a single file."""
+        with self._faults_told():
+            return shapes_of(self.path)
+
+    @cached_property
+    def held(self) -> set[str]:
+        """The parts of `in_file` that are there; none in a folder."""
+        names = () if self.path.is_dir() else self.stored_shapes
+        return {part for part, prefixes in self.in_file.items() if any(name.startswith(prefixes) for name in names)}
 
     @cached_property
     def source(self) -> str:
@@ -73,12 +84,8 @@ class DiffusersFamily(ModelFamily):
         return str(self.path) if self.path.is_dir() else self.config.config or self._config_of_file()
 
     def _config_of_file(self) -> str:
-        """The hub id whose configuration diffusers takes for this single file, by the shapes in it."""
-        from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-        with safe_open(self.path, framework="pt") as file:
-            shapes = {key: torch.empty(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+        """The hub id that has the configuration of this single file, by the shapes in it."""
+        return hub_id_by_shapes(self.stored_shapes)
 
     @contextmanager
     def _faults_told(self, what: str = "") -> Iterator[None]:
@@ -118,16 +125,13 @@ class DiffusersFamily(ModelFamily):
             warnings.simplefilter("ignore", FutureWarning)
             own = self.own_parts(wanted)
             there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
-            left_out = {name: None for name in (*self.components, *self.unused) if name not in there}
-            options = {**left_out, **given, **self.pipeline_options}
-            if self.path.is_file() and self.is_whole:
-                pipeline = pipeline_class.from_single_file(
-                    str(self.path), config=self.config.config, dtype=torch.float32, **options
-                )
-            else:
-                dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component}}
-                options["dtype"] = {"default": torch.float32, **dtypes}
-                pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
+            absent = {name: None for name in (*self.components, *self.unused)}
+            for name in (there & self.held) - given.keys():
+                given[name] = self._part_of_file(pipeline_class, name, {**absent, **self.pipeline_options})
+            left_out = {name: None for name in absent if name not in there}
+            dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component} - given.keys()}
+            options = {**left_out, **given, **self.pipeline_options, "dtype": {"default": torch.float32, **dtypes}}
+            pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
         pipeline.register_modules(**own)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -136,12 +140,22 @@ class DiffusersFamily(ModelFamily):
         """Those of the parts `wanted` that diffusers could not load."""
         return {}
 
+    def _part_of_file(self, pipeline_class: Any, name: str, options: dict[str, Any]) -> nn.Module:
+        """A part that the single file holds; `options` without all parts."""
+        if name == "vae":
+            return self._vae_alone(str(self.path))
+        options = {part: value for part, value in options.items() if part != name}
+        dtype = self._text_dtype(name)
+        return getattr(
+            pipeline_class.from_single_file(str(self.path), config=self.source, dtype=dtype, **options), name
+        )
+
     def _vae_alone(self, path: str) -> nn.Module:
         """A VAE from a file or a folder of its own."""
         import diffusers
 
         vae_class = getattr(diffusers, self.vae_class)
-        with self._faults_told(f"--model.vae {path}: "):
+        with self._faults_told(f"--model.vae {path}: " if path == self.config.vae else ""):
             if Path(path).is_dir():
                 inside = "vae" if (Path(path) / "vae").is_dir() else None
                 return vae_class.from_pretrained(path, subfolder=inside, dtype=torch.float32)
@@ -151,15 +165,16 @@ class DiffusersFamily(ModelFamily):
     def _text_dtype(self, name: str) -> torch.dtype:
         """Large encoders, and a denoiser beside the trained one, would take twice the memory in fp32 for no digit that
         their training had."""
-        files = files_read(part_folder(self.source, name), self.config.variant)
-        return torch.bfloat16 if num_parameters(files) > LARGE else torch.float32
+        held = name in self.held
+        files = [self.path] if held else files_read(part_folder(self.source, name), self.config.variant)
+        count = num_parameters(files, self.in_file[name] if held else ("",))
+        return torch.bfloat16 if count > LARGE else torch.float32
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         import diffusers
 
         if dtype is None:
-            stored = self.stored_dtype()
-            dtype = {torch.float16: torch.float32, torch.float8_e4m3fn: torch.bfloat16}.get(stored, stored)
+            dtype = WIDENED.get(stored := self.stored_dtype(), stored)
         quieten()
         denoiser_class = getattr(diffusers, self.denoiser_class)
         with self._faults_told():
@@ -178,7 +193,14 @@ class DiffusersFamily(ModelFamily):
         given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
         return denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
 
-    def check_denoiser(self, config: Any) -> None:
+    def check(self) -> None:
+        try:
+            config = config_of(self.source, f"{self.component}/config.json")
+        except UNLOADABLE:
+            return  # told when it is loaded, which may never be
+        self.check_denoiser(config)
+
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
         """Raises ModelError if a denoiser of that config is of another family after all."""
 
     def empty_denoiser(self) -> nn.Module:
@@ -201,9 +223,6 @@ class DiffusersFamily(ModelFamily):
         """The configuration of a part, with its class as `_class_name`."""
         if name == "vae" and self.config.vae is not None:
             return dict(self._vae_alone(self.config.vae).config)  # type: ignore[arg-type]
-        if self.path.is_file() and self.is_whole:
-            part = getattr(self._load(name), name)
-            return {**part.config, "_class_name": type(part).__name__}
         with self._faults_told():  # read here: the classes are slow imports that only encoding needs
             return config_of(self.source, f"{name}/{CONFIG_NAMES.get(name, 'config.json')}")
 
@@ -223,13 +242,9 @@ class DiffusersFamily(ModelFamily):
     def stored_dtype(self) -> torch.dtype:
         weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
         if not weights:
-            raise ModelError(
-                f"--model.path {self.config.path} has no .safetensors weights in its folder {self.component}"
-            )
-        with self._faults_told(f"{weights[0]}: "), safe_open(weights[0], framework="pt") as file:
-            # a single file holds other things first, some of them in another dtype; and biases may be in another one
-            names = sorted(file.keys(), key=lambda name: (not name.startswith(DENOISER_PREFIXES), "weight" not in name))
-            return file.get_tensor(names[0]).dtype
+            raise ModelError(f"--model.path {self.config.path} has no .safetensors weights in {self.component}/")
+        with self._faults_told(f"{weights[0]}: "):
+            return weight_dtype(weights[0])
 
     def load_encoders(self, what: Literal["text", "media"]) -> Any:
         if what == "media":
@@ -237,35 +252,23 @@ class DiffusersFamily(ModelFamily):
         encoders = self._load(*self.text)
         for name in self.text:
             if name.startswith("tokenizer"):
-                self._check_tokenizer(
-                    getattr(encoders, name), getattr(encoders, name.replace("tokenizer", "text_encoder"))
-                )
+                encoder = getattr(encoders, name.replace("tokenizer", "text_encoder"))
+                check_tokenizer(self.config.path, getattr(encoders, name), encoder)
         return encoders
-
-    def _check_tokenizer(self, tokenizer: Any, encoder: Any) -> None:
-        if tokenizer is None or encoder is None:
-            return
-        config = getattr(encoder.config, "text_config", encoder.config)
-        known, wanted = len(getattr(tokenizer, "tokenizer", tokenizer)), config.vocab_size
-        # transformers makes an empty tokenizer where the files are missing; models round their tables up
-        if known < LEAST_KNOWN * wanted:
-            raise ModelError(
-                f"--model.path {self.config.path} has an incomplete tokenizer: it knows {known} tokens, "
-                f"the text encoder {wanted}"
-            )
 
     def component_files(self, component: str) -> list[Path]:
         if component == "vae" and self.config.vae is not None:
             path = Path(self.config.vae)
             inside = path / "vae" if (path / "vae").is_dir() else path
             return [path] if path.is_file() else files_read(inside, self.config.variant)
-        if self.path.is_file() and (component == "denoiser" or self.is_whole):
-            configs = Path(self.config.config).glob("*/*") if self.config.config else ()
-            return [self.path, *sorted(f for f in configs if f.suffix in (".json", ".txt"))]
         parts = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
+        held = {self.component, *self.held} if self.path.is_file() else set()
+        elsewhere = [part for part in parts if part.replace("tokenizer", "text_encoder") not in held]
+        found = [self.path, *configs_in(self.config.config)] if len(elsewhere) < len(parts) else []
         with self._faults_told():
-            folders = [part_folder(self.source, part) for part in parts]
-        return [file for folder in folders for file in files_read(folder, self.config.variant)]
+            folders = [part_folder(self.source, part) for part in elsewhere]
+        found += [file for folder in folders for file in files_read(folder, self.config.variant)]
+        return list(dict.fromkeys(found))
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         loaded = [name for name in self.components if name != self.component or denoiser is None]
@@ -289,7 +292,9 @@ class DiffusersFamily(ModelFamily):
         with self._faults_told():
             return process_from_scheduler(self.scheduler_config, config)
 
+    @cached_property
+    def _latent_scale(self) -> LatentScale:
+        return LatentScale(self.vae_config, self.latent_shift, self.latent_scale)
+
     def normalise(self, latents: Tensor) -> Tensor:
-        shift = self.vae_config.get("shift_factor") or self.latent_shift
-        scale = self.vae_config.get("scaling_factor") or self.latent_scale
-        return (latents - shift) * scale if shift else latents * scale
+        return self._latent_scale(latents)

@@ -2,11 +2,9 @@
 Qwen2.5-VL as text encoder and a VAE for videos, of which an image is one frame.
 """
 
-from collections.abc import Set
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from models.base import with_frames
@@ -26,6 +24,7 @@ class QwenImage(QwenTextFamily):
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     denoiser_class = "QwenImageTransformer2DModel"
     vae_class = "AutoencoderKLQwenImage"
+    in_file: ClassVar = {}
     names = QWEN_IMAGE
     comfy_frames = True
     targets: ClassVar = {
@@ -36,8 +35,8 @@ class QwenImage(QwenTextFamily):
     most_tokens, cond_width_name = TOKENS, "joint_attention_dim"
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= shapes.keys()
 
     def _config_of_file(self) -> str:
         return "Qwen/Qwen-Image"  # diffusers would take the file for Stable Diffusion 1's
@@ -51,18 +50,6 @@ class QwenImage(QwenTextFamily):
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
         return with_frames(super().decode_media(encoders, with_frames(latents, True)), False)
-
-    @cached_property
-    def _statistics(self) -> Tensor:
-        """Mean and deviation of the VAE's latents (2, C, 1, 1)."""
-        known = [self.vae_config[name] for name in ("latents_mean", "latents_std")]
-        return torch.tensor(known)[..., None, None]
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        if self._statistics.device != latents.device:
-            self._statistics = self._statistics.to(latents.device)  # once: later steps copy nothing
-        mean, deviation = self._statistics.to(latents.dtype)
-        return (latents - mean) / deviation
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device

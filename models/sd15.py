@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: a UNet with one CLIP text encoder; epsilon or v-prediction."""
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,16 +15,18 @@ class StableDiffusion(UNetFamily):
     name = "sd15"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     unused = ("safety_checker", "feature_extractor", "image_encoder")
+    in_file: ClassVar = {**UNetFamily.in_file, "text_encoder": ("cond_stage_model.",)}
     pipeline_options: ClassVar = {"requires_safety_checker": False}
     latent_scale = 0.18215
     kohya_is_native = False
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return "input_blocks.0.0.weight" in names and "label_emb.0.0.weight" not in names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" not in shapes
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.addition_embed_type is not None:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        super().check_denoiser(config)
+        if config.get("addition_embed_type") is not None:
             raise ModelError(
                 f"--model.path {self.config.path} is not of the family sd15: its UNet wants size conditioning"
             )

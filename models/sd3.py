@@ -2,12 +2,13 @@
 CLIP text encoders and, unless the folder has none, T5.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import CLIP_G, CLIP_L, T5
 from models.dit import ATTENTION, MLP, PooledTextFamily, counts, pooled_rows
 from models.dit_names import SD3
 
@@ -24,6 +25,12 @@ class StableDiffusion3(PooledTextFamily):
     denoiser_class = "SD3Transformer2DModel"
     text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     unused = ("feature_extractor", "image_encoder")
+    in_file: ClassVar = {
+        **PooledTextFamily.in_file,
+        "text_encoder": (CLIP_L,),
+        "text_encoder_2": (CLIP_G,),
+        "text_encoder_3": (T5,),
+    }
     latent_shift, latent_scale = 0.0609, 1.5305
     names = SD3
     ragged: ClassVar = {"prompt_embeds": None}
@@ -34,8 +41,8 @@ class StableDiffusion3(PooledTextFamily):
     }
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"} <= shapes.keys()
 
     def pixel_step(self) -> int:
         return self.latent_step() * self.denoiser_config["patch_size"]

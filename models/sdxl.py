@@ -2,8 +2,8 @@
 each image, where it was cropped and to what size (Podell et al. 2023, section 2.2).
 """
 
-from collections.abc import Set
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from models.unet import UNetFamily
 
 # of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target size, height first
 TIME_IDS = [1, 0, 5, 4, 7, 6]
+REFINER_WIDTH = 1280  # of its conditioning: the second text encoder's
 COMFY_SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # in the same order
 
 
@@ -22,16 +23,27 @@ class StableDiffusionXL(UNetFamily):
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused = ("feature_extractor", "image_encoder")
+    in_file: ClassVar = {
+        **UNetFamily.in_file,
+        "text_encoder": ("conditioner.embedders.0.",),
+        "text_encoder_2": ("conditioner.embedders.1.",),
+    }
     latent_scale = 0.13025
     read_before_last = ("text_encoder",)
     kohya_is_native = True
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= shapes.keys()
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.addition_embed_type != "text_time":
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        super().check_denoiser(config)
+        if config.get("cross_attention_dim") == REFINER_WIDTH:
+            raise ModelError(
+                f"--model.path {self.config.path} is SDXL's refiner, which has the second text encoder alone and is "
+                "not trained here: give the base model"
+            )
+        if config.get("addition_embed_type") != "text_time":
             raise ModelError(
                 f"--model.path {self.config.path} is not of the family sdxl: its UNet takes no size conditioning"
             )

@@ -1,11 +1,13 @@
 """What the UNets of Stable Diffusion 1, 2 and XL have in common."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from models.base import Native
+from models.config import ModelError
 from models.ldm_names import native_names
 from models.loading import DiffusersFamily
 
@@ -27,6 +29,14 @@ class UNetFamily(DiffusersFamily):
         "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
         "all": r".*",
     }
+
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        taken = config.get("in_channels", self.latent_channels)
+        if taken != self.latent_channels:
+            raise ModelError(
+                f"--model.path {self.config.path} takes {taken} channels, not the {self.latent_channels} of noisy "
+                "latents alone: it fills in or edits an image, which cannot be trained here"
+            )
 
     def pixel_step(self) -> int:
         return self.latent_step() * 2 ** (len(self.denoiser_config["block_out_channels"]) - 1)

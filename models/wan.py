@@ -4,7 +4,7 @@ The A14B of Wan 2.2 is two denoisers, one for the noisier and one for the cleane
 """
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,7 +20,11 @@ from models.processes import Flow, NoiseProcess
 TEXT_TOKENS = 512  # the pipeline's default, and all that the denoiser takes
 ATTENTION = r"blocks\.\d+\.attn[12]\.(to_(q|k|v|out\.0)|add_[kv]_proj)"
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
-OTHERS = ("vace_blocks.0.after_proj.bias", "motion_encoder.dec.direction.weight", "img_emb.proj.0.weight")
+CLIP_VIEW = "img_emb.proj.0.weight"
+PATCHES = "patch_embedding.weight"
+WAN_NAMES = {"head.modulation", "blocks.0.self_attn.q.weight", PATCHES}
+IMAGE_CHANNELS = 36  # the input's, of noisy latents, a mask and the first frame's latents
+OTHERS = ("vace_blocks.0.after_proj.bias", "motion_encoder.dec.direction.weight", CLIP_VIEW)
 
 
 class Wan(TransformerFamily):
@@ -32,6 +36,7 @@ class Wan(TransformerFamily):
     frame_step = 4
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
+    in_file: ClassVar = {}
     unused: ClassVar[tuple[str, ...]] = ("transformer_2",)
     by_diffusers = ""
     names = WAN
@@ -46,17 +51,26 @@ class Wan(TransformerFamily):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.component = EXPERTS[config.expert or "high"]
-        self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"head.modulation", "blocks.0.self_attn.q.weight"} <= names and not names & {*OTHERS}
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return (
+            shapes.keys() >= WAN_NAMES and not shapes.keys() & {*OTHERS} and IMAGE_CHANNELS not in shapes[PATCHES][1:2]
+        )
 
-    def check_denoiser(self, config: Any) -> None:
-        if config.in_channels != config.out_channels:
+    def _config_of_file(self) -> str:
+        width, channels = self.stored_shapes[f"{self.stored_prefix}{PATCHES}"][:2]
+        if (width, channels) == (3072, 48):
+            return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+        if channels == IMAGE_CHANNELS and f"{self.stored_prefix}{CLIP_VIEW}" not in self.stored_shapes:
+            return "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+        return super()._config_of_file()
+
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        if config["in_channels"] != config["out_channels"]:
             raise ModelError(
                 f"--model.path {self.config.path} makes videos of images, which this family does not: its denoiser "
-                f"takes {config.in_channels} channels and gives {config.out_channels}"
+                f"takes {config['in_channels']} channels and gives {config['out_channels']}"
             )
 
     @cached_property
@@ -94,13 +108,6 @@ class Wan(TransformerFamily):
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
         return with_frames(super().decode_media(encoders, latents), latents.shape[2] > 1)
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        if latents.device not in self._moments:  # once: later steps copy nothing
-            mean, std = (torch.tensor(self.vae_config[f"latents_{of}"]).view(-1, 1, 1, 1) for of in ("mean", "std"))
-            self._moments[latents.device] = mean.to(latents.device), std.to(latents.device)
-        mean, std = self._moments[latents.device]
-        return (latents - mean) / std
 
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
         process = super().process(config)

@@ -2,7 +2,7 @@
 by CLIP's view of it. The 5B, which is told it by a first frame without noise, is trained as text to video (wan.py).
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.base import with_frames
 from models.checkpoints import files_read, part_folder
 from models.config import ModelError
-from models.wan import Wan
+from models.wan import CLIP_VIEW, IMAGE_CHANNELS, OTHERS, PATCHES, WAN_NAMES, Wan
 
 MASK_CHANNELS = 4  # of each latent frame, one for each frame that it is made of
 VISION = ("image_encoder", "image_processor")
@@ -27,15 +27,17 @@ class WanImageToVideo(Wan):
     draws = False
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"head.modulation", "blocks.0.self_attn.q.weight", "img_emb.proj.0.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        if not shapes.keys() >= WAN_NAMES or shapes.keys() & {*OTHERS} - {CLIP_VIEW}:
+            return False
+        return CLIP_VIEW in shapes or IMAGE_CHANNELS in shapes[PATCHES][1:2]
 
-    def check_denoiser(self, config: Any) -> None:
-        wanted = 2 * config.out_channels + MASK_CHANNELS
-        if config.in_channels != wanted:
+    def check_denoiser(self, config: Mapping[str, Any]) -> None:
+        wanted = 2 * config["out_channels"] + MASK_CHANNELS
+        if config["in_channels"] != wanted:
             raise ModelError(
                 f"--model.path {self.config.path} is no image-to-video model of this kind: its denoiser takes "
-                f"{config.in_channels} channels, not {wanted}"
+                f"{config['in_channels']} channels, not {wanted}"
             )
 
     @property

@@ -2,7 +2,7 @@
 as text encoder.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,8 +31,8 @@ class ZImage(QwenTextFamily):
     most_tokens, cond_width_name = TOKENS, "cap_feat_dim"
 
     @classmethod
-    def holds(cls, names: Set[str]) -> bool:
-        return {"cap_pad_token", "layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight"} <= names
+    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {"cap_pad_token", "layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight"} <= shapes.keys()
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device
