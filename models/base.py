@@ -90,6 +90,9 @@ class ModelFamily(ABC):
     """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
     it knows none."""
 
+    alphas: ClassVar[bool] = True
+    """Whether LoRAs under ComfyUI's names say their alpha; else it is in their second factor."""
+
     def __init__(self, config: ModelConfig):
         self.config = config
 

@@ -39,6 +39,7 @@ class Wan(TransformerFamily):
     in_file: ClassVar = {}
     unused: ClassVar[tuple[str, ...]] = ("transformer_2",)
     by_diffusers = ""
+    alphas = False  # which diffusers' converter takes in the blocks alone
     names = WAN
     native_only = WAN_NATIVE_ONLY
     ragged: ClassVar = {"prompt_embeds": TEXT_TOKENS}

@@ -23,6 +23,8 @@ class Names:
     by_diffusers: str = ""
     """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
     it knows none."""
+    alphas: bool = True
+    """Whether LoRAs under ComfyUI's names say their alpha, or have it in their second factor."""
     native_only: frozenset[str] = frozenset()
     """Layers that ComfyUI does not know by diffusers' name."""
     text: dict[str, str] = field(default_factory=dict)

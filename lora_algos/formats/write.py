@@ -59,7 +59,21 @@ def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> F
         biases |= {f"{names.comfyui(group[0])}.{name}": tensor for name, tensor in fused.items()}
     own = {layer: without_bias(tensors) if layer in names.rows else tensors for layer, tensors in layers.items()}
     content = lycoris_named(own if biases else layers, weights, names, spelt)
-    return FileContent({**content.tensors, **biases}, content.metadata)
+    tensors = content.tensors if names.alphas else without_alphas(content.tensors)
+    return FileContent({**tensors, **biases}, content.metadata)
+
+
+def without_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LoRAs with the scaling in their second factor and PEFT's names for both; all else as it is."""
+    found = dict(tensors)
+    for key in tensors:
+        layer = key.removesuffix(".lora_up.weight")
+        if layer == key or f"{layer}.dora_scale" in tensors:
+            continue
+        up, down = found.pop(key), found.pop(f"{layer}.lora_down.weight")
+        scaling = scaling_of({"lora_up.weight": up, "lora_down.weight": down, "alpha": found.pop(f"{layer}.alpha")})
+        found |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up * scaling}
+    return found
 
 
 def without_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
