@@ -34,7 +34,7 @@ def hand_written(monkeypatch):
 
 
 def trained(adapted: Adapted) -> dict[str, Tensor]:
-    return {name.removeprefix("layer."): p for name, p in adapted.named_parameters().items()}
+    return {name.removeprefix("layer."): p for name, p in adapted.all_parameters().items()}
 
 
 def dense(adapted: Adapted, layer: Adapter, x: Tensor) -> Tensor:
