@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 
 from models.base import check_comfy_cond
@@ -29,6 +27,8 @@ def empirical_shift(tokens: int) -> float:
 
     As there, it is smaller from 4301 tokens on: e^1.18.
     """
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # slow import, for this family alone
+
     return math.exp(compute_empirical_mu(tokens, STEPS))
 
 
@@ -157,6 +157,9 @@ class Flux2(Flux2Family):
 
     def frame(self) -> int:
         template = self.counting_tokenizer.apply_chat_template
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+        from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
         return len(template(format_input([""], SYSTEM_MESSAGE), tokenize=True, return_dict=True)["input_ids"][0])
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
