@@ -271,3 +271,13 @@ def take_comfy_cond(family: ModelFamily, cond: Tensor, extras: dict[str, Any]) -
     if lacking := [name for name in family.media_cond if name not in found]:
         raise ModelError(f"conditioning without {' and '.join(lacking)}, which this model needs")
     return found
+
+
+def base_metadata(version: str, architecture: str, implementation: str = "diffusers") -> dict[str, str]:
+    """What `file_metadata` says of every base model: kohya's name of its version, and the model specification's
+    (modelspec) of what it is and whose code runs it."""
+    return {
+        "ss_base_model_version": version,
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": implementation,
+    }

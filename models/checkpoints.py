@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Collection
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -97,14 +98,6 @@ def config_of(source: str, file: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def absent_parts(folder: Path) -> set[str]:
-    """The parts of its pipeline that a diffusers folder says it has not; empty if it is no folder."""
-    file = folder / "model_index.json"
-    if not file.is_file():
-        return set()
-    return {name for name, part in json.loads(file.read_text(encoding="utf-8")).items() if part == [None, None]}
-
-
 def configs_in(folder: str | None) -> list[Path]:
     """The configurations and vocabularies of all parts in a diffusers folder; none of a hub id's."""
     return sorted(f for f in Path(folder).glob("*/*") if f.suffix in (".json", ".txt")) if folder else []
@@ -125,6 +118,11 @@ def files_read(folder: Path, variant: str | None) -> list[Path]:
         pattern = r"[^.]+" + (re.escape(f".{ending}") if ending else "") + r"(-\d+-of-\d+)?\.safetensors"
         weights = weights or [file for file in files if re.fullmatch(pattern, file.name)]
     return [*(file for file in files if file.suffix in (".json", ".txt", ".model", ".jinja")), *weights]
+
+
+def denoiser_prefix(names: Collection[str]) -> str:
+    """What stands before the names of the denoiser's weights in a single file with tensors of these names."""
+    return next((prefix for prefix in DENOISER_PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
 def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:

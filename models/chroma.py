@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from models.base import check_comfy_cond
+from models.base import base_metadata, check_comfy_cond
 from models.checkpoints import T5
 from models.dit_names import CHROMA_NATIVE_ONLY
 from models.flux1 import BLOCKS, TOKENS, FluxFamily
@@ -69,11 +69,7 @@ class Chroma(FluxFamily):
         return found
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        return {
-            "ss_base_model_version": "chroma",
-            "modelspec.architecture": "chroma/lora",
-            "modelspec.implementation": "diffusers",
-        }
+        return base_metadata("chroma", "chroma")
 
 
 FAMILY = Chroma

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.base import Native, check_comfy_cond
-from models.checkpoints import DENOISER_PREFIXES
+from models.checkpoints import denoiser_prefix
 from models.config import ModelError
-from models.dit_names import Table, renamed
+from models.dit_names import Table, renamed, stored_names
 from models.loading import DiffusersFamily
+from models.text import comfy_pooled
 
 ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
 MLP = r".*\.ff(_context)?\.net\.(0\.proj|2)"
@@ -39,29 +40,19 @@ class TransformerFamily(DiffusersFamily):
         return renamed(denoiser, self.names, self.native_only)
 
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
-        names = [name for name, _ in denoiser.named_parameters()]
         if self.path.is_dir():
-            return {name: name for name in names}
-        native, found = self.native_names(denoiser), {}
-        for name in names:
-            layer, _, kind = name.rpartition(".")
-            own = f"{native[layer].name}.{kind}" if layer in native else self.bare_name(name)
-            found[name] = self._as_stored(self.stored_prefix + own)
-        return found
-
-    def _as_stored(self, key: str) -> str:
-        """Black Forest Labs' files have `scale` where ComfyUI has a norm's `weight`."""
-        scale = key.removesuffix("weight") + "scale"
-        return scale if key not in self.stored_shapes and scale in self.stored_shapes else key
-
-    def bare_name(self, name: str) -> str:
-        """The original name of a parameter that is of no layer."""
-        return name
+            return {name: name for name, _ in denoiser.named_parameters()}
+        return stored_names(denoiser, self.names, self.stored_shapes)
 
     @cached_property
     def stored_prefix(self) -> str:
         """What stands before the names of the denoiser's weights in a single file."""
-        return next((p for p in DENOISER_PREFIXES if any(name.startswith(p) for name in self.stored_shapes)), "")
+        return denoiser_prefix(self.stored_shapes)
+
+    @property
+    def guidance(self) -> float:
+        """What a model that is distilled for guidance is told of it in training: 1, as other trainers do."""
+        return 1.0 if self.config.guidance is None else self.config.guidance
 
     def denoiser_by_names(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
         """The denoiser in a single file, read by the table of names; for any size of model."""
@@ -98,23 +89,3 @@ class PooledTextFamily(TransformerFamily):
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return cond["prompt_embeds"][None], {"pooled_output": cond["pooled_prompt_embeds"][None]}
-
-
-def pooled_rows(embeds: Tensor, pooled: Tensor) -> list[dict[str, Tensor]]:
-    """`encode_prompt` of text encoders' tokens (B, L, D) and pooled vectors (B, D)."""
-    return [{"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)]
-
-
-def counts(tokenizer: Any, captions: list[str], most: int) -> tuple[list[int], int]:
-    """`token_counts` of an encoder that sees `most` tokens, its own marks among them."""
-    found = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
-    return found, most - tokenizer.num_special_tokens_to_add()
-
-
-def comfy_pooled(extras: dict[str, Any], width: int) -> Tensor:
-    """(width,) ComfyUI's pooled_output; ModelError if there is none of that width."""
-    pooled = extras.get("pooled_output")
-    if pooled is None or pooled.shape != (1, width):
-        there = "without" if pooled is None else f"of shape {tuple(pooled.shape)} as"
-        raise ModelError(f"conditioning {there} pooled_output; this model takes (1, {width})")
-    return pooled[0]

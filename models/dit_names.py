@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from models.base import Native
+from models.checkpoints import denoiser_prefix
 
 Table = Iterable[tuple[str, str, dict[str, str]]]
-STORED_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 
 def renamed(denoiser: nn.Module, table: Table, native_only: str = "(?!)") -> dict[str, Native]:
@@ -45,15 +45,15 @@ def renamed(denoiser: nn.Module, table: Table, native_only: str = "(?!)") -> dic
 
 
 def stored_names(denoiser: nn.Module, table: Table, keys: Collection[str]) -> dict[str, str]:
-    """Name of each parameter -> its key among those of a single file, which the original code or ComfyUI wrote; the
-    likeliest one if it is not there."""
-    natives, found = renamed(denoiser, table), {}
+    """Name of each parameter -> its key among those of a single file, which the original code or ComfyUI wrote; what it
+    would be, if it is not there."""
+    natives, prefix, found = renamed(denoiser, table), denoiser_prefix(keys), {}
     for name, _ in denoiser.named_parameters():
         layer, _, kind = name.rpartition(".")
         native = f"{natives[layer].name}.{kind}" if layer in natives else native_name(name, table).removesuffix("~")
-        likely = [f"{prefix}{native}" for prefix in STORED_PREFIXES]
-        likely += [re.sub("weight$", "scale", key) for key in likely]  # of FLUX's norms
-        found[name] = next((key for key in likely if key in keys), likely[0])
+        key = prefix + native
+        scale = re.sub("weight$", "scale", key)  # Black Forest Labs' files have it where ComfyUI has a norm's weight
+        found[name] = scale if key not in keys and scale in keys else key
     return found
 
 

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from models.base import base_metadata
 from models.checkpoints import CLIP_L, T5
 from models.config import ModelError
-from models.dit import ATTENTION, MLP, PooledTextFamily, TransformerFamily, counts, pooled_rows
+from models.dit import ATTENTION, MLP, PooledTextFamily, TransformerFamily
 from models.dit_names import FLUX
 from models.packing import PATCH, image_ids, pack, unpack
+from models.text import counts, pooled_rows
 
 TOKENS = 512  # of T5, the pipelines' default
 BLOCKS = {"double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight", "txt_in.weight"}
@@ -117,17 +119,12 @@ class Flux1(FluxFamily, PooledTextFamily):
         if (mask := self.mask(noisy, cond)) is not None:
             found["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None]}
         if self.denoiser_config["guidance_embeds"]:
-            scale = 1.0 if self.config.guidance is None else self.config.guidance
-            found["guidance"] = torch.full((len(noisy),), scale, device=noisy.device)
+            found["guidance"] = torch.full((len(noisy),), self.guidance, device=noisy.device)
         return found
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config
-        return {
-            "ss_base_model_version": "flux1",
-            "modelspec.architecture": f"flux-1-{'dev' if config.guidance_embeds else 'schnell'}/lora",
-            "modelspec.implementation": "diffusers",
-        }
+        return base_metadata("flux1", f"flux-1-{'dev' if config.guidance_embeds else 'schnell'}")
 
 
 FAMILY = Flux1

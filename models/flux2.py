@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.base import check_comfy_cond
+from models.base import base_metadata, check_comfy_cond
 from models.config import ObjectiveConfig
-from models.dit import TransformerFamily, counts
+from models.dit import TransformerFamily
 from models.dit_names import FLUX, FLUX2_NATIVE_ONLY
 from models.packing import image_ids
 from models.processes import Flow, NoiseProcess
+from models.text import counts
 
 TOKENS = 512  # of every caption, with padding, which the denoiser sees
 STEPS = 50  # the pipelines' default
@@ -115,8 +116,7 @@ class Flux2Family(TransformerFamily):
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         height, width = noisy.shape[-2:]
         text_ids = nn.functional.pad(torch.arange(TOKENS, device=noisy.device)[:, None], (3, 0))
-        scale = 1.0 if self.config.guidance is None else self.config.guidance  # 1: as musubi-tuner trains
-        guidance = torch.full_like(timestep, scale) if self.takes_guidance else None
+        guidance = torch.full_like(timestep, self.guidance) if self.takes_guidance else None
         tokens = denoiser(
             noisy.flatten(2).transpose(1, 2), timestep=timestep / 1000, guidance=guidance, return_dict=False,
             encoder_hidden_states=padded(cond["prompt_embeds"], cond["attention_mask"], cond["pad_embeds"]),
@@ -126,11 +126,8 @@ class Flux2Family(TransformerFamily):
 
     def model_metadata(self, variant: str) -> dict[str, str]:
         """`file_metadata` of a variant, as musubi-tuner writes it."""
-        return {
-            "ss_base_model_version": f"flux_2_{variant.replace('-', '_')}",
-            "modelspec.architecture": f"Flux.2-{variant}/lora",
-            "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
-        }
+        version = f"flux_2_{variant.replace('-', '_')}"
+        return base_metadata(version, f"Flux.2-{variant}", "https://github.com/black-forest-labs/flux2")
 
 
 class Flux2(Flux2Family):
@@ -156,10 +153,10 @@ class Flux2(Flux2Family):
             return {"tokenizer": AutoTokenizer.from_pretrained(self.source, **options)}
 
     def frame(self) -> int:
-        template = self.counting_tokenizer.apply_chat_template
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
         from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
+        template = self.counting_tokenizer.apply_chat_template
         return len(template(format_input([""], SYSTEM_MESSAGE), tokenize=True, return_dict=True)["input_ids"][0])
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:

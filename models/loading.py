@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from models.base import ModelFamily
 from models.checkpoints import (
     VAE_PREFIXES,
-    absent_parts,
     check_tokenizer,
     config_of,
     configs_in,
@@ -124,7 +123,8 @@ class DiffusersFamily(ModelFamily):
         with self._faults_told(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             own = self.own_parts(wanted)
-            there = {*wanted} - absent_parts(Path(self.source)) - own.keys()  # diffusers wants to be told of those too
+            lacking = {name for name, part in self.pipeline_config.items() if part == [None, None]}
+            there = {*wanted} - lacking - own.keys()  # diffusers wants to be told of those too
             absent = {name: None for name in (*self.components, *self.unused)}
             for name in (there & self.held) - given.keys():
                 given[name] = self._part_of_file(pipeline_class, name, {**absent, **self.pipeline_options})

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from models.base import with_frames
+from models.base import base_metadata, with_frames
 from models.dit import ATTENTION
 from models.dit_names import QWEN_IMAGE
 from models.packing import PATCH, pack, unpack
@@ -80,11 +80,7 @@ class QwenImage(QwenTextFamily):
         return {"true_cfg_scale": guidance_scale, "negative_prompt": " ", "max_sequence_length": TOKENS}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        return {
-            "ss_base_model_version": "qwen_image",
-            "modelspec.architecture": "Qwen-Image/lora",
-            "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
-        }
+        return base_metadata("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image")
 
 
 FAMILY = QwenImage

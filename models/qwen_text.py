@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.dit import TransformerFamily, counts
+from models.dit import TransformerFamily
 from models.packing import PATCH
+from models.text import counts
 
 
 class QwenTextFamily(TransformerFamily):

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from models.base import base_metadata
 from models.checkpoints import CLIP_G, CLIP_L, T5
-from models.dit import ATTENTION, MLP, PooledTextFamily, counts, pooled_rows
+from models.dit import ATTENTION, MLP, PooledTextFamily
 from models.dit_names import SD3
+from models.text import counts, pooled_rows
 
 T5_TOKENS = 256  # the pipeline's default
 
@@ -78,11 +80,7 @@ class StableDiffusion3(PooledTextFamily):
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config
         version = "m" if config.qk_norm is None else "5-medium" if config.dual_attention_layers else "5-large"
-        return {
-            "ss_base_model_version": f"sd3-{version}",
-            "modelspec.architecture": f"stable-diffusion-3-{version}/lora",
-            "modelspec.implementation": "diffusers",
-        }
+        return base_metadata(f"sd3-{version}", f"stable-diffusion-3-{version}")
 
 
 FAMILY = StableDiffusion3

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
+from models.text import comfy_pooled, pooled_rows
 from models.unet import UNetFamily
 
 # of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target size, height first
@@ -51,9 +52,7 @@ class StableDiffusionXL(UNetFamily):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder_2.device
         embeds, _, pooled, _ = encoders.encode_prompt(captions, None, device, 1, False)
-        return [
-            {"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)
-        ]
+        return pooled_rows(embeds, pooled)
 
     @property
     def _pooled_width(self) -> int:
@@ -69,11 +68,7 @@ class StableDiffusionXL(UNetFamily):
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self.cond_width)
-        pooled = extras.get("pooled_output")
-        if pooled is None or pooled.shape != (1, self._pooled_width):
-            there = "without" if pooled is None else f"of shape {tuple(pooled.shape)} as"
-            raise ModelError(f"conditioning {there} pooled_output; this model takes (1, {self._pooled_width})")
-        found = {"prompt_embeds": cond[0], "pooled_prompt_embeds": pooled[0]}
+        found = {"prompt_embeds": cond[0], "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width)}
         if "width" in extras and "height" in extras:  # else ComfyUI too takes the size of the latents
             sizes = {
                 "crop_h": 0,
@@ -96,11 +91,6 @@ class StableDiffusionXL(UNetFamily):
     def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
         added = {"text_embeds": cond["pooled_prompt_embeds"], "time_ids": cond["time_ids"]}
         return {"encoder_hidden_states": cond["prompt_embeds"], "added_cond_kwargs": added}
-
-    @property
-    def unread_text(self) -> str:
-        last = self.part_config("text_encoder")["num_hidden_layers"] - 1  # its output is taken one layer before
-        return rf"(?!text_encoder\.(text_model\.)?encoder\.layers\.{last}\.)"
 
     def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         first = encoders.text_encoder(cond["text_encoder"], output_hidden_states=True)

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from models.base import Native
+from models.base import Native, base_metadata
 from models.config import ModelError
 from models.ldm_names import native_names
 from models.loading import DiffusersFamily
+from models.text import counts
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
@@ -24,6 +25,8 @@ class UNetFamily(DiffusersFamily):
     denoiser_class = "UNet2DConditionModel"
     vae_class = "AutoencoderKL"
     file_formats = ("kohya",)
+    read_before_last: ClassVar[tuple[str, ...]] = ()
+    """Text encoders of which the output of the last layer but one is taken, and no other."""
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
@@ -42,9 +45,7 @@ class UNetFamily(DiffusersFamily):
         return self.latent_step() * 2 ** (len(self.denoiser_config["block_out_channels"]) - 1)
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
-        tokenizer = self.counting_tokenizer
-        counts = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
-        return counts, tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        return counts(self.counting_tokenizer, captions, self.counting_tokenizer.model_max_length)
 
     @property
     def cond_width(self) -> int:
@@ -54,14 +55,6 @@ class UNetFamily(DiffusersFamily):
     def prediction_type(self) -> str:
         """epsilon or v_prediction, as the base was trained."""
         return self.scheduler_config.get("prediction_type", "epsilon")
-
-    read_before_last: ClassVar[tuple[str, ...]] = ()
-    """Text encoders of which the output of the last layer but one is taken, and no other."""
-
-    @property
-    def unread_text(self) -> str:
-        """Regular expression that does not go on at layers of text encoders that nothing is read from."""
-        return ""
 
     @abstractmethod
     def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
@@ -88,9 +81,4 @@ class UNetFamily(DiffusersFamily):
     def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
         """`file_metadata` of a base model of that version, as kohya and the model specification write them."""
         v_prediction = self.prediction_type == "v_prediction"
-        return {
-            "ss_base_model_version": version,
-            "modelspec.architecture": f"{architecture}/lora",
-            "modelspec.implementation": "diffusers",
-            "modelspec.prediction_type": "v" if v_prediction else "epsilon",
-        }
+        return {**base_metadata(version, architecture), "modelspec.prediction_type": "v" if v_prediction else "epsilon"}

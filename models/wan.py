@@ -3,7 +3,6 @@
 The A14B of Wan 2.2 is two denoisers, one for the noisier and one for the cleaner part of the way.
 """
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -11,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.base import check_comfy_cond, with_frames
+from models.base import base_metadata, check_comfy_cond, with_frames
 from models.config import ModelConfig, ModelError, ObjectiveConfig
-from models.dit import TransformerFamily, counts
+from models.dit import TransformerFamily
 from models.dit_names import WAN, WAN_NATIVE_ONLY
 from models.processes import Flow, NoiseProcess
+from models.text import counts
 
 TEXT_TOKENS = 512  # the pipeline's default, and all that the denoiser takes
 ATTENTION = r"blocks\.\d+\.attn[12]\.(to_(q|k|v|out\.0)|add_[kv]_proj)"
@@ -151,21 +151,12 @@ class Wan(TransformerFamily):
         # the 5B's pipeline gives each token its timestep; from text alone all have the same, as one number says
         return denoiser(noisy, timestep, cond["prompt_embeds"], return_dict=False)[0]
 
-    def bare_name(self, name: str) -> str:
-        if name == "scale_shift_table":
-            return "head.modulation"
-        return re.sub(r"\.scale_shift_table$", ".modulation", name)
-
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         return {"guidance_scale": guidance_scale, "num_frames": 1}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         version = "wan2.2" if self.has_experts or self.latent_channels != 16 else "wan2.1"
-        found = {
-            "ss_base_model_version": version,
-            "modelspec.architecture": f"{version}/lora",
-            "modelspec.implementation": "diffusers",
-        }
+        found = base_metadata(version, version)
         if self.boundary is not None:
             border = round(self.boundary * 1000)
             found["modelspec.timestep_range"] = f"0,{border}" if self.config.expert == "low" else f"{border},1000"

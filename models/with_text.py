@@ -48,8 +48,10 @@ class TextTraining(UNetFamily):
 
     @property
     def targets(self) -> dict[str, str]:  # type: ignore[override]
+        last = {name: self.part_config(name)["num_hidden_layers"] - 1 for name in self.read_before_last}
+        unread = "".join(rf"(?!{name}\.(text_model\.)?encoder\.layers\.{n}\.)" for name, n in last.items())
         return {
-            preset: rf"(?!text_encoder)({pattern})|{self.unread_text}text_encoder.*\.{TARGETS[preset]}"
+            preset: rf"(?!text_encoder)({pattern})|{unread}text_encoder.*\.{TARGETS[preset]}"
             for preset, pattern in super().targets.items()
         }
 

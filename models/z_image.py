@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from models.base import base_metadata
 from models.dit_names import Z_IMAGE
 from models.qwen_text import QwenTextFamily
 
@@ -57,11 +58,7 @@ class ZImage(QwenTextFamily):
         return {"guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        return {
-            "ss_base_model_version": "z_image",
-            "modelspec.architecture": "Z-Image/lora",
-            "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
-        }
+        return base_metadata("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")
 
 
 FAMILY = ZImage

@@ -26,12 +26,13 @@ SAVE_FILE = "save"
 # micro-batches per step, which grad_accumulation_steps and the number of processes make together, is checked on resume.
 FREE = {
     "output_dir", "resume", "steps", "grad_accumulation_steps", "gradient_checkpointing", "checkpoint_depth",
-    "checkpoint_policy", "bypass_mode", "lora_dtype", "validation",
+    "checkpoint_policy", "bypass_mode", "lora_dtype",
+    "validation.every", "validation.patience", "validation.min_delta", "validation.quantiles",
     "preview", "checkpoint", "tracking", "export", "distributed", "data.cache_dir", "data.num_workers",
     "data.validation_images", "ema.use",
 }  # fmt: skip
-COMPARED = ("ema.use", "validation.quantiles", "data.validation_images")
-"""What of it makes validation losses that do not compare."""
+COMPARED = {"ema.use", "validation.quantiles", "data.validation_images"}
+"""Those that make validation losses of another kind, so not where these tell the best step."""
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -50,13 +51,8 @@ def check_output_dir(config: TrainConfig) -> None:
         return
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE} is not readable: {error}") from error
-    there, here = there if isinstance(there, dict) else {}, to_dict(config)
-    differing = differences(there, here)
-    if config.keeps_best or config.validation.patience:
-        for name in COMPARED:
-            old, new = (option(values, name) for values in (there, here))
-            if old != new:
-                differing.append(f"{name}: {old} there, {new} here, where the best step is told by validation losses")
+    free = FREE - COMPARED if config.keeps_best or config.validation.patience else FREE
+    differing = differences(there if isinstance(there, dict) else {}, to_dict(config), free)
     if differing:
         raise ConfigError(
             "\n  ".join([f"{folder} holds a different run", *differing])
@@ -64,35 +60,32 @@ def check_output_dir(config: TrainConfig) -> None:
         )
 
 
-def option(values: dict, name: str) -> object:
-    """The value of an option by its dotted name."""
-    found: object = values
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+def differences(there: dict, here: dict, free: set[str]) -> list[str]:
+    """Options that are not `free` to differ and do, one line each."""
+    old = dict(fixed(there, free))
+    why = dict.fromkeys(COMPARED, ", where the best step is told by validation losses")
+    return [
+        f"{name}: {old.get(name)} there, {new} here{why.get(name, '')}"
+        for name, new in fixed(here, free)
+        if old.get(name) != new
+    ]
 
 
-def differences(there: dict, here: dict) -> list[str]:
-    """Options that matter and differ, one line each."""
-    old = dict(fixed(there))
-    return [f"{name}: {old.get(name)} there, {new} here" for name, new in fixed(here) if old.get(name) != new]
-
-
-def fixed(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names and values of the options that may not change between two sittings of one run."""
+def fixed(config: dict, free: set[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names and values of the options that are not `free` to change between two sittings of one run."""
     for name, value in config.items():
         dotted = f"{prefix}{name}"
-        if dotted in FREE:
+        if dotted in free:
             continue
         if isinstance(value, dict):
-            yield from fixed(value, f"{dotted}.")
+            yield from fixed(value, free, f"{dotted}.")
         else:
             yield dotted, value
 
 
 def fingerprint(config: TrainConfig) -> str:
     """The same for all sittings of one run."""
-    text = json.dumps(sorted(fixed(to_dict(config))), default=str)
+    text = json.dumps(sorted(fixed(to_dict(config), FREE)), default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -58,22 +58,8 @@ def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> F
         fused = rows.fused_bias(parts, names.native_rows(group[0]))
         biases |= {f"{names.comfyui(group[0])}.{name}": tensor for name, tensor in fused.items()}
     own = {layer: without_bias(tensors) if layer in names.rows else tensors for layer, tensors in layers.items()}
-    content = lycoris_named(own if biases else layers, weights, names, spelt)
-    tensors = content.tensors if names.alphas else without_alphas(content.tensors)
-    return FileContent({**tensors, **biases}, content.metadata)
-
-
-def without_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LoRAs with the scaling in their second factor and PEFT's names for both; all else as it is."""
-    found = dict(tensors)
-    for key in tensors:
-        layer = key.removesuffix(".lora_up.weight")
-        if layer == key or f"{layer}.dora_scale" in tensors:
-            continue
-        up, down = found.pop(key), found.pop(f"{layer}.lora_down.weight")
-        scaling = scaling_of({"lora_up.weight": up, "lora_down.weight": down, "alpha": found.pop(f"{layer}.alpha")})
-        found |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up * scaling}
-    return found
+    content = lycoris_named(own if biases else layers, weights, names, spelt, names.alphas)
+    return FileContent({**content.tensors, **biases}, content.metadata)
 
 
 def without_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,12 +67,13 @@ def without_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def lycoris_named(
-    layers: Layers, weights: dict[str, Tensor], names: Names, spelt: list[tuple[str, list[str]]]
+    layers: Layers, weights: dict[str, Tensor], names: Names, spelt: list[tuple[str, list[str]]], alphas: bool = True
 ) -> FileContent:
-    """`spelt`: what is written under each name. Several layers are fused; a native name has the native rows."""
+    """`spelt`: what is written under each name. Several layers are fused; a native name has the native rows. Without
+    `alphas` a LoRA has the names and the scaling of PEFT's."""
     content = FileContent({})
-    alphas = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
-    shared = next((alpha for alpha in alphas if alpha), 1.0)
+    stated = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
+    shared = next((alpha for alpha in stated if alpha), 1.0)
     for spelling, group in spelt:
         parts = {layer: one_alpha(layers[layer], shared) for layer in group}
         tensors, weight = parts[group[0]], weights[group[0]]
@@ -97,6 +84,8 @@ def lycoris_named(
             magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weight)
             tensors["dora_scale"] = magnitude.view(-1, *[1] * (weight.ndim - 1))
             content.metadata[DORA_NORM] = OF_BASE
+        elif "lora_up.weight" in tensors and not alphas:
+            tensors = scaled_peft_tensors(tensors, weight)
         if tensors.keys() <= {"diff", "diff_b", "alpha"}:
             tensors.pop("alpha", None)
         content.tensors |= {f"{spelling}.{name}": tensor for name, tensor in tensors.items()}
@@ -138,8 +127,7 @@ def write_diffusers(layers: Layers, weights: dict[str, Tensor], names: Names) ->
     refuse(layers, "diffusers", ("LoRA", "DoRA"))
     content = FileContent({})
     for layer, tensors in layers.items():
-        parts = peft_tensors(tensors, weights[layer])
-        parts["lora_B.weight"] = parts["lora_B.weight"] * scaling_of(tensors)  # without an alpha, diffusers scales by 1
+        parts = scaled_peft_tensors(tensors, weights[layer])
         content.tensors |= {f"{names.diffusers(layer)}.{name}": tensor for name, tensor in parts.items()}
     return content
 
@@ -169,6 +157,12 @@ def peft_tensors(tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor
     if "lora_magnitude_vector" in parts and weight.ndim > 2:
         parts["lora_magnitude_vector"] = parts["lora_magnitude_vector"].view(1, -1, *[1] * (weight.ndim - 2))
     return parts
+
+
+def scaled_peft_tensors(tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """`peft_tensors` of a LoRA with its scaling in the second factor: without an alpha, diffusers scales by 1."""
+    parts = peft_tensors(tensors, weight)
+    return {**parts, "lora_B.weight": parts["lora_B.weight"] * scaling_of(tensors)}
 
 
 def refuse(layers: Layers, file_format: str, algorithms: tuple[str, ...]) -> None:
