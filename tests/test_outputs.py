@@ -109,6 +109,7 @@ def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
 def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(fault, options, run_here, tmp_path, monkeypatch, capsys):
     more = ["--preview.enabled", "--preview.num_inference_steps=2", "--steps=2"]
     if fault == "memory":
+        assert run_here([*options, "--steps=1", f"--output_dir={tmp_path / 'encoded'}", "--data.resolution=60"]) == 0
 
         def out_of_memory(*args: object) -> None:
             raise torch.OutOfMemoryError("no memory for text encoders")

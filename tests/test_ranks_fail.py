@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(small, tmp_path):
     assert "micro-batches per step" in refused.stderr
 
 
-KILLS = int(os.environ.get("KILLS", "8"))  # 20 take seven minutes
+KILLS = int(os.environ.get("KILLS", "5"))  # 20 take seven minutes
 
 
 def test_a_storm_of_kills_costs_nothing(tmp_path, cache_dir):

@@ -50,8 +50,7 @@ def zero(tmp_path_factory):
 
 def test_zero_is_the_same_run_and_its_checkpoints_are_everyones(zero, tmp_path):
     """Straight, stopped and gone on with, and gone on with by DDP."""
-    options = [option for option in common(tmp_path / "cache") if "validation" not in option]
-    options += ["--grad_accumulation_steps=2", "--steps=5"]
+    options = [*common(tmp_path / "cache"), "--grad_accumulation_steps=2", "--steps=5"]
     whole, halves, other, ddp = (tmp_path / name for name in ("whole", "halves", "other", "ddp"))
     zero(
         [*options, f"--output_dir={whole}"],

@@ -132,16 +132,16 @@ def loss_png(history: History) -> bytes:
     losses = history.step_losses
     steps = range(1, len(losses) + 1)
     span = max(1, len(losses) // 20)
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=110)  # a layout engine would draw it twice
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.095, 0.1, 0.885, 0.83))
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(losses) < 3 else None,
               label="training, raw")  # fmt: skip
     axes.plot(steps, smoothed(losses, span), color="tab:blue", label=f"training, smoothed over {span} steps")
     if history.validation:
         points = [(entry["step"], entry["loss"]) for entry in history.validation]
         axes.plot(*zip(*points, strict=True), color="tab:orange", marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="loss", title="Loss per optimizer step")
+    axes.set(xlabel="step", title="Loss per optimizer step")
     axes.legend()
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
