@@ -13,7 +13,6 @@ import sys
 import time
 from contextlib import nullcontext
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.config import DataError
@@ -75,7 +74,7 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
         quieten_libraries()
         accelerator = build_accelerator(config)
         failures = Failures(accelerator)
-        with held(Path(config.output_dir), LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
+        with held(config, LOCK_WAIT, say) if accelerator.is_main_process else nullcontext():
             train(config, accelerator, failures, interruptions)
     except Stopped as stopped:
         if failures is not None and not stopped.agreed:  # asked for while every rank was on its own

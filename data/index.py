@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,11 @@ class LatentDataset:
         part, place = self.media.part(int(self.arrays["media"][row, 0]))
         _, *frames, _, _ = part.columns["latents"].kind(place)[1]
         return frames[0] if frames else 1
+
+    def latent_elements(self, row: int) -> int:
+        """Numbers in a row's latents."""
+        part, place = self.media.part(int(self.arrays["media"][row, 0]))
+        return math.prod(part.columns["latents"].kind(place)[1])
 
     def text_of(self, row: int, draw: float | None) -> int:
         """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the first."""

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -230,7 +231,12 @@ def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
     if options.zero_terminal_snr:  # then the first step must be the last timestep (Lin et al. 2024, section 3.3)
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if changes:
-        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **changes)
+        kind = type(pipeline.scheduler)
+        if not changes.keys() <= signature(kind).parameters.keys():
+            from diffusers import DDIMScheduler  # PNDM knows nothing of it
+
+            kind = DDIMScheduler
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
     return pipeline
 
 

@@ -20,7 +20,8 @@ T5_TOKENS = 256  # the pipeline's default
 class StableDiffusion3(PooledTextFamily):
     """Conditioning is the tokens of both CLIPs side by side, filled up with zeros to T5's width, and after them T5's.
 
-    ComfyUI has fewer of T5's for short captions. All count: the model has no mask."""
+    ComfyUI has as many of T5's as the caption, and 77 at least. All count, and the model has no mask: captions of other
+    lengths are in other batches."""
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
@@ -35,7 +36,6 @@ class StableDiffusion3(PooledTextFamily):
     }
     latent_shift, latent_scale = 0.0609, 1.5305
     names = SD3
-    ragged: ClassVar = {"prompt_embeds": None}
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|{MLP}",

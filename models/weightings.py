@@ -36,8 +36,8 @@ def sigma2(levels: Levels, options: ObjectiveConfig) -> Tensor:
 
 
 def inverse_sigma2(levels: Levels, options: ObjectiveConfig) -> Tensor:
-    """1 / s^2 on velocity (diffusers' `sigma_sqrt`, compute_loss_weighting_for_sd3)."""
-    return levels.share**-4
+    """1 / s^2 on velocity (diffusers' `sigma_sqrt`, compute_loss_weighting_for_sd3), whose s are of a thousand."""
+    return levels.share.clamp(min=1e-3) ** -2 * levels.share**-2
 
 
 def cosmap(levels: Levels, options: ObjectiveConfig) -> Tensor:

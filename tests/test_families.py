@@ -133,6 +133,25 @@ def test_comfyuis_own_conditioning_gives_the_same_prediction(case, calls):
     torch.testing.assert_close(found, call.prediction[:1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [case for case in cases() if case.comfy], ids=str)
+def test_captions_of_other_lengths_do_not_see_each_other(case, calls):
+    """They are in one batch where the model has a mask, or padding is what it was trained with; else in others."""
+    family, call = family_of(case), call_of(case, calls)
+    with torch.no_grad():
+        tokens, extras = case.comfy(family.load_encoders("text"), PROMPTS[0])
+        masks = {name: extra[:, :-7] for name, extra in extras.items() if name == "attention_mask"}
+        conds = [take_comfy_cond(family, tokens[:, :-7], {**extras, **masks}), take_comfy_cond(family, tokens, extras)]
+        if not family.ragged:
+            with pytest.raises(ValueError, match="of one batch differ"):
+                collate(family, conds)
+            return
+        denoiser = family.load_denoiser(torch.float32).eval()
+        timestep, noisy = call.timestep.expand(2).to(torch.float32), call.noisy[:1].expand(2, *call.noisy.shape[1:])
+        together = family.predict(denoiser, noisy, timestep, collate(family, conds))
+        alone = family.predict(denoiser, noisy[:1], timestep[:1], collate(family, conds[:1]))
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
 @CASES
 def test_a_caption_is_as_large_as_the_family_says(case):
     family = family_of(case)

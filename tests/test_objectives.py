@@ -13,7 +13,7 @@ from data.batches import Batch
 from models.config import ObjectiveConfig, objective_faults
 from models.objectives import Objective
 from models.processes import Flow, Levels, NoiseProcess, Shift
-from models.weightings import WEIGHTINGS
+from models.weightings import WEIGHTINGS, inverse_sigma2
 from training.step import LOSSES, POWERS, LossFunction
 
 DIFFUSION = ["epsilon", "v"]
@@ -294,6 +294,13 @@ def test_weights_are_finite_at_every_level(name, weighting, space):
     assert found.weight.isfinite().all()
     assert (found.weight >= 0).all()
     assert found.error_scale.isfinite().all()
+
+
+def test_the_weight_that_rises_without_end_ends_at_the_lowest_level_of_a_thousand():
+    share = torch.tensor([0.5, 1e-3, 1e-7])
+    levels = Levels(1 - share, share, -torch.ones(3), torch.ones(3), share)
+    of_velocity = inverse_sigma2(levels, ObjectiveConfig()) * share**2
+    torch.testing.assert_close(of_velocity, torch.tensor([4.0, 1e6, 1e6]))
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS])

@@ -16,6 +16,7 @@ from test_distributed import launched
 from test_ranks_fail import assert_same_adapter, runs_file
 
 from training.muon import MuonAdamW
+from training.optim import SkipNonFinite
 from training.optimizers import NAMED, NODE, OPTIMIZERS
 
 # a learning rate with which the loss falls in twelve steps, and what else is to be tried
@@ -137,6 +138,11 @@ FAULTS = {
         "Prodigy has one learning rate for all layers",
     ),
     "fails in a step": ("--optim.name=Prodigy --optim.args slice_p=0", "Prodigy refuses: slice step cannot be zero"),
+    "fails in its average": (
+        "--optim.name=ScheduleFreeAdamW --optim.betas 0 0.99",
+        "ScheduleFreeAdamW refuses: float division by zero. It was told betas = (0.0, 0.99)",
+    ),
+    "ends the process": ("--optim.name=Lion --optim.args use_triton=true", "Lion refuses: "),
     "missing": (
         "--optim.name=AdamW8bit",
         "pip install bitsandbytes, or in the project's folder pip install -e '.[bits",
@@ -201,6 +207,18 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
     tensors = load_file(tmp_path / "out" / "lora.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.any() for key, tensor in tensors.items() if "lora_up" in key)
+
+
+def test_momentum_begins_with_the_first_step_that_is_taken():
+    """torch's fused SGD would begin with memory that nobody has written."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
+    for value in (float("nan"), 1.0, 1.0):
+        weight.grad = torch.full((4,), value)
+        SkipNonFinite(optimizer).step(weight.grad.norm())
+        if value != value:
+            assert not optimizer.state
+    assert weight.tolist() == pytest.approx([-1 - 1.9] * 4)
 
 
 @pytest.mark.parametrize("name", SKIPPED)

@@ -192,7 +192,9 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "lora.safetensors").values())
         calls.clear()
         assert run_here([*skip, "--overwrite", "--optim.non_finite_limit=2"]) == 1
-        assert "step 5 is not finite" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "step 5 is not finite" in error
+        assert "as --optim.non_finite_limit allows, 2" in error
 
 
 def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, monkeypatch):

@@ -81,6 +81,8 @@ def results(run: Run) -> list[Result]:
         loss = next(entry["loss"] for entry in run.history.validation if entry["step"] == best.step)
         about = f"after step {best.step} of {run.step}, whose validation loss {loss:.5f} is the lowest"
         return [Result("", best.step, (average if use == "ema" else "") + about, best.weights)]
+    if config.export.which == "best":
+        run.reporter.say(f"no validation loss was finite: the adapter is that after step {run.step}")
     found = []
     for kind in sorted(kinds, key=lambda kind: kind != use):
         with run.averages.shown(kind):
@@ -126,6 +128,9 @@ def write(run: Run, drawn: tuple[list[str], Images] | None) -> None:
         tracking.log_images(run.accelerator, named, run.total_steps)
         written.append(path)
     report(run, exported[0], written)
+    for path in sorted(path for kind in ("ema", "raw") for path in run.folder.glob(f"{config.export.name}.{kind}.*")):
+        if path not in written:
+            print(f"note: {path} is of an earlier run, which had other weights beside its adapter")
 
 
 def report(run: Run, adapter: Result, written: list[Path]) -> None:

@@ -30,8 +30,21 @@ class History:
     """One per micro-batch in schedule order, over all ranks; none once they would be more than MOST_MICRO_LOSSES."""
     grad_norms: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+    validation_kind: str = ""
+    """Stands for the held-out images, and for what is measured on them."""
+    other_validation: list[dict[str, float]] = field(default_factory=list)
+    """Earlier ones, of other kinds: they do not compare."""
     skipped: list[int] = field(default_factory=list)
     """Steps, counted from 1, that changed nothing because their gradient was not finite."""
+
+    def validate_by(self, kind: str) -> bool:
+        """From here on validation losses are of this kind; whether that puts earlier ones aside."""
+        other = bool(self.validation) and self.validation_kind not in ("", kind)
+        if other:
+            self.other_validation += self.validation
+            self.validation = []
+        self.validation_kind = kind
+        return other
 
     def add(self, micro_losses: list[float], grad_norms: list[float]) -> None:
         """Whole steps, the next ones."""
@@ -102,10 +115,15 @@ def loss_json(history: History, total_steps: int) -> str:
         "loss_per_step": numbers(history.step_losses),
         "loss_per_micro_step": numbers(history.micro_losses),
         "gradient_norm_per_step": numbers(history.grad_norms),
-        "validation": history.validation,
+        "validation": [finite(entry) for entry in history.validation],
+        "other_validation": [finite(entry) for entry in history.other_validation],
         "skipped_steps": history.skipped,
     }
     return json.dumps(content, indent=1)
+
+
+def finite(entry: dict[str, float]) -> dict[str, float | None]:
+    return dict(zip(entry, numbers(list(entry.values())), strict=True))
 
 
 def numbers(values: list[float]) -> list[float | None]:

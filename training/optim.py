@@ -54,7 +54,9 @@ class SkipNonFinite:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self.unread = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        # but for SGD's momentum, which a first step that is skipped leaves as the memory happens to be
+        amp, momentum = getattr(optimizer, "_step_supports_amp_scaling", False), optimizer.defaults.get("momentum")
+        self.unread = bool(amp and not momentum)
 
     def step(self, norm: Tensor) -> None:
         """`norm`: of the gradient, before clipping."""

@@ -18,7 +18,8 @@ from training.optimizers import OPTIMIZERS, Source
 SHARED = ("weight_decay", "betas", "eps")
 """Options of the `optim` section that are arguments of most optimizers, under the same name."""
 WORDS = {"true": True, "false": False, "none": None, "null": None}
-REFUSED = (ValueError, TypeError, AssertionError, NotImplementedError)  # what constructors and steps raise
+# what constructors and steps raise; lion_pytorch ends the process where Triton is not installed
+REFUSED = (ValueError, TypeError, AssertionError, NotImplementedError, ZeroDivisionError, SystemExit)
 
 
 def optimizer_faults(config: TrainConfig) -> list[str]:
@@ -43,18 +44,28 @@ def optimizer_faults(config: TrainConfig) -> list[str]:
     except ConfigError as error:
         return [*faults, str(error)]
     faults += more
-    if not faults:  # what only the constructor knows
-        try:
-            probe = torch.nn.Parameter(torch.zeros(2, 2))
-            optimizer = optimizer_class(name)([probe], lr=config.learning_rate, **values)
-            if source.averages:
-                optimizer.train()
-            probe.grad = torch.ones(2, 2)
-            if source.package != "bitsandbytes":  # whose steps may be for GPUs alone
-                optimizer.step()
-        except REFUSED as error:
-            faults.append(f"--optim.args: {name} refuses: {error or type(error).__name__}")
+    if not faults and (fault := probe_fault(name, values, config.learning_rate)):
+        faults.append(fault)
     return faults
+
+
+def probe_fault(name: str, values: dict[str, Any], rate: float) -> str | None:
+    """What the optimizer itself refuses: its constructor, its step, the way to its average."""
+    source = OPTIMIZERS[name]
+    try:
+        probe = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = optimizer_class(name)([probe], lr=rate, **values)
+        if source.averages:
+            optimizer.train()
+        probe.grad = torch.ones(2, 2)
+        if source.package != "bitsandbytes":  # whose steps may be for GPUs alone
+            optimizer.step()
+        if source.averages:
+            optimizer.eval()
+    except REFUSED as error:
+        told = ", ".join(f"{key} = {value!r}" for key, value in values.items() if key not in source.fixed)
+        return f"--optim: {name} refuses: {error or type(error).__name__}" + (told and f". It was told {told}")
+    return None
 
 
 def optimizer_class(name: str) -> Any:

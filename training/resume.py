@@ -168,8 +168,11 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
         )
     run.engine.load(weights_of(found, ADAPTER), checkpoint.from_bytes(found.files[OPTIMIZER]))
     run.averages.load_state_dict(weights_of(found, EMA))
-    run.history = History(**state.history)
+    kind, run.history = run.history.validation_kind, History(**state.history)
     run.step = run.saved_step = found.step
+    if kind and run.history.validate_by(kind):
+        run.reporter.say("the held-out images, or what is measured on them, are not those of the steps before: "
+                         "validation losses begin anew")  # fmt: skip
     restore_best(run, found, state.best_step)
     run.started_at, run.reporter.tracker_id = state.started_at, state.tracker_id
 
@@ -179,7 +182,7 @@ def restore_best(run: Run, found: checkpoint.Checkpoint, kept: int | None) -> No
     kept."""
     if not run.config.keeps_best:
         return
-    if kept is not None:
+    if kept is not None and run.history.validation:
         run.best = Best(kept, weights_of(found, BEST))
     run.keep_if_best()
     step = best_step(run.history.validation)

@@ -27,7 +27,7 @@ from training.rundir import CHECKPOINTS
 from training.samples import SampleLog
 from training.step import LossFunction
 from training.sync_check import SyncCheck
-from training.validation import validate
+from training.validation import kind_of, validate
 
 
 class Run:
@@ -52,6 +52,8 @@ class Run:
         self.schedule = Schedule(train.buckets, train.fingerprint, config.seed, config.batch_size)
         self.accumulation = config.grad_accumulation_steps
         self.history = History(self.micro_batches_per_step)
+        if parts.datasets.validation is not None:
+            self.history.validate_by(kind_of(parts.datasets.validation, config))
         self.pending, self.waiting = Pending(), Waiting()
         self.step = self.micro_step = 0
         self.started_at = time.time()
@@ -201,6 +203,8 @@ class Run:
             if skips and len(self.history.skipped) < optim.non_finite_limit:
                 self.reporter.say(f"skipped: {fault}")
                 continue
+            if skips:
+                fault += f"\n  as many steps were skipped as --optim.non_finite_limit allows, {optim.non_finite_limit}"
             kept = checkpoint.existing(self.folder / CHECKPOINTS)
             raise TrainingDiverged(
                 f"{fault}\n  last good checkpoint: {kept[-1] if kept else 'none'}\n"
@@ -216,17 +220,30 @@ class Run:
         if not due or dataset is None or self.step in (entry["step"] for entry in self.history.validation):
             return
         with self.averages.shown():
-            losses = validate(
-                self.accelerator, self.parts.adapted.model, self.loss_function.for_validation, dataset,
-                config.validation.quantiles, self.requests.leaving,
+            found = validate(
+                self.accelerator, self.parts.adapted.model, self.loss_function.for_validation, dataset, config,
+                self.requests.leaving,
             )  # fmt: skip
-        self.unvalidated = losses is None
-        if losses is None:
+        self.unvalidated = found is None
+        if found is None:
             return
+        losses = found.losses
+        if found.not_finite:
+            self._report_not_finite([dataset.name(row) for row in found.not_finite])
         self.history.validation.append({"step": self.step, **losses})
         self.keep_if_best()
         self.reporter.row |= {f"validation/{name}": loss for name, loss in losses.items()}
         self.reporter.say(f"validation loss at step {self.step}: {losses['loss']:.5f}")
+
+    def _report_not_finite(self, names: list[str]) -> None:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        fault = f"the validation loss at step {self.step} is not finite, of {', '.join(names[:5])}{more}"
+        if self.step == 0:  # no training can help
+            raise TrainingDiverged(
+                f"{fault}\n  Nothing was trained yet: latents or conditioning of these are not finite, or the model "
+                "overflows. Leave them out, or try --training_dtype fp32"
+            )
+        self.reporter.say(fault)
 
     def keep_if_best(self) -> None:
         """Keeps a copy of the weights as they are shown, if no validation loss was lower than that of this step."""

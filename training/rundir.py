@@ -90,17 +90,20 @@ def fingerprint(config: TrainConfig) -> str:
 
 
 @contextmanager
-def held(folder: Path, wait: float, say: Callable[[str], object]) -> Iterator[None]:
-    """Keeps other runs out of `folder`; raises ConfigError if one is still there after `wait` seconds.
+def held(config: TrainConfig, wait: float, say: Callable[[str], object]) -> Iterator[None]:
+    """Keeps other runs out of output_dir; raises ConfigError if one is still there after `wait` seconds, or has left
+    what is not this run's.
 
     The lock is the process's: it ends with it however it ends. Where a file system knows no locks, there is none. A
     folder in which nothing was written is not left behind.
     """
+    folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     try:
         with path.open("a+b") as file:
             wait_for_lock(file, folder, wait, say)
+            check_output_dir(config)
             yield
             file.truncate(0)
     finally:
