@@ -157,9 +157,10 @@ class Plan:
         def chosen(value, default):
             return default if value is None else value
 
+        rank = chosen(override.rank, self.rank)
         return LayerSpec(
-            rank=chosen(override.rank, self.rank),
-            alpha=chosen(override.alpha, self.config.alpha),
+            rank=rank,
+            alpha=chosen(override.alpha, chosen(self.config.alpha, float(rank))),
             algorithm=chosen(override.algorithm, self.algorithm),
             options=self.config.options(),
             bypass_mode=self.bypass_mode,

@@ -87,7 +87,7 @@ class Override:
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of these layers."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Alpha of these layers."""
+    """Alpha of these layers; none: as of the others."""
     algorithm: str | None = None
     """Algorithm of these layers, so that one run may mix several."""
     lr_scale: Annotated[float, Field(ge=0)] | None = None
@@ -101,8 +101,9 @@ class AdapterConfig(AdapterOptions):
     With `existing_lora` the file says what is adapted and how: then only the dropouts, `lora_plus_ratio` and the
     overrides' `lr_scale` apply. An option that no adapted layer has a use for is refused."""
 
-    alpha: Annotated[float, Field(gt=0)] = 1.0
-    """The update is scaled by alpha / rank. With existing_lora: the file's."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank; none: as large as the layer's rank, so by 1. With existing_lora: the
+    file's."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all",)
     """Layers to adapt: presets of the model family (attention, attention-mlp, all) or regular expressions that match
     whole layer names. With existing_lora: the file's."""

@@ -67,9 +67,9 @@ def test_one_run_mixes_algorithms_ranks_and_learning_rates(options, run_here, tm
     )
     assert run_here([str(recipe), *options, *STRONG]) == 0
     said = capsys.readouterr().out
-    assert "LoHa, rank 2, scaling = alpha / rank = 1 / 2 = 0.5" in said
+    assert "LoHa, rank 2, scaling = alpha / rank = 2 / 2 = 1" in said
     assert "OFT, 1 x 1 blocks of 4, learning rate x 0.5" in said
-    assert "LoRA, rank 4, scaling = alpha / rank = 1 / 4 = 0.25" in said
+    assert "LoRA, rank 4, scaling = alpha / rank = 4 / 4 = 1" in said
     kinds = {key.split(".")[1] for key in load_file(tmp_path / "out" / "lora.safetensors")}
     assert kinds == {"lora_up", "lora_down", "alpha", "oft_blocks", *(f"hada_w{i}_{s}" for i in (1, 2) for s in "ab")}
 

@@ -1,5 +1,7 @@
 """Choosing layers and what each gets, attaching to them, and the handle on what is attached."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adapter_cases import SPECS, every_algorithm, every_dtype, every_spec, model_of, randomised, spec_of
@@ -130,6 +132,8 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
         "b.proj": ("LoRA", 4, 7.0, 1.0), "b.projection": ("LoKr", 4, 3.0, 1.0), "b.1": ("LoRA", 4, 7.0, 0.0),
     }  # fmt: skip
     assert {(s.bypass_mode, s.bias) for s in specs.values()} == {("true", True)}
+    plain = Plan(replace(config, alpha=None), "LoRA", 4, "true").specs(model, presets)
+    assert [plain[name].scaling for name in ("a.proj", "b.proj", "b.projection")] == [1.0, 1.0, 0.75]
     assert attach(model, specs, seed=0).specs() == specs
 
 
