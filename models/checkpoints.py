@@ -97,12 +97,14 @@ def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[
     return found, f"its model_index.json says {name}"
 
 
+def config_path(source: str, file: str) -> Path:
+    """A file in a diffusers folder, or in the hub's repository of that id, had first. Raises OSError."""
+    return Path(source) / file if Path(source).is_dir() else Path(hf_hub_download(source, file))
+
+
 def config_of(source: str, file: str) -> dict[str, Any]:
-    """A file of JSON in a diffusers folder, or in the hub's repository of that id. Raises OSError or ValueError."""
-    path = Path(source) / file
-    if not Path(source).is_dir():
-        path = Path(hf_hub_download(source, file))
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The same, which is JSON, read. Raises OSError or ValueError."""
+    return json.loads(config_path(source, file).read_text(encoding="utf-8"))
 
 
 def configs_in(folder: str | None) -> list[Path]:
