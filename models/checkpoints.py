@@ -25,6 +25,13 @@ VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl"))
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
 UNWANTED = ("safety_checker", "feature_extractor")  # by every family
+V_PREDICTION = {"prediction_type": "v_prediction"}
+# then sampling must begin with the last timestep (Lin et al. 2024, section 3.3)
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+# by which ComfyUI tells Stable Diffusion 2's v from its epsilon; their shapes are the same
+SD2_TEXT = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+SD2_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+SD2_WIDTH, SD2_V_SPREAD = (1024,), 0.09
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantised weights
 
 
@@ -90,12 +97,14 @@ def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[
     return found, f"its model_index.json says {name}"
 
 
+def config_path(source: str, file: str) -> Path:
+    """A file in a diffusers folder, or in the hub's repository of that id, had first. Raises OSError."""
+    return Path(source) / file if Path(source).is_dir() else Path(hf_hub_download(source, file))
+
+
 def config_of(source: str, file: str) -> dict[str, Any]:
-    """A file of JSON in a diffusers folder, or in the hub's repository of that id. Raises OSError or ValueError."""
-    path = Path(source) / file
-    if not Path(source).is_dir():
-        path = Path(hf_hub_download(source, file))
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The same, which is JSON, read. Raises OSError or ValueError."""
+    return json.loads(config_path(source, file).read_text(encoding="utf-8"))
 
 
 def configs_in(folder: str | None) -> list[Path]:
@@ -165,6 +174,23 @@ def hub_id_by_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
 
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+
+
+def prediction_in(file: Path, shapes: dict[str, tuple[int, ...]], configured: bool) -> dict[str, Any]:
+    """What a single file says of its noise process and what it predicts, in the words of a scheduler's config: by the
+    tensors that ComfyUI goes by (comfy/supported_models.py). `configured`: whether a configuration was given, which
+    then says it of Stable Diffusion 2. Raises OSError or SafetensorError."""
+    with safe_open(file, framework="pt") as tensors:
+        if "edm_vpred.sigma_max" in shapes:
+            limits = [name for name in ("sigma_min", "sigma_max") if f"edm_vpred.{name}" in shapes]
+            found = {name: float(tensors.get_tensor(f"edm_vpred.{name}")) for name in limits}
+            return {"_class_name": "EDMEulerScheduler", **V_PREDICTION, "sigma_data": 1.0, **found}
+        if "v_pred" in shapes:
+            return {**V_PREDICTION, **(ZERO_SNR if "ztsnr" in shapes else {})}
+        if shapes.get(SD2_TEXT, ())[1:] == SD2_WIDTH and SD2_BIAS in shapes and not configured:
+            spread = float(tensors.get_tensor(SD2_BIAS).float().std(unbiased=False))
+            return V_PREDICTION if spread > SD2_V_SPREAD else {"prediction_type": "epsilon"}
+    return {}
 
 
 def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:

@@ -43,6 +43,9 @@ class ModelConfig:
     once before training. Their layers' names begin with text_encoder."""
     vae: str | None = None
     """A VAE in place of the model's own: a .safetensors file or a folder of diffusers."""
+    text_encoders: tuple[str, ...] = ()
+    """Text encoders in place of the model's own, or for a file without any: .safetensors files as in ComfyUI's
+    text_encoders folder. Which one each is, is recognised; configuration and tokenizer are those of `config`."""
     guidance: Annotated[float, Field(ge=0)] | None = None
     """The guidance that a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) is told in training; None: 1. Previews have
     their own."""
@@ -168,6 +171,17 @@ def objective_faults(config: ObjectiveConfig, loss_function: str) -> list[str]:
 def is_hub_id(path: str) -> bool:
     """Whether it can only be the name of something on the hub: owner/name, where there is no folder `owner` here."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).parent.exists()
+
+
+def text_encoder_faults(config: ModelConfig) -> list[str]:
+    """What is wrong with the names of `config.text_encoders`."""
+    faults = []
+    for path in map(Path, config.text_encoders):
+        if path.is_file() and path.suffix != ".safetensors":
+            faults.append(f"{path} is a {path.suffix or 'nameless'} file; only .safetensors files are read")
+        elif not path.is_file():
+            faults.append(f"{path} {'is a folder: name the files in it' if path.is_dir() else 'does not exist'}")
+    return faults
 
 
 def path_fault(config: ModelConfig) -> str | None:

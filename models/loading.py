@@ -1,107 +1,40 @@
-"""Where the weights of a family are, and how diffusers loads them: folders, hub ids, whole checkpoints, and files of
-the denoiser alone, whose other parts come from a diffusers folder.
-"""
+"""How diffusers loads the parts of a family's models, wherever they are (models/parts.py)."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models.base import ModelFamily
-from models.checkpoints import (
-    VAE_PREFIXES,
-    check_tokenizer,
-    config_of,
-    configs_in,
-    files_read,
-    hub_id_by_shapes,
-    local_path,
-    num_parameters,
-    part_folder,
-    shapes_of,
-    weight_dtype,
-)
-from models.config import ModelError, ObjectiveConfig
+from models.checkpoints import check_tokenizer, config_of, config_path
+from models.config import ObjectiveConfig
 from models.latents import LatentScale
+from models.parts import UNLOADABLE, LocatedFamily
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
+from models.text_files import load_encoder
 
-UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
-LARGE = 1_000_000_000  # parameters: parts that are not trained are loaded in bf16 beyond it
 WIDENED = {torch.float16: torch.float32, **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16)}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 
 
-class DiffusersFamily(ModelFamily):
+class DiffusersFamily(LocatedFamily):
     """A family that diffusers has a pipeline for; its members name the pipeline's classes and parts."""
 
     denoiser_class: ClassVar[str]
     """diffusers' class of the denoiser."""
     vae_class: ClassVar[str]
     """diffusers' class of the VAE."""
-    text: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    """The parts of the pipeline that encode captions."""
     tokenizer: ClassVar[str] = "tokenizer"
     """The one of them that tells how long a caption may be."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of the pipeline that are left out."""
-    in_file: ClassVar[dict[str, tuple[str, ...]]] = {"vae": VAE_PREFIXES}
-    """Parts besides the denoiser that diffusers reads from a single file -> how the names of their tensors begin."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
     latent_shift, latent_scale = 0.0, 1.0
     """Of a VAE whose config does not say."""
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        return (*self.text, "vae", self.component, "scheduler")
-
-    @cached_property
-    def path(self) -> Path:
-        return local_path(self.config)
-
-    @cached_property
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of a single file."""
-        with self._faults_told():
-            return shapes_of(self.path)
-
-    @cached_property
-    def held(self) -> set[str]:
-        """The parts of `in_file` that are there; none in a folder."""
-        names = () if self.path.is_dir() else self.stored_shapes
-        return {part for part, prefixes in self.in_file.items() if any(name.startswith(prefixes) for name in names)}
-
-    @cached_property
-    def source(self) -> str:
-        """The diffusers folder or hub id that holds the configuration, and all that a single file lacks."""
-        return str(self.path) if self.path.is_dir() else self.config.config or self._config_of_file()
-
-    def _config_of_file(self) -> str:
-        """The hub id that has the configuration of this single file, by the shapes in it."""
-        return hub_id_by_shapes(self.stored_shapes)
-
-    @contextmanager
-    def _faults_told(self, what: str = "") -> Iterator[None]:
-        """Turns what the libraries raise on a bad model into a message for the user, in which `what` comes first."""
-        from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-        try:
-            yield
-        except ModelError:
-            raise
-        except (*UNLOADABLE, SingleFileComponentError) as error:
-            reason = str(error).partition("\nPlease load the component")[0]  # diffusers goes on with Python to type
-            hint = ""
-            if self.path.is_file() and self.config.config is None:
-                hint = "\n  Without a network, name a diffusers folder of the same model as --model.config"
-            message = f"--model.path {self.config.path} could not be loaded as {self.name}: {what}{reason}{hint}"
-            raise ModelError(message) from error
 
     @cached_property
     def _from_pretrained(self) -> dict[str, Any]:
@@ -125,6 +58,7 @@ class DiffusersFamily(ModelFamily):
             own = self.own_parts(wanted)
             lacking = {name for name, part in self.pipeline_config.items() if part == [None, None]}
             there = {*wanted} - lacking - own.keys()  # diffusers wants to be told of those too
+            given |= {name: self._encoder_alone(name) for name in self.text if name in there & self.text_files.keys()}
             absent = {name: None for name in (*self.components, *self.unused)}
             for name in (there & self.held) - given.keys():
                 given[name] = self._part_of_file(pipeline_class, name, {**absent, **self.pipeline_options})
@@ -162,13 +96,12 @@ class DiffusersFamily(ModelFamily):
             source = {"config": self.source, "subfolder": "vae"}
             return vae_class.from_single_file(path, dtype=torch.float32, **source)
 
-    def _text_dtype(self, name: str) -> torch.dtype:
-        """Large encoders, and a denoiser beside the trained one, would take twice the memory in fp32 for no digit that
-        their training had."""
-        held = name in self.held
-        files = [self.path] if held else files_read(part_folder(self.source, name), self.config.variant)
-        count = num_parameters(files, self.in_file[name] if held else ("",))
-        return torch.bfloat16 if count > LARGE else torch.float32
+    def _encoder_alone(self, name: str) -> nn.Module:
+        """A text encoder from a file of its own."""
+        file, class_name = self.text_files[name], self.pipeline_config[name][1]
+        with self._faults_told(f"--model.text_encoders {file}: "):
+            folder = config_path(self.source, f"{name}/config.json").parent
+            return load_encoder(file, class_name, folder, self._text_dtype(name))
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         import diffusers
@@ -194,6 +127,7 @@ class DiffusersFamily(ModelFamily):
         return denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
 
     def check(self) -> None:
+        _ = self.text_files  # whose faults are told before anything else
         try:
             config = config_of(self.source, f"{self.component}/config.json")
         except UNLOADABLE:
@@ -227,24 +161,12 @@ class DiffusersFamily(ModelFamily):
             return config_of(self.source, f"{name}/{CONFIG_NAMES.get(name, 'config.json')}")
 
     @cached_property
-    def pipeline_config(self) -> dict[str, Any]:
-        with self._faults_told():
-            return config_of(self.source, "model_index.json")
-
-    @cached_property
     def vae_config(self) -> dict[str, Any]:
         return self.part_config("vae")
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         return self.part_config("scheduler")
-
-    def stored_dtype(self) -> torch.dtype:
-        weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
-        if not weights:
-            raise ModelError(f"--model.path {self.config.path} has no .safetensors weights in {self.component}/")
-        with self._faults_told(f"{weights[0]}: "):
-            return weight_dtype(weights[0])
 
     def load_encoders(self, what: Literal["text", "media"]) -> Any:
         if what == "media":
@@ -255,20 +177,6 @@ class DiffusersFamily(ModelFamily):
                 encoder = getattr(encoders, name.replace("tokenizer", "text_encoder"))
                 check_tokenizer(self.config.path, getattr(encoders, name), encoder)
         return encoders
-
-    def component_files(self, component: str) -> list[Path]:
-        if component == "vae" and self.config.vae is not None:
-            path = Path(self.config.vae)
-            inside = path / "vae" if (path / "vae").is_dir() else path
-            return [path] if path.is_file() else files_read(inside, self.config.variant)
-        parts = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
-        held = {self.component, *self.held} if self.path.is_file() else set()
-        elsewhere = [part for part in parts if part.replace("tokenizer", "text_encoder") not in held]
-        found = [self.path, *configs_in(self.config.config)] if len(elsewhere) < len(parts) else []
-        with self._faults_told():
-            folders = [part_folder(self.source, part) for part in elsewhere]
-        found += [file for folder in folders for file in files_read(folder, self.config.variant)]
-        return list(dict.fromkeys(found))
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         loaded = [name for name in self.components if name != self.component or denoiser is None]

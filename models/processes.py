@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+from models.checkpoints import ZERO_SNR
 from models.config import ModelError, ObjectiveConfig, changed
 from models.densities import EPS
 
@@ -58,6 +60,10 @@ class NoiseProcess(ABC):
     span: tuple[float, float] = (0.0, 1.0)
     """The quantiles that the denoiser is for, if others are for the rest; none outside are trained or validated on."""
 
+    def describe(self) -> str:
+        """It in words, for the summary of a run."""
+        return f"{self.name}, {self.prediction_type}"
+
     @abstractmethod
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
         """The levels at `quantile` (B,) in (0, 1), monotone: 0 clean, 1 pure noise. In the quantile's dtype.
@@ -89,7 +95,8 @@ class DDPM(NoiseProcess):
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str, continuous: bool = False):
         self.prediction_type, self.continuous = checked(prediction_type), continuous
-        if prediction_type == "epsilon" and alphas_cumprod.min() <= 0:
+        self.zero_terminal_snr = bool(alphas_cumprod.min() <= 0)
+        if prediction_type == "epsilon" and self.zero_terminal_snr:
             raise ModelError(
                 "--objective.zero_terminal_snr, or the model's scheduler, asks for epsilon at zero terminal SNR, where "
                 "the noise is all there is to see and says nothing of the image. Such a model predicts v "
@@ -97,6 +104,9 @@ class DDPM(NoiseProcess):
             )
         wide = alphas_cumprod.double().clamp(min=LEAST_ALPHA)
         self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log()
+
+    def describe(self) -> str:
+        return super().describe() + (", zero terminal SNR" if self.zero_terminal_snr else "")
 
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
         if self.alphas_cumprod.device != quantile.device:  # once: later steps copy nothing
@@ -216,11 +226,21 @@ def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) 
     if kind is Flow:
         count, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
         return Flow(shift_of(config, options), count, inverted)
-    changes = {"rescale_betas_zero_snr": True} if options.zero_terminal_snr else {}
+    changes = ZERO_SNR if options.zero_terminal_snr else {}
     scheduler = DDPMScheduler.from_config(dict(config), **changes)
     # between timesteps ComfyUI's accuracy is wanted, which multiplies them up in fp64
     wide = (1 - scheduler.betas.double()).cumprod(0)
     return DDPM(wide if options.continuous else scheduler.alphas_cumprod, chosen, options.continuous)
+
+
+def sampler_of(config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler of that config, which has its `_class_name`; DDIM's for one that has no zero terminal SNR
+    where it is asked for."""
+    kind = getattr(diffusers, config["_class_name"])
+    asked = config.get("rescale_betas_zero_snr")
+    if asked and "rescale_betas_zero_snr" not in signature(kind.__init__).parameters:
+        kind = DDIMScheduler
+    return kind.from_config(dict(config))
 
 
 def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
@@ -228,15 +248,11 @@ def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
     changes: dict[str, Any] = {}
     if options.prediction_type != "auto":
         changes["prediction_type"] = options.prediction_type
-    if options.zero_terminal_snr:  # then the first step must be the last timestep (Lin et al. 2024, section 3.3)
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if options.zero_terminal_snr:
+        changes |= ZERO_SNR
     if changes:
-        kind = type(pipeline.scheduler)
-        if not changes.keys() <= signature(kind).parameters.keys():
-            from diffusers import DDIMScheduler  # PNDM knows nothing of it
-
-            kind = DDIMScheduler
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
+        own = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+        pipeline.scheduler = sampler_of({**own, **changes})
     return pipeline
 
 

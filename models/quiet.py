@@ -1,5 +1,8 @@
 """What the libraries print while they load."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def quieten() -> None:
     """No progress bars of the libraries' own."""
@@ -8,3 +11,16 @@ def quieten() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Inside, transformers does not list the tensors of a file that it has no use for, nor those that it lacks."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

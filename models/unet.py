@@ -2,14 +2,17 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from models.base import Native, base_metadata
+from models.checkpoints import prediction_in
 from models.config import ModelError
 from models.ldm_names import native_names
 from models.loading import DiffusersFamily
+from models.processes import sampler_of
 from models.text import counts
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
@@ -17,7 +20,7 @@ ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
 class UNetFamily(DiffusersFamily):
     """A UNet over 4-channel latents with CLIP text conditioning; what it was trained to predict, and its noise
-    schedule, are read from its scheduler's config."""
+    schedule, are read from its scheduler's config, and from the marks that a single file has of them."""
 
     media = "image"
     latent_channels = 4
@@ -51,6 +54,23 @@ class UNetFamily(DiffusersFamily):
     def cond_width(self) -> int:
         return self.denoiser_config["cross_attention_dim"]
 
+    @cached_property
+    def told_by_file(self) -> dict[str, Any]:
+        """What a single file says in place of its scheduler's config."""
+        if self.path.is_dir():
+            return {}
+        with self._faults_told():
+            return prediction_in(self.path, self.stored_shapes, self.config.config is not None)
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        return {**super().scheduler_config, **self.told_by_file}
+
+    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+        if "scheduler" not in wanted or not self.told_by_file:
+            return super().own_parts(wanted)
+        return {**super().own_parts(wanted), "scheduler": sampler_of(self.scheduler_config)}
+
     @property
     def prediction_type(self) -> str:
         """epsilon or v_prediction, as the base was trained."""
@@ -81,4 +101,8 @@ class UNetFamily(DiffusersFamily):
     def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
         """`file_metadata` of a base model of that version, as kohya and the model specification write them."""
         v_prediction = self.prediction_type == "v_prediction"
-        return {**base_metadata(version, architecture), "modelspec.prediction_type": "v" if v_prediction else "epsilon"}
+        return {
+            **base_metadata(version, architecture),
+            "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+            "ss_zero_terminal_snr": str(bool(self.scheduler_config.get("rescale_betas_zero_snr"))),
+        }

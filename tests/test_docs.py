@@ -66,6 +66,11 @@ def test_the_commands_on_training_and_families_run(command, run_here, tmp_path, 
     assert (tmp_path / "lora.raw.safetensors").is_file() == ("ema" in command)
 
 
+def test_the_recipe_on_families_names_comfyuis_files():
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", FAMILY_PAGE, re.S)
+    assert len(validate(yaml.safe_load(recipe), "the page", "").model.text_encoders) == 2
+
+
 def test_the_recipe_on_training_is_one_and_all_optimizers_are_there():
     (recipe,) = re.findall(r"```yaml\n(.*?)```", TRAINING, re.S)
     assert validate(yaml.safe_load(recipe), "the page", "").optim.args == ("d_coef=0.8", "use_bias_correction=True")

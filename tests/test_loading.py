@@ -123,7 +123,7 @@ def test_a_whole_file_needs_no_weights_of_the_config(file, whole, configs):
 
 
 def test_large_text_encoders_of_a_whole_file_are_loaded_in_bf16(file, whole, configs, monkeypatch):
-    monkeypatch.setattr("models.loading.LARGE", 1000)
+    monkeypatch.setattr("models.parts.LARGE", 1000)
     encoders = family_of_file(file, whole, configs).load_encoders("text")
     assert encoders.text_encoder.dtype == torch.bfloat16
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from data.config import DataConfig
-from models.config import is_hub_id, objective_faults, path_fault
+from models.config import is_hub_id, objective_faults, path_fault, text_encoder_faults
 from training.config import SCHEMA, ConfigError, TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -104,6 +104,7 @@ def input_faults(config: TrainConfig) -> list[str]:
     for flag, path in (("vae", config.model.vae), ("config", config.model.config)):
         if path is not None and not Path(path).exists() and (flag == "vae" or not is_hub_id(path)):
             faults.append(f"--model.{flag}: {path} does not exist")
+    faults += [f"--model.text_encoders: {fault}" for fault in text_encoder_faults(config.model)]
     faults += source_faults(config.data)
     if config.data.validation_images is not None and config.data.validation_share:
         faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")

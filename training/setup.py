@@ -179,6 +179,7 @@ def summary(run: Run) -> str:
     lines = [
         f"model       {config.model.path} ({parts.family.name}), "
         f"base weights {str(run.loss_function.dtype).removeprefix('torch.')}, on {accelerator.device}",
+        f"objective   {run.loss_function.objective.process.describe()}",
         f"images      {len(train)} to train on, {len(held_out) if held_out else 0} held out; encoded now: "
         f"{parts.datasets.encoded_images} images, {parts.datasets.encoded_captions} captions",
         *bucket_lines(train, config.batch_size),
