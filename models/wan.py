@@ -38,6 +38,7 @@ class Wan(TransformerFamily):
     vae_class = "AutoencoderKLWan"
     in_file: ClassVar = {}
     unused: ClassVar[tuple[str, ...]] = ("transformer_2",)
+    file_formats = ("comfyui",)  # which diffusers reads too, and ComfyUI no other
     by_diffusers = ""
     alphas = False  # which diffusers' converter takes in the blocks alone
     names = WAN
