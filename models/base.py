@@ -107,6 +107,11 @@ class ModelFamily(ABC):
         """Whether there are two denoisers, for high and for low noise."""
         return False
 
+    @property
+    def without_experts(self) -> str:
+        """What to do about `expert` where there is one denoiser."""
+        return "leave it out"
+
     def check(self) -> None:
         """WHEN: first of all. Raises ModelError if the denoiser's configuration, where it can be had, is one that the
         family cannot train; reads no weights."""
