@@ -169,6 +169,8 @@ class Build:
     def _identities(self) -> dict[str, str]:
         family, cache = self.family, self.cache
         hashes = {name: files_identity(family.component_files(name), cache) for name in ("vae", "text")}
+        if family.text_form:
+            hashes["text"] = digest(hashes["text"], family.text_form)
         return {**hashes, "family": family.name}
 
     @property

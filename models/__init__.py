@@ -29,6 +29,6 @@ def get_family(config: "ModelConfig") -> "ModelFamily":
 
     family = family_of(config)(config)
     if config.expert is not None and not family.has_experts:
-        raise ModelError(f"--model.expert = {config.expert}: {config.path} has one denoiser; leave it out")
+        raise ModelError(f"--model.expert = {config.expert}: {config.path} has one denoiser; {family.without_experts}")
     family.check()
     return family

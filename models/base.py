@@ -86,6 +86,8 @@ class ModelFamily(ABC):
     """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
     media_cond: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that encode_media_cond makes."""
+    text_form: str = ""
+    """What else than the text encoders' files and the family decides what encode_prompt makes of a caption."""
     by_diffusers: str = ""
     """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
     it knows none."""
@@ -106,6 +108,11 @@ class ModelFamily(ABC):
     def has_experts(self) -> bool:
         """Whether there are two denoisers, for high and for low noise."""
         return False
+
+    @property
+    def without_experts(self) -> str:
+        """What to do about `expert` where there is one denoiser."""
+        return "leave it out"
 
     def check(self) -> None:
         """WHEN: first of all. Raises ModelError if the denoiser's configuration, where it can be had, is one that the

@@ -51,7 +51,8 @@ class ModelConfig:
     their own."""
     expert: Literal["high", "low"] | None = None
     """Of a model with two denoisers (Wan 2.2 A14B), the one that is trained, within its noise levels: the one for high
-    noise or the one for low noise. None: the one for high noise. An adapter of each is trained in a run of its own."""
+    noise or the one for low noise. None: the one for high noise, and of a single file, which holds either, an error. An
+    adapter of each is trained in a run of its own."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class TransformerFamily(DiffusersFamily):
     latent_channels = 16
     component = "transformer"
     vae_class = "AutoencoderKL"
-    file_formats = ("comfyui",)
+    file_formats: tuple[str, ...] = ("diffusers", "comfyui")
     by_diffusers = "transformer."
     kohya_is_native = True
     names: ClassVar[Table]

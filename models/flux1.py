@@ -18,6 +18,7 @@ from models.packing import PATCH, image_ids, pack, unpack
 from models.text import counts, pooled_rows
 
 TOKENS = 512  # of T5, the pipelines' default
+SCHNELL_TOKENS = 256  # all that schnell was trained with
 BLOCKS = {"double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight", "txt_in.weight"}
 
 
@@ -26,6 +27,7 @@ class FluxFamily(TransformerFamily):
     (0, 0, 0) of all text."""
 
     names = FLUX
+    text_tokens = TOKENS
     ragged: ClassVar = {"prompt_embeds": None}
     latent_shift, latent_scale = 0.1159, 0.3611
     targets: ClassVar = {
@@ -48,7 +50,7 @@ class FluxFamily(TransformerFamily):
         return self.latent_step() * PATCH
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
-        return counts(self.counting_tokenizer, captions, TOKENS)
+        return counts(self.counting_tokenizer, captions, self.text_tokens)
 
     def mask(self, noisy: Tensor, cond: dict[str, Any]) -> Tensor | None:
         """(B, tokens of text and image), false where a text is filled up to the length of the batch's longest; None if
@@ -75,8 +77,8 @@ class FluxFamily(TransformerFamily):
 
 
 class Flux1(FluxFamily, PooledTextFamily):
-    """T5 sees 512 tokens, filled up with padding that counts like text; ComfyUI's conditioning has 256 of them, or as
-    many as a longer caption."""
+    """T5 sees 512 tokens, of schnell 256, filled up with padding that counts like text; ComfyUI's conditioning has 256
+    of them, or as many as a longer caption."""
 
     name = "flux1"
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
@@ -106,13 +108,21 @@ class Flux1(FluxFamily, PooledTextFamily):
                 f"{self.source} is of a model that is told none, as schnell"
             )
 
+    @property
+    def text_tokens(self) -> int:  # type: ignore[override]
+        return TOKENS if self.denoiser_config["guidance_embeds"] else SCHNELL_TOKENS
+
+    @property
+    def text_form(self) -> str:  # type: ignore[override]
+        return "" if self.text_tokens == TOKENS else f"{self.text_tokens} tokens"
+
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder_2.device
-        embeds, pooled, _ = encoders.encode_prompt(captions, device=device, max_sequence_length=TOKENS)
+        embeds, pooled, _ = encoders.encode_prompt(captions, device=device, max_sequence_length=self.text_tokens)
         return pooled_rows(embeds, pooled)
 
     def cond_bytes(self) -> int:
-        return TOKENS * self._width * self._text_dtype("text_encoder_2").itemsize + self._pooled_width * 4
+        return self.text_tokens * self._width * self._text_dtype("text_encoder_2").itemsize + self._pooled_width * 4
 
     def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"pooled_projections": cond["pooled_prompt_embeds"]}
@@ -121,6 +131,9 @@ class Flux1(FluxFamily, PooledTextFamily):
         if self.denoiser_config["guidance_embeds"]:
             found["guidance"] = torch.full((len(noisy),), self.guidance, device=noisy.device)
         return found
+
+    def preview_options(self, guidance_scale: float) -> dict[str, Any]:
+        return {**super().preview_options(guidance_scale), "max_sequence_length": self.text_tokens}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config

@@ -3,6 +3,7 @@
 The A14B of Wan 2.2 is two denoisers, one for the noisier and one for the cleaner part of the way.
 """
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ class Wan(TransformerFamily):
     """Images are videos of one frame. The tokens of a caption are followed by zeros, which count as tokens."""
 
     name = "wan"
+    pair: ClassVar[str] = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"  # the model of two denoisers
     pipelines = ("WanPipeline",)
     media = "video"
     frame_step = 4
@@ -38,6 +40,7 @@ class Wan(TransformerFamily):
     vae_class = "AutoencoderKLWan"
     in_file: ClassVar = {}
     unused: ClassVar[tuple[str, ...]] = ("transformer_2",)
+    file_formats = ("comfyui",)  # which diffusers reads too, and ComfyUI no other
     by_diffusers = ""
     alphas = False  # which diffusers' converter takes in the blocks alone
     names = WAN
@@ -64,7 +67,7 @@ class Wan(TransformerFamily):
         if (width, channels) == (3072, 48):
             return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
         if channels == IMAGE_CHANNELS and f"{self.stored_prefix}{CLIP_VIEW}" not in self.stored_shapes:
-            return "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+            return self.pair
         return super()._config_of_file()
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
@@ -84,6 +87,30 @@ class Wan(TransformerFamily):
     @property
     def has_experts(self) -> bool:
         return self.boundary is not None
+
+    @property
+    def without_experts(self) -> str:
+        if self.path.is_dir():
+            return super().without_experts
+        return f"leave it out, or if this is one of Wan 2.2's two files, give --model.config {self.pair}"
+
+    def _check_expert(self) -> None:
+        """Raises ModelError for a single file that may be either expert and is not said to be one."""
+        if self.path.is_dir() or self.config.expert is not None:
+            return
+        said = re.search("(high|low)[_-]?noise", self.path.name, re.IGNORECASE)
+        looks = said and said[1].lower()
+        if looks and self.config.config is None and self.name == "wan":  # by its tensors it could be Wan 2.1's
+            raise ModelError(
+                f"--model.path {self.config.path} looks like Wan 2.2's expert for {looks} noise by its name: give "
+                f"--model.config {self.pair} --model.expert {looks}. A file of Wan 2.1 wants another name"
+            )
+        if self.has_experts:
+            hint = f"; by its name it looks like {looks}" if looks else ""
+            raise ModelError(
+                f"--model.path {self.config.path} is one of two denoisers: say which by --model.expert high or "
+                f"--model.expert low{hint}"
+            )
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -111,6 +138,7 @@ class Wan(TransformerFamily):
         return with_frames(super().decode_media(encoders, latents), latents.shape[2] > 1)
 
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
+        self._check_expert()
         process = super().process(config)
         if self.boundary is not None and isinstance(process, Flow):
             border = process.quantile(self.boundary, tokens=0)

@@ -22,6 +22,7 @@ class WanImageToVideo(Wan):
     """Every video is its own first frame's."""
 
     name = "wan_i2v"
+    pair = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
     pipelines = ("WanImageToVideoPipeline",)
     unused = ("transformer_2", *VISION)
     draws = False

@@ -39,4 +39,8 @@ DEV = Case(
     "flux1", partial(make, guided=True, shift=3.0, use_dynamic_shifting=True), {"guidance_scale": 1.0}, unpack,
     comfy=comfy, name="flux1-dev",
 )  # fmt: skip
-CASES = [DEV, Case("flux1", partial(make, guided=False), {}, unpack, comfy=comfy, name="flux1-schnell")]
+SCHNELL = Case(
+    "flux1", partial(make, guided=False), {"max_sequence_length": 256}, unpack, comfy=partial(comfy, tokens=256),
+    name="flux1-schnell",
+)  # fmt: skip
+CASES = [DEV, SCHNELL]

@@ -58,7 +58,7 @@ def bare(name: str) -> str:
 CALL = {"guidance_scale": 1.0, "num_frames": 5}
 CASES = [
     Case("wan", make, CALL, comfy=comfy, bare=bare),
-    Case("wan", make_pair, CALL, name="wan2.2-high"),
+    Case("wan", make_pair, CALL, name="wan2.2-high", bare=bare),
     Case(
         "wan",
         make_pair,

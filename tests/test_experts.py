@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from family_cases import cases, family_of, folder_of
+from family_cases import cases, family_of, folder_of, native_tensors
+from safetensors.torch import save_file
 
 from models import get_family
 from models.config import ModelConfig, ModelError, ObjectiveConfig
@@ -61,3 +62,38 @@ def test_a_model_of_one_denoiser_has_no_experts():
         with pytest.raises(ModelError, match=r"--model\.expert = low: .* has one denoiser"):
             get_family(ModelConfig(path=str(folder_of(case)), expert="low"))
     assert family_of(one).process(ObjectiveConfig()).span == (0.0, 1.0)
+
+
+ONE, I2V = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.2-i2v"))
+
+
+def of_file(path, case, **options):
+    """The family of a single file, with the case's folder for the rest."""
+    save_file(native_tensors(case), path)
+    return get_family(ModelConfig(path=str(path), config=str(folder_of(case)), **options))
+
+
+def test_an_expert_of_a_file_that_is_taken_for_wan_2_1_is_told_how_to_be_one(tmp_path):
+    words = r"expert = low: .* has one denoiser; .* two files, give --model\.config Wan-AI/Wan2\.2-T2V-A14B-Diffusers"
+    with pytest.raises(ModelError, match=words):
+        of_file(tmp_path / "wan2.2_t2v_low_noise_14B.safetensors", ONE, expert="low")
+
+
+def test_a_file_that_is_an_expert_by_its_name_is_not_trained_as_wan_2_1(tmp_path):
+    path = tmp_path / "wan2.2_t2v_low_noise_14B.safetensors"
+    assert of_file(path, ONE).process(ObjectiveConfig()).span == (0.0, 1.0)  # whose config says what it is
+    words = r"--model\.config Wan-AI/Wan2\.2-T2V-A14B-Diffusers --model\.expert low"
+    with pytest.raises(ModelError, match=words):
+        get_family(ModelConfig(path=str(path))).process(ObjectiveConfig())
+
+
+@pytest.mark.parametrize("case", [PAIR["high"], I2V], ids=str)
+def test_a_single_file_of_a_pair_must_be_said_to_be_one_of_them(case, tmp_path):
+    plain, named = tmp_path / "model.safetensors", tmp_path / "wan2.2_Low_Noise_14B.safetensors"
+    with pytest.raises(ModelError, match=r"model\.safetensors is one of two .* high or --model\.expert low$"):
+        of_file(plain, case).process(ObjectiveConfig())
+    with pytest.raises(ModelError, match=r"--model\.expert low; by its name it looks like low$"):
+        of_file(named, case).process(ObjectiveConfig())
+    low, high = (of_file(plain, case, expert=expert).process(ObjectiveConfig()).span for expert in ("low", "high"))
+    assert (low[0], high[1]) == (0.0, 1.0)
+    assert low[1] == high[0]

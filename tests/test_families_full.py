@@ -7,9 +7,10 @@ from pathlib import Path
 
 import comfy_keys
 import pytest
-from exported_keys import exported
+import torch
+from exported_keys import empty_layers, exported
 
-from lora_algos import ALGORITHMS
+from lora_algos import ALGORITHMS, formats
 from lora_algos.attach import attach, select_layers
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from models import get_family
@@ -96,6 +97,28 @@ def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, ful
         tensors = exported(denoiser, names, known, file_format, biases=not plain)
         assert len(tensors) > len(known) / 2
         assert comfy_keys.resolve(tensors, architecture) == []
+
+
+BY_COMFYUIS_NAMES = {("chroma", "all"), ("flux2", "all"), ("flux2_klein", "all")}
+"""Families and presets with layers that ComfyUI does not know by diffusers' names; of Wan it knows none."""
+
+
+@pytest.mark.parametrize("preset", ["attention", "attention-mlp", "all"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(architecture, preset, full_size):
+    family, denoiser = full_size(architecture)
+    names = file_names(family, denoiser)
+    lora = dict.fromkeys(select_layers(denoiser, (preset,), family.targets), "LoRA")
+    layers = empty_layers(denoiser, lora, biases=False)
+    file_format = formats.preferred(family.file_formats, layers, names)
+    if family.name == "sdxl":
+        assert file_format == "kohya"
+    else:
+        by_comfyui = (family.name, preset) in BY_COMFYUIS_NAMES or "wan" in family.name
+        assert file_format == ("comfyui" if by_comfyui else "diffusers")
+    tensors = formats.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
+    assert len(tensors) >= 2 * len(layers)
+    assert comfy_keys.resolve(tensors, architecture) == []
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """What FLUX.1 and Chroma do beyond what every family does: guidance, lengths of text, shift, single files."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import family_chroma
 import family_flux1
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from family_cases import PROMPTS, Case, collate, family_of, folder_of, native_tensors, run_pipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.config import DataConfig
+from data.precompute import build_datasets
 from models import get_family
 from models.base import take_comfy_cond
 from models.config import ModelConfig, ModelError, ObjectiveConfig
@@ -66,6 +71,30 @@ def test_comfyuis_shorter_text_gives_what_the_pipeline_makes_of_as_many_tokens(t
         rows = [take_comfy_cond(family, *family_flux1.comfy(encoders, caption, tokens)) for caption in PROMPTS]
         found = family.predict(denoiser, call.noisy, call.timestep.expand(2), collate(family, rows))
     torch.testing.assert_close(found, call.prediction, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "tokens"), [(DEV, 512), (SCHNELL, 256), (CHROMA, 512)], ids=str)
+def test_a_caption_has_as_many_tokens_as_the_model_was_trained_with(case, tokens):
+    family = family_of(case)
+    assert {len(row["prompt_embeds"]) for row in rows_of(case, ["cat " * 600])} == {tokens}
+    assert family.token_counts(["cat"])[1] == tokens - 1
+    assert family.preview_options(1.0).get("max_sequence_length", 512) == tokens
+    assert case is CHROMA or {len(row["prompt_embeds"]) for row in rows_of(case, ["cat"])} == {tokens}
+
+
+def test_dev_and_schnell_do_not_share_captions_though_they_share_encoders(images, tmp_path):
+    other = tmp_path / "schnell"
+    shutil.copytree(folder_of(DEV), other)
+    config = json.loads((other / "transformer" / "config.json").read_text())
+    (other / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": False}))
+    data = DataConfig(images=str(images), resolution=32, cache_dir=str(tmp_path / "cache"))
+    lengths, encoded = [], []
+    for folder in (folder_of(DEV), other, folder_of(DEV)):
+        built = build_datasets(data, get_family(ModelConfig(path=str(folder))), Accelerator(cpu=True))
+        lengths.append(len(built.train.cond(0)["prompt_embeds"]))
+        encoded.append((built.encoded_images > 0, built.encoded_captions > 0))
+    assert lengths == [512, 256, 512]
+    assert encoded == [(True, True), (False, True), (False, False)]
 
 
 @ALL
