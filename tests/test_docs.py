@@ -10,6 +10,7 @@ import tomllib
 import pytest
 import yaml
 from conftest import BASE, PROJECT, TWEMOJI, accelerate_launch, script
+from safetensors.torch import load_file
 
 from models import FAMILIES
 from training.load_config import validate
@@ -64,6 +65,18 @@ def test_the_commands_on_training_and_families_run(command, run_here, tmp_path, 
     assert run_here([str(PROJECT / words[3]), *words[4:], *short]) == 0
     assert (tmp_path / "lora.safetensors").is_file()
     assert (tmp_path / "lora.raw.safetensors").is_file() == ("ema" in command)
+
+
+def test_the_command_that_converts_a_checkpoint_runs(options, run_here, tmp_path, monkeypatch):
+    (command,) = [command for command in commands(TRAINING) if command.startswith("python train_lora.py")]
+    assert run_here([*options, "--steps=1", "--export.format=comfyui", "--lora_dtype=bf16"]) == 0
+    (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
+    monkeypatch.chdir(tmp_path)
+    words = words_of(command.replace("<output_dir>/checkpoints/step_00000100", str(newest)))
+    assert run_here(words[2:]) == 0
+    converted, exported = (load_file(path) for path in ("step_100.safetensors", "out/lora.safetensors"))
+    assert converted.keys() == exported.keys()
+    assert all(tensor.equal(exported[name]) for name, tensor in converted.items())
 
 
 def test_the_recipe_on_training_is_one_and_all_optimizers_are_there():
