@@ -1,5 +1,6 @@
 """Reading a config: names, ranges and defaults of the node, every fault at once, and speed."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def test_help_and_config_errors_answer_within_a_second(argv):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 1
+
+
+@pytest.mark.parametrize("command", [[], ["data"]], ids=["train", "data"])
+def test_help_shows_the_options_own_defaults(command):
+    """Not those of the demo, which is what runs without a recipe; with a recipe, the recipe's."""
+    plain, demo = r"--rank INT.*?\(default: 8\)", r"--rank INT.*?\(default: 16\)"
+    assert re.search(plain, script([*command, "--help"]).stdout, re.S)
+    assert re.search(plain, script([*command, "--rnk", "3"]).stderr, re.S)
+    assert re.search(demo, script([*command, str(DEMO_RECIPE), "--help"]).stdout, re.S)
+
+
+def test_options_alone_are_those_of_the_demo():
+    assert load_config(["--rank", "3"]) == load_config([str(DEMO_RECIPE), "--rank", "3"])
 
 
 def test_reading_a_config_loads_no_torch():
