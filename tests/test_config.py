@@ -118,6 +118,8 @@ BAD_COMMAND_LINES = {
     "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.images", "."], "only .safetensors"),
     "images are no folder": ([NEEDED[0], "--data.images", "/nowhere"], "/nowhere is not a folder"),
     "output_dir is a file": ([*NEEDED, "--output_dir", str(PROJECT / "LICENSE")], "exists and is not a folder"),
+    "a list of sources": ([*NEEDED, "--data.sources=x"], "--data.sources: a list of several options"),
+    "a list's option": ([*NEEDED, "--adapter.overrides.0.rank", "4"], "--adapter.overrides: a list of several options"),
     "existing LoRA is no file": ([*NEEDED, "--existing_lora", "/nowhere"], "/nowhere does not exist"),
 }
 

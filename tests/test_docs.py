@@ -6,12 +6,15 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from dataclasses import fields
 
 import pytest
 import yaml
 from conftest import BASE, PROJECT, TWEMOJI, accelerate_launch, script
 from safetensors.torch import load_file
 
+from data.config import SourceConfig
+from lora_algos.config import Override
 from models import FAMILIES
 from training.load_config import validate
 from training.optimizers import NAMED
@@ -38,6 +41,16 @@ def test_the_options_page_is_up_to_date():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (PROJECT / "docs" / "options.md").read_text(encoding="utf-8") == module.options_page(), "run make docs"
+
+
+def test_the_options_of_what_stands_in_lists_are_on_the_page():
+    page = (PROJECT / "docs" / "options.md").read_text(encoding="utf-8")
+    for name, item in (("data.sources", SourceConfig), ("adapter.overrides", Override)):
+        table = page.split(f"### In the list {name}\n")[1].split("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)`", table, re.M) == [field.name for field in fields(item)]
+    assert "| `path` | text | required |" in page
+    for recipe in re.findall(r"```yaml\n(.*?)```", page, re.S):
+        validate(yaml.safe_load(recipe), "the page", "")
 
 
 def test_the_readme_opens_with_the_two_commands():

@@ -36,15 +36,17 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     return config
 
 
-def parsed(argv: list[str], options: Callable[[TrainConfig], Parsed], program: str) -> Parsed:
-    """The options in `argv`, which a recipe may come before; `options` makes them of a config in which the command line
+def parsed(argv: list[str], make: Callable[[TrainConfig], Parsed], program: str) -> Parsed:
+    """The options in `argv`, which a recipe may come before; `make` makes them of a config in which the command line
     has not said anything yet. The demo is run where no recipe, model and images are named, but `--help` and what tyro
     says of mistakes show the options' own defaults then."""
     recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     args = canonical_argv(argv if recipe is None else argv[1:])
+    if faults := list_faults(args):
+        raise ConfigError(listed("the command line", faults))
 
     def over(defaults: TrainConfig) -> Parsed:
-        given = options(defaults)
+        given = make(defaults)
         return tyro.cli(type(given), default=given, args=args, use_underscores=True, prog=program)
 
     said = over(TrainConfig() if recipe is None else read_recipe(recipe))
@@ -145,6 +147,18 @@ def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, An
             yield from options(typing.cast(type, hint), f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, hint
+
+
+def list_faults(args: list[str]) -> list[str]:
+    """What is wrong with the flags in `args`: an option that is a list of several options each is none."""
+    lists = [name for name, hint in options() if any(is_dataclass(arm) for arm in typing.get_args(hint))]
+    given = [f"{arg[2:].replace('-', '_')}." for arg in args if arg.startswith("--")]
+    return [
+        f"--{name}: a list of several options each, which stands in a recipe alone (docs/options.md). Write one, and "
+        "give it before the options: train_lora.py recipe.yaml"
+        for name in lists
+        if any(flag.startswith(f"{name}.") for flag in given)
+    ]
 
 
 def canonical(value: Any, hint: Any) -> Any:
