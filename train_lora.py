@@ -86,7 +86,7 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
         if failures is not None and not failures.is_first(error):
             return 1  # another rank failed first, and says so
         known = isinstance(error, (CheckpointError, TrainingDiverged, WriteError, DistributedError, *USER_ERRORS))
-        fail(str(error) if known else explained(error), 1, failures is not None)
+        fail(str(error) if known else explained(error, config), 1, failures is not None)
         if failures is not None:
             failures.wait_for_others()
         return 2 if isinstance(error, USER_ERRORS) else 1

@@ -96,7 +96,7 @@ class DataConfig(CaptionOptions):
     """A folder of images with captions, a Hugging Face image dataset (a folder or a hub id), a dataset of ComfyUI's, or
     one that is encoded already: docs/data.md. For several of them: data.sources."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several sources: a list of {path, kind, repeats, weight, regularisation, caption_...}."""
+    """Several sources, each with options of its own."""
     image_column: str = "image"
     """Column of the images in a Hugging Face dataset."""
     weight_column: str | None = None

@@ -5,6 +5,7 @@ happen to be missing, nor on the number of ranks.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,20 @@ class Work:
         """Cells of rows of the plan, with those of their entries in the listing."""
         for _, row in tables.rows_of(self.rows, rows):
             yield row, self.listing.slice(row["entry"], 1).to_pylist()[0]
+
+
+@contextmanager
+def noted_if_too_large(config: DataConfig) -> Iterator[None]:
+    """What does not fit into a GPU's memory in this block says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size, ways = config.encode_batch_size, [f"a --data.resolution below {config.resolution}"]
+        if size > 1:
+            ways.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
+        ways.append("encoding on another machine (train_lora.py export-dataset)")
+        error.add_note(f"What takes less memory in encoding: {', or '.join(ways)}")
+        raise
 
 
 def lists_to_rows(lengths: np.ndarray) -> np.ndarray:

@@ -140,17 +140,22 @@ class Build:
     def run(self, only_square: bool) -> Datasets:
         planned = self.plan(only_square)
         work, stores = planned.work, planned.stores
+        with encode.noted_if_too_large(self.config):
+            self._encode(work, stores)
+        self.turns.each(lambda: encode.import_tensors(work, stores))
+        indices = self.turns.main(lambda: self._index(stores))
+        train, validation = (self._dataset(name, stores) for name in indices)
+        assert train is not None
+        return Datasets(train, validation, planned.missing_images, planned.missing_captions, planned.skipped)
+
+    def _encode(self, work: encode.Work, stores: Stores) -> None:
+        """Captions, then images, of which each encoder has the device to itself."""
         texts = np.load(self.turns.folder / "texts.npy")
         found = self.turns.each(lambda: encode.encode_texts(work, stores.text, texts))
         number, first = sum(count for count, _ in found), [text for _, texts in found for text in texts]
         if number and self.turns.rank == 0:
             print(listed(f"{number} captions are longer than the text encoder reads; the end is cut", first))
         self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
-        self.turns.each(lambda: encode.import_tensors(work, stores))
-        indices = self.turns.main(lambda: self._index(stores))
-        train, validation = (self._dataset(name, stores) for name in indices)
-        assert train is not None
-        return Datasets(train, validation, planned.missing_images, planned.missing_captions, planned.skipped)
 
     def _stores(self) -> Stores:
         encoded = [source.folder for source in self.sources.opened if isinstance(source, EncodedSource)]

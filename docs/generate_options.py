@@ -24,6 +24,15 @@ optim:
   eps: 1e-6
 ```
 
+`data.sources` and `adapter.overrides` are lists, which stand in a recipe alone:
+
+```yaml
+adapter:
+  overrides:
+    - {pattern: "mid_block.*", rank: 32}
+    - {pattern: "conv_out", algorithm: Full}
+```
+
 The command line beats the recipe, the recipe beats the defaults. Choices are case-insensitive. Switches are written
 `--export.merged` and `--export.no_merged`, or with `true` and `false`.
 """
@@ -44,10 +53,22 @@ def options_page() -> str:
             section = definitions[field["$ref"].split("/")[-1]]
             describe_inherited(hints[name], section["properties"])
             sections.append(table(f"## {name}\n\n{section['description']}", section["properties"], f"{name}."))
+            sections += tables_of_lists(name, section["properties"], definitions)
         else:
             root.append(name)
     first = table("## Root options", {name: schema["properties"][name] for name in root}, "")
     return "\n".join([HEAD, first, *sections])
+
+
+def tables_of_lists(section: str, properties: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """The options of what stands in the lists of a section."""
+    tables = []
+    for name, field in properties.items():
+        if "$ref" in field.get("items", {}):
+            item = definitions[field["items"]["$ref"].split("/")[-1]]
+            title = f"### In the list {section}.{name}\n\n{item['description']}"
+            tables.append(table(title, item["properties"], ""))
+    return tables
 
 
 def describe_inherited(cls: type, properties: dict[str, Any]) -> None:
@@ -80,7 +101,7 @@ def type_of(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join("none" if arm.get("type") == "null" else type_of(arm) for arm in field["anyOf"])
     if "$ref" in field:
-        return "{pattern, rank, alpha, algorithm, lr_scale}"
+        return "the options below"
     if field["type"] == "array":
         items = field.get("items") or field["prefixItems"][0]
         count = f"{len(field['prefixItems'])} of " if "prefixItems" in field else "list of "
@@ -101,7 +122,9 @@ def bounds_of(field: dict[str, Any]) -> str:
 
 
 def default_of(field: dict[str, Any]) -> str:
-    value = field.get("default")
+    if "default" not in field:
+        return "required"
+    value = field["default"]
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -53,6 +53,10 @@ class Adapted:
             for name, t in self._state().items()
         }
 
+    def alphas(self) -> dict[str, Tensor]:
+        """What `state_dict` does not say, so that together they are an adapter file; on the CPU, fp32."""
+        return {f"{name}.alpha": torch.tensor(layer.alpha_in_file()) for name, layer in self.layers().items()}
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies `state` into the adapters; names and shapes must match one to one."""

@@ -136,7 +136,11 @@ class Adapter(ABC):
     def in_file(self) -> tuple[dict[str, Tensor], float]:
         """The layer's tensors and alpha in a file, where the scaling is alpha / rank."""
         tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in self.trained().items()}
-        return tensors, self.spec.scaling * self.spec.rank
+        return tensors, self.alpha_in_file()
+
+    def alpha_in_file(self) -> float:
+        """What a file says beside the tensors as they are trained."""
+        return self.spec.scaling * self.spec.rank
 
     def delta_weight(self) -> Tensor:
         """The update: the shape of the weight, in the adapter's dtype, scaling included."""

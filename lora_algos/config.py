@@ -116,8 +116,7 @@ class AdapterConfig(AdapterOptions):
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     """LoRA+: the factor that starts at zero learns this many times faster than the other (LoRA, DoRA, LoHa, GLoRA)."""
     overrides: tuple[Override, ...] = ()
-    """Other rank, alpha, algorithm or learning rate for some layers: a list of {pattern, rank, alpha, algorithm,
-    lr_scale}. With existing_lora only lr_scale counts."""
+    """Other rank, alpha, algorithm or learning rate for some layers. With existing_lora only lr_scale counts."""
 
     def options(self) -> AdapterOptions:
         """The algorithm's options alone."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_algos.base import Adapter, OwnAdapter
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import Kernel, Tensors
-from lora_algos.low_rank import LowRank, thin_svd
+from lora_algos.low_rank import LowRank, difference
 from lora_algos.ops import LayerOp
 from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
@@ -133,15 +133,13 @@ class PeftAdapter(LoRABase):
         return {"initial_up": self.initial_up, "initial_down": self.initial_down}
 
     def in_file(self) -> tuple[dict[str, Tensor], float]:
-        """With what was taken out of the base subtracted, in as few ranks as that takes: side by side the two products
-        would be rounded by themselves, which in bf16 leaves little of a difference that is small."""
+        """With what was taken out of the base subtracted."""
         tensors, alpha = super().in_file()
         if self.initial_up is not None and self.initial_down is not None:
-            up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
-            u, s, v = thin_svd(torch.cat([up, -self.initial_up], 1), torch.cat([down, self.initial_down]))
-            root = s.sqrt()
-            tensors |= {"lora_up.weight": (u * root).to(up.dtype), "lora_down.weight": (root[:, None] * v).to(up.dtype)}
-            alpha *= len(s) / self.spec.rank
+            given = tensors["lora_up.weight"], tensors["lora_down.weight"]
+            up, down = difference(*given, self.initial_up, self.initial_down)
+            tensors |= {"lora_up.weight": up, "lora_down.weight": down}
+            alpha *= len(down) / self.spec.rank
         return tensors, alpha
 
     def factors(self, tensors: dict[str, Tensor]) -> Tensors:

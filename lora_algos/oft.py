@@ -130,5 +130,8 @@ class OFT(OwnAdapter):
             tensors["oft_blocks"] = blocks
         return tensors, 0.0
 
+    def alpha_in_file(self) -> float:
+        return self.spec.options.constraint
+
 
 ADAPTER = OFT

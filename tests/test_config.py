@@ -1,5 +1,6 @@
 """Reading a config: names, ranges and defaults of the node, every fault at once, and speed."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -117,6 +118,8 @@ BAD_COMMAND_LINES = {
     "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.images", "."], "only .safetensors"),
     "images are no folder": ([NEEDED[0], "--data.images", "/nowhere"], "/nowhere is not a folder"),
     "output_dir is a file": ([*NEEDED, "--output_dir", str(PROJECT / "LICENSE")], "exists and is not a folder"),
+    "a list of sources": ([*NEEDED, "--data.sources=x"], "--data.sources: a list of several options"),
+    "a list's option": ([*NEEDED, "--adapter.overrides.0.rank", "4"], "--adapter.overrides: a list of several options"),
     "existing LoRA is no file": ([*NEEDED, "--existing_lora", "/nowhere"], "/nowhere does not exist"),
 }
 
@@ -140,6 +143,19 @@ def test_help_and_config_errors_answer_within_a_second(argv):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 1
+
+
+@pytest.mark.parametrize("command", [[], ["data"]], ids=["train", "data"])
+def test_help_shows_the_options_own_defaults(command):
+    """Not those of the demo, which is what runs without a recipe; with a recipe, the recipe's."""
+    plain, demo = r"--rank INT.*?\(default: 8\)", r"--rank INT.*?\(default: 16\)"
+    assert re.search(plain, script([*command, "--help"]).stdout, re.S)
+    assert re.search(plain, script([*command, "--rnk", "3"]).stderr, re.S)
+    assert re.search(demo, script([*command, str(DEMO_RECIPE), "--help"]).stdout, re.S)
+
+
+def test_options_alone_are_those_of_the_demo():
+    assert load_config(["--rank", "3"]) == load_config([str(DEMO_RECIPE), "--rank", "3"])
 
 
 def test_reading_a_config_loads_no_torch():

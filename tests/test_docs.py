@@ -6,11 +6,15 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from dataclasses import fields
 
 import pytest
 import yaml
 from conftest import BASE, PROJECT, TWEMOJI, accelerate_launch, script
+from safetensors.torch import load_file
 
+from data.config import SourceConfig
+from lora_algos.config import Override
 from models import FAMILIES
 from training.load_config import validate
 from training.optimizers import NAMED
@@ -37,6 +41,16 @@ def test_the_options_page_is_up_to_date():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (PROJECT / "docs" / "options.md").read_text(encoding="utf-8") == module.options_page(), "run make docs"
+
+
+def test_the_options_of_what_stands_in_lists_are_on_the_page():
+    page = (PROJECT / "docs" / "options.md").read_text(encoding="utf-8")
+    for name, item in (("data.sources", SourceConfig), ("adapter.overrides", Override)):
+        table = page.split(f"### In the list {name}\n")[1].split("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)`", table, re.M) == [field.name for field in fields(item)]
+    assert "| `path` | text | required |" in page
+    for recipe in re.findall(r"```yaml\n(.*?)```", page, re.S):
+        validate(yaml.safe_load(recipe), "the page", "")
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -69,6 +83,18 @@ def test_the_commands_on_training_and_families_run(command, run_here, tmp_path, 
 def test_the_recipe_on_families_names_comfyuis_files():
     (recipe,) = re.findall(r"```yaml\n(.*?)```", FAMILY_PAGE, re.S)
     assert len(validate(yaml.safe_load(recipe), "the page", "").model.text_encoders) == 2
+
+
+def test_the_command_that_converts_a_checkpoint_runs(options, run_here, tmp_path, monkeypatch):
+    (command,) = [command for command in commands(TRAINING) if command.startswith("python train_lora.py")]
+    assert run_here([*options, "--steps=1", "--export.format=comfyui", "--lora_dtype=bf16"]) == 0
+    (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
+    monkeypatch.chdir(tmp_path)
+    words = words_of(command.replace("<output_dir>/checkpoints/step_00000100", str(newest)))
+    assert run_here(words[2:]) == 0
+    converted, exported = (load_file(path) for path in ("step_100.safetensors", "out/lora.safetensors"))
+    assert converted.keys() == exported.keys()
+    assert all(tensor.equal(exported[name]) for name, tensor in converted.items())
 
 
 def test_the_recipe_on_training_is_one_and_all_optimizers_are_there():

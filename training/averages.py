@@ -62,10 +62,10 @@ class Averages:
         return {name: t.to("cpu", copy=True) for name, t in zip(self.engine.names, self.ema, strict=False)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises CheckpointError if `state` is not of these parameters."""
+        """Raises CheckpointError if `state` does not have these parameters."""
         here = dict(zip(self.engine.names, self.ema, strict=False))
-        if odd := sorted(here.keys() ^ state.keys()):
-            raise CheckpointError(f"the checkpoint's EMA has other parameters: {', '.join(odd[:5])} ({len(odd)})")
+        if odd := sorted(here.keys() - state.keys()):
+            raise CheckpointError(f"the checkpoint's EMA lacks parameters: {', '.join(odd[:5])} ({len(odd)})")
         for name, tensor in here.items():
             tensor.copy_(state[name])
 

@@ -108,9 +108,9 @@ def from_bytes(data: bytes) -> dict:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:
+def tensors_to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """An adapter's weights as a .safetensors file."""
-    return safetensors.torch.save(tensors)
+    return safetensors.torch.save(tensors, metadata)
 
 
 def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:

@@ -11,10 +11,13 @@ import time
 import traceback
 from contextlib import suppress
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from training.config import TrainConfig
 
 EVERY = 0.5  # seconds between two looks
 LOST = ("Connection closed by peer", "Timed out waiting", "Connection reset", "Broken pipe", "NCCL", "Read error")
@@ -84,9 +87,27 @@ class Failures:
             self.thread.join(2 * EVERY)
 
 
-def explained(error: BaseException) -> str:
-    """An unexpected error with its traceback."""
+def explained(error: BaseException, config: TrainConfig | None = None) -> str:
+    """An unexpected error with its traceback; `config`: of a run that ends with it."""
     text = "".join(traceback.format_exception(error)).rstrip()
     if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
         text += "\n\nAnother rank, its node or the network is gone; if that rank could say why, its log does."
+    told = hasattr(error, "__notes__")  # in the traceback, by what knows more: encoding
+    if isinstance(error, torch.OutOfMemoryError) and config is not None and not told:
+        text += f"\nWhat takes less memory: {', or '.join(smaller(config))}"
     return text
+
+
+def smaller(config: TrainConfig) -> list[str]:
+    """What takes less of a GPU's memory than `config`, beginning with what changes nothing of the result."""
+    ways, size, steps = [], config.batch_size, config.grad_accumulation_steps
+    if not config.gradient_checkpointing:
+        ways.append("--gradient_checkpointing")
+    if size > 1:
+        parts = 2 if size % 2 == 0 else size
+        ways.append(f"--batch_size {size // parts} --grad_accumulation_steps {steps * parts} (now {size} and {steps})")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+        ways.append("on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml")
+    if config.training_dtype == "fp32":
+        ways.append("--training_dtype bf16")
+    return [*ways, f"a --data.resolution below {config.data.resolution}"]

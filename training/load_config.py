@@ -4,10 +4,10 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -17,6 +17,7 @@ from data.config import DataConfig
 from models.config import is_hub_id, objective_faults, path_fault, text_encoder_faults
 from training.config import SCHEMA, ConfigError, TrainConfig
 
+Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
 PROGRAM = "train_lora.py [RECIPE | data | export-dataset | inspect | convert | merge | resize | extract]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
@@ -27,22 +28,31 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
 
     Raises ConfigError naming every fault; wrong option names and types on the command line exit with code 2 (tyro).
     """
-    defaults, argv = read_defaults(list(sys.argv[1:] if argv is None else argv))
-    parsed = tyro.cli(TrainConfig, default=defaults, args=canonical_argv(argv), use_underscores=True, prog=PROGRAM)
-    config = validate(asdict(parsed), where="the command line", prefix="--")
+    said = parsed(list(sys.argv[1:] if argv is None else argv), lambda config: config, PROGRAM)
+    config = validate(asdict(said), where="the command line", prefix="--")
     faults = path_faults(config) + objective_faults(config.objective, config.loss_function)
     if faults:
         raise ConfigError(listed("cannot start", faults))
     return config
 
 
-def read_defaults(argv: list[str]) -> tuple[TrainConfig, list[str]]:
-    """What holds where the command line says nothing, from the recipe that `argv` may begin with, and its options."""
+def parsed(argv: list[str], make: Callable[[TrainConfig], Parsed], program: str) -> Parsed:
+    """The options in `argv`, which a recipe may come before; `make` makes them of a config in which the command line
+    has not said anything yet. The demo is run where no recipe, model and images are named, but `--help` and what tyro
+    says of mistakes show the options' own defaults then."""
     recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    argv = argv if recipe is None else argv[1:]
-    if recipe is None and not any(a.startswith(("--model.path", "--data.images")) for a in argv):
-        recipe = DEMO_RECIPE
-    return read_recipe(recipe) if recipe else TrainConfig(), argv
+    args = canonical_argv(argv if recipe is None else argv[1:])
+    if faults := list_faults(args):
+        raise ConfigError(listed("the command line", faults))
+
+    def over(defaults: TrainConfig) -> Parsed:
+        given = make(defaults)
+        return tyro.cli(type(given), default=given, args=args, use_underscores=True, prog=program)
+
+    said = over(TrainConfig() if recipe is None else read_recipe(recipe))
+    if recipe is None and not any(arg.startswith(("--model.path", "--data.images")) for arg in args):
+        return over(read_recipe(DEMO_RECIPE))
+    return said
 
 
 def read_recipe(path: Path) -> TrainConfig:
@@ -138,6 +148,18 @@ def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, An
             yield from options(typing.cast(type, hint), f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, hint
+
+
+def list_faults(args: list[str]) -> list[str]:
+    """What is wrong with the flags in `args`: an option that is a list of several options each is none."""
+    lists = [name for name, hint in options() if any(is_dataclass(arm) for arm in typing.get_args(hint))]
+    given = [f"{arg[2:].replace('-', '_')}." for arg in args if arg.startswith("--")]
+    return [
+        f"--{name}: a list of several options each, which stands in a recipe alone (docs/options.md). Write one, and "
+        "give it before the options: train_lora.py recipe.yaml"
+        for name in lists
+        if any(flag.startswith(f"{name}.") for flag in given)
+    ]
 
 
 def canonical(value: Any, hint: Any) -> Any:

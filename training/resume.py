@@ -70,7 +70,7 @@ def write(run: Run) -> None:
         EMA: run.averages.state_dict(),
         BEST: run.best.weights if run.best else {},
     }
-    files = to_files(state, weights, optimizer)
+    files = to_files(state, weights, run.parts.adapted.alphas(), optimizer)
     checkpoint.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
 
 

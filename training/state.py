@@ -9,9 +9,11 @@ from torch import nn
 
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
+from training.metadata import TOTAL_STEPS
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
 EMA, BEST = "ema.safetensors", "best.safetensors"
+ALPHA = ".alpha"
 GROUP = "group"
 SCHEDULED = ("params", "lr", "lr_scale")  # of a group, what the config and the step decide
 
@@ -40,19 +42,31 @@ class TrainerState:
 
 
 def to_files(
-    state: TrainerState, weights: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, dict[str, Any]]
+    state: TrainerState,
+    weights: dict[str, dict[str, torch.Tensor]],
+    alphas: dict[str, torch.Tensor],
+    optimizer: dict[str, dict[str, Any]],
 ) -> dict[str, bytes]:
-    """`weights`: by the name of their file; of what is empty there is none."""
+    """`weights`: by the name of their file; of what is empty there is none. Each file is an adapter that the tools and
+    `existing_lora` read: with `alphas`, and with what is not averaged from ADAPTER."""
+    common = {**alphas, **weights[ADAPTER]}
+    previous = state.identity["steps of the existing LoRA"]
+    steps = {name: state.best_step if name == BEST else state.step for name in weights}
     return {
-        **{name: checkpoint.tensors_to_bytes(tensors) for name, tensors in weights.items() if tensors},
+        **{
+            name: checkpoint.tensors_to_bytes({**common, **tensors}, {TOTAL_STEPS: str(previous + steps[name])})
+            for name, tensors in weights.items()
+            if tensors
+        },
         OPTIMIZER: checkpoint.to_bytes(optimizer),
         STATE: json.dumps(asdict(state)).encode(),
     }
 
 
 def weights_of(found: Checkpoint, name: str) -> dict[str, torch.Tensor]:
-    """What `to_files` was given under `name`."""
-    return checkpoint.tensors_from_bytes(found.files[name]) if name in found.files else {}
+    """What `to_files` was given under `name`, and of an EMA what else it takes to be an adapter."""
+    tensors = checkpoint.tensors_from_bytes(found.files[name]) if name in found.files else {}
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(ALPHA)}
 
 
 def state_of(found: Checkpoint) -> TrainerState:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_algos.config import AdapterError
-from lora_algos.low_rank import TINY, norms_after, squared_norms
+from lora_algos.low_rank import TINY, difference, norms_after, squared_norms
 from lora_algos.tensors import bias_faults, scaling_of
 
 Layers = dict[str, dict[str, Tensor]]
@@ -25,6 +25,7 @@ TOGETHER = (
     ("lokr_w1_a", "lokr_w1_b"),
     ("lokr_w2_a", "lokr_w2_b"),
     ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+    ("initial_up", "initial_down"),
 )
 NEEDS = {
     "lora_mid.weight": "lora_down.weight",
@@ -32,6 +33,7 @@ NEEDS = {
     "lora_magnitude_vector": "lora_down.weight",
     "hada_t1": "hada_w1_a",
     "lokr_t2": "lokr_w2_a",
+    "initial_up": "lora_down.weight",
 }
 ANY_SHAPE = ("alpha", "diff", "diff_b", "dora_scale", "lora_magnitude_vector")  # all others are matrices at least
 
@@ -67,13 +69,15 @@ def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_cores(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one layer, in which there are no faults, with cores worked in that the adapters here do not
-    have."""
+    """The tensors of one layer, in which there are no faults, with cores and starts worked in that the adapters here do
+    not have."""
     found = dict(tensors)
     if "lora_mid.weight" in found:
         fold_mid(found)
     if "lokr_t2" in found:
         rebuild_lokr(found)
+    if "initial_up" in found:
+        subtract_start(found)
     return found
 
 
@@ -104,6 +108,14 @@ def rebuild_lokr(tensors: dict[str, Tensor]) -> None:
     if "lokr_w1" in tensors:  # then nothing with a rank is left, and alpha means nothing
         w2 = w2 * scaling
     tensors["lokr_w2"] = w2.contiguous()  # torch.kron fails on what einsum makes, which ComfyUI takes for no change
+
+
+def subtract_start(tensors: dict[str, Tensor]) -> None:
+    """A LoRA that did not start from zero, of a checkpoint of ours, as one that did."""
+    down = tensors["lora_down.weight"]
+    given = (tensors["lora_up.weight"], down, tensors.pop("initial_up"), tensors.pop("initial_down"))
+    tensors["lora_up.weight"], tensors["lora_down.weight"] = difference(*given)
+    tensors["alpha"] = tensors["alpha"] * (len(tensors["lora_down.weight"]) / len(down))
 
 
 def magnitude_of(scale: Tensor, tensors: dict[str, Tensor], weight: Tensor, precompensated: bool) -> Tensor:

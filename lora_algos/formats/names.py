@@ -114,7 +114,7 @@ SUFFIXES = {
         "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
         "oft_blocks", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "diff", "diff_b",
-        "oft_R.weight", "set_weight", "reshape_weight",
+        "oft_R.weight", "set_weight", "reshape_weight", "initial_up", "initial_down",
     )},
     **{f".{name}": own for own, sides in (
         ("lora_down.weight", ("lora_A.weight", "lora_A.default.weight", "lora_A", "lora.down.weight",

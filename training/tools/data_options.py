@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from training.config import ConfigError, TrainConfig
-from training.load_config import canonical_argv, folder_faults, input_faults, listed, read_defaults, validate
+from training.load_config import folder_faults, input_faults, listed, parsed, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,9 @@ COMMANDS: dict[str, type[RunOptions]] = {options.command: options for options in
 def read_options(argv: list[str]) -> RunOptions:
     """The options in `argv`, which begins with the command, checked; ConfigError naming every fault of theirs."""
     command = COMMANDS[argv[0]]
-    defaults, argv = read_defaults(argv[1:])
-    parsed = tyro.cli(
-        command,
-        default=command(config=defaults),
-        args=canonical_argv(argv),
-        use_underscores=True,
-        prog=f"train_lora.py {command.command} [RECIPE]",
-    )
-    options = replace(parsed, config=validate(asdict(parsed.config), where="the command line", prefix="--"))
+    program = f"train_lora.py {command.command} [RECIPE]"
+    said = parsed(argv[1:], lambda config: command(config=config), program)
+    options = replace(said, config=validate(asdict(said.config), where="the command line", prefix="--"))
     if faults := options.faults():
         raise ConfigError(listed("cannot start", faults))
     return options

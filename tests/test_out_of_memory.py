@@ -1,0 +1,67 @@
+"""A GPU that is too small ends a run with what takes less memory, as the run is configured."""
+
+import pytest
+import torch
+
+from data import encode
+from training.engine import Engine
+
+
+def full(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def advice(capsys) -> str:
+    said = capsys.readouterr().err
+    after = said.split("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.\n")[-1]
+    (line,) = [line for line in after.splitlines() if line.startswith("What takes less memory")]
+    return line
+
+
+STEPS = {
+    "as the tests run": (
+        ["--batch_size=6", "--grad_accumulation_steps=2"],
+        ["--gradient_checkpointing, ", "--batch_size 3 --grad_accumulation_steps 4 (now 6 and 2)",
+         "--training_dtype bf16", "--data.resolution below 64", "accelerate_configs/fsdp2.yaml"],
+        [],
+    ),
+    "an odd batch": (["--batch_size=3"], ["--batch_size 1 --grad_accumulation_steps 3 (now 3 and 1)"], []),
+    "with what can be had": (
+        ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16"],
+        ["--data.resolution below 64"],
+        ["--gradient_checkpointing", "--batch_size", "--training_dtype"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_that_does_not_fit_says_what_takes_less(case, options, run_here, monkeypatch, capsys):
+    more, said, unsaid = STEPS[case]
+    monkeypatch.setattr(Engine, "backward", full)
+    assert run_here([*options, *more]) == 1
+    line = advice(capsys)
+    assert not [words for words in said if words not in line], line
+    assert not [words for words in unsaid if words in line], line
+    assert "encode_batch_size" not in line
+
+
+def test_a_sharded_run_is_not_told_to_shard(monkeypatch):
+    from training.config import TrainConfig
+    from training.failure import explained
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    said = explained(torch.OutOfMemoryError("full"), TrainConfig())
+    assert "--data.resolution below 512" in said
+    assert "fsdp2" not in said
+
+
+@pytest.mark.parametrize("size", [8, 1])
+def test_encoding_that_does_not_fit_says_so(size, options, run_here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "encoded", full)
+    fresh = [*options, f"--data.cache_dir={tmp_path / 'cache'}", f"--data.encode_batch_size={size}"]
+    assert run_here(fresh) == 1
+    line = advice(capsys)
+    assert ("--data.encode_batch_size 4 (now 8)" in line) == (size == 8)
+    assert "--data.resolution below 64" in line
+    assert "export-dataset" in line
+    assert "--grad_accumulation_steps" not in line
