@@ -140,8 +140,8 @@ def _batch(item: Any, family: ModelFamily) -> Tensor:
     if not _is_dense(latents):
         raise DataError('latents that are not {"samples": a tensor of floating-point numbers}')
     shape, video = tuple(latents.shape), family.media != "image"
-    if len(shape) == 5 and not video and shape[2] > 1:
-        raise DataError(f"latents of a video, {shape}; this model makes images, of latents (1, C, h, w)")
+    if fault := family.frames_fault(shape[2] if len(shape) == 5 else 1):
+        raise DataError(f"latents of shape {shape}: {fault}")
     if len(shape) not in (4, 5) or 0 in shape:
         raise DataError(f"latents of shape {shape}, not (1, C, {'F, ' * video}h, w)")
     if shape[1] != family.latent_channels:

@@ -112,7 +112,8 @@ class DataConfig(CaptionOptions):
     upscale: bool = True
     """Enlarge images that are smaller than their bucket. Off: they get a smaller bucket."""
     frames: Annotated[int, Field(ge=1)] = 1
-    """Frames of a clip of a video, for models of videos; a video that has fewer gives as many as the model can take."""
+    """Frames of a clip of a video, for models of videos; a video that has fewer gives as many as the model can take.
+    Image to video wants more than one."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Frames of a clip per second, whatever a video's own rate; None: the model's."""
     clip: Literal["first", "spread"] = "first"

@@ -126,6 +126,18 @@ def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[in
     return faults
 
 
+def stills(sources: Sources, listing: Path, facts: Store, fault: str) -> list[tuple[int, str]]:
+    """The entries that are looked at, of which one frame would be taken, and that this is a `fault`."""
+    found = []
+    for entry, cells in tables.rows_of(tables.mapped(listing)):
+        key = facts_key(cells, videos=True)
+        if sources.opened[cells["source"]].has_images and key in facts:
+            seconds = facts[key].get("seconds")
+            if seconds is None or sources.clips is None or sources.clips.of(seconds.item())[0].frames == 1:
+                found.append((entry, f"{cells['name']}: {'an image' if seconds is None else 'too short'}; {fault}"))
+    return found
+
+
 class Planner:
     """Makes rows of tables.ROWS from a row of the listing: one, or of a video one for each clip."""
 

@@ -37,6 +37,7 @@ from data.plan import (
     inspect_share,
     missing,
     short_videos,
+    stills,
     write_listing,
     write_rows,
 )
@@ -118,8 +119,8 @@ class Build:
         except OSError as error:
             raise DataError(f"the training data cannot be read: {error}") from error
         clips = Clips.wanted(config, family.frame_step, family.fps) if family.media == "video" else None
-        if clips is None and config.frames > 1:
-            raise DataError(f"--data.frames {config.frames}: this model makes images")
+        if (fault := family.frames_fault(config.frames)) and (clips is None or any(s.has_images for s in opened)):
+            raise DataError(f"--data.frames {config.frames}: {fault}")
         self.sources = Sources(config, opened, len(configs) - len(held_out), clips)
 
     def plan(self, only_square: bool) -> "Planned":
@@ -187,6 +188,8 @@ class Build:
         self.turns.main(lambda: discard_damaged([self._facts_folder]))
         share = (self.turns.rank, self.turns.ranks)
         found = self.turns.each(lambda: inspect_share(self.sources, self.listing, Store(self._facts_folder), share))
+        if wrong := self.family.frames_fault(1):
+            found.append(self.turns.main(lambda: stills(self.sources, self.listing, Store(self._facts_folder), wrong)))
         bad = sorted((entry, fault) for part in found for entry, fault in part)
         faults = [*faults, *(fault for _, fault in bad)]
         if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):

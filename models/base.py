@@ -153,6 +153,10 @@ class ModelFamily(ABC):
     def pixel_step(self) -> int:
         """WHEN: to choose bucket sizes. OUT: what the sides of an image in pixels must be multiples of."""
 
+    def frames_fault(self, frames: int) -> str | None:
+        """WHEN: in precompute. OUT: what is wrong with training on so many frames, if anything."""
+        return "this model makes images" if frames > 1 and self.media == "image" else None
+
     @abstractmethod
     def load_encoders(self, what: Literal["text", "media"]) -> Any:
         """WHEN: in precompute, only if something must be encoded. OUT: diffusers' pipeline with the text encoders

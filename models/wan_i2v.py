@@ -41,6 +41,12 @@ class WanImageToVideo(Wan):
                 f"{config['in_channels']} channels, not {wanted}"
             )
 
+    def frames_fault(self, frames: int) -> str | None:
+        if frames > 1:
+            return super().frames_fault(frames)
+        least = 1 + self.frame_step
+        return f"the model is given the first frame, so one alone teaches it nothing; {least} are the fewest"
+
     @property
     def sees(self) -> bool:
         """Whether the denoiser is given CLIP's view of the first frame."""

@@ -35,6 +35,20 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """A folder of two animations of 9 frames with captions."""
+    from PIL import Image
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(2):
+        frames = [Image.new("RGB", (32, 32), (20 * i, 100 * number, 50)) for i in range(9)]
+        frames[0].save(folder / f"{number}.webp", save_all=True, append_images=frames[1:], duration=63, lossless=True)
+        (folder / f"{number}.txt").write_text("a photo of a cat")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def fp32_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with weights in fp32, to be read only."""

@@ -133,7 +133,7 @@ def test_a_folder_is_known_by_its_shards(tmp_path, family):
 GOOD = {"samples": torch.zeros(1, 4, 8, 8)}
 BAD_SAMPLES = [  # latents, conditioning, what is said
     ({"samples": torch.zeros(1, 16, 8, 8)}, conditioning(), "latents of 16 channels, of another model"),
-    ({"samples": torch.zeros(1, 4, 21, 8, 8)}, conditioning(), "latents of a video, (1, 4, 21, 8, 8)"),
+    ({"samples": torch.zeros(1, 4, 21, 8, 8)}, conditioning(), "shape (1, 4, 21, 8, 8): this model makes images"),
     ({"samples": torch.zeros(4, 8, 8)}, conditioning(), "latents of shape (4, 8, 8), not (1, C, h, w)"),
     ({"samples": torch.zeros(0, 4, 8, 8)}, conditioning(), "latents of shape (0, 4, 8, 8)"),
     ({"samples": torch.zeros(1, 4, 8, 8, dtype=torch.int32)}, conditioning(), "latents that are not"),

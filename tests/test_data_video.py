@@ -127,7 +127,7 @@ def test_comfyui_latents_with_and_without_frames(build, family, tmp_path):
     plain.comfy_frames = True
     build(plain, images=str(tmp_path / "images"), export=tmp_path / "out", form="comfyui")
     assert torch.load(tmp_path / "out" / "shard_0000.pkl")["latents"][0]["samples"].shape == (1, 4, 1, 8, 8)
-    with pytest.raises(DataError, match=r"latents of a video, \(2, 4, 3, 8, 8\)"):
+    with pytest.raises(DataError, match=r"latents of shape \(2, 4, 3, 8, 8\): this model makes images"):
         build(plain, images=shard("clip", clip))
 
 

@@ -162,21 +162,27 @@ def test_a_caption_is_as_large_as_the_family_says(case):
     assert 0 < counts[1] < counts[0] <= limit
 
 
-def flags(case: Case, options: list[str]) -> list[str]:
-    """A run of three steps of every layer."""
-    return [
-        *(option for option in options if not option.startswith(("--model.path", "--adapter.targets"))),
-        f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
-        *case.options,
-    ]  # fmt: skip
+@pytest.fixture
+def flags(options, videos):
+    """Case -> a run of three steps of every layer."""
+
+    def of_case(case: Case) -> list[str]:
+        other = ("--model.path", "--adapter.targets", *(["--data.images"] if case.first_frame else []))
+        return [
+            *(option for option in options if not option.startswith(other)),
+            f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
+            *case.options, *([f"--data.images={videos}", "--data.frames=5"] if case.first_frame else []),
+        ]  # fmt: skip
+
+    return of_case
 
 
 @CASES
-def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, options, run_here, tmp_path, capsys):
+def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, flags, run_here, tmp_path, capsys):
     losses = {}
     for dtype in ("fp32", "bf16"):
         out = tmp_path / dtype
-        mine = [*flags(case, options), "--gradient_checkpointing", f"--training_dtype={dtype}", f"--output_dir={out}"]
+        mine = [*flags(case), "--gradient_checkpointing", f"--training_dtype={dtype}", f"--output_dir={out}"]
         assert run_here(mine) == 0, capsys.readouterr().err
         losses[dtype] = json.loads((out / "loss.json").read_text())["loss_per_step"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
@@ -184,10 +190,10 @@ def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, options, r
 
 
 @CASES
-def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, options):
+def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, flags):
     call, family = call_of(case, calls), family_of(case)
     denoiser = family.load_denoiser(torch.float32)
-    adapted, _ = attach_adapters(load_config(flags(case, options)), family, denoiser, file_names(family, denoiser))
+    adapted, _ = attach_adapters(load_config(flags(case)), family, denoiser, file_names(family, denoiser))
     trained = adapted.named_parameters().keys()
     denoiser.requires_grad_(True)
     parameters = adapted.named_parameters()
@@ -198,10 +204,10 @@ def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, optio
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @CASES
-def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, options, run_here, tmp_path, capsys):
+def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, flags, run_here, tmp_path, capsys):
     """Images in, three steps, previews, a file of every tensor's own name; and three steps more from that file."""
     mine = [
-        *flags(case, options), f"--algorithm={algorithm}", "--preview.enabled", "--preview.num_inference_steps=2"
+        *flags(case), f"--algorithm={algorithm}", "--preview.enabled", "--preview.num_inference_steps=2"
     ]  # fmt: skip
     out = tmp_path / "out"
     assert run_here(mine) == 0, capsys.readouterr().err

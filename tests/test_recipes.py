@@ -50,7 +50,7 @@ def test_z_image_is_trained_alike_whatever_its_scheduler_says(tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd15"])
-def test_a_recipe_runs_on_a_tiny_model(family, options, run_here, tmp_path, capsys):
+def test_a_recipe_runs_on_a_tiny_model(family, options, videos, run_here, tmp_path, capsys):
     recipe = yaml.safe_load(RECIPES[family].read_text(encoding="utf-8"))
     assert recipe["model"]["family"] == family
     case = next(case for case in cases() if case.family == family)
@@ -59,6 +59,7 @@ def test_a_recipe_runs_on_a_tiny_model(family, options, run_here, tmp_path, caps
         *(option for option in options if option.startswith(kept)), *case.options,
         f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}", "--steps=2", "--data.num_workers=0",
         "--preview.num_inference_steps=2", "--validation.every=0",
+        *([f"--data.images={videos}", "--data.frames=9"] if case.first_frame else []),
     ]  # fmt: skip
     assert run_here([str(RECIPES[family]), *small]) == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "lora.safetensors").is_file()

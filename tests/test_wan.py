@@ -1,10 +1,13 @@
 """What is Wan's own: videos."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from family_cases import cases, family_of, folder_of
+from family_cases import Case, cases, family_of, folder_of
 from PIL import Image
 
+from data.comfy import scan
 from models.base import take_comfy_cond
 from models.config import ModelError
 
@@ -12,29 +15,55 @@ CASE, SEEN = (next(case for case in cases() if str(case) == name) for name in ("
 FRAMES, SIDE = 9, 32
 
 
-@pytest.fixture
-def videos(tmp_path):
-    """A folder of two short animations and an image."""
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    for number in range(2):
-        frames = [Image.new("RGB", (SIDE, SIDE), (20 * i, 100 * number, 50)) for i in range(FRAMES)]
-        frames[0].save(folder / f"{number}.webp", save_all=True, append_images=frames[1:], duration=63, lossless=True)
-        (folder / f"{number}.txt").write_text("a photo of a cat")
+def of_videos(case: Case, folder: Path, options: list[str], frames: int = FRAMES) -> list[str]:
+    """A run on that folder."""
+    mine = [option for option in options if not option.startswith(("--model.path", "--data.images"))]
+    return [
+        *mine, f"--model.path={folder_of(case)}", f"--data.images={folder}", f"--data.resolution={SIDE}",
+        f"--data.frames={frames}", "--steps=4", "--batch_size=1",
+    ]  # fmt: skip
+
+
+def add_image(folder: Path) -> None:
     Image.new("RGB", (SIDE, SIDE), "red").save(folder / "image.png")
     (folder / "image.txt").write_text("red")
-    return folder
 
 
-@pytest.mark.parametrize("case", [CASE, SEEN], ids=str)
-def test_videos_and_images_are_trained_on_together(case, videos, options, run_here, capsys):
-    mine = [option for option in options if not option.startswith(("--model.path", "--data.images"))]
-    more = [
-        f"--model.path={folder_of(case)}", f"--data.images={videos}", f"--data.resolution={SIDE}",
-        f"--data.frames={FRAMES}", "--steps=4", "--batch_size=1",
-    ]  # fmt: skip
-    assert run_here([*mine, *more]) == 0, capsys.readouterr().err
+def test_videos_and_images_are_trained_on_together(videos, options, run_here, capsys):
+    add_image(videos)
+    assert run_here(of_videos(CASE, videos, options)) == 0, capsys.readouterr().err
     assert "32x32 of 3 latent frames: 2, 32x32: 1" in capsys.readouterr().out
+
+
+def test_an_image_teaches_a_model_nothing_that_is_given_the_first_frame(videos, options, run_here, capsys):
+    add_image(videos)
+    short = [Image.new("RGB", (SIDE, SIDE), (90 * i, 0, 0)) for i in range(2)]
+    short[0].save(videos / "short.webp", save_all=True, append_images=short[1:], duration=63, lossless=True)
+    (videos / "short.txt").write_text("short")
+    run = of_videos(SEEN, videos, options)
+    for _ in range(2):  # also when the images are known
+        assert run_here(run) == 2
+        said = capsys.readouterr().err
+        assert "the training data has 2 faults" in said
+        assert "image.png: an image; the model is given the first frame, so one alone teaches it nothing" in said
+        assert "short.webp: too short; the model is given the first frame" in said
+    assert run_here([*run, "--data.on_error=skip"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "2 faults of the training data; 2 samples without one remain" in said
+
+
+def test_one_frame_is_refused_by_a_model_that_is_given_the_first(videos, options, run_here, capsys):
+    assert run_here(of_videos(SEEN, videos, options, frames=1)) == 2
+    assert "--data.frames 1: the model is given the first frame" in capsys.readouterr().err
+    assert run_here(of_videos(CASE, videos, options, frames=1)) == 0
+
+
+def test_comfyuis_latents_of_one_frame_are_refused_by_it_too(tmp_path):
+    family = family_of(SEEN)
+    for latents, wrong in (((1, 16, 1, 4, 4), True), ((1, 16, 4, 4), True), ((1, 16, 3, 4, 4), False)):
+        pairs = [[[torch.ones(1, 5, 24), {}]]]
+        torch.save({"latents": [{"samples": torch.ones(latents)}], "conditioning": pairs}, tmp_path / "shard_0000.pkl")
+        assert any("so one alone teaches it nothing" in fault for fault in scan(tmp_path, family)[1]) == wrong
 
 
 def test_a_videos_latents_are_as_many_as_its_frames_and_come_back():
