@@ -80,8 +80,8 @@ class ModelFamily(ABC):
     """Videos have 1 + n times this many frames, and their latents 1 + n."""
     fps: ClassVar[float] = 16.0
     """Frames per second of the videos that the base model was trained on."""
-    draws: ClassVar[bool] = True
-    """Whether a prompt is all that its pipeline needs, for previews."""
+    takes_image: ClassVar[bool] = False
+    """Whether its pipeline wants a first frame beside the prompt, for previews."""
     comfy_frames: ClassVar[bool] = False
     """Whether ComfyUI's latents of images have a dimension of frames, where ours have none."""
     media_cond: ClassVar[tuple[str, ...]] = ()

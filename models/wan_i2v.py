@@ -25,7 +25,7 @@ class WanImageToVideo(Wan):
     pair = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
     pipelines = ("WanImageToVideoPipeline",)
     unused = ("transformer_2", *VISION)
-    draws = False
+    takes_image = True
 
     @classmethod
     def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -65,8 +65,16 @@ class WanImageToVideo(Wan):
             return self._load("vae", *(VISION if self.sees else ()))
         from diffusers import WanPipeline
 
-        loaded = super().load_encoders(what)  # whose pipeline asks for ftfy, which WanPipeline does without
-        return WanPipeline(loaded.tokenizer, loaded.text_encoder, vae=None, scheduler=None)
+        loaded = super().load_encoders(what)
+        return WanPipeline(loaded.tokenizer, loaded.text_encoder, vae=None, scheduler=None)  # does without ftfy
+
+    def pipeline(self, denoiser: nn.Module | None) -> Any:
+        from diffusers import WanPipeline
+
+        found = super().pipeline(denoiser)  # whose own way with prompts asks for ftfy
+        texts: Any = WanPipeline(found.tokenizer, found.text_encoder, vae=None, scheduler=None)
+        found.encode_prompt = texts.encode_prompt
+        return found
 
     def component_files(self, component: str) -> list[Path]:
         found = super().component_files(component)

@@ -211,7 +211,7 @@ def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, flag
     ]  # fmt: skip
     out = tmp_path / "out"
     assert run_here(mine) == 0, capsys.readouterr().err
-    assert (out / "preview.png").is_file() == family_of(case).draws
+    assert (out / "preview.png").is_file()
     with safe_open(out / "lora.safetensors", framework="pt") as file:
         assert any(file.get_tensor(key).any() for key in file.keys())  # noqa: SIM118
     more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--preview.no_enabled"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from family_cases import Case, cases, family_of, folder_of
@@ -10,6 +11,8 @@ from PIL import Image
 from data.comfy import scan
 from models.base import take_comfy_cond
 from models.config import ModelError
+from training.config import PreviewConfig
+from training.preview import draw, first_frame
 
 CASE, SEEN = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.1-i2v"))
 FRAMES, SIDE = 9, 32
@@ -104,3 +107,16 @@ def test_comfyuis_first_frame_is_taken_and_its_lack_is_told():
 def test_what_encodes_a_video_is_what_its_store_is_known_by(name, parts):
     family = family_of(next(case for case in cases() if str(case) == name))
     assert {file.parent.name for file in family.component_files("vae")} == parts
+
+
+def test_previews_of_image_to_video_go_on_from_a_clips_first_frame():
+    family = family_of(SEEN)
+    pipeline = family.pipeline(family.load_denoiser(torch.float32))
+    options = {**family.preview_options(1.0), "height": SIDE, "width": SIDE, "num_frames": 5}
+    clip = torch.rand(family.latent_channels, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    images = [first_frame(family, latents, pipeline, SIDE) for latents in (clip, clip.roll(1, 1))]
+    other_end = first_frame(family, torch.stack([clip[:, 0], clip[:, 0]], 1), pipeline, SIDE)
+    assert np.array_equal(images[0], other_end), "the rest of the clip is not looked at"
+    drawn = [draw(pipeline, "owl", 0, PreviewConfig(num_inference_steps=2), {**options, "image": i}) for i in images]
+    assert drawn[0].shape == (SIDE, SIDE, 3)
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.01

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from data.index import LatentDataset
+from models.base import ModelFamily
 from models.processes import sample_as_trained
 from training import export, preview, setup, tracking
+from training.config import TrainConfig
 from training.engine import is_sharded
 from training.files import write_file
 from training.metadata import Provenance
@@ -20,27 +24,42 @@ from training.run import Run
 Images = dict[str, np.ndarray]
 
 
+def captions(family: ModelFamily, shown: LatentDataset) -> list[str]:
+    """What previews are drawn of, if nothing else was asked for: of clips, whose first frames are given, the first."""
+    return list(islice(shown.first_captions(), 4)) if family.takes_image else shown.captions(4)
+
+
+def draw(
+    config: TrainConfig, family: ModelFamily, shown: LatentDataset, pipeline: Any, prompt: str, number: int
+) -> np.ndarray:
+    """One preview, as preview.draw has it."""
+    step = family.pixel_step()
+    side = max(step, config.data.resolution // step * step)  # as buckets have it
+    options = {"height": side, "width": side, **family.preview_options(config.preview.guidance_scale)}
+    if family.takes_image:
+        latents = shown.latents(number % len(shown))
+        options |= {"image": preview.first_frame(family, latents, pipeline, side), "num_frames": config.data.frames}
+    return preview.draw(pipeline, prompt, number, config.preview, options)
+
+
 def draw_previews(run: Run) -> tuple[list[str], Images] | None:
     """Prompts, and images (N, H, W, 3) before and after training, on the main process; None if they could not be drawn,
     which is said. Collective; each rank draws its share. Leaves if asked to: the checkpoint of the last step is there.
     """
     config, parts, ranks = run.config, run.parts, run.accelerator.num_processes
     shown = parts.datasets.validation or parts.datasets.train
-    prompts = list(config.preview.prompts) or shown.captions(4)
+    prompts = list(config.preview.prompts) or captions(parts.family, shown)
     rounds, first = -(-len(prompts) // ranks), run.accelerator.process_index
     numbers = [first + i * ranks for i in range(rounds)]
     if is_sharded(run.accelerator):  # takes all ranks for each pass
         numbers = [min(number, len(prompts) - 1) for number in numbers]
     mine = {number: prompts[number] for number in numbers if number < len(prompts)}
-    step = parts.family.pixel_step()
-    side = max(step, config.data.resolution // step * step)  # as buckets have it
-    options = {"height": side, "width": side, **parts.family.preview_options(config.preview.guidance_scale)}
 
     def load() -> Any:
         pipeline = parts.family.pipeline(parts.adapted.model).to(run.accelerator.device)
         return sample_as_trained(pipeline, config.objective)
 
-    attempt = preview.Attempt(load, partial(preview.draw, config=config.preview, options=options))
+    attempt = preview.Attempt(load, partial(draw, config, parts.family, shown))
     weights = [run.initial, results(run)[0].weights]
     drawn = preview.images_of(parts.adapted, weights, mine, rounds, attempt, run.requests.leaving)
     if drawn is None:
@@ -94,10 +113,8 @@ def results(run: Run) -> list[Result]:
 def finish(run: Run) -> tuple[list[str], Images] | None:
     """All that needs every rank. Afterwards the main process is on its own, and the others may leave. Collective."""
     drawn = None
-    if run.config.preview.enabled and run.parts.family.draws:
+    if run.config.preview.enabled:
         drawn = draw_previews(run)
-    elif run.config.preview.enabled:
-        run.reporter.say(f"no previews: {run.parts.family.name} draws of prompts and images, not of prompts alone")
     if run.requests.leaving():
         run.leave(run.requests.agreed)
     return drawn

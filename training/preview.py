@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
 
 from lora_algos.attach import Adapted
+from models.base import ModelFamily
 from training.config import PreviewConfig
 from training.failure import explained
 
@@ -29,7 +30,15 @@ def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options
             output_type="np",
             **options,
         )
-    return result.images[0] if hasattr(result, "images") else result.frames[0][0]
+    return result.images[0] if hasattr(result, "images") else result.frames[0][-1]  # the first may have been given
+
+
+@torch.no_grad()
+def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) -> Image.Image:
+    """Of a clip with these raw latents (C, F, h, w), its middle as a square."""
+    pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline.device))
+    array = ((pixels[0].float().cpu().movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return ImageOps.fit(Image.fromarray(array), (side, side))
 
 
 class Attempt:
