@@ -1,16 +1,20 @@
-# make demo: train the embedded example. make test: run the test suite. Both set up their environment first.
+# make demo: train the embedded example. make test: run the test suite, but for the longest: make test-long. All set up
+# their environment first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint types bench docs
+.PHONY: setup demo test test-long lint types bench docs
 
 setup: $(VENV)/.installed
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch train_lora.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not long"
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m long
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -109,6 +109,7 @@ def test_the_loop_costs_little_over_a_bare_one(tmp_path, cache_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_start_costs_little_over_the_imports(tmp_path, cache_dir):
     assert_within_bar(lambda: loop.compare_starts(tmp_path, 3, [f"--data.cache_dir={cache_dir}"]), 1.5)
 

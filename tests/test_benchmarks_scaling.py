@@ -9,6 +9,7 @@ from benchmarks import on_paper, scaling
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_run_prints_every_figure(capsys):
     assert scaling.main(["--tiny"]) == 0
     printed = capsys.readouterr().out

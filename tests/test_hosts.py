@@ -86,6 +86,7 @@ class Launch:
         return "\n".join(f"{log.name}:\n{log.read_text(encoding='utf-8')[-4000:]}" for log in self.logs)
 
 
+@pytest.mark.long
 def test_a_cut_link_ends_the_run_on_both_hosts_and_the_same_command_goes_on(hosts, cache_dir, tmp_path):
     straight = Launch(hosts, tmp_path / "straight", cache_dir)
     assert straight.ended(240) == [0, 0], straight.output()

@@ -23,8 +23,8 @@ from training.optimizers import NAMED, NODE, OPTIMIZERS
 TOLD = {
     "AdamW": "1e-2 amsgrad=true",
     "Adam": "1e-2",
-    "SGD": "1 momentum=0.9 nesterov=true",
-    "RMSprop": "1e-2 momentum=0.5",
+    "SGD": "0.1 momentum=0.9 nesterov=true",
+    "RMSprop": "2e-3 momentum=0.5",
     "AdamW8bit": "1e-2 min_8bit_size=16",
     "PagedAdamW": "1e-2",
     "PagedAdamW8bit": "1e-2 min_8bit_size=16",
@@ -274,7 +274,7 @@ def test_zero_takes_what_works_on_shares_of_weights(options, run_here, monkeypat
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(options, tmp_path):
     """And one of them goes on with what two began."""
-    names = [name for name in HERE if name in NAMED]
+    names = ["Prodigy", "ScheduleFreeAdamW", "Adafactor", "Muon"]  # whose steps are not of each number by itself
     common = {name: [*options, *told(name), "--optim.warmup_steps=2"] for name in names}
     one = [[*common[name], "--grad_accumulation_steps=2", f"--output_dir={tmp_path / name}"] for name in names]
     two = [[*common[name], f"--output_dir={tmp_path / 'two' / name}"] for name in names]

@@ -143,7 +143,7 @@ def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ranks, monkeypatch):
     """SIGKILL at other moments of listing, checking and encoding; parts of two rows, so that some are always whole."""
     images, cache = TWEMOJI / "train", tmp_path / "cache"

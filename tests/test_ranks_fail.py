@@ -132,6 +132,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(small, tmp_path):
 KILLS = int(os.environ.get("KILLS", "5"))  # 20 take seven minutes
 
 
+@pytest.mark.long
 def test_a_storm_of_kills_costs_nothing(tmp_path, cache_dir):
     """Ranks and launchers die by SIGKILL at any moment; the same command always goes on by itself."""
     rng, killed, whole = random.Random(0), 0, 0

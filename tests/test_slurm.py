@@ -131,6 +131,7 @@ def test_a_job_goes_on_after_a_warning_a_requeue_and_a_killed_rank(cluster, sett
     assert "failed after a new checkpoint: requeued" in job.log
 
 
+@pytest.mark.long
 def test_a_job_goes_on_after_a_killed_rank_and_a_dead_node(cluster, settings, straight, tmp_path):
     restarts = "--max_restarts 1 --rdzv_backend c10d"  # within the job, by its launchers
     options = [*TWO_NODES, *settings, f"--output_dir={tmp_path}", "--checkpoint.every=20"]
