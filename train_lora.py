@@ -127,10 +127,10 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
         say(setup.summary(run))
         for batch in run.batches():
             run.train_on(batch)
-        drawn = finish.finish(run)
+        finished = finish.finish(run)
     failures.close()
     if run.main:  # the others have no part in this, and need not wait for it
-        finish.write(run, drawn)
+        finish.write(run, finished)
     tracking.finish(accelerator)
 
 

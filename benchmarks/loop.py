@@ -155,7 +155,7 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
         losses.extend(zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True))
 
     config = load_config([DEMO, *LOOP_OPTIONS, f"--output_dir={folder / 'loop'}", *options])
-    end = patch.multiple("training.finish", finish=lambda run: None, write=lambda run, drawn: None)
+    end = patch.multiple("training.finish", finish=lambda run: None, write=lambda run, finished: None)
     quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
     with patch.object(Run, "batches", batches), end, quiet[0], quiet[1]:
         status = train_lora.run_training(config, Interruptions())

@@ -58,7 +58,7 @@ class Probe:
             patch.object(Run, "_update", timed_update),
             patch.object(training.run, "write", timed_write),
             patch.object(Run, "batches", lambda run: self.batches(run, batches(run))),
-            patch.multiple("training.finish", finish=lambda run: None, write=lambda run, drawn: None),
+            patch.multiple("training.finish", finish=lambda run: None, write=lambda run, finished: None),
         ]  # fmt: skip
 
     def steps(self, source: Iterator, count: int, records: list[dict]) -> Iterator:

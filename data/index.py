@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,16 +197,15 @@ class LatentDataset:
         crop = self.arrays["crop"][row]
         return int(crop[CROP_HEIGHT]), int(crop[CROP_WIDTH])
 
+    def latent_shape(self, row: int) -> tuple[int, ...]:
+        """(C, [F,] h, w) of a row's latents, which are not read."""
+        part, place = self.media.part(int(self.arrays["media"][row, 0]))
+        return part.columns["latents"].kind(place)[1]
+
     def latent_frames(self, row: int) -> int:
         """Frames of a row's latents; 1 of an image."""
-        part, place = self.media.part(int(self.arrays["media"][row, 0]))
-        _, *frames, _, _ = part.columns["latents"].kind(place)[1]
+        _, *frames, _, _ = self.latent_shape(row)
         return frames[0] if frames else 1
-
-    def latent_elements(self, row: int) -> int:
-        """Numbers in a row's latents."""
-        part, place = self.media.part(int(self.arrays["media"][row, 0]))
-        return math.prod(part.columns["latents"].kind(place)[1])
 
     def text_of(self, row: int, draw: float | None) -> int:
         """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the first."""

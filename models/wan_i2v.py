@@ -18,6 +18,13 @@ MASK_CHANNELS = 4  # of each latent frame, one for each frame that it is made of
 VISION = ("image_encoder", "image_processor")
 
 
+def encoders_of(parts: Any) -> Any:
+    """The text encoders of diffusers' pipeline from images in one that does without the package ftfy."""
+    from diffusers import WanPipeline
+
+    return WanPipeline(parts.tokenizer, parts.text_encoder, vae=None, scheduler=None)
+
+
 class WanImageToVideo(Wan):
     """Every video is its own first frame's."""
 
@@ -63,17 +70,11 @@ class WanImageToVideo(Wan):
     def load_encoders(self, what: Literal["text", "media"]) -> Any:
         if what == "media":
             return self._load("vae", *(VISION if self.sees else ()))
-        from diffusers import WanPipeline
-
-        loaded = super().load_encoders(what)
-        return WanPipeline(loaded.tokenizer, loaded.text_encoder, vae=None, scheduler=None)  # does without ftfy
+        return encoders_of(super().load_encoders(what))
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
-        from diffusers import WanPipeline
-
-        found = super().pipeline(denoiser)  # whose own way with prompts asks for ftfy
-        texts: Any = WanPipeline(found.tokenizer, found.text_encoder, vae=None, scheduler=None)
-        found.encode_prompt = texts.encode_prompt
+        found = super().pipeline(denoiser)
+        found.encode_prompt = encoders_of(found).encode_prompt
         return found
 
     def component_files(self, component: str) -> list[Path]:

@@ -33,8 +33,8 @@ def drawn(options, run_here, tmp_path, monkeypatch):
     kept = {}
     original = finish.draw_previews
 
-    def keep(run):
-        prompts, images = original(run)
+    def keep(run, trained):
+        prompts, images = original(run, trained)
         kept.update(images, arguments=(prompts, run.config.data.resolution, run.config.preview))
         return prompts, images
 

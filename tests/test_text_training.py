@@ -69,8 +69,8 @@ def test_a_run_trains_the_encoders_and_diffusers_draws_what_it_drew(name, option
     kept = {}
     original = finish.draw_previews
 
-    def keep(run):
-        prompts, images = original(run)
+    def keep(run, trained):
+        prompts, images = original(run, trained)
         kept.update(images, prompts=prompts)
         return prompts, images
 

@@ -79,12 +79,11 @@ sys.path.insert(0, {project!r})
 import train_lora
 from training.tools import inspect, merge
 from training.stream import TensorStore
-def peak():
-    return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM"))) * 1024
+from benchmarks.memory import peak_memory
 small = train_lora.main(["merge", {small!r}, {out!r} + "1.safetensors", "--lora", {lora!r}, "--config", {base!r}])
-before = peak()
+before = peak_memory()
 code = train_lora.main(["merge", {large!r}, {out!r} + "2.safetensors", "--lora", {lora!r}, "--config", {base!r}])
-print("PEAK", peak() - before, small, code)
+print("PEAK", peak_memory() - before, small, code)
 """
 
 

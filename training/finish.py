@@ -22,6 +22,7 @@ from training.metrics import loss_json, loss_png
 from training.run import Run
 
 Images = dict[str, np.ndarray]
+Drawn = tuple[list[str], Images] | None
 
 
 def captions(family: ModelFamily, shown: LatentDataset) -> list[str]:
@@ -42,9 +43,10 @@ def draw(
     return preview.draw(pipeline, prompt, number, config.preview, options)
 
 
-def draw_previews(run: Run) -> tuple[list[str], Images] | None:
+def draw_previews(run: Run, trained: dict[str, Tensor]) -> Drawn:
     """Prompts, and images (N, H, W, 3) before and after training, on the main process; None if they could not be drawn,
-    which is said. Collective; each rank draws its share. Leaves if asked to: the checkpoint of the last step is there.
+    which is said. `trained`: the weights after it. Collective; each rank draws its share. Leaves if asked to: the
+    checkpoint of the last step is there.
     """
     config, parts, ranks = run.config, run.parts, run.accelerator.num_processes
     shown = parts.datasets.validation or parts.datasets.train
@@ -60,8 +62,7 @@ def draw_previews(run: Run) -> tuple[list[str], Images] | None:
         return sample_as_trained(pipeline, config.objective)
 
     attempt = preview.Attempt(load, partial(draw, config, parts.family, shown))
-    weights = [run.initial, results(run)[0].weights]
-    drawn = preview.images_of(parts.adapted, weights, mine, rounds, attempt, run.requests.leaving)
+    drawn = preview.images_of(parts.adapted, [run.initial, trained], mine, rounds, attempt, run.requests.leaving)
     if drawn is None:
         run.leave(run.requests.agreed)
     everyone: list[Any] = [(drawn, attempt.error)] * ranks
@@ -110,22 +111,22 @@ def results(run: Run) -> list[Result]:
     return found
 
 
-def finish(run: Run) -> tuple[list[str], Images] | None:
+def finish(run: Run) -> tuple[list[Result], Drawn]:
     """All that needs every rank. Afterwards the main process is on its own, and the others may leave. Collective."""
-    drawn = None
-    if run.config.preview.enabled:
-        drawn = draw_previews(run)
+    exported = results(run)
+    drawn = draw_previews(run, exported[0].weights) if run.config.preview.enabled else None
     if run.requests.leaving():
         run.leave(run.requests.agreed)
-    return drawn
+    return exported, drawn
 
 
-def write(run: Run, drawn: tuple[list[str], Images] | None) -> None:
+def write(run: Run, finished: tuple[list[Result], Drawn]) -> None:
     """Writes the adapter, the loss files, the previews and, if asked for, the merged model. Main process only."""
     config, parts = run.config, run.parts
+    exported, drawn = finished
     if is_sharded(run.accelerator):
         parts = setup.on_one_process(config, parts)
-    exported, written = results(run), []
+    written: list[Path] = []
     for result in reversed(exported):  # the adapter itself last: it stays in the model
         parts.adapted.load_state_dict(result.weights)
         steps = parts.previous_steps + result.step

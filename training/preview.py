@@ -36,9 +36,13 @@ def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options
 @torch.no_grad()
 def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) -> Image.Image:
     """Of a clip with these raw latents (C, F, h, w), its middle as a square."""
-    pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline.device))
-    array = ((pixels[0].float().cpu().movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    return ImageOps.fit(Image.fromarray(array), (side, side))
+    pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline.device))[0]
+    return ImageOps.fit(as_picture(pixels.cpu()), (side, side))
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """Of pixels (3, H, W) in [-1, 1]."""
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 class Attempt:

@@ -6,6 +6,7 @@ quantiles of the model's own noise process; only the data's masks and weights co
 It draws nothing from a global generator, so a run with validation takes the very same training steps as one without.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def blocks(dataset: LatentDataset, quantiles: int, batch_size: int) -> list[Bloc
     found = []
     for bucket in dataset.buckets:
         first, count = bucket[0].first, sum(segment.count for segment in bucket)
-        size = max(batch_size, min(MOST_SAMPLES, MOST_ELEMENTS // dataset.latent_elements(first)))
+        size = max(batch_size, min(MOST_SAMPLES, MOST_ELEMENTS // math.prod(dataset.latent_shape(first))))
         found += [(first, count, start, size) for start in range(0, count * quantiles, size)]
     return found
 

@@ -22,7 +22,7 @@ from data.store import MISSING
 from data.video import Clip
 from models.base import ModelFamily
 from training.files import write_file
-from training.preview import wrapped
+from training.preview import as_picture, wrapped
 from training.tools.data_survey import Survey, shown, sizes
 
 MOST_IMAGES = 48
@@ -177,14 +177,13 @@ def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Ima
 
 def thumbnail(pixels: Tensor) -> Image.Image:
     """Pixels (3, H, W) in [-1, 1] with a longer side of SIDE; tiny ones are enlarged by a whole number."""
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array)
-    longest = max(picture.size)
+    image = as_picture(pixels)
+    longest = max(image.size)
     if longest < SIDE:
         zoom = max(1, SIDE // longest)
-        return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return picture
+        return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def sheet(title: str, tiles: list[Tile]) -> bytes:
