@@ -99,12 +99,12 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
 
 def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, interruptions: Interruptions) -> None:
     """The whole run, in the order in which its parts need each other."""
+    from adapter_files.keys import file_names
     from data.precompute import build_datasets
     from training import finish, setup, tracking
     from training.engine import wants_contiguous
     from training.export import check as check_export
     from training.metadata import Parts
-    from training.names import file_names
     from training.resume import resume
     from training.run import Run
     from training.step import build_loss

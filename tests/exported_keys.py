@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lora_algos import formats, get_algorithm
+from adapter_files import files
+from lora_algos import get_algorithm
 from lora_algos.attach import adaptable_layers, norm_layers
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 
@@ -13,10 +14,10 @@ def spec_for(algorithm: str) -> LayerSpec:
     return LayerSpec(4, 2.0, algorithm, AdapterOptions(block_size=256 if algorithm == "BOFT" else 32))
 
 
-def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) -> formats.Layers:
+def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) -> files.Layers:
     """The tensors of each layer with the algorithm named for it; norms are trained whole. A layer that the algorithm
     does not fit is left out."""
-    layers: formats.Layers = {}
+    layers: files.Layers = {}
     for name, layer in {**adaptable_layers(denoiser), **norm_layers(denoiser)}.items():
         if name not in algorithms:
             continue
@@ -34,8 +35,8 @@ def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) 
 
 
 def exported(
-    denoiser: nn.Module, names: formats.Names, algorithms: dict[str, str], file_format: str, biases: bool = True
+    denoiser: nn.Module, names: files.Names, algorithms: dict[str, str], file_format: str, biases: bool = True
 ) -> dict[str, Tensor]:
     """Key -> tensor without values. `algorithms`: layer -> algorithm, of those that are adapted."""
     layers = empty_layers(denoiser, algorithms, biases)
-    return formats.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
+    return files.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import SPECS, on_layers
+from adapter_file_cases import SPECS, on_layers
 from conftest import BASE, TWEMOJI
 from safetensors.torch import load_file, save_file
 from test_script import adapter, assert_same

@@ -9,7 +9,8 @@ import torch
 from exported_keys import exported
 from torch import nn
 
-from lora_algos import ALGORITHMS, formats
+from adapter_files import files
+from lora_algos import ALGORITHMS
 from lora_algos.attach import adaptable_layers, norm_layers
 from models import dit_names
 from models.base import Native
@@ -38,9 +39,9 @@ def natives(architecture: str) -> dict[str, Native]:
     return dit_names.renamed(denoiser_of(architecture), *TABLES[comfy_keys.key_map(architecture)["class"]])
 
 
-def names(architecture: str, by_diffusers: str) -> formats.Names:
+def names(architecture: str, by_diffusers: str) -> files.Names:
     found = natives(architecture)
-    return formats.Names(
+    return files.Names(
         {layer: native.name for layer, native in found.items()},
         "transformer",
         kohya_is_native=True,
@@ -116,7 +117,7 @@ def test_comfyui_loads_every_key_of_every_file(architecture, form):
     tensors = exported(denoiser, spelt, mixed(architecture), form.split()[0])
     assert not comfy_keys.resolve(tensors, architecture)
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
-    _, unknown = formats.names.group_keys({key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers))
+    _, unknown = files.names.group_keys({key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers))
     assert not unknown
 
 

@@ -7,12 +7,12 @@ import torch
 from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline, seen_in
 from safetensors import safe_open
 
+from adapter_files.keys import file_names
 from lora_algos import ALGORITHMS
 from models import get_family
 from models.base import take_comfy_cond
 from models.config import ModelConfig, ModelError
 from training.load_config import load_config
-from training.names import file_names
 from training.setup import attach_adapters
 
 CASES = pytest.mark.parametrize("case", cases(), ids=str)

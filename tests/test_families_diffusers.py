@@ -7,10 +7,10 @@ import torch
 from family_cases import Case, cases, family_of
 from safetensors.torch import save_file
 
-from lora_algos import formats
+from adapter_files import files
+from adapter_files.keys import file_names
 from lora_algos.attach import Adapted, Plan, attach
 from lora_algos.config import AdapterConfig
-from training.names import file_names
 
 WAN_ALL = r"(?!patch_embedding).*"  # by ComfyUI's names diffusers refuses what its converter has no name for
 COMFYUI_ALONE = ("chroma", "flux2", "flux2_klein")
@@ -34,14 +34,14 @@ def default_of(case: Case, adapted: Adapted) -> str:
     """The format that a run writes if none is asked for."""
     family = family_of(case)
     names = file_names(family, adapted.model)
-    return formats.preferred(family.file_formats, formats.layers_of_adapted(adapted), names)
+    return files.preferred(family.file_formats, files.layers_of_adapted(adapted), names)
 
 
 def check_loads(case: Case, adapted: Adapted, file_format: str, folder) -> None:
     """diffusers' loader makes of the file the weights that the adapter is merged into."""
     family = family_of(case)
-    names, layers = file_names(family, adapted.model), formats.layers_of_adapted(adapted)
-    content = formats.to_file(layers, adapted.model, names, file_format, torch.float32)
+    names, layers = file_names(family, adapted.model), files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
     save_file(content.tensors, folder / "lora.safetensors", content.metadata)
     merged = family.load_denoiser(torch.float32)
     adapted.merge_into(merged)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from exported_keys import empty_layers, exported
 
-from lora_algos import ALGORITHMS, formats
+from adapter_files import files
+from adapter_files.keys import file_names
+from lora_algos import ALGORITHMS
 from lora_algos.attach import attach, select_layers
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from models import get_family
 from models.checkpoints import family_classes
 from models.config import ModelConfig
-from training.names import file_names
 
 GOLDEN = Path(__file__).parent / "data" / "full_size.json"
 FAMILIES = {
@@ -110,13 +111,13 @@ def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(architec
     names = file_names(family, denoiser)
     lora = dict.fromkeys(select_layers(denoiser, (preset,), family.targets), "LoRA")
     layers = empty_layers(denoiser, lora, biases=False)
-    file_format = formats.preferred(family.file_formats, layers, names)
+    file_format = files.preferred(family.file_formats, layers, names)
     if family.name == "sdxl":
         assert file_format == "kohya"
     else:
         by_comfyui = (family.name, preset) in BY_COMFYUIS_NAMES or "wan" in family.name
         assert file_format == ("comfyui" if by_comfyui else "diffusers")
-    tensors = formats.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
+    tensors = files.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
     assert len(tensors) >= 2 * len(layers)
     assert comfy_keys.resolve(tensors, architecture) == []
 

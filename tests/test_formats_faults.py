@@ -8,12 +8,11 @@ import torch
 from adapter_cases import every_spec, model_of, randomised
 from torch import Tensor, nn
 
-from lora_algos import formats
+from adapter_files import convert, files
 from lora_algos.attach import Adapted, attach, attach_from_file
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
-from lora_algos.formats import convert
 
-NAMES = formats.Names()
+NAMES = files.Names()
 
 
 def model() -> nn.ModuleDict:
@@ -80,7 +79,7 @@ def test_a_broken_file_is_refused_with_all_its_faults(case):
     there = model()
     kinds = [type(module) for module in there.modules()]
     with pytest.raises(AdapterError) as caught:
-        attach_from_file(there, *formats.from_file(tensors, {}, there, NAMES))
+        attach_from_file(there, *files.from_file(tensors, {}, there, NAMES))
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
     assert [type(module) for module in there.modules()] == kinds
 
@@ -89,36 +88,36 @@ def test_a_broken_file_is_refused_with_all_its_faults(case):
 @pytest.mark.parametrize("name", ["lora_up.weight", "lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w2", "a1.weight"])
 def test_a_tensor_alone_is_a_fault_of_its_layer(name, config):
     there = model()
-    layers, unknown = formats.from_file({f"linear.{name}": torch.ones(2, 2)}, config, there, NAMES)
+    layers, unknown = files.from_file({f"linear.{name}": torch.ones(2, 2)}, config, there, NAMES)
     with pytest.raises(AdapterError, match="linear: "):
         attach_from_file(there, layers, unknown)
 
 
-@pytest.mark.parametrize("file_format", formats.WRITERS)
+@pytest.mark.parametrize("file_format", files.WRITERS)
 @pytest.mark.parametrize("alphas", [(0.0, 3.0), (3.0, 0.0), (0.0, 0.0)])
 @torch.no_grad()
 def test_an_alpha_of_0_is_no_update_in_every_format(file_format, alphas):
     tensors = {f"{name}.alpha": torch.tensor(alpha) for name, alpha in zip(("linear", "plain"), alphas, strict=True)}
     there = model()
-    layers, unknown = formats.from_file({**tensors, **lora("linear"), **lora("plain")}, {}, there, NAMES)
+    layers, unknown = files.from_file({**tensors, **lora("linear"), **lora("plain")}, {}, there, NAMES)
     assert not unknown
-    names = formats.Names({name: name for name in there})
-    content = formats.to_file(layers, there, names, file_format, torch.float32)
+    names = files.Names({name: name for name in there})
+    content = files.to_file(layers, there, names, file_format, torch.float32)
     assert all(tensor.isfinite().all() for tensor in content.tensors.values())
-    assert formats.verify(content, layers, there, names) <= formats.MOST_ERROR
+    assert files.verify(content, layers, there, names) <= files.MOST_ERROR
     deltas = [convert.delta_of(layers[name], there[name].weight).norm() for name in ("linear", "plain")]
     assert [bool(delta) for delta in deltas] == [bool(alpha) for alpha in alphas]
 
 
 @pytest.mark.parametrize("key", ["linear.lora_up.weight", "linear.diff_b"])
 def test_what_is_not_finite_is_the_worst_error_there_is(monkeypatch, key):
-    layers, unknown = formats.from_file(lora("linear", diff_b=torch.ones(12)), {}, model(), NAMES)
+    layers, unknown = files.from_file(lora("linear", diff_b=torch.ones(12)), {}, model(), NAMES)
     assert not unknown
-    content = formats.to_file(layers, model(), NAMES, "kohya", torch.float32)
+    content = files.to_file(layers, model(), NAMES, "kohya", torch.float32)
     spoilt = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in layers.items()}
     spoilt["linear"][key.removeprefix("linear.")][0] = math.nan
-    monkeypatch.setattr(formats, "from_file", lambda *arguments: (spoilt, []))
-    assert formats.verify(content, layers, model(), NAMES) == math.inf
+    monkeypatch.setattr(files, "from_file", lambda *arguments: (spoilt, []))
+    assert files.verify(content, layers, model(), NAMES) == math.inf
 
 
 @pytest.mark.parametrize("value", [math.nan, 3e38])
@@ -130,9 +129,9 @@ def test_an_update_that_is_not_finite_cannot_be_decomposed(value):
 
 
 def written_and_verified(adapted: Adapted) -> None:
-    layers = formats.layers_of_adapted(adapted)
-    content = formats.to_file(layers, adapted.model, NAMES, "kohya", torch.float32)
-    formats.verify(content, layers, adapted.model, NAMES)
+    layers = files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, NAMES, "kohya", torch.float32)
+    files.verify(content, layers, adapted.model, NAMES)
 
 
 def test_what_has_diverged_is_not_written_and_the_layer_is_named():
@@ -154,7 +153,7 @@ def test_a_tucker_loha_is_a_lora_too(spec):
     for kind in ("Linear", "Conv2d", "Conv3d"):
         there, _ = model_of(kind)
         adapted = randomised(attach(there, {"layer": spec}, seed=0))
-        layers = formats.layers_of_adapted(adapted)
+        layers = files.layers_of_adapted(adapted)
         weight = there["layer"].base_layer.weight.detach()
         exact = convert.lora_exact(layers["layer"], weight.shape)
         assert {*exact} == {"lora_up.weight", "lora_down.weight", "alpha"}
@@ -166,10 +165,10 @@ def test_while_the_update_is_merged_the_base_is_still_the_base():
     there, _ = model_of("Linear")
     before = there["layer"].weight.detach().clone()
     adapted = randomised(attach(there, {"layer": LayerSpec(3, algorithm="DoRA")}, seed=0))
-    layers, names = formats.layers_of_adapted(adapted), formats.Names({"layer": "layer"})
-    expected = formats.to_file(layers, there, names, "kohya", torch.float32).tensors
+    layers, names = files.layers_of_adapted(adapted), files.Names({"layer": "layer"})
+    expected = files.to_file(layers, there, names, "kohya", torch.float32).tensors
     adapted.merge()
-    assert formats.weights_of(there)["layer"].equal(before)
-    content = formats.to_file(layers, there, names, "kohya", torch.float32)
+    assert files.weights_of(there)["layer"].equal(before)
+    content = files.to_file(layers, there, names, "kohya", torch.float32)
     assert all(tensor.equal(expected[key]) for key, tensor in content.tensors.items())
-    assert formats.verify(content, layers, there, names) <= formats.MOST_ERROR
+    assert files.verify(content, layers, there, names) <= files.MOST_ERROR

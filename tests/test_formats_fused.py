@@ -12,10 +12,9 @@ from comfy_apply import applied
 from comfy_keys import Place
 from torch import Tensor, nn
 
-from lora_algos import formats
+from adapter_files import convert, files
 from lora_algos.attach import Adapted, attach, attach_from_file
 from lora_algos.config import AdapterError, LayerSpec
-from lora_algos.formats import convert
 
 SLICES = {
     "attn.to_q": ("block.qkv", 0, 24), "attn.to_k": ("block.qkv", 24, 24), "attn.to_v": ("block.qkv", 48, 24),
@@ -36,9 +35,9 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def names(by_diffusers: str = PREFIX) -> formats.Names:
+def names(by_diffusers: str = PREFIX) -> files.Names:
     rows = {layer: (first, count) for layer, (_, first, count) in SLICES.items()}
-    return formats.Names(NATIVE, "transformer", True, rows, frozenset(SWAPPED), by_diffusers)
+    return files.Names(NATIVE, "transformer", True, rows, frozenset(SWAPPED), by_diffusers)
 
 
 @functools.cache
@@ -118,21 +117,21 @@ def assert_alike(there: dict[str, Tensor], here: dict[str, Tensor]) -> None:
         )
 
 
-def content_of(adapted: Adapted, form: str) -> formats.FileContent:
+def content_of(adapted: Adapted, form: str) -> files.FileContent:
     file_format, by_diffusers = FORMS[form]
-    layers = formats.layers_of_adapted(adapted)
-    content = formats.to_file(layers, adapted.model, names(by_diffusers), file_format, torch.float32)
-    assert formats.verify(content, layers, adapted.model, names(by_diffusers)) <= formats.MOST_ERROR
+    layers = files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, names(by_diffusers), file_format, torch.float32)
+    assert files.verify(content, layers, adapted.model, names(by_diffusers)) <= files.MOST_ERROR
     return content
 
 
-def read(content: formats.FileContent, by_diffusers: str = PREFIX) -> Adapted:
+def read(content: files.FileContent, by_diffusers: str = PREFIX) -> Adapted:
     model = toy()
-    layers, unknown = formats.from_file(content.tensors, content.metadata, model, names(by_diffusers))
+    layers, unknown = files.from_file(content.tensors, content.metadata, model, names(by_diffusers))
     return attach_from_file(model, layers, unknown)
 
 
-def check(adapted: Adapted, form: str) -> formats.FileContent:
+def check(adapted: Adapted, form: str) -> files.FileContent:
     """ComfyUI, and we, make of the file what was trained."""
     content = content_of(adapted, form)
     by_diffusers = FORMS[form][1]
@@ -232,14 +231,14 @@ def test_a_lora_that_changes_nothing_is_no_fault_of_a_fused_file():
 
 @pytest.mark.parametrize("spec", [ALL_SPECS["LoRA"], ALL_SPECS["Full"]], ids=["LoRA", "Full"])
 def test_the_default_format_is_the_one_that_the_most_programs_read(spec):
-    layers = formats.layers_of_adapted(trained({"attn.to_q": spec, "plain": spec}))
+    layers = files.layers_of_adapted(trained({"attn.to_q": spec, "plain": spec}))
     asked = ("diffusers", "comfyui")
     wanted = "diffusers" if spec.algorithm == "LoRA" else "comfyui"
-    assert formats.preferred(asked, layers, names()) == wanted
-    assert formats.preferred(asked, layers, replace(names(), native_only=frozenset({"plain"}))) == "comfyui"
-    assert formats.preferred(("kohya",), layers, names()) == "kohya"
+    assert files.preferred(asked, layers, names()) == wanted
+    assert files.preferred(asked, layers, replace(names(), native_only=frozenset({"plain"}))) == "comfyui"
+    assert files.preferred(("kohya",), layers, names()) == "kohya"
     with_bias = {name: {**tensors, "diff_b": torch.ones(24)} for name, tensors in layers.items()}
-    assert formats.preferred(asked, with_bias, names()) == "comfyui"
+    assert files.preferred(asked, with_bias, names()) == "comfyui"
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -287,7 +286,7 @@ def test_files_trained_on_the_original_weight_are_read(case, prefix):
     for native, rows in (("block.qkv", 72), ("final.1", 24)):
         spelling = prefix.replace("{}", native).replace("{_}", native.replace(".", "_"))
         tensors |= {f"{spelling}.{name}": tensor for name, tensor in make(rows).items()}
-    adapted = read(formats.FileContent(tensors))
+    adapted = read(files.FileContent(tensors))
     found = {name: spec.algorithm for name, spec in adapted.specs().items()}
     assert found == {**dict.fromkeys(ATTENTION, of_parts), "norm_out": of_swapped}
     assert_alike(merged(adapted), applied(tensors, table(PREFIX), native_state(base())))
@@ -302,7 +301,7 @@ def test_a_dora_trained_on_the_original_weight_is_read():
         magnitude = noise(len(weight), 1).double().abs() + 0.5
         native[f"{name}.weight"] = magnitude * moved / moved.norm(dim=1, keepdim=True)
         tensors |= {f"diffusion_model.{name}.{n}": t for n, t in {**parts, "dora_scale": magnitude.float()}.items()}
-    assert_alike(merged(read(formats.FileContent(tensors))), native)
+    assert_alike(merged(read(files.FileContent(tensors))), native)
 
 
 def test_a_part_by_diffusers_name_beside_the_whole_is_refused():
@@ -311,7 +310,7 @@ def test_a_part_by_diffusers_name_beside_the_whole_is_refused():
         **{f"transformer.attn.to_q.{name}": tensor for name, tensor in lora_tensors(24).items()},
     }
     with pytest.raises(AdapterError, match=r"the same tensor as diffusion_model\.block\.qkv"):
-        read(formats.FileContent(tensors))
+        read(files.FileContent(tensors))
 
 
 BROKEN = {
@@ -327,7 +326,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_cannot_be_split_is_refused_by_layer(case):
     tensors, words = BROKEN[case]
-    file = formats.FileContent({f"diffusion_model.block.qkv.{name}": tensor for name, tensor in tensors.items()})
+    file = files.FileContent({f"diffusion_model.block.qkv.{name}": tensor for name, tensor in tensors.items()})
     with pytest.raises(AdapterError, match=rf"attn.to_q: (.|\n)*{words}"):
         read(file)
 
@@ -337,8 +336,8 @@ def test_a_split_lora_is_one_of_the_rank_that_was_put_in():
     adapted = trained({name: LayerSpec(2 + i, 4.0) for i, name in enumerate(ATTENTION)})
     kohya = content_of(adapted, "kohya").tensors
     assert kohya["lora_unet_block_qkv.lora_up.weight"].shape == (72, 9)
-    layers, _ = formats.from_file(kohya, {}, toy(), names())
+    layers, _ = files.from_file(kohya, {}, toy(), names())
     for i, name in enumerate(ATTENTION):
         assert layers[name]["lora_down.weight"].shape == (2 + i, 12)
-        expected = convert.delta_of({**formats.layers_of_adapted(adapted)[name]}, torch.zeros(24, 12))
+        expected = convert.delta_of({**files.layers_of_adapted(adapted)[name]}, torch.zeros(24, 12))
         torch.testing.assert_close(convert.delta_of(layers[name], torch.zeros(24, 12)), expected)

@@ -9,7 +9,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_algos import formats
+from adapter_files import files
 from lora_algos.attach import attach, attach_from_file
 from lora_algos.config import AdapterError, LayerSpec
 
@@ -49,7 +49,7 @@ def saved_by_peft(config, folder: Path) -> None:
 
 def ours(folder: Path) -> Small:
     model = base()
-    attach_from_file(model, *formats.from_file(*formats.read(folder), model, formats.Names()))
+    attach_from_file(model, *files.from_file(*files.read(folder), model, files.Names()))
     return model
 
 
@@ -91,9 +91,9 @@ def test_a_lokr_of_pefts_written_for_peft_is_the_same_again(tmp_path, case):
     saved_by_peft(CONFIGS[case], tmp_path / "theirs")
     expected = PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()(INPUT)
     model = base()
-    layers, _ = formats.from_file(*formats.read(tmp_path / "theirs"), model, formats.Names())
-    content = formats.to_file(layers, model, formats.Names(), "peft", torch.float32)
-    assert formats.verify(content, layers, model, formats.Names()) <= formats.MOST_ERROR
+    layers, _ = files.from_file(*files.read(tmp_path / "theirs"), model, files.Names())
+    content = files.to_file(layers, model, files.Names(), "peft", torch.float32)
+    assert files.verify(content, layers, model, files.Names()) <= files.MOST_ERROR
     write(tmp_path / "ours", content)
     torch.testing.assert_close(
         PeftModel.from_pretrained(base(), tmp_path / "ours").eval()(INPUT), expected, rtol=0, atol=1e-5
@@ -101,9 +101,9 @@ def test_a_lokr_of_pefts_written_for_peft_is_the_same_again(tmp_path, case):
     torch.testing.assert_close(ours(tmp_path / "ours")(INPUT), expected, rtol=0, atol=1e-5)
 
 
-def write(folder: Path, content: formats.FileContent) -> None:
+def write(folder: Path, content: files.FileContent) -> None:
     folder.mkdir()
-    (folder / "adapter_model.safetensors").write_bytes(formats.to_bytes(content.tensors, content.metadata))
+    (folder / "adapter_model.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
     (folder / "adapter_config.json").write_text(json.dumps(content.config))
 
 
@@ -131,8 +131,8 @@ def test_one_that_peft_has_converted_is_read(tmp_path):
 def test_our_folders_name_no_init_that_changes_the_base():
     model = base()
     adapted = attach(model, {"linear": LayerSpec(4)}, seed=0)
-    layers = formats.layers_of_adapted(adapted)
-    content = formats.to_file(layers, model, formats.Names(), "peft", torch.float32)
+    layers = files.layers_of_adapted(adapted)
+    content = files.to_file(layers, model, files.Names(), "peft", torch.float32)
     assert content.config is not None
     assert content.config.get("init_lora_weights", True) is True
 
@@ -163,6 +163,6 @@ def test_a_broken_config_is_an_error_that_says_what_is_wrong(tmp_path, case):
 def test_a_grouped_convolution_is_refused_where_peft_reads(file_format):
     model = nn.ModuleDict({"grouped": nn.Conv2d(8, 8, 3, groups=2), "linear": nn.Linear(8, 8)})
     adapted = attach(copy.deepcopy(model), dict.fromkeys(model, LayerSpec(4)), seed=0)
-    layers = formats.layers_of_adapted(adapted)
+    layers = files.layers_of_adapted(adapted)
     with pytest.raises(AdapterError, match=r"grouped convolutions: 1 fault\n  grouped"):
-        formats.to_file(layers, adapted.model, formats.Names(), file_format, torch.float32)
+        files.to_file(layers, adapted.model, files.Names(), file_format, torch.float32)

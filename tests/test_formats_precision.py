@@ -9,20 +9,19 @@ from adapter_cases import ALL_SPECS, TAKEN_OUT, every_spec, model_of, randomised
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lora_algos import formats
+from adapter_files import convert, files
 from lora_algos.attach import Adapted, attach
 from lora_algos.config import AdapterError, LayerSpec
-from lora_algos.formats import convert
 
 OTHER = torch.device("cpu:1")  # fake tensors do not mix it with "cpu", as little as a GPU, and torch needs no CUDA
-NAMES = formats.Names({"layer": "layer"})
-every_writer = pytest.mark.parametrize("file_format", formats.WRITERS)
+NAMES = files.Names({"layer": "layer"})
+every_writer = pytest.mark.parametrize("file_format", files.WRITERS)
 
 
-def content_of(adapted: Adapted, file_format: str, dtype: torch.dtype) -> tuple[formats.FileContent, dict[str, str]]:
+def content_of(adapted: Adapted, file_format: str, dtype: torch.dtype) -> tuple[files.FileContent, dict[str, str]]:
     """The file and its metadata as a reader sees it. Skips what the format does not hold."""
     try:
-        content = formats.to_file(formats.layers_of_adapted(adapted), adapted.model, NAMES, file_format, dtype)
+        content = files.to_file(files.layers_of_adapted(adapted), adapted.model, NAMES, file_format, dtype)
     except AdapterError as error:
         pytest.skip(str(error).splitlines()[0])
     config = {} if content.config is None else {"adapter_config": json.dumps(content.config)}
@@ -31,9 +30,9 @@ def content_of(adapted: Adapted, file_format: str, dtype: torch.dtype) -> tuple[
 
 def read_back(adapted: Adapted, file_format: str, dtype: torch.dtype) -> Tensor:
     content, metadata = content_of(adapted, file_format, dtype)
-    found, unknown = formats.from_file(content.tensors, metadata, adapted.model, NAMES)
+    found, unknown = files.from_file(content.tensors, metadata, adapted.model, NAMES)
     assert not unknown
-    return convert.delta_of(found["layer"], formats.weights_of(adapted.model)["layer"].detach())
+    return convert.delta_of(found["layer"], files.weights_of(adapted.model)["layer"].detach())
 
 
 @every_spec
@@ -114,10 +113,10 @@ def test_a_file_is_made_and_read_with_the_model_on_another_device(spec, file_for
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for model in (there, plain_there):
             to_other(model, mode)
-        layers = formats.layers_of_adapted(adapted)
+        layers = files.layers_of_adapted(adapted)
         assert {t.device for tensors in layers.values() for t in tensors.values()} == {torch.device("cpu")}
-        content = formats.to_file(layers, there, NAMES, file_format, torch.bfloat16)
+        content = files.to_file(layers, there, NAMES, file_format, torch.bfloat16)
         assert {tensor.device for tensor in content.tensors.values()} == {torch.device("cpu")}
-        formats.verify(content, layers, there, NAMES)
+        files.verify(content, layers, there, NAMES)
         adapted.merge_into(plain)
         adapted.merge_into(plain_there)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from adapter_files import CONV, LINEAR, names, on_layers, output, unet, with_norms, written
+from adapter_file_cases import CONV, LINEAR, names, on_layers, output, unet, with_norms, written
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_algos import formats
+from adapter_files import files
 from lora_algos.attach import attach_from_file, layers_of
 from lora_algos.config import AdapterError
 from training.metadata import total_steps_of
@@ -26,7 +26,7 @@ def effective(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
     """Layer -> the change of its weight that a file makes."""
     model = unet()
     plain = {name: module.weight.clone() for name, module in layers_of(model) if hasattr(module, "weight")}
-    adapted = attach_from_file(model, *formats.from_file(tensors, metadata or {}, model, names()))
+    adapted = attach_from_file(model, *files.from_file(tensors, metadata or {}, model, names()))
     adapted.merge()
     return {name: layer.base_layer.weight - plain[name] for name, layer in adapted.layers().items()}
 
@@ -69,7 +69,7 @@ def test_each_layer_has_its_own_rank_and_alpha():
         f"{conv}.alpha": torch.tensor(8),
     }  # fmt: skip
     model = unet()
-    specs = attach_from_file(model, *formats.from_file(tensors, {}, model, names())).specs()
+    specs = attach_from_file(model, *files.from_file(tensors, {}, model, names())).specs()
     assert {name: (spec.rank, spec.alpha) for name, spec in specs.items()} == {LINEAR: (3, 1.5), CONV: (2, 8.0)}
 
 
@@ -79,7 +79,7 @@ def test_algorithms_may_be_mixed_in_one_file():
         **written(on_layers("OFT", [LINEAR]), "kohya").tensors,
     }
     model = unet()
-    adapted = attach_from_file(model, *formats.from_file(tensors, {}, model, names()))
+    adapted = attach_from_file(model, *files.from_file(tensors, {}, model, names()))
     assert {name: spec.algorithm for name, spec in adapted.specs().items()} == {CONV: "LoHa", LINEAR: "OFT"}
 
 
@@ -94,7 +94,7 @@ def test_the_nodes_file_with_flat_convolutions_a_trained_alpha_and_norms():
         if layer.algorithm == "LoRA":
             layer.tensors()["lora_up.weight"].data.mul_(1.001)
     model = unet()
-    attach_from_file(model, *formats.from_file(tensors, {}, model, names()))
+    attach_from_file(model, *files.from_file(tensors, {}, model, names()))
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_matched_is_an_error_that_lists_it(case):
     tensors, words = BAD[case]
     model = unet()
     with pytest.raises(AdapterError) as caught:
-        attach_from_file(model, *formats.from_file({**GOOD, **tensors}, {}, model, names()))
+        attach_from_file(model, *files.from_file({**GOOD, **tensors}, {}, model, names()))
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
     assert not any("lora" in name for name, _ in model.named_modules()), (
         "the model was changed before the fault was found"
@@ -211,7 +211,7 @@ def test_what_cannot_be_matched_is_an_error_that_lists_it(case):
 def test_a_file_for_another_model_is_called_by_its_name(key, what):
     model = unet()
     with pytest.raises(AdapterError, match=f"looks like one for {re.escape(what)}"):
-        attach_from_file(model, *formats.from_file({key: torch.ones(())}, {}, model, names()))
+        attach_from_file(model, *files.from_file({key: torch.ones(())}, {}, model, names()))
 
 
 def test_files_that_are_no_safetensors_are_told_apart(tmp_path):
@@ -227,7 +227,7 @@ def test_files_that_are_no_safetensors_are_told_apart(tmp_path):
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         with pytest.raises(AdapterError, match=words) as caught:
-            formats.read(path)
+            files.read(path)
         assert str(path) in str(caught.value)
     with pytest.raises(AdapterError, match="not a readable"):
-        formats.read(tmp_path / "missing.safetensors")
+        files.read(tmp_path / "missing.safetensors")

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import LAYERS, SPECS, names, on_layers, output, trained, unet, with_norms, written
+from adapter_file_cases import LAYERS, SPECS, names, on_layers, output, trained, unet, with_norms, written
 from conftest import BASE, PROJECT
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel
 
-from lora_algos import ALGORITHMS, formats, get_algorithm
+from adapter_files import convert, files
+from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.attach import adaptable_layers, attach_from_file, norm_layers
 from lora_algos.config import AdapterError, LayerSpec
-from lora_algos.formats import convert
 from models.ldm_names import native_names
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
@@ -39,7 +39,7 @@ def test_native_names_are_comfyuis_for_every_module_with_a_weight():
 
 def test_every_layer_of_sd15_is_called_as_comfyui_accepts_it():
     denoiser, modules = full_size(), comfy_modules()
-    spelt = formats.Names(native_names(denoiser))
+    spelt = files.Names(native_names(denoiser))
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
     assert layers.keys() == modules.keys()
     for name, layer in layers.items():
@@ -80,7 +80,7 @@ def test_a_file_comes_back_as_the_same_adapter(case, file_format):
     adapted = on_layers(case)
     content = written(adapted, file_format)
     model = unet()
-    layers, unknown = formats.from_file(content.tensors, content.metadata, model, names())
+    layers, unknown = files.from_file(content.tensors, content.metadata, model, names())
     assert not unknown
     again = attach_from_file(model, layers, unknown)
     assert {n: s.algorithm for n, s in again.specs().items()} == {n: s.algorithm for n, s in adapted.specs().items()}
@@ -96,7 +96,7 @@ def test_what_the_node_trains_is_written_whole():
         getattr(layer.base_layer, "bias", None) is not None for layer in adapted.layers().values()
     )
     model = unet()
-    attach_from_file(model, *formats.from_file(content.tensors, content.metadata, model, names()))
+    attach_from_file(model, *files.from_file(content.tensors, content.metadata, model, names()))
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
 
 
@@ -112,9 +112,9 @@ def test_rotations_are_written_with_alpha_0():
         assert {float(t) for key, t in tensors.items() if key.endswith(".alpha")} == {0.0}
 
 
-def load_in_diffusers(content: formats.FileContent, folder: Path, caplog) -> StableDiffusionPipeline:
+def load_in_diffusers(content: files.FileContent, folder: Path, caplog) -> StableDiffusionPipeline:
     """The embedded pipeline with the file loaded, and no warning about a key."""
-    (folder / "lora.safetensors").write_bytes(formats.to_bytes(content.tensors, content.metadata))
+    (folder / "lora.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     verbosity = diffusers_logging.get_verbosity()
@@ -146,10 +146,10 @@ def image(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 )  # fmt: skip
 def test_diffusers_draws_our_images(tmp_path, caplog, case, file_format):
     adapted = on_layers(case)
-    layers = formats.layers_of_adapted(adapted)
+    layers = files.layers_of_adapted(adapted)
     if case not in ("LoRA", "LoRA pissa", "DoRA"):
-        layers = {n: convert.lora_exact(t, formats.weights_of(adapted.model)[n].shape) for n, t in layers.items()}
-    content = formats.to_file(layers, adapted.model, names(), file_format, torch.float32)
+        layers = {n: convert.lora_exact(t, files.weights_of(adapted.model)[n].shape) for n, t in layers.items()}
+    content = files.to_file(layers, adapted.model, names(), file_format, torch.float32)
     theirs = load_in_diffusers(content, tmp_path, caplog)
     ours = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, unet=adapted.model)
     ours.set_progress_bar_config(disable=True)
@@ -173,12 +173,12 @@ def test_peft_loads_the_folder_as_the_same_function(tmp_path, case):
     layers = [n for n in LAYERS if (case != "LoHa Tucker" or "conv" in n) and (case != "LoKr" or n != "conv_in")]
     adapted = on_layers(case, layers)
     content = written(adapted, "peft")
-    (tmp_path / "adapter_model.safetensors").write_bytes(formats.to_bytes(content.tensors, content.metadata))
+    (tmp_path / "adapter_model.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
     (tmp_path / "adapter_config.json").write_text(json.dumps(content.config))
     model = PeftModel.from_pretrained(unet(), tmp_path)
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
     again = unet()
-    attach_from_file(again, *formats.from_file(*formats.read(tmp_path), again, names()))
+    attach_from_file(again, *files.from_file(*files.read(tmp_path), again, names()))
     torch.testing.assert_close(output(again), output(adapted.model), rtol=0, atol=2e-5)
 
 
@@ -186,7 +186,7 @@ def test_peft_loads_the_folder_as_the_same_function(tmp_path, case):
 def test_peft_and_diffusers_load_a_dora_in_bf16_with_its_fp32_magnitudes(tmp_path, caplog):
     adapted = on_layers("DoRA")
     content = written(adapted, "peft", torch.bfloat16)
-    (tmp_path / "adapter_model.safetensors").write_bytes(formats.to_bytes(content.tensors, content.metadata))
+    (tmp_path / "adapter_model.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
     (tmp_path / "adapter_config.json").write_text(json.dumps(content.config))
     in_peft = PeftModel.from_pretrained(unet(), tmp_path)
     in_diffusers = load_in_diffusers(written(adapted, "diffusers", torch.bfloat16), tmp_path, caplog).unet

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from adapter_files import LAYERS, SPECS, names, unet, with_norms
+from adapter_file_cases import LAYERS, SPECS, names, unet, with_norms
 from conftest import BASE, script
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -24,8 +24,8 @@ from tool_cases import (
     unet_weights,
 )
 
-from lora_algos import formats
-from training.stream import addnet_hashes
+from adapter_files import files
+from adapter_files.safetensors_stream import addnet_hashes
 
 # inspect
 
@@ -100,7 +100,7 @@ def test_convert_keeps_mixed_ranks_and_alphas_norms_and_biases(tmp_path):
     assert run("convert", path, out, "--format", "comfyui", "--model", BASE) == 0
     assert_same_updates(out, adapted)
     assert len({float(t) for key, t in load_file(out).items() if key.endswith(".alpha")}) == 1
-    there, _ = formats.from_file(*formats.read(out), unet(), names())
+    there, _ = files.from_file(*files.read(out), unet(), names())
     for name, layer in adapted.layers().items():
         assert (layer.diff_b is None) == ("diff_b" not in there[name])
         assert layer.diff_b is None or torch.equal(there[name]["diff_b"], layer.diff_b)

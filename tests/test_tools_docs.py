@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from adapter_files import base, trained
+from adapter_file_cases import base, trained
 from conftest import PROJECT
 from tool_cases import adapter_file, run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import on_layers
+from adapter_file_cases import on_layers
 from conftest import BASE, PROJECT, script
 from safetensors.torch import load_file, save_file
 from tool_cases import base_file, of_case, run
@@ -187,7 +187,7 @@ WRONG = {
 }
 
 
-BYTES, LAYER = "training.stream.bytes_of", "lora_algos.formats.to_bytes"
+BYTES, LAYER = "adapter_files.safetensors_stream.bytes_of", "adapter_files.files.to_bytes"
 WRITING = {"convert": BYTES, "resize": LAYER, "merge": BYTES}
 
 

@@ -13,13 +13,13 @@ from tool_cases import relative_error, run
 from torch import Tensor, nn
 
 import training.tools.model
-from lora_algos import formats
+from adapter_files import files
+from adapter_files.keys import file_names
 from lora_algos.attach import Adapted, attach, attach_from_file, norm_layers
 from lora_algos.config import LayerSpec
 from models import dit_names
 from models.base import ModelFamily, Native
 from models.config import ModelConfig
-from training.names import file_names
 
 FLUX = {
     "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 3, "in_channels": 8,
@@ -107,7 +107,7 @@ def model_file(path: Path, model: nn.Module, dtype: torch.dtype = torch.float32)
     return path
 
 
-def spelt(path: Path) -> formats.Names:
+def spelt(path: Path) -> files.Names:
     return file_names(Small(ModelConfig(str(path))), denoiser())
 
 
@@ -122,15 +122,15 @@ def everywhere(algorithm: str) -> Adapted:
 
 
 def saved(path: Path, adapted: Adapted, base: Path, file_format: str = "comfyui") -> Path:
-    layers = formats.layers_of_adapted(adapted)
-    content = formats.to_file(layers, adapted.model, spelt(base), file_format, torch.float32)
+    layers = files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, spelt(base), file_format, torch.float32)
     save_file(content.tensors, path, content.metadata)
     return path
 
 
 def reread(path: Path, base: Path) -> Adapted:
     model = denoiser()
-    return attach_from_file(model, *formats.from_file(*formats.read(path), model, spelt(base)))
+    return attach_from_file(model, *files.from_file(*files.read(path), model, spelt(base)))
 
 
 def assert_same(there: Adapted, here: Adapted) -> None:

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from adapter_files import SPECS, base, names
+from adapter_file_cases import SPECS, base, names
 from conftest import BASE
 from safetensors.torch import load_file, save_file
 from tool_cases import assert_same_updates, metadata_of, of_case, run
 
-from lora_algos import formats
+from adapter_files import files
 
 STALE = {
     "ss_network_module": "networks.other", "ss_network_args": '{"algo": "other"}', "ss_network_dim": "99",
@@ -59,11 +59,11 @@ def test_a_constraint_is_worked_in(module, tmp_path):
     save_file({"lora_unet_conv_in.oft_blocks": blocks, "lora_unet_conv_in.alpha": alpha}, path,
               {"ss_network_module": module})  # fmt: skip
     assert run("convert", path, out, "--format", "kohya", "--model", BASE) == 0
-    layers, _ = formats.from_file(*formats.read(out), base(), names())
+    layers, _ = files.from_file(*files.read(out), base(), names())
     assert float(layers["conv_in"]["alpha"]) == 0
     turned = layers["conv_in"]["oft_blocks"]
     assert float((turned - turned.mT).norm()) == pytest.approx(0.5, rel=1e-5)
-    whole = formats.from_file(*formats.read(path), base(), names())[0]
+    whole = files.from_file(*files.read(path), base(), names())[0]
     weight = base().conv_in.weight.detach()
-    there, here = (formats.convert.delta_of(x["conv_in"], weight) for x in (layers, whole))
+    there, here = (files.convert.delta_of(x["conv_in"], weight) for x in (layers, whole))
     assert (there - here).norm() < 1e-5 * here.norm()

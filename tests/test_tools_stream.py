@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from tool_cases import base_file, of_case
 
-from training.stream import (
+from adapter_files.safetensors_stream import (
     DTYPES,
     HASHES,
     TensorInfo,

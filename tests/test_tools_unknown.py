@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_files import LAYERS
+from adapter_file_cases import LAYERS
 from conftest import BASE
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file

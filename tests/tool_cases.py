@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from adapter_files import SPECS, names, on_layers, unet, written
+from adapter_file_cases import SPECS, names, on_layers, unet, written
 from conftest import BASE
 from ldm import save_single_file
 from safetensors import safe_open
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import train_lora
-from lora_algos import formats
+from adapter_files import files
+from adapter_files.writers import FileContent
 from lora_algos.attach import Adapted, attach_from_file
-from lora_algos.formats.write import FileContent
 
 METADATA = {
     "ss_steps": "12", "ss_sd_model_name": "base.safetensors", "ss_output_name": "cat", "note": "kept",
@@ -116,7 +116,7 @@ def scratch() -> nn.Module:
 def deltas(path) -> dict[str, torch.Tensor]:
     """The updates that a file makes of the embedded UNet, which is as it was after that."""
     model = scratch()
-    layers, unknown = formats.from_file(*formats.read(path), model, names())
+    layers, unknown = files.from_file(*files.read(path), model, names())
     adapted = attach_from_file(model, layers, unknown)
     found = dict(adapted.deltas())
     for name, layer in adapted.layers().items():

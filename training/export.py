@@ -6,16 +6,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from lora_algos import formats
+from adapter_files import convert, files
+from adapter_files.safetensors_stream import addnet_hashes, training_metadata
 from lora_algos.attach import Adapted
 from lora_algos.config import AdapterError, listed
-from lora_algos.formats import convert
 from models.base import ModelFamily
 from models.processes import sample_as_trained
 from training.config import TrainConfig
 from training.files import WriteError, new_folder, write_file
 from training.metadata import Parts, Provenance, file_metadata
-from training.stream import addnet_hashes, training_metadata
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -27,24 +26,24 @@ def write_adapter(config: TrainConfig, parts: Parts, provenance: Provenance) -> 
     about = file_metadata(config, parts, layers, provenance)
     paths: list[Path] = []
     for file_format in config.export.format or (default_format(parts, layers),):
-        exact = formats.to_file(layers, adapted.model, names, file_format, torch.float32)
-        error = formats.verify(exact, layers, adapted.model, names)
-        if not error <= formats.MOST_ERROR:
+        exact = files.to_file(layers, adapted.model, names, file_format, torch.float32)
+        error = files.verify(exact, layers, adapted.model, names)
+        if not error <= files.MOST_ERROR:
             raise AdapterError(
                 f"the {file_format} file changes the weights by {error:.1e} of what was trained, not kept"
             )
-        content = formats.to_file(layers, adapted.model, names, file_format, DTYPES[config.lora_dtype])
+        content = files.to_file(layers, adapted.model, names, file_format, DTYPES[config.lora_dtype])
         content.metadata |= about
-        content.metadata |= addnet_hashes(formats.to_bytes(content.tensors, training_metadata(content.metadata)))
+        content.metadata |= addnet_hashes(files.to_bytes(content.tensors, training_metadata(content.metadata)))
         path = Path(config.output_dir) / config.export.name
         ending = ".peft" if content.config is not None else f".{file_format}.safetensors" if paths else ".safetensors"
         paths.append(write_content(path.with_name(path.name + ending), content))
     return paths
 
 
-def default_format(parts: Parts, layers: formats.Layers) -> str:
+def default_format(parts: Parts, layers: files.Layers) -> str:
     """Where none is asked for."""
-    return formats.preferred(parts.family.file_formats, layers, parts.names)
+    return files.preferred(parts.family.file_formats, layers, parts.names)
 
 
 def check(config: TrainConfig, parts: Parts) -> None:
@@ -53,17 +52,17 @@ def check(config: TrainConfig, parts: Parts) -> None:
         return  # whatever it was, then it is a LoRA
     model = parts.adapted.model
     if config.export.convert == "full":
-        layers: formats.Layers = {name: {"diff": weight} for name, weight in formats.weights_of(model).items()}
+        layers: files.Layers = {name: {"diff": weight} for name, weight in files.weights_of(model).items()}
     else:
         layers = converted(config, parts.adapted)
-    layers = {name: formats.without_values(tensors) for name, tensors in layers.items()}
+    layers = {name: files.without_values(tensors) for name, tensors in layers.items()}
     for file_format in config.export.format or (default_format(parts, layers),):
-        formats.content_of(layers, model, parts.names, file_format)
+        files.content_of(layers, model, parts.names, file_format)
 
 
-def write_content(path: Path, content: formats.FileContent) -> Path:
+def write_content(path: Path, content: files.FileContent) -> Path:
     """One file, or a folder for PEFT, which is read back bit for bit before it takes its name."""
-    data = formats.to_bytes(content.tensors, content.metadata)
+    data = files.to_bytes(content.tensors, content.metadata)
     there = safetensors.torch.load(data)
     if there.keys() != content.tensors.keys() or not all(t.equal(there[key]) for key, t in content.tensors.items()):
         raise WriteError(path, OSError("it does not read back as it was written"))
@@ -76,12 +75,12 @@ def write_content(path: Path, content: formats.FileContent) -> Path:
     return path
 
 
-def converted(config: TrainConfig, adapted: Adapted) -> formats.Layers:
+def converted(config: TrainConfig, adapted: Adapted) -> files.Layers:
     """The adapter's tensors by layer, as the algorithm that `export.convert` asks for."""
-    layers, how = formats.layers_of_adapted(adapted), config.export.convert
+    layers, how = files.layers_of_adapted(adapted), config.export.convert
     if how == "none":
         return layers
-    weights = {name: weight.detach().cpu() for name, weight in formats.weights_of(adapted.model).items()}
+    weights = {name: weight.detach().cpu() for name, weight in files.weights_of(adapted.model).items()}
     if how == "full":
         return {name: convert.full(tensors, weights[name]) for name, tensors in layers.items()}
     if how == "lora-exact":

@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from adapter_files import files
+from adapter_files.kohya_metadata import network_metadata
 from data.identity import files_identity
 from data.index import LatentDataset
 from data.precompute import Datasets
-from lora_algos import formats
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
-from training.network import network_metadata
 from training.optimizers import OPTIMIZERS
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
@@ -28,7 +28,7 @@ class Parts:
     family: ModelFamily
     datasets: Datasets
     adapted: Adapted
-    names: formats.Names
+    names: files.Names
     """How adapter files name the layers."""
     previous_steps: int
     """Steps that the existing LoRA had been trained for."""
@@ -45,7 +45,7 @@ class Provenance:
     """Which of the run's weights these are, in words."""
 
 
-def file_metadata(config: TrainConfig, parts: Parts, layers: formats.Layers, provenance: Provenance) -> dict[str, str]:
+def file_metadata(config: TrainConfig, parts: Parts, layers: files.Layers, provenance: Provenance) -> dict[str, str]:
     """All metadata of an adapter file but its hashes."""
     return {
         **network_metadata(layers),

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from adapter_files import files
 from data.index import LatentDataset
-from lora_algos import formats
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from lora_algos.config import AdapterError
 from models import get_family
@@ -70,13 +70,13 @@ def main_dtype(denoiser: nn.Module) -> torch.dtype:
 
 
 def attach_adapters(
-    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: formats.Names
+    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: files.Names
 ) -> tuple[Adapted, int]:
     """New adapters, or those of `existing_lora`, and the steps that the latter were trained for."""
     plan = Plan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
     if config.existing_lora is not None:
-        tensors, metadata = formats.read(config.existing_lora)
-        layers, unknown = formats.from_file(tensors, metadata, denoiser, names)
+        tensors, metadata = files.read(config.existing_lora)
+        layers, unknown = files.from_file(tensors, metadata, denoiser, names)
         if any(key.startswith(TEXT) for key in tensors) and not names.text:
             unknown.insert(0, "it has layers of text encoders, which --model.train_text_encoder goes on with")
         adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)

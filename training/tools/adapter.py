@@ -9,13 +9,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lora_algos import formats, get_algorithm
+from adapter_files import convert, files
+from adapter_files.keys import group_keys, looks_like
+from adapter_files.safetensors_stream import TensorStore
+from adapter_files.writers import DORA_NORM
+from lora_algos import get_algorithm
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
-from lora_algos.formats import convert
-from lora_algos.formats.names import group_keys, looks_like
-from lora_algos.formats.write import DORA_NORM
-from training.stream import TensorStore
 from training.tools.model import Model
 from training.tools.unknown import UnknownModel, format_of
 
@@ -37,12 +37,12 @@ class AdapterFile:
     dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        file, config = formats.file_and_config(self.path)
+        file, config = files.file_and_config(self.path)
         try:
             self.store = TensorStore([file])
         except (SafetensorError, OSError) as error:
             raise AdapterError(
-                f"{file} is not a readable .safetensors file: {formats.unreadable(file, error)}"
+                f"{file} is not a readable .safetensors file: {files.unreadable(file, error)}"
             ) from error
         self.metadata = {**self.store.metadata[file], **config}
         self._group()
@@ -127,7 +127,7 @@ class AdapterFile:
         given = {key: self.store.get(key) for key in self.layers[layer].values()}
         # without the base's values a dora_scale stays what the file says; its update is not asked for then
         metadata = {k: v for k, v in self.metadata.items() if k != DORA_NORM or not weight.is_meta}
-        found, faults = formats.from_file(given, metadata, self.model.alone({layer: weight}), self.model.names)
+        found, faults = files.from_file(given, metadata, self.model.alone({layer: weight}), self.model.names)
         if faults:
             raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
         return found.get(layer, {})

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapter_files import convert
+from adapter_files.peft_config import known_rank
 from lora_algos.attach import listed
-from lora_algos.formats import convert
-from lora_algos.formats.peft_config import known_rank
 from lora_algos.lokr import factorization
 from models.config import ModelError
 from training.tools.adapter import LayerTensors

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapter_files.safetensors_stream import write_tensors
 from lora_algos.attach import algorithm_of
 from models.config import ModelError
 from training.files import new_file, new_folder
-from training.stream import write_tensors
 from training.tools.adapter import NEED_BASE, AdapterFile, delta_of
 from training.tools.folder import copy_rest
 from training.tools.model import Model

@@ -7,12 +7,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from adapter_files.fused_weights import swap
+from adapter_files.keys import file_names
+from adapter_files.safetensors_stream import TensorInfo, TensorStore
 from lora_algos.attach import adaptable_layers, listed, norm_layers
-from lora_algos.formats.rows import swap
 from models import get_family
 from models.config import ModelConfig, ModelError
-from training.names import file_names
-from training.stream import TensorInfo, TensorStore
 
 
 class Model:

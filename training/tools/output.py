@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lora_algos import formats
+from adapter_files import files
+from adapter_files.fused_weights import unconstrained
+from adapter_files.kohya_metadata import network_metadata
+from adapter_files.safetensors_stream import HASHES, TensorInfo, write_tensors
+from adapter_files.writers import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
 from lora_algos.config import AdapterError
-from lora_algos.formats.rows import unconstrained
-from lora_algos.formats.write import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
 from training.files import WriteError, new_file, new_folder
-from training.network import network_metadata
-from training.stream import HASHES, TensorInfo, write_tensors
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.options import Convert, Resize
@@ -56,9 +56,9 @@ class Spool:
         """Layer -> its tensors without values; but alphas have theirs."""
 
     def put(self, layer: str, tensors: LayerTensors) -> None:
-        self.layers[layer] = formats.without_values(tensors)
+        self.layers[layer] = files.without_values(tensors)
         try:
-            self._path(layer).write_bytes(formats.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {}))
+            self._path(layer).write_bytes(files.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {}))
         except OSError as error:
             raise WriteError(self._path(layer), error) from error
 
@@ -152,7 +152,7 @@ def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float
         given = {name: one_alpha(tensors, alphas[0]) if one_for_all else tensors for name, tensors in layers.items()}
         written = WRITERS[target.file_format](given, weights, target.model.names).tensors
         error = difference(FileContent(written, plan.metadata, plan.config), layers, weights, target)
-        if not error <= formats.MOST_ERROR:
+        if not error <= files.MOST_ERROR:
             raise ToolError(
                 f"{', '.join(group)}: in the format {target.file_format} its update would differ by {error:.1e}"
             )
@@ -164,12 +164,12 @@ def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float
         yield from rounded.items()
 
 
-def difference(content: FileContent, layers: formats.Layers, weights: dict[str, Tensor], target: Target) -> float:
+def difference(content: FileContent, layers: files.Layers, weights: dict[str, Tensor], target: Target) -> float:
     """||what a reader of `content` makes of a few layers - what `layers` make of them|| / ||update||, of the worst."""
     # of a base that is not known the update is no function, but norms are compared
     known = {name: torch.zeros_like(w, device="cpu") if w.is_meta else w for name, w in weights.items()}
     try:
-        return formats.verify(content, layers, target.model.alone(known), target.model.names)
+        return files.verify(content, layers, target.model.alone(known), target.model.names)
     except AdapterError as error:
         raise ToolError(str(error)) from error
 

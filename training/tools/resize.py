@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from adapter_files import convert
+from adapter_files.peft_config import known_rank
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
-from lora_algos.formats import convert
-from lora_algos.formats.peft_config import known_rank
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.options import Resize

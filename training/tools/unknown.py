@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_algos.formats import Names
-from lora_algos.formats.names import split_key
-from training.stream import TensorInfo
+from adapter_files.files import Names
+from adapter_files.keys import split_key
+from adapter_files.safetensors_stream import TensorInfo
 from training.tools.model import bare, nested
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")

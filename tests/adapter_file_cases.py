@@ -9,7 +9,7 @@ from conftest import BASE
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lora_algos import formats
+from adapter_files import files
 from lora_algos.attach import Adapted, adaptable_layers, attach, norm_layers
 from lora_algos.config import AdapterOptions, LayerSpec
 from models.ldm_names import native_names
@@ -44,8 +44,8 @@ def unet() -> nn.Module:
 
 
 @functools.cache
-def names() -> formats.Names:
-    return formats.Names(native_names(base()))
+def names() -> files.Names:
+    return files.Names(native_names(base()))
 
 
 # layers of every kind (1x1 and 3x3 convolutions, linear ones with and without bias), few so that the tests are quick
@@ -90,10 +90,10 @@ def output(denoiser: nn.Module) -> Tensor:
     return denoiser(noisy, torch.tensor([10, 700]), text).sample
 
 
-def written(adapted: Adapted, file_format: str, dtype: torch.dtype = torch.float32) -> formats.FileContent:
+def written(adapted: Adapted, file_format: str, dtype: torch.dtype = torch.float32) -> files.FileContent:
     """The adapter as a file's content."""
-    layers = formats.layers_of_adapted(adapted)
-    content = formats.to_file(layers, adapted.model, names(), file_format, dtype)
+    layers = files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, names(), file_format, dtype)
     if dtype == torch.float32:
-        assert formats.verify(content, layers, adapted.model, names()) <= 1e-6
+        assert files.verify(content, layers, adapted.model, names()) <= 1e-6
     return content

@@ -8,9 +8,9 @@ import re
 import torch
 from torch import Tensor
 
+from adapter_files.normalise import Layers
 from lora_algos.attach import listed
 from lora_algos.config import AdapterError
-from lora_algos.formats.layers import Layers
 from lora_algos.tensors import known_rank, rank_and_alpha
 
 # PEFT's initialisations that leave the base weight as it is; others move part of it into the adapter

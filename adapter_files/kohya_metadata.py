@@ -2,12 +2,12 @@
 
 import json
 
-from lora_algos import formats
+from adapter_files import files
+from adapter_files.peft_config import has_rank, rank_of
 from lora_algos.attach import algorithm_of
-from lora_algos.formats.peft_config import has_rank, rank_of
 
 
-def network_metadata(layers: formats.Layers) -> dict[str, str]:
+def network_metadata(layers: files.Layers) -> dict[str, str]:
     """What the adapter is, in kohya's words: of LoRA and DoRA its own scripts, of all else LyCORIS'."""
     algorithms = sorted({algorithm_of(tensors) for tensors in layers.values()})
     ranks = [rank_of(tensors) for tensors in layers.values() if has_rank(tensors)]

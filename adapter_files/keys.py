@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from torch import nn
+
+from models.base import ModelFamily
+
 
 @dataclass(frozen=True)
 class Names:
@@ -185,3 +189,19 @@ def looks_like(keys: Iterable[str]) -> str:
     """What model the keys of a file seem to belong to; empty if they say nothing."""
     text = "\n".join(keys)
     return next((what for pattern, what in LOOKS if re.search(pattern, text)), "")
+
+
+def file_names(family: ModelFamily, denoiser: nn.Module) -> Names:
+    """`denoiser` may be without values."""
+    natives = family.native_names(denoiser)
+    return Names(
+        {layer: native.name for layer, native in natives.items()},
+        family.component.removesuffix("_2"),  # each of two denoisers has a file of its own, in which it is the one
+        family.kohya_is_native,
+        rows={layer: native.rows for layer, native in natives.items() if native.rows},
+        swapped=frozenset(layer for layer, native in natives.items() if native.swapped),
+        by_diffusers=family.by_diffusers,
+        alphas=family.alphas,
+        native_only=frozenset(layer for layer, native in natives.items() if not native.by_diffusers),
+        text=family.text_names(denoiser),
+    )

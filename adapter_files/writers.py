@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapter_files import fused_weights
+from adapter_files.keys import Names
+from adapter_files.normalise import Layers, dora_compensation
 from lora_algos.attach import algorithm_of, listed
 from lora_algos.config import AdapterError
-from lora_algos.formats import rows
-from lora_algos.formats.layers import Layers, dora_compensation
-from lora_algos.formats.names import Names
 from lora_algos.tensors import rank_and_alpha, scaling_of
 
 DORA_NORM = "train_lora.dora_scale"  # metadata: what a dora_scale is meant to be divided by
@@ -55,7 +55,7 @@ def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> F
             continue
         spelt += [(names.by_diffusers + layer, [layer]) for layer in group]
         parts = {names.rows[layer]: layers[layer] for layer in group}
-        fused = rows.fused_bias(parts, names.native_rows(group[0]))
+        fused = fused_weights.fused_bias(parts, names.native_rows(group[0]))
         biases |= {f"{names.comfyui(group[0])}.{name}": tensor for name, tensor in fused.items()}
     own = {layer: without_bias(tensors) if layer in names.rows else tensors for layer, tensors in layers.items()}
     content = lycoris_named(own if biases else layers, weights, names, spelt, names.alphas)
@@ -97,12 +97,12 @@ def in_native_rows(parts: Layers, weights: dict[str, Tensor], names: Names) -> t
     is needed, the values."""
     layer = next(iter(parts))
     if layer in names.swapped:
-        return rows.swapped(parts[layer], weights[layer]), rows.swap(weights[layer])
+        return fused_weights.swapped(parts[layer], weights[layer]), fused_weights.swap(weights[layer])
     if layer not in names.rows:
         return parts[layer], weights[layer]
     placed = {names.rows[name]: tensors for name, tensors in parts.items()}
     own = {names.rows[name]: weights[name] for name in parts}
-    tensors = rows.fused(placed, own, names.native_rows(layer))
+    tensors = fused_weights.fused(placed, own, names.native_rows(layer))
     if "lora_magnitude_vector" in tensors:
         return tensors, torch.cat([weight for _, weight in sorted(own.items())])
     return tensors, weights[layer]
@@ -133,7 +133,7 @@ def write_diffusers(layers: Layers, weights: dict[str, Tensor], names: Names) ->
 
 
 def write_peft(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    from lora_algos.formats.peft_config import peft_config  # imports PEFT, which is slow
+    from adapter_files.peft_config import peft_config  # imports PEFT, which is slow
 
     algorithms = {algorithm_of(tensors) for tensors in layers.values()}
     refuse(layers, "peft", ("LoRA", "DoRA", "LoHa", "LoKr"))

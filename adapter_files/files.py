@@ -12,13 +12,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from adapter_files import convert, fused_weights
+from adapter_files.keys import Names, group_keys, looks_like
+from adapter_files.normalise import faults_of, widened, with_magnitude, without_cores
+from adapter_files.writers import (
+    DORA_NORM,
+    OF_BASE,
+    WRITERS,
+    FileContent,
+    Layers,
+    preferred,
+    stored_dtype,
+)
 from lora_algos.adapted import Adapted
 from lora_algos.attach import adaptable_layers, layers_of, listed, norm_layers
 from lora_algos.config import AdapterError
-from lora_algos.formats import convert, rows
-from lora_algos.formats.layers import faults_of, widened, with_magnitude, without_cores
-from lora_algos.formats.names import Names, group_keys, looks_like
-from lora_algos.formats.write import DORA_NORM, OF_BASE, WRITERS, FileContent, Layers, preferred, stored_dtype
 from lora_algos.tensors import known_rank, moved
 
 __all__ = [
@@ -86,7 +94,7 @@ def from_file(
 
     The tensors are fp32 and have the names that the adapters here give them, whatever program wrote the file.
     """
-    from lora_algos.formats.peft_config import config_in
+    from adapter_files.peft_config import config_in
 
     weights, modules, config = weights_of(model), dict(layers_of(model)), config_in(metadata)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -129,16 +137,16 @@ class LayerReader:
         """The layer's own tensors."""
         part = self.names.rows.get(self.layer)
         if part is None:
-            turned = rows.swap(self.weight)
+            turned = fused_weights.swap(self.weight)
             tensors = with_magnitude(self.prepared(native, turned), turned, self.metadata.get(DORA_NORM) == OF_BASE)
-            return rows.swapped(tensors, turned)
+            return fused_weights.swapped(tensors, turned)
         shape = torch.Size((self.names.native_rows(self.layer), *self.weight.shape[1:]))
         tensors = self.prepared(native, torch.empty(shape, device="meta"))
-        return rows.part_of(tensors, shape, part)
+        return fused_weights.part_of(tensors, shape, part)
 
     def prepared(self, tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """In fp32 and in the forms that the adapters here have, but for DoRA's magnitude."""
-        from lora_algos.formats.peft_config import scaled_by_config
+        from adapter_files.peft_config import scaled_by_config
 
         if not tensors:
             return {}
