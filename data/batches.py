@@ -1,24 +1,18 @@
 """From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU, by sample visit."""
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.index import LatentDataset
-from data.noise import altered, stratified
-from data.schedule import Schedule, key
+from data.dataset import LatentDataset
+from data.noise import altered
+from data.schedule import Schedule, key, permutation
 from data.schema import MEDIA_TENSORS
 from models.config import ObjectiveConfig
-
-AHEAD = 2  # batches per thread that may wait for the loop
 
 
 @dataclass(frozen=True)
@@ -149,29 +143,14 @@ def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -
     return batch
 
 
-def micro_batches(source: MicroBatches, numbers: Iterable[int], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The micro-batches `numbers` of `source`, in order; `num_workers` threads make them ahead of time.
+def stratified(quantile: Tensor, schedule: Schedule, micro_batch: int, per_step: int) -> Tensor:
+    """The quantiles (B,) of a micro-batch, spread evenly over the `per_step` micro-batches of its step.
 
-    Threads, not processes: nearly all of a batch's time goes into reads and random bits, in which they do not hold
-    Python's lock, and what a process would make had to be sent here through shared memory, which costs twice as much.
+    The interval (0, 1) has as many equal parts as the step has samples, and each sample one of them: a permutation of
+    the places in the step, a function of seed and step. Where in its part a sample lies, its own `quantile` says.
     """
-
-    def make(number: int) -> Batch:
-        return source[number].pin_memory() if pin_memory else source[number]
-
-    if not num_workers:
-        yield from map(make, numbers)
-        return
-    # a thread begins on the first GPU, and pinning memory there would take some of that GPU from its own process
-    device = torch.cuda.current_device() if pin_memory else None
-    begin = None if device is None else partial(torch.cuda.set_device, device)
-    pool, ahead = ThreadPoolExecutor(num_workers, "data", begin), deque[Future[Batch]]()
-    try:
-        for number in numbers:
-            ahead.append(pool.submit(make, number))
-            if len(ahead) > AHEAD * num_workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    samples = per_step * schedule.batch_size
+    step, place = divmod(micro_batch * schedule.batch_size, samples)
+    strata = permutation(samples, key("strata", schedule.seed, step))
+    parts = torch.tensor([strata[place + i] for i in range(len(quantile))], dtype=torch.float64)
+    return ((parts + quantile.double()) / samples).float().clamp(max=1 - 2**-24)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from data import images, schema, tables, video
 from data.buckets import Crop
 from data.config import DataConfig, DataError
+from data.dataset import Stores
 from data.identity import key_of
-from data.index import Stores
 from data.plan import AHEAD, FEW, Planner, ahead, has_images
 from data.store import Store
 from data.video import Clip

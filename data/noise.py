@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.schedule import Schedule, key, permutation
 from models.config import ObjectiveConfig
 
 
@@ -54,16 +53,3 @@ def kept_variance(small: int, large: int) -> float:
     """The mean variance of `large` numbers that are interpolated from `small` normal ones."""
     weights = enlarged(torch.eye(small)[None, :, None], (1, large))
     return weights.square().sum(1).mean().item()
-
-
-def stratified(quantile: Tensor, schedule: Schedule, micro_batch: int, per_step: int) -> Tensor:
-    """The quantiles (B,) of a micro-batch, spread evenly over the `per_step` micro-batches of its step.
-
-    The interval (0, 1) has as many equal parts as the step has samples, and each sample one of them: a permutation of
-    the places in the step, a function of seed and step. Where in its part a sample lies, its own `quantile` says.
-    """
-    samples = per_step * schedule.batch_size
-    step, place = divmod(micro_batch * schedule.batch_size, samples)
-    strata = permutation(samples, key("strata", schedule.seed, step))
-    parts = torch.tensor([strata[place + i] for i in range(len(quantile))], dtype=torch.float64)
-    return ((parts + quantile.double()) / samples).float().clamp(max=1 - 2**-24)

@@ -26,9 +26,10 @@ from accelerate import Accelerator
 from data import encode, images, tables
 from data.buckets import Buckets
 from data.config import DataConfig, DataError, SourceConfig
+from data.dataset import LatentDataset, Stores
 from data.files import is_old
 from data.identity import KEY_BYTES, digest, files_identity, key_of
-from data.index import LatentDataset, Stores, write_index
+from data.index import write_index
 from data.plan import (
     VERSION,
     Planner,

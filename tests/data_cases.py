@@ -10,8 +10,9 @@ import torch
 from data import tables
 from data.buckets import Crop
 from data.collate import NONE, Ragged
+from data.dataset import LatentDataset, Stores
 from data.identity import key_of
-from data.index import LatentDataset, Stores, write_index
+from data.index import write_index
 from data.store import Store
 
 Tensors = dict[bytes, dict[str, torch.Tensor]]

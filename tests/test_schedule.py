@@ -7,7 +7,8 @@ import pytest
 import torch
 from data_cases import dataset_of
 
-from data.batches import Batch, MicroBatches, make_batch, micro_batches
+from data.batches import Batch, MicroBatches, make_batch
+from data.loader import micro_batches
 from data.schedule import EXACT, Permutation, Schedule, Segment, key
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from data.index import LatentDataset
+from data.dataset import LatentDataset
 from models.base import ModelFamily
 from models.processes import sample_as_trained
 from training import export, preview, setup, tracking

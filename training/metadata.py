@@ -9,8 +9,8 @@ from pathlib import Path
 
 from adapter_files import files
 from adapter_files.kohya_metadata import network_metadata
+from data.dataset import LatentDataset
 from data.identity import files_identity
-from data.index import LatentDataset
 from data.precompute import Datasets
 from lora_algos.attach import Adapted
 from models.base import ModelFamily

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.batches import Batch, MicroBatches, micro_batches
+from data.batches import Batch, MicroBatches
+from data.loader import micro_batches
 from data.schedule import Schedule, key
 from training import checkpoint, tracking
 from training.agreement import Agreement

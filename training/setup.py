@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from adapter_files import files
-from data.index import LatentDataset
+from data.dataset import LatentDataset
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from lora_algos.config import AdapterError
 from models import get_family

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from data.batches import Batch, make_batch
-from data.index import LatentDataset
+from data.dataset import LatentDataset
 from data.schedule import key
 from training.config import TrainConfig
 from training.step import LossFunction
