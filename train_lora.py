@@ -100,7 +100,7 @@ def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
 def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, interruptions: Interruptions) -> None:
     """The whole run, in the order in which its parts need each other."""
     from adapter_files.keys import file_names
-    from data.precompute import build_datasets
+    from data.precompute.build import build_datasets
     from training import finish, setup, tracking
     from training.engine import wants_contiguous
     from training.export import check as check_export

@@ -30,11 +30,11 @@ from benchmarks.memory import peak_memory
 from data import batches as data_batches
 from data import tables
 from data.batches import MicroBatches
-from data.buckets import Crop
 from data.dataset import LatentDataset, Stores
 from data.identity import key_of
-from data.index import write_index
 from data.loader import micro_batches
+from data.media.buckets import Crop
+from data.precompute.index import write_index
 from data.schedule import Schedule
 from data.store import Store
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data.batches import MicroBatches
-from data.precompute import build_datasets
+from data.precompute.build import build_datasets
 from data.schedule import Schedule
 from models import get_family
 from training import setup

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from data import comfy, tables
+from data import tables
 from data.config import DataError
-from data.precompute import Build, Datasets
+from data.precompute.build import Build, Datasets
+from data.sources import comfy_shards
 from data.sources.encoded import ABOUT, FORMAT, options_of
 from data.store import Store
 from models.base import ModelFamily, with_frames
@@ -31,7 +32,7 @@ def write_dataset(build: Build, built: Datasets, folder: Path, form: Form) -> in
     if form == "encoded":
         return write_encoded(build, built, folder)
     samples = comfy_samples(build.family, built)
-    return comfy.write_folder(folder, samples, form="pkl" if form == "comfyui" else "safetensors")
+    return comfy_shards.write_folder(folder, samples, form="pkl" if form == "comfyui" else "safetensors")
 
 
 def write_encoded(build: Build, built: Datasets, folder: Path) -> int:

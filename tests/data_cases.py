@@ -8,11 +8,11 @@ import pyarrow as pa
 import torch
 
 from data import tables
-from data.buckets import Crop
 from data.collate import NONE, Ragged
 from data.dataset import LatentDataset, Stores
 from data.identity import key_of
-from data.index import write_index
+from data.media.buckets import Crop
+from data.precompute.index import write_index
 from data.store import Store
 
 Tensors = dict[bytes, dict[str, torch.Tensor]]

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from data.buckets import Buckets
 from data.config import DataConfig
+from data.media.buckets import Buckets
 
 
 def buckets(**options) -> Buckets:

@@ -15,8 +15,8 @@ from ldm import save_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.comfy import Entry, is_comfy_folder, samples, scan, shards, write_folder
 from data.config import DataError
+from data.sources.comfy_shards import Entry, is_comfy_folder, samples, scan, shards, write_folder
 from models import get_family
 from models.base import COMFY_WIDTHS, ModelFamily
 from models.config import ModelConfig, ModelError

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from conftest import BASE, TWEMOJI, reset_accelerate
 from PIL import Image
 
-from data import comfy
 from data.batches import make_batch
 from data.config import DataConfig, DataError, SourceConfig
 from data.export import write_dataset
-from data.precompute import Build, Datasets
+from data.precompute.build import Build, Datasets
 from data.schedule import key
+from data.sources import comfy_shards
 from models import get_family
 from models.config import ModelConfig
 
@@ -144,7 +144,7 @@ def test_conditioning_of_other_lengths_and_dtypes_never_shares_a_batch(build, tm
     none = {"pooled_output": None}
     samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(6)]
     samples.append((torch.randn(4, 16, 16).half(), torch.randn(1, 24, 96).half(), none))
-    comfy.write_folder(tmp_path / "mixed", samples)
+    comfy_shards.write_folder(tmp_path / "mixed", samples)
     built = build(images=str(tmp_path / "mixed"))
     assert sorted(sum(s.visits for s in bucket) for bucket in built.train.buckets) == [1, 3, 3]
     for bucket in built.train.buckets:
@@ -240,7 +240,7 @@ def test_held_out_rows_never_train(build, images, tmp_path):
 
 
 def test_an_image_that_changes_while_it_is_read_is_not_stored(build, images, monkeypatch):
-    from data import encode
+    from data.precompute import encode
 
     plan = encode.encode_media
 
@@ -266,7 +266,7 @@ def test_what_nothing_is_drawn_for_is_shown_with_its_own_caption(build, images, 
 def test_conditioning_unlike_the_empty_prompts_is_never_dropped(build, tmp_path, capsys):
     none = {"pooled_output": None}
     samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(4)]
-    comfy.write_folder(tmp_path / "mixed", samples)
+    comfy_shards.write_folder(tmp_path / "mixed", samples)
     built = build(images=str(tmp_path / "mixed"), caption_dropout=0.5)
     assert "2 samples have conditioning unlike the empty prompt's" in capsys.readouterr().out
     assert sorted(built.train.arrays["dropout"].tolist()) == [0, 0, 0.5, 0.5]

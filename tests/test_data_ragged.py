@@ -8,11 +8,11 @@ from data_cases import dataset_with, row_of
 from data_families import Ragged
 
 from data.batches import make_batch
-from data.comfy import write_folder
 from data.config import DataConfig, DataError
 from data.identity import key_of
-from data.precompute import build_datasets
+from data.precompute.build import build_datasets
 from data.schedule import key
+from data.sources.comfy_shards import write_folder
 from models.config import ModelConfig, ObjectiveConfig
 from models.sd15 import StableDiffusion
 from training.step import build_loss

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from conftest import BASE, PROJECT, TWEMOJI, reset_accelerate
 from PIL import Image
 
-from data.buckets import Crop
 from data.config import DataConfig
 from data.export import write_dataset
-from data.images import pixels
-from data.precompute import Build, build_datasets
+from data.media.buckets import Crop
+from data.media.images import pixels
+from data.precompute.build import Build, build_datasets
 from data.store import Store
 from models import get_family
 from models.config import ModelConfig

@@ -9,12 +9,12 @@ from data_families import Video
 from PIL import Image
 
 import models
-from data import comfy
 from data.batches import make_batch
 from data.config import DataConfig, DataError
 from data.export import write_dataset
 from data.identity import key_of
-from data.precompute import Build
+from data.precompute.build import Build
+from data.sources import comfy_shards
 from models.config import ModelConfig, ObjectiveConfig
 from models.sd15 import StableDiffusion
 from training.step import build_loss
@@ -97,7 +97,7 @@ def test_images_are_videos_of_one_frame_with_conditioning_of_their_own(build, fa
 def test_they_go_out_and_come_back(build, family, images, tmp_path, form):
     first = build(family, images=str(images), export=tmp_path / "out", form=form, caption_dropout=0.5)
     if form != "encoded":
-        sample = next(comfy.samples(tmp_path / "out", family, comfy.shards(tmp_path / "out")[0].name))
+        sample = next(comfy_shards.samples(tmp_path / "out", family, comfy_shards.shards(tmp_path / "out")[0].name))
         assert sample.latents.shape == (4, 1, 16, 16)
     again = build(family, images=str(tmp_path / "out"), cache="other", caption_dropout=0.5)
     assert again.arrays["dropout"].tolist() == [0.5] * 4

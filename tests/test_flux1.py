@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.config import DataConfig
-from data.precompute import build_datasets
+from data.precompute.build import build_datasets
 from models import get_family
 from models.base import take_comfy_cond
 from models.config import ModelConfig, ModelError, ObjectiveConfig

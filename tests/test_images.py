@@ -12,9 +12,18 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from data.buckets import Crop
 from data.config import DataError
-from data.images import EXTENSIONS, MAX_PIXELS, ImageFacts, alpha_mask, check, colour_fault, mask_file, pixels
+from data.media.buckets import Crop
+from data.media.images import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    ImageFacts,
+    alpha_mask,
+    check,
+    colour_fault,
+    mask_file,
+    pixels,
+)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 RNG = np.random.default_rng(0)
@@ -495,7 +504,7 @@ def test_bombs_are_refused_before_they_are_decoded(image_format, limit, monkeypa
 
 def test_what_is_at_the_limit_is_decoded(monkeypatch):
     assert MAX_PIXELS == 2**28
-    monkeypatch.setattr("data.images.MAX_PIXELS", 64)
+    monkeypatch.setattr("data.media.images.MAX_PIXELS", 64)
     check(solid("RGB", 0, size=(8, 8)))
     assert "9x8" in fault(solid("RGB", 0, size=(9, 8)))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data import encode
+from data.precompute import encode
 from training.engine import Engine
 
 

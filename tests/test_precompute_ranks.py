@@ -14,8 +14,8 @@ import pytest
 from conftest import BASE, PROJECT, TWEMOJI
 
 from data.config import DataError
+from data.precompute.stages import Turns
 from data.store import Store, data_file
-from data.turns import Turns
 
 WORKER = """
 import json, sys, torch
@@ -111,7 +111,7 @@ def in_threads(folder: Path, ranks: int, work) -> list[object]:
 
 
 def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.turns.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+    monkeypatch.setattr("data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
 
     def work(turns: Turns) -> tuple:
         first = turns.main(lambda: turns.rank + 10)
@@ -128,7 +128,7 @@ def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
     [(DataError("a bad file"), ["a bad file"] * 3), (OSError("disk"), ["rank 1 failed: OSError: disk", "disk"] * 2)],
 )
 def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
-    monkeypatch.setattr("data.turns.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+    monkeypatch.setattr("data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
 
     def work(turns: Turns) -> object:
         def fail() -> None:

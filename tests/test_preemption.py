@@ -55,8 +55,8 @@ def once(patch, place: str, number: int, when: int = 1) -> list[int]:
 
 
 MOMENTS = {  # where, in which call, the step that is saved
-    "encoding captions": ("data.encode.encode_texts", 1, None),
-    "encoding images": ("data.encode.encode_media", 1, None),
+    "encoding captions": ("data.precompute.encode.encode_texts", 1, None),
+    "encoding images": ("data.precompute.encode.encode_media", 1, None),
     "loading the model": ("training.setup.attach_adapters", 1, None),
     "the first validation": ("training.validation.chunk", 3, 0),
     "a training step": ("training.step.LossFunction.__call__", 30, None),

@@ -9,7 +9,7 @@ import yaml
 from conftest import PROJECT
 from family_cases import SIDE, cases, folder_of
 
-from data.buckets import Buckets
+from data.media.buckets import Buckets
 from models import FAMILIES, get_family
 from models.config import ModelConfig
 from training.config import TrainConfig

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.config import DataConfig, DataError, SourceConfig
 from data.identity import file_hashes, key_of
-from data.precompute import build_datasets
+from data.precompute.build import build_datasets
 from data.store import Store, damaged, data_file
 from models import get_family
 from models.config import ModelConfig

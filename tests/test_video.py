@@ -14,10 +14,10 @@ from PIL import Image
 
 import models
 from data.batches import make_batch
-from data.buckets import Crop
 from data.config import DataConfig, DataError
-from data.precompute import build_datasets
-from data.video import Clip, Clips, check, is_video, pixels
+from data.media.buckets import Crop
+from data.media.video import Clip, Clips, check, is_video, pixels
+from data.precompute.build import build_datasets
 from models.config import ModelConfig
 from models.sd15 import StableDiffusion
 

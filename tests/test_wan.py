@@ -8,7 +8,7 @@ import torch
 from family_cases import Case, cases, family_of, folder_of
 from PIL import Image
 
-from data.comfy import scan
+from data.sources.comfy_shards import scan
 from models.base import take_comfy_cond
 from models.config import ModelError
 from training.config import PreviewConfig

@@ -11,7 +11,7 @@ from adapter_files import files
 from adapter_files.kohya_metadata import network_metadata
 from data.dataset import LatentDataset
 from data.identity import files_identity
-from data.precompute import Datasets
+from data.precompute.build import Datasets
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml

@@ -11,7 +11,7 @@ __all__ = ["Entry", "Source", "open_source"]
 
 def kind_of(path: Path) -> str:
     """The kind of a source, by the files in its folder."""
-    from data.comfy import is_comfy_folder
+    from data.sources.comfy_shards import is_comfy_folder
     from data.sources.table import files_of
 
     if is_comfy_folder(path):

@@ -1,4 +1,4 @@
-"""A dataset that ComfyUI encoded: latents and conditioning are taken as they are (data/comfy.py)."""
+"""A dataset that ComfyUI encoded: latents and conditioning are taken as they are (data/sources/comfy_shards.py)."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data import comfy
 from data.config import SourceConfig
 from data.files import stamp_of
+from data.sources import comfy_shards
 from data.sources.base import Entry, Source
 from models.base import ModelFamily
 
@@ -24,11 +24,11 @@ class ComfySource(Source):
         self.places: list[tuple[str, int]] = []
 
     def entries(self, faults: list[str]) -> Iterator[Entry]:
-        found, bad, warnings = comfy.scan(self.folder, self.family)
+        found, bad, warnings = comfy_shards.scan(self.folder, self.family)
         faults += bad
         for warning in warnings:
             print(f"note: {warning}")
-        stamps = {file.name: stamp_of(file) for file in comfy.shards(self.folder)}
+        stamps = {file.name: stamp_of(file) for file in comfy_shards.shards(self.folder)}
         step = self.family.latent_step()
         for item in found:
             self.places.append((item.shard, item.index))
@@ -43,6 +43,6 @@ class ComfySource(Source):
                 pass
         for shard, group in groupby(rows, key=lambda row: self.places[row][0]):
             wanted = {self.places[row][1]: row for row in group}
-            for sample in comfy.samples(self.folder, self.family, shard):
+            for sample in comfy_shards.samples(self.folder, self.family, shard):
                 if sample.index in wanted:
                     yield wanted[sample.index], sample.latents, sample.cond

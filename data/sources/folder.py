@@ -9,10 +9,10 @@ from typing import Any
 
 from data.config import DataConfig, DataError, SourceConfig
 from data.files import stamp_of
-from data.images import EXTENSIONS
+from data.media.images import EXTENSIONS
+from data.media.video import EXTENSIONS as VIDEOS
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, is_text, read_metadata
-from data.video import EXTENSIONS as VIDEOS
 
 MASK = "_mask"
 

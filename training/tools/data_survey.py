@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from data import tables
-from data.buckets import Crop
-from data.captions import as_given, trigger_of
 from data.config import SourceConfig
-from data.encode import Work
-from data.precompute import Planned
+from data.media.buckets import Crop
+from data.media.captions import as_given, trigger_of
+from data.media.video import Clip
+from data.precompute.build import Planned
+from data.precompute.encode import Work
 from data.sources import kind_of
-from data.video import Clip
 from models.base import ModelFamily
 
 MOST_NAMED = 10

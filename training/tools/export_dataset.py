@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data.export import write_dataset
-from data.precompute import Build
+from data.precompute.build import Build
 from models import get_family
 from training.distributed import build_accelerator
 from training.tools.data_options import ExportOptions

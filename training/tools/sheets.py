@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import tables
-from data.buckets import Crop
 from data.config import DataError
-from data.encode import pixels_of
-from data.plan import ahead
-from data.precompute import Planned
+from data.media.buckets import Crop
+from data.media.video import Clip
+from data.precompute.build import Planned
+from data.precompute.encode import pixels_of
+from data.precompute.plan import ahead
 from data.store import MISSING
-from data.video import Clip
 from models.base import ModelFamily
 from training.files import write_file
 from training.preview import as_picture, wrapped

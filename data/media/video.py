@@ -15,9 +15,9 @@ import torch
 from PIL import GifImagePlugin, Image, WebPImagePlugin
 from torch import Tensor
 
-from data import images
-from data.buckets import Crop
 from data.config import DataConfig, DataError
+from data.media import images
+from data.media.buckets import Crop
 
 EXTENSIONS = {".mp4", ".webm", ".mov", ".mkv"}
 LATE = 0.05  # of a frame: how much the times in a file may be rounded

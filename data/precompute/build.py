@@ -23,14 +23,17 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from data import encode, images, tables
-from data.buckets import Buckets
+from data import tables
 from data.config import DataConfig, DataError, SourceConfig
 from data.dataset import LatentDataset, Stores
 from data.files import is_old
 from data.identity import KEY_BYTES, digest, files_identity, key_of
-from data.index import write_index
-from data.plan import (
+from data.media import images
+from data.media.buckets import Buckets
+from data.media.video import Clips
+from data.precompute import encode
+from data.precompute.index import write_index
+from data.precompute.plan import (
     VERSION,
     Planner,
     Sources,
@@ -42,11 +45,10 @@ from data.plan import (
     write_listing,
     write_rows,
 )
+from data.precompute.stages import Turns
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
 from data.store import Store, damaged, discard
-from data.turns import Turns
-from data.video import Clips
 from models.base import ModelFamily
 
 MOST_LISTED = 50

@@ -25,8 +25,8 @@ from PIL import (
 )
 from torch import Tensor
 
-from data.buckets import Crop
 from data.config import DataError
+from data.media.buckets import Crop
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 2**28

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import images, schema, tables, video
-from data.buckets import Crop
+from data import schema, tables
 from data.config import DataConfig, DataError
 from data.dataset import Stores
 from data.identity import key_of
-from data.plan import AHEAD, FEW, Planner, ahead, has_images
+from data.media import images, video
+from data.media.buckets import Crop
+from data.media.video import Clip
+from data.precompute.plan import AHEAD, FEW, Planner, ahead, has_images
 from data.store import Store
-from data.video import Clip
 from models.base import ModelFamily
 
 MOST_NAMED, MOST_LETTERS = 20, 100  # of captions that are too long

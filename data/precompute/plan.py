@@ -13,12 +13,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data import images, tables, video
-from data.buckets import Buckets, Crop
-from data.captions import as_given, variants
+from data import tables
 from data.config import DataConfig, DataError, SourceConfig
 from data.files import stamp_of
 from data.identity import key_of
+from data.media import images, video
+from data.media.buckets import Buckets, Crop
+from data.media.captions import as_given, variants
 from data.sources import Source
 from data.store import MISSING, Store
 
