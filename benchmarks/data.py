@@ -28,15 +28,15 @@ from torch import Tensor
 
 from benchmarks.memory import peak_memory
 from data import batches as data_batches
-from data import tables
 from data.batches import MicroBatches
 from data.dataset import LatentDataset, Stores
-from data.identity import key_of
 from data.loader import micro_batches
 from data.media.buckets import Crop
 from data.precompute.index import write_index
 from data.schedule import Schedule
-from data.store import Store
+from data.store import tables
+from data.store.hashing import key_of
+from data.store.store import Store
 
 BAR, GROWTH_BAR = 0.40, 1.10
 BATCHES, WARM_UP = 200, 5

@@ -11,7 +11,7 @@ from torch import Tensor
 from data.dataset import LatentDataset
 from data.noise import altered
 from data.schedule import Schedule, key, permutation
-from data.schema import MEDIA_TENSORS
+from data.store.schema import MEDIA_TENSORS
 from models.config import ObjectiveConfig
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data import tables
-from data.collate import Ragged
 from data.schedule import Segment
-from data.schema import MEDIA_TENSORS
-from data.store import Store
+from data.store import tables
+from data.store.schema import MEDIA_TENSORS, Ragged
+from data.store.store import Store
 
 CROP_HEIGHT, CROP_WIDTH = 7, 6  # of the fields of buckets.Crop
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from data import tables
 from data.config import DataError
 from data.precompute.build import Build, Datasets
 from data.sources import comfy_shards
 from data.sources.encoded import ABOUT, FORMAT, options_of
-from data.store import Store
+from data.store import tables
+from data.store.store import Store
 from models.base import ModelFamily, with_frames
 
 Form = Literal["encoded", "comfyui", "safetensors"]

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data import tables
-from data.collate import NONE, Ragged
 from data.dataset import LatentDataset, Stores
-from data.identity import key_of
 from data.media.buckets import Crop
 from data.precompute.index import write_index
-from data.store import Store
+from data.store import tables
+from data.store.hashing import key_of
+from data.store.schema import NONE, Ragged
+from data.store.store import Store
 
 Tensors = dict[bytes, dict[str, torch.Tensor]]
 

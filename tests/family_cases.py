@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.identity import key_of
-from data.store import Store
+from data.store.hashing import key_of
+from data.store.store import Store
 from models import FAMILIES, get_family
 from models.base import ModelFamily, Native
 from models.config import ModelConfig

@@ -7,9 +7,9 @@ from data_cases import dataset_of, row_of
 
 from data.batches import make_batch
 from data.config import DataConfig, SourceConfig
-from data.identity import key_of
 from data.media.captions import of_caption, variants
 from data.schedule import key
+from data.store.hashing import key_of
 
 
 def source(**options) -> SourceConfig:

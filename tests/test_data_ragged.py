@@ -9,10 +9,10 @@ from data_families import Ragged
 
 from data.batches import make_batch
 from data.config import DataConfig, DataError
-from data.identity import key_of
 from data.precompute.build import build_datasets
 from data.schedule import key
 from data.sources.comfy_shards import write_folder
+from data.store.hashing import key_of
 from models.config import ModelConfig, ObjectiveConfig
 from models.sd15 import StableDiffusion
 from training.step import build_loss

@@ -18,7 +18,7 @@ from data.export import write_dataset
 from data.media.buckets import Crop
 from data.media.images import pixels
 from data.precompute.build import Build, build_datasets
-from data.store import Store
+from data.store.store import Store
 from models import get_family
 from models.config import ModelConfig
 from training.tools import data_survey, sheets

@@ -12,9 +12,9 @@ import models
 from data.batches import make_batch
 from data.config import DataConfig, DataError
 from data.export import write_dataset
-from data.identity import key_of
 from data.precompute.build import Build
 from data.sources import comfy_shards
+from data.store.hashing import key_of
 from models.config import ModelConfig, ObjectiveConfig
 from models.sd15 import StableDiffusion
 from training.step import build_loss

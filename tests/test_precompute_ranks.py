@@ -15,7 +15,8 @@ from conftest import BASE, PROJECT, TWEMOJI
 
 from data.config import DataError
 from data.precompute.stages import Turns
-from data.store import Store, data_file
+from data.store.part import data_file
+from data.store.store import Store
 
 WORKER = """
 import json, sys, torch

@@ -13,9 +13,10 @@ from conftest import BASE, reset_accelerate
 from PIL import Image
 
 from data.config import DataConfig, DataError, SourceConfig
-from data.identity import file_hashes, key_of
 from data.precompute.build import build_datasets
-from data.store import Store, damaged, data_file
+from data.store.hashing import file_hashes, key_of
+from data.store.part import data_file
+from data.store.store import Store, damaged
 from models import get_family
 from models.config import ModelConfig
 
@@ -53,7 +54,7 @@ def test_tensors_come_back_exactly_in_their_dtype(tmp_path, dtype):
 
 
 def test_batches_are_stacked_from_any_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.store.ROWS_PER_PART", 3)
+    monkeypatch.setattr("data.store.store.ROWS_PER_PART", 3)
     Store(tmp_path).write((k(str(i)), {"x": torch.full((2, 3), i)}) for i in range(10))
     store = Store(tmp_path)
     assert len(store.parts) == 4
@@ -76,7 +77,7 @@ def test_the_store_is_a_datasets_dataset(tmp_path):
 
 
 def test_a_part_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.store.ROWS_PER_PART", 2)
+    monkeypatch.setattr("data.store.store.ROWS_PER_PART", 2)
 
     def rows():
         for i in range(4):

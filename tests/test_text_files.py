@@ -12,7 +12,7 @@ from ldm import vae_name, vae_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.identity import files_identity
+from data.store.hashing import files_identity
 from models import get_family
 from models.base import ModelFamily
 from models.config import ModelConfig, ModelError

@@ -10,8 +10,8 @@ from pathlib import Path
 from adapter_files import files
 from adapter_files.kohya_metadata import network_metadata
 from data.dataset import LatentDataset
-from data.identity import files_identity
 from data.precompute.build import Datasets
+from data.store.hashing import files_identity
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml

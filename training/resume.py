@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
-from data.identity import files_identity
+from data.store.hashing import files_identity
 from models.base import ModelFamily
 from training import checkpoint
 from training.best import Best, best_step

@@ -23,11 +23,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from data import tables
 from data.config import DataConfig, DataError, SourceConfig
 from data.dataset import LatentDataset, Stores
-from data.files import is_old
-from data.identity import KEY_BYTES, digest, files_identity, key_of
 from data.media import images
 from data.media.buckets import Buckets
 from data.media.video import Clips
@@ -48,7 +45,9 @@ from data.precompute.plan import (
 from data.precompute.stages import Turns
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
-from data.store import Store, damaged, discard
+from data.store import tables
+from data.store.hashing import KEY_BYTES, digest, files_identity, is_old, key_of
+from data.store.store import Store, damaged, discard
 from models.base import ModelFamily
 
 MOST_LISTED = 50

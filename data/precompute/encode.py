@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import schema, tables
 from data.config import DataConfig, DataError
 from data.dataset import Stores
-from data.identity import key_of
 from data.media import images, video
 from data.media.buckets import Crop
 from data.media.video import Clip
 from data.precompute.plan import AHEAD, FEW, Planner, ahead, has_images
-from data.store import Store
+from data.store import schema, tables
+from data.store.hashing import key_of
+from data.store.store import Store
 from models.base import ModelFamily
 
 MOST_NAMED, MOST_LETTERS = 20, 100  # of captions that are too long

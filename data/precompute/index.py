@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data import tables
 from data.dataset import CROP_HEIGHT, CROP_WIDTH, Stores
-from data.identity import KEY_BYTES, key_of
-from data.store import MISSING, Store
+from data.store import tables
+from data.store.hashing import KEY_BYTES, key_of
+from data.store.store import MISSING, Store
 
 
 def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores) -> str:

@@ -13,15 +13,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data import tables
 from data.config import DataConfig, DataError, SourceConfig
-from data.files import stamp_of
-from data.identity import key_of
 from data.media import images, video
 from data.media.buckets import Buckets, Crop
 from data.media.captions import as_given, variants
 from data.sources import Source
-from data.store import MISSING, Store
+from data.store import tables
+from data.store.hashing import key_of, stamp_of
+from data.store.store import MISSING, Store
 
 AHEAD = 32  # rows that are read ahead of the one that is worked on
 FEW = 2  # where they may be videos: a clip's pixels take hundreds of MB

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.config import DataError
-from data.files import is_old, write_beside
+from data.store.hashing import is_old, write_beside
 
 POLL = 0.05  # seconds; ten times as long after a minute
 DAYS_KEPT = 7

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from data.config import SourceConfig
-from data.files import stamp_of
 from data.sources import comfy_shards
 from data.sources.base import Entry, Source
+from data.store.hashing import stamp_of
 from models.base import ModelFamily
 
 

@@ -4,7 +4,7 @@ machines without the images can train.
 <folder>/encoded.json     {"format": 1, "family", "vae", "text", "options"}: what it was encoded with
 <folder>/listing.arrow    names and captions (tables.LISTING)
 <folder>/rows.arrow       what is trained on (tables.ROWS)
-<folder>/media, text      stores of latents and of conditioning (data/store.py)
+<folder>/media, text      stores of latents and of conditioning (data/store/store.py)
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data import tables
 from data.config import DataConfig, SourceConfig
 from data.sources.base import Entry, Source
-from data.store import MISSING, Store, damaged
+from data.store import tables
+from data.store.store import MISSING, Store, damaged
 
 ABOUT = "encoded.json"
 FORMAT = 1

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, DataError, SourceConfig
-from data.files import stamp_of
 from data.media.images import EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEOS
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, is_text, read_metadata
+from data.store.hashing import stamp_of
 
 MASK = "_mask"
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataError, SourceConfig
-from data.files import stamp_of
-from data.identity import digest
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, columns, described
+from data.store.hashing import digest, stamp_of
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 

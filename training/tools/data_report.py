@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data import tables
 from data.config import DataConfig
 from data.media.video import frames_of
 from data.precompute.build import Build, Planned
 from data.precompute.encode import lists_to_rows
 from data.precompute.plan import missing
+from data.store import tables
 from models import get_family
 from models.base import ModelFamily
 from training.config import TrainConfig

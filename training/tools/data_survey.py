@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from data import tables
 from data.config import SourceConfig
 from data.media.buckets import Crop
 from data.media.captions import as_given, trigger_of
@@ -17,6 +16,7 @@ from data.media.video import Clip
 from data.precompute.build import Planned
 from data.precompute.encode import Work
 from data.sources import kind_of
+from data.store import tables
 from models.base import ModelFamily
 
 MOST_NAMED = 10

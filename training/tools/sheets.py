@@ -12,14 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from data import tables
 from data.config import DataError
 from data.media.buckets import Crop
 from data.media.video import Clip
 from data.precompute.build import Planned
 from data.precompute.encode import pixels_of
 from data.precompute.plan import ahead
-from data.store import MISSING
+from data.store import tables
+from data.store.store import MISSING
 from models.base import ModelFamily
 from training.files import write_file
 from training.preview import as_picture, wrapped

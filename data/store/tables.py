@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.identity import KEY_BYTES
+from data.store.hashing import KEY_BYTES
 
 BATCH = 1000
 

@@ -1,7 +1,6 @@
 """From rows of a store to the tensors of a batch: stacked, or padded where rows have different numbers of tokens."""
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,19 +8,10 @@ import torch
 from torch import Tensor
 
 from data.config import DataError
+from data.store.schema import LENGTHS, MASK, Ragged, is_ragged
 
 if TYPE_CHECKING:
-    from data.store import Part
-
-MASK, LENGTHS = "attention_mask", "lengths"
-Ragged = Mapping[str, int | None]
-"""As ModelFamily.ragged."""
-NONE: Ragged = {}
-
-
-def is_ragged(name: str, ragged: Ragged) -> bool:
-    """Whether the first dimension of the tensor `name` is tokens, of which rows have different numbers."""
-    return name in ragged or (bool(ragged) and name == MASK)
+    from data.store.part import Part
 
 
 def batch_of(found: "list[tuple[Part, int]]", ragged: Ragged) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Raw bytes because Arrow has no bfloat16 and decodes nested lists number by numbe
 Latents are raw as the VAE gives them (not normalised); latents and conditioning are fp32 when we encode them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -76,3 +77,18 @@ def byte_places(chunk: pa.Array, base: int) -> tuple[np.ndarray, np.ndarray]:
     _, offsets, data = chunk.buffers()
     ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
     return ends[:-1] + (data.address - base if data is not None else 0), np.diff(ends)
+
+
+MASK, LENGTHS = "attention_mask", "lengths"
+
+
+Ragged = Mapping[str, int | None]
+"""As ModelFamily.ragged."""
+
+
+NONE: Ragged = {}
+
+
+def is_ragged(name: str, ragged: Ragged) -> bool:
+    """Whether the first dimension of the tensor `name` is tokens, of which rows have different numbers."""
+    return name in ragged or (bool(ragged) and name == MASK)

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
+import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
-
-from data.files import stamp_of, write_beside
 
 MEMO = "file_hashes.json"
 KEY_BYTES = 16
@@ -52,3 +53,24 @@ def files_identity(paths: list[Path], cache_dir: Path) -> str:
     """One hash for the names and contents of `paths`."""
     hashes = file_hashes(paths, cache_dir)
     return digest(*(f"{path.name} {hashes[path]}" for path in paths))
+
+
+def stamp_of(path: Path) -> str:
+    """What changes when a file's content may have: its path, size and time of change."""
+    stat = path.stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Writes `path` so that it is there as a whole or not at all."""
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def is_old(path: Path, days: float) -> bool:
+    """Whether it was left so long ago that nobody works on it; not if another process has just removed it."""
+    try:
+        return path.stat().st_mtime < time.time() - days * 86400
+    except FileNotFoundError:
+        return False
