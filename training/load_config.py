@@ -127,7 +127,7 @@ def folder_faults(flag: str, path: str) -> list[str]:
 
 def source_faults(data: DataConfig) -> list[str]:
     """What is wrong with the paths of the training data."""
-    paths = [("data.media.images", data.images), ("data.validation_images", data.validation_images)]
+    paths = [("data.images", data.images), ("data.validation_images", data.validation_images)]
     paths += [(f"data.sources.{i}.path", source.path) for i, source in enumerate(data.sources)]
     faults = [
         f"--{flag}: {path} is not a folder"
