@@ -24,7 +24,7 @@ from adapter_files.writers import (
     preferred,
     stored_dtype,
 )
-from lora_algos.adapted import Adapted
+from lora_algos.adapted_model import Adapted
 from lora_algos.attach import adaptable_layers, layers_of, listed, norm_layers
 from lora_algos.config import AdapterError
 from lora_algos.tensors import known_rank, moved

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_algos.base import Adapter
+    from lora_algos.adapter import Adapter
 
 ALGORITHMS: dict[str, str] = {
     "LoRA": "lora_algos.lora",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_algos import ALGORITHMS, get_algorithm
-from lora_algos.adapted import Adapted
-from lora_algos.base import Adapter
+from lora_algos.adapted_model import Adapted
+from lora_algos.adapter import Adapter
 from lora_algos.config import AdapterConfig, AdapterError, AdapterOptions, BypassMode, LayerSpec, Override, listed
-from lora_algos.ops import ADAPTED_TYPES
+from lora_algos.layer_op import ADAPTED_TYPES
 from lora_algos.tensors import Shapes, bias_faults
 
 # DoRA's layers have LoRA's tensors too, so it is asked first

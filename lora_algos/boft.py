@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
+from lora_algos.layer_op import LayerOp
 from lora_algos.oft import OFT, BlockRotation
-from lora_algos.ops import LayerOp
 from lora_algos.rotation import Cayley, add_blocks, block_products, times_blocks, without_bias
 from lora_algos.tensors import Shapes, constraint_of, fitted
 

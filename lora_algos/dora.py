@@ -16,12 +16,12 @@ from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter, OwnAdapter
+from lora_algos.adapter import Adapter, OwnAdapter
 from lora_algos.config import AdapterError, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
+from lora_algos.layer_op import LayerOp, channel_sum
 from lora_algos.lora import ADAPTER_NAME, INITS_OF_LINEAR, LoRABase, OwnLoRA, PeftAdapter
 from lora_algos.low_rank import TINY, add_low_rank, low_rank_grads, norms_after, squared_norms
-from lora_algos.ops import LayerOp, channel_sum
 from lora_algos.tensors import Shapes
 
 MAGNITUDE = "lora_magnitude_vector"

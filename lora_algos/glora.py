@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import OwnAdapter
+from lora_algos.adapter import OwnAdapter
 from lora_algos.config import LayerSpec
 from lora_algos.kernels import Kernel, Saved, Tensors
+from lora_algos.layer_op import LayerOp
 from lora_algos.low_rank import add_low_rank, low_rank_grads
-from lora_algos.ops import LayerOp
 from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_algos.ops import LayerOp, rows
+from lora_algos.layer_op import LayerOp, rows
 
 Mode = Literal["factors", "merged", "dense"]
 Tensors = tuple[Tensor, ...]

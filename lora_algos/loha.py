@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import OwnAdapter
+from lora_algos.adapter import OwnAdapter
 from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import Additive, DenseKernel, Kernel, Mode, Saved, Tensors, cheapest, weight_pass
+from lora_algos.layer_op import LayerOp
 from lora_algos.low_rank import add_low_rank, low_rank_grads
-from lora_algos.ops import LayerOp
 from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 

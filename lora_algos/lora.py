@@ -18,11 +18,11 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter, OwnAdapter
+from lora_algos.adapter import Adapter, OwnAdapter
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import Kernel, Tensors
+from lora_algos.layer_op import LayerOp
 from lora_algos.low_rank import LowRank, difference
-from lora_algos.ops import LayerOp
 from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 INITS_OF_LINEAR = ("orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")

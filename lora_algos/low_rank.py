@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_algos.config import AdapterError
 from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
-from lora_algos.ops import LayerOp, positions, rows
+from lora_algos.layer_op import LayerOp, positions, rows
 
 TINY = 1e-30  # a channel without weights has the norm 0, and no direction
 NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"

@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora_algos.base import OwnAdapter
+from lora_algos.adapter import OwnAdapter
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
-from lora_algos.ops import LayerOp, channel_sum
+from lora_algos.layer_op import LayerOp, channel_sum
 from lora_algos.rotation import Cayley, add_blocks, block_products, constrained, without_bias
 from lora_algos.tensors import Shapes, constraint_of, fitted
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_algos.kernels import WIDE
+from lora_algos.layer_op import LayerOp, positions
 from lora_algos.low_rank import channels_last_rows, is_channels_last
-from lora_algos.ops import LayerOp, positions
 
 
 def inverse(matrices: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_algos import ALGORITHMS
+from lora_algos.adapter import Adapter
 from lora_algos.attach import Adapted, attach
-from lora_algos.base import Adapter
 from lora_algos.config import AdapterOptions, LayerSpec
 
 # kind of layer -> how it is made, the shape of an input to it

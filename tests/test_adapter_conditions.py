@@ -21,8 +21,8 @@ from adapter_cases import (
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lora_algos.adapter import Adapter
 from lora_algos.attach import Adapted, attach
-from lora_algos.base import Adapter
 from lora_algos.config import LayerSpec
 
 

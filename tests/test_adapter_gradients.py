@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from lora_algos.adapter import Adapter
 from lora_algos.attach import Adapted
-from lora_algos.base import Adapter
 from lora_algos.config import LayerSpec
 from lora_algos.low_rank import LowRank
 

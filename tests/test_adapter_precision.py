@@ -7,8 +7,8 @@ import torch
 from adapter_cases import every_algorithm, every_mode, in_mode, scaled_update
 from torch import Tensor, nn
 
+from lora_algos.adapter import Adapter
 from lora_algos.attach import attach
-from lora_algos.base import Adapter
 from lora_algos.config import LayerSpec
 
 SIDE, CHUNK, CHUNKS = 8, 2**16, 48  # chunks that stay in the caches

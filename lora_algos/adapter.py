@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Additive, Branch, Kernel, Mode, Tensors, adapted
-from lora_algos.ops import LayerOp, added, autocast_dtype, without_autocast
+from lora_algos.layer_op import LayerOp, added, autocast_dtype, without_autocast
 from lora_algos.tensors import Shapes
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_algos.base import Adapter
+from lora_algos.adapter import Adapter
 from lora_algos.config import AdapterError, LayerSpec, listed
-from lora_algos.ops import added
+from lora_algos.layer_op import added
 from lora_algos.tensors import moved
 
 
