@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lora_algos.adapter import Adapter, OwnAdapter
 from lora_algos.config import LayerSpec
-from lora_algos.full import Full
 from lora_algos.kernels import WIDE, DenseKernel, Kernel, Saved, Tensors
 from lora_algos.layer_op import ADAPTED_TYPES, LayerOp, without_autocast
 from lora_algos.tensors import Shapes, fitted
@@ -35,8 +34,6 @@ class Full(OwnAdapter):
     @classmethod
     def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
         if not isinstance(base_layer, ADAPTED_TYPES):
-            pass  # which is made of this
-
             return NormDifference(base_layer, spec, shapes)
         return cls(base_layer, spec, shapes)
 

@@ -24,8 +24,8 @@ FAMILIES: dict[str, str] = {
 
 def get_family(config: "ModelConfig") -> "ModelFamily":
     """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the one named."""
-    from models.checkpoints import family_of
     from models.config import ModelError
+    from models.detect import family_of
 
     family = family_of(config)(config)
     if config.expert is not None and not family.has_experts:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from models.base import base_metadata, check_comfy_cond
-from models.checkpoints import T5
+from models.checkpoint_files import T5
 from models.dit_names import CHROMA_NATIVE_ONLY
 from models.flux1 import BLOCKS, TOKENS, FluxFamily
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.base import Native, check_comfy_cond
-from models.checkpoints import denoiser_prefix
+from models.checkpoint_files import denoiser_prefix
 from models.config import ModelError
+from models.diffusers_family import DiffusersFamily
 from models.dit_names import Table, renamed, stored_names
-from models.loading import DiffusersFamily
 from models.text import comfy_pooled
 
 ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from models.base import Native
-from models.checkpoints import denoiser_prefix
+from models.checkpoint_files import denoiser_prefix
 
 Table = Iterable[tuple[str, str, dict[str, str]]]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
-from models.checkpoints import CLIP_L, T5
+from models.checkpoint_files import CLIP_L, T5
 from models.config import ModelError
 from models.dit import ATTENTION, MLP, PooledTextFamily, TransformerFamily
 from models.dit_names import FLUX

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from models.checkpoints import ZERO_SNR
+from models.checkpoint_files import ZERO_SNR
 from models.config import ModelError, ObjectiveConfig, changed
 from models.densities import EPS
 

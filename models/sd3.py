@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
-from models.checkpoints import CLIP_G, CLIP_L, T5
+from models.checkpoint_files import CLIP_G, CLIP_L, T5
 from models.dit import ATTENTION, MLP, PooledTextFamily
 from models.dit_names import SD3
 from models.text import counts, pooled_rows

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from models.base import Native, base_metadata
-from models.checkpoints import prediction_in
+from models.checkpoint_files import prediction_in
 from models.config import ModelError
+from models.diffusers_family import DiffusersFamily
 from models.ldm_names import native_names
-from models.loading import DiffusersFamily
 from models.processes import sampler_of
 from models.text import counts
 

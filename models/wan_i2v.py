@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import with_frames
-from models.checkpoints import files_read, part_folder
+from models.checkpoint_files import files_read, part_folder
 from models.config import ModelError
 from models.wan import CLIP_VIEW, IMAGE_CHANNELS, OTHERS, PATCHES, WAN_NAMES, Wan
 

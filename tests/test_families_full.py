@@ -16,8 +16,8 @@ from lora_algos import ALGORITHMS
 from lora_algos.attach import attach, select_layers
 from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
 from models import get_family
-from models.checkpoints import family_classes
 from models.config import ModelConfig
+from models.detect import family_classes
 
 GOLDEN = Path(__file__).parent / "data" / "full_size.json"
 FAMILIES = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models import get_family
 from models.base import ModelFamily
-from models.checkpoints import hub_id_by_shapes
+from models.checkpoint_files import hub_id_by_shapes
 from models.config import ModelConfig, ModelError
 
 CASES = {str(case): case for case in cases()}
@@ -123,7 +123,7 @@ def test_a_whole_file_needs_no_weights_of_the_config(file, whole, configs):
 
 
 def test_large_text_encoders_of_a_whole_file_are_loaded_in_bf16(file, whole, configs, monkeypatch):
-    monkeypatch.setattr("models.parts.LARGE", 1000)
+    monkeypatch.setattr("models.diffusers_family.LARGE", 1000)
     encoders = family_of_file(file, whole, configs).load_encoders("text")
     assert encoders.text_encoder.dtype == torch.bfloat16
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models import get_family
-from models.checkpoints import SD2_BIAS, SD2_TEXT
+from models.checkpoint_files import SD2_BIAS, SD2_TEXT
 from models.config import ModelConfig, ObjectiveConfig
 from models.processes import sampler_of
 from models.unet import UNetFamily

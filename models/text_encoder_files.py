@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from models.checkpoints import SCALES, shapes_of
+from models.checkpoint_files import SCALES, shapes_of
 from models.config import ModelError
 from models.quiet import unreported
 

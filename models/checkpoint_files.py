@@ -5,20 +5,17 @@ import math
 import re
 from collections.abc import Collection
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from models import FAMILIES
 from models.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from models.base import ModelFamily
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 VAE_PREFIXES = ("first_stage_model.", "vae.")
@@ -50,51 +47,6 @@ def local_path(config: ModelConfig, path: str | None = None) -> Path:
         return Path(DiffusionPipeline.download(path, **options))
     except (OSError, ValueError) as error:
         raise ModelError(f"--model.path {path} could not be had from the hub: {error}") from error
-
-
-def family_classes() -> dict[str, type["ModelFamily"]]:
-    return {name: import_module(module).FAMILY for name, module in FAMILIES.items()}
-
-
-def family_of(config: ModelConfig) -> type["ModelFamily"]:
-    """The family of the model that is there. ModelError if there is none here, or another than `config.family` says."""
-    path, classes = local_path(config), family_classes()
-    if path.is_dir():
-        found, what = by_pipeline(path, classes)
-    else:
-        found, what = by_tensors(path, classes)
-    known = f"--model.family is one of {', '.join(classes)}"
-    if found is None and config.family is None:
-        raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
-    if found is not None and config.family not in (None, found):
-        raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
-    family = classes[found or config.family or ""]
-    if config.guidance is not None and not family.takes_guidance:
-        raise ModelError(f"--model.guidance {config.guidance:g}: models of the family {family.name} are told none")
-    return training_text(family, config) if config.train_text_encoder else family
-
-
-def training_text(family: type["ModelFamily"], config: ModelConfig) -> type["ModelFamily"]:
-    """`family` with its text encoders trained too. ModelError if they cannot be."""
-    from models.unet import UNetFamily
-    from models.with_text import trains_text
-
-    if not issubclass(family, UNetFamily):
-        why = f"{config.path} is {family.name}, whose text encoders are not CLIP alone"
-        raise ModelError(f"--model.train_text_encoder: {why}")
-    return trains_text(family)
-
-
-def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
-    """The family of a diffusers folder, if any, and what says so."""
-    try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model.path {folder} has a model_index.json that could not be read as JSON: {error}"
-        ) from error
-    found = next((family for family, cls in classes.items() if name in cls.pipelines), None)
-    return found, f"its model_index.json says {name}"
 
 
 def config_path(source: str, file: str) -> Path:
@@ -191,24 +143,3 @@ def prediction_in(file: Path, shapes: dict[str, tuple[int, ...]], configured: bo
             spread = float(tensors.get_tensor(SD2_BIAS).float().std(unbiased=False))
             return V_PREDICTION if spread > SD2_V_SPREAD else {"prediction_type": "epsilon"}
     return {}
-
-
-def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
-    """The family of a single file, if any, and what says so."""
-    try:
-        shapes = shapes_of(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"--model.path {file} is not a readable .safetensors file: {error}") from error
-    if any(name.endswith(SCALES) for name in shapes):
-        raise ModelError(
-            f"--model.path {file} has scaled fp8 weights, which are not read: take the bf16, fp16 or plain fp8 file"
-        )
-    for prefix in DENOISER_PREFIXES:
-        shapes |= {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
-    found = next((family for family, cls in classes.items() if cls.holds(shapes)), None)
-    return (
-        found,
-        "by the names of its tensors"
-        if found
-        else f"its {len(shapes)} tensors are named like {min(shapes, default='none')}",
-    )
