@@ -7,17 +7,17 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
 
 FAMILIES: dict[str, str] = {
-    "sd15": "models.sd15",
-    "sdxl": "models.sdxl",
-    "sd3": "models.sd3",
-    "flux1": "models.flux1",
-    "chroma": "models.chroma",
-    "qwen_image": "models.qwen_image",
-    "z_image": "models.z_image",
-    "flux2": "models.flux2",
-    "flux2_klein": "models.flux2_klein",
-    "wan": "models.wan",
-    "wan_i2v": "models.wan_i2v",
+    "sd15": "models.families.sd15",
+    "sdxl": "models.families.sdxl",
+    "sd3": "models.families.sd3",
+    "flux1": "models.families.flux1",
+    "chroma": "models.families.chroma",
+    "qwen_image": "models.families.qwen_image",
+    "z_image": "models.families.z_image",
+    "flux2": "models.families.flux2",
+    "flux2_klein": "models.families.flux2_klein",
+    "wan": "models.families.wan",
+    "wan_i2v": "models.families.wan_i2v",
 }
 """`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
 

@@ -39,8 +39,8 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
 
 def training_text(family: type["ModelFamily"], config: ModelConfig) -> type["ModelFamily"]:
     """`family` with its text encoders trained too. ModelError if they cannot be."""
-    from models.unet import UNetFamily
-    from models.with_text import trains_text
+    from models.families.trained_text_encoder import trains_text
+    from models.families.unet_family import UNetFamily
 
     if not issubclass(family, UNetFamily):
         why = f"{config.path} is {family.name}, whose text encoders are not CLIP alone"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapter_files import files
 from lora_algos.attach import Adapted, adaptable_layers, attach, norm_layers
 from lora_algos.config import AdapterOptions, LayerSpec
-from models.ldm_names import native_names
+from models.layer_names.unet import native_names
 
 CONV, LINEAR = "down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 SPECS = {

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.sd15 import StableDiffusion
+from models.families.sd15 import StableDiffusion
 
 
 class Ragged(StableDiffusion):

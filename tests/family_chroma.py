@@ -9,7 +9,7 @@ from family_flux1 import VAE, WIDTHS, unpack
 from tiny_models import image_vae, t5_encoder, t5_tokenizer
 from torch import Tensor
 
-from models.chroma import mask_padding
+from models.families.chroma import mask_padding
 
 
 def make() -> ChromaPipeline:

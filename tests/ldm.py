@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.ldm_names import native_names
+from models.layer_names.unet import native_names
 
 VAE = {
     "conv_norm_out": "norm_out",

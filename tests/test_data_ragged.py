@@ -14,7 +14,7 @@ from data.schedule import key
 from data.sources.comfy_shards import write_folder
 from data.store.hashing import key_of
 from models.config import ModelConfig, ObjectiveConfig
-from models.sd15 import StableDiffusion
+from models.families.sd15 import StableDiffusion
 from training.step import build_loss
 
 LENGTHS = (2, 5, 1, 3)

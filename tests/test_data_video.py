@@ -16,7 +16,7 @@ from data.precompute.build import Build
 from data.sources import comfy_shards
 from data.store.hashing import key_of
 from models.config import ModelConfig, ObjectiveConfig
-from models.sd15 import StableDiffusion
+from models.families.sd15 import StableDiffusion
 from training.step import build_loss
 
 

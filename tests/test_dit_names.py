@@ -12,19 +12,19 @@ from torch import nn
 from adapter_files import files
 from lora_algos import ALGORITHMS
 from lora_algos.attach import adaptable_layers, norm_layers
-from models import dit_names
 from models.base import Native
-from models.ldm_names import native_names
+from models.layer_names import transformers
+from models.layer_names.unet import native_names
 
 NO_LAYER = "(?!)"
 TABLES = {
-    "SD3Transformer2DModel": (dit_names.SD3, NO_LAYER),
-    "FluxTransformer2DModel": (dit_names.FLUX, NO_LAYER),
-    "Flux2Transformer2DModel": (dit_names.FLUX, dit_names.FLUX2_NATIVE_ONLY),
-    "ChromaTransformer2DModel": (dit_names.FLUX, dit_names.CHROMA_NATIVE_ONLY),
-    "QwenImageTransformer2DModel": (dit_names.QWEN_IMAGE, NO_LAYER),
-    "ZImageTransformer2DModel": (dit_names.Z_IMAGE, NO_LAYER),
-    "WanTransformer3DModel": (dit_names.WAN, dit_names.WAN_NATIVE_ONLY),
+    "SD3Transformer2DModel": (transformers.SD3, NO_LAYER),
+    "FluxTransformer2DModel": (transformers.FLUX, NO_LAYER),
+    "Flux2Transformer2DModel": (transformers.FLUX, transformers.FLUX2_NATIVE_ONLY),
+    "ChromaTransformer2DModel": (transformers.FLUX, transformers.CHROMA_NATIVE_ONLY),
+    "QwenImageTransformer2DModel": (transformers.QWEN_IMAGE, NO_LAYER),
+    "ZImageTransformer2DModel": (transformers.Z_IMAGE, NO_LAYER),
+    "WanTransformer3DModel": (transformers.WAN, transformers.WAN_NATIVE_ONLY),
 }
 NOT_IN_DIFFUSERS = {"pos_embed"}  # a table of sines, which diffusers makes anew
 TRANSFORMERS = [name for name in comfy_keys.ARCHITECTURES if comfy_keys.key_map(name)["class"] in TABLES]
@@ -36,7 +36,7 @@ def denoiser_of(architecture: str) -> nn.Module:
 
 
 def natives(architecture: str) -> dict[str, Native]:
-    return dit_names.renamed(denoiser_of(architecture), *TABLES[comfy_keys.key_map(architecture)["class"]])
+    return transformers.renamed(denoiser_of(architecture), *TABLES[comfy_keys.key_map(architecture)["class"]])
 
 
 def names(architecture: str, by_diffusers: str) -> files.Names:
@@ -87,7 +87,7 @@ def test_every_parameter_is_found_in_a_single_file(architecture):
     there, denoiser = comfy_keys.key_map(architecture)["weights"], denoiser_of(architecture)
     table = TABLES[comfy_keys.key_map(architecture)["class"]][0]
     parts: dict[str, int] = {}
-    for name, key in dit_names.stored_names(denoiser, table, there).items():
+    for name, key in transformers.stored_names(denoiser, table, there).items():
         parts[key] = parts.get(key, 0) + denoiser.get_parameter(name).numel()
     assert parts == {key: torch.Size(shape).numel() for key, shape in there.items() if key in parts}
     assert not there.keys() - parts.keys() - NOT_IN_DIFFUSERS

@@ -17,7 +17,7 @@ from adapter_files import convert, files
 from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.attach import adaptable_layers, attach_from_file, norm_layers
 from lora_algos.config import AdapterError, LayerSpec
-from models.ldm_names import native_names
+from models.layer_names.unet import native_names
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
 PEFT_CASES = ["LoRA", "LoRA rslora", "LoRA pissa", "DoRA", "LoHa", "LoHa Tucker", "LoKr", "LoKr both", "LoKr full"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline, FluxPipeline
 
-from models.packing import image_ids, pack, unpack
+from models.families.packing import image_ids, pack, unpack
 
 SHAPES = pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 4, 8), (3, 16, 10, 2)], ids=str)
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from adapter_files import files
 from adapter_files.keys import file_names
 from lora_algos.attach import Adapted, attach, attach_from_file, norm_layers
 from lora_algos.config import LayerSpec
-from models import dit_names
 from models.base import ModelFamily, Native
 from models.config import ModelConfig
+from models.layer_names import transformers
 
 FLUX = {
     "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 3, "in_channels": 8,
@@ -41,7 +41,7 @@ class Small(ModelFamily):
 
     name, component, kohya_is_native = "small", "transformer", True
     file_formats, by_diffusers = ("diffusers", "comfyui"), "transformer."
-    table: Any = dit_names.FLUX
+    table: Any = transformers.FLUX
 
     @property
     def path(self) -> Path:
@@ -58,11 +58,11 @@ class Small(ModelFamily):
         return [self.path]
 
     def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
-        return dit_names.renamed(denoiser, self.table)
+        return transformers.renamed(denoiser, self.table)
 
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
         with safe_open(self.path, framework="pt") as file:
-            return dit_names.stored_names(denoiser, self.table, set(file.keys()))
+            return transformers.stored_names(denoiser, self.table, set(file.keys()))
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return {"ss_base_model_version": "small"}
@@ -71,7 +71,7 @@ class Small(ModelFamily):
 class SmallWan(Small):
     """A model with parameters of its own, outside of layers."""
 
-    file_formats, by_diffusers, table = ("comfyui",), "", dit_names.WAN
+    file_formats, by_diffusers, table = ("comfyui",), "", transformers.WAN
 
     def denoiser(self) -> nn.Module:
         return WanTransformer3DModel(**WAN)
@@ -94,7 +94,7 @@ def denoiser(family: type[Small] = Small) -> nn.Module:
 def native_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights in the original model's names, norms as FLUX's own file has them."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for layer, native in dit_names.renamed(model, dit_names.FLUX).items():
+    for layer, native in transformers.renamed(model, transformers.FLUX).items():
         for kind, tensor in model.get_submodule(layer).named_parameters():
             tensor = torch.cat(tensor.detach().chunk(2)[::-1]) if native.swapped else tensor.detach()
             kind = "scale" if native.name.endswith("_norm") else kind
@@ -229,7 +229,7 @@ def test_extract_tells_of_parameters_outside_of_layers(tmp_path, monkeypatch, ca
             model.blocks[0].scale_shift_table += change
             model.blocks[0].attn1.to_q.weight += change
         path = tmp_path / f"{name}.safetensors"
-        table = dit_names.stored_names(model, dit_names.WAN, ())
+        table = transformers.stored_names(model, transformers.WAN, ())
         save_file({table[n]: p.detach().contiguous() for n, p in model.named_parameters()}, path)
     out = tmp_path / "out.safetensors"
     assert (

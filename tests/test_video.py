@@ -19,7 +19,7 @@ from data.media.buckets import Crop
 from data.media.video import Clip, Clips, check, is_video, pixels
 from data.precompute.build import build_datasets
 from models.config import ModelConfig
-from models.sd15 import StableDiffusion
+from models.families.sd15 import StableDiffusion
 
 WIDTH, HEIGHT = 96, 64
 WHOLE = Crop(WIDTH, HEIGHT, WIDTH, HEIGHT, 0, 0, WIDTH, HEIGHT)

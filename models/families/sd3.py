@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from models.base import base_metadata
 from models.checkpoint_files import CLIP_G, CLIP_L, T5
-from models.dit import ATTENTION, MLP, PooledTextFamily
-from models.dit_names import SD3
-from models.text import counts, pooled_rows
+from models.families.transformer_family import ATTENTION, MLP, PooledTextFamily, counts, pooled_rows
+from models.layer_names.transformers import SD3
 
 T5_TOKENS = 256  # the pipeline's default
 

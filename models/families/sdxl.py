@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.text import comfy_pooled, pooled_rows
-from models.unet import UNetFamily
+from models.families.transformer_family import comfy_pooled, pooled_rows
+from models.families.unet_family import UNetFamily
 
 # of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target size, height first
 TIME_IDS = [1, 0, 5, 4, 7, 6]

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.dit import TransformerFamily
-from models.packing import PATCH
-from models.text import counts
+from models.families.packing import PATCH
+from models.families.transformer_family import TransformerFamily, counts
 
 
 class QwenTextFamily(TransformerFamily):

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from models.base import base_metadata, with_frames
-from models.dit import ATTENTION
-from models.dit_names import QWEN_IMAGE
-from models.packing import PATCH, pack, unpack
-from models.qwen_text import QwenTextFamily
+from models.families.packing import PATCH, pack, unpack
+from models.families.qwen_text_family import QwenTextFamily
+from models.families.transformer_family import ATTENTION
+from models.layer_names.transformers import QWEN_IMAGE
 
 TOKENS = 1024  # the pipeline's limit
 AFTER_CAPTION = "<|im_end|>\n<|im_start|>assistant\n"  # of the pipeline's template

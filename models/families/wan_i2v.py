@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.base import with_frames
 from models.checkpoint_files import files_read, part_folder
 from models.config import ModelError
-from models.wan import CLIP_VIEW, IMAGE_CHANNELS, OTHERS, PATCHES, WAN_NAMES, Wan
+from models.families.wan import CLIP_VIEW, IMAGE_CHANNELS, OTHERS, PATCHES, WAN_NAMES, Wan
 
 MASK_CHANNELS = 4  # of each latent frame, one for each frame that it is made of
 VISION = ("image_encoder", "image_processor")

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from models.base import base_metadata, check_comfy_cond
 from models.config import ObjectiveConfig
-from models.dit import TransformerFamily
-from models.dit_names import FLUX, FLUX2_NATIVE_ONLY
-from models.packing import image_ids
+from models.families.packing import image_ids
+from models.families.transformer_family import TransformerFamily, counts
+from models.layer_names.transformers import FLUX, FLUX2_NATIVE_ONLY
 from models.processes import Flow, NoiseProcess
-from models.text import counts
 
 TOKENS = 512  # of every caption, with padding, which the denoiser sees
 STEPS = 50  # the pipelines' default

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from models.base import base_metadata, check_comfy_cond
 from models.checkpoint_files import T5
-from models.dit_names import CHROMA_NATIVE_ONLY
-from models.flux1 import BLOCKS, TOKENS, FluxFamily
+from models.families.flux1 import BLOCKS, TOKENS, FluxFamily
+from models.layer_names.transformers import CHROMA_NATIVE_ONLY
 
 
 def mask_padding(pipeline: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from models.flux2 import Flux2Family
+from models.families.flux2 import Flux2Family
 
 SMALL = 7680  # width of conditioning of 4B: three layers of Qwen3 4B
 

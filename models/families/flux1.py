@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from models.base import base_metadata
 from models.checkpoint_files import CLIP_L, T5
 from models.config import ModelError
-from models.dit import ATTENTION, MLP, PooledTextFamily, TransformerFamily
-from models.dit_names import FLUX
-from models.packing import PATCH, image_ids, pack, unpack
-from models.text import counts, pooled_rows
+from models.families.packing import PATCH, image_ids, pack, unpack
+from models.families.transformer_family import ATTENTION, MLP, PooledTextFamily, TransformerFamily, counts, pooled_rows
+from models.layer_names.transformers import FLUX
 
 TOKENS = 512  # of T5, the pipelines' default
 SCHNELL_TOKENS = 256  # all that schnell was trained with

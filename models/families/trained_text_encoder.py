@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelError
-from models.unet import UNetFamily
+from models.families.unet_family import UNetFamily
 
 # of an encoder's layers, by the preset of targets
 TARGETS = {

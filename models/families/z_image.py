@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
-from models.dit_names import Z_IMAGE
-from models.qwen_text import QwenTextFamily
+from models.families.qwen_text_family import QwenTextFamily
+from models.layer_names.transformers import Z_IMAGE
 
 TOKENS = 512  # the pipeline's default
 ATTENTION = r".*\.attention\.to_(q|k|v|out\.0)"

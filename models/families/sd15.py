@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.base import check_comfy_cond
 from models.config import ModelError
-from models.unet import UNetFamily
+from models.families.unet_family import UNetFamily
 
 
 class StableDiffusion(UNetFamily):

@@ -14,8 +14,7 @@ from models.base import Native, check_comfy_cond
 from models.checkpoint_files import denoiser_prefix
 from models.config import ModelError
 from models.diffusers_family import DiffusersFamily
-from models.dit_names import Table, renamed, stored_names
-from models.text import comfy_pooled
+from models.layer_names.transformers import Table, renamed, stored_names
 
 ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
 MLP = r".*\.ff(_context)?\.net\.(0\.proj|2)"
@@ -89,3 +88,23 @@ class PooledTextFamily(TransformerFamily):
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return cond["prompt_embeds"][None], {"pooled_output": cond["pooled_prompt_embeds"][None]}
+
+
+def pooled_rows(embeds: Tensor, pooled: Tensor) -> list[dict[str, Tensor]]:
+    """`encode_prompt` of text encoders' tokens (B, L, D) and pooled vectors (B, D)."""
+    return [{"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)]
+
+
+def counts(tokenizer: Any, captions: list[str], most: int) -> tuple[list[int], int]:
+    """`token_counts` of an encoder that sees `most` tokens, its own marks among them."""
+    found = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
+    return found, most - tokenizer.num_special_tokens_to_add()
+
+
+def comfy_pooled(extras: dict[str, Any], width: int) -> Tensor:
+    """(width,) ComfyUI's pooled_output; ModelError if there is none of that width."""
+    pooled = extras.get("pooled_output")
+    if pooled is None or pooled.shape != (1, width):
+        there = "without" if pooled is None else f"of shape {tuple(pooled.shape)} as"
+        raise ModelError(f"conditioning {there} pooled_output; this model takes (1, {width})")
+    return pooled[0]

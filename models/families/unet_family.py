@@ -11,9 +11,9 @@ from models.base import Native, base_metadata
 from models.checkpoint_files import prediction_in
 from models.config import ModelError
 from models.diffusers_family import DiffusersFamily
-from models.ldm_names import native_names
+from models.families.transformer_family import counts
+from models.layer_names.unet import native_names
 from models.processes import sampler_of
-from models.text import counts
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
