@@ -15,11 +15,9 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from data.config import DataError
-from lora_algos.config import AdapterError
-from models.config import ModelError
+from common.errors import AdapterError, ConfigError, DataError, ModelError
 from training import tools
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.interruption import Asked, Interruptions, Stopped, end_with_launcher, requeue
 from training.load_config import load_config
 from training.rundir import check_output_dir, held

@@ -7,9 +7,9 @@ Tensors in and out are of one layer, under the names that the adapters here have
 import torch
 from torch import Tensor
 
+from common.errors import AdapterError
 from lora_algos import get_algorithm
 from lora_algos.attach import algorithm_of
-from lora_algos.config import AdapterError
 from lora_algos.loha import khatri_rao
 from lora_algos.low_rank import NOT_FINITE, finite_svd, thin_svd
 from lora_algos.tensors import scaling_of

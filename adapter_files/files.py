@@ -24,9 +24,9 @@ from adapter_files.writers import (
     preferred,
     stored_dtype,
 )
+from common.errors import AdapterError, error_list
 from lora_algos.adapted_model import Adapted
-from lora_algos.attach import adaptable_layers, layers_of, listed, norm_layers
-from lora_algos.config import AdapterError
+from lora_algos.attach import adaptable_layers, layers_of, norm_layers
 from lora_algos.tensors import known_rank, moved
 
 __all__ = [
@@ -184,7 +184,7 @@ def layers_of_adapted(adapted: Adapted) -> Layers:
         layers[name] = {key: tensor.to("cpu") for key, tensor in tensors.items()}
         layers[name]["alpha"] = torch.tensor(alpha)
     if faults:
-        raise AdapterError(listed("the adapter cannot be written", faults))
+        raise AdapterError(error_list("the adapter cannot be written", faults))
     return layers
 
 
@@ -197,7 +197,7 @@ def content_of(layers: Layers, model: nn.Module, names: Names, file_format: str)
     faults = [name for name in grouped if name in layers]
     if file_format in ("peft", "diffusers") and faults:
         what = f"--export.format {file_format}: PEFT has another function for grouped convolutions"
-        raise AdapterError(listed(what, faults))
+        raise AdapterError(error_list(what, faults))
     weights = {name: weight.detach() for name, weight in weights_of(model).items() if name in layers}
     if any(tensor.is_meta for tensors in layers.values() for tensor in tensors.values()):
         weights = {name: weight.to("meta") for name, weight in weights.items()}
@@ -236,7 +236,7 @@ def verify(content: FileContent, layers: Layers, model: nn.Module, names: Names)
         if changes(layers[layer], weights[layer].detach())  # in a fused weight, nothing is not written
     ]  # fmt: skip
     if unknown or missing:
-        raise AdapterError(listed("what was written could not be read back and is not kept", [*unknown, *missing]))
+        raise AdapterError(error_list("what was written could not be read back and is not kept", [*unknown, *missing]))
     return max((difference(t, layers[layer], weights[layer].detach()) for layer, t in found.items()), default=0.0)
 
 

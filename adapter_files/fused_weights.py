@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from adapter_files.convert import bias_of, delta_of
+from common.errors import AdapterError
 from lora_algos.attach import algorithm_of
-from lora_algos.config import AdapterError
 from lora_algos.rotation import constrained
 from lora_algos.tensors import constraint_of, known_rank, moved, rank_and_alpha
 

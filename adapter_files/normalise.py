@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_algos.config import AdapterError
+from common.errors import AdapterError
 from lora_algos.low_rank import TINY, difference, norms_after, squared_norms
 from lora_algos.tensors import bias_faults, scaling_of
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from adapter_files.normalise import Layers
-from lora_algos.attach import listed
-from lora_algos.config import AdapterError
+from common.errors import AdapterError, error_list
 from lora_algos.tensors import known_rank, rank_and_alpha
 
 # PEFT's initialisations that leave the base weight as it is; others move part of it into the adapter
@@ -75,7 +74,7 @@ def lokr_options(layers: Layers, weights: dict[str, Tensor]) -> dict:
     factor = min(differing, key=lambda f: len(differing[f]))
     if differing[factor]:
         what = "--export.format peft: PEFT splits these layers of the LoKr otherwise, whatever its factor"
-        raise AdapterError(listed(f"{what} (nearest {factor})", differing[factor]))
+        raise AdapterError(error_list(f"{what} (nearest {factor})", differing[factor]))
     both = any("lokr_w1_a" in tensors for tensors in layers.values())
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": False}
 
@@ -95,7 +94,7 @@ def config_in(metadata: dict[str, str]) -> dict:
     # diffusers puts the component's name before each key
     config = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in config.items()}
     if faults := [*config_faults(config), *pattern_faults(config)]:
-        raise AdapterError(listed("the adapter's config cannot be used", faults))
+        raise AdapterError(error_list("the adapter's config cannot be used", faults))
     return config
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from adapter_files import fused_weights
 from adapter_files.keys import Names
 from adapter_files.normalise import Layers, dora_compensation
-from lora_algos.attach import algorithm_of, listed
-from lora_algos.config import AdapterError
+from common.errors import AdapterError, error_list
+from lora_algos.attach import algorithm_of
 from lora_algos.tensors import rank_and_alpha, scaling_of
 
 DORA_NORM = "train_lora.dora_scale"  # metadata: what a dora_scale is meant to be divided by
@@ -176,7 +176,7 @@ def refuse(layers: Layers, file_format: str, algorithms: tuple[str, ...]) -> Non
             faults.append(f"{layer}: a trained bias")
     if faults:
         only = f"--export.format {file_format} holds {', '.join(algorithms)} alone; kohya and comfyui hold everything"
-        raise AdapterError(listed(f"{only}, --export.convert lora-exact or lora-svd makes LoRAs", faults))
+        raise AdapterError(error_list(f"{only}, --export.convert lora-exact or lora-svd makes LoRAs", faults))
 
 
 def preferred(file_formats: tuple[str, ...], layers: Layers, names: Names) -> str:

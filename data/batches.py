@@ -12,7 +12,7 @@ from data.dataset import LatentDataset
 from data.noise import altered
 from data.schedule import Schedule, key, permutation
 from data.store.schema import MEDIA_TENSORS
-from models.config import ObjectiveConfig
+from objectives.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,11 @@
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from common.strict import STRICT
+
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class DataError(ValueError):
-    """Images, captions or encoded data that cannot be used; the message lists every one of them."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from data.config import DataError
+from common.errors import DataError
 from data.precompute.build import Build, Datasets
 from data.sources import comfy_shards
 from data.sources.encoded import ABOUT, FORMAT, options_of

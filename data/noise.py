@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import ObjectiveConfig
+from objectives.config import ObjectiveConfig
 
 
 def altered(noise: Tensor, options: ObjectiveConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

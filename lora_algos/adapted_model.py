@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.errors import AdapterError, error_list
 from lora_algos.adapter import Adapter
-from lora_algos.config import AdapterError, LayerSpec, listed
+from lora_algos.config import LayerSpec
 from lora_algos.layer_op import added
 from lora_algos.tensors import moved
 
@@ -69,7 +70,7 @@ class Adapted:
             if name in state and state[name].shape != tensor.shape
         ]
         if faults:
-            raise AdapterError(listed("the adapter does not fit the model", sorted(faults)))
+            raise AdapterError(error_list("the adapter does not fit the model", sorted(faults)))
         for name, tensor in here.items():
             tensor.copy_(state[name])
 

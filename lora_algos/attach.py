@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from common.errors import AdapterError, error_list
 from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.adapted_model import Adapted
 from lora_algos.adapter import Adapter
-from lora_algos.config import AdapterConfig, AdapterError, AdapterOptions, BypassMode, LayerSpec, Override, listed
+from lora_algos.config import (
+    AdapterConfig,
+    AdapterOptions,
+    BypassMode,
+    LayerSpec,
+    Override,
+)
 from lora_algos.layer_op import ADAPTED_TYPES
 from lora_algos.tensors import Shapes, bias_faults
 
@@ -74,7 +81,7 @@ def select_layers(model: nn.Module, targets: tuple[str, ...], presets: dict[str,
         chosen.update(matched)
     if faults:
         faults.append(f"presets of this family: {', '.join(presets)}; a pattern must match a whole layer name")
-        raise AdapterError(listed("--adapter.targets", faults))
+        raise AdapterError(error_list("--adapter.targets", faults))
     return [name for name in names if name in chosen]
 
 
@@ -137,7 +144,9 @@ class Plan:
                 faults.append(f"{option} = {value}")
         if faults:
             algorithms = ", ".join(sorted({spec.algorithm for spec in specs.values()}))
-            raise AdapterError(listed(f"--adapter: options that no adapted layer ({algorithms}) has a use for", faults))
+            raise AdapterError(
+                error_list(f"--adapter: options that no adapted layer ({algorithms}) has a use for", faults)
+            )
 
     def _overrides(self, names: list[str], presets: dict[str, str]) -> dict[str, Override]:
         chosen: dict[str, Override] = {}
@@ -150,7 +159,7 @@ class Plan:
                 faults.append(f"{number}.algorithm = {override.algorithm}: not one of {', '.join(ALGORITHMS)}")
             chosen |= dict.fromkeys(matched, override)
         if faults:
-            raise AdapterError(listed("--adapter.overrides", faults))
+            raise AdapterError(error_list("--adapter.overrides", faults))
         return chosen
 
     def _spec(self, override: Override) -> LayerSpec:
@@ -183,7 +192,7 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec], seed: int) -> Adapted:
         except AdapterError as error:
             faults.append(f"{name}: {error}")
     if faults:
-        raise AdapterError(listed("the adapter's options do not fit the model", faults))
+        raise AdapterError(error_list("the adapter's options do not fit the model", faults))
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         for name, spec in specs.items():
@@ -228,7 +237,7 @@ def attach_from_file(
         except AdapterError as error:
             faults.append(f"{name}: {error}")
     if faults or not specs:
-        raise AdapterError(listed("the adapter file does not fit the model", faults or ["it holds no tensors"]))
+        raise AdapterError(error_list("the adapter file does not fit the model", faults or ["it holds no tensors"]))
     read = {name: spec for name, (spec, _) in specs.items()}
     asked = read if plan is None else plan.trained_on(read, dict(presets))
     model.requires_grad_(False)

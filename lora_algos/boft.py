@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from common.errors import AdapterError
+from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.layer_op import LayerOp
 from lora_algos.oft import OFT, BlockRotation

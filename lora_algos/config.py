@@ -4,23 +4,11 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from common.strict import STRICT
+
 BypassMode = Literal["auto", "true", "false"]
-
-
-class AdapterError(ValueError):
-    """Targets that match no layer, options that do not fit one, or an adapter file that does not fit the model."""
-
-
-MOST_LISTED = 20  # names in one error message
-
-
-def listed(what: str, faults: list[str]) -> str:
-    """One message for many faults, of which the first few are named."""
-    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
-    return "\n  ".join([f"{what}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults[:MOST_LISTED], *more])
 
 
 @dataclass(frozen=True)

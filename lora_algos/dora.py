@@ -16,8 +16,9 @@ from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
+from common.errors import AdapterError
 from lora_algos.adapter import Adapter, OwnAdapter
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.layer_op import LayerOp, channel_sum
 from lora_algos.lora import ADAPTER_NAME, INITS_OF_LINEAR, LoRABase, OwnLoRA, PeftAdapter

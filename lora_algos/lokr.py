@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.errors import AdapterError
 from lora_algos.adapter import OwnAdapter
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import Additive, Kernel, Mode, Saved, Tensors, cheapest, weight_pass
 from lora_algos.layer_op import LayerOp, positions
 from lora_algos.tensors import Shapes, fitted, known_rank, rank_and_alpha

@@ -18,8 +18,9 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
 from torch import Tensor, nn
 
+from common.errors import AdapterError
 from lora_algos.adapter import Adapter, OwnAdapter
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import Kernel, Tensors
 from lora_algos.layer_op import LayerOp
 from lora_algos.low_rank import LowRank, difference

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_algos.config import AdapterError
+from common.errors import AdapterError
 from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
 from lora_algos.layer_op import LayerOp, positions, rows
 

@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from common.errors import AdapterError
 from lora_algos.adapter import OwnAdapter
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
 from lora_algos.layer_op import LayerOp, channel_sum
 from lora_algos.rotation import Cayley, add_blocks, block_products, constrained, without_bias

@@ -4,7 +4,7 @@ fit."""
 import torch
 from torch import Tensor
 
-from lora_algos.config import AdapterError
+from common.errors import AdapterError
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -24,7 +24,7 @@ FAMILIES: dict[str, str] = {
 
 def get_family(config: "ModelConfig") -> "ModelFamily":
     """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the one named."""
-    from models.config import ModelError
+    from common.errors import ModelError
     from models.detect import family_of
 
     family = family_of(config)(config)

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig, ModelError, ObjectiveConfig
+from common.errors import ModelError
+from models.config import ModelConfig
 from models.processes import NoiseProcess
+from objectives.config import ObjectiveConfig
 
 COMFY_WIDTHS = {
     768: "SD1.5's",

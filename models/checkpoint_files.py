@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 
-from models.config import ModelConfig, ModelError
+from common.errors import ModelError
+from models.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.config import ModelError, ObjectiveConfig
+from common.errors import ModelError
+from objectives.config import ObjectiveConfig
 
 EPS = 2.0**-24
 """The largest fp32 number below 1 is 1 - EPS: quantiles and levels stay between EPS and 1 - EPS."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from common.errors import ModelError
 from models import FAMILIES
 from models.checkpoint_files import DENOISER_PREFIXES, SCALES, local_path, shapes_of
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 
 if TYPE_CHECKING:
     from models.base import ModelFamily

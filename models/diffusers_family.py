@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import ModelFamily
 from models.checkpoint_files import (
     VAE_PREFIXES,
@@ -26,10 +27,10 @@ from models.checkpoint_files import (
     shapes_of,
     weight_dtype,
 )
-from models.config import ModelError, ObjectiveConfig
 from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
 from models.text_encoder_files import load_encoder, recognised, wanted
+from objectives.config import ObjectiveConfig
 
 WIDENED = {torch.float16: torch.float32, **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16)}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.config import ObjectiveConfig
 from models.densities import Density
 from models.processes import Levels, NoiseProcess
 from models.weightings import WEIGHTINGS
+from objectives.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)

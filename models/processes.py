@@ -16,9 +16,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+from common.errors import ModelError
 from models.checkpoint_files import ZERO_SNR
-from models.config import ModelError, ObjectiveConfig, changed
 from models.densities import EPS
+from objectives.config import ObjectiveConfig, changed
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 LEAST_ALPHA = 4.8973451890853435e-08  # ComfyUI's in place of 0 (model_sampling.rescale_zero_terminal_snr_sigmas)

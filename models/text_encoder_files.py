@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from common.errors import ModelError
 from models.checkpoint_files import SCALES, shapes_of
-from models.config import ModelError
 from models.quiet import unreported
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from adapter_files import files
+from common.errors import AdapterError
 from lora_algos import get_algorithm
 from lora_algos.attach import adaptable_layers, norm_layers
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 
 
 def spec_for(algorithm: str) -> LayerSpec:

@@ -20,8 +20,9 @@ from adapter_cases import (
 )  # fmt: skip
 from torch import Tensor, nn
 
+from common.errors import AdapterError
 from lora_algos.attach import Adapted, adaptable_layers, attach
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 
 FLOAT8 = torch.float8_e4m3fn
 

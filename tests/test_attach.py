@@ -16,8 +16,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.errors import AdapterError
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file, select_layers
-from lora_algos.config import AdapterConfig, AdapterError, LayerSpec, Override
+from lora_algos.config import AdapterConfig, LayerSpec, Override
 from models import get_family
 from models.config import ModelConfig
 

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.checkpointing import LiveBytes
+from common.errors import ModelError
 from lora_algos.attach import adaptable_layers, attach
 from lora_algos.config import LayerSpec
-from models.config import ModelError
 from training import checkpointing
 from training.config import TrainConfig
 from training.rundir import FREE

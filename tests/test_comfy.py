@@ -15,11 +15,11 @@ from ldm import save_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.config import DataError
+from common.errors import DataError, ModelError
 from data.sources.comfy_shards import Entry, is_comfy_folder, samples, scan, shards, write_folder
 from models import get_family
 from models.base import COMFY_WIDTHS, ModelFamily
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 
 WIDTH = 96  # of the embedded model's conditioning
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

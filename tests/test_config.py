@@ -9,7 +9,8 @@ from dataclasses import asdict
 import pytest
 from conftest import BASE, PROJECT, TWEMOJI, script
 
-from training.config import ConfigError, TrainConfig, to_dict, to_yaml
+from common.errors import ConfigError
+from training.config import TrainConfig, to_dict, to_yaml
 from training.load_config import DEMO_RECIPE, load_config
 
 NEEDED = [f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}"]
@@ -92,7 +93,7 @@ def test_all_faults_of_a_recipe_are_listed_with_their_names(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config([str(recipe)])
     message = str(error.value)
-    for part in ("bad.yaml: 6 faults", "optimzer: no such option; did you mean optimizer?", "batch_size = 0",
+    for part in ("bad.yaml: 6 errors", "optimzer: no such option; did you mean optimizer?", "batch_size = 0",
                  "model.pth: no such option; did you mean model.path?", "optim.betas.0 = 1", "optim.betas.1 = 2",
                  "adapter.targets = []"):  # fmt: skip
         assert part in message

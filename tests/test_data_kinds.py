@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from conftest import BASE, TWEMOJI, reset_accelerate
 from PIL import Image
 
+from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig, DataError, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.export import write_dataset
 from data.precompute.build import Build, Datasets
 from data.schedule import key

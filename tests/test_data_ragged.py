@@ -7,14 +7,16 @@ from conftest import BASE, reset_accelerate
 from data_cases import dataset_with, row_of
 from data_families import Ragged
 
+from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig, DataError
+from data.config import DataConfig
 from data.precompute.build import build_datasets
 from data.schedule import key
 from data.sources.comfy_shards import write_folder
 from data.store.hashing import key_of
-from models.config import ModelConfig, ObjectiveConfig
+from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
+from objectives.config import ObjectiveConfig
 from training.step import build_loss
 
 LENGTHS = (2, 5, 1, 3)

@@ -183,12 +183,12 @@ def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
     (odd / "lonely.txt").write_text("no image")
     code, out, err = told(images=odd)
     assert (code, out) == (2, "")
-    assert "2 faults" in err
+    assert "2 errors" in err
     assert "zero.png: the file is empty" in err
     assert "lonely.txt: a caption without an image" in err
     code, out, err = told("--data.on_error=skip", images=odd)
     assert code == 0
-    assert out.startswith("2 faults of the training data; 7 samples without one remain")
+    assert out.startswith("2 errors in the training data; 7 samples without one remain")
     assert fact(out, "in all") == ["7, 1 skipped"]
     assert not list((tmp_path / "cache").glob(".turns-*")), "what the look left is gone"
 
@@ -201,7 +201,7 @@ def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = told(f"--sheets={tmp_path / 'file'}", f"--output_dir={tmp_path / 'file'}", images=tmp_path / "no")
     assert code == 2
-    assert "2 faults" in err
+    assert "2 errors" in err
     assert "exists and is not a folder" in err
     assert "no is not a folder" in err
 

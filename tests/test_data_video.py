@@ -9,14 +9,16 @@ from data_families import Video
 from PIL import Image
 
 import models
+from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig, DataError
+from data.config import DataConfig
 from data.export import write_dataset
 from data.precompute.build import Build
 from data.sources import comfy_shards
 from data.store.hashing import key_of
-from models.config import ModelConfig, ObjectiveConfig
+from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
+from objectives.config import ObjectiveConfig
 from training.step import build_loss
 
 

@@ -8,8 +8,9 @@ import torch
 from objective_cases import PROCESSES, TOKENS, even, process_of
 from torch import Tensor
 
-from models.config import ModelError, ObjectiveConfig
+from common.errors import ModelError
 from models.densities import EPS, Beta, Density
+from objectives.config import ObjectiveConfig
 
 NORMAL = torch.distributions.Normal(0, 1)
 

@@ -5,9 +5,11 @@ import torch
 from family_cases import cases, family_of, folder_of, native_tensors
 from safetensors.torch import save_file
 
+from common.errors import ModelError
 from models import get_family
-from models.config import ModelConfig, ModelError, ObjectiveConfig
+from models.config import ModelConfig
 from models.objectives import Objective
+from objectives.config import ObjectiveConfig
 
 BORDER = 0.875
 PAIR = {name: next(case for case in cases() if case.name == f"wan2.2-{name}") for name in ("high", "low")}

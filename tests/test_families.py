@@ -8,10 +8,11 @@ from family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, f
 from safetensors import safe_open
 
 from adapter_files.keys import file_names
+from common.errors import ModelError
 from lora_algos import ALGORITHMS
 from models import get_family
 from models.base import take_comfy_cond
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 from training.load_config import load_config
 from training.setup import attach_adapters
 

@@ -12,9 +12,10 @@ from exported_keys import empty_layers, exported
 
 from adapter_files import files
 from adapter_files.keys import file_names
+from common.errors import AdapterError
 from lora_algos import ALGORITHMS
 from lora_algos.attach import attach, select_layers
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 from models import get_family
 from models.config import ModelConfig
 from models.detect import family_classes

@@ -15,11 +15,13 @@ from family_cases import PROMPTS, Case, collate, family_of, folder_of, native_te
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.errors import ModelError
 from data.config import DataConfig
 from data.precompute.build import build_datasets
 from models import get_family
 from models.base import take_comfy_cond
-from models.config import ModelConfig, ModelError, ObjectiveConfig
+from models.config import ModelConfig
+from objectives.config import ObjectiveConfig
 
 DEV, SCHNELL = family_flux1.CASES
 CHROMA = family_chroma.CASE

@@ -11,9 +11,11 @@ from family_cases import PROMPTS, SIDE, cases, collate, family_of, folder_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.errors import ModelError
 from models import get_family
 from models.base import take_comfy_cond
-from models.config import ModelConfig, ModelError, ObjectiveConfig
+from models.config import ModelConfig
+from objectives.config import ObjectiveConfig
 
 BOTH = {case.family: case for case in cases() if case.family.startswith("flux2")}
 both = pytest.mark.parametrize("case", BOTH.values(), ids=str)

@@ -9,8 +9,9 @@ from adapter_cases import every_spec, model_of, randomised
 from torch import Tensor, nn
 
 from adapter_files import convert, files
+from common.errors import AdapterError
 from lora_algos.attach import Adapted, attach, attach_from_file
-from lora_algos.config import AdapterError, AdapterOptions, LayerSpec
+from lora_algos.config import AdapterOptions, LayerSpec
 
 NAMES = files.Names()
 
@@ -68,7 +69,7 @@ BAD: dict[str, tuple[dict[str, Tensor], list[str]]] = {
     "half a LoHa": ({"linear.hada_w1_a": torch.ones(12, 2)}, ["hada_w1_b is missing", "hada_w2_a is missing"]),
     "many": (
         {**lora("linear", alpha=torch.ones(2)), **lora("plain", diff_b=torch.ones(12)), **lora("norm")},
-        ["3 faults", "linear: alpha", "plain: diff_b", "norm: "],
+        ["3 errors", "linear: alpha", "plain: diff_b", "norm: "],
     ),
 }  # fmt: skip
 

@@ -13,8 +13,9 @@ from comfy_keys import Place
 from torch import Tensor, nn
 
 from adapter_files import convert, files
+from common.errors import AdapterError
 from lora_algos.attach import Adapted, attach, attach_from_file
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 
 SLICES = {
     "attn.to_q": ("block.qkv", 0, 24), "attn.to_k": ("block.qkv", 24, 24), "attn.to_v": ("block.qkv", 48, 24),

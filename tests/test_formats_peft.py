@@ -10,8 +10,9 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from adapter_files import files
+from common.errors import AdapterError
 from lora_algos.attach import attach, attach_from_file
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 
 TARGETS = ["linear", "conv"]
 
@@ -164,5 +165,5 @@ def test_a_grouped_convolution_is_refused_where_peft_reads(file_format):
     model = nn.ModuleDict({"grouped": nn.Conv2d(8, 8, 3, groups=2), "linear": nn.Linear(8, 8)})
     adapted = attach(copy.deepcopy(model), dict.fromkeys(model, LayerSpec(4)), seed=0)
     layers = files.layers_of_adapted(adapted)
-    with pytest.raises(AdapterError, match=r"grouped convolutions: 1 fault\n  grouped"):
+    with pytest.raises(AdapterError, match=r"grouped convolutions: 1 error\n  grouped"):
         files.to_file(layers, adapted.model, files.Names(), file_format, torch.float32)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adapter_files import convert, files
+from common.errors import AdapterError
 from lora_algos.attach import Adapted, attach
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 
 OTHER = torch.device("cpu:1")  # fake tensors do not mix it with "cpu", as little as a GPU, and torch needs no CUDA
 NAMES = files.Names({"layer": "layer"})

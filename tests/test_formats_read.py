@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter_files import files
+from common.errors import AdapterError
 from lora_algos.attach import attach_from_file, layers_of
-from lora_algos.config import AdapterError
 from training.metadata import total_steps_of
 
 NATIVE = {name: native.replace(".", "_") for name, native in names().native.items()}

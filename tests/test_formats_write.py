@@ -14,9 +14,10 @@ from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel
 
 from adapter_files import convert, files
+from common.errors import AdapterError
 from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.attach import adaptable_layers, attach_from_file, norm_layers
-from lora_algos.config import AdapterError, LayerSpec
+from lora_algos.config import LayerSpec
 from models.layer_names.unet import native_names
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults

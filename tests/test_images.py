@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from data.config import DataError
+from common.errors import DataError
 from data.media.buckets import Crop
 from data.media.images import (
     EXTENSIONS,

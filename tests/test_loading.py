@@ -14,10 +14,11 @@ from ldm import save_single_file, vae_name, vae_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.errors import ModelError
 from models import get_family
 from models.base import ModelFamily
 from models.checkpoint_files import hub_id_by_shapes
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 
 CASES = {str(case): case for case in cases()}
 SD3, SDXL = CASES["sd3"], CASES["sdxl"]

@@ -13,9 +13,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from ldm import save_single_file
 from safetensors.torch import save_file
 
+from common.errors import ModelError
 from models import get_family
 from models.base import ModelFamily
-from models.config import ModelConfig, ModelError, ObjectiveConfig, path_fault
+from models.config import ModelConfig, path_fault
+from objectives.config import ObjectiveConfig
 
 CAPTIONS = ["a smiling cat, 3d style", "", "a " * 30 + "dog"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 from objective_cases import PROCESSES, QUANTILES, objective_of
 from test_objectives import Maths, batch_of
 
-from models.config import ObjectiveConfig
 from models.processes import sample_as_trained
+from objectives.config import ObjectiveConfig
 from training.step import LossFunction
 
 

@@ -165,7 +165,7 @@ def test_what_it_is_told_is_checked_before_anything_is_done(options, run_here, t
 def test_all_faults_are_said_at_once(options, run_here, capsys):
     more = "--optim.name=Prodigy --optim.args d_coeff=2 growth_rate=fast --adapter.lora_plus_ratio=4"
     assert run_here([*options, *more.split(), "--validation.patience=3", "--export.which=best"]) == 2
-    assert "cannot train: 5 faults" in capsys.readouterr().err
+    assert "cannot train: 5 errors" in capsys.readouterr().err
 
 
 def test_a_recipe_has_arguments_as_a_mapping(options, run_here, tmp_path, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE, PROJECT, TWEMOJI
 
-from data.config import DataError
+from common.errors import DataError
 from data.precompute.stages import Turns
 from data.store.part import data_file
 from data.store.store import Store

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from models import get_family
 from models.checkpoint_files import SD2_BIAS, SD2_TEXT
-from models.config import ModelConfig, ObjectiveConfig
+from models.config import ModelConfig
 from models.families.unet_family import UNetFamily
 from models.processes import sampler_of
+from objectives.config import ObjectiveConfig
 
 SDXL = next(case for case in cases() if str(case) == "sdxl")
 

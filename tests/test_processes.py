@@ -24,8 +24,9 @@ from objective_cases import (
     sd_schedule,
 )
 
-from models.config import ModelError, ObjectiveConfig
+from common.errors import ModelError
 from models.processes import DDPM, Flow, process_from_scheduler
+from objectives.config import ObjectiveConfig
 
 PREDICTION_TYPES = ["epsilon", "v_prediction"]
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_flux1 import native_tensors, noise, prediction, rows_of
 from torch import Tensor
 
+from common.errors import ModelError
 from models import get_family
 from models.base import take_comfy_cond
-from models.config import ModelConfig, ModelError, ObjectiveConfig
+from models.config import ModelConfig
+from objectives.config import ObjectiveConfig
 
 QWEN, Z_IMAGE = family_qwen_image.CASE, family_z_image.CASE
 ALL = pytest.mark.parametrize("case", [QWEN, Z_IMAGE], ids=str)

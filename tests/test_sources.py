@@ -14,7 +14,8 @@ import pytest
 from conftest import BASE, script
 from PIL import Image
 
-from data.config import DataConfig, DataError, SourceConfig
+from common.errors import DataError
+from data.config import DataConfig, SourceConfig
 from data.sources import open_source
 from models import get_family
 from models.config import ModelConfig
@@ -240,7 +241,7 @@ def test_a_run_lists_all_bad_files_at_once_and_ends_with_2(options, images, tmp_
     result = script(options)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    for part in ("5 faults", "zero.png: the file is empty", "text.jpg: not an image", "cut.png: damaged",
+    for part in ("5 errors", "zero.png: the file is empty", "text.jpg: not an image", "cut.png: damaged",
                  "dog.txt: not UTF-8", "lonely.txt: a caption without an image"):  # fmt: skip
         assert part in result.stderr
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from conftest import BASE, reset_accelerate
 from PIL import Image
 
-from data.config import DataConfig, DataError, SourceConfig
+from common.errors import DataError
+from data.config import DataConfig, SourceConfig
 from data.precompute.build import build_datasets
 from data.store.hashing import file_hashes, key_of
 from data.store.part import data_file
@@ -272,14 +273,14 @@ def test_several_sources_with_weights_repeats_and_captions_of_their_own(images, 
 
 def test_bad_images_can_be_skipped(images, tmp_path, family, accelerator, capsys):
     (images / "dog.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"1 fault\n  dog.png: "):
+    with pytest.raises(DataError, match=r"1 error\n  dog.png: "):
         build_datasets(config_for(images, tmp_path), family, accelerator)
     built = build_datasets(config_for(images, tmp_path, on_error="skip"), family, accelerator)
     assert (len(built.train), built.skipped) == (3, 1)
-    assert "1 faults of the training data; 3 samples without one remain\n  dog.png: " in capsys.readouterr().out
+    assert "1 error in the training data; 3 samples without one remain\n  dog.png: " in capsys.readouterr().out
     for file in images.glob("*.png"):
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="4 faults"):
+    with pytest.raises(DataError, match="4 errors"):
         build_datasets(config_for(images, tmp_path, on_error="skip"), family, accelerator)
 
 

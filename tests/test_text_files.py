@@ -12,11 +12,11 @@ from ldm import vae_name, vae_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.errors import ConfigError, ModelError
 from data.store.hashing import files_identity
 from models import get_family
 from models.base import ModelFamily
-from models.config import ModelConfig, ModelError
-from training.config import ConfigError
+from models.config import ModelConfig
 from training.load_config import load_config
 
 CASES = {str(case): case for case in cases()}

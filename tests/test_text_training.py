@@ -7,8 +7,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from family_cases import cases, folder_of
 from safetensors.torch import load_file
 
+from common.errors import ModelError
 from models import get_family
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 
 CAPTIONS = ["a smiling cat, 3d style", "", "a " * 30 + "dog"]
 MODELS = {

@@ -139,11 +139,11 @@ def test_all_faults_are_said_at_once(tmp_path, capsys):
     words = ["--format", "kohya", "--model", "no/such/model", "--convert", "lora-svd", "--drop", "("]
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.txt", *words) == 2
     said = capsys.readouterr().err
-    for fault in ("convert: 5 faults", "a.safetensors: does not exist", "no/such/model", "--rank", "--drop (", "b.txt"):
+    for fault in ("convert: 5 errors", "a.safetensors: does not exist", "no/such/model", "--rank", "--drop (", "b.txt"):
         assert fault in said
     assert run("merge", BASE, tmp_path / "out", "--lora", "nowhere.safetensors:much") == 2
     assert run("resize", tmp_path, tmp_path / "b.safetensors", "--rank", 0, "--energy", 2) == 2
-    assert "resize: 5 faults" in capsys.readouterr().err
+    assert "resize: 5 errors" in capsys.readouterr().err
 
 
 def test_what_a_format_cannot_hold_is_said(tmp_path, capsys):

@@ -10,7 +10,8 @@ from conftest import TWEMOJI
 from safetensors.torch import load_file
 
 import training.validation
-from training.config import ConfigError, TrainConfig
+from common.errors import ConfigError
+from training.config import TrainConfig
 from training.metrics import History, loss_json
 from training.rundir import held
 

@@ -13,8 +13,9 @@ from data_families import Video
 from PIL import Image
 
 import models
+from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig, DataError
+from data.config import DataConfig
 from data.media.buckets import Crop
 from data.media.video import Clip, Clips, check, is_video, pixels
 from data.precompute.build import build_datasets
@@ -246,7 +247,7 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
     with pytest.raises(DataError) as caught:
         build(folder)
     message = str(caught.value)
-    assert "has 4 faults" in message
+    assert "4 errors" in message
     for said in ("empty.mp4: the file is empty", "noise.mp4: neither an image nor a video", "cut.mp4: ",
                  "sound.mp4: a file without a video"):  # fmt: skip
         assert said in message

@@ -8,9 +8,9 @@ import torch
 from family_cases import Case, cases, family_of, folder_of
 from PIL import Image
 
+from common.errors import ModelError
 from data.sources.comfy_shards import scan
 from models.base import take_comfy_cond
-from models.config import ModelError
 from training.config import PreviewConfig
 from training.preview import draw, first_frame
 
@@ -47,12 +47,12 @@ def test_an_image_teaches_a_model_nothing_that_is_given_the_first_frame(videos, 
     for _ in range(2):  # also when the images are known
         assert run_here(run) == 2
         said = capsys.readouterr().err
-        assert "the training data has 2 faults" in said
+        assert "the training data: 2 errors" in said
         assert "image.png: an image; the model is given the first frame, so one alone teaches it nothing" in said
         assert "short.webp: too short; the model is given the first frame" in said
     assert run_here([*run, "--data.on_error=skip"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "2 faults of the training data; 2 samples without one remain" in said
+    assert "2 errors in the training data; 2 samples without one remain" in said
 
 
 def test_one_frame_is_refused_by_a_model_that_is_given_the_first(videos, options, run_here, capsys):

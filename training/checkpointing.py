@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from common.errors import ModelError
 from lora_algos.adapter import Adapter
-from models.config import ModelError
 
 Policy = Literal["full", "attention-output-kept"]
 

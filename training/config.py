@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 
+from common.strict import STRICT
 from data.config import DataConfig
 from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
-from models.config import ModelConfig, ObjectiveConfig
+from models.config import ModelConfig
+from objectives.config import ObjectiveConfig
 from training.optimizers import NAMED, NODE
-
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 if TYPE_CHECKING:
     AlgorithmName = str
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     NamedOptimizer = str
 else:
     AlgorithmName, NodeOptimizer, NamedOptimizer = (Literal[tuple(names)] for names in (ALGORITHMS, NODE, NAMED))
-
-
-class ConfigError(ValueError):
-    """Faults of a config; the message names every one of them with its flag or file."""
 
 
 def name_value_pairs(given: Any) -> Any:

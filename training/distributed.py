@@ -7,7 +7,8 @@ from datetime import timedelta
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from training.config import ConfigError, TrainConfig
+from common.errors import ConfigError
+from training.config import TrainConfig
 from training.optimizers import OPTIMIZERS
 
 

@@ -14,9 +14,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import ConfigError
 from lora_algos.attach import Adapted
 from training import checkpointing
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.optim import SkipNonFinite
 from training.state import load_named_state, named_state
 

@@ -8,8 +8,8 @@ import torch
 
 from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
+from common.errors import AdapterError, error_list
 from lora_algos.attach import Adapted
-from lora_algos.config import AdapterError, listed
 from models.base import ModelFamily
 from models.processes import sample_as_trained
 from training.config import TrainConfig
@@ -93,7 +93,7 @@ def converted(config: TrainConfig, adapted: Adapted) -> files.Layers:
         except AdapterError as fault:
             faults.append(f"{name}: {fault}")
     if faults:
-        raise AdapterError(listed("--export.convert lora-svd", faults))
+        raise AdapterError(error_list("--export.convert lora-svd", faults))
     worst, name = max(errors)
     mean = sum(error for error, _ in errors) / len(errors)
     print(

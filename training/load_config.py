@@ -13,9 +13,11 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
+from common.errors import ConfigError, error_list
 from data.config import DataConfig
-from models.config import is_hub_id, objective_faults, path_fault, text_encoder_faults
-from training.config import SCHEMA, ConfigError, TrainConfig
+from models.config import is_hub_id, path_fault, text_encoder_faults
+from objectives.config import objective_faults
+from training.config import SCHEMA, TrainConfig
 
 Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,7 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     config = validate(asdict(said), where="the command line", prefix="--")
     faults = path_faults(config) + objective_faults(config.objective, config.loss_function)
     if faults:
-        raise ConfigError(listed("cannot start", faults))
+        raise ConfigError(error_list("cannot start", faults))
     return config
 
 
@@ -43,7 +45,7 @@ def parsed(argv: list[str], make: Callable[[TrainConfig], Parsed], program: str)
     recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     args = canonical_argv(argv if recipe is None else argv[1:])
     if faults := list_faults(args):
-        raise ConfigError(listed("the command line", faults))
+        raise ConfigError(error_list("the command line", faults))
 
     def over(defaults: TrainConfig) -> Parsed:
         given = make(defaults)
@@ -78,7 +80,7 @@ def validate(values: dict, where: str, prefix: str) -> TrainConfig:
         return SCHEMA.validate_python(values)
     except ValidationError as error:
         faults = [describe(fault, prefix) for fault in error.errors()]
-        raise ConfigError(listed(where, faults)) from error
+        raise ConfigError(error_list(where, faults)) from error
 
 
 def describe(fault: Any, prefix: str) -> str:
@@ -91,11 +93,6 @@ def describe(fault: Any, prefix: str) -> str:
         return f"{prefix}{name}: no such option" + (f"; did you mean {near[0]}?" if near else "")
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{prefix}{name} = {fault['input']!r}: {message}"
-
-
-def listed(where: str, faults: list[str]) -> str:
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return "\n  ".join([f"{where}: {count}", *faults])
 
 
 def path_faults(config: TrainConfig) -> list[str]:

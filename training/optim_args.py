@@ -12,7 +12,8 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from training.config import ConfigError, TrainConfig
+from common.errors import ConfigError
+from training.config import TrainConfig
 from training.optimizers import OPTIMIZERS, Source
 
 SHARED = ("weight_decay", "betas", "eps")

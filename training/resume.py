@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
+from common.errors import ConfigError
 from data.store.hashing import files_identity
 from models.base import ModelFamily
 from training import checkpoint
 from training.best import Best, best_step
 from training.checkpoint import CheckpointError
-from training.config import ConfigError, TrainConfig, to_yaml
+from training.config import TrainConfig, to_yaml
 from training.distributed import DistributedError
 from training.files import write_file
 from training.metrics import History

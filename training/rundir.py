@@ -14,7 +14,8 @@ from typing import IO
 
 import yaml
 
-from training.config import ConfigError, TrainConfig, to_dict
+from common.errors import ConfigError
+from training.config import TrainConfig, to_dict
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -10,17 +10,16 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from adapter_files import files
+from common.errors import AdapterError, ConfigError, error_list
 from data.dataset import LatentDataset
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
-from lora_algos.config import AdapterError
 from models import get_family
 from models.base import ModelFamily
 from models.objectives import Objective
 from training import checkpointing
 from training.best import validation_faults
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.engine import Engine
-from training.load_config import listed
 from training.metadata import Parts, total_steps_of
 from training.optim import batch_scale, build_optimizer
 from training.optim_args import optimizer_faults
@@ -36,7 +35,7 @@ def check(config: TrainConfig) -> None:
     """WHEN: before anything is encoded or loaded. Raises ConfigError with all that is wrong with the optimizer and with
     what is asked of validation."""
     if faults := [*optimizer_faults(config), *validation_faults(config)]:
-        raise ConfigError(listed("cannot train", faults))
+        raise ConfigError(error_list("cannot train", faults))
 
 
 def family_of(config: TrainConfig) -> ModelFamily:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from models.base import ModelFamily
-from models.config import DELTA_LOSSES, ObjectiveConfig
 from models.objectives import Noised, Objective
+from objectives.config import DELTA_LOSSES, ObjectiveConfig
 
 BEND = 10.0  # from here on log cosh is linear to within 1e-8, and cosh would soon overflow
 

@@ -25,7 +25,7 @@ from PIL import (
 )
 from torch import Tensor
 
-from data.config import DataError
+from common.errors import DataError
 from data.media.buckets import Crop
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}

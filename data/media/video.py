@@ -15,7 +15,8 @@ import torch
 from PIL import GifImagePlugin, Image, WebPImagePlugin
 from torch import Tensor
 
-from data.config import DataConfig, DataError
+from common.errors import DataError
+from data.config import DataConfig
 from data.media import images
 from data.media.buckets import Crop
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from data.config import DataConfig, DataError, SourceConfig
+from common.errors import DataError, bullet_list, error_list
+from data.config import DataConfig, SourceConfig
 from data.dataset import LatentDataset, Stores
 from data.media import images
 from data.media.buckets import Buckets
@@ -50,7 +51,7 @@ from data.store.hashing import KEY_BYTES, digest, files_identity, is_old, key_of
 from data.store.store import Store, damaged, discard
 from models.base import ModelFamily
 
-MOST_LISTED = 50
+MAX_LISTED = 50
 DAYS_KEPT = 30  # of an index that no run asks for any more; it is made anew in seconds
 
 
@@ -157,7 +158,13 @@ class Build:
         found = self.turns.each(lambda: encode.encode_texts(work, stores.text, texts))
         number, first = sum(count for count, _ in found), [text for _, texts in found for text in texts]
         if number and self.turns.rank == 0:
-            print(listed(f"{number} captions are longer than the text encoder reads; the end is cut", first))
+            print(
+                bullet_list(
+                    f"{number} captions are longer than the text encoder reads; the end is cut",
+                    unique(first),
+                    MAX_LISTED,
+                )
+            )
         self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
 
     def _stores(self) -> Stores:
@@ -195,10 +202,12 @@ class Build:
         bad = sorted((entry, fault) for part in found for entry, fault in part)
         faults = [*faults, *(fault for _, fault in bad)]
         if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):
-            raise DataError(listed(f"the training data has {len(faults)} fault{'s' * (len(faults) > 1)}", faults))
+            raise DataError(error_list("the training data", unique(faults), MAX_LISTED))
         if faults and self.turns.rank == 0:
             remain = len(tables.mapped(self.listing)) - len(bad)
-            print(listed(f"{len(faults)} faults of the training data; {remain} samples without one remain", faults))
+            count = "1 error" if len(faults) == 1 else f"{len(faults)} errors"
+            heading = f"{count} in the training data; {remain} samples without one remain"
+            print(bullet_list(heading, unique(faults), MAX_LISTED))
         return {entry for entry, _ in bad}
 
     def _plan(self, planner: Planner, bad: set[int], stores: Stores) -> dict[str, int]:
@@ -206,7 +215,13 @@ class Build:
         write_rows(planner, self.listing, self.rows, bad)
         rows = tables.mapped(self.rows)
         if short := short_videos(rows, tables.mapped(self.listing), self.sources.clips):
-            print(listed(f"{len(short)} videos have fewer frames than --data.frames {self.config.frames}", short))
+            print(
+                bullet_list(
+                    f"{len(short)} videos have fewer frames than --data.frames {self.config.frames}",
+                    unique(short),
+                    MAX_LISTED,
+                )
+            )
         stores.media.reload()
         stores.text.reload()
         texts = tables.keys(rows.column("texts"))
@@ -293,7 +308,6 @@ def discard_damaged(folders: Iterable[Path]) -> None:
         discard(folder, found)
 
 
-def listed(what: str, faults: list[str]) -> str:
-    faults = list(dict.fromkeys(faults))
-    more = [f"... and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
-    return "\n  ".join([what, *faults[:MOST_LISTED], *more])
+def unique(lines: list[str]) -> list[str]:
+    """Return the lines without repetitions, in their order."""
+    return list(dict.fromkeys(lines))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.config import DataConfig, DataError
+from common.errors import DataError
+from data.config import DataConfig
 from data.dataset import Stores
 from data.media import images, video
 from data.media.buckets import Crop

@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data.config import DataConfig, DataError, SourceConfig
+from common.errors import DataError
+from data.config import DataConfig, SourceConfig
 from data.media import images, video
 from data.media.buckets import Buckets, Crop
 from data.media.captions import as_given, variants

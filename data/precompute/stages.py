@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from data.config import DataError
+from common.errors import DataError
 from data.store.hashing import is_old, write_beside
 
 POLL = 0.05  # seconds; ten times as long after a minute

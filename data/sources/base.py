@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from data.config import DataError, SourceConfig
+from common.errors import DataError
+from data.config import SourceConfig
 
 
 @dataclass(frozen=True)

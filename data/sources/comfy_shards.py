@@ -34,9 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.config import DataError
+from common.errors import DataError, ModelError
 from models.base import ModelFamily, take_comfy_cond, with_frames
-from models.config import ModelError
 
 PATTERNS = ("shard_*.pkl", "shard_*.safetensors")
 PLAIN = (Tensor, list, tuple, dict, str, bytes, bool, int, float, complex, type(None))

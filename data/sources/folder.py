@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig, DataError, SourceConfig
+from common.errors import DataError
+from data.config import DataConfig, SourceConfig
 from data.media.images import EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEOS
 from data.sources.base import Entry, Source

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.config import DataError, SourceConfig
+from common.errors import DataError
+from data.config import SourceConfig
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"  # the column of `datasets`' imagefolder

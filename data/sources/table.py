@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.config import DataError, SourceConfig
+from common.errors import DataError
+from data.config import SourceConfig
 from data.sources.base import Entry, Source
 from data.sources.metadata import METADATA, Described, columns, described
 from data.store.hashing import digest, stamp_of

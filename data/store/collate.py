@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataError
+from common.errors import DataError
 from data.store.schema import LENGTHS, MASK, Ragged, is_ragged
 
 if TYPE_CHECKING:

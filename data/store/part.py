@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data.config import DataError
+from common.errors import DataError
 from data.schedule import key
 from data.store import schema
 from data.store.hashing import KEY_BYTES

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from torch import Tensor
 
-from data.config import DataError
+from common.errors import DataError
 from data.store import schema
 from data.store.collate import batch_of, stacked
 from data.store.hashing import KEY_BYTES, digest, is_old, write_beside

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import base_metadata
 from models.checkpoint_files import CLIP_L, T5
-from models.config import ModelError
 from models.families.packing import PATCH, image_ids, pack, unpack
 from models.families.transformer_family import ATTENTION, MLP, PooledTextFamily, TransformerFamily, counts, pooled_rows
 from models.layer_names.transformers import FLUX

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import check_comfy_cond
-from models.config import ModelError
 from models.families.packing import PATCH
 from models.families.transformer_family import TransformerFamily, counts
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import check_comfy_cond
-from models.config import ModelError
 from models.families.transformer_family import comfy_pooled, pooled_rows
 from models.families.unet_family import UNetFamily
 

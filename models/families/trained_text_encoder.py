@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelError
+from common.errors import ModelError
 from models.families.unet_family import UNetFamily
 
 # of an encoder's layers, by the preset of targets

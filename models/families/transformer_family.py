@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import Native, check_comfy_cond
 from models.checkpoint_files import denoiser_prefix
-from models.config import ModelError
 from models.diffusers_family import DiffusersFamily
 from models.layer_names.transformers import Table, renamed, stored_names
 

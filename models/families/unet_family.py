@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import Native, base_metadata
 from models.checkpoint_files import prediction_in
-from models.config import ModelError
 from models.diffusers_family import DiffusersFamily
 from models.families.transformer_family import counts
 from models.layer_names.unet import native_names

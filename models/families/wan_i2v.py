@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import with_frames
 from models.checkpoint_files import files_read, part_folder
-from models.config import ModelError
 from models.families.wan import CLIP_VIEW, IMAGE_CHANNELS, OTHERS, PATCHES, WAN_NAMES, Wan
 
 MASK_CHANNELS = 4  # of each latent frame, one for each frame that it is made of

@@ -3,10 +3,7 @@
 import ctypes
 from importlib import import_module
 
-from lora_algos.config import AdapterError
-from models.config import ModelError
-from training.config import ConfigError
-from training.load_config import listed
+from common.errors import AdapterError, ConfigError, ModelError, error_list
 from training.tools.options import OPTIONS, Options, parse
 
 COMMANDS = tuple(OPTIONS)
@@ -17,7 +14,7 @@ def read_options(argv: list[str]) -> Options:
     """The options in `argv`, which begins with the command, checked; ConfigError naming every fault of theirs."""
     options = parse(argv)
     if faults := options.faults():
-        raise ConfigError(listed(options.command, faults))
+        raise ConfigError(error_list(options.command, faults))
     return options
 
 

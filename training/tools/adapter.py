@@ -13,9 +13,9 @@ from adapter_files import convert, files
 from adapter_files.keys import group_keys, looks_like
 from adapter_files.safetensors_stream import TensorStore
 from adapter_files.writers import DORA_NORM
+from common.errors import AdapterError, error_list
 from lora_algos import get_algorithm
-from lora_algos.attach import algorithm_of, listed
-from lora_algos.config import AdapterError
+from lora_algos.attach import algorithm_of
 from training.tools.model import Model
 from training.tools.unknown import UnknownModel, format_of
 
@@ -76,7 +76,7 @@ class AdapterFile:
         looks = looks_like(self.store.infos)
         hint = [f"the file looks like one for {looks}"] if looks and not self.layers else []
         what = f"{self.path} does not fit the model: {len(self.unknown)} of {len(self.store.infos)} keys (--drop leaves"
-        raise AdapterError(listed(f"{what} out what matches a pattern)", [*hint, *self.unknown]))
+        raise AdapterError(error_list(f"{what} out what matches a pattern)", [*hint, *self.unknown]))
 
     def require_all_whole(self) -> None:
         """AdapterError naming the layers whose tensors are damaged or do not fit the model's."""
@@ -87,7 +87,7 @@ class AdapterFile:
             except AdapterError as error:
                 faults.append(f"{layer}: {error}")
         if faults:
-            raise AdapterError(listed(f"{self.path} cannot be used", faults))
+            raise AdapterError(error_list(f"{self.path} cannot be used", faults))
 
     def file_format(self) -> str:
         """The format of the file that is nearest to its keys."""

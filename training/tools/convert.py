@@ -7,8 +7,8 @@ from torch import Tensor
 
 from adapter_files import convert
 from adapter_files.peft_config import known_rank
-from lora_algos.attach import algorithm_of, listed
-from lora_algos.config import AdapterError
+from common.errors import AdapterError, error_list
+from lora_algos.attach import algorithm_of
 from training.tools.adapter import AdapterFile, LayerTensors, delta_of
 from training.tools.model import Model
 from training.tools.options import Convert
@@ -42,7 +42,7 @@ def converted(adapter: AdapterFile, options: Convert, report: Report) -> Iterato
         if not faults:
             yield layer, result
     if faults:
-        raise AdapterError(listed(f"{options.file} cannot be converted", faults))
+        raise AdapterError(error_list(f"{options.file} cannot be converted", faults))
 
 
 def as_asked(tensors: LayerTensors, weight: Tensor, options: Convert) -> tuple[LayerTensors, float]:

@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from training.config import ConfigError, TrainConfig
-from training.load_config import folder_faults, input_faults, listed, parsed, validate
+from common.errors import ConfigError, error_list
+from training.config import TrainConfig
+from training.load_config import folder_faults, input_faults, parsed, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,5 +87,5 @@ def read_options(argv: list[str]) -> RunOptions:
     said = parsed(argv[1:], lambda config: command(config=config), program)
     options = replace(said, config=validate(asdict(said.config), where="the command line", prefix="--"))
     if faults := options.faults():
-        raise ConfigError(listed("cannot start", faults))
+        raise ConfigError(error_list("cannot start", faults))
     return options

@@ -137,9 +137,9 @@ def image_lines(data: DataConfig, planned: Planned, survey: Survey) -> list[str]
     found: dict[str, str | list[str]] = {"in all": f"{images}" + f", {planned.skipped} skipped" * bool(planned.skipped)}
     same = alike(survey.work, survey.held_out)
     if survey.enlarged:
-        listed = Named(survey.enlarged, [said for _, _, said in survey.most_enlarged]).lines()
+        error_list = Named(survey.enlarged, [said for _, _, said in survey.most_enlarged]).lines()
         how = f"{survey.enlarged}, enlarged; --data.no_upscale gives them a smaller bucket"
-        found["smaller than their bucket"] = [how, *listed]
+        found["smaller than their bucket"] = [how, *error_list]
     else:
         found["smaller than their bucket"] = "none"
     found["the same file more than once"] = counted(same, " group" + "s" * (same.count > 1))

@@ -187,11 +187,11 @@ class Survey:
 
 def pairs(work: Work) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
     """Number and cells of each row of the plan, with the cells of its entry in the listing; both ascend."""
-    listed = tables.rows_of(work.listing)
+    error_list = tables.rows_of(work.listing)
     entry, cells = -1, dict[str, Any]()
     for number, row in tables.rows_of(work.rows):
         while entry < row["entry"]:
-            entry, cells = next(listed)
+            entry, cells = next(error_list)
         yield number, row, cells
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from adapter_files import convert
 from adapter_files.peft_config import known_rank
-from lora_algos.attach import listed
+from common.errors import ModelError, error_list
 from lora_algos.lokr import factorization
-from models.config import ModelError
 from training.tools.adapter import LayerTensors
 from training.tools.model import Model
 from training.tools.options import Extract
@@ -64,7 +63,7 @@ def check_alike(base: Model, tuned: Model, options: Extract) -> None:
         if shapes[0].get(name) != shapes[1].get(name)
     ]
     if faults:
-        raise ModelError(listed(f"{options.base} and {options.tuned} differ in shape", faults))
+        raise ModelError(error_list(f"{options.base} and {options.tuned} differ in shape", faults))
 
 
 @dataclass

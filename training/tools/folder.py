@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_algos.attach import listed
-from models.config import ModelError
+from common.errors import ModelError, error_list
 from training.tools.output import ToolError
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5")
@@ -19,7 +18,7 @@ def copy_rest(source: Path, target: Path, merged: list[Path]) -> list[Path]:
     files = [path for path in found if path not in merged and path not in left_out]
     broken = [f"{path.relative_to(source)}: a link to nothing" for path in files if not path.exists()]
     if broken:
-        raise ModelError(listed(f"{source} is not whole", broken))
+        raise ModelError(error_list(f"{source} is not whole", broken))
     for path in files:
         place = target / path.relative_to(source)
         if path.is_dir():

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from adapter_files.keys import looks_like
 from adapter_files.peft_config import known_rank
+from common.errors import AdapterError
 from lora_algos.attach import algorithm_of
-from lora_algos.config import AdapterError
 from training.tools.adapter import AdapterFile, delta_of, needs_base
 from training.tools.model import Model
 from training.tools.options import Inspect

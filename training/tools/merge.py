@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adapter_files.safetensors_stream import write_tensors
+from common.errors import ModelError
 from lora_algos.attach import algorithm_of
-from models.config import ModelError
 from training.files import new_file, new_folder
 from training.tools.adapter import NEED_BASE, AdapterFile, delta_of
 from training.tools.folder import copy_rest

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from adapter_files.fused_weights import swap
 from adapter_files.keys import file_names
 from adapter_files.safetensors_stream import TensorInfo, TensorStore
-from lora_algos.attach import adaptable_layers, listed, norm_layers
+from common.errors import ModelError, error_list
+from lora_algos.attach import adaptable_layers, norm_layers
 from models import get_family
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 
 
 class Model:
@@ -46,7 +47,7 @@ class Model:
             elif not info.dtype.is_floating_point:
                 faults.append(f"{self.keys[name]}: quantised weights ({info.dtype}) are not read")
         if faults:
-            raise ModelError(listed(f"{path} is not whole", faults))
+            raise ModelError(error_list(f"{path} is not whole", faults))
 
     def _fits(self, name: str, there: tuple[int, ...], wanted: torch.Size) -> bool:
         """Whether a tensor of that shape holds the parameter."""

@@ -18,7 +18,7 @@ from adapter_files.fused_weights import unconstrained
 from adapter_files.kohya_metadata import network_metadata
 from adapter_files.safetensors_stream import HASHES, TensorInfo, write_tensors
 from adapter_files.writers import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
-from lora_algos.config import AdapterError
+from common.errors import AdapterError
 from training.files import WriteError, new_file, new_folder
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from adapter_files import convert
 from adapter_files.peft_config import known_rank
-from lora_algos.attach import algorithm_of, listed
-from lora_algos.config import AdapterError
+from common.errors import AdapterError, error_list
+from lora_algos.attach import algorithm_of
 from training.tools.adapter import AdapterFile, LayerTensors
 from training.tools.model import Model
 from training.tools.options import Resize
@@ -51,7 +51,7 @@ def resized(adapter: AdapterFile, options: Resize, report: Report) -> Iterator[t
         report.add(layer, words, float(parts[1].norm()), error)
         yield layer, {**lora, **convert.bias_of(tensors)}
     if faults:
-        raise AdapterError(listed(f"{options.file} cannot be resized", faults))
+        raise AdapterError(error_list(f"{options.file} cannot be resized", faults))
 
 
 def wanted_rank(singular_values: Tensor, options: Resize) -> int:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from data.config import DataError
+from common.errors import DataError
 from data.media.buckets import Crop
 from data.media.video import Clip
 from data.precompute.build import Planned
