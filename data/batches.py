@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from data.dataset import LatentDataset
-from data.noise import altered
 from data.schedule import Schedule, key, permutation
 from data.store.schema import MEDIA_TENSORS
 from objectives.config import ObjectiveConfig
+from objectives.noise import altered
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.config import ModelConfig
-from models.processes import NoiseProcess
 from objectives.config import ObjectiveConfig
+from objectives.processes import NoiseProcess
 
 COMFY_WIDTHS = {
     768: "SD1.5's",

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from common.errors import ModelError
 from models.config import ModelConfig
+from objectives.scheduler_keys import V_PREDICTION, ZERO_SNR
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,6 @@ VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl"))
 LEAST_KNOWN = 0.9  # of the text encoder's tokens, by its tokenizer
 UNWANTED = ("safety_checker", "feature_extractor")  # by every family
-V_PREDICTION = {"prediction_type": "v_prediction"}
-# then sampling must begin with the last timestep (Lin et al. 2024, section 3.3)
-ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # by which ComfyUI tells Stable Diffusion 2's v from its epsilon; their shapes are the same
 SD2_TEXT = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 SD2_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"

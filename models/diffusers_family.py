@@ -27,10 +27,10 @@ from models.checkpoint_files import (
     shapes_of,
     weight_dtype,
 )
-from models.processes import NoiseProcess, process_from_scheduler
 from models.quiet import quieten
 from models.text_encoder_files import load_encoder, recognised, wanted
 from objectives.config import ObjectiveConfig
+from objectives.processes import NoiseProcess, process_from_scheduler
 
 WIDENED = {torch.float16: torch.float32, **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16)}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json

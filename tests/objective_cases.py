@@ -7,9 +7,9 @@ from conftest import BASE
 from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from models.objectives import Objective
-from models.processes import NoiseProcess, process_from_scheduler
 from objectives.config import ObjectiveConfig
+from objectives.objective import Objective
+from objectives.processes import NoiseProcess, process_from_scheduler
 
 SHAPE = (5, 4, 6, 7)
 QUANTILES = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.9995])

@@ -9,8 +9,8 @@ from objective_cases import PROCESSES, TOKENS, even, process_of
 from torch import Tensor
 
 from common.errors import ModelError
-from models.densities import EPS, Beta, Density
 from objectives.config import ObjectiveConfig
+from objectives.densities import EPS, Beta, Density
 
 NORMAL = torch.distributions.Normal(0, 1)
 

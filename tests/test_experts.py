@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from common.errors import ModelError
 from models import get_family
 from models.config import ModelConfig
-from models.objectives import Objective
 from objectives.config import ObjectiveConfig
+from objectives.objective import Objective
 
 BORDER = 0.875
 PAIR = {name: next(case for case in cases() if case.name == f"wan2.2-{name}") for name in ("high", "low")}

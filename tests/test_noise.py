@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.batches import Batch, MicroBatches, make_batch
-from data.noise import altered, kept_variance, multires
 from data.schedule import Schedule, key
 from objectives.config import ObjectiveConfig
+from objectives.noise import altered, kept_variance, multires
 
 SHAPES = {"image": (4, 16, 24), "video": (3, 5, 16, 8), "one pixel": (4, 1, 1)}
 OPTIONS = {

@@ -10,11 +10,12 @@ from objective_cases import PROCESSES, QUANTILES, TOKENS, even, normal, objectiv
 from torch import Tensor, nn
 
 from data.batches import Batch
-from models.objectives import Objective
-from models.processes import Flow, Levels, NoiseProcess, Shift
-from models.weightings import WEIGHTINGS, inverse_sigma2
 from objectives.config import ObjectiveConfig, objective_faults
-from training.step import LOSSES, POWERS, LossFunction
+from objectives.losses import LOSSES, POWERS
+from objectives.objective import Objective
+from objectives.processes import Flow, Levels, NoiseProcess, Shift
+from objectives.weightings import WEIGHTINGS, inverse_sigma2
+from training.step import LossFunction
 
 DIFFUSION = ["epsilon", "v"]
 

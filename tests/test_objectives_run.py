@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 from objective_cases import PROCESSES, QUANTILES, objective_of
 from test_objectives import Maths, batch_of
 
-from models.processes import sample_as_trained
 from objectives.config import ObjectiveConfig
+from objectives.processes import sample_as_trained
 from training.step import LossFunction
 
 

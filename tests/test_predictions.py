@@ -17,8 +17,8 @@ from models import get_family
 from models.checkpoint_files import SD2_BIAS, SD2_TEXT
 from models.config import ModelConfig
 from models.families.unet_family import UNetFamily
-from models.processes import sampler_of
 from objectives.config import ObjectiveConfig
+from objectives.processes import sampler_of
 
 SDXL = next(case for case in cases() if str(case) == "sdxl")
 

@@ -25,8 +25,8 @@ from objective_cases import (
 )
 
 from common.errors import ModelError
-from models.processes import DDPM, Flow, process_from_scheduler
 from objectives.config import ObjectiveConfig
+from objectives.processes import DDPM, Flow, process_from_scheduler
 
 PREDICTION_TYPES = ["epsilon", "v_prediction"]
 

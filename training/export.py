@@ -11,7 +11,7 @@ from adapter_files.safetensors_stream import addnet_hashes, training_metadata
 from common.errors import AdapterError, error_list
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
-from models.processes import sample_as_trained
+from objectives.processes import sample_as_trained
 from training.config import TrainConfig
 from training.files import WriteError, new_folder, write_file
 from training.metadata import Parts, Provenance, file_metadata

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.dataset import LatentDataset
 from models.base import ModelFamily
-from models.processes import sample_as_trained
+from objectives.processes import sample_as_trained
 from training import export, preview, setup, tracking
 from training.config import TrainConfig
 from training.engine import is_sharded

@@ -15,7 +15,7 @@ from data.dataset import LatentDataset
 from lora_algos.attach import Adapted, Plan, attach, attach_from_file
 from models import get_family
 from models.base import ModelFamily
-from models.objectives import Objective
+from objectives.objective import Objective
 from training import checkpointing
 from training.best import validation_faults
 from training.config import TrainConfig

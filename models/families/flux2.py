@@ -14,8 +14,8 @@ from models.base import base_metadata, check_comfy_cond
 from models.families.packing import image_ids
 from models.families.transformer_family import TransformerFamily, counts
 from models.layer_names.transformers import FLUX, FLUX2_NATIVE_ONLY
-from models.processes import Flow, NoiseProcess
 from objectives.config import ObjectiveConfig
+from objectives.processes import Flow, NoiseProcess
 
 TOKENS = 512  # of every caption, with padding, which the denoiser sees
 STEPS = 50  # the pipelines' default

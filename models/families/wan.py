@@ -16,8 +16,8 @@ from models.base import base_metadata, check_comfy_cond, with_frames
 from models.config import ModelConfig
 from models.families.transformer_family import TransformerFamily, counts
 from models.layer_names.transformers import WAN, WAN_NATIVE_ONLY
-from models.processes import Flow, NoiseProcess
 from objectives.config import ObjectiveConfig
+from objectives.processes import Flow, NoiseProcess
 
 TEXT_TOKENS = 512  # the pipeline's default, and all that the denoiser takes
 ATTENTION = r"blocks\.\d+\.attn[12]\.(to_(q|k|v|out\.0)|add_[kv]_proj)"

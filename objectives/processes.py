@@ -17,9 +17,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from common.errors import ModelError
-from models.checkpoint_files import ZERO_SNR
-from models.densities import EPS
 from objectives.config import ObjectiveConfig, changed
+from objectives.densities import EPS
+from objectives.scheduler_keys import ZERO_SNR
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 LEAST_ALPHA = 4.8973451890853435e-08  # ComfyUI's in place of 0 (model_sampling.rescale_zero_terminal_snr_sigmas)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.densities import Density
-from models.processes import Levels, NoiseProcess
-from models.weightings import WEIGHTINGS
 from objectives.config import ObjectiveConfig
+from objectives.densities import Density
+from objectives.processes import Levels, NoiseProcess
+from objectives.weightings import WEIGHTINGS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from models.processes import Levels
 from objectives.config import ObjectiveConfig
+from objectives.processes import Levels
 
 
 def min_snr(levels: Levels, options: ObjectiveConfig) -> Tensor:
