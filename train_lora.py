@@ -15,13 +15,13 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import tools
 from common.errors import AdapterError, ConfigError, DataError, ModelError
-from training import tools
+from tools.data import options
 from training.config import TrainConfig
 from training.interruption import Asked, Interruptions, Stopped, end_with_launcher, requeue
 from training.load_config import load_config
 from training.rundir import check_output_dir, held
-from training.tools import data_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv and argv[0] in tools.COMMANDS:
             return run_tool(tools.read_options(argv))
-        if argv and argv[0] in data_options.COMMANDS:
-            return run_tool(data_options.read_options(argv))
+        if argv and argv[0] in options.COMMANDS:
+            return run_tool(options.read_options(argv))
         config = load_config(argv)
         if rank() == 0:
             check_output_dir(config)
@@ -132,19 +132,19 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     tracking.finish(accelerator)
 
 
-def run_tool(options: tools.Options | data_options.RunOptions) -> int:
+def run_tool(options: tools.Options | options.RunOptions) -> int:
     """A sub-command; raises what is a user's mistake."""
     before = signal.signal(signal.SIGTERM, terminated)
     try:
         quieten_libraries()
+        from tools.rewrite import ToolError
         from training.files import WriteError  # torch loads here, which takes long enough to be interrupted
-        from training.tools.output import ToolError
 
         try:
-            if not isinstance(options, data_options.RunOptions):
+            if not isinstance(options, options.RunOptions):
                 return tools.run(options)
             try:
-                return import_module(f"training.tools.{options.module}").run(options)
+                return import_module(f"tools.data.{options.module}").run(options)
             finally:
                 leave()
         except (ToolError, WriteError) as error:

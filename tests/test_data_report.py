@@ -21,7 +21,7 @@ from data.precompute.build import Build, build_datasets
 from data.store.store import Store
 from models import get_family
 from models.config import ModelConfig
-from training.tools import data_survey, sheets
+from tools.data import contact_sheets, survey
 
 LONG = " ".join(["face"] * 40)
 PAGE = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -172,7 +172,7 @@ def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
 
 
 def data_size(count: int) -> str:
-    from training.tools.data_report import size_of
+    from tools.data.report import size_of
 
     return size_of(count)
 
@@ -224,7 +224,7 @@ def test_sheets_show_the_crops_with_captions(odd, told, tmp_path, monkeypatch):
     assert all(path.is_relative_to(tmp_path / "cache") or path in files for path in written)
     assert all(path.read_bytes() == content for path, content in before.items())
     width = Image.open(files[0]).width
-    monkeypatch.setattr(sheets, "MOST_IMAGES", 2)
+    monkeypatch.setattr(contact_sheets, "MOST_IMAGES", 2)
     assert told(f"--sheets={tmp_path / 'sheets'}", images=odd)[0] == 0
     assert Image.open(files[0]).width < width / 2, "two of six images, from both ends"
 
@@ -300,12 +300,12 @@ def test_sheets_of_a_streamed_dataset(told, tmp_path):
 
 
 def test_lists_are_cut(told, tmp_path):
-    for i in range(data_survey.MOST_NAMED + 3):
+    for i in range(survey.MOST_NAMED + 3):
         image(tmp_path / "many" / f"{i:02}.png", (20, 20), caption="")
     _, report, _ = told(images=tmp_path / "many")
     assert fact(report, "empty")[-1] == "... and 3 more"
     assert fact(report, "smaller than their bucket")[-1] == "... and 3 more"
-    assert len(fact(report, "empty")) == data_survey.MOST_NAMED + 2
+    assert len(fact(report, "empty")) == survey.MOST_NAMED + 2
 
 
 def test_tokens_are_counted_without_the_encoder(monkeypatch):

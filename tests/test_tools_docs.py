@@ -9,7 +9,7 @@ from tool_cases import adapter_file, run
 
 from lora_algos.attach import adaptable_layers
 from lora_algos.config import LayerSpec
-from training.tools.options import OPTIONS
+from tools.options import OPTIONS
 
 PAGE = (PROJECT / "docs" / "tools.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## (\w+)\n\n```bash\n(.*?)```\n\n```\n(.*?)```", PAGE, re.M | re.S)

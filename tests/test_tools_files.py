@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tool_cases import base_file, of_case, run
 
 from models.config import ModelConfig
-from training.tools.model import Model
-from training.tools.options import OPTIONS
+from tools.base_model import Model
+from tools.options import OPTIONS
 
 
 @pytest.mark.parametrize("single", [False, True])

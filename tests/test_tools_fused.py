@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tool_cases import relative_error, run
 from torch import Tensor, nn
 
-import training.tools.model
+import tools.base_model
 from adapter_files import files
 from adapter_files.keys import file_names
 from lora_algos.attach import Adapted, attach, attach_from_file, norm_layers
@@ -82,7 +82,7 @@ Small.__abstractmethods__ = SmallWan.__abstractmethods__ = frozenset()
 
 @pytest.fixture(autouse=True)
 def family(monkeypatch):
-    monkeypatch.setattr(training.tools.model, "get_family", Small)
+    monkeypatch.setattr(tools.base_model, "get_family", Small)
 
 
 def denoiser(family: type[Small] = Small) -> nn.Module:
@@ -221,7 +221,7 @@ def test_a_file_with_a_part_missing_is_not_whole(tmp_path, capsys):
 
 
 def test_extract_tells_of_parameters_outside_of_layers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.tools.model, "get_family", SmallWan)
+    monkeypatch.setattr(tools.base_model, "get_family", SmallWan)
     for name, change in (("base", 0.0), ("tuned", 0.5)):
         model = denoiser(SmallWan)
         with torch.no_grad():

@@ -77,8 +77,8 @@ PEAK = """
 import sys, torch
 sys.path.insert(0, {project!r})
 import train_lora
-from training.tools import inspect, merge
-from training.stream import TensorStore
+from tools import inspect, merge
+from adapter_files.safetensors_stream import TensorStore
 from benchmarks.memory import peak_memory
 small = train_lora.main(["merge", {small!r}, {out!r} + "1.safetensors", "--lora", {lora!r}, "--config", {base!r}])
 before = peak_memory()

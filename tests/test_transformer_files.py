@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from models import get_family
 from models.config import ModelConfig
-from training.tools.model import Model
+from tools.base_model import Model
 
 NAMES = ("sd3", "sd3.5-medium", "wan", "wan2.2-low", "wan2.2-5b", "wan2.1-i2v")
 CASES = pytest.mark.parametrize("case", [case for case in cases() if str(case) in NAMES], ids=str)

@@ -16,11 +16,11 @@ from data.precompute.plan import missing
 from data.store import tables
 from models import get_family
 from models.base import ModelFamily
+from tools.data import contact_sheets
+from tools.data.options import DataOptions
+from tools.data.survey import Named, Survey, alike, kind, sizes
 from training.config import TrainConfig
 from training.distributed import build_accelerator
-from training.tools import sheets
-from training.tools.data_options import DataOptions
-from training.tools.data_survey import Named, Survey, alike, kind, sizes
 
 INDENT = "  "
 FLOAT_BYTES = 4
@@ -40,7 +40,7 @@ def run(options: DataOptions) -> int:
         print(report(config, planned, survey))
         if options.sheets is None:
             return 0
-        drawn = sheets.draw(planned, survey, Path(options.sheets), options.decode)
+        drawn = contact_sheets.draw(planned, survey, Path(options.sheets), options.decode)
         print("\n".join(["", *drawn.lines()]))
         return drawn.exit_code
 

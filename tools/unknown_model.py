@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapter_files.files import Names
 from adapter_files.keys import split_key
 from adapter_files.safetensors_stream import TensorInfo
-from training.tools.model import bare, nested
+from tools.base_model import bare, nested
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
 # what all layers of a file begin with, each with one of these -> the format of the file

@@ -9,13 +9,13 @@ from torch import Tensor
 from adapter_files.safetensors_stream import write_tensors
 from common.errors import ModelError
 from lora_algos.attach import algorithm_of
+from tools.adapter_file import NEED_BASE, AdapterFile, delta_of
+from tools.base_model import Model
+from tools.copy_model import copy_rest
+from tools.options import Merge
+from tools.rewrite import ToolError
+from tools.tables import Report
 from training.files import new_file, new_folder
-from training.tools.adapter import NEED_BASE, AdapterFile, delta_of
-from training.tools.folder import copy_rest
-from training.tools.model import Model
-from training.tools.options import Merge
-from training.tools.output import ToolError
-from training.tools.report import Report
 
 
 def run(options: Merge) -> int:

@@ -4,7 +4,7 @@ import ctypes
 from importlib import import_module
 
 from common.errors import AdapterError, ConfigError, ModelError, error_list
-from training.tools.options import OPTIONS, Options, parse
+from tools.options import OPTIONS, Options, parse
 
 COMMANDS = tuple(OPTIONS)
 M_MMAP_THRESHOLD = -3  # mallopt(3)
@@ -22,7 +22,7 @@ def run(options: Options) -> int:
     """Does what `options` asks for. Returns the exit code: 0, or 1 where something was found that does not fit."""
     give_memory_back()
     try:
-        return import_module(f"training.tools.{options.command}").run(options)
+        return import_module(f"tools.{options.command}").run(options)
     except (AdapterError, ModelError) as error:
         raise type(error)(with_own_flags(str(error))) from error
 

@@ -9,11 +9,11 @@ from adapter_files import convert
 from adapter_files.peft_config import known_rank
 from common.errors import AdapterError, error_list
 from lora_algos.attach import algorithm_of
-from training.tools.adapter import AdapterFile, LayerTensors, delta_of
-from training.tools.model import Model
-from training.tools.options import Convert
-from training.tools.output import rewrite
-from training.tools.report import Report
+from tools.adapter_file import AdapterFile, LayerTensors, delta_of
+from tools.base_model import Model
+from tools.options import Convert
+from tools.rewrite import rewrite
+from tools.tables import Report
 
 
 def run(options: Convert) -> int:

@@ -21,9 +21,9 @@ from data.precompute.plan import ahead
 from data.store import tables
 from data.store.store import MISSING
 from models.base import ModelFamily
+from tools.data.survey import Survey, shown, sizes
 from training.files import write_file
 from training.preview import as_picture, wrapped
-from training.tools.data_survey import Survey, shown, sizes
 
 MOST_IMAGES = 48
 COLUMNS = 8

@@ -11,11 +11,11 @@ from adapter_files.keys import looks_like
 from adapter_files.peft_config import known_rank
 from common.errors import AdapterError
 from lora_algos.attach import algorithm_of
-from training.tools.adapter import AdapterFile, delta_of, needs_base
-from training.tools.model import Model
-from training.tools.options import Inspect
-from training.tools.report import Report
-from training.tools.unknown import UnknownModel
+from tools.adapter_file import AdapterFile, delta_of, needs_base
+from tools.base_model import Model
+from tools.options import Inspect
+from tools.tables import Report
+from tools.unknown_model import UnknownModel
 
 # what is shown -> metadata that says it, the first that is there
 FACTS = {

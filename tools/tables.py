@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from training.tools.unknown import block_of
+from tools.unknown_model import block_of
 
 
 @dataclass

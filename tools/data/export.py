@@ -5,8 +5,8 @@ from pathlib import Path
 from data.export import write_dataset
 from data.precompute.build import Build
 from models import get_family
+from tools.data.options import ExportOptions
 from training.distributed import build_accelerator
-from training.tools.data_options import ExportOptions
 
 
 def run(options: ExportOptions) -> int:

@@ -17,7 +17,7 @@ class RunOptions:
 
     command: ClassVar[str]
     module: ClassVar[str]
-    """In training.tools; its `run` takes the options."""
+    """In tools.data; its `run` takes the options."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -32,7 +32,7 @@ class ExportOptions(RunOptions):
     Encodes what is not encoded yet."""
 
     command: ClassVar[str] = "export-dataset"
-    module: ClassVar[str] = "export_dataset"
+    module: ClassVar[str] = "export"
 
     out: str = ""
     """The folder to write; it must not be there."""
@@ -55,7 +55,7 @@ class DataOptions(RunOptions):
     what will be encoded and how large that is. Trains nothing and encodes nothing."""
 
     command: ClassVar[str] = "data"
-    module: ClassVar[str] = "data_report"
+    module: ClassVar[str] = "report"
 
     sheets: str | None = None
     """Draw images with their captions into this folder, one PNG per bucket."""

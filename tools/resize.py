@@ -9,12 +9,12 @@ from adapter_files import convert
 from adapter_files.peft_config import known_rank
 from common.errors import AdapterError, error_list
 from lora_algos.attach import algorithm_of
-from training.tools.adapter import AdapterFile, LayerTensors
-from training.tools.model import Model
-from training.tools.options import Resize
-from training.tools.output import rewrite
-from training.tools.report import Report
-from training.tools.unknown import UnknownModel
+from tools.adapter_file import AdapterFile, LayerTensors
+from tools.base_model import Model
+from tools.options import Resize
+from tools.rewrite import rewrite
+from tools.tables import Report
+from tools.unknown_model import UnknownModel
 
 
 def run(options: Resize) -> int:

@@ -13,11 +13,11 @@ from adapter_files import convert
 from adapter_files.peft_config import known_rank
 from common.errors import ModelError, error_list
 from lora_algos.lokr import factorization
-from training.tools.adapter import LayerTensors
-from training.tools.model import Model
-from training.tools.options import Extract
-from training.tools.output import DTYPES, Target, write_adapter, written
-from training.tools.report import Report
+from tools.adapter_file import LayerTensors
+from tools.base_model import Model
+from tools.options import Extract
+from tools.rewrite import DTYPES, Target, write_adapter, written
+from tools.tables import Report
 
 
 def run(options: Extract) -> int:

@@ -16,8 +16,8 @@ from adapter_files.writers import DORA_NORM
 from common.errors import AdapterError, error_list
 from lora_algos import get_algorithm
 from lora_algos.attach import algorithm_of
-from training.tools.model import Model
-from training.tools.unknown import UnknownModel, format_of
+from tools.base_model import Model
+from tools.unknown_model import UnknownModel, format_of
 
 NEED_BASE = ("DoRA", "OFT", "BOFT", "GLoRA")  # their update is a function of the base's weight
 LayerTensors = dict[str, Tensor]
