@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 import tools
 from common.errors import AdapterError, ConfigError, DataError, ModelError
 from tools.data import options
+from training.cli import load_config
 from training.config import TrainConfig
-from training.interruption import Asked, Interruptions, Stopped, end_with_launcher, requeue
-from training.load_config import load_config
-from training.rundir import check_output_dir, held
+from training.run_folder import check_output_dir, held
+from training.stopping.signals import Asked, Interruptions, Stopped, end_with_launcher, requeue
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from training.failure import Failures
+    from training.distributed.failures import Failures
 
 LOCK_WAIT = 120.0  # seconds; a launcher's ranks may outlive it a little, and NFS keeps a dead client's locks for 90
 USER_ERRORS = (ConfigError, DataError, ModelError, AdapterError)
@@ -61,11 +61,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_training(config: TrainConfig, interruptions: Interruptions) -> int:
     """One training, whose failure all ranks get to know; returns the exit code."""
-    from training.checkpoint import CheckpointError  # torch loads here: what is wrong above is said within a second
-    from training.distributed import DistributedError, build_accelerator
-    from training.failure import Failures, explained
-    from training.files import WriteError
-    from training.metrics import TrainingDiverged
+    from common.atomic import WriteError
+    from training.checkpoints.storage import (
+        CheckpointError,  # torch loads here: what is wrong above is said within a second
+    )
+    from training.distributed.accelerator import DistributedError, build_accelerator
+    from training.distributed.failures import Failures, explained
+    from training.reporting.history import TrainingDiverged
 
     failures = None
     try:
@@ -99,37 +101,38 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: Failures, int
     """The whole run, in the order in which its parts need each other."""
     from adapter_files.keys import file_names
     from data.precompute.build import build_datasets
-    from training import finish, setup, tracking
-    from training.engine import wants_contiguous
+    from training import build, finish
+    from training.checkpoints.resume import resume
+    from training.distributed.engine import wants_contiguous
     from training.export import check as check_export
+    from training.loss import build_loss
     from training.metadata import Parts
-    from training.resume import resume
-    from training.run import Run
-    from training.step import build_loss
+    from training.reporting import trackers
+    from training.trainer import Run
 
-    family = setup.family_of(config)
+    family = build.family_of(config)
     # the encoders live and die in here
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
-    denoiser, dtype = setup.load_denoiser(config, family, wants_contiguous(accelerator))
+    denoiser, dtype = build.load_denoiser(config, family, wants_contiguous(accelerator))
     names = file_names(family, denoiser)
-    adapted, previous_steps = setup.attach_adapters(config, family, denoiser, names)
+    adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
 
     parts = Parts(family, datasets, adapted, names, previous_steps)
     check_export(config, parts)
-    engine = setup.build_engine(config, accelerator, denoiser, adapted)
+    engine = build.build_engine(config, accelerator, denoiser, adapted)
     with interruptions.deferred():  # from here on a signal is answered between two steps, by all ranks together
         run = Run(config, accelerator, parts, engine, loss_function, interruptions)
         resume(run)  # nothing to do in a fresh output_dir
-        tracking.start(accelerator, config, run.reporter.tracker_id)  # a run that goes on is one run there too
-        say(setup.summary(run))
+        trackers.start(accelerator, config, run.reporter.tracker_id)  # a run that goes on is one run there too
+        say(build.summary(run))
         for batch in run.batches():
             run.train_on(batch)
         finished = finish.finish(run)
     failures.close()
     if run.main:  # the others have no part in this, and need not wait for it
         finish.write(run, finished)
-    tracking.finish(accelerator)
+    trackers.finish(accelerator)
 
 
 def run_tool(options: tools.Options | options.RunOptions) -> int:
@@ -137,8 +140,8 @@ def run_tool(options: tools.Options | options.RunOptions) -> int:
     before = signal.signal(signal.SIGTERM, terminated)
     try:
         quieten_libraries()
+        from common.atomic import WriteError  # torch loads here, which takes long enough to be interrupted
         from tools.rewrite import ToolError
-        from training.files import WriteError  # torch loads here, which takes long enough to be interrupted
 
         try:
             if not isinstance(options, options.RunOptions):

@@ -30,10 +30,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from training import checkpointing  # noqa: E402
+from training import gradient_checkpointing  # noqa: E402
 
 NONE, DIFFUSERS = "none", "diffusers' own"
-POLICIES: tuple[checkpointing.Policy, ...] = ("full", "attention-output-kept")
+POLICIES: tuple[gradient_checkpointing.Policy, ...] = ("full", "attention-output-kept")
 DEPTHS = (1, 2, 3, 4)  # a UNet has nothing deeper
 VARIANTS = [NONE, DIFFUSERS, *(f"{depth} {policy}" for depth in DEPTHS for policy in POLICIES)]
 
@@ -69,13 +69,13 @@ class LiveBytes(TorchDispatchMode):
 
 def select(unet: Any, variant: str) -> int:
     """Checkpoints as `variant` says; returns how many modules are."""
-    checkpointing.remove(unet)
+    gradient_checkpointing.remove(unet)
     if variant == DIFFUSERS:
         unet.enable_gradient_checkpointing()
     if variant in (NONE, DIFFUSERS):
         return 0
     depth, policy = variant.split(" ")
-    return len(checkpointing.apply(unet, int(depth), policy))  # type: ignore[arg-type]
+    return len(gradient_checkpointing.apply(unet, int(depth), policy))  # type: ignore[arg-type]
 
 
 def embedded_unet() -> nn.Module:

@@ -137,9 +137,9 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
     The script's time is from asking for a batch to asking for the next one, so it includes loading.
     """
     import train_lora
-    from training.interruption import Interruptions
-    from training.load_config import load_config
-    from training.run import Run
+    from training.cli import load_config
+    from training.stopping.signals import Interruptions
+    from training.trainer import Run
 
     marks, losses, original = [], [], Run.batches
 

@@ -25,11 +25,11 @@ class Probe:
         self.written = 0.0
 
     def patches(self) -> list[Any]:
-        import training.run
-        from training import sync_check
-        from training.run import Run
+        import training.trainer
+        from training.distributed import rank_check
+        from training.trainer import Run
 
-        hook, write = sync_check.allreduce_hook, training.run.write
+        hook, write = rank_check.allreduce_hook, training.trainer.write
         update, batches = Run._update, Run.batches
 
         def timed_hook(state, bucket):
@@ -54,9 +54,9 @@ class Probe:
             self.written = now() - begin
 
         return [
-            patch.object(sync_check, "allreduce_hook", timed_hook),
+            patch.object(rank_check, "allreduce_hook", timed_hook),
             patch.object(Run, "_update", timed_update),
-            patch.object(training.run, "write", timed_write),
+            patch.object(training.trainer, "write", timed_write),
             patch.object(Run, "batches", lambda run: self.batches(run, batches(run))),
             patch.multiple("training.finish", finish=lambda run: None, write=lambda run, finished: None),
         ]  # fmt: skip
@@ -118,8 +118,8 @@ def answer(value: dict) -> None:
 
 def main() -> int:
     import train_lora
-    from training.interruption import Interruptions
-    from training.load_config import load_config
+    from training.cli import load_config
+    from training.stopping.signals import Interruptions
 
     for one in Probe().patches():
         one.start()

@@ -25,10 +25,10 @@ from data.batches import MicroBatches
 from data.precompute.build import build_datasets
 from data.schedule import Schedule
 from models import get_family
-from training import setup
+from training import build
+from training.cli import load_config
 from training.config import TrainConfig
-from training.load_config import load_config
-from training.step import build_loss
+from training.loss import build_loss
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = 5
@@ -42,8 +42,8 @@ class Gradients:
     def __init__(self, config: TrainConfig):
         self.config, self.family = config, get_family(config.model)
         self.dataset = build_datasets(config.data, self.family, Accelerator(cpu=True), not config.bucket_mode).train
-        self.denoiser, self.dtype = setup.load_denoiser(config, self.family)
-        adapted, _ = setup.attach_adapters(config, self.family, self.denoiser, None)  # type: ignore[arg-type]
+        self.denoiser, self.dtype = build.load_denoiser(config, self.family)
+        adapted, _ = build.attach_adapters(config, self.family, self.denoiser, None)  # type: ignore[arg-type]
         self.parameters = list(adapted.named_parameters().values())
 
     def of_steps(self, config: TrainConfig, size: int, steps: int) -> tuple[Tensor, Tensor]:

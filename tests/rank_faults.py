@@ -9,7 +9,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def at_step(step: int, rank: int, act) -> None:
     """Has `rank` do `act` when it has taken `step` steps."""
-    from training.run import Run
+    from training.trainer import Run
 
     original = Run.answer
 
@@ -40,7 +40,7 @@ class Abandoned(BaseException):
 
 def abandons() -> None:
     """A run whose folder is named after steps, as in `LoRA-3-7`, stops dead after each of these, once."""
-    from training.run import Run
+    from training.trainer import Run
 
     original, done = Run.answer, set()
 
@@ -79,7 +79,7 @@ def drifts() -> None:
     """Rank 1's weights change by a hair after step 3."""
     import torch
 
-    from training.run import Run
+    from training.trainer import Run
 
     original = Run._after_step
 
@@ -105,7 +105,7 @@ def counts_collectives() -> None:
     """Prints, at the end, the collectives of one step after the first."""
     import torch.distributed as dist
 
-    from training.run import Run
+    from training.trainer import Run
 
     calls: list[str] = []
 

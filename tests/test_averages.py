@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_ranks_fail import assert_same_adapter
 from test_script import adapter, assert_same
 
-from training.averages import decay_at
-from training.best import best_step, is_over
+from training.checkpoints.best import best_step, is_over
 from training.config import EmaConfig, ValidationConfig
+from training.optim.ema import decay_at
 
 VALIDATED = [f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.quantiles", "0.3", "0.7",
              "--validation.every=2", "--learning_rate=1e-2"]  # fmt: skip

@@ -53,7 +53,7 @@ def test_what_stays_on_the_device_is_no_read():
 
 def counted_run(run_here, options: list[str], patch: pytest.MonkeyPatch) -> DeviceReads:
     """Runs the script; each read is labelled with the step, from 1, that it happened in or loaded a batch for."""
-    from training.run import Run
+    from training.trainer import Run
 
     original = Run.batches
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks import quality
-from training.load_config import load_config
+from training.cli import load_config
 
 CHOICES = [(group, choice) for group, choices in quality.GROUPS.items() for choice in choices]
 

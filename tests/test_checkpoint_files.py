@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_script import adapter, assert_same
 from tool_cases import assert_same_updates, metadata_of, run
 
-from training.state import ADAPTER, BEST, EMA, TrainerState, to_files
+from training.checkpoints.state import ADAPTER, BEST, EMA, TrainerState, to_files
 
 AVERAGED = ["--rank=8", "--adapter.alpha=1", "--ema.decay=0.7", "--learning_rate=1e-2", "--validation.every=3",
             f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.quantiles", "0.5"]  # fmt: skip

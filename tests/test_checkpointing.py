@@ -20,9 +20,9 @@ from benchmarks.checkpointing import LiveBytes
 from common.errors import ModelError
 from lora_algos.attach import adaptable_layers, attach
 from lora_algos.config import LayerSpec
-from training import checkpointing
+from training import gradient_checkpointing
 from training.config import TrainConfig
-from training.rundir import FREE
+from training.run_folder import FREE
 
 FULL, KEPT = "full", "attention-output-kept"
 VARIANTS = [(depth, policy) for depth in range(1, 6) for policy in (FULL, KEPT)]
@@ -134,13 +134,13 @@ def test_gradients_are_the_same_bit_for_bit(make, change):
     wanted = gradients(model)
     assert wanted
     for depth, policy in VARIANTS:
-        checkpointing.apply(model, depth, policy)
+        gradient_checkpointing.apply(model, depth, policy)
         assert equal(wanted, gradients(model)), (depth, policy)
 
 
 def test_dropout_draws_anew_in_every_step():
     model = with_dropout(unet())
-    checkpointing.apply(model, 1)
+    gradient_checkpointing.apply(model, 1)
     first = forward(model)
     with torch.random.fork_rng():
         torch.manual_seed(77)
@@ -152,10 +152,10 @@ def test_dropout_draws_anew_in_every_step():
 @pytest.mark.parametrize("make", [unet, flux])
 def test_adapters_attach_before_and_after(make):
     before, after = make(), make()
-    checkpointing.apply(before, 3)
-    names = checkpointing.apply(with_lora(after), 3)
+    gradient_checkpointing.apply(before, 3)
+    names = gradient_checkpointing.apply(with_lora(after), 3)
     with_lora(before)
-    assert names == [n for n, m in before.named_modules() if isinstance(m, checkpointing.Checkpointed)]
+    assert names == [n for n, m in before.named_modules() if isinstance(m, gradient_checkpointing.Checkpointed)]
     assert equal(gradients(before), gradients(after))
 
 
@@ -164,7 +164,7 @@ def test_memory_falls_and_attention_outputs_cost_little():
     saved, live = saved_bytes(model), live_bytes(model)
     lives = {}
     for depth, policy in VARIANTS:
-        checkpointing.apply(model, depth, policy)
+        gradient_checkpointing.apply(model, depth, policy)
         assert saved_bytes(model) < saved / 2
         lives[depth, policy] = live_bytes(model)
     for depth in range(1, 6):
@@ -179,9 +179,9 @@ def test_kept_attention_is_not_computed_again(make):
     once = attentions(model)
     assert once > 3
     for depth in range(1, 6):
-        checkpointing.apply(model, depth, KEPT)
+        gradient_checkpointing.apply(model, depth, KEPT)
         assert attentions(model) == once
-        checkpointing.apply(model, depth, FULL)
+        gradient_checkpointing.apply(model, depth, FULL)
         assert attentions(model) == 2 * once
 
 
@@ -189,7 +189,7 @@ def test_the_math_backend_recomputes_and_is_right():
     model = unet()
     with sdpa_kernel(SDPBackend.MATH):
         wanted = gradients(model)
-        checkpointing.apply(model, 1, KEPT)
+        gradient_checkpointing.apply(model, 1, KEPT)
         assert attentions(model) == 0
         assert equal(wanted, gradients(model))
 
@@ -198,7 +198,7 @@ def test_the_math_backend_recomputes_and_is_right():
 @pytest.mark.parametrize("depth", range(1, 6))
 def test_the_module_tree_stays_as_it_was(make, depth):
     plain, model = make(), make()
-    names = checkpointing.apply(model, depth)
+    names = gradient_checkpointing.apply(model, depth)
     assert names
     assert list(plain.state_dict()) == list(model.state_dict())
     assert list(adaptable_layers(plain)) == list(adaptable_layers(model))
@@ -207,13 +207,13 @@ def test_the_module_tree_stays_as_it_was(make, depth):
     assert not any(a != b and b.startswith(f"{a}.") for a in names for b in names), "one inside another"
     classes = {type(model.get_submodule(name)) for name in names}
     assert len(classes) == len({cls.original for cls in classes})  # equal blocks still have one class
-    checkpointing.remove(model)
+    gradient_checkpointing.remove(model)
     assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
 
 
 def test_depth_counts_blocks_and_ends_at_the_deepest():
     def kinds(model: nn.Module, depth: int) -> set[str]:
-        return {type(model.get_submodule(name)).__name__ for name in checkpointing.apply(model, depth)}
+        return {type(model.get_submodule(name)).__name__ for name in gradient_checkpointing.apply(model, depth)}
 
     model = unet()
     ever = {"TimestepEmbedding"}
@@ -227,13 +227,13 @@ def test_depth_counts_blocks_and_ends_at_the_deepest():
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ModelError, match="no_gradient_checkpointing"):
-        checkpointing.apply(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 1)
+        gradient_checkpointing.apply(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 1)
 
 
 def test_diffusers_own_checkpointing_is_not_nested():
     model = unet()
     model.enable_gradient_checkpointing()
-    checkpointing.apply(model, 1)
+    gradient_checkpointing.apply(model, 1)
     assert not model.is_gradient_checkpointing
     assert attentions(model) == 2 * attentions(unet())
 
@@ -255,7 +255,7 @@ class Odd(nn.Module):
 def test_any_inputs_and_outputs_pass():
     torch.manual_seed(0)
     model = nn.ModuleDict({"odd": Odd()})
-    assert checkpointing.apply(model, 1) == ["odd"]
+    assert gradient_checkpointing.apply(model, 1) == ["odd"]
     x = torch.randn(2, 3, requires_grad=True)
     wanted = []
     for _ in range(2):
@@ -264,21 +264,21 @@ def test_any_inputs_and_outputs_pass():
         total.backward()
         assert (out["name"], out["debug"], nothing) == ("z", True, None)
         wanted.append((out["y"].detach(), x.grad))
-        checkpointing.remove(model)
+        gradient_checkpointing.remove(model)
     assert all(torch.equal(a, b) for a, b in zip(*wanted, strict=True))
 
 
 def test_copies_and_regional_compilation_see_plain_modules():
     model = unet()
-    checkpointing.apply(model, 3, KEPT)
+    gradient_checkpointing.apply(model, 3, KEPT)
     assert equal(gradients(model), gradients(copy.deepcopy(model)))
     assert any(isinstance(m, BasicTransformerBlock) for m in model.modules())
 
 
 def test_without_gradients_nothing_is_checkpointed(monkeypatch):
     model = unet()
-    checkpointing.apply(model, 1)
-    monkeypatch.setattr(checkpointing, "checkpoint", None)
+    gradient_checkpointing.apply(model, 1)
+    monkeypatch.setattr(gradient_checkpointing, "checkpoint", None)
     with torch.no_grad():
         forward(model)
     with pytest.raises(TypeError):
@@ -289,7 +289,7 @@ def test_pipelines_and_saving_work(tmp_path):
     model = unet()
     with torch.no_grad():
         plain = forward(model)
-    checkpointing.apply(model, 1, KEPT)
+    gradient_checkpointing.apply(model, 1, KEPT)
     model.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_compiles_without_a_break(policy):
     torch._dynamo.reset()
     model = flux()
     wanted = gradients(model)
-    checkpointing.apply(model, 1, policy)
+    gradient_checkpointing.apply(model, 1, policy)
     compiled = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert all(torch.allclose(wanted[name], compiled[name], atol=1e-6) for name in wanted)
 
@@ -327,7 +327,7 @@ def one_rank():
 def test_ddp(one_rank, policy):
     model = with_lora(flux())
     wanted = gradients(model)
-    checkpointing.apply(model, 1, policy)
+    gradient_checkpointing.apply(model, 1, policy)
     assert equal(wanted, gradients(model, DistributedDataParallel(model)))
 
 
@@ -338,9 +338,9 @@ def test_fsdp2(one_rank, policy):
     sharded = []
     for checkpoint in (False, True):
         model = with_lora(flux())
-        names = checkpointing.apply(model, 1, policy)
+        names = gradient_checkpointing.apply(model, 1, policy)
         if not checkpoint:
-            checkpointing.remove(model)
+            gradient_checkpointing.remove(model)
         for name in names:
             fully_shard(model.get_submodule(name), mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -18,10 +18,10 @@ from torch.func import functional_call
 from data.batches import Batch
 from lora_algos.attach import Plan, attach_from_file
 from models import get_family
+from training.cli import load_config
 from training.config import OptimConfig
-from training.load_config import load_config
-from training.optim import build_optimizer
-from training.step import build_loss
+from training.loss import build_loss
+from training.optim.schedule import build_optimizer
 
 SEED, IMAGES, RANK = 5, 3, 4
 Tensors = dict[str, Tensor]

@@ -10,8 +10,8 @@ import pytest
 from conftest import BASE, PROJECT, TWEMOJI, script
 
 from common.errors import ConfigError
+from training.cli import DEMO_RECIPE, load_config
 from training.config import TrainConfig, to_dict, to_yaml
-from training.load_config import DEMO_RECIPE, load_config
 
 NEEDED = [f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}"]
 

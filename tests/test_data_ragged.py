@@ -17,7 +17,7 @@ from data.store.hashing import key_of
 from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
 from objectives.config import ObjectiveConfig
-from training.step import build_loss
+from training.loss import build_loss
 
 LENGTHS = (2, 5, 1, 3)
 EMPTY = 1

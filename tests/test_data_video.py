@@ -19,7 +19,7 @@ from data.store.hashing import key_of
 from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
 from objectives.config import ObjectiveConfig
-from training.step import build_loss
+from training.loss import build_loss
 
 
 @pytest.fixture

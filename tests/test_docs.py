@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from data.config import SourceConfig
 from lora_algos.config import Override
 from models import FAMILIES
-from training.load_config import validate
-from training.optimizers import NAMED
+from training.cli import validate
+from training.optim.registry import NAMED
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TRAINING = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")

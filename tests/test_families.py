@@ -13,8 +13,8 @@ from lora_algos import ALGORITHMS
 from models import get_family
 from models.base import take_comfy_cond
 from models.config import ModelConfig
-from training.load_config import load_config
-from training.setup import attach_adapters
+from training.build import attach_adapters
+from training.cli import load_config
 
 CASES = pytest.mark.parametrize("case", cases(), ids=str)
 

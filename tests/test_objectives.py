@@ -15,7 +15,7 @@ from objectives.losses import LOSSES, POWERS
 from objectives.objective import Objective
 from objectives.processes import Flow, Levels, NoiseProcess, Shift
 from objectives.weightings import WEIGHTINGS, inverse_sigma2
-from training.step import LossFunction
+from training.loss import LossFunction
 
 DIFFUSION = ["epsilon", "v"]
 

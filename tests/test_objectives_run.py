@@ -12,7 +12,7 @@ from test_objectives import Maths, batch_of
 
 from objectives.config import ObjectiveConfig
 from objectives.processes import sample_as_trained
-from training.step import LossFunction
+from training.loss import LossFunction
 
 
 def validation_of(run_here: Any, arguments: list[str], folder: Any) -> list[dict[str, float]]:

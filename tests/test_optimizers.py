@@ -15,9 +15,9 @@ from test_bars import counted_run
 from test_distributed import launched
 from test_ranks_fail import assert_same_adapter, runs_file
 
-from training.muon import MuonAdamW
-from training.optim import SkipNonFinite
-from training.optimizers import NAMED, NODE, OPTIMIZERS
+from training.optim.muon import MuonAdamW
+from training.optim.registry import NAMED, NODE, OPTIMIZERS
+from training.optim.schedule import SkipNonFinite
 
 # a learning rate with which the loss falls in twelve steps, and what else is to be tried
 TOLD = {
@@ -193,7 +193,7 @@ def test_prodigy_says_which_rate_it_is_made_for(options, run_here, capsys):
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monkeypatch, name):
-    from training.step import LossFunction
+    from training.loss import LossFunction
 
     original, calls = LossFunction.__call__, []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.precompute import encode
-from training.engine import Engine
+from training.distributed.engine import Engine
 
 
 def full(*args, **kwargs):
@@ -47,7 +47,7 @@ def test_a_step_that_does_not_fit_says_what_takes_less(case, options, run_here, 
 
 def test_a_sharded_run_is_not_told_to_shard(monkeypatch):
     from training.config import TrainConfig
-    from training.failure import explained
+    from training.distributed.failures import explained
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     said = explained(torch.OutOfMemoryError("full"), TrainConfig())

@@ -11,7 +11,8 @@ from PIL import Image
 
 from training import finish, preview
 from training.config import PreviewConfig
-from training.metrics import History, loss_png, smoothed
+from training.reporting.history import History
+from training.reporting.loss_files import loss_png, smoothed
 
 STRONG = ["--learning_rate=5e-3", "--adapter.targets=all", "--adapter.alpha=8", "--steps=10"]
 
@@ -95,7 +96,7 @@ def test_the_largest_seed_trains(options, run_here):
 
 
 def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
-    monkeypatch.setattr("training.metrics.MOST_MICRO_LOSSES", 6)
+    monkeypatch.setattr("training.reporting.history.MOST_MICRO_LOSSES", 6)
     history = History(2)
     history.add([1.0, 3.0, 2.0, 2.0], [1.0, 1.0])
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0], [1.0, 3.0, 2.0, 2.0])

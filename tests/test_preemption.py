@@ -11,7 +11,7 @@ from conftest import TWEMOJI
 from safetensors.torch import load_file
 
 import train_lora
-from training.interruption import Interruptions, asked_by
+from training.stopping.signals import Interruptions, asked_by
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -57,11 +57,11 @@ def once(patch, place: str, number: int, when: int = 1) -> list[int]:
 MOMENTS = {  # where, in which call, the step that is saved
     "encoding captions": ("data.precompute.encode.encode_texts", 1, None),
     "encoding images": ("data.precompute.encode.encode_media", 1, None),
-    "loading the model": ("training.setup.attach_adapters", 1, None),
+    "loading the model": ("training.build.attach_adapters", 1, None),
     "the first validation": ("training.validation.chunk", 3, 0),
-    "a training step": ("training.step.LossFunction.__call__", 30, None),
+    "a training step": ("training.loss.LossFunction.__call__", 30, None),
     "a validation": ("training.validation.chunk", 7, 4),
-    "a checkpoint": ("training.checkpoint.save", 1, 12),
+    "a checkpoint": ("training.checkpoints.storage.save", 1, 12),
     "a preview": ("training.preview.draw", 3, 12),
     "the export": ("training.export.write_adapter", 1, 12),
 }
@@ -96,7 +96,7 @@ def test_a_signal_at_any_moment_costs_nothing(moment, number, long, run_here, tm
 
 def test_sigusr1_outside_slurm_saves_and_goes_on(options, run_here, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    once(monkeypatch, "training.step.LossFunction.__call__", signal.SIGUSR1, 3)
+    once(monkeypatch, "training.loss.LossFunction.__call__", signal.SIGUSR1, 3)
     assert run_here([*options, "--checkpoint.every=0"]) == 0
     names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000006"]
@@ -110,7 +110,7 @@ def test_sigusr1_under_slurm_saves_and_requeues(options, run_here, tmp_path, mon
     scontrol.chmod(0o755)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", str(scontrol.parent), prepend=":")
-    once(monkeypatch, "training.step.LossFunction.__call__", signal.SIGUSR1, 3)
+    once(monkeypatch, "training.loss.LossFunction.__call__", signal.SIGUSR1, 3)
     assert run_here(options) == 0
     assert "SIGUSR1: saved step 3 of 6; job 77 is requeued" in capsys.readouterr().out
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
@@ -119,7 +119,7 @@ def test_sigusr1_under_slurm_saves_and_requeues(options, run_here, tmp_path, mon
 
 
 def test_a_file_asks_for_a_checkpoint(options, run_here, tmp_path, monkeypatch):
-    from training.run import Run
+    from training.trainer import Run
 
     original = Run.answer
 
@@ -169,7 +169,7 @@ def test_two_runs_do_not_share_an_output_dir(options, run_here, tmp_path, monkey
 
 
 def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monkeypatch, capsys):
-    from training.step import LossFunction
+    from training.loss import LossFunction
 
     original, calls = LossFunction.__call__, []
 
@@ -202,7 +202,7 @@ def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, mon
     from rank_faults import Abandoned
     from wandb_log import records
 
-    from training.run import Run
+    from training.trainer import Run
 
     original = Run.answer
 

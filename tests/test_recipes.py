@@ -12,8 +12,8 @@ from family_cases import SIDE, cases, folder_of
 from data.media.buckets import Buckets
 from models import FAMILIES, get_family
 from models.config import ModelConfig
+from training.cli import validate
 from training.config import TrainConfig
-from training.load_config import validate
 
 RECIPES = {path.stem: path for path in sorted((PROJECT / "recipes").glob("*.yaml"))}
 

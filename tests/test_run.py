@@ -11,10 +11,10 @@ import yaml
 from conftest import BASE, script
 from safetensors.torch import load_file, save_file
 
-from training import checkpoint
+from common.atomic import WriteError, new_folder, write_file
+from training.checkpoints import storage
 from training.config import OptimConfig
-from training.files import WriteError, new_folder, write_file
-from training.optim import learning_rate
+from training.optim.schedule import learning_rate
 
 
 def test_an_output_dir_of_a_different_run_is_refused(options, run_here, tmp_path, capsys):
@@ -73,26 +73,26 @@ def test_a_damaged_checkpoint_is_passed_over(options, run_here, tmp_path, capsys
 
 def test_a_damaged_later_checkpoint_pushes_no_valid_one_out(tmp_path):
     for step in (2, 4, 6):
-        checkpoint.save(tmp_path, step, {"state.json": b"{}"}, keep=2)
+        storage.save(tmp_path, step, {"state.json": b"{}"}, keep=2)
     (tmp_path / "step_00000006" / "manifest.json").unlink()
     (tmp_path / "step_00000004" / "state.json").unlink()
-    checkpoint.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
-    found, damaged = checkpoint.newest(tmp_path)
+    storage.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
+    found, damaged = storage.newest(tmp_path)
     assert (found.step, len(damaged)) == (3, 2)
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     files = {"adapter.safetensors": b"a" * 1000, "state.json": b"{}"}
-    checkpoint.save(tmp_path, 1, files, keep=1)
+    storage.save(tmp_path, 1, files, keep=1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))  # what a full disk does: write() fails midway
     try:
-        with pytest.raises(checkpoint.CheckpointError, match="step_00000001"):
-            checkpoint.save(tmp_path, 2, {**files, "optimizer.pt": b"o" * 10000}, keep=1)
+        with pytest.raises(storage.CheckpointError, match="step_00000001"):
+            storage.save(tmp_path, 2, {**files, "optimizer.pt": b"o" * 10000}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
-    found, damaged = checkpoint.newest(tmp_path)
+    found, damaged = storage.newest(tmp_path)
     assert (found.step, found.files, damaged) == (1, files, [])
 
 
@@ -119,7 +119,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_stops_the_run(options, run_here, tmp_path, capsys, monkeypatch, value):
-    from training.step import LossFunction
+    from training.loss import LossFunction
 
     original, calls = LossFunction.__call__, []
 
@@ -276,5 +276,5 @@ def test_broken_records_stop_no_run(options, run_here, tmp_path):
 def test_what_killed_saves_left_is_removed_by_the_next(tmp_path):
     for name in (".step_00000002.partial", ".step_00000001.old"):
         (tmp_path / name).mkdir()
-    checkpoint.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
+    storage.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

@@ -74,7 +74,7 @@ def test_twelve_steps_equal_five_and_seven(options, run_here, tmp_path, optimize
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Interrupts a run after `steps`, as Ctrl-C would."""
-    from training.run import Run
+    from training.trainer import Run
 
     original = Run.answer
 

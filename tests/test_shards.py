@@ -10,8 +10,8 @@ from family_cases import cases, family_of
 
 from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
-from training.checkpoint import tensors_to_bytes
-from training.engine import shard_base
+from training.checkpoints.storage import tensors_to_bytes
+from training.distributed.engine import shard_base
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data.store.hashing import files_identity
 from models import get_family
 from models.base import ModelFamily
 from models.config import ModelConfig
-from training.load_config import load_config
+from training.cli import load_config
 
 CASES = {str(case): case for case in cases()}
 FLUX, SDXL, SD3 = CASES["flux1-dev"], CASES["sdxl"], CASES["sd3"]

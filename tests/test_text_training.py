@@ -115,10 +115,10 @@ def test_a_run_goes_on_from_the_file(name, algorithm, options, run_here, tmp_pat
 @pytest.mark.parametrize("targets", [["--adapter.norms"], ["--adapter.targets", r".*attn.*"]])
 def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, run_here, monkeypatch):
     """Of SDXL's first encoder the last layer: on several ranks DDP would look for its gradients in vain."""
-    from training import run
+    from training import trainer
 
     found = []
-    update = run.Run._update
+    update = trainer.Run._update
 
     def watched(self):
         found.append(
@@ -126,7 +126,7 @@ def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, r
         )
         update(self)
 
-    monkeypatch.setattr(run.Run, "_update", watched)
+    monkeypatch.setattr(trainer.Run, "_update", watched)
     assert run_here(arguments("sdxl", options, *targets, "--steps=2")) == 0
     assert found == [[], []]
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tool_cases import WEIGHTS, of_case, run, unet_weights
 
-from training.files import WriteError, new_folder
+from common.atomic import WriteError, new_folder
 
 
 def filled(folder: Path, name: str) -> Path:

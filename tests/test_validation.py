@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 import training.validation
 from common.errors import ConfigError
 from training.config import TrainConfig
-from training.metrics import History, loss_json
-from training.rundir import held
+from training.reporting.history import History
+from training.reporting.loss_files import loss_json
+from training.run_folder import held
 
 LEVELS = ["--validation.quantiles", "0.3", "0.7"]
 

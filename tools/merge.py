@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adapter_files.safetensors_stream import write_tensors
+from common.atomic import new_file, new_folder
 from common.errors import ModelError
 from lora_algos.attach import algorithm_of
 from tools.adapter_file import NEED_BASE, AdapterFile, delta_of
@@ -15,7 +16,6 @@ from tools.copy_model import copy_rest
 from tools.options import Merge
 from tools.rewrite import ToolError
 from tools.tables import Report
-from training.files import new_file, new_folder
 
 
 def run(options: Merge) -> int:

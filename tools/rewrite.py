@@ -18,13 +18,13 @@ from adapter_files.fused_weights import unconstrained
 from adapter_files.kohya_metadata import network_metadata
 from adapter_files.safetensors_stream import HASHES, TensorInfo, write_tensors
 from adapter_files.writers import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
+from common.atomic import WriteError, new_file, new_folder
 from common.errors import AdapterError
 from tools.adapter_file import AdapterFile, LayerTensors
 from tools.base_model import Model
 from tools.options import Convert, Resize
 from tools.tables import Report
 from tools.unknown_model import UnknownModel
-from training.files import WriteError, new_file, new_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_KEPT = (*HASHES, "modelspec.hash_sha256", DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")

@@ -17,7 +17,7 @@ from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
 from models.config import ModelConfig
 from objectives.config import ObjectiveConfig
-from training.optimizers import NAMED, NODE
+from training.optim.registry import NAMED, NODE
 
 if TYPE_CHECKING:
     AlgorithmName = str

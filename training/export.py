@@ -8,12 +8,12 @@ import torch
 
 from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
+from common.atomic import WriteError, new_folder, write_file
 from common.errors import AdapterError, error_list
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from objectives.processes import sample_as_trained
 from training.config import TrainConfig
-from training.files import WriteError, new_folder, write_file
 from training.metadata import Parts, Provenance, file_metadata
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

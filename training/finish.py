@@ -10,16 +10,17 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from common.atomic import write_file
 from data.dataset import LatentDataset
 from models.base import ModelFamily
 from objectives.processes import sample_as_trained
-from training import export, preview, setup, tracking
+from training import build, export, preview
 from training.config import TrainConfig
-from training.engine import is_sharded
-from training.files import write_file
+from training.distributed.engine import is_sharded
 from training.metadata import Provenance
-from training.metrics import loss_json, loss_png
-from training.run import Run
+from training.reporting import trackers
+from training.reporting.loss_files import loss_json, loss_png
+from training.trainer import Run
 
 Images = dict[str, np.ndarray]
 Drawn = tuple[list[str], Images] | None
@@ -125,7 +126,7 @@ def write(run: Run, finished: tuple[list[Result], Drawn]) -> None:
     config, parts = run.config, run.parts
     exported, drawn = finished
     if is_sharded(run.accelerator):
-        parts = setup.on_one_process(config, parts)
+        parts = build.on_one_process(config, parts)
     written: list[Path] = []
     for result in reversed(exported):  # the adapter itself last: it stays in the model
         parts.adapted.load_state_dict(result.weights)
@@ -143,7 +144,7 @@ def write(run: Run, finished: tuple[list[Result], Drawn]) -> None:
         path = run.folder / "preview.png"
         write_file(path, preview.grid_png(images, prompts))
         named = {f"preview/{label}": array for label, array in images.items()}
-        tracking.log_images(run.accelerator, named, run.total_steps)
+        trackers.log_images(run.accelerator, named, run.total_steps)
         written.append(path)
     report(run, exported[0], written)
     for path in sorted(path for kind in ("ema", "raw") for path in run.folder.glob(f"{config.export.name}.{kind}.*")):

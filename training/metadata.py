@@ -15,7 +15,7 @@ from data.store.hashing import files_identity
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
-from training.optimizers import OPTIMIZERS
+from training.optim.registry import OPTIMIZERS
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
 TOTAL_STEPS = "train_lora.total_steps"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_algos.attach import Adapted
 from models.base import ModelFamily
 from training.config import PreviewConfig
-from training.failure import explained
+from training.distributed.failures import explained
 
 SMALLEST = 128  # tiny images are enlarged to this in the grid
 

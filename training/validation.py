@@ -18,7 +18,7 @@ from data.batches import Batch, make_batch
 from data.dataset import LatentDataset
 from data.schedule import key
 from training.config import TrainConfig
-from training.step import LossFunction
+from training.loss import LossFunction
 
 MOST_SAMPLES, MOST_ELEMENTS = 16, 2**18
 """In a forward: of latents. What a training step takes with gradients is not too much without them."""

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from common.atomic import write_file
 from common.errors import DataError
 from data.media.buckets import Crop
 from data.media.video import Clip
@@ -22,7 +23,6 @@ from data.store import tables
 from data.store.store import MISSING
 from models.base import ModelFamily
 from tools.data.survey import Survey, shown, sizes
-from training.files import write_file
 from training.preview import as_picture, wrapped
 
 MOST_IMAGES = 48

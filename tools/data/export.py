@@ -6,7 +6,7 @@ from data.export import write_dataset
 from data.precompute.build import Build
 from models import get_family
 from tools.data.options import ExportOptions
-from training.distributed import build_accelerator
+from training.distributed.accelerator import build_accelerator
 
 
 def run(options: ExportOptions) -> int:

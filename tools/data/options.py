@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from common.errors import ConfigError, error_list
+from training.cli import folder_faults, input_faults, parsed, validate
 from training.config import TrainConfig
-from training.load_config import folder_faults, input_faults, parsed, validate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from tools.data import contact_sheets
 from tools.data.options import DataOptions
 from tools.data.survey import Named, Survey, alike, kind, sizes
 from training.config import TrainConfig
-from training.distributed import build_accelerator
+from training.distributed.accelerator import build_accelerator
 
 INDENT = "  "
 FLOAT_BYTES = 4

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from training.config import TrainConfig, ValidationConfig
-from training.metrics import is_finite
+from training.reporting.history import is_finite
 
 Validations = list[dict[str, float]]
 

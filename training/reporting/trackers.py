@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from training.config import TrainConfig, to_dict
-from training.metrics import flat
+from training.reporting.history import flat
 
 
 def new_id() -> str:

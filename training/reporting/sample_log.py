@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from data.batches import Batch
-from training.record import JsonLines
-from training.rundir import SAMPLES
+from training.reporting.reporter import JsonLines
+from training.run_folder import SAMPLES
 
 
 class SampleLog:

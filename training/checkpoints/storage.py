@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from training.files import WriteError, new_folder
+from common.atomic import WriteError, new_folder
 
 MANIFEST = "manifest.json"
 

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from training.agreement import Agreement
-from training.interruption import Asked, Interruptions
-from training.rundir import SAVE_FILE
+from training.distributed.consensus import Agreement
+from training.run_folder import SAVE_FILE
+from training.stopping.signals import Asked, Interruptions
 
 LOOK_EVERY = 1.0  # seconds between two looks for the file
 

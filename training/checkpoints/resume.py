@@ -11,22 +11,38 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
+from common.atomic import write_file
 from common.errors import ConfigError
 from data.store.hashing import files_identity
 from models.base import ModelFamily
-from training import checkpoint
-from training.best import Best, best_step
-from training.checkpoint import CheckpointError
+from training.checkpoints import storage
+from training.checkpoints.best import Best, best_step
+from training.checkpoints.state import (
+    ADAPTER,
+    BEST,
+    EMA,
+    OPTIMIZER,
+    TrainerState,
+    state_of,
+    to_files,
+    weights_of,
+)
+from training.checkpoints.storage import CheckpointError
 from training.config import TrainConfig, to_yaml
-from training.distributed import DistributedError
-from training.files import write_file
-from training.metrics import History
-from training.rundir import CHECKPOINTS, CONFIG_FILE, clear, fingerprint, note_start, restarted
-from training.samples import cut_all
-from training.state import ADAPTER, BEST, EMA, OPTIMIZER, TrainerState, state_of, to_files, weights_of
+from training.distributed.accelerator import DistributedError
+from training.reporting.history import History
+from training.reporting.sample_log import cut_all
+from training.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    clear,
+    fingerprint,
+    note_start,
+    restarted,
+)
 
 if TYPE_CHECKING:
-    from training.run import Run
+    from training.trainer import Run
 
 
 SEEN_WITHIN = 30.0  # seconds in which all nodes must see the same files
@@ -72,7 +88,7 @@ def write(run: Run) -> None:
         BEST: run.best.weights if run.best else {},
     }
     files = to_files(state, weights, run.parts.adapted.alphas(), optimizer)
-    checkpoint.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
+    storage.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
 
 
 def identity(run: Run) -> dict[str, object]:
@@ -107,12 +123,12 @@ def resume(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def agreed_checkpoint(run: Run) -> checkpoint.Checkpoint | None:
+def agreed_checkpoint(run: Run) -> storage.Checkpoint | None:
     """The newest valid checkpoint that the main process sees; the others read that one, or the run ends. Collective."""
     folder = run.folder / CHECKPOINTS
     found, chosen = None, [None]
     if run.main:
-        found, damaged = checkpoint.newest(folder)
+        found, damaged = storage.newest(folder)
         for fault in damaged:
             run.reporter.say(f"passed over: {fault}")
         chosen = [None if found is None else (found.step, found.digest)]  # type: ignore[list-item]
@@ -124,10 +140,10 @@ def agreed_checkpoint(run: Run) -> checkpoint.Checkpoint | None:
     last = time.monotonic() + SEEN_WITHIN
     while True:
         try:
-            found = checkpoint.read(checkpoint.folder_of(folder, step))
+            found = storage.read(storage.folder_of(folder, step))
             if found.digest == digest:
                 return found
-        except (OSError, checkpoint.DamagedError):
+        except (OSError, storage.DamagedError):
             pass
         if time.monotonic() > last:
             raise DistributedError(
@@ -137,7 +153,7 @@ def agreed_checkpoint(run: Run) -> checkpoint.Checkpoint | None:
         time.sleep(0.5)
 
 
-def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None:
+def restore(run: Run, found: storage.Checkpoint, state: TrainerState) -> None:
     """Puts what a checkpoint holds into `run`; raises CheckpointError if it is another run's."""
     per_step, processes = state.micro_batches_per_step, run.accelerator.num_processes
     same_command = state.grad_accumulation_steps == run.config.grad_accumulation_steps
@@ -167,7 +183,7 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
             "\n  ".join([f"the checkpoint of step {found.step} in {run.folder} is of a different run", *differing])
             + "\nChoose another --output_dir, or give --overwrite to start again there"
         )
-    run.engine.load(weights_of(found, ADAPTER), checkpoint.from_bytes(found.files[OPTIMIZER]))
+    run.engine.load(weights_of(found, ADAPTER), storage.from_bytes(found.files[OPTIMIZER]))
     run.averages.load_state_dict(weights_of(found, EMA))
     kind, run.history = run.history.validation_kind, History(**state.history)
     run.step = run.saved_step = found.step
@@ -178,7 +194,7 @@ def restore(run: Run, found: checkpoint.Checkpoint, state: TrainerState) -> None
     run.started_at, run.reporter.tracker_id = state.started_at, state.tracker_id
 
 
-def restore_best(run: Run, found: checkpoint.Checkpoint, kept: int | None) -> None:
+def restore_best(run: Run, found: storage.Checkpoint, kept: int | None) -> None:
     """Brings back the weights of the best step of the history; raises ConfigError if they are wanted and were not
     kept."""
     if not run.config.keeps_best:

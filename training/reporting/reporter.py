@@ -8,8 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from training.files import WriteError, write_file
-from training.rundir import METRICS, TRACKER
+from common.atomic import WriteError, write_file
+from training.run_folder import METRICS, TRACKER
 
 
 class JsonLines:

@@ -10,24 +10,32 @@ from accelerate import Accelerator
 from data.batches import Batch, MicroBatches
 from data.loader import micro_batches
 from data.schedule import Schedule, key
-from training import checkpoint, tracking
-from training.agreement import Agreement
-from training.averages import Averages
-from training.best import Best, best_step, is_over
+from training.checkpoints import storage
+from training.checkpoints.best import Best, best_step, is_over
+from training.checkpoints.resume import base_hash, write
 from training.config import TrainConfig
-from training.distributed import timeout
-from training.engine import Engine
-from training.interruption import Asked, Interruptions, Stopped, requeue
+from training.distributed.accelerator import timeout
+from training.distributed.consensus import Agreement
+from training.distributed.engine import Engine
+from training.distributed.rank_check import SyncCheck
+from training.loss import LossFunction
 from training.metadata import Parts
-from training.metrics import History, Pending, TrainingDiverged, Waiting, finite_mean, is_finite
-from training.optim import batch_scale, learning_rate
-from training.record import Reporter
-from training.requests import Requests
-from training.resume import base_hash, write
-from training.rundir import CHECKPOINTS
-from training.samples import SampleLog
-from training.step import LossFunction
-from training.sync_check import SyncCheck
+from training.optim.ema import Averages
+from training.optim.schedule import batch_scale, learning_rate
+from training.reporting import trackers
+from training.reporting.history import (
+    History,
+    Pending,
+    TrainingDiverged,
+    Waiting,
+    finite_mean,
+    is_finite,
+)
+from training.reporting.reporter import Reporter
+from training.reporting.sample_log import SampleLog
+from training.run_folder import CHECKPOINTS
+from training.stopping.requests import Requests
+from training.stopping.signals import Asked, Interruptions, Stopped, requeue
 from training.validation import kind_of, validate
 
 
@@ -58,7 +66,7 @@ class Run:
         self.pending, self.waiting = Pending(), Waiting()
         self.step = self.micro_step = 0
         self.started_at = time.time()
-        self.reporter = Reporter(accelerator, self.folder, tracking.new_id())
+        self.reporter = Reporter(accelerator, self.folder, trackers.new_id())
         self.samples = SampleLog(self.folder, accelerator.process_index) if config.tracking.samples else None
         self.saved_step: int | None = None
         self.unvalidated = False  # the validation of this step was interrupted
@@ -168,7 +176,7 @@ class Run:
         done = f"saved step {self.step} of {self.config.steps}"
         if asked is Asked.REQUEUE and self.main:
             done += f"; {requeue()}"
-        tracking.finish(self.accelerator)  # last: it may take its time over the network
+        trackers.finish(self.accelerator)  # last: it may take its time over the network
         raise Stopped(asked, done, agreed=True)
 
     def log(self) -> None:
@@ -206,7 +214,7 @@ class Run:
                 continue
             if skips:
                 fault += f"\n  as many steps were skipped as --optim.non_finite_limit allows, {optim.non_finite_limit}"
-            kept = checkpoint.existing(self.folder / CHECKPOINTS)
+            kept = storage.existing(self.folder / CHECKPOINTS)
             raise TrainingDiverged(
                 f"{fault}\n  last good checkpoint: {kept[-1] if kept else 'none'}\n"
                 "  A lower --learning_rate, warm-up, or --training_dtype fp32 usually helps"

@@ -9,7 +9,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from common.errors import ConfigError
 from training.config import TrainConfig
-from training.optimizers import OPTIMIZERS
+from training.optim.registry import OPTIMIZERS
 
 
 class DistributedError(RuntimeError):

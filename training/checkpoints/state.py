@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from training import checkpoint
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoints import storage
+from training.checkpoints.storage import Checkpoint, CheckpointError
 from training.metadata import TOTAL_STEPS
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
@@ -54,18 +54,18 @@ def to_files(
     steps = {name: state.best_step if name == BEST else state.step for name in weights}
     return {
         **{
-            name: checkpoint.tensors_to_bytes({**common, **tensors}, {TOTAL_STEPS: str(previous + steps[name])})
+            name: storage.tensors_to_bytes({**common, **tensors}, {TOTAL_STEPS: str(previous + steps[name])})
             for name, tensors in weights.items()
             if tensors
         },
-        OPTIMIZER: checkpoint.to_bytes(optimizer),
+        OPTIMIZER: storage.to_bytes(optimizer),
         STATE: json.dumps(asdict(state)).encode(),
     }
 
 
 def weights_of(found: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     """What `to_files` was given under `name`, and of an EMA what else it takes to be an adapter."""
-    tensors = checkpoint.tensors_from_bytes(found.files[name]) if name in found.files else {}
+    tensors = storage.tensors_from_bytes(found.files[name]) if name in found.files else {}
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(ALPHA)}
 
 

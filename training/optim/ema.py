@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from training.checkpoint import CheckpointError
+from training.checkpoints.storage import CheckpointError
 from training.config import EmaConfig, TrainConfig
-from training.engine import Engine
-from training.optimizers import OPTIMIZERS
+from training.distributed.engine import Engine
+from training.optim.registry import OPTIMIZERS
 
 
 def decay_at(step: int, config: EmaConfig) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_algos.attach import Adapted
 from training.config import OptimConfig, TrainConfig
-from training.optim_args import arguments, optimizer_class
+from training.optim.arguments import arguments, optimizer_class
 
 
 def parameter_groups(adapted: Adapted, config: TrainConfig) -> list[dict]:

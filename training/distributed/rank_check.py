@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from training.agreement import Agreement
-from training.distributed import DistributedError
+from training.distributed.accelerator import DistributedError
+from training.distributed.consensus import Agreement
 
 MOST_NAMED = 10
 FIRST_STEPS = 2  # in the first one, half of the factors have no gradient yet: the others are zero

@@ -68,6 +68,6 @@ NAMED = {
         fixed={"relative_step": False, "scale_parameter": False},
         ours=("params", "lr", "relative_step", "warmup_init"),
     ),
-    "Muon": Source("training.muon", "MuonAdamW"),
+    "Muon": Source("training.optim.muon", "MuonAdamW"),
 }  # fmt: skip
 OPTIMIZERS = NODE | NAMED

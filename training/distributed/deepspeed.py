@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_algos.attach import Adapted
+from training.checkpoints.state import check_names
 from training.config import TrainConfig
-from training.engine import Engine
-from training.state import check_names
+from training.distributed.engine import Engine
 
 
 class ZeroEngine(Engine):

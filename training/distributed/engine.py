@@ -2,7 +2,7 @@
 
 In every engine the adapters are whole on every rank, and DDP, which sees nothing but them, sums their gradients once
 per step in one flat bucket. FSDP2 shards the frozen base alone: its gathers carry no adapter, nothing is scattered,
-checkpoints need no gathering, and the optimizer works on plain tensors. (DeepSpeed: training/zero.py.)
+checkpoints need no gathering, and the optimizer works on plain tensors. (DeepSpeed: training/distributed/deepspeed.py.)
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import ConfigError
 from lora_algos.attach import Adapted
-from training import checkpointing
+from training import gradient_checkpointing
+from training.checkpoints.state import load_named_state, named_state
 from training.config import TrainConfig
-from training.optim import SkipNonFinite
-from training.state import load_named_state, named_state
+from training.optim.schedule import SkipNonFinite
 
 
 class Engine:
@@ -122,8 +122,10 @@ def blocks(denoiser: nn.Module, classes: list[str] | None) -> list[nn.Module]:
     names = classes or getattr(denoiser, "_no_split_modules", None) or ()
     found = [module for module in denoiser.modules() if type(module).__name__ in names and module is not denoiser]
     if classes and (missing := {*classes} - {type(module).__name__ for module in found}):
-        here = ", ".join(sorted({type(block).__name__ for block in checkpointing.blocks_at(denoiser, 2).values()}))
+        here = ", ".join(
+            sorted({type(block).__name__ for block in gradient_checkpointing.blocks_at(denoiser, 2).values()})
+        )
         raise ConfigError(
             f"fsdp_transformer_layer_cls_to_wrap: the model has no {', '.join(sorted(missing))}; it has {here}"
         )
-    return found[::-1] or list(checkpointing.blocks_at(denoiser, 1).values())
+    return found[::-1] or list(gradient_checkpointing.blocks_at(denoiser, 1).values())

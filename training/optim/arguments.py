@@ -14,7 +14,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from common.errors import ConfigError
 from training.config import TrainConfig
-from training.optimizers import OPTIMIZERS, Source
+from training.optim.registry import OPTIMIZERS, Source
 
 SHARED = ("weight_decay", "betas", "eps")
 """Options of the `optim` section that are arguments of most optimizers, under the same name."""
