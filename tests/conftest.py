@@ -1,21 +1,11 @@
 """What several tests share: the embedded model and images, and ways to run the script."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-PROJECT = Path(__file__).resolve().parent.parent
-BASE = PROJECT / "examples" / "emoji" / "base"
-TWEMOJI = PROJECT / "examples" / "emoji" / "twemoji"
+from helpers.project import BASE, TWEMOJI, reset_accelerate
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +42,7 @@ def videos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def fp32_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with weights in fp32, to be read only."""
-    from tool_cases import base_folder  # what loads torch is not for all tests
+    from helpers.tool_cases import base_folder  # what loads torch is not for all tests
 
     return base_folder(tmp_path_factory.mktemp("model") / "base")
 
@@ -60,7 +50,7 @@ def fp32_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lora_file(tmp_path: Path) -> Path:
     """A LoRA on some layers of the embedded model, in a file of kohya's."""
-    from tool_cases import of_case
+    from helpers.tool_cases import of_case
 
     return of_case(tmp_path, "LoRA")[0]
 
@@ -87,24 +77,3 @@ def run_here() -> Iterator[Callable[[list[str]], int]]:
 
     yield run
     reset_accelerate()
-
-
-def reset_accelerate() -> None:
-    """Forgets Accelerate's process-wide state, as a new process would."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-def script(argv: list[str], launcher: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """Runs train_lora.py as a user does: `python train_lora.py` or through `launcher`."""
-    command = [*(launcher or [sys.executable]), str(PROJECT / "train_lora.py"), *argv]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600, check=False
-    )
-
-
-def accelerate_launch(*options: str) -> list[str]:
-    """The launcher `accelerate launch` of the running environment."""
-    return [str(Path(sys.executable).parent / "accelerate"), "launch", *options]

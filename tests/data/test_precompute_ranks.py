@@ -1,0 +1,172 @@
+"""Encoding on several ranks, and by runs that are killed: the same rows, each encoded once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers.project import BASE, PROJECT, TWEMOJI
+
+from common.errors import DataError
+from data.precompute.stages import Turns
+from data.store.part import data_file
+from data.store.store import Store
+
+WORKER = """
+import json, sys, torch
+from pathlib import Path
+from accelerate import Accelerator
+from data.config import DataConfig, DataError
+from data.precompute import build_datasets
+from models import get_family
+from models.config import ModelConfig
+
+out, base, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == int(sys.argv[4]), accelerator.num_processes
+try:
+    built = build_datasets(DataConfig(**options), get_family(ModelConfig(path=base)), accelerator)
+    result = {"fingerprint": built.train.fingerprint, "encoded": [built.encoded_images, built.encoded_captions],
+              "first": built.train.latents(0).sum().item(), "rows": len(built.train)}
+except DataError as error:
+    result = {"error": str(error)}
+(out / f"rank{accelerator.process_index}.json").write_text(json.dumps(result))
+"""
+
+
+def launch(out: Path, ranks: int, **options) -> list[str]:
+    out.mkdir(exist_ok=True)
+    worker = out / "worker.py"
+    worker.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*(launcher if ranks > 1 else [sys.executable]), str(worker), str(out), str(BASE), json.dumps(options),
+            str(ranks)]  # fmt: skip
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true"}
+
+
+def ran(out: Path, ranks: int, **options) -> list[dict]:
+    subprocess.run(launch(out, ranks, **options), env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def options_for(images: Path, cache: Path, **more) -> dict:
+    return {"images": str(images), "cache_dir": str(cache), "resolution": 64, "encode_batch_size": 3, **more}
+
+
+def rows_in(cache: Path) -> dict[bytes, dict]:
+    """Every row of every store of latents and of conditioning."""
+    stores = [Store(folder) for pattern in ("media-*", "text-*") for folder in sorted(cache.glob(pattern))]
+    return {key: store[key] for store in stores for key in store.keys.tolist()}
+
+
+def test_the_bytes_are_the_same_whatever_the_number_of_ranks(tmp_path):
+    images = TWEMOJI / "train"
+    one = ran(tmp_path / "one", 1, **options_for(images, tmp_path / "cache1", flip=True))
+    three = ran(tmp_path / "three", 3, **options_for(images, tmp_path / "cache3", flip=True))
+    assert three == one * 3
+    a, b = rows_in(tmp_path / "cache1"), rows_in(tmp_path / "cache3")
+    assert a.keys() == b.keys()
+    assert len(a) == sum(one[0]["encoded"])
+    assert all(tensor.equal(b[key][name]) for key, row in a.items() for name, tensor in row.items())
+    assert not list((tmp_path / "cache3").glob(".turns-*"))
+
+
+def test_faults_found_by_any_rank_end_them_all_with_the_same_message(tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(TWEMOJI / "train", images)
+    names = sorted(path.name for path in images.glob("*.png"))[:3]
+    for name in names:
+        (images / name).write_bytes(b"damaged")
+    results = ran(tmp_path / "out", 2, **options_for(images, tmp_path / "cache"))
+    assert results[0] == results[1]
+    assert all(name in results[0]["error"] for name in names)
+
+
+class Ranks:
+    """Stands in for an Accelerator where only the rank counts."""
+
+    def __init__(self, rank: int, ranks: int):
+        self.process_index, self.num_processes = rank, ranks
+
+
+def in_threads(folder: Path, ranks: int, work) -> list[object]:
+    """What `work(turns)` returns or raises on each of `ranks` ranks at once."""
+
+    def run(rank: int) -> object:
+        turns = Turns(Ranks(rank, ranks), folder)
+        try:
+            return work(turns)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
+
+
+def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+
+    def work(turns: Turns) -> tuple:
+        first = turns.main(lambda: turns.rank + 10)
+        every = turns.each(lambda: turns.rank * turns.rank)
+        turns.close()
+        return first, every
+
+    assert in_threads(tmp_path, 3, work) == [(10, [0, 1, 4])] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(DataError("a bad file"), ["a bad file"] * 3), (OSError("disk"), ["rank 1 failed: OSError: disk", "disk"] * 2)],
+)
+def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
+    monkeypatch.setattr("data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+
+    def work(turns: Turns) -> object:
+        def fail() -> None:
+            if turns.rank == 1:
+                raise error
+
+        return turns.each(fail)
+
+    results = in_threads(tmp_path, 3, work)
+    assert all(isinstance(result, Exception) for result in results)
+    assert [str(result) for result in results] == expected[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ranks, monkeypatch):
+    """SIGKILL at other moments of listing, checking and encoding; parts of two rows, so that some are always whole."""
+    images, cache = TWEMOJI / "train", tmp_path / "cache"
+    expected = ran(tmp_path / "straight", 1, **options_for(images, tmp_path / "straight_cache"))[0]
+    options = options_for(images, cache, encode_batch_size=1)
+    command = launch(tmp_path / "out", ranks, **options)
+    small = (tmp_path / "out" / "worker.py").read_text()
+    (tmp_path / "out" / "worker.py").write_text(f"import data.store; data.store.ROWS_PER_PART = 2\n{small}")
+    kept: dict[Path, int] = {}
+    for delay in (2.0, 5.0, 6.0, 7.0):
+        process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert all(data_file(part).stat().st_mtime_ns == written for part, written in kept.items())
+        parts = [part for folder in cache.glob("*-*") for part in folder.glob("part-*")]
+        kept = {part: data_file(part).stat().st_mtime_ns for part in parts}
+    last = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    assert last.returncode == 0
+    results = [json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(result["fingerprint"] == expected["fingerprint"] for result in results)
+    straight, killed = rows_in(tmp_path / "straight_cache"), rows_in(cache)
+    assert straight.keys() == killed.keys()
+    stored = [key for folder in cache.glob("*-*") for key in Store(folder).keys.tolist()]
+    assert len(stored) == len(set(stored)), "a row was written twice"

@@ -1,0 +1,105 @@
+"""Several processes are one run: the same samples, losses and adapter as one process, in every engine."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.project import TWEMOJI
+from helpers.runs import assert_same_run, common, launched, samples
+from PIL import Image
+from safetensors.torch import load_file
+
+from lora_algos import ALGORITHMS
+
+pytestmark = pytest.mark.slow
+VALIDATED = [f"--data.validation_images={TWEMOJI / 'validation'}"]
+FOUR = ("LoRA", "LoHa", "LoKr", "OFT")
+ENGINES = {"ddp": {2: ALGORITHMS, 4: FOUR}, "fsdp2": {2: ALGORITHMS}}
+TOTAL = 4  # micro-batches per step, on however many processes
+
+
+@pytest.fixture(scope="module")
+def wide_images(tmp_path_factory) -> Path:
+    """Images of three shapes, so that there are buckets."""
+    folder = tmp_path_factory.mktemp("wide")
+    for n, path in enumerate(sorted((TWEMOJI / "train").glob("*.png"))[:12]):
+        image = Image.open(path).convert("RGB")
+        image.resize([(64, 64), (96, 48), (48, 96)][n % 3]).save(folder / path.name)
+        (folder / path.with_suffix(".txt").name).write_text(path.with_suffix(".txt").read_text())
+    return folder
+
+
+def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wide: Path) -> Path:
+    """Runs what is in `names`: algorithms, one run with `buckets` and previews, what works on whole `steps`, and that
+    with a trained `text` encoder. Returns where they are."""
+    accumulation, runs = f"--grad_accumulation_steps={TOTAL // processes}", []
+    out, options = folder / f"{engine}-{processes}", common(folder / "cache")
+    for algorithm in (name for name in names if name in ALGORITHMS):
+        blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
+        runs.append([*options, f"--algorithm={algorithm}", f"--output_dir={out / algorithm}", accumulation, *blocks])
+    steps = ["--objective.stratified", "--objective.noise_offset=0.1", "--ema.decay=0.9"]
+    others = {
+        "buckets": [f"--data.images={wide}", "--preview.enabled", "--preview.num_inference_steps=2", "--batch_size=2",
+                    "--gradient_checkpointing"],
+        "steps": steps,
+        "text": [*steps, "--model.train_text_encoder"],
+    }  # fmt: skip
+    for name in (name for name in names if name in others):
+        runs.append([*options, *VALIDATED, *others[name], f"--output_dir={out / name}", accumulation])
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    result = launched(engine, processes, str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{TOTAL // processes} x {processes} = {TOTAL} samples per step" in result.stdout
+    return out
+
+
+@pytest.mark.parametrize(("processes", "algorithms"), [(1, ALGORITHMS), (2, FOUR)], ids=["1", "2"])
+def test_a_run_that_was_killed_is_the_run_that_was_not(processes, algorithms, wide_images, tmp_path):
+    """Bit for bit, for every algorithm, with accumulation and buckets; one of them three times in a row and with
+    validation."""
+    options = [*common(tmp_path / "cache"), f"--data.images={wide_images}", "--grad_accumulation_steps=2", "--steps=12",
+               "--checkpoint.every=2", "--optim.lr_schedule=cosine", "--optim.warmup_steps=3"]  # fmt: skip
+    runs, folders = [], {}
+    for algorithm in algorithms:
+        name = f"{algorithm}-5-6-9" if algorithm == "LoRA" else f"{algorithm}-5"
+        blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
+        here = [*options, f"--algorithm={algorithm}", *blocks, *(VALIDATED if algorithm == "LoRA" else [])]
+        runs += [[*here, f"--output_dir={tmp_path / algorithm}"]]
+        runs += [[*here, f"--output_dir={tmp_path / name}"]] * len(name.split("-"))
+        folders[tmp_path / algorithm] = tmp_path / name
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    result = launched("ddp", processes, str(tmp_path / "runs.json"), "abandons")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("abandoned") == (len(algorithms) + 2) * processes
+    assert result.stdout.count("resumed at step 4") == len(algorithms)
+    for straight, killed in folders.items():
+        assert samples(straight) == samples(killed)
+        a, b = (load_file(folder / "lora.safetensors") for folder in (straight, killed))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), killed
+        one, two = (json.loads((folder / "loss.json").read_text()) for folder in (straight, killed))
+        assert one == two
+        steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps))
+
+
+@pytest.fixture(scope="module")
+def alone(wide_images, tmp_path_factory) -> Path:
+    """All that one process trains."""
+    return run_all(tmp_path_factory.mktemp("alone"), "ddp", 1, [*ALGORITHMS, "buckets", "steps", "text"], wide_images)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp_path):
+    for processes, algorithms in ENGINES[engine].items():
+        names = [*algorithms, "buckets", "text" if engine == "ddp" else "steps"]
+        many = run_all(tmp_path, engine, processes, names, wide_images)
+        for name in names:
+            assert_same_run(alone / name, many / name)
+        assert len(json.loads((many / names[-1] / "loss.json").read_text())["validation"]) == 2
+        images = [np.asarray(Image.open(folder / "buckets" / "preview.png"), int) for folder in (alone, many)]
+        assert np.abs(images[0] - images[1]).max() <= 2, "drawn by other ranks, with weights that differ by rounding"

@@ -1,0 +1,70 @@
+"""Tiny text encoders and the tokenizer of Qwen-Image and Z-Image, of the real classes."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
+
+from helpers.tiny_models import WORDS
+
+WIDTH = 16
+MARKS = ["<|im_start|>", "<|im_end|>"]
+# the words of Qwen-Image's template, each of which must be one token: the pipeline cuts off as many as the real one has
+SEEN = (
+    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
+    "the objects and background:\nuser\nassistant\n"
+)
+# of Qwen3's template what concerns one message: thinking is left to the model, or it is shown that there was none
+CHAT = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+TEXT = {
+    "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@lru_cache
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level pairs, trained until every word is one token."""
+    empty = Qwen2Tokenizer(extra_special_tokens=MARKS, model_max_length=32768)
+    tokenizer = empty.train_new_from_iterator([SEEN, *(f" {word}" for word in WORDS)], 2000, show_progress=False)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def special_tokens() -> dict[str, int]:
+    tokenizer = qwen_tokenizer()
+    return {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+
+
+def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {**TEXT, **special_tokens(), "rope_parameters": rope}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def qwen3() -> Qwen3Model:
+    return Qwen3Model(Qwen3Config(**TEXT, **special_tokens(), head_dim=8)).eval()
+
+
+def states(pipeline: Any, text: str) -> tuple[Tensor, ...]:
+    """The states (1, L, D) of the pipeline's text encoder for `text`, which has its marks already."""
+    tokens = pipeline.tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipeline.text_encoder(tokens, output_hidden_states=True).hidden_states

@@ -1,0 +1,186 @@
+"""What the tests of families share: a case per family, each with a tiny pipeline of the real classes, and one denoising
+call of diffusers' own pipeline to compare with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.store.hashing import key_of
+from data.store.store import Store
+from models import FAMILIES, get_family
+from models.base import ModelFamily, Native
+from models.config import ModelConfig
+
+PROMPTS = ["a photo of a smiling red cat", "owl"]
+SIDE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A family, how its tiny pipeline is made, and how its pipeline is called so that it takes the conditional
+    prediction as it is."""
+
+    family: str
+    make: Callable[[], Any]
+    guidance: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call by which there is no classifier-free guidance."""
+    unpack: Callable[[Any, Tensor, int, int], Tensor] | None = None
+    """(pipeline, latents as its scheduler sees them, height, width of the image) -> (B, C, [F,] h, w)."""
+    comfy: Callable[[Any, str], tuple[Tensor, dict[str, Any]]] | None = None
+    """(pipeline with the text encoders, caption) -> what ComfyUI has for it: cond (1, L, D), and its dict."""
+    stored: Callable[[Any, Tensor], Tensor] | None = None
+    """(pipeline, latents that its VAE decodes) -> the same as raw latents, where those are not the VAE's own."""
+    repair: Callable[[Any], None] | None = None
+    """Mends what is wrong in diffusers' pipeline."""
+    bare: Callable[[str], str] = str
+    """diffusers' name of a parameter or buffer that is of no layer -> its name in the original model."""
+    name: str = ""
+    """Where a family has several cases."""
+    options: tuple[str, ...] = ()
+    """Of the command line, for a training of this case."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Options of the model section, besides its path."""
+    step: int = 0
+    """Which step of the pipeline calls the denoiser that the family trains."""
+    first_frame: bool = False
+    """Whether the pipeline is given an image, which is the first frame."""
+
+    def __str__(self) -> str:
+        return self.name or self.family
+
+
+@lru_cache
+def cases() -> list[Case]:
+    """One or several cases of each family: tests/family_<name>.py has CASE, or CASES."""
+    found: list[Case] = []
+    for family in FAMILIES:
+        if family != "sd15":  # its case is the embedded model, in tests of its own
+            module = import_module(f"helpers.families.{family}")
+            found += getattr(module, "CASES", None) or [module.CASE]
+    return found
+
+
+@lru_cache
+def folder_of(case: Case) -> Path:
+    """The tiny pipeline as a folder of diffusers, to be read only."""
+    folder = Path(mkdtemp(prefix=f"train-lora-{case}-"))
+    torch.manual_seed(0)
+    pipeline = case.make()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            livelier(part)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def livelier(module: torch.nn.Module) -> None:
+    """Random values where initial ones are all zero, so that every input counts in the output."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+
+
+def family_of(case: Case) -> ModelFamily:
+    return get_family(ModelConfig(path=str(folder_of(case)), **case.model))
+
+
+@dataclass
+class Call:
+    """What one step of a pipeline showed, in the layout of latents: the noisy latents, the timestep and the prediction
+    that its scheduler was given; the last latents, and those that it decoded, raw as they are stored."""
+
+    noisy: Tensor
+    timestep: Tensor
+    prediction: Tensor
+    final: Tensor
+    decoded: Tensor
+
+
+def picture(height: int, width: int) -> Image.Image:
+    """Any image."""
+    pixels = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(1))
+    return Image.fromarray((pixels * 255).to(torch.uint8).numpy())
+
+
+def seen_in(family: ModelFamily, shape: tuple[int, int], frames: int, count: int) -> dict[str, Tensor]:
+    """What `count` videos that begin with the picture tell the denoiser of themselves."""
+    first = torch.from_numpy(np.array(picture(*shape))).permute(2, 0, 1) / 127.5 - 1
+    video = torch.rand(count, 3, frames, *shape) * 2 - 1
+    video[:, :, 0] = first
+    return family.encode_media_cond(family.load_encoders("media"), video)
+
+
+def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
+    """One of two steps of diffusers' own pipeline on PROMPTS."""
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(folder_of(case))
+    absent = {name: None for name, part in index.items() if part == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    if case.repair:
+        case.repair(pipeline)
+    steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
+    step, decode = pipeline.scheduler.step, pipeline.vae.decode
+    decoded: list[Tensor] = []
+
+    def watched_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(model_output, timestep, sample, *args, **kwargs)
+        steps.append((sample.clone(), timestep, model_output.clone(), result[0].clone()))
+        return result
+
+    def watched_decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(latents.clone())
+        return decode(latents, *args, **kwargs)
+
+    pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
+    given = {"image": picture(height, width)} if case.first_frame else {}
+    pipeline(
+        prompt=[*PROMPTS], **given, height=height, width=width, num_inference_steps=2, output_type="np",
+        generator=torch.Generator().manual_seed(0), **case.guidance,
+    )  # fmt: skip
+    noisy, timestep, prediction, _ = steps[case.step]
+    unpack = case.unpack or (lambda _, latents, *__: latents)
+    noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
+    raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
+    return Call(noisy, torch.as_tensor(timestep), prediction, final, raw)
+
+
+def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditioning of several captions as a batch has it, padded by the code that reads stores."""
+    with TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.write((key_of(str(i)), row) for i, row in enumerate(rows))
+        store.reload()
+        return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
+
+
+def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[str, Tensor]:
+    """The denoiser as the original model's code has it: fused, with shift before scale; `norm`: what it calls the
+    weights of norms."""
+    family = family_of(case)
+    denoiser = family.load_denoiser(torch.float32)
+    natives, parts = family.native_names(denoiser), {}
+    for name, tensor in denoiser.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        native = natives.get(layer, Native(""))
+        tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped else tensor
+        key = (
+            f"{native.name}.{norm if 'norm' in native.name and kind == 'weight' else kind}"
+            if layer in natives
+            else case.bare(name)
+        )
+        parts.setdefault(prefix + key, []).append((native.rows[0] if native.rows else 0, tensor))
+    in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
+    return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}

@@ -1,0 +1,220 @@
+"""Every family against diffusers' own pipeline of it, at a tiny size, and from images to a file that loads."""
+
+import json
+
+import pytest
+import torch
+from helpers.family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline, seen_in
+from safetensors import safe_open
+
+from adapter_files.keys import file_names
+from common.errors import ModelError
+from lora_algos import ALGORITHMS
+from models import get_family
+from models.base import take_comfy_cond
+from models.config import ModelConfig
+from training.build import attach_adapters
+from training.cli import load_config
+
+CASES = pytest.mark.parametrize("case", cases(), ids=str)
+
+
+SHAPES = pytest.mark.parametrize("shape", [(SIDE, SIDE), (2 * SIDE, SIDE)], ids=["square", "tall"])
+Calls = dict[tuple[Case, tuple[int, int]], Call]
+
+
+@pytest.fixture(scope="module")
+def calls() -> Calls:
+    return {}
+
+
+def call_of(case: Case, calls: Calls, shape: tuple[int, int] = (SIDE, SIDE)) -> Call:
+    if (case, shape) not in calls:
+        calls[case, shape] = run_pipeline(case, *shape)
+    return calls[case, shape]
+
+
+def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE, SIDE)) -> dict[str, torch.Tensor]:
+    """What training would give the denoiser for images of that height and width with those captions."""
+    family = family_of(case)
+    with torch.no_grad():
+        rows = family.encode_prompt(family.load_encoders("text"), captions)
+        of_media = seen_in(family, shape, case.guidance["num_frames"], len(captions)) if case.first_frame else {}
+    height, width = shape
+    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32)
+    return {**family.size_cond(crop), **collate(family, rows), **of_media}
+
+
+@CASES
+def test_the_family_is_recognised_and_a_wrong_name_is_refused(case):
+    path = str(folder_of(case))
+    assert get_family(ModelConfig(path=path)).name == case.family
+    with pytest.raises(ModelError, match=f"is {case.family}, not sd15"):
+        get_family(ModelConfig(path=path, family="sd15"))
+
+
+@SHAPES
+@CASES
+def test_predict_equals_the_pipelines_own_denoising_call(case, shape, calls):
+    call, family = call_of(case, calls, shape), family_of(case)
+    denoiser = family.load_denoiser(torch.float32).eval()
+    with torch.no_grad():
+        timestep = call.timestep.expand(len(PROMPTS)).to(torch.float32)
+        found = family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS, shape))
+    assert found.shape == call.noisy.shape
+    assert call.prediction.std() > 1e-3
+    torch.testing.assert_close(found, call.prediction, rtol=1e-5, atol=1e-5 * float(call.prediction.abs().max()))
+
+
+@CASES
+def test_every_sample_of_a_batch_has_its_own_prediction(case, calls):
+    call, family = call_of(case, calls), family_of(case)
+    denoiser = family.load_denoiser(torch.float32).eval()
+    with torch.no_grad():
+        for i, prompt in enumerate(PROMPTS):
+            here = slice(i, i + 1)
+            timestep = call.timestep.reshape(1).to(torch.float32)
+            found = family.predict(denoiser, call.noisy[here], timestep, conditioning(case, [prompt]))
+            torch.testing.assert_close(found, call.prediction[here], rtol=1e-4, atol=1e-5)
+
+
+@CASES
+def test_predict_reads_no_value_from_the_device(case, calls):
+    """On the meta device there are none."""
+    call, family = call_of(case, calls), family_of(case)
+    cond = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in conditioning(case, PROMPTS).items()}
+    noisy = family.normalise(torch.empty_like(call.noisy, device="meta"))
+    found = family.predict(family.empty_denoiser(), noisy, torch.empty(len(PROMPTS), device="meta"), cond)
+    assert found.is_meta
+    assert found.shape == call.noisy.shape
+
+
+@CASES
+def test_normalised_latents_are_what_the_pipeline_denoises(case, calls):
+    call, family = call_of(case, calls), family_of(case)
+    torch.testing.assert_close(family.normalise(call.decoded.reshape(call.final.shape)), call.final)
+
+
+@CASES
+def test_latents_have_the_shape_that_the_family_says(case):
+    family = family_of(case)
+    pixels = torch.rand(2, 3, 2 * SIDE, SIDE) * 2 - 1
+    encoders = family.load_encoders("media")
+    with torch.no_grad():
+        mean, deviation = family.encode_media(encoders, pixels)[:2]
+        assert mean.shape == deviation.shape
+        step = family.latent_step()
+        assert (mean.shape[0], mean.shape[1], *mean.shape[-2:]) == (
+            2, family.latent_channels, 2 * SIDE // step, SIDE // step
+        )  # fmt: skip
+        assert family.decode_media(encoders, mean).shape == pixels.shape
+    assert family.pixel_step() % step == 0
+
+
+@CASES
+def test_conditioning_comes_back_from_comfyuis_layout(case):
+    family = family_of(case)
+    with torch.no_grad():
+        row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
+    cond, extras = family.cond_to_comfy(row)
+    assert (cond.ndim, cond.shape[0], "pooled_output" in extras) == (3, 1, True)
+    back = family.cond_from_comfy(cond, extras)
+    assert back.keys() == row.keys()
+    assert all(back[name].equal(row[name]) for name in row)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.comfy], ids=str)
+def test_comfyuis_own_conditioning_gives_the_same_prediction(case, calls):
+    call, family = call_of(case, calls), family_of(case)
+    denoiser = family.load_denoiser(torch.float32).eval()
+    with torch.no_grad():
+        cond = take_comfy_cond(family, *case.comfy(family.load_encoders("text"), PROMPTS[0]))
+        timestep = call.timestep.reshape(1).to(torch.float32)
+        found = family.predict(denoiser, call.noisy[:1], timestep, collate(family, [cond]))
+    torch.testing.assert_close(found, call.prediction[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.comfy], ids=str)
+def test_captions_of_other_lengths_do_not_see_each_other(case, calls):
+    """They are in one batch where the model has a mask, or padding is what it was trained with; else in others."""
+    family, call = family_of(case), call_of(case, calls)
+    with torch.no_grad():
+        tokens, extras = case.comfy(family.load_encoders("text"), PROMPTS[0])
+        masks = {name: extra[:, :-7] for name, extra in extras.items() if name == "attention_mask"}
+        conds = [take_comfy_cond(family, tokens[:, :-7], {**extras, **masks}), take_comfy_cond(family, tokens, extras)]
+        if not family.ragged:
+            with pytest.raises(ValueError, match="of one batch differ"):
+                collate(family, conds)
+            return
+        denoiser = family.load_denoiser(torch.float32).eval()
+        timestep, noisy = call.timestep.expand(2).to(torch.float32), call.noisy[:1].expand(2, *call.noisy.shape[1:])
+        together = family.predict(denoiser, noisy, timestep, collate(family, conds))
+        alone = family.predict(denoiser, noisy[:1], timestep[:1], collate(family, conds[:1]))
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@CASES
+def test_a_caption_is_as_large_as_the_family_says(case):
+    family = family_of(case)
+    with torch.no_grad():
+        row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
+    assert sum(t.nbytes for t in row.values()) <= family.cond_bytes()
+    counts, limit = family.token_counts(PROMPTS)
+    assert 0 < counts[1] < counts[0] <= limit
+
+
+@pytest.fixture
+def flags(options, videos):
+    """Case -> a run of three steps of every layer."""
+
+    def of_case(case: Case) -> list[str]:
+        other = ("--model.path", "--adapter.targets", *(["--data.images"] if case.first_frame else []))
+        return [
+            *(option for option in options if not option.startswith(other)),
+            f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
+            *case.options, *([f"--data.images={videos}", "--data.frames=5"] if case.first_frame else []),
+        ]  # fmt: skip
+
+    return of_case
+
+
+@CASES
+def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, flags, run_here, tmp_path, capsys):
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        mine = [*flags(case), "--gradient_checkpointing", f"--training_dtype={dtype}", f"--output_dir={out}"]
+        assert run_here(mine) == 0, capsys.readouterr().err
+        losses[dtype] = json.loads((out / "loss.json").read_text())["loss_per_step"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
+
+
+@CASES
+def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, flags):
+    call, family = call_of(case, calls), family_of(case)
+    denoiser = family.load_denoiser(torch.float32)
+    adapted, _ = attach_adapters(load_config(flags(case)), family, denoiser, file_names(family, denoiser))
+    trained = adapted.named_parameters().keys()
+    denoiser.requires_grad_(True)
+    parameters = adapted.named_parameters()
+    timestep = call.timestep.expand(len(PROMPTS)).to(torch.float32)
+    family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS)).square().mean().backward()
+    assert {name for name, parameter in parameters.items() if parameter.grad is not None} == trained
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@CASES
+def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, flags, run_here, tmp_path, capsys):
+    """Images in, three steps, previews, a file of every tensor's own name; and three steps more from that file."""
+    mine = [
+        *flags(case), f"--algorithm={algorithm}", "--preview.enabled", "--preview.num_inference_steps=2"
+    ]  # fmt: skip
+    out = tmp_path / "out"
+    assert run_here(mine) == 0, capsys.readouterr().err
+    assert (out / "preview.png").is_file()
+    with safe_open(out / "lora.safetensors", framework="pt") as file:
+        assert any(file.get_tensor(key).any() for key in file.keys())  # noqa: SIM118
+    more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--preview.no_enabled"]
+    assert run_here([*mine, *more]) == 0, capsys.readouterr().err
+    assert "total steps: 3 + 3 = 6" in capsys.readouterr().out

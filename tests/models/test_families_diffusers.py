@@ -1,0 +1,83 @@
+"""diffusers' own loader makes of every family's LoRA file, that of default first, the weights that were trained."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers.family_cases import Case, cases, family_of
+from safetensors.torch import save_file
+
+from adapter_files import files
+from adapter_files.keys import file_names
+from lora_algos.attach import Adapted, Plan, attach
+from lora_algos.config import AdapterConfig
+
+WAN_ALL = r"(?!patch_embedding).*"  # by ComfyUI's names diffusers refuses what its converter has no name for
+COMFYUI_ALONE = ("chroma", "flux2", "flux2_klein")
+"""Families with layers that ComfyUI does not know by diffusers' names: those of the preset all are in no one file."""
+
+
+def adapter(case: Case, targets: str, algorithm: str = "LoRA") -> Adapted:
+    """An adapter with random weights."""
+    family = family_of(case)
+    denoiser = family.load_denoiser(torch.float32)
+    plan = Plan(AdapterConfig(alpha=3.0, targets=(targets,)), algorithm, 2, "auto")
+    adapted = attach(denoiser, plan.specs(denoiser, family.targets), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.named_parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapted
+
+
+def default_of(case: Case, adapted: Adapted) -> str:
+    """The format that a run writes if none is asked for."""
+    family = family_of(case)
+    names = file_names(family, adapted.model)
+    return files.preferred(family.file_formats, files.layers_of_adapted(adapted), names)
+
+
+def check_loads(case: Case, adapted: Adapted, file_format: str, folder) -> None:
+    """diffusers' loader makes of the file the weights that the adapter is merged into."""
+    family = family_of(case)
+    names, layers = file_names(family, adapted.model), files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
+    save_file(content.tensors, folder / "lora.safetensors", content.metadata)
+    merged = family.load_denoiser(torch.float32)
+    adapted.merge_into(merged)
+    expected = merged.state_dict()
+    pipeline = family.pipeline(None)
+    load = pipeline.load_lora_weights
+    if family.component == "transformer_2":
+        load = partial(load, load_into_transformer_2=True)
+    load(folder, weight_name="lora.safetensors")
+    pipeline.fuse_lora(components=[family.component])
+    pipeline.unload_lora_weights()
+    found = getattr(pipeline, family.component).state_dict()
+    assert found.keys() == expected.keys()
+    base = family.load_denoiser(torch.float32).state_dict()
+    changed = [name for name, tensor in expected.items() if not torch.equal(tensor, base[name])]
+    assert len(changed) == len(layers)
+    assert not [name for name in changed if not torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)]
+
+
+@pytest.mark.parametrize("preset", ["attention-mlp", "all"])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_diffusers_loads_the_file_that_is_written_by_default(case, preset, tmp_path):
+    adapted = adapter(case, WAN_ALL if preset == "all" and "wan" in case.family else preset)
+    file_format = default_of(case, adapted)
+    if preset == "all" and case.family in COMFYUI_ALONE:
+        assert file_format == "comfyui"
+        return
+    check_loads(case, adapted, file_format, tmp_path)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_diffusers_loads_its_own_format_with_all_layers(case, tmp_path):
+    check_loads(case, adapter(case, "all"), "diffusers", tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["DoRA", "LoHa", "LoKr", "OFT"])
+@pytest.mark.parametrize("case", [case for case in cases() if case.family != "sdxl"], ids=str)
+def test_what_diffusers_format_does_not_hold_for_comfyui_is_written_by_comfyuis_names(case, algorithm):
+    assert default_of(case, adapter(case, "attention-mlp", algorithm)) == "comfyui"

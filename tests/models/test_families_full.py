@@ -1,0 +1,127 @@
+"""At full size, on the meta device: how many layers each preset of targets matches, and how many parameters each
+algorithm trains with rank 16. `python tests/test_families_full.py` writes what it finds to data/full_size.json, to be
+read critically."""
+
+import json
+
+import pytest
+import torch
+from helpers import comfy_keys
+from helpers.exported_keys import empty_layers, exported
+from helpers.project import FIXTURES
+
+from adapter_files import files
+from adapter_files.keys import file_names
+from common.errors import AdapterError
+from lora_algos import ALGORITHMS
+from lora_algos.attach import attach, select_layers
+from lora_algos.config import AdapterOptions, LayerSpec
+from models import get_family
+from models.config import ModelConfig
+from models.detect import family_classes
+
+GOLDEN = FIXTURES / "full_size.json"
+FAMILIES = {
+    "sdxl": "sdxl",
+    "flux": "flux1",
+    "flux_schnell": "flux1",
+    "chroma": "chroma",
+    "flux2": "flux2",
+    "flux2_klein_4b": "flux2_klein",
+    "flux2_klein_9b": "flux2_klein",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+    "sd3": "sd3",
+    "sd35_medium": "sd3",
+    "sd35_large": "sd3",
+    "wan21_1.3b": "wan",
+    "wan21_14b": "wan",
+    "wan22_5b": "wan",
+    "wan21_i2v_14b": "wan_i2v",
+}
+"""Architecture of tests/keys -> family."""
+RANK = 16
+
+
+def found(architecture: str) -> dict[str, dict[str, int | None]]:
+    """Layers by preset; parameters by algorithm on the preset attention, None where it does not fit."""
+    presets = family_classes()[FAMILIES[architecture]].targets
+    denoiser = comfy_keys.empty_denoiser(architecture)
+    layers = {preset: select_layers(denoiser, (preset,), presets) for preset in presets}
+    counts = {algorithm: parameters(architecture, layers["attention"], algorithm) for algorithm in ALGORITHMS}
+    return {"layers": {preset: len(names) for preset, names in layers.items()}, "parameters": counts}
+
+
+def parameters(architecture: str, layers: list[str], algorithm: str) -> int | None:
+    denoiser = comfy_keys.empty_denoiser(architecture)
+    spec = LayerSpec(RANK, float(RANK), algorithm, AdapterOptions())
+    try:
+        adapted = attach(denoiser, dict.fromkeys(layers, spec), 0)
+    except AdapterError:
+        return None
+    return sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_presets_match_and_algorithms_train_what_they_did(architecture):
+    assert found(architecture) == json.loads(GOLDEN.read_text())[architecture]
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """Architecture -> the family's own view of a folder of that size without weights, and the empty denoiser."""
+    found = {}
+
+    def family_and_denoiser(architecture: str):
+        if architecture not in found:
+            folder, family = tmp_path_factory.mktemp(architecture), family_classes()[FAMILIES[architecture]]
+            index = {"_class_name": family.pipelines[0]}
+            (folder / "model_index.json").write_text(json.dumps(index))
+            comfy_keys.empty_denoiser(architecture).save_config(folder / family.component)
+            bound = get_family(ModelConfig(path=str(folder)))
+            found[architecture] = bound, bound.empty_denoiser()
+        return found[architecture]
+
+    return family_and_denoiser
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, full_size):
+    family, denoiser = full_size(architecture)
+    names = file_names(family, denoiser)
+    layers = dict.fromkeys(select_layers(denoiser, ("all",), family.targets), algorithm)
+    for file_format in {"comfyui", *family.file_formats}:
+        plain = file_format == "diffusers"
+        if plain and algorithm != "LoRA":
+            continue
+        known = {name: algorithm for name in layers if name not in names.native_only} if plain else layers
+        tensors = exported(denoiser, names, known, file_format, biases=not plain)
+        assert len(tensors) > len(known) / 2
+        assert comfy_keys.resolve(tensors, architecture) == []
+
+
+BY_COMFYUIS_NAMES = {("chroma", "all"), ("flux2", "all"), ("flux2_klein", "all")}
+"""Families and presets with layers that ComfyUI does not know by diffusers' names; of Wan it knows none."""
+
+
+@pytest.mark.parametrize("preset", ["attention", "attention-mlp", "all"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(architecture, preset, full_size):
+    family, denoiser = full_size(architecture)
+    names = file_names(family, denoiser)
+    lora = dict.fromkeys(select_layers(denoiser, (preset,), family.targets), "LoRA")
+    layers = empty_layers(denoiser, lora, biases=False)
+    file_format = files.preferred(family.file_formats, layers, names)
+    if family.name == "sdxl":
+        assert file_format == "kohya"
+    else:
+        by_comfyui = (family.name, preset) in BY_COMFYUIS_NAMES or "wan" in family.name
+        assert file_format == ("comfyui" if by_comfyui else "diffusers")
+    tensors = files.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
+    assert len(tensors) >= 2 * len(layers)
+    assert comfy_keys.resolve(tensors, architecture) == []
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({name: found(name) for name in FAMILIES}, indent=1) + "\n")

@@ -1,0 +1,251 @@
+"""The sub-commands on a single file in the original model's names, where layers are parts of tensors: a small FLUX."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from helpers.adapter_cases import SPECS, randomised
+from helpers.tool_cases import relative_error, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tools.base_model
+from adapter_files import files
+from adapter_files.keys import file_names
+from lora_algos.attach import Adapted, attach, attach_from_file, norm_layers
+from lora_algos.config import LayerSpec
+from models.base import ModelFamily, Native
+from models.config import ModelConfig
+from models.layer_names import transformers
+
+FLUX = {
+    "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 3, "in_channels": 8,
+    "joint_attention_dim": 12, "pooled_projection_dim": 6, "axes_dims_rope": (2, 2, 4), "guidance_embeds": True,
+}  # fmt: skip
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 12,
+    "freq_dim": 8, "ffn_dim": 32, "num_layers": 1,
+}  # fmt: skip
+LAYERS = [
+    "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "transformer_blocks.0.attn.add_k_proj",
+    "single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp", "norm_out.linear", "x_embedder",
+]  # fmt: skip
+PREFIX = "model.diffusion_model."
+
+
+class Small(ModelFamily):
+    """What the sub-commands ask of a family, for a single file."""
+
+    name, component, kohya_is_native = "small", "transformer", True
+    file_formats, by_diffusers = ("diffusers", "comfyui"), "transformer."
+    table: Any = transformers.FLUX
+
+    @property
+    def path(self) -> Path:
+        return Path(str(self.config.path))
+
+    def empty_denoiser(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.denoiser()
+
+    def denoiser(self) -> nn.Module:
+        return FluxTransformer2DModel(**FLUX)
+
+    def component_files(self, component: str) -> list[Path]:
+        return [self.path]
+
+    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
+        return transformers.renamed(denoiser, self.table)
+
+    def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
+        with safe_open(self.path, framework="pt") as file:
+            return transformers.stored_names(denoiser, self.table, set(file.keys()))
+
+    def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
+        return {"ss_base_model_version": "small"}
+
+
+class SmallWan(Small):
+    """A model with parameters of its own, outside of layers."""
+
+    file_formats, by_diffusers, table = ("comfyui",), "", transformers.WAN
+
+    def denoiser(self) -> nn.Module:
+        return WanTransformer3DModel(**WAN)
+
+
+Small.__abstractmethods__ = SmallWan.__abstractmethods__ = frozenset()
+
+
+@pytest.fixture(autouse=True)
+def family(monkeypatch):
+    monkeypatch.setattr(tools.base_model, "get_family", Small)
+
+
+def denoiser(family: type[Small] = Small) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return family(ModelConfig()).denoiser()
+
+
+def native_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights in the original model's names, norms as FLUX's own file has them."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for layer, native in transformers.renamed(model, transformers.FLUX).items():
+        for kind, tensor in model.get_submodule(layer).named_parameters():
+            tensor = torch.cat(tensor.detach().chunk(2)[::-1]) if native.swapped else tensor.detach()
+            kind = "scale" if native.name.endswith("_norm") else kind
+            parts.setdefault(f"{PREFIX}{native.name}.{kind}", []).append((native.rows[0] if native.rows else 0, tensor))
+    return {key: torch.cat([t for _, t in sorted(found, key=lambda part: part[0])]) for key, found in parts.items()}
+
+
+def model_file(path: Path, model: nn.Module, dtype: torch.dtype = torch.float32) -> Path:
+    save_file({**{key: t.to(dtype) for key, t in native_state(model).items()}, "vae.x": torch.ones(3)}, path)
+    return path
+
+
+def spelt(path: Path) -> files.Names:
+    return file_names(Small(ModelConfig(str(path))), denoiser())
+
+
+def trained(specs: dict[str, LayerSpec]) -> Adapted:
+    return randomised(attach(denoiser(), specs, seed=0), 0.1)
+
+
+def everywhere(algorithm: str) -> Adapted:
+    spec = LayerSpec(2, 3.0, algorithm, SPECS[algorithm].options, bias=True)
+    norms = dict.fromkeys(norm_layers(denoiser()), LayerSpec(algorithm="Full"))
+    return trained(dict.fromkeys(LAYERS, spec) | norms)
+
+
+def saved(path: Path, adapted: Adapted, base: Path, file_format: str = "comfyui") -> Path:
+    layers = files.layers_of_adapted(adapted)
+    content = files.to_file(layers, adapted.model, spelt(base), file_format, torch.float32)
+    save_file(content.tensors, path, content.metadata)
+    return path
+
+
+def reread(path: Path, base: Path) -> Adapted:
+    model = denoiser()
+    return attach_from_file(model, *files.from_file(*files.read(path), model, spelt(base)))
+
+
+def assert_same(there: Adapted, here: Adapted) -> None:
+    found, wanted = dict(there.deltas()), dict(here.deltas())
+    assert found.keys() == wanted.keys()
+    assert max(relative_error(found[name], wanted[name]) for name in wanted) < 2e-5
+    for name, layer in here.layers().items():
+        if layer.diff_b is not None:
+            torch.testing.assert_close(there.layers()[name].diff_b, layer.diff_b)
+
+
+@pytest.mark.parametrize("file_format", ["comfyui", "kohya"])
+@pytest.mark.parametrize("algorithm", SPECS)
+def test_merge_writes_into_the_parts(algorithm, file_format, tmp_path):
+    base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere(algorithm)
+    lora, out = saved(tmp_path / "lora.safetensors", adapted, base, file_format), tmp_path / "out.safetensors"
+    assert run("merge", base, out, "--lora", lora) == 0
+    expected = denoiser()
+    adapted.merge_into(expected)
+    merged, plain = load_file(out), load_file(base)
+    for key, tensor in native_state(expected).items():
+        torch.testing.assert_close(merged[key], tensor, rtol=0, atol=2e-6)
+    changed = {key for key in plain if not merged[key].equal(plain[key])}
+    assert f"{PREFIX}double_blocks.0.img_attn.qkv.bias" in changed
+    assert f"{PREFIX}double_blocks.0.img_mlp.0.weight" not in changed
+    qkv = f"{PREFIX}double_blocks.0.img_attn.qkv.weight"
+    assert merged[qkv][24:48].equal(plain[qkv][24:48])  # to_k, which is not adapted
+
+
+def test_merge_rounds_only_what_it_changes(tmp_path):
+    base = model_file(tmp_path / "base.safetensors", denoiser(), torch.bfloat16)
+    lora, out = saved(tmp_path / "lora.safetensors", everywhere("LoRA"), base), tmp_path / "out.safetensors"
+    assert run("merge", base, out, "--lora", lora) == 0
+    merged, plain = load_file(out), load_file(base)
+    qkv = f"{PREFIX}double_blocks.0.img_attn.qkv.weight"
+    assert merged[qkv].dtype == torch.bfloat16
+    assert merged[qkv][24:48].equal(plain[qkv][24:48])
+    assert not merged[qkv][:24].equal(plain[qkv][:24])
+
+
+@pytest.mark.parametrize("file_format", ["comfyui", "kohya"])
+@pytest.mark.parametrize("algorithm", SPECS)
+def test_inspect_and_convert_know_the_parts(algorithm, file_format, tmp_path, capsys):
+    base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere(algorithm)
+    lora = saved(tmp_path / "lora.safetensors", adapted, base, file_format)
+    assert run("inspect", lora, "--model", base) == 0
+    whole = sum(float(delta.norm()) ** 2 for _, delta in adapted.deltas()) ** 0.5
+    last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all"))
+    assert last.split()[1] == str(len(adapted.layers()))
+    assert last.endswith(f"{whole:.4g}")
+    for other in ("kohya", "comfyui"):
+        out = tmp_path / f"{other}.safetensors"
+        assert run("convert", lora, out, "--format", other, "--model", base) == 0
+        assert_same(reread(out, base), adapted)
+
+
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoKr", "Full"])
+def test_extract_finds_the_parts(algorithm, tmp_path):
+    base, tuned = model_file(tmp_path / "base.safetensors", denoiser()), denoiser()
+    adapted = trained(dict.fromkeys(LAYERS, LayerSpec(2, 3.0, "LoRA")))
+    adapted.merge_into(tuned)
+    model_file(tmp_path / "tuned.safetensors", tuned)
+    out = tmp_path / "out.safetensors"
+    words = ["--algorithm", algorithm, *(["--rank", 2] if algorithm == "LoRA" else [])]
+    assert run("extract", base, tmp_path / "tuned.safetensors", out, *words) == 0
+    keys = load_file(out).keys()
+    assert all(key.startswith("transformer.") for key in keys) or algorithm != "LoRA"
+    found = reread(out, base)
+    assert found.layers().keys() == adapted.layers().keys()
+    if algorithm != "LoKr":
+        assert_same(found, adapted)
+
+
+def test_resize_keeps_the_parts(tmp_path):
+    base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere("LoRA")
+    lora, out = saved(tmp_path / "lora.safetensors", adapted, base, "kohya"), tmp_path / "out.safetensors"
+    assert run("resize", lora, out, "--rank", 2, "--model", base) == 0
+    assert_same(reread(out, base), adapted)
+
+
+def test_a_file_with_a_part_missing_is_not_whole(tmp_path, capsys):
+    state = native_state(denoiser())
+    key = f"{PREFIX}single_blocks.0.linear1.weight"
+    save_file({**state, key: state[key][:100].clone()}, tmp_path / "base.safetensors")
+    assert run("inspect", saved(tmp_path / "lora", everywhere("LoRA"), model_file(tmp_path / "whole", denoiser())),
+               "--model", tmp_path / "base.safetensors") != 0  # fmt: skip
+    assert f"{key}: (100, 24) in the file, (96, 24) by its config" in capsys.readouterr().err
+
+
+def test_extract_tells_of_parameters_outside_of_layers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tools.base_model, "get_family", SmallWan)
+    for name, change in (("base", 0.0), ("tuned", 0.5)):
+        model = denoiser(SmallWan)
+        with torch.no_grad():
+            model.scale_shift_table += change
+            model.blocks[0].scale_shift_table += change
+            model.blocks[0].attn1.to_q.weight += change
+        path = tmp_path / f"{name}.safetensors"
+        table = transformers.stored_names(model, transformers.WAN, ())
+        save_file({table[n]: p.detach().contiguous() for n, p in model.named_parameters()}, path)
+    out = tmp_path / "out.safetensors"
+    assert (
+        run(
+            "extract",
+            tmp_path / "base.safetensors",
+            tmp_path / "tuned.safetensors",
+            out,
+            "--algorithm=LoRA",
+            "--rank=1",
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "it: scale_shift_table, |" in said
+    assert "it: blocks.0.scale_shift_table, |" in said
+    assert {key.rpartition(".lora")[0] for key in load_file(out) if "lora" in key} == {
+        "diffusion_model.blocks.0.self_attn.q"
+    }
