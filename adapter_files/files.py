@@ -25,7 +25,7 @@ from adapter_files.writers import (
     stored_dtype,
 )
 from common.errors import AdapterError, error_list
-from lora_algos.adapted_model import Adapted
+from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import adaptable_layers, layers_of, norm_layers
 from lora_algos.tensors import known_rank, moved
 
@@ -78,7 +78,7 @@ def file_and_config(path: Path) -> tuple[Path, dict[str, str]]:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The base weight of every layer that an adapter file can change, without an update that is merged into it."""
     layers: dict[str, Any] = {**adaptable_layers(model), **norm_layers(model)}
-    unmerged = {name: layer.unmerged[0] for name, layer in Adapted(model).layers().items() if layer.unmerged}
+    unmerged = {name: layer.unmerged[0] for name, layer in AdaptedModel(model).layers().items() if layer.unmerged}
     return {name: unmerged.get(name, layer.weight) for name, layer in layers.items()}
 
 
@@ -170,7 +170,7 @@ def with_alpha(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str
     return {**tensors, "alpha": alpha}
 
 
-def layers_of_adapted(adapted: Adapted) -> Layers:
+def layers_of_adapted(adapted: AdaptedModel) -> Layers:
     """The adapter's tensors by layer, on the CPU, alpha among them. AdapterError naming the layers that have none: an
     update that is not finite, where it has to be decomposed."""
     layers: Layers = {}
@@ -196,7 +196,7 @@ def content_of(layers: Layers, model: nn.Module, names: Names, file_format: str)
     grouped = [name for name, layer in adaptable_layers(model).items() if getattr(layer, "groups", 1) > 1]
     faults = [name for name in grouped if name in layers]
     if file_format in ("peft", "diffusers") and faults:
-        what = f"--export.format {file_format}: PEFT has another function for grouped convolutions"
+        what = f"--export.formats {file_format}: PEFT has another function for grouped convolutions"
         raise AdapterError(error_list(what, faults))
     weights = {name: weight.detach() for name, weight in weights_of(model).items() if name in layers}
     if any(tensor.is_meta for tensors in layers.values() for tensor in tensors.values()):

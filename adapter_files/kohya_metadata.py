@@ -6,6 +6,9 @@ from adapter_files import files
 from adapter_files.peft_config import has_rank, rank_of
 from lora_algos.attach import algorithm_of
 
+TOTAL_STEPS = "train_lora.total_steps"
+"""Metadata key: steps for which the adapter was trained, including those of an earlier adapter."""
+
 
 def network_metadata(layers: files.Layers) -> dict[str, str]:
     """What the adapter is, in kohya's words: of LoRA and DoRA its own scripts, of all else LyCORIS'."""

@@ -73,7 +73,7 @@ def lokr_options(layers: Layers, weights: dict[str, Tensor]) -> dict:
     }
     factor = min(differing, key=lambda f: len(differing[f]))
     if differing[factor]:
-        what = "--export.format peft: PEFT splits these layers of the LoKr otherwise, whatever its factor"
+        what = "--export.formats peft: PEFT splits these layers of the LoKr otherwise, whatever its factor"
         raise AdapterError(error_list(f"{what} (nearest {factor})", differing[factor]))
     both = any("lokr_w1_a" in tensors for tensors in layers.values())
     return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": False}

@@ -138,10 +138,10 @@ def write_peft(layers: Layers, weights: dict[str, Tensor], names: Names) -> File
     algorithms = {algorithm_of(tensors) for tensors in layers.values()}
     refuse(layers, "peft", ("LoRA", "DoRA", "LoHa", "LoKr"))
     if any(layer in names.text for layer in layers):
-        raise AdapterError("--export.format peft: a folder of PEFT's is of one model, and text encoders are others")
+        raise AdapterError("--export.formats peft: a folder of PEFT's is of one model, and text encoders are others")
     if len(algorithms) > 1:
         raise AdapterError(
-            f"--export.format peft: one file of PEFT's holds one algorithm, not {', '.join(sorted(algorithms))}"
+            f"--export.formats peft: one file of PEFT's holds one algorithm, not {', '.join(sorted(algorithms))}"
         )
     content = FileContent({}, config=peft_config(layers, weights, algorithms.pop()))
     for layer, tensors in layers.items():
@@ -175,7 +175,7 @@ def refuse(layers: Layers, file_format: str, algorithms: tuple[str, ...]) -> Non
         elif "diff_b" in tensors:
             faults.append(f"{layer}: a trained bias")
     if faults:
-        only = f"--export.format {file_format} holds {', '.join(algorithms)} alone; kohya and comfyui hold everything"
+        only = f"--export.formats {file_format} holds {', '.join(algorithms)} alone; kohya and comfyui hold everything"
         raise AdapterError(error_list(f"{only}, --export.convert lora-exact or lora-svd makes LoRAs", faults))
 
 

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from training import gradient_checkpointing  # noqa: E402
 
 NONE, DIFFUSERS = "none", "diffusers' own"
-POLICIES: tuple[gradient_checkpointing.Policy, ...] = ("full", "attention-output-kept")
+POLICIES: tuple[gradient_checkpointing.Policy, ...] = ("full", "keep-attention-output")
 DEPTHS = (1, 2, 3, 4)  # a UNet has nothing deeper
 VARIANTS = [NONE, DIFFUSERS, *(f"{depth} {policy}" for depth in DEPTHS for policy in POLICIES)]
 

@@ -30,7 +30,7 @@ from benchmarks.memory import peak_memory
 from data import batches as data_batches
 from data.batches import MicroBatches
 from data.dataset import LatentDataset, Stores
-from data.loader import micro_batches
+from data.loader import load_micro_batches
 from data.media.buckets import Crop
 from data.precompute.index import write_index
 from data.schedule import Schedule
@@ -120,7 +120,7 @@ def without_noise(batches: MicroBatches) -> Callable[[int], object]:
 def through_worker(dataset: LatentDataset, batch_size: int, turns: int) -> Way:
     """One after the other as fast as the worker makes them: in turns with others it would have time to make them."""
     schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
-    loader = micro_batches(MicroBatches(dataset, schedule), range(turns + WARM_UP), 1, pin_memory=False)
+    loader = load_micro_batches(MicroBatches(dataset, schedule), range(turns + WARM_UP), 1, pin_memory=False)
     kept, way = next(loader), Way(WORKER, lambda turn: next(loader), 0)
     way.size = kept.noise.nbytes + kept.latents.nbytes + nbytes(kept.cond)
     take_turns([way], turns)
@@ -236,7 +236,7 @@ def use_rows(folder: Path, batches: int) -> dict[str, float]:
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
     opened = time.perf_counter()
     dataset = LatentDataset(folder / "index", stores)
-    numbers = micro_batches(
+    numbers = load_micro_batches(
         MicroBatches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8)), range(batches), 0, False
     )
     next(numbers)

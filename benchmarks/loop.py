@@ -26,7 +26,7 @@ sys.path.insert(0, str(PROJECT))
 LOOP_BAR, START_BAR, WARM_UP = 1.03, 1.5, 5  # the first steps are not timed
 DEMO = str(PROJECT / "recipes" / "demo.yaml")
 # the bare loop's learning rate has no schedule; the steps are more than are timed, so there is no last one
-LOOP_OPTIONS = ["--optim.lr_schedule=constant", "--optim.warmup_steps=0", "--steps=100000", "--checkpoint.every=0"]
+LOOP_OPTIONS = ["--optim.lr_scheduler=constant", "--optim.lr_warmup_steps=0", "--steps=100000", "--checkpoint.every=0"]
 
 LEAVE = f"""
 import os, sys; sys.path.insert(0, {str(PROJECT)!r})
@@ -176,7 +176,7 @@ def start(code: str, argv: list[str]) -> set[str]:
 
 def compare_starts(folder: Path, rounds: int, options: list[str]) -> Comparison:
     """Start to first training step with everything encoded, against the bare import of the libraries, in turns."""
-    argv = [DEMO, "--steps=1", "--preview.no_enabled", f"--output_dir={folder / 'start'}", *options]
+    argv = [DEMO, "--steps=1", "--no_preview", f"--output_dir={folder / 'start'}", *options]
     counts = len(start(FIRST_STEP, argv)), len(start(LIBRARIES, []))  # encodes the images and fills the page cache
     marks = [(now(), start(FIRST_STEP, argv) and now(), start(LIBRARIES, []) and now()) for _ in range(rounds)]
     return comparison("start to first step", START_BAR, marks, "{} and {} modules imported".format(*counts))

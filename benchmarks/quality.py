@@ -24,7 +24,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = PROJECT / "recipes" / "demo.yaml"
 STEPS, EVERY = 150, 25
-FIXED = ["--preview.no_enabled", "--checkpoint.every=0", "--checkpoint.every_minutes=0", "--tracking.log_every=1000"]
+FIXED = ["--no_preview", "--checkpoint.every=0", "--checkpoint.every_minutes=0", "--tracking.log_every=1000"]
 RATES = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -34,21 +34,21 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "density": {
         "uniform (default)": (),
-        "logit-normal 0, 1": ("--objective.density=logit-normal",),
-        "logit-normal 0.5, 1": ("--objective.density=logit-normal", "--objective.logit_mean=0.5"),
-        "mode 1.29": ("--objective.density=mode",),
-        "beta 2, 2": ("--objective.density=beta",),
-        "beta 3, 1": ("--objective.density=beta", "--objective.beta_a=3", "--objective.beta_b=1"),
+        "logit-normal 0, 1": ("--objective.timestep_sampling=logit-normal",),
+        "logit-normal 0.5, 1": ("--objective.timestep_sampling=logit-normal", "--objective.logit_mean=0.5"),
+        "mode 1.29": ("--objective.timestep_sampling=mode",),
+        "beta 2, 2": ("--objective.timestep_sampling=beta",),
+        "beta 3, 1": ("--objective.timestep_sampling=beta", "--objective.beta_a=3", "--objective.beta_b=1"),
     },
     "stratified": {
         "each by itself (default)": (),
-        "stratified": ("--objective.stratified",),
+        "stratified": ("--objective.stratified_timesteps",),
     },
     "weighting": {
         "none (default)": (),
-        "min-snr 5": ("--objective.weighting=min-snr",),
-        "debiased": ("--objective.weighting=debiased",),
-        "p2 1, 1": ("--objective.weighting=p2",),
+        "min-snr 5": ("--objective.loss_weighting=min-snr",),
+        "debiased": ("--objective.loss_weighting=debiased",),
+        "p2 1, 1": ("--objective.loss_weighting=p2",),
     },
     "loss": {
         "MSE (default)": (),
@@ -59,7 +59,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "noise": {
         "plain (default)": (),
         "offset 0.05": ("--objective.noise_offset=0.05",),
-        "multires 6, 0.3": ("--objective.multires_iterations=6", "--objective.multires_discount=0.3"),
+        "multires 6, 0.3": ("--objective.multires_noise_iterations=6", "--objective.multires_noise_discount=0.3"),
         "input perturbation 0.1": ("--objective.input_perturbation=0.1",),
     },
     "alpha and learning rate": {
@@ -74,9 +74,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "0.995": ("--ema.decay=0.995",),
     },
     "EMA at a constant rate": {
-        "none": ("--optim.lr_schedule=constant",),
-        "0.9": ("--optim.lr_schedule=constant", "--ema.decay=0.9"),
-        "0.98": ("--optim.lr_schedule=constant", "--ema.decay=0.98"),
+        "none": ("--optim.lr_scheduler=constant",),
+        "0.9": ("--optim.lr_scheduler=constant", "--ema.decay=0.9"),
+        "0.98": ("--optim.lr_scheduler=constant", "--ema.decay=0.98"),
     },
     "algorithm at about a million parameters": {
         f"{name}, {rate}": (f"--algorithm={name.split()[0]}", *options, f"--learning_rate={rate}")

@@ -35,9 +35,9 @@ WIDTH = {part: max(len(part) + 2, 9) for part in PARTS}
 WARM_UP = 3
 SIZES = {"Float": 4, "Long": 8}
 OPTIONS = [
-    f"--data.images={EMOJI / 'twemoji' / 'train'}", "--data.resolution=64", "--rank=16", "--adapter.targets=attention",
+    f"--data.path={EMOJI / 'twemoji' / 'train'}", "--data.resolution=64", "--rank=16", "--adapter.targets=attention",
     "--steps=100000", "--tracking.log_every=100000", "--checkpoint.every=0", "--checkpoint.every_minutes=0",
-    "--distributed.check_every=0", "--preview.no_enabled", "--no_gradient_checkpointing",
+    "--distributed.rank_check_every=0", "--no_preview", "--no_gradient_checkpointing",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 `python benchmarks/stratified.py` prints, for the embedded demo with an untrained LoRA on all layers, the variance of
 the gradient (the sum over all its numbers, over many steps at the same weights) with each sample's level drawn by
-itself and with `objective.stratified`, from the same images, noise and seeds. The rest of the variance is that of
+itself and with `objective.stratified_timesteps`, from the same images, noise and seeds. The rest of the variance is that of
 images and noise. In brackets: the smallest and largest ratio of five parts of the steps.
 """
 
@@ -32,7 +32,7 @@ from training.loss import build_loss
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = 5
-OBJECTIVES = {"prediction": [], "x0": ["--objective.loss_space=x0"], "min-snr": ["--objective.weighting=min-snr"]}
+OBJECTIVES = {"prediction": [], "x0": ["--objective.loss_space=x0"], "min-snr": ["--objective.loss_weighting=min-snr"]}
 SIZES = (4, 16)
 
 
@@ -77,7 +77,7 @@ def main() -> int:
         )
         for name, options in OBJECTIVES.items():
             config = load_config([recipe, *base, *options])
-            even = replace(config, objective=replace(config.objective, stratified=True))
+            even = replace(config, objective=replace(config.objective, stratified_timesteps=True))
             for size in SIZES:
                 plain, spread = (source.of_steps(c, size, given.steps) for c in (config, even))
                 both = [variances(gradients) for gradients, _ in (plain, spread)]

@@ -77,7 +77,7 @@ class MicroBatches:
         visits = self.schedule.visits(micro_batch)
         seeds = [key("sample", self.schedule.seed, visit) for visit in visits]
         batch = make_batch(self.dataset, self.schedule.rows(micro_batch), seeds, visits, options=self.options)
-        if not self.options.stratified:
+        if not self.options.stratified_timesteps:
             return batch
         return replace(batch, quantile=stratified(batch.quantile, self.schedule, micro_batch, self.per_step))
 
@@ -128,7 +128,7 @@ def altered_noise(
     noise: Tensor, options: ObjectiveConfig, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor | None]:
     """The noise of a batch as `options` ask, and what the denoiser sees in its place, if that is not the same."""
-    if not (options.multires_iterations or options.noise_offset or options.input_perturbation):
+    if not (options.multires_noise_iterations or options.noise_offset or options.input_perturbation):
         return noise, None
     both = [altered(one, options, generator) for one, generator in zip(noise, generators, strict=True)]
     noise, seen = (torch.stack(tensors) for tensors in zip(*both, strict=True))

@@ -1,155 +1,163 @@
-"""The `data` section of the config. No torch here: `--help` reads it."""
+"""The `data` section of the config. This module imports no torch, because `--help` reads it."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field
 
-from common.strict import STRICT
+from common.config_fields import CHANGEABLE, STRICT
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
-class CaptionOptions:
-    """Where captions come from and what is done to them; the same for all sources that do not say otherwise."""
+class CaptionConfig:
+    """Captions: where they come from and how they vary."""
 
     __pydantic_config__ = STRICT
 
-    caption: str | None = None
-    """One caption for all images, in place of caption files."""
-    caption_extension: Annotated[tuple[str, ...], Field(min_length=1)] = (".txt", ".caption")
+    text: str | None = None
+    """One caption for all images, instead of caption files."""
+    extensions: Annotated[tuple[str, ...], Field(min_length=1)] = (".txt", ".caption")
     """Extensions of caption files."""
-    caption_column: str = "text"
-    """Column of the captions in a Hugging Face dataset or a metadata file."""
-    caption_multi: bool = False
-    """Each line of a caption file is a caption of its own, of which a visit draws one."""
-    caption_trigger: str = ""
-    """Words put before every caption, unless it has them already."""
-    caption_separator: Annotated[str, Field(min_length=1)] = ","
-    """What separates the tags of a caption."""
-    caption_shuffle: bool = False
-    """Tags in another order at each visit."""
-    caption_keep_tokens: Annotated[int, Field(ge=0)] = 0
-    """How many tags at the front are neither shuffled nor dropped, besides the trigger."""
-    caption_tag_dropout: Share = 0.0
-    """Probability with which each tag is left out of a visit."""
-    caption_dropout: Share = 0.0
-    """Probability with which a visit is given the empty prompt."""
+    column: str = "text"
+    """Caption column of a Hugging Face dataset or a metadata file."""
+    one_per_line: bool = False
+    """Each line of a caption file is a caption of its own; one of them is drawn each time the image is seen."""
+    trigger: str = ""
+    """Words put before every caption that does not contain them."""
+    separator: Annotated[str, Field(min_length=1)] = ","
+    """Separator of the tags in a caption."""
+    shuffle: bool = False
+    """Shuffle the tags each time the image is seen."""
+    keep_tokens: Annotated[int, Field(ge=0)] = 0
+    """Number of tags at the front that are neither shuffled nor dropped, in addition to the trigger."""
+    tag_dropout: Fraction = 0.0
+    """Probability of dropping each tag."""
+    dropout: Fraction = 0.0
+    """Probability of replacing the caption by the empty prompt."""
+    max_variants: Annotated[int, Field(ge=1)] = 16
+    """Largest number of variants of a caption that are encoded. If shuffling and tag dropout can make more, this many
+    are drawn once, and one of them is drawn each time the image is seen."""
+
+
+if TYPE_CHECKING:
+    CaptionOverrides = CaptionConfig
+else:
+    CaptionOverrides = make_dataclass(
+        "CaptionOverrides",
+        [(item.name, get_type_hints(CaptionConfig, include_extras=True)[item.name] | None, None)
+         for item in fields(CaptionConfig)],
+        frozen=True,
+        namespace={"__pydantic_config__": {**STRICT, "use_attribute_docstrings": False}, "__module__": __name__,
+                   "__doc__": "Caption options of one source. Options that are not set are taken from data.captions."},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One of several sources of training data. What is None is as `data` says."""
+    """One of several sources of training data. Options that are None are taken from `data`."""
 
     __pydantic_config__ = STRICT
 
     path: str
-    """A folder or a hub id, as data.images."""
+    """A folder or a Hub id, as in data.path."""
     kind: Literal["auto", "images", "dataset", "comfyui", "encoded"] = "auto"
-    """What it is. auto: seen from the folder's files."""
+    """Type of the source. auto: detected from its files."""
     split: str | None = None
-    """Split of a Hugging Face dataset; None: train, or the only one."""
+    """Split of a Hugging Face dataset. None: train, or the only split."""
     streaming: bool = False
-    """Read a Hugging Face dataset row by row, without a copy of it on this machine."""
+    """Read a Hugging Face dataset row by row, without a copy on this machine."""
     image_column: str | None = None
-    """Column of the images in a Hugging Face dataset."""
+    """Image column of a Hugging Face dataset."""
     weight_column: str | None = None
-    """As data.weight_column."""
+    """Column with a factor on the loss of each image."""
     repeats: Annotated[int, Field(ge=1)] = 1
-    """How often each image is seen per epoch, besides kohya's <repeats>_<name> folders."""
+    """Number of times that each image is seen per epoch. kohya's <repeats>_<name> folders multiply it."""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """Factor on the loss of its images."""
-    regularisation: bool = False
-    """Images of the class, which keep the model from forgetting it (prior preservation): without trigger and caption
-    dropout, never held out, their loss times data.prior_weight."""
-    caption: str | None = None
-    """As data.caption."""
-    caption_extension: tuple[str, ...] | None = None
-    """As data.caption_extension."""
-    caption_column: str | None = None
-    """As data.caption_column."""
-    caption_multi: bool | None = None
-    """As data.caption_multi."""
-    caption_trigger: str | None = None
-    """As data.caption_trigger."""
-    caption_separator: str | None = None
-    """As data.caption_separator."""
-    caption_shuffle: bool | None = None
-    """As data.caption_shuffle."""
-    caption_keep_tokens: Annotated[int, Field(ge=0)] | None = None
-    """As data.caption_keep_tokens."""
-    caption_tag_dropout: Share | None = None
-    """As data.caption_tag_dropout."""
-    caption_dropout: Share | None = None
-    """As data.caption_dropout."""
+    """Factor on the loss of the images."""
+    regularization: bool = False
+    """Regularization images of the class, which keep the model from forgetting it (prior preservation). They have no
+    trigger and no caption dropout, are never held out, and their loss is multiplied by data.prior_loss_weight."""
+    captions: CaptionOverrides = field(default_factory=CaptionOverrides)
+    """Caption options of this source."""
 
 
 @dataclass(frozen=True)
-class DataConfig(CaptionOptions):
-    """The training images."""
+class DataConfig:
+    """The training images or videos."""
 
-    images: str | None = None
-    """A folder of images with captions, a Hugging Face image dataset (a folder or a hub id), a dataset of ComfyUI's, or
-    one that is encoded already: docs/data.md. For several of them: data.sources."""
+    __pydantic_config__ = STRICT
+
+    path: str | None = None
+    """A folder of images with captions, a Hugging Face image dataset (folder or Hub id), a ComfyUI dataset or an
+    encoded dataset (docs/data.md). For several of them, use data.sources."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several sources, each with options of its own."""
+    """Several sources, each with its own options."""
     image_column: str = "image"
-    """Column of the images in a Hugging Face dataset."""
+    """Image column of a Hugging Face dataset."""
     weight_column: str | None = None
-    """Column of a Hugging Face dataset or a metadata file that holds a factor on the loss of each image."""
+    """Column of a Hugging Face dataset or a metadata file with a factor on the loss of each image."""
     resolution: Annotated[int, Field(ge=16, le=8192)] = 512
-    """Side of a square image in pixels; with buckets, images of other shapes have the same area."""
+    """Side of a square image in pixels. With buckets, other aspect ratios have the same area."""
     bucket_step: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Sides of a bucket are multiples of this; None: the least that the model takes."""
+    """Sides of a bucket are multiples of this. None: the smallest step that the model supports."""
     bucket_min_side: Annotated[int, Field(ge=16)] | None = None
-    """Shortest side of a bucket; None: half of data.resolution."""
+    """Shortest side of a bucket. None: half of data.resolution."""
     bucket_max_side: Annotated[int, Field(ge=16)] | None = None
-    """Longest side of a bucket; None: twice data.resolution."""
+    """Longest side of a bucket. None: twice data.resolution."""
     upscale: bool = True
     """Enlarge images that are smaller than their bucket. Off: they get a smaller bucket."""
     frames: Annotated[int, Field(ge=1)] = 1
-    """Frames of a clip of a video, for models of videos; a video that has fewer gives as many as the model can take.
-    Image to video wants more than one."""
+    """Frames of a video clip, for video models. A shorter video gives as many frames as the model supports.
+    Image-to-video models need more than one."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Frames of a clip per second, whatever a video's own rate; None: the model's."""
-    clip: Literal["first", "spread"] = "first"
-    """Which clips of a video are trained on. first: its beginning. spread: as many as fit into it, spread evenly."""
-    flip: bool = False
-    """Mirror every other visit of an image from left to right, at random; encoded beside the image."""
+    """Frames per second of a clip, whatever the rate of the video. None: the rate of the model."""
+    video_clips: Literal["first", "spread"] = "first"
+    """Clips of a video that are trained on. first: its beginning. spread: as many as fit, evenly spaced."""
+    random_flip: bool = False
+    """Mirror an image horizontally with probability 1/2 each time it is seen. The mirrored image is encoded too."""
     vae_sampling: Literal["mode", "sample"] = "mode"
-    """mode: each latent is the most likely one. sample: its mean and deviation are stored, and each visit draws."""
+    """mode: use the most likely latents. sample: store mean and standard deviation, and draw latents each time."""
     background: str = "white"
-    """Colour behind transparent images: a name or #rrggbb."""
+    """Color behind transparent images: a name or #rrggbb."""
     masks: Literal["none", "alpha", "files"] = "none"
-    """Where the loss counts. alpha: where an image is opaque. files: <name>_mask.<extension> beside an image, white."""
-    mask_floor: Share = 0.0
-    """What the loss counts where the mask is black."""
-    prior_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Factor on the loss of regularisation images."""
-    max_variants: Annotated[int, Field(ge=1)] = 16
-    """If shuffling and dropping tags can make more captions of an image than this, so many are drawn once and encoded,
-    of which a visit draws one; else all of them."""
+    """Where the loss counts. alpha: where the image is opaque. files: where <name>_mask.<extension> next to the image
+    is white."""
+    mask_min_value: Fraction = 0.0
+    """Weight of the loss where the mask is black."""
+    prior_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor on the loss of regularization images."""
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
     on_error: Literal["fail", "skip"] = "fail"
-    """What happens to a source with bad files. fail: the run lists all faults and ends. skip: it leaves them out and
-    says so."""
+    """Action on unusable files. fail: list all errors and end the run. skip: list them and train without these
+    files."""
     encode_batch_size: Annotated[int, Field(ge=1)] = 8
     """Images or captions that are encoded together."""
-    cache_dir: str = "output/cache"
-    """Where latents and conditioning are kept between runs; safe to delete. Several nodes must share it."""
-    validation_images: str | None = None
-    """Images held out for validation, in the same form as data.images."""
-    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the images to hold out for validation when there is no data.validation_images."""
-    num_workers: Annotated[int, Field(ge=0, le=64)] = 1
-    """Threads per rank that make batches ahead of time; 0 makes each when it is needed."""
+    cache_dir: Annotated[str, CHANGEABLE] = "output/cache"
+    """Folder that keeps latents and conditioning between runs. It may be deleted. Several nodes must share it."""
+    validation_path: Annotated[str | None, CHANGEABLE] = None
+    """Images held out for validation, in any form that data.path supports."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the images to hold out for validation, without data.validation_path."""
+    num_workers: Annotated[int, Field(ge=0, le=64), CHANGEABLE] = 1
+    """Threads per process that prepare batches ahead of time. 0: prepare each batch when it is needed."""
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """data.images as the first of data.sources; nothing in them is None that `data` says."""
-        first = () if self.images is None else (SourceConfig(self.images),)
+        """Return data.path, as the first source, and data.sources, with the options that they take from `data`."""
+        first = () if self.path is None else (SourceConfig(self.path),)
         return tuple(self.with_defaults(source) for source in (*first, *self.sources))
 
     def with_defaults(self, source: SourceConfig) -> SourceConfig:
-        ours = {item.name for item in fields(self)}
-        unsaid = [item.name for item in fields(source) if getattr(source, item.name) is None and item.name in ours]
-        return replace(source, **{name: getattr(self, name) for name in unsaid})
+        """Fill the options of `source` that are not set."""
+        unset = {
+            name: getattr(self, name) for name in ("image_column", "weight_column") if getattr(source, name) is None
+        }
+        captions = CaptionConfig(
+            **{item.name: self._caption_option(source, item.name) for item in fields(CaptionConfig)}
+        )
+        return replace(source, captions=captions, **unset)
+
+    def _caption_option(self, source: SourceConfig, name: str) -> Any:
+        own = getattr(source.captions, name)
+        return getattr(self.captions, name) if own is None else own

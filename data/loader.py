@@ -12,7 +12,9 @@ from data.batches import Batch, MicroBatches
 AHEAD = 2  # batches per thread that may wait for the loop
 
 
-def micro_batches(source: MicroBatches, numbers: Iterable[int], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def load_micro_batches(
+    source: MicroBatches, numbers: Iterable[int], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
     """The micro-batches `numbers` of `source`, in order; `num_workers` threads make them ahead of time.
 
     Threads, not processes: nearly all of a batch's time goes into reads and random bits, in which they do not hold

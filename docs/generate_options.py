@@ -34,7 +34,7 @@ adapter:
 ```
 
 The command line beats the recipe, the recipe beats the defaults. Choices are case-insensitive. Switches are written
-`--export.merged` and `--export.no_merged`, or with `true` and `false`.
+`--export.merged_model` and `--export.no_merged_model`, or with `true` and `false`.
 """
 
 

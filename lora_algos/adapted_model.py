@@ -1,6 +1,7 @@
 """The handle on a model with adapters attached: their parameters, their state, and the base with them worked in."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from lora_algos.tensors import moved
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModel:
     """A model with adapters attached: what the trainer holds on to."""
 
     model: nn.Module
@@ -34,10 +35,10 @@ class Adapted:
     def specs(self) -> dict[str, LayerSpec]:
         return {name: layer.spec for name, layer in self.layers().items()}
 
-    def learning_rate_scales(self, lora_plus_ratio: float) -> dict[str, float]:
+    def learning_rate_scales(self, loraplus_lr_ratio: float) -> dict[str, float]:
         """What the learning rate is multiplied by for each of `named_parameters`."""
         return {
-            f"{name}.{key}": layer.spec.lr_scale * (lora_plus_ratio if key in layer.starts_at_zero else 1.0)
+            f"{name}.{key}": layer.spec.lr_scale * (loraplus_lr_ratio if key in layer.starts_at_zero else 1.0)
             for name, layer in self.layers().items()
             for key, parameter in layer.trained().items()
             if parameter.requires_grad
@@ -73,6 +74,16 @@ class Adapted:
             raise AdapterError(error_list("the adapter does not fit the model", sorted(faults)))
         for name, tensor in here.items():
             tensor.copy_(state[name])
+
+    @contextmanager
+    def using(self, state: dict[str, Tensor]) -> Iterator[None]:
+        """Load `state` for a block, then restore the adapters' own values."""
+        own_state = self.state_dict()
+        self.load_state_dict(state)
+        try:
+            yield
+        finally:
+            self.load_state_dict(own_state)
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from common.errors import AdapterError, error_list
 from lora_algos import ALGORITHMS, get_algorithm
-from lora_algos.adapted_model import Adapted
+from lora_algos.adapted_model import AdaptedModel
 from lora_algos.adapter import Adapter
 from lora_algos.config import (
     AdapterConfig,
@@ -110,8 +110,8 @@ class Plan:
         overrides = self._overrides(names, presets)
         specs = {name: self._spec(overrides.get(name, Override(""))) for name in names}
         self._refuse_unheeded(model, specs)
-        if self.config.norms:
-            specs |= dict.fromkeys(norm_layers(model), LayerSpec(algorithm="Full", bias=self.config.biases))
+        if self.config.train_norms:
+            specs |= dict.fromkeys(norm_layers(model), LayerSpec(algorithm="Full", bias=self.config.train_biases))
         return {name: specs[name] for name, _ in layers_of(model) if name in specs}
 
     def trained_on(self, specs: dict[str, LayerSpec], presets: dict[str, str]) -> dict[str, LayerSpec]:
@@ -174,11 +174,11 @@ class Plan:
             options=self.config.options(),
             bypass_mode=self.bypass_mode,
             lr_scale=chosen(override.lr_scale, 1.0),
-            bias=self.config.biases,
+            bias=self.config.train_biases,
         )
 
 
-def attach(model: nn.Module, specs: dict[str, LayerSpec], seed: int) -> Adapted:
+def attach(model: nn.Module, specs: dict[str, LayerSpec], seed: int) -> AdaptedModel:
     """Attaches new adapters to the layers named in `specs` and freezes all else.
 
     The first values of a layer are a function of `seed` and its name: the same on every rank, whatever other layers are
@@ -199,7 +199,7 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec], seed: int) -> Adapted:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little"))
             model.set_submodule(name, get_algorithm(spec.algorithm).on(layers[name], spec), strict=True)  # type: ignore[arg-type]
-    return Adapted(model)
+    return AdaptedModel(model)
 
 
 def algorithm_of(tensors: dict[str, Tensor]) -> str:
@@ -216,7 +216,7 @@ def attach_from_file(
     unknown: list[str],
     plan: Plan | None = None,
     presets: Mapping[str, str] = MappingProxyType({}),
-) -> Adapted:
+) -> AdaptedModel:
     """Attaches the adapters of a file, each layer with its own algorithm, rank, alpha and options.
 
     Of `plan` only counts how they are trained on: bypass_mode, the dropouts, and the overrides' lr_scale for the layers
@@ -247,4 +247,4 @@ def attach_from_file(
         with torch.no_grad():
             for key, parameter in adapter.trained().items():
                 parameter.copy_(tensors[name][key].reshape(parameter.shape))
-    return Adapted(model)
+    return AdaptedModel(model)

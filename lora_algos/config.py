@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.strict import STRICT
+from common.config_fields import STRICT
 
 BypassMode = Literal["auto", "true", "false"]
 
@@ -86,7 +86,7 @@ class Override:
 class AdapterConfig(AdapterOptions):
     """Which layers are adapted, and how.
 
-    With `existing_lora` the file says what is adapted and how: then only the dropouts, `lora_plus_ratio` and the
+    With `existing_lora` the file says what is adapted and how: then only the dropouts, `loraplus_lr_ratio` and the
     overrides' `lr_scale` apply. An option that no adapted layer has a use for is refused."""
 
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -95,13 +95,13 @@ class AdapterConfig(AdapterOptions):
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all",)
     """Layers to adapt: presets of the model family (attention, attention-mlp, all) or regular expressions that match
     whole layer names. With existing_lora: the file's."""
-    norms: bool = False
+    train_norms: bool = False
     """Also train the weights of normalisation layers (`.diff` in the file). With existing_lora: where the file has
     them."""
-    biases: bool = False
+    train_biases: bool = False
     """Also train the biases of adapted layers, and of normalisation layers where these are trained (`.diff_b`). With
     existing_lora: where the file has them."""
-    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     """LoRA+: the factor that starts at zero learns this many times faster than the other (LoRA, DoRA, LoHa, GLoRA)."""
     overrides: tuple[Override, ...] = ()
     """Other rank, alpha, algorithm or learning rate for some layers. With existing_lora only lr_scale counts."""

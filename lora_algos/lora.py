@@ -154,7 +154,7 @@ class PeftAdapter(LoRABase):
     def not_ours(self, *args: Any, **kwargs: Any) -> None:
         raise AdapterError(
             "a layer of this trainer's does not follow PEFT's switches (enable_adapters, scale_layer and the like). "
-            "Export with --export.format peft and load that with PEFT, or use merge and unmerge of lora_algos.Adapted"
+            "Export with --export.formats peft and load that with PEFT, or use merge and unmerge of lora_algos.Adapted"
         )
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

@@ -72,7 +72,7 @@ class ModelFamily(ABC):
     kohya_is_native: bool
     """Whether kohya's names of the layers are made of the original model's names."""
     takes_guidance: ClassVar[bool] = False
-    """Whether some models of the family are distilled for guidance: they are told its scale (model.guidance)."""
+    """Whether some models of the family are distilled for guidance: they are told its scale (model.guidance_scale)."""
     ragged: ClassVar[dict[str, int | None]] = {}
     """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
     pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then

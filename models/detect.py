@@ -33,8 +33,10 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
     if found is not None and config.family not in (None, found):
         raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
     family = classes[found or config.family or ""]
-    if config.guidance is not None and not family.takes_guidance:
-        raise ModelError(f"--model.guidance {config.guidance:g}: models of the family {family.name} are told none")
+    if config.guidance_scale is not None and not family.takes_guidance:
+        raise ModelError(
+            f"--model.guidance_scale {config.guidance_scale:g}: models of the family {family.name} are told none"
+        )
     return training_text(family, config) if config.train_text_encoder else family
 
 

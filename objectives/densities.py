@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ModelError
+from objectives import DENSITIES, get_function
 from objectives.config import ObjectiveConfig
 
 EPS = 2.0**-24
@@ -22,20 +23,40 @@ BISECTIONS = 60
 LEAST_MASS = 1e-6
 
 
-def logit_normal(quantile: Tensor, mean: float, std: float) -> Tensor:
+Inverse = Callable[[Tensor], Tensor]
+
+
+def uniform(options: ObjectiveConfig) -> None:
+    """t is uniform: the quantile itself."""
+
+
+def logit_normal(options: ObjectiveConfig) -> Inverse:
     """ln(t / (1 - t)) is normal."""
-    return torch.special.expit(mean + std * torch.special.ndtri(quantile))
+    return lambda quantile: torch.special.expit(options.logit_mean + options.logit_std * torch.special.ndtri(quantile))
 
 
-def mode(quantile: Tensor, scale: float) -> Tensor:
-    """The paper's t = 1 - u - scale (cos^2(pi u / 2) - 1 + u) with u = 1 - quantile; increasing for scale to 1.75."""
-    return quantile - scale * (torch.sin(math.pi / 2 * quantile) ** 2 - quantile)
+def mode(options: ObjectiveConfig) -> Inverse:
+    """The paper's t = 1 - u - scale (cos^2(pi u / 2) - 1 + u) with u = 1 - quantile; it increases for scale <= 1.75."""
+
+    def inverse(quantile: Tensor) -> Tensor:
+        return quantile - options.mode_scale * (torch.sin(math.pi / 2 * quantile) ** 2 - quantile)
+
+    return inverse
 
 
-def cosmap(quantile: Tensor) -> Tensor:
+def cosmap(options: ObjectiveConfig) -> Inverse:
     """t = 1 - 1 / (tan(pi u / 2) + 1), whose log SNR is that of the cosine schedule."""
-    tangent = torch.tan(math.pi / 2 * quantile)
-    return tangent / (tangent + 1)
+
+    def inverse(quantile: Tensor) -> Tensor:
+        tangent = torch.tan(math.pi / 2 * quantile)
+        return tangent / (tangent + 1)
+
+    return inverse
+
+
+def beta(options: ObjectiveConfig) -> Inverse:
+    """t has the distribution beta(a, b)."""
+    return Beta(options.beta_a, options.beta_b)
 
 
 class Beta:
@@ -71,39 +92,33 @@ class Beta:
         return torch.special.expit(y)
 
 
-def untruncated(options: ObjectiveConfig) -> Callable[[Tensor], Tensor] | None:
-    """The density that `options` name, without `level_range`; None for uniform."""
-    if options.density == "logit-normal":
-        return lambda quantile: logit_normal(quantile, options.logit_mean, options.logit_std)
-    if options.density == "mode":
-        return lambda quantile: mode(quantile, options.mode_scale)
-    if options.density == "beta":
-        return Beta(options.beta_a, options.beta_b)
-    return cosmap if options.density == "cosmap" else None
+def inverse_distribution(options: ObjectiveConfig) -> Inverse | None:
+    """Return the inverse distribution function that `options` name, without truncation; None for uniform."""
+    return get_function("densities", DENSITIES[options.timestep_sampling])(options)
 
 
 class Density:
-    """Quantile (B,) -> level t (B,), in the quantile's dtype, inside (0, 1), `level_range` and `span`.
+    """Quantile (B,) -> level t (B,), in the quantile's dtype, inside (0, 1), `timestep_range` and `span`.
 
     The range cuts the density off: it uses those quantiles whose levels lie in it. Raises ModelError if hardly any do.
     `span`: the levels that the denoiser is for.
     """
 
     def __init__(self, options: ObjectiveConfig, span: tuple[float, float] = (0.0, 1.0)):
-        self.inverse = untruncated(options)
-        self.low, self.high = max(options.level_range[0], span[0]), min(options.level_range[1], span[1])
+        self.inverse = inverse_distribution(options)
+        self.low, self.high = max(options.timestep_range[0], span[0]), min(options.timestep_range[1], span[1])
         if self.low >= self.high:
-            low, high = options.level_range
+            low, high = options.timestep_range
             raise ModelError(
-                f"--objective.level_range = {low:g} {high:g}: this denoiser is for levels from {span[0]:.3f} to "
+                f"--objective.timestep_range = {low:g} {high:g}: this denoiser is for levels from {span[0]:.3f} to "
                 f"{span[1]:.3f}"
             )
         ends = [self._quantile_of(level) for level in (self.low, self.high)]
         self.first, self.mass = ends[0], ends[1] - ends[0]
         if self.mass < LEAST_MASS:
             raise ModelError(
-                f"--objective.level_range = {self.low:g} {self.high:g}: the density {options.density} as it is set has "
-                f"a share of {self.mass:.0e} of its levels there"
+                f"--objective.timestep_range = {self.low:g} {self.high:g}: the distribution {options.timestep_sampling} has "
+                f"only a share of {self.mass:.0e} of its levels there"
             )
 
     def _quantile_of(self, level: float) -> float:

@@ -1,37 +1,37 @@
-"""Loss functions by name."""
-
-from collections.abc import Callable
+"""Losses as functions of the error alone, elementwise, with delta = 1. objectives/__init__.py lists them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BEND = 10.0  # from here on log cosh is linear to within 1e-8, and cosh would soon overflow
+LINEAR_FROM = 10.0
+"""log cosh is linear to within 1e-8 from this error on; cosh itself would soon overflow."""
 
 
-def pseudo_huber(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """sqrt(1 + e^2) - 1 elementwise (Charbonnier et al. 1997; half of kohya's `huber`, which is 2 times this)."""
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction, target, reduction="none")
+
+
+def l1(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.l1_loss(prediction, target, reduction="none")
+
+
+def huber(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.huber_loss(prediction, target, reduction="none")
+
+
+def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(prediction, target, reduction="none")
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor) -> Tensor:
+    """sqrt(1 + e^2) - 1 for an error e (Charbonnier et al. 1997). kohya's `huber` is twice this."""
     squared = (prediction - target) ** 2
-    return squared / ((1 + squared).sqrt() + 1)  # the same, exact for small e
+    return squared / ((1 + squared).sqrt() + 1)  # the same value, but exact for small errors
 
 
-def log_cosh(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """ln cosh e elementwise: e^2 / 2 for small errors, |e| - ln 2 for large ones."""
-    size = (prediction - target).abs()
-    bent = size.clamp(max=BEND)
-    return torch.log1p(2 * torch.sinh(bent / 2) ** 2) + F.relu(size - BEND)
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "MSE": F.mse_loss,
-    "L1": F.l1_loss,
-    "Huber": F.huber_loss,
-    "SmoothL1": F.smooth_l1_loss,
-    "pseudo-Huber": pseudo_huber,
-    "log-cosh": log_cosh,
-}
-"""Functions of the difference alone, with delta = 1."""
-
-
-POWERS = {"Huber": 2, "SmoothL1": 1, "pseudo-Huber": 2}
-"""The loss with another delta is delta^power times that of the error / delta."""
+def log_cosh(prediction: Tensor, target: Tensor) -> Tensor:
+    """ln cosh e for an error e: e^2 / 2 for small errors, |e| - ln 2 for large ones."""
+    error = (prediction - target).abs()
+    curved = error.clamp(max=LINEAR_FROM)
+    return torch.log1p(2 * torch.sinh(curved / 2) ** 2) + F.relu(error - LINEAR_FROM)

@@ -12,8 +12,8 @@ def altered(noise: Tensor, options: ObjectiveConfig, generator: torch.Generator)
 
     Multi-resolution noise comes first, then the offset, then what the denoiser sees more (input perturbation).
     """
-    if options.multires_iterations:
-        noise = multires(noise, options.multires_iterations, options.multires_discount, generator)
+    if options.multires_noise_iterations:
+        noise = multires(noise, options.multires_noise_iterations, options.multires_noise_discount, generator)
     if options.noise_offset:
         offset = torch.randn((len(noise), *[1] * (noise.ndim - 1)), generator=generator)
         noise = noise + options.noise_offset * offset

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from objectives import WEIGHTINGS, get_function
 from objectives.config import ObjectiveConfig
 from objectives.densities import Density
 from objectives.processes import Levels, NoiseProcess
-from objectives.weightings import WEIGHTINGS
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Objective:
         return Noised(noisy, target, levels, error_scale, self._weight(levels, error_scale))
 
     def _weight(self, levels: Levels, error_scale: Tensor) -> Tensor:
-        """The weighting, which is of the squared error of x0, for squared errors scaled by `error_scale`."""
-        if self.options.weighting == "none":
+        """Return the loss weight of each sample, for squared errors that are scaled by `error_scale`."""
+        if self.options.loss_weighting == "none":
             return torch.ones_like(levels.sigma)
-        return WEIGHTINGS[self.options.weighting](levels, self.options) * (levels.to_x0 / error_scale) ** 2
+        weighting = get_function("weightings", WEIGHTINGS[self.options.loss_weighting])
+        return weighting(levels, self.options) * (levels.to_x0 / error_scale) ** 2

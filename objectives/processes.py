@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from common.errors import ModelError
-from objectives.config import ObjectiveConfig, changed
+from objectives.config import ObjectiveConfig, changed_options
 from objectives.densities import EPS
 from objectives.scheduler_keys import ZERO_SNR
 
@@ -92,7 +92,7 @@ class DDPM(NoiseProcess):
     """
 
     name = "DDPM"
-    heeds = ("prediction_type", "zero_terminal_snr", "continuous")
+    heeds = ("prediction_type", "zero_terminal_snr", "continuous_timesteps")
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str, continuous: bool = False):
         self.prediction_type, self.continuous = checked(prediction_type), continuous
@@ -219,7 +219,7 @@ def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) 
     elif name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction":
         kind = Flow
     own = {option for process in (DDPM, Flow, EDM) for option in process.heeds} - set(kind.heeds)
-    faults = [f"--objective.{option} = {getattr(options, option)}" for option in changed(options, sorted(own))]
+    faults = [f"--objective.{option} = {getattr(options, option)}" for option in changed_options(options, sorted(own))]
     if faults:
         raise ModelError("\n  ".join([f"this model's noise process, {kind.name}, has no use for", *faults]))
     if kind is EDM:
@@ -231,7 +231,9 @@ def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) 
     scheduler = DDPMScheduler.from_config(dict(config), **changes)
     # between timesteps ComfyUI's accuracy is wanted, which multiplies them up in fp64
     wide = (1 - scheduler.betas.double()).cumprod(0)
-    return DDPM(wide if options.continuous else scheduler.alphas_cumprod, chosen, options.continuous)
+    return DDPM(
+        wide if options.continuous_timesteps else scheduler.alphas_cumprod, chosen, options.continuous_timesteps
+    )
 
 
 def sampler_of(config: Mapping[str, Any]) -> Any:

@@ -7,7 +7,6 @@ so a weight on theirs is that factor times as much on x0's. A prediction's own e
 """
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -44,13 +43,3 @@ def cosmap(levels: Levels, options: ObjectiveConfig) -> Tensor:
     """2 / (pi (1 - 2 s + 2 s^2)) on velocity (Esser et al. 2024, arXiv 2403.03206; as in diffusers)."""
     s = levels.share
     return 2 / (math.pi * (1 - 2 * s + 2 * s**2)) / s**2
-
-
-WEIGHTINGS: dict[str, Callable[[Levels, ObjectiveConfig], Tensor]] = {
-    "min-snr": min_snr,
-    "debiased": debiased,
-    "p2": p2,
-    "sigma2": sigma2,
-    "inverse-sigma2": inverse_sigma2,
-    "cosmap": cosmap,
-}

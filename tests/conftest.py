@@ -59,9 +59,9 @@ def lora_file(tmp_path: Path) -> Path:
 def options(tmp_path: Path, images: Path, cache_dir: Path) -> list[str]:
     """Options of a run that takes about a second: six fp32 steps of batch 2 on four images, no previews."""
     return [
-        f"--model.path={BASE}", f"--data.images={images}", f"--data.cache_dir={cache_dir}", "--data.resolution=64",
+        f"--model.path={BASE}", f"--data.path={images}", f"--data.cache_dir={cache_dir}", "--data.resolution=64",
         f"--output_dir={tmp_path / 'out'}", "--steps=6", "--batch_size=2", "--rank=4", "--training_dtype=fp32",
-        "--lora_dtype=fp32", "--no_gradient_checkpointing", "--preview.no_enabled",
+        "--lora_dtype=fp32", "--no_gradient_checkpointing", "--no_preview",
         "--adapter.targets=attention", "--tracking.log_every=3",
     ]  # fmt: skip
 

@@ -1,40 +1,95 @@
-"""Sub-commands of the script that work on finished files. No torch here: arguments are checked before it loads."""
+"""Commands of the script that work on finished files and on data. Options are checked before torch is imported."""
 
 import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from common.errors import AdapterError, ConfigError, ModelError, error_list
+from tools.data import options as data_options
 from tools.options import OPTIONS, Options, parse
+from training.run import leave_process_group, print_error, quiet_libraries
 
-COMMANDS = tuple(OPTIONS)
-M_MMAP_THRESHOLD = -3  # mallopt(3)
+COMMANDS = (*data_options.COMMANDS, *OPTIONS)
+M_MMAP_THRESHOLD = -3
+"""Parameter number of mallopt(3)."""
+LARGE_TENSOR = 1 << 20
+"""Bytes."""
+
+
+def run_command(argv: list[str]) -> int:
+    """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the input."""
+    options: Options | data_options.RunOptions
+    if argv[0] in data_options.COMMANDS:
+        options = data_options.read_options(argv)
+        module = f"tools.data.{options.module}"
+    else:
+        options = read_options(argv)
+        module = f"tools.{options.command}"
+    with terminated_cleanly():
+        try:
+            quiet_libraries()
+            return run_module(module, options)
+        except KeyboardInterrupt:
+            print_error("interrupted; nothing was written")
+            return 130
 
 
 def read_options(argv: list[str]) -> Options:
-    """The options in `argv`, which begins with the command, checked; ConfigError naming every fault of theirs."""
+    """Return the options of a command that works on files. Raises ConfigError naming all errors."""
     options = parse(argv)
-    if faults := options.faults():
-        raise ConfigError(error_list(options.command, faults))
+    errors = options.faults()
+    if errors:
+        raise ConfigError(error_list(options.command, errors))
     return options
 
 
-def run(options: Options) -> int:
-    """Does what `options` asks for. Returns the exit code: 0, or 1 where something was found that does not fit."""
-    give_memory_back()
+def run_module(module: str, options: object) -> int:
+    """Run a command's module; return the exit code: 0, or 1 if it found or met a problem."""
+    from common.atomic import WriteError  # imports torch, which takes long enough to be interrupted
+    from tools.rewrite import ToolError
+
+    is_data_command = module.startswith("tools.data.")
+    if not is_data_command:
+        return_memory_early()
     try:
-        return import_module(f"tools.{options.command}").run(options)
+        return import_module(module).run(options)
+    except (ToolError, WriteError) as error:
+        print_error(str(error))
+        return 1
     except (AdapterError, ModelError) as error:
+        if is_data_command:
+            raise
         raise type(error)(with_own_flags(str(error))) from error
+    finally:
+        if is_data_command:
+            leave_process_group()
 
 
-def give_memory_back() -> None:
-    """Has glibc return every tensor of 1 MB or more to the system: kept for others, which are larger, they add up."""
+@contextmanager
+def terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit in this block, so that unfinished files are removed."""
+
+    def exit_on_signal(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    earlier_handler = signal.signal(signal.SIGTERM, exit_on_signal)
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier_handler or signal.SIG_DFL)
+
+
+def return_memory_early() -> None:
+    """Let glibc return large tensors to the system when they are freed; kept for larger ones, they would add up."""
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
     except (OSError, AttributeError, TypeError):
         return  # another C library
 
 
 def with_own_flags(message: str) -> str:
-    """A message of the trainer's with the names that its options have here."""
+    """Replace the trainer's option names in a message by the names that the commands have."""
     return message.replace("--model.path ", "").replace("--model.config", "--config").replace("--export.", "--")

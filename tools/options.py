@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from models.config import FamilyName, ModelConfig, path_fault
+from models.config import FamilyName, ModelConfig, path_error
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Format = Literal["kohya", "comfyui", "diffusers", "peft"]
@@ -37,7 +37,7 @@ class Options:
         return ModelConfig(path, self.family, self.variant, self.config)
 
     def model_faults(self, flag: str, path: str | None) -> list[str]:
-        fault = path_fault(self.model_config(path)) if path is not None else None
+        fault = path_error(self.model_config(path)) if path is not None else None
         return [f"{flag}: {fault}"] if fault else []
 
 

@@ -1,4 +1,4 @@
-"""Builds the denoiser with its adapters as a config asks for it, and says what came out."""
+"""Builds the denoiser with its adapters, and the engine, from a config."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,54 +9,57 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from adapter_files import files
+from adapter_files.keys import Names
 from common.errors import AdapterError, ConfigError, error_list
-from lora_algos.attach import Adapted, Plan, attach, attach_from_file
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import Plan, attach, attach_from_file
 from models import get_family
 from models.base import ModelFamily
 from objectives.objective import Objective
 from training import gradient_checkpointing
-from training.checkpoints.best import validation_faults
+from training.checkpoints.best import validation_errors
 from training.config import TrainConfig
 from training.distributed.engine import Engine
-from training.metadata import Parts, total_steps_of
-from training.optim.arguments import optimizer_faults
+from training.metadata import total_steps_of
+from training.optim.arguments import optimizer_errors
 from training.optim.schedule import build_optimizer
+from training.parts import RunParts
 
-TEXT = ("lora_te", "text_encoder")  # how the keys of text encoders begin
+TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
+"""First part of the keys of text encoders in adapter files."""
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
-def check(config: TrainConfig) -> None:
-    """WHEN: before anything is encoded or loaded. Raises ConfigError with all that is wrong with the optimizer and with
-    what is asked of validation."""
-    if faults := [*optimizer_faults(config), *validation_faults(config)]:
-        raise ConfigError(error_list("cannot train", faults))
+def load_family(config: TrainConfig) -> ModelFamily:
+    """Return the family of the base model. WHEN: before anything is encoded or loaded.
 
-
-def family_of(config: TrainConfig) -> ModelFamily:
-    """The family of the base. ConfigError or ModelError, before anything is encoded, for options that do not fit."""
-    check(config)
+    Raises ConfigError or ModelError for options of the optimizer, validation or objective that do not fit."""
+    errors = [*optimizer_errors(config), *validation_errors(config)]
+    if errors:
+        raise ConfigError(error_list("cannot train", errors))
     family = get_family(config.model)
     Objective(family.process(config.objective), config.objective)
     return family
 
 
 def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = False) -> tuple[nn.Module, torch.dtype]:
-    """The base model in training form and the dtype of its weights, which its inputs must have too."""
+    """Return the base model, ready for training, and the dtype of its weights, which its inputs must have.
+
+    `contiguous`: keep the memory layout of all weights."""
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
-    dtype = main_dtype(denoiser)
+    dtype = most_common_dtype(denoiser)
     if config.gradient_checkpointing:
         gradient_checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
     if not contiguous:
-        # convolutions read channels-last weights without reordering them, on GPUs with tensor cores and on CPUs
+        # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on CPUs
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.train(), dtype
 
 
-def main_dtype(denoiser: nn.Module) -> torch.dtype:
-    """What most of its weights have: some models keep a few in fp32."""
+def most_common_dtype(denoiser: nn.Module) -> torch.dtype:
+    """Return the dtype of most weights: some models keep a few in fp32."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in denoiser.parameters():
         counts[parameter.dtype] += parameter.numel()
@@ -64,33 +67,41 @@ def main_dtype(denoiser: nn.Module) -> torch.dtype:
 
 
 def attach_adapters(
-    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: files.Names
-) -> tuple[Adapted, int]:
-    """New adapters, or those of `existing_lora`, and the steps that the latter were trained for."""
+    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: Names
+) -> tuple[AdaptedModel, int]:
+    """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing adapter."""
     plan = Plan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
     if config.existing_lora is not None:
-        tensors, metadata = files.read(config.existing_lora)
-        layers, unknown = files.from_file(tensors, metadata, denoiser, names)
-        if any(key.startswith(TEXT) for key in tensors) and not names.text:
-            unknown.insert(0, "it has layers of text encoders, which --model.train_text_encoder goes on with")
-        adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
-        steps = total_steps_of(config.existing_lora, metadata)
+        adapted, previous_steps = attach_existing(config.existing_lora, family, denoiser, names, plan)
     else:
-        adapted, steps = attach(denoiser, plan.specs(denoiser, family.targets), config.seed), 0
+        adapted = attach(denoiser, plan.specs(denoiser, family.targets), config.seed)
+        previous_steps = 0
     if names.text and not any(name in names.text for name in adapted.layers()):
         raise AdapterError(
-            "--model.train_text_encoder, but no layer of a text encoder is adapted: the file of --existing_lora has "
-            "none, or no pattern of --adapter.targets matches one"
+            "--model.train_text_encoder: no layer of a text encoder is adapted. The file of --existing_lora has none, "
+            "or no pattern of --adapter.targets matches one"
         )
     for name in family.idle_layers(denoiser):
         denoiser.get_submodule(name).requires_grad_(False)
     if not adapted.named_parameters():
-        raise AdapterError("--adapter.targets: no prediction depends on the layers that it names. Name others")
-    return adapted, steps
+        raise AdapterError("--adapter.targets: no prediction depends on the matching layers. Choose other layers")
+    return adapted, previous_steps
 
 
-def build_engine(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: Adapted) -> Engine:
-    """What Accelerate's config asks for, with the optimizer."""
+def attach_existing(
+    path: str, family: ModelFamily, denoiser: nn.Module, names: Names, plan: Plan
+) -> tuple[AdaptedModel, int]:
+    """Attach the adapters of a file; return them and the steps for which they were trained."""
+    tensors, metadata = files.read(path)
+    layers, unknown = files.from_file(tensors, metadata, denoiser, names)
+    if any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors) and not names.text:
+        unknown.insert(0, "it has layers of text encoders. Use --model.train_text_encoder to continue these")
+    adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
+    return adapted, total_steps_of(path, metadata)
+
+
+def build_engine(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel) -> Engine:
+    """Build the engine that Accelerate's config selects, with the optimizer."""
     optimizer = build_optimizer(adapted, config)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         from training.distributed.deepspeed import ZeroEngine
@@ -99,9 +110,10 @@ def build_engine(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Mod
     return Engine(config, accelerator, denoiser, adapted, optimizer)
 
 
-def on_one_process(config: TrainConfig, parts: Parts) -> Parts:
-    """`parts` with the adapters on a copy of the base of their own, on the CPU: of a sharded base each rank has a part,
-    and what some files hold is reckoned from the whole."""
+def on_one_process(config: TrainConfig, parts: RunParts) -> RunParts:
+    """Return the parts with the adapters on a whole copy of the base model, on the CPU.
+
+    Each process holds a part of a sharded base model, but some files depend on whole weights."""
     denoiser, _ = load_denoiser(config, parts.family)
     adapted, _ = attach_adapters(config, parts.family, denoiser, parts.names)
     adapted.load_state_dict(parts.adapted.state_dict())

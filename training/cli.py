@@ -1,4 +1,4 @@
-"""Reads a config: defaults < recipe YAML < command line, with every fault at once. No torch here."""
+"""Reads the config: defaults < recipe YAML < command line. All errors are reported at once. Imports no torch."""
 
 import difflib
 import sys
@@ -15,188 +15,217 @@ from pydantic import ValidationError
 
 from common.errors import ConfigError, error_list
 from data.config import DataConfig
-from models.config import is_hub_id, path_fault, text_encoder_faults
-from objectives.config import objective_faults
+from models.config import is_hub_id, path_error, text_encoder_errors
+from objectives.config import objective_errors
 from training.config import SCHEMA, TrainConfig
 
 Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
-PROGRAM = "train_lora.py [RECIPE | data | export-dataset | inspect | convert | merge | resize | extract]"
+COMMAND_NAMES = ("data", "export-dataset", "inspect", "convert", "merge", "resize", "extract")
+PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
+MAX_ERRORS = 100
 
 
 def load_config(argv: list[str] | None = None) -> TrainConfig:
-    """The config that `argv` (default: the command line) asks for: `[recipe.yaml] [--option value ...]`.
+    """Return the config of `[recipe.yaml] [--option value ...]`. `argv`: None means the command line.
 
-    Raises ConfigError naming every fault; wrong option names and types on the command line exit with code 2 (tyro).
-    """
-    said = parsed(list(sys.argv[1:] if argv is None else argv), lambda config: config, PROGRAM)
-    config = validate(asdict(said), where="the command line", prefix="--")
-    faults = path_faults(config) + objective_faults(config.objective, config.loss_function)
-    if faults:
-        raise ConfigError(error_list("cannot start", faults))
+    Raises ConfigError naming all errors. tyro ends the program with exit code 2 for wrong names and types on the
+    command line."""
+    config = parse_options(list(sys.argv[1:] if argv is None else argv), lambda config: config, PROGRAM)
+    config = validate_options(asdict(config), source="the command line", prefix="--")
+    errors = path_errors(config) + objective_errors(config.objective, config.loss_function)
+    if errors:
+        raise ConfigError(error_list("cannot start", errors, MAX_ERRORS))
     return config
 
 
-def parsed(argv: list[str], make: Callable[[TrainConfig], Parsed], program: str) -> Parsed:
-    """The options in `argv`, which a recipe may come before; `make` makes them of a config in which the command line
-    has not said anything yet. The demo is run where no recipe, model and images are named, but `--help` and what tyro
-    says of mistakes show the options' own defaults then."""
+def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], program: str) -> Parsed:
+    """Parse options after an optional recipe. `make`: builds the object to fill from the defaults.
+
+    Without a recipe, a model and data, the demo's recipe is used. `--help`, and tyro's messages about mistakes, then
+    still show the options' own defaults."""
     recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    args = canonical_argv(argv if recipe is None else argv[1:])
-    if faults := list_faults(args):
-        raise ConfigError(error_list("the command line", faults))
+    arguments = normalized_arguments(argv if recipe is None else argv[1:])
+    errors = list_option_errors(arguments)
+    if errors:
+        raise ConfigError(error_list("the command line", errors, MAX_ERRORS))
 
-    def over(defaults: TrainConfig) -> Parsed:
-        given = make(defaults)
-        return tyro.cli(type(given), default=given, args=args, use_underscores=True, prog=program)
+    def parse_over(defaults: TrainConfig) -> Parsed:
+        instance = make(defaults)
+        return tyro.cli(type(instance), default=instance, args=arguments, use_underscores=True, prog=program)
 
-    said = over(TrainConfig() if recipe is None else read_recipe(recipe))
-    if recipe is None and not any(arg.startswith(("--model.path", "--data.images")) for arg in args):
-        return over(read_recipe(DEMO_RECIPE))
-    return said
+    if recipe is not None:
+        return parse_over(read_recipe(recipe))
+    parsed = parse_over(TrainConfig())
+    names_model_or_data = any(argument.startswith(("--model.path", "--data.path")) for argument in arguments)
+    return parsed if names_model_or_data else parse_over(read_recipe(DEMO_RECIPE))
 
 
 def read_recipe(path: Path) -> TrainConfig:
-    """The config in a YAML file; `{project}` in a string stands for the folder of train_lora.py."""
+    """Return the config in a YAML file. `{project}` in a text stands for the folder of train_lora.py."""
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in DEMO_RECIPE.parent.glob("*.yaml")))
+        recipes = ", ".join(sorted(file.name for file in DEMO_RECIPE.parent.glob("*.yaml")))
         raise ConfigError(
-            f"{path} is not a file. A recipe is a YAML file; recipes/ holds {known}. Commands are data, "
-            "export-dataset, inspect, convert, merge, resize and extract"
+            f"{path} is not a file; expected a recipe (a YAML file, such as recipes/{DEMO_RECIPE.name}) or a command. "
+            f"The recipes are {recipes}. The commands are {', '.join(COMMAND_NAMES)}"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold options (name: value), but holds a {type(values).__name__}")
-    return validate(canonical_values(values, dict(options())), where=str(path), prefix="")
+        raise ConfigError(f"{path} is a {type(values).__name__}; expected options (name: value)")
+    return validate_options(normalized_values(values, dict(option_types())), source=str(path), prefix="")
 
 
-def validate(values: dict, where: str, prefix: str) -> TrainConfig:
-    """`values` as a TrainConfig; ConfigError lists all faults at once, each with its option's name."""
+def validate_options(values: dict, source: str, prefix: str) -> TrainConfig:
+    """Return `values` as a config. Raises ConfigError with all errors, each with the name of its option."""
     try:
         return SCHEMA.validate_python(values)
     except ValidationError as error:
-        faults = [describe(fault, prefix) for fault in error.errors()]
-        raise ConfigError(error_list(where, faults)) from error
+        messages = [describe_option_error(entry, prefix) for entry in error.errors()]
+        raise ConfigError(error_list(source, messages, MAX_ERRORS)) from error
 
 
-def describe(fault: Any, prefix: str) -> str:
-    """One pydantic error as "option = value: what is wrong"."""
-    parts = [str(part) for part in fault["loc"] if not str(part).startswith(("function-", "constrained-"))]
-    name = ".".join(parts)
-    if fault["type"] == "unexpected_keyword_argument":
-        known = list(dict(options())) + [f.name for f in fields(TrainConfig)]
-        near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.split(".")[-1] == parts[-1]]
-        return f"{prefix}{name}: no such option" + (f"; did you mean {near[0]}?" if near else "")
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{prefix}{name} = {fault['input']!r}: {message}"
+def describe_option_error(entry: Any, prefix: str) -> str:
+    """Return a pydantic error as `--option value: what is wrong`."""
+    location = [str(part) for part in entry["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    name = ".".join(location)
+    if entry["type"] == "unexpected_keyword_argument":
+        similar_name = similar_option(name)
+        return f"{prefix}{name}: no such option" + (f"; did you mean {similar_name}?" if similar_name else "")
+    message = entry["msg"]
+    return f"{prefix}{name} {entry['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def path_faults(config: TrainConfig) -> list[str]:
-    """What is wrong with the paths of `config`, found without opening a file."""
-    faults = [*input_faults(config), *folder_faults("output_dir", config.output_dir)]
+def similar_option(name: str) -> str | None:
+    """Return the option that a misspelled or misplaced name probably means."""
+    names = list(dict(option_types())) + [item.name for item in fields(TrainConfig)]
+    similar_names = difflib.get_close_matches(name, names, n=1)
+    similar_names += [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
+    return similar_names[0] if similar_names else None
+
+
+def path_errors(config: TrainConfig) -> list[str]:
+    """Return the errors in the paths of a config. No file is opened."""
+    errors = [*input_errors(config), *folder_errors("output_dir", config.output_dir)]
     if config.existing_lora is not None and not Path(config.existing_lora).exists():
-        faults.append(f"--existing_lora: {config.existing_lora} does not exist")
+        errors.append(f"--existing_lora {config.existing_lora}: does not exist")
     if config.optim.text_encoder_learning_rate is not None and not config.model.train_text_encoder:
-        faults.append("--optim.text_encoder_learning_rate: only used with --model.train_text_encoder")
-    return faults
+        errors.append("--optim.text_encoder_learning_rate: has no effect without --model.train_text_encoder")
+    return errors
 
 
-def input_faults(config: TrainConfig) -> list[str]:
-    """What is wrong with the paths of the model and of the data."""
-    faults = [f"--model.path: {fault}"] if (fault := path_fault(config.model)) else []
-    for flag, path in (("vae", config.model.vae), ("config", config.model.config)):
-        if path is not None and not Path(path).exists() and (flag == "vae" or not is_hub_id(path)):
-            faults.append(f"--model.{flag}: {path} does not exist")
-    faults += [f"--model.text_encoders: {fault}" for fault in text_encoder_faults(config.model)]
-    faults += source_faults(config.data)
-    if config.data.validation_images is not None and config.data.validation_share:
-        faults.append("--data.validation_share: not together with --data.validation_images, which already holds out")
-    return faults + folder_faults("data.cache_dir", config.data.cache_dir)
+def input_errors(config: TrainConfig) -> list[str]:
+    """Return the errors in the paths of the model and of the data."""
+    model = config.model
+    error = path_error(model)
+    errors = [f"--model.path{error}"] if error else []
+    if model.vae is not None and not Path(model.vae).exists():
+        errors.append(f"--model.vae {model.vae}: does not exist")
+    if model.config is not None and not Path(model.config).exists() and not is_hub_id(model.config):
+        errors.append(f"--model.config {model.config}: does not exist")
+    errors += [f"--model.text_encoders {error}" for error in text_encoder_errors(model)]
+    errors += source_errors(config.data)
+    if config.data.validation_path is not None and config.data.validation_fraction:
+        errors.append("--data.validation_fraction: cannot be used together with --data.validation_path. Choose one")
+    return errors + folder_errors("data.cache_dir", config.data.cache_dir)
 
 
-def folder_faults(flag: str, path: str) -> list[str]:
-    return [f"--{flag}: {path} exists and is not a folder"] if Path(path).exists() and not Path(path).is_dir() else []
+def folder_errors(flag: str, path: str) -> list[str]:
+    """Return an error if a path exists and is not a folder."""
+    if Path(path).exists() and not Path(path).is_dir():
+        return [f"--{flag} {path}: exists and is not a folder"]
+    return []
 
 
-def source_faults(data: DataConfig) -> list[str]:
-    """What is wrong with the paths of the training data."""
-    paths = [("data.images", data.images), ("data.validation_images", data.validation_images)]
-    paths += [(f"data.sources.{i}.path", source.path) for i, source in enumerate(data.sources)]
-    faults = [
-        f"--{flag}: {path} is not a folder"
-        for flag, path in paths
-        if path is not None and not Path(path).is_dir() and not is_hub_id(path)
-    ]
-    if data.images is None and not data.sources:
-        faults.append("--data.images: no training images given. Name a folder of images with caption files")
-    return faults
+def source_errors(data: DataConfig) -> list[str]:
+    """Return the errors in the paths of the data."""
+    paths = {"data.path": data.path, "data.validation_path": data.validation_path}
+    paths |= {f"data.sources.{index}.path": source.path for index, source in enumerate(data.sources)}
+    errors = []
+    for flag, path in paths.items():
+        if path is not None and not Path(path).is_dir() and not is_hub_id(path):
+            errors.append(f"--{flag} {path}: is not a folder")
+    if data.path is None and not data.sources:
+        errors.append("--data.path: no training images given. Name a folder of images with caption files")
+    return errors
 
 
-def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of every option."""
-    hints = typing.get_type_hints(cls)
-    for item in fields(cls):
+def option_types(section: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and type of every option."""
+    hints = typing.get_type_hints(section)
+    for item in fields(section):
         hint = hints[item.name]
         if is_dataclass(hint):
-            yield from options(typing.cast(type, hint), f"{prefix}{item.name}.")
+            yield from option_types(typing.cast(type, hint), f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, hint
 
 
-def list_faults(args: list[str]) -> list[str]:
-    """What is wrong with the flags in `args`: an option that is a list of several options each is none."""
-    lists = [name for name, hint in options() if any(is_dataclass(arm) for arm in typing.get_args(hint))]
-    given = [f"{arg[2:].replace('-', '_')}." for arg in args if arg.startswith("--")]
+def list_option_errors(arguments: list[str]) -> list[str]:
+    """Return errors for flags of options that are lists of sections, which only a recipe can contain."""
+    list_options = [name for name, hint in option_types() if any(is_dataclass(arm) for arm in typing.get_args(hint))]
+    flags = [f"{argument[2:].replace('-', '_')}." for argument in arguments if argument.startswith("--")]
     return [
-        f"--{name}: a list of several options each, which stands in a recipe alone (docs/options.md). Write one, and "
-        "give it before the options: train_lora.py recipe.yaml"
-        for name in lists
-        if any(flag.startswith(f"{name}.") for flag in given)
+        f"--{name}: is a list of structured entries and can only be set in a recipe file (docs/options.md). Write one "
+        "and name it first: train_lora.py recipe.yaml"
+        for name in list_options
+        if any(flag.startswith(f"{name}.") for flag in flags)
     ]
 
 
-def canonical(value: Any, hint: Any) -> Any:
-    """`value` with the case of the choice it means; choices of `hint` are case-insensitive."""
-    if typing.get_origin(hint) is Literal and isinstance(value, bool) and "true" in typing.get_args(hint):
-        return str(value).lower()  # YAML reads a bare true as more than a word
-    if typing.get_origin(hint) is Literal and isinstance(value, str):
-        return {c.lower(): c for c in typing.get_args(hint)}.get(value.lower(), value)
+def normalized_choice(value: Any, hint: Any) -> Any:
+    """Return the choice of `hint` that `value` means; upper and lower case are equal."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if isinstance(value, bool) and "true" in choices:
+            return str(value).lower()  # YAML reads an unquoted true as a boolean
+        if isinstance(value, str):
+            return {str(choice).lower(): choice for choice in choices}.get(value.lower(), value)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next((c for c in (canonical(value, arm) for arm in typing.get_args(hint)) if c != value), value)
+        for arm in typing.get_args(hint):
+            normalized = normalized_choice(value, arm)
+            if normalized != value:
+                return normalized
     return value
 
 
-def canonical_values(values: dict, hints: dict[str, Any], prefix: str = "") -> dict:
-    """A recipe's values with choices in their own case and `{project}` filled in."""
+def normalized_values(values: dict, hints: dict[str, Any], prefix: str = "") -> dict:
+    """Return a recipe's values with normalized choices, and with `{project}` replaced."""
     result = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            value = canonical_values(value, hints, f"{name}.")
+            value = normalized_values(value, hints, f"{name}.")
         elif isinstance(value, str):
-            value = canonical(value.replace("{project}", str(PROJECT)), hints.get(name))
+            value = normalized_choice(value.replace("{project}", str(PROJECT)), hints.get(name))
         elif isinstance(value, bool):
-            value = canonical(value, hints.get(name))
+            value = normalized_choice(value, hints.get(name))
         result[key] = value
     return result
 
 
-def canonical_argv(argv: list[str]) -> list[str]:
-    """Command line with choices in their own case, and `--flag true` / `--flag=false` as `--flag` / `--no_flag`."""
-    hints = dict(options())
+def normalized_arguments(argv: list[str]) -> list[str]:
+    """Return the command line with normalized choices, and `--flag true|false` as `--flag` or `--no_flag`."""
+    hints = dict(option_types())
+    tokens: list[str] = []
+    for argument in argv:
+        tokens += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
     result: list[str] = []
-    tokens = [part for a in argv for part in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
     while tokens:
         token = tokens.pop(0)
         hint = hints.get(token[2:].replace("-", "_")) if token.startswith("--") else None
         if hint is bool and tokens and tokens[0].lower() in ("true", "false"):
-            section, _, name = token[2:].rpartition(".")
-            token = token if tokens.pop(0).lower() == "true" else f"--{section}{'.' if section else ''}no_{name}"
+            token = switch(token, is_on=tokens.pop(0).lower() == "true")
         elif hint is not None and tokens:
-            tokens[0] = canonical(tokens[0], hint)
+            tokens[0] = normalized_choice(tokens[0], hint)
         result.append(token)
     return result
+
+
+def switch(flag: str, is_on: bool) -> str:
+    """Return the flag that turns a switch on or off: `--section.name` or `--section.no_name`."""
+    section, dot, name = flag[2:].rpartition(".")
+    return flag if is_on else f"--{section}{dot}no_{name}"

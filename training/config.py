@@ -1,7 +1,7 @@
-"""Every option of a run. No torch here: `--help` and config errors answer at once.
+"""All options of a run. This module imports no torch, so that `--help` and config errors answer at once.
 
-The node's inputs keep their own names at the root; what goes beyond the node sits in sections. Each field's help is the
-docstring under it, and docs/options.md is generated from this file.
+The inputs of ComfyUI's node keep their own names at the root; everything else is in sections. A field's help is the
+docstring under it. docs/options.md is generated from this file.
 """
 
 import re
@@ -11,168 +11,172 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from common.strict import STRICT
+from adapter_files import FORMATS
+from common.config_fields import CHANGEABLE, STRICT
 from data.config import DataConfig
 from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
 from models.config import ModelConfig
+from objectives import LOSSES
 from objectives.config import ObjectiveConfig
-from training.optim.registry import NAMED, NODE
+from training.optim.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     AlgorithmName = str
-    NodeOptimizer = str
-    NamedOptimizer = str
+    OptimizerName = str
+    LossName = str
+    FormatName = str
 else:
-    AlgorithmName, NodeOptimizer, NamedOptimizer = (Literal[tuple(names)] for names in (ALGORITHMS, NODE, NAMED))
+    AlgorithmName, OptimizerName, LossName, FormatName = (
+        Literal[tuple(names)] for names in (ALGORITHMS, OPTIMIZERS, LOSSES, FORMATS)
+    )
 
 
-def name_value_pairs(given: Any) -> Any:
-    """`name=value` texts in the order of their names, also from a mapping, as a recipe may have it."""
-    if isinstance(given, dict):
-        given = [f"{name}={value}" for name, value in given.items()]
-    if not isinstance(given, list | tuple):
-        return given
-    wrong = [pair for pair in given if not re.fullmatch(r"\w+=.*", str(pair))]
-    if wrong:
-        raise ValueError(f"must be name=value, not {', '.join(map(str, wrong))}")
-    names = [str(pair).split("=")[0] for pair in given]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{', '.join(twice)} is given twice")
-    return tuple(sorted(map(str, given)))
+def name_value_pairs(value: Any) -> Any:
+    """Return `name=value` texts sorted by name; a mapping, as recipes may have it, is converted."""
+    if isinstance(value, dict):
+        value = [f"{name}={argument}" for name, argument in value.items()]
+    if not isinstance(value, list | tuple):
+        return value
+    malformed = [str(pair) for pair in value if not re.fullmatch(r"\w+=.*", str(pair))]
+    if malformed:
+        raise ValueError(f"expected name=value, not {', '.join(malformed)}")
+    names = [str(pair).split("=")[0] for pair in value]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is given twice")
+    return tuple(sorted(map(str, value)))
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """What the optimizer is told beyond the learning rate."""
+    """Options of the optimizer and of the learning rate."""
 
     __pydantic_config__ = STRICT
 
-    name: NamedOptimizer | None = None
-    """An optimizer beyond ComfyUI's four, in place of `optimizer` (docs/training.md)."""
     args: Annotated[tuple[str, ...], BeforeValidator(name_value_pairs)] = ()
-    """Further arguments of the optimizer's class, name=value each; in a recipe a mapping too."""
+    """Further arguments of the optimizer's class, as name=value. A recipe may use a mapping."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """None: the optimizer's own default (0.01 for AdamW, 0 for the others of ComfyUI)."""
+    """Weight decay. None: the optimizer's own default (0.01 for AdamW, 0 for Adam, SGD and RMSprop)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
-    """Decay of the running means of the gradient and of its square. None: the optimizer's own (0.9 0.999 for AdamW)."""
+    """Decay rates of the running averages of the gradient and of its square. None: the optimizer's own default (0.9
+    0.999 for AdamW)."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Added to the denominator. None: the optimizer's own (1e-8 for AdamW, Adam and RMSprop)."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after warm-up; linear and cosine end at zero after the last step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Term added to the denominator. None: the optimizer's own default (1e-8 for AdamW, Adam and RMSprop)."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up. linear and cosine reach zero after the last step."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """The gradient is scaled down to this norm; 0 turns clipping off."""
+    """Clip the gradient to this norm. 0: no clipping."""
     text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate of the text encoders' layers, with model.train_text_encoder. None: learning_rate."""
-    lr_scale_with_batch: Literal["none", "linear", "sqrt"] = "none"
+    """Peak learning rate of the text encoders, with model.train_text_encoder. None: learning_rate."""
+    scale_lr: Literal["none", "linear", "sqrt"] = "none"
     """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x processes), or by the
-    square root of their number."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does. stop: the run ends at the next log, naming the samples; nothing
-    of it is saved. skip: that step changes nothing, and the run goes on."""
-    non_finite_limit: Annotated[int, Field(ge=1)] = 10
-    """With skip: the run ends when so many steps were skipped."""
+    square root of this number."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """Action on a NaN or infinite loss or gradient. stop: end the run at the next log and name the samples; nothing of
+    the step is saved. skip: leave the weights as they are in this step and continue."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 10
+    """With on_non_finite skip: end the run after this many skipped steps."""
 
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """An exponential moving average of the trained weights."""
+    """An exponential moving average (EMA) of the trained weights."""
 
     __pydantic_config__ = STRICT
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the average that stays in each step, e.g. 0.999; less in the first steps: (1 + step) / (10 + step). 0:
-    no average."""
-    use: Literal["ema", "raw"] = "ema"
-    """Which weights are validated, drawn and exported as the adapter, where there is an average: it, or those trained.
-    The others are exported beside as <name>.raw or <name>.ema."""
+    """Decay of the EMA, for example 0.999. The first steps use (1 + step) / (10 + step) where that is smaller. 0: no
+    EMA."""
+    evaluate_with: Annotated[Literal["ema", "raw"], CHANGEABLE] = "ema"
+    """Weights that validation, samples and the exported adapter use, if there is an EMA: the EMA or the trained
+    weights. The others are exported too, as <name>.raw or <name>.ema."""
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The mean squared error of the prediction on held-out images, at fixed noise and fixed noise levels.
+    """Validation: the mean squared error of the prediction on held-out images, at fixed noise and fixed noise levels.
 
-    It is the same whatever loss_function, loss space, density, weighting and shift are trained with."""
+    It does not depend on loss_function, loss space, timestep sampling, loss weighting and shift."""
 
     __pydantic_config__ = STRICT
 
-    every: Annotated[int, Field(ge=0)] = 0
-    """Validate every so many steps, besides before the first and after the last one; 0 means only those two."""
-    quantiles: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
-        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
-    )  # fmt: skip
+    every: Annotated[int, Field(ge=0), CHANGEABLE] = 0
+    """Validate every so many steps, and always before the first and after the last step. 0: only then."""
+    noise_levels: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1), CHANGEABLE
+    ] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # fmt: skip
     """Noise levels, as quantiles of the model's own noise process: 0 is clean, 1 is pure noise."""
-    patience: Annotated[int, Field(ge=0)] = 0
-    """End the run when so many validations in a row, of those every `every` steps, brought no improvement; 0: never."""
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """For patience: by how much the validation loss must fall to count as an improvement."""
+    patience: Annotated[int, Field(ge=0), CHANGEABLE] = 0
+    """Stop early after this many periodic validations in a row without improvement. 0: never."""
+    min_delta: Annotated[float, Field(ge=0), CHANGEABLE] = 0.0
+    """With patience: the decrease of the validation loss that counts as an improvement."""
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
-    """Images drawn before and after training, on the same prompts and the same noise."""
+class SampleConfig:
+    """Sample images of preview.png: drawn before and after training from the same prompts and the same noise."""
 
     __pydantic_config__ = STRICT
 
-    enabled: bool = True
-    """Draw previews at the end of the run."""
     prompts: tuple[str, ...] = ()
-    """Prompts; none means the first four captions of the validation images, or of the training images."""
+    """Prompts. None given: the first four captions of the validation images, or of the training images."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
-    """Denoising steps of each preview."""
+    """Denoising steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
-    """Strength of classifier-free guidance."""
+    """Classifier-free guidance scale."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
-    """Seed of the preview noise."""
+    """Seed of the noise; prompt number n uses seed + n."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints, from which a stopped run goes on."""
+    """Checkpoints, from which a stopped run is resumed."""
 
     __pydantic_config__ = STRICT
 
     every: Annotated[int, Field(ge=0)] = 100
-    """Save every so many steps into output_dir/checkpoints; 0 saves only after the last step."""
+    """Save every so many steps into output_dir/checkpoints. 0: only after the last step."""
     every_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Save also when so much time has gone by since the last checkpoint; 0 turns it off. A file `save` in output_dir
-    asks for one at once."""
+    """Save also when this many minutes have passed since the last checkpoint. 0: off. To save at once, create a file
+    named `save` in output_dir."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """How many of the newest checkpoints to keep."""
-    best: bool = False
-    """Keep in every checkpoint the weights of the lowest validation loss so far, for export.which."""
+    """Number of checkpoints to keep, the newest ones."""
+    keep_best: bool = False
+    """Keep the weights with the lowest validation loss so far in every checkpoint, for export.weights."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes as one run. How many and with what sharding is Accelerate's config."""
+    """Runs with several processes. Their number and the sharding are set in Accelerate's config."""
 
     __pydantic_config__ = STRICT
 
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
-    """How long a rank waits for another in a collective before the run ends. Encoding and saving do not count."""
-    check_every: Annotated[int, Field(ge=0)] = 100
-    """Compare checksums of the adapters of all ranks every so many steps and at the end, without waiting for them; 0
-    never. The gradients of the first two steps are always compared (not with DeepSpeed, which keeps them in parts)."""
+    """Time that a process waits for the others in a collective before the run ends. Encoding and saving do not
+    count."""
+    rank_check_every: Annotated[int, Field(ge=0)] = 100
+    """Compare checksums of the adapters of all processes every so many steps and at the end, without waiting for them.
+    0: never. The gradients of the first two steps are always compared (not with DeepSpeed, which shards them)."""
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """What is reported while training."""
+    """Metrics and logs."""
 
     __pydantic_config__ = STRICT
 
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
-    """Tracker. wandb runs offline, into output_dir, when no API key is set."""
+    """Tracker. wandb runs offline, into output_dir, if no API key is set."""
     project: str = "train-lora"
-    """Project of the tracker."""
+    """Project name in the tracker."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Read the losses from the device, check that they are finite and report them every so many steps."""
-    samples: bool = False
-    """Write output_dir/samples/rank_<n>.jsonl: for every sample its step, visit, dataset row, quantile and the hash of
-    its noise, to compare runs by."""
+    log_samples: bool = False
+    """Write output_dir/samples/rank_<n>.jsonl: step, sample index, dataset row, noise quantile and a hash of the noise
+    of every training sample. For comparing runs."""
 
 
 @dataclass(frozen=True)
@@ -183,77 +187,78 @@ class ExportConfig:
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "lora"
     """The adapter is written to output_dir/<name>.safetensors, further formats to <name>.<format>.safetensors."""
-    which: Literal["last", "best"] = "last"
-    """The weights after the last step, or those of the step with the lowest validation loss, which are then kept."""
-    format: tuple[Literal["kohya", "comfyui", "diffusers", "peft"], ...] = ()
-    """Whose keys the file has, one or several; none means what loads in the most programs for the model. kohya:
-    ComfyUI, A1111, Forge and, for LoRA, diffusers. comfyui: as ComfyUI's trainer writes. diffusers:
-    load_lora_weights, LoRA and DoRA only. peft: a folder <name>.peft for PeftModel, of one algorithm among LoRA,
-    DoRA, LoHa, LoKr."""
+    weights: Literal["last", "best"] = "last"
+    """Weights to export: those after the last step, or those with the lowest validation loss (which are then kept)."""
+    formats: tuple[FormatName, ...] = ()
+    """File formats, one or several. None given: the one that most programs load for this model. kohya: ComfyUI, A1111,
+    Forge and, for LoRA, diffusers. comfyui: the names of ComfyUI's trainer. diffusers: load_lora_weights, for LoRA and
+    DoRA. peft: a folder <name>.peft for PeftModel, with one algorithm among LoRA, DoRA, LoHa and LoKr."""
     convert: Literal["none", "lora-exact", "lora-svd", "full"] = "none"
-    """Write the update as another algorithm's. lora-exact: LoHa and LoKr as the same function in a larger LoRA.
-    lora-svd: anything as the nearest LoRA of rank svd_rank. full: anything as whole matrices (.diff)."""
+    """Write the update as another algorithm. lora-exact: LoHa and LoKr as the same function in a larger LoRA. lora-svd:
+    any algorithm as the nearest LoRA of rank svd_rank. full: any algorithm as whole matrices (.diff)."""
     svd_rank: Annotated[int, Field(ge=1)] = 16
     """Rank for lora-svd."""
-    trigger: str | None = None
-    """Words that call the adapter up, for programs that show them; none means no metadata about it."""
-    merged: bool = False
+    trigger_words: str | None = None
+    """Trigger words written into the metadata, for programs that show them."""
+    merged_model: bool = False
     """Also write output_dir/model_with_lora: the base model with the adapter merged, as a diffusers folder."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains an adapter (LoRA and kin) on a frozen diffusion model."""
+    """Train an adapter (LoRA and its variants) on a frozen diffusion model."""
 
     __pydantic_config__ = STRICT
 
     batch_size: Annotated[int, Field(ge=1, le=10000)] = 1
-    """Samples per device in one micro-step."""
-    grad_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Micro-steps per optimizer step."""
-    steps: Annotated[int, Field(ge=1, le=100000)] = 16
+    """Samples per device in one micro-batch."""
+    grad_accumulation_steps: Annotated[int, Field(ge=1, le=1024), CHANGEABLE] = 1
+    """Micro-batches per optimizer step."""
+    steps: Annotated[int, Field(ge=1, le=100000), CHANGEABLE] = 16
     """Optimizer steps of this run."""
     learning_rate: Annotated[float, Field(ge=1e-7, le=1)] = 5e-4
     """Peak learning rate."""
     rank: Annotated[int, Field(ge=1, le=128)] = 8
-    """Rank of the update. LoKr's factor, OFT's and BOFT's block size are options of their own."""
-    optimizer: NodeOptimizer = "AdamW"
-    """The optimizer. Others: optim.name."""
-    loss_function: Literal["MSE", "L1", "Huber", "SmoothL1", "pseudo-Huber", "log-cosh"] = "MSE"
-    """How prediction and target are compared. The first four are the node's. Validation is always MSE."""
+    """Rank of the update. LoKr's factor and the block size of OFT and BOFT are separate options."""
+    optimizer: OptimizerName = "AdamW"
+    """The optimizer. The first four are those of ComfyUI's node; docs/training.md describes the others."""
+    loss_function: LossName = "MSE"
+    """Comparison of prediction and target. The first four are those of ComfyUI's node. Validation always uses MSE."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
-    """Decides the adapter's initial weights, the order of the images, their noise and their noise levels."""
+    """Seed of the adapter's initial weights, the order of the images, their noise and their noise levels."""
     training_dtype: Literal["bf16", "fp32", "none"] = "bf16"
-    """bf16: base weights in bf16 and bf16 autocast. fp32: everything in fp32. none: the dtype the base is stored in,
-    without autocast (fp16 weights are widened to fp32, where training them would overflow)."""
-    lora_dtype: Literal["bf16", "fp32"] = "bf16"
-    """dtype of the adapter file. The trained weights and the optimizer state are fp32 either way."""
+    """bf16: base weights in bf16, and bf16 autocast. fp32: everything in fp32. none: the dtype in which the base model
+    is stored, without autocast (fp16 weights become fp32, because fp16 training would overflow)."""
+    lora_dtype: Annotated[Literal["bf16", "fp32"], CHANGEABLE] = "bf16"
+    """dtype of the adapter file. The trained weights and the optimizer state are always fp32."""
     algorithm: AlgorithmName = "LoRA"
-    """How the update of a weight is parameterised."""
-    bypass_mode: Literal["auto", "true", "false"] = "auto"
-    """How the update is applied. true: to the activations, factor by factor. false: to the weight. auto: whichever
-    costs less in each layer. The same function; where the base is not fp32, its weights are never rounded again."""
-    gradient_checkpointing: bool = True
-    """Recompute the activations of each block in the backward pass: slower, far less memory."""
-    checkpoint_depth: Annotated[int, Field(ge=1, le=5)] = 1
-    """Which blocks gradient_checkpointing recomputes: 1 the model's top-level ones, 2 the blocks in these, and so on,
-    smaller ones at each level; a branch that ends earlier has its deepest blocks recomputed."""
-    checkpoint_policy: Literal["full", "attention-output-kept"] = "full"
-    """full: recompute everything in a block. attention-output-kept: all but scaled dot product attention, whose output
-    is kept: faster for long sequences, for little memory; not with the math backend, which recomputes all."""
+    """Parameterization of the weight update."""
+    bypass_mode: Annotated[Literal["auto", "true", "false"], CHANGEABLE] = "auto"
+    """How the update is computed; the result is the same. true: on the activations, factor by factor. false: on the
+    weight. auto: the cheaper way in each layer. Base weights that are not fp32 are never rounded again."""
+    gradient_checkpointing: Annotated[bool, CHANGEABLE] = True
+    """Recompute the activations of each block in the backward pass: slower, but needs far less memory."""
+    checkpoint_depth: Annotated[int, Field(ge=1, le=5), CHANGEABLE] = 1
+    """Blocks that gradient_checkpointing recomputes. 1: the top-level blocks of the model. 2: the blocks inside these,
+    and so on. Where a branch ends earlier, its deepest blocks are recomputed."""
+    checkpoint_policy: Annotated[Literal["full", "keep-attention-output"], CHANGEABLE] = "full"
+    """full: recompute everything in a block. keep-attention-output: keep the output of scaled dot product attention,
+    which saves time for long sequences at little memory. The math backend of attention does not support it."""
     bucket_mode: bool = True
-    """Images keep their shape: each is scaled and cropped to the nearest of a set of sizes of one area. Off: all are
-    cropped to squares."""
+    """Keep the aspect ratio of the images: each is scaled and cropped to the nearest of a set of sizes with one area.
+    Off: all images are cropped to squares."""
     existing_lora: str | None = None
-    """An adapter to continue, with each layer's own algorithm, rank and alpha: a file of ours, ComfyUI, kohya, LyCORIS
-    or diffusers, or a folder of PEFT's. Its steps are counted on."""
-    output_dir: str = "output/run"
-    """Everything the run writes goes here."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest valid checkpoint in output_dir, if there is one, on however many processes: with the
-    same grad_accumulation_steps given, the samples per step stay what they were. never: refuse if there is one."""
+    """An adapter to continue, with the algorithm, rank and alpha of each layer: a file of this trainer, ComfyUI, kohya,
+    LyCORIS or diffusers, or a PEFT folder. Its steps are added to the step count."""
+    preview: Annotated[bool, CHANGEABLE] = True
+    """Draw sample images before and after training and write them to preview.png."""
+    output_dir: Annotated[str, CHANGEABLE] = "output/run"
+    """Folder of everything that the run writes."""
+    resume: Annotated[Literal["auto", "never"], CHANGEABLE] = "auto"
+    """auto: resume from the newest valid checkpoint in output_dir, if there is one, with any number of processes. The
+    samples per step stay the same if grad_accumulation_steps does. never: raise an error if there is a checkpoint."""
     overwrite: bool = False
-    """Replace a different run in output_dir, deleting its checkpoints."""
+    """Replace a different run in output_dir, and delete its checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -261,26 +266,24 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    preview: PreviewConfig = field(default_factory=PreviewConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    sample: Annotated[SampleConfig, CHANGEABLE] = field(default_factory=SampleConfig)
+    checkpoint: Annotated[CheckpointConfig, CHANGEABLE] = field(default_factory=CheckpointConfig)
+    distributed: Annotated[DistributedConfig, CHANGEABLE] = field(default_factory=DistributedConfig)
+    tracking: Annotated[TrackingConfig, CHANGEABLE] = field(default_factory=TrackingConfig)
+    export: Annotated[ExportConfig, CHANGEABLE] = field(default_factory=ExportConfig)
 
     @property
-    def optimizer_name(self) -> str:
-        return self.optim.name or self.optimizer
-
-    @property
-    def keeps_best(self) -> bool:
-        return self.checkpoint.best or self.export.which == "best"
+    def keeps_best_weights(self) -> bool:
+        return self.checkpoint.keep_best or self.export.weights == "best"
 
 
 SCHEMA = TypeAdapter(TrainConfig)
 
 
 def to_dict(config: TrainConfig) -> dict:
-    """The config as plain YAML and JSON values. `overwrite` is left off: a file to repeat from must not delete."""
+    """Return the config as plain values for YAML and JSON.
+
+    `overwrite` is left out: a config file from which a run is repeated must not delete anything."""
     return SCHEMA.dump_python(replace(config, overwrite=False), mode="json", exclude={"overwrite"})
 
 

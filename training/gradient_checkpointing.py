@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from common.errors import ModelError
 from lora_algos.adapter import Adapter
 
-Policy = Literal["full", "attention-output-kept"]
+Policy = Literal["full", "keep-attention-output"]
 
 # What scaled_dot_product_attention becomes, by device, dtype and mask. Its math fallback is no operator of its own but
 # plain matrix products, whose backward needs the attention matrix: that is recomputed under either policy.
@@ -45,7 +45,7 @@ class Checkpointed:
 def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
     """A subclass of `cls` under the same name whose forward pass is checkpointed where gradients are wanted."""
     original = cls.forward
-    selective = policy == "attention-output-kept"
+    selective = policy == "keep-attention-output"
 
     @wraps(original)
     def forward(self, *args, **kwargs):

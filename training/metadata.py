@@ -1,4 +1,4 @@
-"""What an adapter file says about itself, for ComfyUI, A1111, Forge and the trainer that goes on from it."""
+"""Metadata of adapter files, for ComfyUI, A1111, Forge, and for repeating or continuing the run."""
 
 import json
 import re
@@ -7,122 +7,122 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from adapter_files import files
-from adapter_files.kohya_metadata import network_metadata
+from adapter_files.files import Layers
+from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
 from data.dataset import LatentDataset
-from data.precompute.build import Datasets
-from data.store.hashing import files_identity
-from lora_algos.attach import Adapted
+from data.store.hashing import hash_of_files
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
 from training.optim.registry import OPTIMIZERS
+from training.parts import RunParts
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
-TOTAL_STEPS = "train_lora.total_steps"
-
-
-@dataclass
-class Parts:
-    """What a run is made of, before Accelerate prepares it."""
-
-    family: ModelFamily
-    datasets: Datasets
-    adapted: Adapted
-    names: files.Names
-    """How adapter files name the layers."""
-    previous_steps: int
-    """Steps that the existing LoRA had been trained for."""
+STEPS_IN_NAME = re.compile(r"(?:^|_)(\d+)_steps(?:_|\.|$)")
+"""Steps in a file name, as ComfyUI writes them: `_500_steps_`."""
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Facts about a run that its config does not hold."""
+class ExportFacts:
+    """Facts about exported weights that the config does not contain."""
 
+    name: str
+    """File name without format and extension."""
     total_steps: int
     total_batch_size: int
     started_at: float
     weights: str
-    """Which of the run's weights these are, in words."""
+    """Description of the weights, such as "after step 400"."""
 
 
-def file_metadata(config: TrainConfig, parts: Parts, layers: files.Layers, provenance: Provenance) -> dict[str, str]:
-    """All metadata of an adapter file but its hashes."""
+def file_metadata(config: TrainConfig, parts: RunParts, layers: Layers, facts: ExportFacts) -> dict[str, str]:
+    """Return all metadata of an adapter file except its hashes."""
     return {
         **network_metadata(layers),
-        **ss_metadata(config, parts.datasets.train, provenance),
+        **kohya_metadata(config, parts.datasets.train, facts),
         **parts.family.file_metadata(parts.adapted.model),
-        **own_metadata(config, parts.family, parts.datasets.train, provenance),
+        **trainer_metadata(config, parts.family, parts.datasets.train, facts),
     }
 
 
 def bucket_info(dataset: LatentDataset) -> list[dict[str, object]]:
-    sizes = [dataset.size(bucket[0].first) for bucket in dataset.buckets]
-    counts = [sum(segment.visits for segment in bucket) for bucket in dataset.buckets]
-    return [{"resolution": [w, h], "count": count} for (h, w), count in zip(sizes, counts, strict=True)]
+    """Return resolution and number of samples of each bucket, in kohya's form."""
+    entries: list[dict[str, object]] = []
+    for bucket in dataset.buckets:
+        height, width = dataset.size(bucket[0].first)
+        count = sum(segment.visits for segment in bucket)
+        entries.append({"resolution": [width, height], "count": count})
+    return entries
 
 
-def ss_metadata(config: TrainConfig, dataset: LatentDataset, provenance: Provenance) -> dict[str, str]:
-    """kohya's keys, from which ComfyUI, A1111 and Forge show what a file was trained on, and modelspec's."""
-    folder = Path(next(iter(config.data.all_sources())).path).name
-    tags: dict[str, int] = {}
+def tag_counts(dataset: LatentDataset) -> dict[str, int]:
+    """Count the comma-separated tags of all captions."""
+    counts: dict[str, int] = {}
     for caption in dataset.first_captions():
-        for tag in filter(None, (part.strip() for part in caption.split(","))):
-            tags[tag] = tags.get(tag, 0) + 1
-    side, name = config.data.resolution, config.export.name
-    model_name = Path(config.model.path or "").name
+        tags = [tag.strip() for tag in caption.split(",")]
+        for tag in filter(None, tags):
+            counts[tag] = counts.get(tag, 0) + 1
+    return counts
+
+
+def kohya_metadata(config: TrainConfig, dataset: LatentDataset, facts: ExportFacts) -> dict[str, str]:
+    """Return kohya's keys and those of modelspec, from which programs show what a file was trained on."""
+    folder = Path(next(iter(config.data.all_sources())).path).name
+    side = config.data.resolution
+    started_at = datetime.fromtimestamp(facts.started_at, UTC)
     values: dict[str, object] = {
-        "ss_output_name": name,
-        "ss_sd_model_name": model_name,
+        "ss_output_name": facts.name,
+        "ss_sd_model_name": Path(config.model.path or "").name,
         "ss_clip_skip": "None",
-        "ss_steps": provenance.total_steps,
+        "ss_steps": facts.total_steps,
         "ss_seed": config.seed,
         "ss_learning_rate": config.learning_rate,
-        "ss_optimizer": config.optimizer_name,
-        "ss_lr_scheduler": config.optim.lr_schedule,
+        "ss_optimizer": config.optimizer,
+        "ss_lr_scheduler": config.optim.lr_scheduler,
         "ss_mixed_precision": "bf16" if config.training_dtype == "bf16" else "no",
         "ss_batch_size_per_device": config.batch_size,
-        "ss_total_batch_size": provenance.total_batch_size,
+        "ss_total_batch_size": facts.total_batch_size,
         "ss_gradient_accumulation_steps": config.grad_accumulation_steps,
         "ss_gradient_checkpointing": config.gradient_checkpointing,
         "ss_num_train_images": dataset.epoch_size,
         "ss_resolution": f"({side}, {side})",
         "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(dataset)}}),
-        "ss_tag_frequency": json.dumps({folder: tags}),
+        "ss_tag_frequency": json.dumps({folder: tag_counts(dataset)}),
         "ss_bucket_info": json.dumps({"buckets": dict(enumerate(bucket_info(dataset)))}),
-        "ss_training_started_at": provenance.started_at,
+        "ss_training_started_at": facts.started_at,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": name,
+        "modelspec.title": facts.name,
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.date": datetime.fromtimestamp(provenance.started_at, UTC).isoformat(timespec="seconds"),
+        "modelspec.date": started_at.isoformat(timespec="seconds"),
     }
-    if config.export.trigger is not None:
-        values |= {"modelspec.trigger_phrase": config.export.trigger, "ss_training_comment": config.export.trigger}
+    trigger_words = config.export.trigger_words
+    if trigger_words is not None:
+        values |= {"modelspec.trigger_phrase": trigger_words, "ss_training_comment": trigger_words}
     return {key: str(value) for key, value in values.items()}
 
 
-def own_metadata(
-    config: TrainConfig, family: ModelFamily, dataset: LatentDataset, provenance: Provenance
+def trainer_metadata(
+    config: TrainConfig, family: ModelFamily, dataset: LatentDataset, facts: ExportFacts
 ) -> dict[str, str]:
-    """What is needed to repeat the run, or to continue it."""
+    """Return what is needed to repeat the run or to continue the adapter."""
     return {
-        TOTAL_STEPS: str(provenance.total_steps),
-        "train_lora.weights": provenance.weights,
+        TOTAL_STEPS: str(facts.total_steps),
+        "train_lora.weights": facts.weights,
         "train_lora.config": to_yaml(config),
-        "train_lora.base_model_hash": files_identity(family.component_files("denoiser"), Path(config.data.cache_dir)),
+        "train_lora.base_model_hash": hash_of_files(family.component_files("denoiser"), Path(config.data.cache_dir)),
         "train_lora.dataset_hash": dataset.fingerprint,
-        "train_lora.versions": json.dumps({name: version(name) for name in libraries(config)}),
+        "train_lora.versions": json.dumps({name: version(name) for name in packages(config)}),
     }
 
 
-def libraries(config: TrainConfig) -> list[str]:
-    """The packages that a run's result depends on."""
-    return list(dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer_name].package]))
+def packages(config: TrainConfig) -> list[str]:
+    """Return the packages on which the result of a run depends."""
+    return list(dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer].package]))
 
 
 def total_steps_of(path: str, metadata: dict[str, str]) -> int:
-    """Steps that a file was trained for: from its metadata, or a name such as ComfyUI gives (`_500_steps_`), else 0."""
-    for name in (TOTAL_STEPS, "ss_steps"):
-        if metadata.get(name, "").isdigit():
-            return int(metadata[name])
-    found = re.search(r"(?:^|_)(\d+)_steps(?:_|\.|$)", Path(path).name)
-    return int(found[1]) if found else 0
+    """Return for how many steps a file was trained, by its metadata or its name; 0 if neither says so."""
+    for key in (TOTAL_STEPS, "ss_steps"):
+        if metadata.get(key, "").isdigit():
+            return int(metadata[key])
+    match = STEPS_IN_NAME.search(Path(path).name)
+    return int(match[1]) if match else 0

@@ -1,136 +1,173 @@
-"""Images before and after training on the same prompts and the same noise, drawn by diffusers' own pipeline."""
+"""Sample images before and after training, from the same prompts and noise, drawn by diffusers' own pipeline."""
 
-import io
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.distributed as dist
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from lora_algos.attach import Adapted
+from data.dataset import LatentDataset
 from models.base import ModelFamily
-from training.config import PreviewConfig
-from training.distributed.failures import explained
+from objectives.processes import sample_as_trained
+from training.config import SampleConfig, TrainConfig
+from training.distributed.engine import is_sharded
+from training.distributed.failures import describe_error
+from training.parts import RunParts
+from training.reporting.image_grid import to_image
+from training.services import RunServices
 
-SMALLEST = 128  # tiny images are enlarged to this in the grid
+NUM_CAPTIONS = 4
+Weights = dict[str, Tensor]
 
 
-def draw(pipeline: Any, prompt: str, number: int, config: PreviewConfig, options: dict[str, Any]) -> np.ndarray:
-    """One image (H, W, 3) in [0, 1]; each prompt has its own noise, the same in every call. `options`: size and
-    guidance, as the family's pipeline calls them."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    mixed = any(p.dtype == torch.bfloat16 for part in parts for p in part.parameters())  # then they meet others in fp32
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=mixed):
+@dataclass(frozen=True)
+class Preview:
+    """Prompts, and for each label the images (N, H, W, 3) in [0, 1] of these prompts."""
+
+    prompts: list[str]
+    images: dict[str, np.ndarray]
+
+
+def draw_sample(pipeline: Any, prompt: str, number: int, config: SampleConfig, options: dict[str, Any]) -> np.ndarray:
+    """Draw one image (H, W, 3) in [0, 1]. Each prompt number has its own noise, the same in every call.
+
+    `options`: size and guidance, as the arguments of the pipeline's call."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    # a bf16 part meets others in fp32
+    has_bf16 = any(parameter.dtype == torch.bfloat16 for module in modules for parameter in module.parameters())
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=has_bf16):
         result = pipeline(
-            prompt=prompt,  # which is not the first argument of every pipeline
+            prompt=prompt,  # by name: it is not the first argument of every pipeline
             num_inference_steps=config.num_inference_steps,
             generator=torch.Generator().manual_seed((config.seed + number) % 2**64),
             output_type="np",
             **options,
         )
-    return result.images[0] if hasattr(result, "images") else result.frames[0][-1]  # the first may have been given
+    if hasattr(result, "images"):
+        return result.images[0]
+    return result.frames[0][-1]  # the first frame may be the input
 
 
 @torch.no_grad()
 def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) -> Image.Image:
-    """Of a clip with these raw latents (C, F, h, w), its middle as a square."""
+    """Decode the first frame of a clip, given its raw latents (C, F, h, w), and crop it to a square."""
     pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline.device))[0]
-    return ImageOps.fit(as_picture(pixels.cpu()), (side, side))
+    return ImageOps.fit(to_image(pixels.cpu()), (side, side))
 
 
-def as_picture(pixels: Tensor) -> Image.Image:
-    """Of pixels (3, H, W) in [-1, 1]."""
-    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
+def default_prompts(family: ModelFamily, dataset: LatentDataset) -> list[str]:
+    """Return captions of the data set: different ones, or for models that need an image those of the first clips."""
+    if family.takes_image:
+        return list(islice(dataset.first_captions(), NUM_CAPTIONS))
+    return dataset.captions(NUM_CAPTIONS)
 
 
-class Attempt:
-    """Draws as `draw` of what `load` gives does, until something goes wrong: then nothing more, for the `error`.
+class SampleDrawer:
+    """Draws images until an error occurs; then it keeps the error and draws nothing more.
 
-    A preview is the least of what a run is for, and may need memory that training did not.
+    A failed preview must not fail the run: drawing may need memory that training did not.
     """
 
-    def __init__(self, load: Callable[[], Any], draw: Callable[..., np.ndarray]):
-        self.load, self.draw = load, draw
+    def __init__(self, load_pipeline: Callable[[], Any], draw: Callable[[Any, str, int], np.ndarray]):
+        self.load_pipeline, self.draw = load_pipeline, draw
         self.pipeline: Any = None
         self.error: str | None = None
 
     def __call__(self, prompt: str, number: int) -> np.ndarray | None:
-        if self.error is None:
-            try:
-                self.pipeline = self.pipeline or self.load()
-                return self.draw(self.pipeline, prompt, number)
-            except Exception as error:
-                self.error, self.pipeline = explained(error), None
-        return None
+        if self.error is not None:
+            return None
+        try:
+            self.pipeline = self.pipeline or self.load_pipeline()
+            return self.draw(self.pipeline, prompt, number)
+        except Exception as error:
+            self.error, self.pipeline = describe_error(error), None
+            return None
 
 
-def images_of(
-    adapted: Adapted,
-    weights: list[dict],
-    prompts: dict[int, str],
-    rounds: int,
-    draw_one: Callable[[str, int], Any],
-    leaving: Callable[[], bool],
-) -> list[dict[int, np.ndarray]] | None:
-    """For each of `weights` the images of `prompts`, by number; None if it was left, on all ranks.
+class PreviewRenderer:
+    """Draws the same prompts with several sets of weights; the processes share the prompts."""
 
-    All ranks ask as often whether they are `leaving`, `rounds` times. The adapter has its own weights again afterwards.
-    """
-    trained, numbers = adapted.state_dict(), list(prompts)
-    adapted.model.eval()
-    found: list[dict[int, np.ndarray]] = []
-    try:
-        for state in weights:
-            adapted.load_state_dict(state)
-            found.append({})
-            for i in range(rounds):
-                if leaving():
-                    return None
-                if i < len(numbers):
-                    found[-1][numbers[i]] = draw_one(prompts[numbers[i]], numbers[i])
-    finally:
-        adapted.load_state_dict(trained)
-        adapted.model.train()
-    return found
+    def __init__(self, config: TrainConfig, parts: RunParts, services: RunServices):
+        self.config, self.parts, self.services = config, parts, services
+        self.dataset = parts.datasets.validation or parts.datasets.train
+        self.prompts = list(config.sample.prompts) or default_prompts(parts.family, self.dataset)
 
+    def render(self, weight_sets: dict[str, Weights]) -> Preview | None:
+        """Return the images on the main process; None if there are none.
 
-def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:
-    """Labelled rows of images (N, H, W, 3) in [0, 1] over their captions, as a PNG."""
-    height, width = next(iter(rows.values())).shape[1:3]
-    zoom = max(1, -(-SMALLEST // width))
-    width, height, gap, left, bottom = width * zoom, height * zoom, 8, 72, 44
-    font = ImageFont.load_default(size=13)
-    size = (left + len(captions) * (width + gap), len(rows) * (height + gap) + gap + bottom)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (label, images) in enumerate(rows.items()):
-        y = gap + r * (height + gap)
-        pen.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
-        for c, image in enumerate(images):
-            picture = Image.fromarray((image * 255).round().astype(np.uint8))
-            sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left + c * (width + gap), y))
-    for c, caption in enumerate(captions):
-        text = wrapped(caption, width, font)
-        pen.multiline_text((left + c * (width + gap), size[1] - bottom), text, fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    return buffer.getvalue()
+        There are none if drawing failed, which is printed, or if the run is asked to stop. Collective."""
+        process = self.services.process
+        drawer = SampleDrawer(self._load_pipeline, self._draw)
+        images = self._draw_share(weight_sets, drawer)
+        if images is None:
+            return None
+        gathered: list[Any] = [(images, drawer.error)] * process.count
+        if process.count > 1:
+            target = gathered if process.is_main else None
+            dist.gather_object(gathered[0], target, group=self.services.consensus.group)
+        if not process.is_main:
+            return None
+        errors = [error for _, error in gathered if error]
+        if errors:
+            self.services.reporter.say(f"the preview could not be drawn:\n{errors[0]}\nThe adapter is written anyway")
+            return None
+        stacked = {}
+        for label in weight_sets:
+            by_number = {number: image for share, _ in gathered for number, image in share[label].items()}
+            stacked[label] = np.stack([by_number[number] for number in range(len(self.prompts))])
+        return Preview(self.prompts, stacked)
 
+    def _draw_share(
+        self, weight_sets: dict[str, Weights], drawer: SampleDrawer
+    ) -> dict[str, dict[int, np.ndarray]] | None:
+        """Draw this process's prompts; None, on all processes, if the run is asked to stop.
 
-def wrapped(text: str, width: int, font: Any, lines: int = 2) -> str:
-    """`text` broken at words into at most `lines` lines that fit `width` pixels; what is over is cut."""
-    result = [""]
-    for word in text.split():
-        longer = f"{result[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not result[-1]:
-            result[-1] = longer
-        else:
-            result.append(word)
-    kept = result[:lines]
-    if len(result) > lines:
-        kept[-1] += "..."
-    while any(font.getlength(line) > width for line in kept):
-        kept = [line if font.getlength(line) <= width else line[:-4] + "..." for line in kept]
-    return "\n".join(kept)
+        All processes ask equally often whether to stop. The adapters have their own weights again afterwards."""
+        adapted = self.parts.adapted
+        numbers = self._own_prompt_numbers()
+        num_rounds = -(-len(self.prompts) // self.services.process.count)
+        images: dict[str, dict[int, np.ndarray]] = {label: {} for label in weight_sets}
+        adapted.model.eval()
+        try:
+            for label, weights in weight_sets.items():
+                with adapted.using(weights):
+                    for index in range(num_rounds):
+                        if self.services.requests.must_stop():
+                            return None
+                        if index < len(numbers):
+                            number = numbers[index]
+                            images[label][number] = drawer(self.prompts[number], number)  # type: ignore[assignment]
+        finally:
+            adapted.model.train()
+        return images
+
+    def _own_prompt_numbers(self) -> list[int]:
+        """Return the numbers of the prompts that this process draws."""
+        process = self.services.process
+        num_prompts = len(self.prompts)
+        num_rounds = -(-num_prompts // process.count)
+        numbers = [process.index + index * process.count for index in range(num_rounds)]
+        if is_sharded(self.services.accelerator):  # each pass needs all processes
+            return [min(number, num_prompts - 1) for number in numbers]
+        return [number for number in numbers if number < num_prompts]
+
+    def _load_pipeline(self) -> Any:
+        pipeline = self.parts.family.pipeline(self.parts.adapted.model).to(self.services.accelerator.device)
+        return sample_as_trained(pipeline, self.config.objective)
+
+    def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
+        family, config = self.parts.family, self.config
+        step = family.pixel_step()
+        side = max(step, config.data.resolution // step * step)  # as for buckets
+        options = {"height": side, "width": side, **family.preview_options(config.sample.guidance_scale)}
+        if family.takes_image:
+            latents = self.dataset.latents(number % len(self.dataset))
+            options |= {
+                "image": first_frame(family, latents, pipeline, side), "num_frames": config.data.frames,
+            }  # fmt: skip
+        return draw_sample(pipeline, prompt, number, config.sample, options)

@@ -1,163 +1,167 @@
-"""Whose run an output_dir holds. No torch here: a wrong output_dir is refused at once."""
+"""The output folder of a run: its file names, its lock, and whether it may be used for a config.
 
-import fcntl
+This module imports no torch, so that a wrong output_dir is reported at once.
+"""
+
 import hashlib
 import json
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import yaml
+from filelock import FileLock, Timeout
 
-from common.errors import ConfigError
+from common.config_fields import changeable_options
+from common.errors import ConfigError, bullet_list
 from training.config import TrainConfig, to_dict
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
-METRICS, TRACKER, SAMPLES = "metrics.jsonl", "tracker.json", "samples"
+LOCK_FILE = ".lock"
+LAUNCHER_FILE = ".launcher"
+"""Identifies the launcher that started the run."""
+METRICS_FILE, TRACKER_FILE, SAMPLES_FOLDER = "metrics.jsonl", "tracker.json", "samples"
 SAVE_FILE = "save"
-"""A file of this name in output_dir asks for a checkpoint."""
-# May change between two sittings of one run: they do not change what is learned, or only how far it goes. The number of
-# micro-batches per step, which grad_accumulation_steps and the number of processes make together, is checked on resume.
-FREE = {
-    "output_dir", "resume", "steps", "grad_accumulation_steps", "gradient_checkpointing", "checkpoint_depth",
-    "checkpoint_policy", "bypass_mode", "lora_dtype",
-    "validation.every", "validation.patience", "validation.min_delta", "validation.quantiles",
-    "preview", "checkpoint", "tracking", "export", "distributed", "data.cache_dir", "data.num_workers",
-    "data.validation_images", "ema.use",
-}  # fmt: skip
-COMPARED = {"ema.use", "validation.quantiles", "data.validation_images"}
-"""Those that make validation losses of another kind, so not where these tell the best step."""
+"""A file with this name in output_dir requests a checkpoint."""
+NEW_FOLDER_HINT = "Choose another --output_dir, or use --overwrite to start again there"
+CHANGEABLE_OPTIONS = frozenset(changeable_options(TrainConfig))
+"""Options that may differ when a run is resumed. The number of micro-batches per step, which grad_accumulation_steps
+and the number of processes determine, is checked when the checkpoint is loaded."""
+VALIDATION_OPTIONS = frozenset({"ema.evaluate_with", "validation.noise_levels", "data.validation_path"})
+"""Options that make validation losses incomparable, so they cannot change where these determine the best step."""
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Raises ConfigError if output_dir holds a different run, or one that is not to be resumed."""
+    """Raise ConfigError if output_dir holds a different run, or a run that must not be resumed."""
     folder = Path(config.output_dir)
     if config.overwrite:
         return
-    if config.resume == "never" and not restarted(folder) and any((folder / CHECKPOINTS).glob("step_*")):
+    has_checkpoints = any((folder / CHECKPOINTS).glob("step_*"))
+    if config.resume == "never" and has_checkpoints and not is_restart(folder):
         raise ConfigError(
-            f"{folder} holds a run with checkpoints, and --resume never would lose them. Choose another --output_dir, "
-            "or give --overwrite to start again there"
+            f"--output_dir {folder}: holds checkpoints, which --resume never would lose. {NEW_FOLDER_HINT}"
         )
     try:
-        there = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        saved_config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError:
         return
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder / CONFIG_FILE} is not readable: {error}") from error
-    free = FREE - COMPARED if config.keeps_best or config.validation.patience else FREE
-    differing = differences(there if isinstance(there, dict) else {}, to_dict(config), free)
-    if differing:
         raise ConfigError(
-            "\n  ".join([f"{folder} holds a different run", *differing])
-            + "\nChoose another --output_dir, or give --overwrite to start again there"
-        )
+            f"--output_dir {folder}: {CONFIG_FILE} is not readable: {error}. {NEW_FOLDER_HINT}"
+        ) from error
+    changeable = CHANGEABLE_OPTIONS
+    if config.keeps_best_weights or config.validation.patience:
+        changeable = changeable - VALIDATION_OPTIONS
+    saved_values = saved_config if isinstance(saved_config, dict) else {}
+    differences = option_differences(saved_values, to_dict(config), changeable)
+    if differences:
+        heading = f"--output_dir {folder}: holds a different run"
+        raise ConfigError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
 
 
-def differences(there: dict, here: dict, free: set[str]) -> list[str]:
-    """Options that are not `free` to differ and do, one line each."""
-    old = dict(fixed(there, free))
-    why = dict.fromkeys(COMPARED, ", where the best step is told by validation losses")
-    return [
-        f"{name}: {old.get(name)} there, {new} here{why.get(name, '')}"
-        for name, new in fixed(here, free)
-        if old.get(name) != new
-    ]
+def option_differences(saved: dict, given: dict, changeable: frozenset[str]) -> list[str]:
+    """Return one line for each option that must not change and differs."""
+    saved_options = dict(fixed_options(saved, changeable))
+    lines = []
+    for name, value in fixed_options(given, changeable):
+        if saved_options.get(name) != value:
+            reason = ", and the best step depends on it" if name in VALIDATION_OPTIONS else ""
+            lines.append(f"{name} is {saved_options.get(name)} there, {value} here{reason}")
+    return lines
 
 
-def fixed(config: dict, free: set[str], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names and values of the options that are not `free` to change between two sittings of one run."""
+def fixed_options(config: dict, changeable: frozenset[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield dotted names and values of the options that must not change when a run is resumed."""
     for name, value in config.items():
-        dotted = f"{prefix}{name}"
-        if dotted in free:
+        dotted_name = f"{prefix}{name}"
+        if dotted_name in changeable:
             continue
         if isinstance(value, dict):
-            yield from fixed(value, free, f"{dotted}.")
+            yield from fixed_options(value, changeable, f"{dotted_name}.")
         else:
-            yield dotted, value
+            yield dotted_name, value
 
 
-def fingerprint(config: TrainConfig) -> str:
-    """The same for all sittings of one run."""
-    text = json.dumps(sorted(fixed(to_dict(config), FREE)), default=str)
+def config_hash(config: TrainConfig) -> str:
+    """Return a hash of the options that must not change when a run is resumed."""
+    text = json.dumps(sorted(fixed_options(to_dict(config), CHANGEABLE_OPTIONS)), default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
-def held(config: TrainConfig, wait: float, say: Callable[[str], object]) -> Iterator[None]:
-    """Keeps other runs out of output_dir; raises ConfigError if one is still there after `wait` seconds, or has left
-    what is not this run's.
+def locked_folder(config: TrainConfig, wait_seconds: float, say: Callable[[str], object]) -> Iterator[None]:
+    """Keep other runs out of output_dir for a block.
 
-    The lock is the process's: it ends with it however it ends. Where a file system knows no locks, there is none. A
-    folder in which nothing was written is not left behind.
-    """
+    Raises ConfigError if another run still uses the folder after `wait_seconds`, or has left a different run in it. The
+    lock ends with the process, however it ends. Where the file system has no locks, there is none. A folder in which
+    nothing was written is removed."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        with path.open("a+b") as file:
-            wait_for_lock(file, folder, wait, say)
-            check_output_dir(config)
-            yield
-            file.truncate(0)
+        acquire(lock, folder, wait_seconds, say)
+        check_output_dir(config)
+        yield
+        (folder / LAUNCHER_FILE).unlink(missing_ok=True)
     finally:
-        if [*folder.iterdir()] == [path]:
-            path.unlink()
-            folder.rmdir()
+        lock.release()
+        remove_if_empty(folder)
 
 
-def wait_for_lock(file: IO[bytes], folder: Path, wait: float, say: Callable[[str], object]) -> None:
-    last, said = time.monotonic() + wait, False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > last:
-                raise ConfigError(f"{folder} is in use by another run. Choose another --output_dir") from None
-            if not said:
-                say(f"{folder} is in use by another run: waiting up to {wait:.0f} s for it to end")
-            said = True
-            time.sleep(0.2)
-        except OSError as error:
-            say(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run there")
-            return
-
-
-def launcher() -> bytes:
-    """What is the same for all processes that one launcher starts, one after the other, on this machine."""
+def acquire(lock: FileLock, folder: Path, wait_seconds: float, say: Callable[[str], object]) -> None:
+    """Acquire the lock; say so if this takes time."""
     try:
-        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{folder} is in use by another run: waiting up to {wait_seconds:.0f} s for it to end")
+        try:
+            lock.acquire(timeout=wait_seconds, poll_interval=0.2)
+        except Timeout:
+            raise ConfigError(f"--output_dir {folder}: is in use by another run. Choose another --output_dir") from None
+    except (OSError, NotImplementedError) as error:
+        say(f"note: {folder} cannot be locked ({error}). Do not start a second run there")
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing but the lock file."""
+    lock_path = folder / LOCK_FILE
+    if [*folder.iterdir()] == [lock_path]:
+        lock_path.unlink()
+        folder.rmdir()
+
+
+def launcher_id() -> bytes:
+    """Return an id that all processes have in common that one launcher starts, one after the other."""
+    try:
+        start_time = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
-        started = ""
-    return f"{socket.gethostname()} {os.getppid()} {started}".encode()
+        start_time = ""
+    return f"{socket.gethostname()} {os.getppid()} {start_time}".encode()
 
 
-def restarted(folder: Path) -> bool:
-    """Whether the launcher of this process has started the run in `folder` before: then it is to go on, whatever the
-    command says of overwriting."""
+def is_restart(folder: Path) -> bool:
+    """Return whether this process's launcher started the run in `folder` before.
+
+    It then continues the run, whatever the command says about overwriting."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:
-        return (folder / LOCK).read_bytes() == launcher()
+        return (folder / LAUNCHER_FILE).read_bytes() == launcher_id()
     except OSError:
         return False
 
 
-def note_start(folder: Path) -> None:
-    (folder / LOCK).write_bytes(launcher())
+def write_launcher_id(folder: Path) -> None:
+    (folder / LAUNCHER_FILE).write_bytes(launcher_id())
 
 
-def clear(folder: Path) -> None:
-    """Removes the state of the run in `folder`; its exported files stay until they are replaced."""
+def clear_run(folder: Path) -> None:
+    """Remove the state of the run in `folder`. Exported files stay until they are replaced."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (CONFIG_FILE, METRICS, TRACKER):
+    for name in (CONFIG_FILE, METRICS_FILE, TRACKER_FILE):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / SAMPLES, ignore_errors=True)
+    shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)

@@ -1,100 +1,147 @@
-"""The summary that a run prints before it trains."""
+"""The summary that a run prints before it trains: what is trained, and each derived number as an equation."""
 
+from collections import Counter
 from importlib.metadata import version
 
+import torch
+
+from common.process import ProcessInfo
 from data.dataset import LatentDataset
 from training.config import TrainConfig
-from training.optim.registry import OPTIMIZERS
-from training.optim.schedule import batch_scale
-from training.trainer import Run
+from training.loss import LossFunction
+from training.optim.registry import OTHER_OPTIMIZERS
+from training.optim.schedule import batch_size_scale
+from training.parts import RunParts
 
-MOST_BUCKETS = 12  # in one line
+MAX_BUCKETS = 12
 
 
 def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
-    """The sizes of the images, if they are not all alike, and how many of each are seen per epoch."""
-    firsts = [(sum(segment.visits for segment in bucket), bucket[0].first) for bucket in dataset.buckets]
-    buckets = sorted(((n, dataset.size(row), dataset.latent_frames(row)) for n, row in firsts), reverse=True)
+    """Return a line with the image sizes and the samples per epoch of each, if there are several sizes."""
+    buckets = []
+    for bucket in dataset.buckets:
+        row = bucket[0].first
+        num_samples = sum(segment.visits for segment in bucket)
+        buckets.append((num_samples, dataset.size(row), dataset.latent_frames(row)))
     if len(buckets) < 2:
         return []
-    named = [
-        f"{width}x{height}{f' of {frames} latent frames' * (frames > 1)}: {visits}"
-        for visits, (height, width), frames in buckets[:MOST_BUCKETS]
-    ]
-    more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
-    small = sum(visits < batch_size for visits, _, _ in buckets)
-    late = f"; {small} of them fill a batch of {batch_size} only over several epochs" if small else ""
-    return [f"buckets     {', '.join(named)}{more}{late}"]
+    buckets.sort(reverse=True)
+    entries = []
+    for num_samples, (height, width), frames in buckets[:MAX_BUCKETS]:
+        suffix = f" of {frames} latent frames" if frames > 1 else ""
+        entries.append(f"{width}x{height}{suffix}: {num_samples}")
+    line = ", ".join(entries)
+    if len(buckets) > MAX_BUCKETS:
+        line += f" and {len(buckets) - MAX_BUCKETS} more"
+    num_small = sum(num_samples < batch_size for num_samples, _, _ in buckets)
+    if num_small:
+        line += f"; {num_small} of them fill a batch of {batch_size} only over several epochs"
+    return [f"buckets     {line}"]
 
 
-def rate_lines(run: Run) -> list[str]:
-    """The learning rate where it is not the one that was given."""
-    config, how = run.config, run.config.optim.lr_scale_with_batch
-    if how == "none":
+def learning_rate_lines(config: TrainConfig, total_batch_size: int) -> list[str]:
+    """Return a line with the learning rate, if it is scaled with the batch size."""
+    if config.optim.scale_lr == "none":
         return []
-    scale = batch_scale(config.optim, run.total_batch_size)
-    root = "square root of " if how == "sqrt" else ""
-    return [f"rate        learning_rate x {root}samples per step = {config.learning_rate:g} x {scale:g} = "
+    scale = batch_size_scale(config.optim, total_batch_size)
+    prefix = "square root of " if config.optim.scale_lr == "sqrt" else ""
+    return [f"rate        learning_rate x {prefix}samples per step = {config.learning_rate:g} x {scale:g} = "
             f"{config.learning_rate * scale:g}"]  # fmt: skip
 
 
 def optimizer_lines(config: TrainConfig) -> list[str]:
-    """The optimizer where it is not one of the node's, and the average of the weights if there is one."""
-    lines, name, rate = [], config.optimizer_name, config.learning_rate
-    source = OPTIMIZERS[name]
-    if config.optim.name is not None:
-        told = "".join(f", {pair}" for pair in config.optim.args)
-        lines.append(f"optimizer   {name} of {source.package} {version(source.package)}{told}")
-    if source.one_rate and rate != 1:
-        lines.append(f"note        {name} finds the learning rate by itself, and learning_rate is a factor on it: "
-                     f"1 is what it is made for, not {rate:g}")  # fmt: skip
+    """Return lines about an optimizer that is not one of the node's, and about an EMA."""
+    name, lines = config.optimizer, []
+    entry = OTHER_OPTIMIZERS.get(name)
+    if entry is not None:
+        arguments = "".join(f", {pair}" for pair in config.optim.args)
+        lines.append(f"optimizer   {name} of {entry.package} {version(entry.package)}{arguments}")
+        if entry.needs_single_lr and config.learning_rate != 1:
+            lines.append(f"note        {name} finds the learning rate by itself, and learning_rate is a factor on it. "
+                         f"It is made for 1, not {config.learning_rate:g}")  # fmt: skip
     if config.ema.decay:
-        lines.append(f"average     EMA of decay {config.ema.decay:g}; validated, drawn and exported: {config.ema.use}")
+        lines.append(
+            f"average     EMA of decay {config.ema.decay:g}; validation, samples and export use: "
+            f"{config.ema.evaluate_with}"
+        )
     return lines
 
 
-def process_lines(run: Run) -> list[str]:
-    """On which numbers of processes the run can go on."""
-    per_step = run.micro_batches_per_step
-    if per_step == 1:
+def process_lines(micro_batches_per_step: int) -> list[str]:
+    """Return a line with the numbers of processes that can resume the run."""
+    if micro_batches_per_step == 1:
         return []
-    counts = [str(n) for n in range(1, per_step + 1) if per_step % n == 0]
-    return [f"processes   {', '.join(counts[:-1])} or {counts[-1]} can go on with this run by the same command: "
-            f"its {per_step} micro-batches per step are shared among them"]  # fmt: skip
+    divisors = [n for n in range(1, micro_batches_per_step + 1) if micro_batches_per_step % n == 0]
+    *first, last = map(str, divisors)
+    return [f"processes   {', '.join(first)} or {last} can resume this run with the same command: they share its "
+            f"{micro_batches_per_step} micro-batches per step"]  # fmt: skip
 
 
-def summary(run: Run) -> str:
-    """What is about to happen, each derived number as an equation."""
-    config, parts, accelerator = run.config, run.parts, run.accelerator
-    trained = sum(p.numel() for p in run.engine.trained)
-    total = sum(p.numel() for p in parts.adapted.model.parameters())
-    train, held_out = parts.datasets.train, parts.datasets.validation
-    samples, epoch = config.steps * run.total_batch_size, train.epoch_size
-    groups: dict[str, int] = {}
-    for layer in parts.adapted.layers().values():
-        groups[layer.describe()] = groups.get(layer.describe(), 0) + 1
-    lines = [
-        f"model       {config.model.path} ({parts.family.name}), "
-        f"base weights {str(run.loss_function.dtype).removeprefix('torch.')}, on {accelerator.device}",
-        f"objective   {run.loss_function.objective.process.describe()}",
-        f"images      {len(train)} to train on, {len(held_out) if held_out else 0} held out; encoded now: "
-        f"{parts.datasets.encoded_images} images, {parts.datasets.encoded_captions} captions",
-        *bucket_lines(train, config.batch_size),
-        *(f"adapter     {count} layers: {what}" for what, count in groups.items()),
-        f"trainable   {trained:,} of {total:,} parameters = {100 * trained / total:.2f} %",
+def adapter_lines(parts: RunParts) -> list[str]:
+    """Return a line for each kind of adapter."""
+    counts = Counter(layer.describe() for layer in parts.adapted.layers().values())
+    return [f"adapter     {count} layers: {description}" for description, count in counts.items()]
+
+
+def parameter_line(parts: RunParts) -> str:
+    num_trained = sum(parameter.numel() for parameter in parts.adapted.named_parameters().values())
+    num_parameters = sum(parameter.numel() for parameter in parts.adapted.model.parameters())
+    percent = 100 * num_trained / num_parameters
+    return f"trainable   {num_trained:,} of {num_parameters:,} parameters = {percent:.2f} %"
+
+
+def step_lines(
+    config: TrainConfig, dataset: LatentDataset, micro_batches_per_step: int, num_processes: int
+) -> list[str]:
+    """Return lines about samples per step and epochs."""
+    total_batch_size = config.batch_size * micro_batches_per_step
+    num_samples, epoch_size = config.steps * total_batch_size, dataset.epoch_size
+    return [
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
-        f"{run.accumulation} x {accelerator.num_processes} = {run.total_batch_size} samples per step",
-        *process_lines(run),
-        *rate_lines(run),
+        f"{micro_batches_per_step // num_processes} x {num_processes} = {total_batch_size} samples per step",
+        *process_lines(micro_batches_per_step),
+        *learning_rate_lines(config, total_batch_size),
         *optimizer_lines(config),
-        f"run         {config.steps} steps x {run.total_batch_size} = {samples} samples = {samples} / {epoch} = "
-        f"{samples / epoch:.1f} epochs",
+        f"run         {config.steps} steps x {total_batch_size} = {num_samples} samples = {num_samples} / "
+        f"{epoch_size} = {num_samples / epoch_size:.1f} epochs",
     ]
+
+
+def model_lines(config: TrainConfig, parts: RunParts, loss_function: LossFunction, device: torch.device) -> list[str]:
+    """Return lines about the base model, the objective and the data."""
+    datasets = parts.datasets
+    num_validation = len(datasets.validation) if datasets.validation else 0
+    dtype = str(loss_function.dtype).removeprefix("torch.")
+    return [
+        f"model       {config.model.path} ({parts.family.name}), base weights {dtype}, on {device}",
+        f"objective   {loss_function.objective.process.describe()}",
+        f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded now: "
+        f"{datasets.encoded_images} images, {datasets.encoded_captions} captions",
+        *bucket_lines(datasets.train, config.batch_size),
+    ]
+
+
+def end_lines(config: TrainConfig, parts: RunParts) -> list[str]:
+    """Return lines about an existing adapter and the output folder."""
+    lines = []
     if config.existing_lora is not None:
-        lines.append(
-            f"existing    {config.existing_lora}: every tensor matched, of {len(parts.adapted.layers())} layers"
-        )
+        num_layers = len(parts.adapted.layers())
+        lines.append(f"existing    {config.existing_lora}: {num_layers} layers, every tensor matched")
     if parts.previous_steps:
-        lines.append(f"continued   {parts.previous_steps} earlier + {config.steps} = "
-                     f"{parts.previous_steps + config.steps} steps in all")  # fmt: skip
-    return "\n".join([*lines, f"output      {config.output_dir}"])
+        total_steps = parts.previous_steps + config.steps
+        lines.append(f"continued   {parts.previous_steps} earlier + {config.steps} = {total_steps} steps in total")
+    return [*lines, f"output      {config.output_dir}"]
+
+
+def summary(
+    config: TrainConfig, parts: RunParts, loss_function: LossFunction, process: ProcessInfo, micro_batches_per_step: int
+) -> str:
+    """Return the summary of a run."""
+    lines = [
+        *model_lines(config, parts, loss_function, process.device),
+        *adapter_lines(parts),
+        parameter_line(parts),
+        *step_lines(config, parts.datasets.train, micro_batches_per_step, process.count),
+        *end_lines(config, parts),
+    ]
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The captions that an image is shown with: what it is given, with trigger, shuffled and dropped tags.
+"""The variants of an image's captions: with the trigger, and with shuffled or dropped tags.
 
-Every variant is known before training, so that text is encoded once: all there are, or `max_variants` drawn by a key of
-the caption.
+All variants are known before training, so that each is encoded once: every possible variant, or `max_variants` of them,
+drawn by a key of the caption.
 """
 
 import math
@@ -11,76 +11,91 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from data.config import SourceConfig
+from data.config import CaptionConfig, SourceConfig
 from data.schedule import key
 
 Variants = dict[str, float]
-"""Caption -> how often it is drawn, of a sum of 1."""
+"""Caption -> probability of drawing it; the probabilities sum to 1."""
+TagOrder = tuple[str, ...]
 
 
-def variants(captions: list[str], source: SourceConfig, max_variants: int) -> Variants:
-    """All that an image with these captions can be shown with."""
-    # first the first caption as it is, which is shown wherever nothing is drawn
-    result: Variants = {as_given(captions[0], source): 0.0}
+def caption_variants(captions: list[str], source: SourceConfig) -> Variants:
+    """Return all captions under which an image with these captions can be seen.
+
+    The first one is the unchanged first caption. It is used wherever nothing is drawn, even if it is never drawn."""
+    result: Variants = {with_trigger(captions[0], source): 0.0}
     for caption in captions:
-        for text, share in of_caption(caption, source, max_variants).items():
-            result[text] = result.get(text, 0.0) + share / len(captions)
+        for text, probability in variants_of_one(caption, source).items():
+            result[text] = result.get(text, 0.0) + probability / len(captions)
     return result
 
 
-def of_caption(caption: str, source: SourceConfig, max_variants: int) -> Variants:
-    """All that one caption can become."""
-    if not (source.caption_shuffle or source.caption_tag_dropout):
-        return {as_given(caption, source): 1.0}
-    separator, trigger = source.caption_separator or ",", trigger_of(source)
-    tags = [tag.strip() for tag in caption.split(separator) if tag.strip()]
+def variants_of_one(caption: str, source: SourceConfig) -> Variants:
+    """Return the variants of one caption."""
+    options = source.captions
+    if not (options.shuffle or options.tag_dropout):
+        return {with_trigger(caption, source): 1.0}
+    tags = [tag.strip() for tag in caption.split(options.separator) if tag.strip()]
+    trigger = trigger_of(source)
     if trigger in tags:
         tags.remove(trigger)
-    kept = tags[: source.caption_keep_tokens or 0]
-    free = tags[len(kept) :]
-    orders = all_orders if number_of_orders(free, source) <= max_variants else drawn_orders
+    fixed_tags = tags[: options.keep_tokens]
+    free_tags = tags[options.keep_tokens :]
+    if number_of_orders(free_tags, options) <= options.max_variants:
+        orders = all_orders(free_tags, options)
+    else:
+        orders = random_orders(free_tags, options)
     result: Variants = {}
-    for order, share in orders(free, source, max_variants):
-        text = as_given(joined([*kept, *order], separator), source)
-        result[text] = result.get(text, 0.0) + share
+    for order, probability in orders:
+        text = with_trigger(join_tags([*fixed_tags, *order], options.separator), source)
+        result[text] = result.get(text, 0.0) + probability
     return result
 
 
 def trigger_of(source: SourceConfig) -> str:
-    return "" if source.regularisation else (source.caption_trigger or "").strip()
+    """Return the trigger of a source; regularization images have none."""
+    return "" if source.regularization else source.captions.trigger.strip()
 
 
-def as_given(caption: str, source: SourceConfig) -> str:
-    """A caption with the source's trigger before it, unless it has that already."""
+def with_trigger(caption: str, source: SourceConfig) -> str:
+    """Return a caption with the source's trigger in front, unless it contains the trigger."""
     trigger = trigger_of(source)
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
-    return joined([trigger, caption], source.caption_separator or ",") if caption else trigger
+    return join_tags([trigger, caption], source.captions.separator) if caption else trigger
 
 
-def joined(tags: list[str], separator: str) -> str:
-    return f"{separator.strip()} ".join(tags) if separator.strip() else separator.join(tags)
+def join_tags(tags: list[str], separator: str) -> str:
+    """Join tags with the separator; a visible separator is followed by a space."""
+    visible = separator.strip()
+    return f"{visible} ".join(tags) if visible else separator.join(tags)
 
 
-def number_of_orders(tags: list[str], source: SourceConfig) -> int:
-    n = len(tags)
-    sizes = range(n + 1) if source.caption_tag_dropout else (n,)
-    return sum(math.comb(n, k) * (math.factorial(k) if source.caption_shuffle else 1) for k in sizes)
+def number_of_orders(tags: list[str], options: CaptionConfig) -> int:
+    """Count the orders of all subsets of tags that `all_orders` yields."""
+    count = len(tags)
+    sizes = range(count + 1) if options.tag_dropout else (count,)
+    if options.shuffle:
+        return sum(math.perm(count, size) for size in sizes)
+    return sum(math.comb(count, size) for size in sizes)
 
 
-def all_orders(tags: list[str], source: SourceConfig, _: int) -> Iterator[tuple[tuple[str, ...], float]]:
-    n, dropout = len(tags), source.caption_tag_dropout or 0.0
-    for k in range(n + 1) if dropout else (n,):
-        share = dropout ** (n - k) * (1 - dropout) ** k
-        for chosen in combinations(tags, k):
-            ways = list(permutations(chosen)) if source.caption_shuffle else [chosen]
-            yield from ((way, share / len(ways)) for way in ways)
+def all_orders(tags: list[str], options: CaptionConfig) -> Iterator[tuple[TagOrder, float]]:
+    """Yield every order of every subset of tags, with its probability."""
+    count, dropout = len(tags), options.tag_dropout
+    for size in range(count + 1) if dropout else (count,):
+        probability = dropout ** (count - size) * (1 - dropout) ** size
+        for subset in combinations(tags, size):
+            orders = list(permutations(subset)) if options.shuffle else [subset]
+            yield from ((order, probability / len(orders)) for order in orders)
 
 
-def drawn_orders(tags: list[str], source: SourceConfig, count: int) -> Iterator[tuple[tuple[str, ...], float]]:
-    """`count` of them, always the same for the same tags."""
-    bits = np.random.Generator(np.random.Philox(key=key("caption", *tags)))
-    for _ in range(count):
-        keep = bits.random(len(tags)) >= (source.caption_tag_dropout or 0.0)
-        order = np.argsort(bits.random(len(tags))) if source.caption_shuffle else np.arange(len(tags))
-        yield tuple(tags[i] for i in order if keep[i]), 1 / count
+def random_orders(tags: list[str], options: CaptionConfig) -> Iterator[tuple[TagOrder, float]]:
+    """Yield `max_variants` random orders of random subsets, always the same ones for the same tags."""
+    random = np.random.Generator(np.random.Philox(key=key("caption", *tags)))
+    for _ in range(options.max_variants):
+        is_kept = random.random(len(tags)) >= options.tag_dropout
+        order = np.arange(len(tags))
+        if options.shuffle:
+            order = np.argsort(random.random(len(tags)))
+        yield tuple(tags[i] for i in order if is_kept[i]), 1 / options.max_variants

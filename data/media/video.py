@@ -74,7 +74,7 @@ class Clips:
                 f"--data.frames {config.frames}: this model takes one more than a multiple of {step}, "
                 f"such as {least} or {least + step}"
             )
-        return cls(config.frames, config.fps or fps, step, config.clip == "spread")
+        return cls(config.frames, config.fps or fps, step, config.video_clips == "spread")
 
     def of(self, seconds: float) -> list[Clip]:
         """Those of a video of that length; of one that is too short, the most frames it has that the model takes."""

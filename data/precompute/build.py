@@ -47,7 +47,7 @@ from data.precompute.stages import Turns
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
 from data.store import tables
-from data.store.hashing import KEY_BYTES, digest, files_identity, is_old, key_of
+from data.store.hashing import KEY_BYTES, digest, hash_of_files, is_old, key_of
 from data.store.store import Store, damaged, discard
 from models.base import ModelFamily
 
@@ -114,7 +114,7 @@ class Build:
         self.listing, self.rows = turns.folder / "listing.arrow", turns.folder / "rows.arrow"
         if fault := images.colour_fault(config.background):
             raise DataError(f"--data.background: {fault}")
-        held_out = () if config.validation_images is None else (SourceConfig(config.validation_images),)
+        held_out = () if config.validation_path is None else (SourceConfig(config.validation_path),)
         configs = (*config.all_sources(), *(config.with_defaults(source) for source in held_out))
         self.identities = turns.main(self._identities)
         try:
@@ -183,7 +183,7 @@ class Build:
 
     def _identities(self) -> dict[str, str]:
         family, cache = self.family, self.cache
-        hashes = {name: files_identity(family.component_files(name), cache) for name in ("vae", "text")}
+        hashes = {name: hash_of_files(family.component_files(name), cache) for name in ("vae", "text")}
         if family.text_form:
             hashes["text"] = digest(hashes["text"], family.text_form)
         return {**hashes, "family": family.name}
@@ -278,19 +278,21 @@ class Build:
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         stores.media.only_places(about["media_parts"])  # as the index numbers them
         stores.text.only_places(about["text_parts"])
-        return LatentDataset(folder, stores, self.config.mask_floor)
+        return LatentDataset(folder, stores, self.config.mask_min_value)
 
     def split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on, and rows held out: those of validation sources, and the share of different images with the
         lowest content hash, whatever the seed and the file names, with all their copies."""
         held_out = rows.column("held_out").to_numpy()
         content, every = tables.keys(rows.column("content")), np.arange(len(rows))
-        if share := self.config.validation_share:
+        if share := self.config.validation_fraction:
             may = rows.column("may_hold_out").to_numpy() & ~held_out
             different = np.unique(content[may])
             count = max(1, round(share * len(different)))
             if count >= len(different):
-                raise DataError(f"--data.validation_share {share} of {len(different)} images leaves none to train on")
+                raise DataError(
+                    f"--data.validation_fraction {share} of {len(different)} images leaves none to train on"
+                )
             held_out = held_out | (may & np.isin(content, different[:count]))
         if held_out.all():
             raise DataError("no image is left to train on")

@@ -17,7 +17,7 @@ from common.errors import DataError
 from data.config import DataConfig, SourceConfig
 from data.media import images, video
 from data.media.buckets import Buckets, Crop
-from data.media.captions import as_given, variants
+from data.media.captions import caption_variants, with_trigger
 from data.sources import Source
 from data.store import tables
 from data.store.hashing import key_of, stamp_of
@@ -159,17 +159,17 @@ class Planner:
 
     def _row(self, entry: int, cells: dict[str, Any], known: dict[str, Any], held_out: bool) -> dict[str, Any]:
         config = self.sources.opened[cells["source"]].config
-        prior = self.config.prior_weight if config.regularisation else 1.0
+        prior = self.config.prior_loss_weight if config.regularization else 1.0
         held_out = held_out or bool(known.get("held_out"))  # an encoded dataset says so itself
-        trained_on = not (config.regularisation or held_out) and known.get("may_hold_out", True)
+        trained_on = not (config.regularization or held_out) and known.get("may_hold_out", True)
         return {
             **known,
             "entry": entry,
             "repeats": cells["repeats"],
             "weight": known.get("weight", 1.0) * cells["weight"] * config.weight * prior,
-            "dropout": config.caption_dropout if trained_on else 0.0,
+            "dropout": config.captions.dropout if trained_on else 0.0,
             "held_out": held_out,
-            "may_hold_out": not config.regularisation and known.get("may_hold_out", True),
+            "may_hold_out": not config.regularization and known.get("may_hold_out", True),
         }
 
     def _images(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> list[dict[str, Any]]:
@@ -179,7 +179,7 @@ class Planner:
         both = bytes(found["content"].tolist())
         content, mask, crop = both[:16], both[16:], self.buckets.crop(*found["size"].tolist())
         # held-out rows are never mirrored, but all rows have as many keys
-        flips = (False, not held_out) if self.config.flip else (False,)
+        flips = (False, not held_out) if self.config.random_flip else (False,)
         clips: list[video.Clip | None] = [None]
         if self.sources.clips is not None and "seconds" in found:
             clips = [*self.sources.clips.of(found["seconds"].item())]
@@ -201,7 +201,7 @@ class Planner:
         content = key_of("tensors", cells["stamp"])
         return {
             "content": content,
-            "media": [key_of("latents", content, self.config.masks)] * (2 if self.config.flip else 1),
+            "media": [key_of("latents", content, self.config.masks)] * (2 if self.config.random_flip else 1),
             "texts": [key_of("cond", content)],
             "shares": [1.0],
             "crop": list(astuple(Crop(width, height, width, height, 0, 0, width, height))),
@@ -210,8 +210,8 @@ class Planner:
     def shares(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, float]:
         """The captions of a row, and how often each is drawn; held-out rows have one that never changes."""
         if held_out:  # nothing of it is left to chance
-            return {as_given(cells["captions"][0], config): 1.0}
-        return variants(cells["captions"], config, self.config.max_variants)
+            return {with_trigger(cells["captions"][0], config): 1.0}
+        return caption_variants(cells["captions"], config)
 
     def media_key(self, content: bytes, mask: bytes, part: tuple[Crop, video.Clip | None], flip: bool) -> bytes:
         masks, (crop, clip) = self.config.masks if self.config.masks != "files" else mask.hex(), part

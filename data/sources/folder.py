@@ -51,11 +51,11 @@ class FolderSource(Source):
             found = ", ".join(sorted(counts["others"])) or "nothing"
             faults.append(f"{self.folder}: no image ({', '.join(sorted(self.extensions))}); it holds {found}")
             return
-        if not (counts["captions"] or counts["metadata"] or self.config.caption is not None):
-            extensions = " or ".join(self.config.caption_extension or ())
+        if not (counts["captions"] or counts["metadata"] or self.config.captions.text is not None):
+            extensions = " or ".join(self.config.captions.extensions or ())
             faults.append(
                 f"{self.folder}: {counts['images']} images, no {extensions} file; give one caption for all as "
-                "--data.caption, or write caption files"
+                "--data.captions.text, or write caption files"
             )
             return
         described: dict[Path, Described] = {}
@@ -94,10 +94,10 @@ class FolderSource(Source):
             counts["metadata"] += directory.metadata is not None
             counts["others"] |= set(directory.others)
             orphans += directory.orphans()
-            if self.config.caption is not None:
+            if self.config.captions.text is not None:
                 files = [file for found in directory.captions.values() for file in found]
-                faults += [f"{file}: a caption file beside --data.caption; keep one of the two" for file in files]
-        if self.config.caption is not None:
+                faults += [f"{file}: a caption file beside --data.captions.text; keep one of the two" for file in files]
+        if self.config.captions.text is not None:
             return counts, None
         if counts["metadata"]:
             return counts, None  # then a README.txt is no caption
@@ -111,20 +111,20 @@ class FolderSource(Source):
     ) -> list[str] | None:
         shared, known = given
         files = [shared] if shared is not None else directory.captions.get(path.stem, [])
-        if self.config.caption is not None:
-            return [self.config.caption]
+        if self.config.captions.text is not None:
+            return [self.config.captions.text]
         found = None if known is None else known.captions
         if found is not None and files:
             faults.append(f"{path}: captions in {files[0].name} and in a metadata file; keep one of the two")
         elif found is not None:
             return found
         if not files:
-            wanted = (self.config.caption_extension or (".txt",))[0]
+            wanted = (self.config.captions.extensions or (".txt",))[0]
             faults.append(f"{path}: no caption file {path.stem}{wanted} beside it")
             return None
         if len(files) > 1:
             faults.append(f"{path}: several captions, {' and '.join(f.name for f in files)}; keep one")
-        return read_caption(files[0], bool(self.config.caption_multi), faults)
+        return read_caption(files[0], bool(self.config.captions.one_per_line), faults)
 
     def _directories(self, faults: list[str]) -> Iterator[Directory]:
         """All directories below, in a fixed order, each once though links may lead to it more often."""
@@ -161,7 +161,7 @@ class FolderSource(Source):
                     directory.masks[file.stem] = file
                 else:
                     directory.images.append(file)
-            elif file.suffix in (self.config.caption_extension or ()):
+            elif file.suffix in (self.config.captions.extensions or ()):
                 directory.captions.setdefault(file.stem, []).append(file)
             elif name in METADATA and directory.metadata is not None:
                 faults.append(f"{file}: {directory.metadata.name} is there too; keep one of the two")

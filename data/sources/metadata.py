@@ -25,7 +25,7 @@ class Described:
 
 def read_metadata(file: Path, config: SourceConfig, faults: list[str]) -> dict[Path, Described]:
     """By the images' paths, which `file` names as seen from its folder."""
-    if config.caption is not None and config.weight_column is None:
+    if config.captions.text is not None and config.weight_column is None:
         return {}
     try:
         rows = list(metadata_rows(file))
@@ -53,8 +53,8 @@ def read_metadata(file: Path, config: SourceConfig, faults: list[str]) -> dict[P
 
 def columns(config: SourceConfig) -> dict[str, str]:
     """The columns that are read besides that of the image, by the option that names them."""
-    wanted = {"caption_column": config.caption_column, "weight_column": config.weight_column}
-    if config.caption is not None:
+    wanted = {"caption_column": config.captions.column, "weight_column": config.weight_column}
+    if config.captions.text is not None:
         del wanted["caption_column"]
     return {flag: column for flag, column in wanted.items() if column is not None}
 
@@ -62,10 +62,10 @@ def columns(config: SourceConfig) -> dict[str, str]:
 def described(row: dict[str, Any], config: SourceConfig) -> Described:
     """A row of a metadata file or of a dataset."""
     captions = None
-    if config.caption is None:
-        captions = captions_of(row.get(str(config.caption_column)))
+    if config.captions.text is None:
+        captions = captions_of(row.get(str(config.captions.column)))
         if captions is None:
-            raise DataError(f"has no caption in {config.caption_column}")
+            raise DataError(f"has no caption in {config.captions.column}")
     if config.weight_column is None:
         return Described(captions, 1.0)
     try:

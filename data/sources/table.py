@@ -113,7 +113,7 @@ class TableSource(Source):
             except DataError as error:
                 faults.append(f"{config.path} row {row}: {error}")
                 continue
-            texts = found.captions or [str(config.caption)]
+            texts = found.captions or [str(config.captions.text)]
             yield Entry(row, f"row {row}", texts, f"{identity} {row}", config.repeats, found.weight)
         if row < 0:
             faults.append(f"{config.path}: the dataset is empty")

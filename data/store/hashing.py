@@ -49,7 +49,7 @@ def file_hashes(paths: Iterable[Path], cache_dir: Path) -> dict[Path, str]:
     return result
 
 
-def files_identity(paths: list[Path], cache_dir: Path) -> str:
+def hash_of_files(paths: list[Path], cache_dir: Path) -> str:
     """One hash for the names and contents of `paths`."""
     hashes = file_hashes(paths, cache_dir)
     return digest(*(f"{path.name} {hashes[path]}" for path in paths))

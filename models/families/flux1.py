@@ -94,9 +94,9 @@ class Flux1(FluxFamily, PooledTextFamily):
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)
-        if self.config.guidance is not None and not config.get("guidance_embeds"):
+        if self.config.guidance_scale is not None and not config.get("guidance_embeds"):
             raise ModelError(
-                f"--model.guidance {self.config.guidance:g}: {self.config.path} is not distilled for guidance, as "
+                f"--model.guidance_scale {self.config.guidance_scale:g}: {self.config.path} is not distilled for guidance, as "
                 "FLUX.1 dev is, and is told none"
             )
 

@@ -51,7 +51,7 @@ class TransformerFamily(DiffusersFamily):
     @property
     def guidance(self) -> float:
         """What a model that is distilled for guidance is told of it in training: 1, as other trainers do."""
-        return 1.0 if self.config.guidance is None else self.config.guidance
+        return 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
 
     def denoiser_by_names(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
         """The denoiser in a single file, read by the table of names; for any size of model."""

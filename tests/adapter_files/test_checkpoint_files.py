@@ -13,15 +13,15 @@ from helpers.runs import adapter, assert_same
 from helpers.tool_cases import assert_same_updates, metadata_of, run
 from safetensors.torch import load_file, save_file
 
-from training.checkpoints.state import ADAPTER, BEST, EMA, TrainerState, to_files
+from training.checkpoints.state import ADAPTER, BEST, EMA, SavedState, to_files
 
 AVERAGED = ["--rank=8", "--adapter.alpha=1", "--ema.decay=0.7", "--learning_rate=1e-2", "--validation.every=3",
-            f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.quantiles", "0.5"]  # fmt: skip
+            f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.noise_levels", "0.5"]  # fmt: skip
 
 
-def state_at(step: int, best_step: int) -> TrainerState:
+def state_at(step: int, best_step: int) -> SavedState:
     """Of a run that went on from an adapter of 3 steps."""
-    return TrainerState(step, 9, 9, 1, 1, {"steps of the existing LoRA": 3}, 0.0, "", {}, best_step=best_step)
+    return SavedState(step, 9, 9, 1, 1, {"steps of the existing LoRA": 3}, 0.0, "", {}, best_step=best_step)
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def test_the_tools_read_a_checkpoint_at_its_strength(case, tmp_path):
 
 
 def test_a_converted_checkpoint_is_what_the_run_exports(options, run_here, tmp_path, capsys):
-    assert run_here([*options, *AVERAGED, "--checkpoint.best"]) == 0
+    assert run_here([*options, *AVERAGED, "--checkpoint.keep_best"]) == 0
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     for name, exported in ((ADAPTER, "lora.raw"), (EMA, "lora")):
         out = tmp_path / f"converted_{name}"
@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_another(options, run_here, tmp_path)
 
 @pytest.mark.parametrize("older", [False, True], ids=["of now", "without alphas"])
 def test_a_run_goes_on_bit_for_bit(options, run_here, tmp_path, older):
-    best = [*options, *AVERAGED, "--adapter.init=pissa", "--export.which=best"]
+    best = [*options, *AVERAGED, "--adapter.init=pissa", "--export.weights=best"]
     whole = [*best, f"--output_dir={tmp_path / 'whole'}"]
     assert run_here(whole) == 0
     assert run_here([*best, "--steps=3"]) == 0

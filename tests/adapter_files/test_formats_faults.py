@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapter_files import convert, files
 from common.errors import AdapterError
-from lora_algos.attach import Adapted, attach, attach_from_file
+from lora_algos.attach import AdaptedModel, attach, attach_from_file
 from lora_algos.config import AdapterOptions, LayerSpec
 
 NAMES = files.Names()
@@ -129,7 +129,7 @@ def test_an_update_that_is_not_finite_cannot_be_decomposed(value):
             convert.nearest_lora({**tensors, "alpha": torch.tensor(200.0)}, weight, 2)
 
 
-def written_and_verified(adapted: Adapted) -> None:
+def written_and_verified(adapted: AdaptedModel) -> None:
     layers = files.layers_of_adapted(adapted)
     content = files.to_file(layers, adapted.model, NAMES, "kohya", torch.float32)
     files.verify(content, layers, adapted.model, NAMES)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapter_files import convert, files
 from common.errors import AdapterError
-from lora_algos.attach import Adapted, attach, attach_from_file
+from lora_algos.attach import AdaptedModel, attach, attach_from_file
 from lora_algos.config import LayerSpec
 
 SLICES = {
@@ -67,7 +67,7 @@ def toy() -> nn.Module:
     return copy.deepcopy(base())
 
 
-def trained(specs: dict[str, LayerSpec]) -> Adapted:
+def trained(specs: dict[str, LayerSpec]) -> AdaptedModel:
     return randomised(attach(toy(), specs, seed=0))
 
 
@@ -98,7 +98,7 @@ def native_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def merged(adapted: Adapted) -> dict[str, Tensor]:
+def merged(adapted: AdaptedModel) -> dict[str, Tensor]:
     """The base's weights with the update worked in, as ComfyUI has them, in fp64."""
     changed = toy().double()
     with torch.no_grad():
@@ -118,7 +118,7 @@ def assert_alike(there: dict[str, Tensor], here: dict[str, Tensor]) -> None:
         )
 
 
-def content_of(adapted: Adapted, form: str) -> files.FileContent:
+def content_of(adapted: AdaptedModel, form: str) -> files.FileContent:
     file_format, by_diffusers = FORMS[form]
     layers = files.layers_of_adapted(adapted)
     content = files.to_file(layers, adapted.model, names(by_diffusers), file_format, torch.float32)
@@ -126,13 +126,13 @@ def content_of(adapted: Adapted, form: str) -> files.FileContent:
     return content
 
 
-def read(content: files.FileContent, by_diffusers: str = PREFIX) -> Adapted:
+def read(content: files.FileContent, by_diffusers: str = PREFIX) -> AdaptedModel:
     model = toy()
     layers, unknown = files.from_file(content.tensors, content.metadata, model, names(by_diffusers))
     return attach_from_file(model, layers, unknown)
 
 
-def check(adapted: Adapted, form: str) -> files.FileContent:
+def check(adapted: AdaptedModel, form: str) -> files.FileContent:
     """ComfyUI, and we, make of the file what was trained."""
     content = content_of(adapted, form)
     by_diffusers = FORMS[form][1]

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adapter_files import convert, files
 from common.errors import AdapterError
-from lora_algos.attach import Adapted, attach
+from lora_algos.attach import AdaptedModel, attach
 from lora_algos.config import LayerSpec
 
 OTHER = torch.device("cpu:1")  # fake tensors do not mix it with "cpu", as little as a GPU, and torch needs no CUDA
@@ -19,7 +19,7 @@ NAMES = files.Names({"layer": "layer"})
 every_writer = pytest.mark.parametrize("file_format", files.WRITERS)
 
 
-def content_of(adapted: Adapted, file_format: str, dtype: torch.dtype) -> tuple[files.FileContent, dict[str, str]]:
+def content_of(adapted: AdaptedModel, file_format: str, dtype: torch.dtype) -> tuple[files.FileContent, dict[str, str]]:
     """The file and its metadata as a reader sees it. Skips what the format does not hold."""
     try:
         content = files.to_file(files.layers_of_adapted(adapted), adapted.model, NAMES, file_format, dtype)
@@ -29,7 +29,7 @@ def content_of(adapted: Adapted, file_format: str, dtype: torch.dtype) -> tuple[
     return content, {**content.metadata, **config}
 
 
-def read_back(adapted: Adapted, file_format: str, dtype: torch.dtype) -> Tensor:
+def read_back(adapted: AdaptedModel, file_format: str, dtype: torch.dtype) -> Tensor:
     content, metadata = content_of(adapted, file_format, dtype)
     found, unknown = files.from_file(content.tensors, metadata, adapted.model, NAMES)
     assert not unknown

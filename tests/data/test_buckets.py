@@ -3,15 +3,15 @@
 import math
 
 import pytest
+from helpers.data_cases import data_config
 
-from data.config import DataConfig
 from data.media.buckets import Buckets
 
 
 def buckets(**options) -> Buckets:
     only_square = options.pop("only_square", False)
     step = options.pop("step", 64)
-    return Buckets.of(DataConfig(**{"resolution": 1024, **options}), step, only_square)
+    return Buckets.of(data_config(**{"resolution": 1024, **options}), step, only_square)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,17 @@
 from collections import Counter
 
 import pytest
-from helpers.data_cases import dataset_of, row_of
+from helpers.data_cases import data_config, dataset_of, row_of, source_config
 
 from data.batches import make_batch
-from data.config import DataConfig, SourceConfig
+from data.config import SourceConfig
 from data.media.captions import of_caption, variants
 from data.schedule import key
 from data.store.hashing import key_of
 
 
 def source(**options) -> SourceConfig:
-    return DataConfig(**options).with_defaults(SourceConfig("x"))
+    return data_config(**options).with_defaults(source_config("x"))
 
 
 def test_a_caption_is_left_alone():
@@ -29,7 +29,7 @@ def test_the_trigger_comes_first_unless_it_is_there(caption, expected):
 
 
 def test_regularisation_images_have_no_trigger():
-    config = DataConfig(caption_trigger="sks").with_defaults(SourceConfig("x", regularisation=True))
+    config = data_config(caption_trigger="sks").with_defaults(source_config("x", regularization=True))
     assert of_caption("a dog", config, 16) == {"a dog": 1.0}
 
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.data_cases import data_config, source_config
 from helpers.project import BASE, TWEMOJI, reset_accelerate
 from PIL import Image
 
 from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig, SourceConfig
 from data.export import write_dataset
 from data.precompute.build import Build, Datasets
 from data.schedule import key
@@ -31,7 +31,7 @@ def build(tmp_path, family):
 
     def run(export=None, form="encoded", **options) -> Datasets:
         reset_accelerate()
-        config = DataConfig(resolution=64, cache_dir=str(tmp_path / options.pop("cache", "cache")), **options)
+        config = data_config(resolution=64, cache_dir=str(tmp_path / options.pop("cache", "cache")), **options)
         with Build.opened(config, family, Accelerator(cpu=True)) as opened:
             built = opened.run(False)
             if export is not None:
@@ -60,26 +60,26 @@ def assert_same_rows(one, other):
 def test_comfyui_folders_go_out_and_come_back(build, images, tmp_path, form):
     Image.effect_noise((100, 50), 30).save(images / "wide.png")
     (images / "wide.txt").write_text("noise")
-    first = build(images=str(images), export=tmp_path / "out", form=form)
+    first = build(path=str(images), export=tmp_path / "out", form=form)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["metadata.json", "shard_0000.pkl" if form == "comfyui" else "shard_0000.safetensors"]
-    again = build(images=str(tmp_path / "out"), cache="cache2")
+    again = build(path=str(tmp_path / "out"), cache="cache2")
     assert_same_rows(first, again)
     assert (again.encoded_images, again.encoded_captions) == (0, 0)
-    assert_same_rows(first, build(images=str(tmp_path / "out"), cache="cache2"))
+    assert_same_rows(first, build(path=str(tmp_path / "out"), cache="cache2"))
     with pytest.raises(DataError, match="there already"):
-        build(images=str(images), export=tmp_path / "out", form=form)
+        build(path=str(images), export=tmp_path / "out", form=form)
 
 
 def test_encoded_folders_train_without_the_images(build, images, tmp_path):
     options = {"flip": True, "caption_multi": True, "caption_dropout": 0.1}
     (images / "cat.txt").write_text("one\ntwo")
-    first = build(images=str(images), export=tmp_path / "encoded", **options)
+    first = build(path=str(images), export=tmp_path / "encoded", **options)
     seeds = [key("sample", 0, v) for v in range(40)]
     expected = make_batch(first.train, [v % 4 for v in range(40)], seeds, range(40))
     shutil.rmtree(images)
     shutil.rmtree(tmp_path / "cache")
-    again = build(images=str(tmp_path / "encoded"), **options)
+    again = build(path=str(tmp_path / "encoded"), **options)
     assert again.encoded_images == 0
     assert again.encoded_captions == 1, "the empty prompt"
     assert again.train.fingerprint == first.train.fingerprint
@@ -87,35 +87,35 @@ def test_encoded_folders_train_without_the_images(build, images, tmp_path):
     assert batch.latents.equal(expected.latents)
     assert batch.cond["prompt_embeds"].equal(expected.cond["prompt_embeds"])
     with pytest.raises(DataError, match=r"encoded with \{.*'flip': True.*this run asks for \{.*'flip': False"):
-        build(images=str(tmp_path / "encoded"))
+        build(path=str(tmp_path / "encoded"))
     about = json.loads((tmp_path / "encoded" / "encoded.json").read_text())
     (tmp_path / "encoded" / "encoded.json").write_text(json.dumps({**about, "vae": "another"}))
     with pytest.raises(DataError, match=r"encoded with another VAE than --model\.path has"):
-        build(images=str(tmp_path / "encoded"), **options)
+        build(path=str(tmp_path / "encoded"), **options)
 
 
 def test_a_damaged_encoded_folder_is_refused(build, images, tmp_path):
-    build(images=str(images), export=tmp_path / "encoded")
+    build(path=str(images), export=tmp_path / "encoded")
     (part,) = (tmp_path / "encoded" / "media").iterdir()
     data = next(part.glob("*.arrow"))
     content = bytearray(data.read_bytes())
     content[-100] ^= 1
     data.write_bytes(content)
     with pytest.raises(DataError, match=rf"{part.name}: damaged; export the dataset again"):
-        build(images=str(tmp_path / "encoded"))
+        build(path=str(tmp_path / "encoded"))
     shutil.rmtree(part)
     with pytest.raises(DataError, match="media: 4 of its rows are not there"):
-        build(images=str(tmp_path / "encoded"))
+        build(path=str(tmp_path / "encoded"))
 
 
 def test_sources_of_all_kinds_in_one_run(build, images, tmp_path):
-    build(images=str(images), export=tmp_path / "comfy", form="comfyui")
-    build(images=str(images), export=tmp_path / "encoded")
+    build(path=str(images), export=tmp_path / "comfy", form="comfyui")
+    build(path=str(images), export=tmp_path / "encoded")
     folder = tmp_path / "more"
     folder.mkdir()
     shutil.copy(TWEMOJI / "train" / "anguished.png", folder / "other.png")
-    sources = (SourceConfig(str(tmp_path / "comfy")), SourceConfig(str(tmp_path / "encoded"), weight=0.5),
-               SourceConfig(str(folder), caption="angry"))  # fmt: skip
+    sources = (source_config(str(tmp_path / "comfy")), source_config(str(tmp_path / "encoded"), weight=0.5),
+               source_config(str(folder), caption_text="angry"))  # fmt: skip
     built = build(sources=sources, cache="fresh")
     assert len(built.train) == 4 + 4 + 1
     assert (built.encoded_images, built.encoded_captions) == (1, 1)
@@ -132,12 +132,12 @@ def test_faults_of_comfyui_data_are_listed_with_their_files(build, tmp_path, fam
     torch.save({"latents": latents, "conditioning": conditioning}, folder / "shard_0000.pkl")
     (folder / "shard_0001.pkl").write_bytes(b"nothing")
     with pytest.raises(DataError) as caught:
-        build(images=str(folder))
+        build(path=str(folder))
     message = str(caught.value)
     assert "shard_0000.pkl sample 1" in message
     assert "SDXL's" in message
     assert "shard_0001.pkl" in message
-    built = build(images=str(folder), on_error="skip")
+    built = build(path=str(folder), on_error="skip")
     assert len(built.train) == 1
 
 
@@ -146,7 +146,7 @@ def test_conditioning_of_other_lengths_and_dtypes_never_shares_a_batch(build, tm
     samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(6)]
     samples.append((torch.randn(4, 16, 16).half(), torch.randn(1, 24, 96).half(), none))
     comfy_shards.write_folder(tmp_path / "mixed", samples)
-    built = build(images=str(tmp_path / "mixed"))
+    built = build(path=str(tmp_path / "mixed"))
     assert sorted(sum(s.visits for s in bucket) for bucket in built.train.buckets) == [1, 3, 3]
     for bucket in built.train.buckets:
         rows = [row for s in bucket for row in range(s.first, s.first + s.count)]
@@ -154,7 +154,7 @@ def test_conditioning_of_other_lengths_and_dtypes_never_shares_a_batch(build, tm
 
 
 def test_latents_are_drawn_anew_at_each_visit(build, images):
-    built = build(images=str(images), vae_sampling="sample")
+    built = build(path=str(images), vae_sampling="sample")
     seeds = [key("sample", 0, v) for v in range(500)]
     batch = make_batch(built.train, [0] * 500, seeds, range(500))
     place = int(built.train.arrays["media"][0, 0])
@@ -164,7 +164,7 @@ def test_latents_are_drawn_anew_at_each_visit(build, images):
     assert abs(scaled.std() - 1) < 0.02
     correlation = torch.corrcoef(torch.stack([scaled.flatten(), batch.noise.flatten()]))[0, 1]
     assert abs(correlation) < 0.01, "not the noise of the sample again"
-    mode = build(images=str(images)).train
+    mode = build(path=str(images)).train
     assert mode.latents(0).equal(row["latents"])
 
 
@@ -180,7 +180,7 @@ def test_masks_reach_the_loss_at_the_size_of_the_latents(build, tmp_path, masks)
     else:
         alpha.save(folder / "a_mask.png")
     picture.save(folder / "a.png")
-    built = build(images=str(folder), caption="x", masks=masks, mask_floor=0.25, flip=True)
+    built = build(path=str(folder), caption_text="x", masks=masks, mask_min_value=0.25, random_flip=True)
     batch = make_batch(built.train, [0] * 20, list(range(20)), range(20))
     left, right = batch.mask[:, :, :8].mean((1, 2)), batch.mask[:, :, 8:].mean((1, 2))
     assert batch.mask.shape == (20, 16, 16)
@@ -191,7 +191,12 @@ def test_buckets_train_end_to_end(options, images, run_here, tmp_path):
     for i in range(3):
         Image.effect_noise((100 + i, 50), 30).save(images / f"wide{i}.png")
         (images / f"wide{i}.txt").write_text("noise, grey, wide")
-    more = ["--data.caption_shuffle", "--data.caption_dropout=0.1", "--data.flip", "--data.vae_sampling=sample"]
+    more = [
+        "--data.captions.shuffle",
+        "--data.captions.dropout=0.1",
+        "--data.random_flip",
+        "--data.vae_sampling=sample",
+    ]
     assert run_here([*options, *more]) == 0
     assert (tmp_path / "out" / "lora.safetensors").is_file()
 
@@ -201,7 +206,7 @@ def test_the_command_writes_a_folder_that_trains_as_the_images_do(options, image
     held_out.mkdir()
     for suffix in (".png", ".txt"):
         (images / f"dog{suffix}").rename(held_out / f"dog{suffix}")
-    more = [f"--data.validation_images={held_out}", "--data.caption_dropout=0.2"]
+    more = [f"--data.validation_path={held_out}", "--data.captions.dropout=0.2"]
     out = tmp_path / "encoded"
     assert run_here(["export-dataset", *options, *more, f"--out={out}"]) == 0
     assert f"wrote 4 samples to {out}" in capsys.readouterr().out
@@ -210,8 +215,8 @@ def test_the_command_writes_a_folder_that_trains_as_the_images_do(options, image
     first = json.loads((tmp_path / "out" / "loss.json").read_text())
     shutil.rmtree(images)
     shutil.rmtree(tmp_path / "out")
-    again = [option for option in options if not option.startswith("--data.images")]
-    assert run_here([*again, f"--data.images={out}", "--data.caption_dropout=0.2"]) == 0
+    again = [option for option in options if not option.startswith("--data.path")]
+    assert run_here([*again, f"--data.path={out}", "--data.captions.dropout=0.2"]) == 0
     assert json.loads((tmp_path / "out" / "loss.json").read_text()) == first, "what was held out is still held out"
 
 
@@ -222,8 +227,8 @@ def test_held_out_rows_never_train(build, images, tmp_path):
     for suffix in (".png", ".txt"):
         (images / f"dog{suffix}").rename(held_out / f"dog{suffix}")
     out = tmp_path / "encoded"
-    first = build(images=str(images), validation_images=str(held_out), flip=True, export=out)
-    again = build(images=str(out), flip=True, validation_share=0.3)
+    first = build(path=str(images), validation_path=str(held_out), random_flip=True, export=out)
+    again = build(path=str(out), random_flip=True, validation_fraction=0.3)
     names = {again.validation.name(row) for row in range(len(again.validation))}
     assert "dog.png" in names
     assert len(again.train) + len(again.validation) == 4
@@ -231,13 +236,13 @@ def test_held_out_rows_never_train(build, images, tmp_path):
     for name in ("cat", "owl", "tiger"):
         shutil.copy(images / f"{name}.png", images / f"{name}2.png")
         (images / f"{name}2.txt").write_text("again")
-    twice = build(images=str(images), validation_share=0.3)
+    twice = build(path=str(images), validation_fraction=0.3)
     assert (len(twice.train), len(twice.validation)) == (4, 2)
     assert twice.validation.latents(0).equal(twice.validation.latents(1))
     for file in images.glob("*.png"):
         file.write_bytes(b"bad")
     with pytest.raises(DataError, match="no image is left to train on"):
-        build(images=str(images), validation_images=str(held_out), on_error="skip")
+        build(path=str(images), validation_path=str(held_out), on_error="skip")
 
 
 def test_an_image_that_changes_while_it_is_read_is_not_stored(build, images, monkeypatch):
@@ -251,12 +256,12 @@ def test_an_image_that_changes_while_it_is_read_is_not_stored(build, images, mon
 
     monkeypatch.setattr(encode, "encode_media", changed)
     with pytest.raises(DataError, match=r"cat\.png: changed since it was looked at; run again"):
-        build(images=str(images))
+        build(path=str(images))
 
 
 def test_what_nothing_is_drawn_for_is_shown_with_its_own_caption(build, images, family):
     (images / "cat.txt").write_text("cat, face, animal")
-    built = build(images=str(images), caption_tag_dropout=0.5, caption_shuffle=True, caption_trigger="sks")
+    built = build(path=str(images), caption_tag_dropout=0.5, caption_shuffle=True, caption_trigger="sks")
     row = [built.train.name(row) for row in range(4)].index("cat.png")
     expected = family.encode_prompt(family.load_encoders("text"), ["sks, cat, face, animal"])[0]
     torch.testing.assert_close(built.train.cond(row)["prompt_embeds"], expected["prompt_embeds"], rtol=1e-4, atol=1e-4)
@@ -268,7 +273,7 @@ def test_conditioning_unlike_the_empty_prompts_is_never_dropped(build, tmp_path,
     none = {"pooled_output": None}
     samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(4)]
     comfy_shards.write_folder(tmp_path / "mixed", samples)
-    built = build(images=str(tmp_path / "mixed"), caption_dropout=0.5)
+    built = build(path=str(tmp_path / "mixed"), caption_dropout=0.5)
     assert "2 samples have conditioning unlike the empty prompt's" in capsys.readouterr().out
     assert sorted(built.train.arrays["dropout"].tolist()) == [0, 0, 0.5, 0.5]
     for bucket in built.train.buckets:
@@ -281,16 +286,16 @@ def test_rows_with_and_without_masks_are_kept_apart(build, images, tmp_path):
     for name in ("cat", "dog", "owl"):
         Image.new("L", (64, 64), 255).save(images / f"{name}_mask.png")
     with pytest.raises(DataError, match=r"tiger\.png: no mask"):
-        build(images=str(images), masks="files")
-    built = build(images=str(images), masks="files", on_error="skip")
+        build(path=str(images), masks="files")
+    built = build(path=str(images), masks="files", on_error="skip")
     assert len(built.train) == 3
     batch = make_batch(built.train, [0, 1, 2], [0, 1, 2], range(3))
     assert batch.mask.equal(torch.ones(3, 16, 16))
 
 
 def test_an_encoded_folder_is_not_written_to(build, images, tmp_path):
-    build(images=str(images), export=tmp_path / "encoded")
+    build(path=str(images), export=tmp_path / "encoded")
     shutil.copytree(tmp_path / "encoded", tmp_path / "copied", copy_function=shutil.copy)
     before = {path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()}
-    build(images=str(tmp_path / "copied"))
+    build(path=str(tmp_path / "copied"))
     assert {path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()} == before

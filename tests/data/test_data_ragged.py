@@ -3,13 +3,12 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.data_cases import dataset_with, row_of
+from helpers.data_cases import data_config, dataset_with, row_of
 from helpers.data_families import Ragged
 from helpers.project import BASE, reset_accelerate
 
 from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig
 from data.precompute.build import build_datasets
 from data.schedule import key
 from data.sources.comfy_shards import write_folder
@@ -144,7 +143,7 @@ def built(images, tmp_path):
     def build(family, **options):
         reset_accelerate()
         given = {"resolution": 64, "cache_dir": str(tmp_path / "cache"), "images": str(images), **options}
-        return build_datasets(DataConfig(**given), family, Accelerator(cpu=True)).train
+        return build_datasets(data_config(**given), family, Accelerator(cpu=True)).train
 
     yield build
     reset_accelerate()
@@ -152,7 +151,7 @@ def built(images, tmp_path):
 
 def test_a_batch_trains_on_each_caption_as_if_it_were_alone(built):
     family = Ragged(ModelConfig(path=str(BASE)))
-    dataset = built(family, caption_dropout=0.4, caption_multi=True)
+    dataset = built(family, caption_dropout=0.4, caption_one_per_line=True)
     assert len(dataset.buckets) == 1
     assert len({len(dataset.cond(row)["prompt_embeds"]) for row in range(4)}) > 2
     plain = built(StableDiffusion(family.config))
@@ -178,7 +177,7 @@ def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
     family, none = Ragged(ModelConfig(path=str(BASE))), {"pooled_output": None}
     samples = [(torch.randn(4, 16, 16), torch.randn(1, 3 + i, 96), none) for i in range(4)]
     write_folder(tmp_path / "set", samples)
-    dataset = built(family, images=str(tmp_path / "set"), caption_dropout=0.5)
+    dataset = built(family, path=str(tmp_path / "set"), caption_dropout=0.5)
     assert len(dataset.buckets) == 1
     assert dataset.arrays["dropout"].tolist() == [0.5] * 4
     crop = make_batch(dataset, [0], [0], range(1)).crop
@@ -187,4 +186,4 @@ def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
     assert lengths == [3, 4, 5, 6]
     family.ragged = {"prompt_embeds": 5}
     with pytest.raises(DataError, match="sample 3: conditioning of 6 tokens; this model takes 5"):
-        built(family, images=str(tmp_path / "set"))
+        built(family, path=str(tmp_path / "set"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.data_cases import dataset_with, row_of
+from helpers.data_cases import data_config, dataset_with, row_of
 from helpers.data_families import Video
 from helpers.project import BASE, reset_accelerate
 from PIL import Image
@@ -11,7 +11,6 @@ from PIL import Image
 import models
 from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig
 from data.export import write_dataset
 from data.precompute.build import Build
 from data.sources import comfy_shards
@@ -34,7 +33,7 @@ def build(tmp_path):
     def run(family, export=None, form="encoded", **options):
         reset_accelerate()
         given = {"resolution": 64, "cache_dir": str(tmp_path / options.pop("cache", "cache")), **options}
-        with Build.opened(DataConfig(**given), family, Accelerator(cpu=True)) as opened:
+        with Build.opened(data_config(**given), family, Accelerator(cpu=True)) as opened:
             built = opened.run(False)
             if export is not None:
                 write_dataset(opened, built, export, form)
@@ -97,11 +96,11 @@ def test_images_are_videos_of_one_frame_with_conditioning_of_their_own(build, fa
 
 @pytest.mark.parametrize("form", ["comfyui", "safetensors", "encoded"])
 def test_they_go_out_and_come_back(build, family, images, tmp_path, form):
-    first = build(family, images=str(images), export=tmp_path / "out", form=form, caption_dropout=0.5)
+    first = build(family, path=str(images), export=tmp_path / "out", form=form, caption_dropout=0.5)
     if form != "encoded":
         sample = next(comfy_shards.samples(tmp_path / "out", family, comfy_shards.shards(tmp_path / "out")[0].name))
         assert sample.latents.shape == (4, 1, 16, 16)
-    again = build(family, images=str(tmp_path / "out"), cache="other", caption_dropout=0.5)
+    again = build(family, path=str(tmp_path / "out"), cache="other", caption_dropout=0.5)
     assert again.arrays["dropout"].tolist() == [0.5] * 4
     one, other = stored(first), stored(again)
     assert one.keys() == other.keys()
@@ -118,24 +117,24 @@ def test_comfyui_latents_with_and_without_frames(build, family, tmp_path):
 
     image, frame, clip = torch.randn(2, 4, 8, 8), torch.randn(1, 4, 1, 8, 8), torch.randn(2, 4, 3, 8, 8)
     with_first = {"concat_latent_image": torch.randn(1, 4, 3, 8, 8)}
-    dataset = build(family, images=shard("all", image, frame, clip, **with_first))
+    dataset = build(family, path=shard("all", image, frame, clip, **with_first))
     assert sorted(dataset.latents(row).shape[1] for row in range(5)) == [1, 1, 1, 3, 3]
     assert dataset.cond(0)["first_frame"].equal(with_first["concat_latent_image"][0, :, 0])
     with pytest.raises(DataError, match="sample 0: conditioning without first_frame, which this model needs"):
-        build(family, images=shard("lacking", clip[:1]))
+        build(family, path=shard("lacking", clip[:1]))
     plain = StableDiffusion(family.config)
-    dataset = build(plain, images=shard("images", image, frame))
+    dataset = build(plain, path=shard("images", image, frame))
     assert {dataset.latents(row).shape for row in range(3)} == {(4, 8, 8)}
     plain.comfy_frames = True
-    build(plain, images=str(tmp_path / "images"), export=tmp_path / "out", form="comfyui")
+    build(plain, path=str(tmp_path / "images"), export=tmp_path / "out", form="comfyui")
     assert torch.load(tmp_path / "out" / "shard_0000.pkl")["latents"][0]["samples"].shape == (1, 4, 1, 8, 8)
     with pytest.raises(DataError, match=r"latents of shape \(2, 4, 3, 8, 8\): this model makes images"):
-        build(plain, images=shard("clip", clip))
+        build(plain, path=shard("clip", clip))
 
 
 def test_a_video_family_trains_and_draws_sheets(options, images, run_here, tmp_path, monkeypatch):
     monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
-    more = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.validation_share=0.25", "--data.masks=alpha"]
+    more = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.validation_fraction=0.25", "--data.masks=alpha"]
     assert run_here([*options, *more]) == 0
     assert (tmp_path / "out" / "lora.safetensors").is_file()
     assert run_here(["data", *options, *more, "--sheets", str(tmp_path / "sheets"), "--decode"]) == 0

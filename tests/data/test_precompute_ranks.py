@@ -31,7 +31,7 @@ out, base, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == int(sys.argv[4]), accelerator.num_processes
 try:
-    built = build_datasets(DataConfig(**options), get_family(ModelConfig(path=base)), accelerator)
+    built = build_datasets(data_config(**options), get_family(ModelConfig(path=base)), accelerator)
     result = {"fingerprint": built.train.fingerprint, "encoded": [built.encoded_images, built.encoded_captions],
               "first": built.train.latents(0).sum().item(), "rows": len(built.train)}
 except DataError as error:
@@ -69,8 +69,8 @@ def rows_in(cache: Path) -> dict[bytes, dict]:
 
 def test_the_bytes_are_the_same_whatever_the_number_of_ranks(tmp_path):
     images = TWEMOJI / "train"
-    one = ran(tmp_path / "one", 1, **options_for(images, tmp_path / "cache1", flip=True))
-    three = ran(tmp_path / "three", 3, **options_for(images, tmp_path / "cache3", flip=True))
+    one = ran(tmp_path / "one", 1, **options_for(images, tmp_path / "cache1", random_flip=True))
+    three = ran(tmp_path / "three", 3, **options_for(images, tmp_path / "cache3", random_flip=True))
     assert three == one * 3
     a, b = rows_in(tmp_path / "cache1"), rows_in(tmp_path / "cache3")
     assert a.keys() == b.keys()

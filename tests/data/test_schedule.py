@@ -8,7 +8,7 @@ import torch
 from helpers.data_cases import dataset_of
 
 from data.batches import Batch, MicroBatches, make_batch
-from data.loader import micro_batches
+from data.loader import load_micro_batches
 from data.schedule import EXACT, Permutation, Schedule, Segment, key
 
 
@@ -157,7 +157,7 @@ def test_noise_is_standard_normal_and_quantiles_uniform(dataset):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_gives_the_numbers_asked_for_in_order(dataset, num_workers):
     s = Schedule(dataset.buckets, "f", 0, 2)
-    batches = list(micro_batches(MicroBatches(dataset, s), range(3, 11, 2), num_workers, pin_memory=False))
+    batches = list(load_micro_batches(MicroBatches(dataset, s), range(3, 11, 2), num_workers, pin_memory=False))
     assert [batch.visits for batch in batches] == [range(6, 8), range(10, 12), range(14, 16), range(18, 20)]
     for batch, number in zip(batches, range(3, 11, 2), strict=True):
         assert batch.noise.equal(MicroBatches(dataset, s)[number].noise)
@@ -171,7 +171,9 @@ def test_threads_pin_memory_on_the_gpu_of_their_process(dataset, monkeypatch):
     assert (
         len(
             list(
-                micro_batches(MicroBatches(dataset, Schedule(dataset.buckets, "f", 0, 2)), range(4), 1, pin_memory=True)
+                load_micro_batches(
+                    MicroBatches(dataset, Schedule(dataset.buckets, "f", 0, 2)), range(4), 1, pin_memory=True
+                )
             )
         )
         == 4

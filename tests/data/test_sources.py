@@ -11,11 +11,11 @@ import datasets
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from helpers.data_cases import data_config, source_config
 from helpers.project import BASE, script
 from PIL import Image
 
 from common.errors import DataError
-from data.config import DataConfig, SourceConfig
 from data.sources import open_source
 from models import get_family
 from models.config import ModelConfig
@@ -28,7 +28,7 @@ def png(color=(255, 0, 0), size=(8, 8), mode="RGB", image_format="PNG") -> bytes
 
 
 def opened(folder, **options):
-    data = DataConfig(images=str(folder), **options)
+    data = data_config(path=str(folder), **options)
     return open_source(data.all_sources()[0], data, get_family(ModelConfig(path=str(BASE))), {})
 
 
@@ -57,7 +57,7 @@ def test_folders_may_be_nested_and_carry_kohyas_repeats(tmp_path):
 def test_one_caption_for_many_images_is_repeated(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_bytes(png())
-    assert found(tmp_path, caption="sks")[0] == {f"{n}.png": ("sks", 1) for n in "abc"}
+    assert found(tmp_path, caption_text="sks")[0] == {f"{n}.png": ("sks", 1) for n in "abc"}
     (tmp_path / "caption.txt").write_text("all alike")
     assert found(tmp_path) == ({f"{n}.png": ("all alike", 1) for n in "abc"}, [])
 
@@ -65,7 +65,7 @@ def test_one_caption_for_many_images_is_repeated(tmp_path):
 def test_any_other_mismatch_of_images_and_captions_is_a_fault(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_bytes(png())
-    assert "give one caption for all as --data.caption" in found(tmp_path)[1][0]
+    assert "give one caption for all as --data.captions.text" in found(tmp_path)[1][0]
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "d.txt").write_text("nobody's")
@@ -73,21 +73,23 @@ def test_any_other_mismatch_of_images_and_captions_is_a_fault(tmp_path):
     assert len(faults) == 2
     assert "d.txt: a caption without an image" in faults[0]
     assert "c.png: no caption file c.txt" in faults[1]
-    assert len(found(tmp_path, caption="x")[1]) == 3, "--data.caption and caption files contradict each other"
+    assert len(found(tmp_path, caption_text="x")[1]) == 3, (
+        "--data.captions.text and caption files contradict each other"
+    )
 
 
 def test_another_caption_extension(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.txt").write_text("not this")
     (tmp_path / "a.caption").write_text("this")
-    assert found(tmp_path, caption_extension=(".caption",))[0] == {"a.png": ("this", 1)}
+    assert found(tmp_path, caption_extensions=(".caption",))[0] == {"a.png": ("this", 1)}
 
 
 def test_lines_of_a_caption_file_are_captions_of_their_own(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.txt").write_text("one, two\n\n  three \n")
     assert found(tmp_path)[0] == {"a.png": ("one, two\n\n  three", 1)}
-    assert found(tmp_path, caption_multi=True)[0] == {"a.png": (["one, two", "three"], 1)}
+    assert found(tmp_path, caption_one_per_line=True)[0] == {"a.png": (["one, two", "three"], 1)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -105,7 +107,7 @@ def test_captions_of_a_metadata_file(tmp_path, kind):
     else:
         pyarrow.parquet.write_table(table, file)
     assert found(tmp_path) == ({"inside/a.png": ("of a", 1), "inside/b.png": ("of b", 1)}, [])
-    assert "no column words (--data.caption_column)" in found(tmp_path, caption_column="words")[1][0]
+    assert "no column words (--data.captions.column)" in found(tmp_path, caption_column="words")[1][0]
     source, faults = opened(tmp_path, weight_column="id"), []
     assert [entry.weight for entry in source.entries(faults)] == [1.0, 2.0]
     assert faults == []
@@ -155,10 +157,10 @@ def test_names_that_differ_by_case_and_links_in_a_circle(tmp_path):
 def test_masks_are_no_images(tmp_path):
     for name in ("a.png", "a_mask.png", "b.png"):
         (tmp_path / name).write_bytes(png())
-    source, faults = opened(tmp_path, caption="x", masks="files"), []
+    source, faults = opened(tmp_path, caption_text="x", masks="files"), []
     assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [("a.png", "a_mask.png")]
     assert "b.png: no mask b_mask.<extension> beside it" in faults[0]
-    assert sorted(found(tmp_path, caption="x")[0]) == ["a.png", "b.png"], "nor where masks are not used"
+    assert sorted(found(tmp_path, caption_text="x")[0]) == ["a.png", "b.png"], "nor where masks are not used"
 
 
 def test_an_empty_folder_says_what_it_holds(tmp_path):
@@ -211,8 +213,8 @@ def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    sources = (SourceConfig(str(folder), streaming=streaming),)
-    data = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"), **columns)
+    sources = (source_config(str(folder), streaming=streaming),)
+    data = data_config(sources=sources, cache_dir=str(tmp_path / "cache"), **columns)
     source, faults = open_source(data.all_sources()[0], data, None, {}), []
     assert [e.captions for e in source.entries(faults)] == [["one"], ["two"], ["three"]]
     assert faults == []
@@ -267,13 +269,13 @@ def test_odd_files_and_names_are_faults_or_left_alone(tmp_path):
     folder = tmp_path / "20240101123045_photos"
     folder.mkdir()
     (folder / "c.png").write_bytes(png())
-    assert found(folder, caption="x")[0] == {"c.png": ("x", 1)}
+    assert found(folder, caption_text="x")[0] == {"c.png": ("x", 1)}
 
 
 def test_a_row_that_cannot_be_read_does_not_take_others_with_it(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_bytes(png())
-    source = opened(tmp_path, caption="x")
+    source = opened(tmp_path, caption_text="x")
     names = {entry.row: entry.name for entry in source.entries([])}
     (tmp_path / "b.png").unlink()
     (tmp_path / "aa.png").write_bytes(b"new")
@@ -288,8 +290,8 @@ def test_a_streamed_row_is_another_when_its_column_or_file_is(tmp_path):
     table(tmp_path).to_parquet(folder / "0.parquet")
 
     def stamps(**more) -> list[str]:
-        sources = (SourceConfig(str(folder), streaming=True),)
-        data = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more})
+        sources = (source_config(str(folder), streaming=True),)
+        data = data_config(sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more})
         return [e.stamp for e in open_source(data.all_sources()[0], data, None, {}).entries([])]
 
     first = stamps()

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.data_cases import data_config, source_config
 from helpers.project import BASE, reset_accelerate
 from PIL import Image
 
 from common.errors import DataError
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig
 from data.precompute.build import build_datasets
 from data.store.hashing import file_hashes, key_of
 from data.store.part import data_file
@@ -111,7 +112,7 @@ def test_a_damaged_part_is_found_and_a_copied_one_is_not_taken_for_damaged(tmp_p
 
 def config_for(images, tmp_path, **options) -> DataConfig:
     given = {"resolution": 64, "cache_dir": str(tmp_path / "cache"), **options}
-    return DataConfig(images=None if images is None else str(images), **given)
+    return data_config(path=None if images is None else str(images), **given)
 
 
 def names_of(dataset) -> list[str]:
@@ -143,7 +144,7 @@ def test_only_what_changed_is_encoded_again(images, tmp_path, family, accelerato
     shutil.copy(images / "cat.txt", images / "again.txt")
     assert encoded() == (0, 0), "the same content under another name"
     assert encoded(resolution=32) == (4, 0)
-    assert encoded(flip=True) == (4, 0), "the mirrored ones"
+    assert encoded(random_flip=True) == (4, 0), "the mirrored ones"
     assert encoded() == (0, 0)
     other = get_family(ModelConfig(path=str(other_vae(tmp_path))))
     built = build_datasets(config_for(images, tmp_path), other, accelerator)
@@ -202,7 +203,7 @@ def test_the_fingerprint_follows_content_and_repeats_not_names(images, tmp_path,
     assert "z_cat.png" in names_of(renamed), "an index that is there is not taken for one with other names"
     folder = images / "3_more"
     folder.mkdir()
-    others = [fingerprint(caption_dropout=0.1), fingerprint(flip=True)]
+    others = [fingerprint(caption_dropout=0.1), fingerprint(random_flip=True)]
     for suffix in (".png", ".txt"):
         (images / f"z_cat{suffix}").rename(folder / f"z_cat{suffix}")
     others.append(fingerprint())
@@ -212,15 +213,15 @@ def test_the_fingerprint_follows_content_and_repeats_not_names(images, tmp_path,
 
 
 def test_held_out_images_are_chosen_by_content(images, tmp_path, family, accelerator):
-    built = build_datasets(config_for(images, tmp_path, validation_share=0.25), family, accelerator)
+    built = build_datasets(config_for(images, tmp_path, validation_fraction=0.25), family, accelerator)
     assert (len(built.train), len(built.validation)) == (3, 1)
     held_out = built.validation.captions(1)
     for file in list(images.iterdir()):
         file.rename(images / f"{len(file.stem)}{file.name}")
-    again = build_datasets(config_for(images, tmp_path, validation_share=0.25), family, accelerator)
+    again = build_datasets(config_for(images, tmp_path, validation_fraction=0.25), family, accelerator)
     assert again.validation.captions(1) == held_out
     with pytest.raises(DataError, match="leaves none"):
-        build_datasets(config_for(images, tmp_path, validation_share=0.9), family, accelerator)
+        build_datasets(config_for(images, tmp_path, validation_fraction=0.9), family, accelerator)
 
 
 def test_the_same_name_in_both_sets_is_two_images(images, tmp_path, family, accelerator):
@@ -228,7 +229,7 @@ def test_the_same_name_in_both_sets_is_two_images(images, tmp_path, family, acce
     held_out.mkdir()
     shutil.copy(images / "dog.png", held_out / "cat.png")
     shutil.copy(images / "cat.txt", held_out / "cat.txt")
-    built = build_datasets(config_for(images, tmp_path, validation_images=str(held_out)), family, accelerator)
+    built = build_datasets(config_for(images, tmp_path, validation_path=str(held_out)), family, accelerator)
     cat = names_of(built.train).index("cat.png")
     assert not built.validation.latents(0).equal(built.train.latents(cat))
 
@@ -256,10 +257,12 @@ def test_several_sources_with_weights_repeats_and_captions_of_their_own(images, 
     regular.mkdir()
     shutil.copy(images / "dog.png", regular / "any.png")
     sources = (
-        SourceConfig(str(images), repeats=2, weight=0.5, caption_trigger="sks"),
-        SourceConfig(str(regular), regularisation=True, caption="a dog"),
+        source_config(str(images), repeats=2, weight=0.5, caption_trigger="sks"),
+        source_config(str(regular), regularization=True, caption_text="a dog"),
     )
-    config = config_for(None, tmp_path, sources=sources, prior_weight=0.25, caption_dropout=0.3, validation_share=0.25)
+    config = config_for(
+        None, tmp_path, sources=sources, prior_loss_weight=0.25, caption_dropout=0.3, validation_fraction=0.25
+    )
     built = build_datasets(config, family, accelerator)
     rows = {built.train.name(row): row for row in range(len(built.train))}
     assert len(built.validation) == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.data_cases import data_config
 from helpers.data_families import Video
 from helpers.project import BASE, reset_accelerate
 from PIL import Image
@@ -15,7 +16,6 @@ from PIL import Image
 import models
 from common.errors import DataError
 from data.batches import make_batch
-from data.config import DataConfig
 from data.media.buckets import Crop
 from data.media.video import Clip, Clips, check, is_video, pixels
 from data.precompute.build import build_datasets
@@ -150,7 +150,7 @@ def build(tmp_path, family):
     def run(images, family=family, **options):
         reset_accelerate()
         given = {"resolution": 96, "cache_dir": str(tmp_path / "cache"), "images": str(images), **options}
-        return build_datasets(DataConfig(**given), family, Accelerator(cpu=True))
+        return build_datasets(data_config(**given), family, Accelerator(cpu=True))
 
     yield run
     reset_accelerate()
@@ -164,7 +164,7 @@ def shapes(dataset) -> dict[str, list[tuple]]:
 
 
 def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(build, folder, family, capsys):
-    built = build(folder, frames=9, flip=True)
+    built = build(folder, frames=9, random_flip=True)
     h, w = built.train.latents(0).shape[-2:]
     frames = {"long.mp4": 3, "loop.gif": 3, "short.webm": 2, "still.png": 1}
     assert shapes(built.train) == {name: [(4, count, h, w)] for name, count in frames.items()}
@@ -173,7 +173,7 @@ def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(build, 
     assert (
         "1 videos have fewer frames than --data.frames 9\n  short.webm: 5 of them are taken" in capsys.readouterr().out
     )
-    assert build(folder, frames=9, flip=True).encoded_images == 0
+    assert build(folder, frames=9, random_flip=True).encoded_images == 0
     encoders = family.load_encoders("media")
     row = [built.train.name(row) for row in range(4)].index("long.mp4")
     crop = Crop(*built.train.arrays["crop"][row].tolist())
@@ -186,7 +186,7 @@ def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(build, 
 
 
 def test_several_clips_of_a_video_are_rows_that_are_held_out_together(build, folder):
-    built = build(folder, frames=5, clip="spread", validation_share=0.25)
+    built = build(folder, frames=5, video_clips="spread", validation_fraction=0.25)
     every = shapes(built.train)
     held_out = shapes(built.validation)
     assert {name: len(rows) for name, rows in (every | held_out).items()} == {
@@ -262,8 +262,8 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
 def test_the_report_and_the_sheets_show_clips(folder, run_here, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
     options = [
-        f"--model.path={BASE}", f"--data.images={folder}", f"--data.cache_dir={tmp_path / 'cache'}",
-        "--data.resolution=96", "--data.frames=5", "--data.clip=spread", f"--output_dir={tmp_path / 'out'}",
+        f"--model.path={BASE}", f"--data.path={folder}", f"--data.cache_dir={tmp_path / 'cache'}",
+        "--data.resolution=96", "--data.frames=5", "--data.video_clips=spread", f"--output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
     assert run_here(["data", *options, "--sheets", str(tmp_path / "sheets")]) == 0
     said = capsys.readouterr().out
@@ -272,6 +272,6 @@ def test_the_report_and_the_sheets_show_clips(folder, run_here, tmp_path, monkey
     assert "the same file more than once  none" in said
     assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["bucket_112x80.png"]
     train = ["--steps=2", "--batch_size=2", "--rank=4", "--training_dtype=fp32", "--lora_dtype=fp32",
-             "--preview.no_enabled", "--adapter.targets=attention"]  # fmt: skip
+             "--no_preview", "--adapter.targets=attention"]  # fmt: skip
     assert run_here([*options, *train]) == 0
     assert "112x80 of 2 latent frames: 8" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lora_algos import ALGORITHMS
 
 pytestmark = pytest.mark.slow
-VALIDATED = [f"--data.validation_images={TWEMOJI / 'validation'}"]
+VALIDATED = [f"--data.validation_path={TWEMOJI / 'validation'}"]
 FOUR = ("LoRA", "LoHa", "LoKr", "OFT")
 ENGINES = {"ddp": {2: ALGORITHMS, 4: FOUR}, "fsdp2": {2: ALGORITHMS}}
 TOTAL = 4  # micro-batches per step, on however many processes
@@ -40,9 +40,9 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
     for algorithm in (name for name in names if name in ALGORITHMS):
         blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
         runs.append([*options, f"--algorithm={algorithm}", f"--output_dir={out / algorithm}", accumulation, *blocks])
-    steps = ["--objective.stratified", "--objective.noise_offset=0.1", "--ema.decay=0.9"]
+    steps = ["--objective.stratified_timesteps", "--objective.noise_offset=0.1", "--ema.decay=0.9"]
     others = {
-        "buckets": [f"--data.images={wide}", "--preview.enabled", "--preview.num_inference_steps=2", "--batch_size=2",
+        "buckets": [f"--data.path={wide}", "--preview", "--sample.num_inference_steps=2", "--batch_size=2",
                     "--gradient_checkpointing"],
         "steps": steps,
         "text": [*steps, "--model.train_text_encoder"],
@@ -61,8 +61,8 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
 def test_a_run_that_was_killed_is_the_run_that_was_not(processes, algorithms, wide_images, tmp_path):
     """Bit for bit, for every algorithm, with accumulation and buckets; one of them three times in a row and with
     validation."""
-    options = [*common(tmp_path / "cache"), f"--data.images={wide_images}", "--grad_accumulation_steps=2", "--steps=12",
-               "--checkpoint.every=2", "--optim.lr_schedule=cosine", "--optim.warmup_steps=3"]  # fmt: skip
+    options = [*common(tmp_path / "cache"), f"--data.path={wide_images}", "--grad_accumulation_steps=2", "--steps=12",
+               "--checkpoint.every=2", "--optim.lr_scheduler=cosine", "--optim.lr_warmup_steps=3"]  # fmt: skip
     runs, folders = [], {}
     for algorithm in algorithms:
         name = f"{algorithm}-5-6-9" if algorithm == "LoRA" else f"{algorithm}-5"

@@ -54,9 +54,9 @@ class Launch:
         self.folder = folder
         config = str(PROJECT / "accelerate_configs" / "multi_node.yaml")
         options = [
-            f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
+            f"--model.path={BASE}", f"--data.path={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
             "--data.resolution=64", f"--output_dir={folder}", f"--steps={STEPS}", "--rank=4", "--training_dtype=fp32",
-            "--lora_dtype=fp32", "--no_gradient_checkpointing", "--preview.no_enabled", "--adapter.targets=attention",
+            "--lora_dtype=fp32", "--no_gradient_checkpointing", "--no_preview", "--adapter.targets=attention",
             "--checkpoint.every=10", f"--distributed.timeout_minutes={TIMEOUT / 60}",
         ]  # fmt: skip
         self.launchers = []

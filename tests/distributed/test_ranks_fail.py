@@ -126,10 +126,10 @@ def test_a_storm_of_kills_costs_nothing(tmp_path, cache_dir):
     rng, killed, whole = random.Random(0), 0, 0
     moments: dict[str, int] = {}
     common = [
-        f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}", "--data.resolution=64", "--batch_size=1",
-        f"--data.validation_images={TWEMOJI / 'validation'}", "--data.encode_batch_size=1", "--rank=4",
+        f"--model.path={BASE}", f"--data.path={TWEMOJI / 'train'}", "--data.resolution=64", "--batch_size=1",
+        f"--data.validation_path={TWEMOJI / 'validation'}", "--data.encode_batch_size=1", "--rank=4",
         "--training_dtype=fp32", "--lora_dtype=fp32", "--no_gradient_checkpointing", "--adapter.targets=attention",
-        "--steps=60", "--checkpoint.every=4", "--validation.every=15", "--preview.num_inference_steps=8",
+        "--steps=60", "--checkpoint.every=4", "--validation.every=15", "--sample.num_inference_steps=8",
     ]  # fmt: skip
     command = [*accelerate_launch("--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0"),
                str(PROJECT / "train_lora.py")]  # fmt: skip

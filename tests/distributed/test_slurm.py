@@ -35,9 +35,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def settings(cache_dir: Path) -> list[str]:
     """A run of two processes that takes six seconds once it trains, and that writes no previews."""
     return [
-        f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
+        f"--model.path={BASE}", f"--data.path={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
         "--data.resolution=64", f"--steps={STEPS}", "--rank=4", "--training_dtype=fp32", "--lora_dtype=fp32",
-        "--no_gradient_checkpointing", "--preview.no_enabled", "--adapter.targets=attention",
+        "--no_gradient_checkpointing", "--no_preview", "--adapter.targets=attention",
     ]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_a_mistake_is_not_requeued(cluster, settings, tmp_path):
     (tmp_path / "empty").mkdir()
     for mistake, exit_code, message in (
         ("--stepz=3", "2:0", "Unrecognized options"),
-        (f"--data.images={tmp_path / 'empty'}", "1:0", "failed without a new checkpoint: not requeued"),
+        (f"--data.path={tmp_path / 'empty'}", "1:0", "failed without a new checkpoint: not requeued"),
     ):
         job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path / 'out'}", mistake)
         until(lambda: cluster.ended(job.id), 240, "the job ends")  # noqa: B023

@@ -15,7 +15,7 @@ OTHERS = {
     "LoKr": ["--algorithm=LoKr"],
     "OFT": ["--algorithm=OFT", "--adapter.block_size=28"],
     "EMA": ["--ema.decay=0.9"],
-    "Lion": ["--optim.name=Lion", "--optim.eps=None"],
+    "Lion": ["--optimizer=Lion", "--optim.eps=None"],
 }
 PACKAGES = ("deepspeed", "hjson", "msgpack", "ninja", "py-cpuinfo")
 

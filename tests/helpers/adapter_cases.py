@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_algos import ALGORITHMS
 from lora_algos.adapter import Adapter
-from lora_algos.attach import Adapted, attach
+from lora_algos.attach import AdaptedModel, attach
 from lora_algos.config import AdapterOptions, LayerSpec
 
 # kind of layer -> how it is made, the shape of an input to it
@@ -85,7 +85,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
 
 
 @torch.no_grad()
-def randomised(adapted: Adapted, size: float = 0.3) -> Adapted:
+def randomised(adapted: AdaptedModel, size: float = 0.3) -> AdaptedModel:
     """As after training: the update is no longer zero. Each tensor moves by `size` from where it started."""
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.named_parameters().values():
@@ -93,7 +93,7 @@ def randomised(adapted: Adapted, size: float = 0.3) -> Adapted:
     return adapted
 
 
-def in_double(kind: str, spec: LayerSpec) -> tuple[Adapted, Adapter, Tensor]:
+def in_double(kind: str, spec: LayerSpec) -> tuple[AdaptedModel, Adapter, Tensor]:
     """A trained adapter on a layer of that kind, all in fp64, the layer, and an input to it."""
     # PEFT's pissa and olora refuse an fp64 base, and DoRA keeps the norms of the base it is given
     taken_out = spec.options.init.startswith(TAKEN_OUT)
@@ -104,7 +104,7 @@ def in_double(kind: str, spec: LayerSpec) -> tuple[Adapted, Adapter, Tensor]:
 
 
 @torch.no_grad()
-def scaled_update(adapted: Adapted, ratio: float) -> None:
+def scaled_update(adapted: AdaptedModel, ratio: float) -> None:
     """Trained adapters whose update is `ratio` times as large as the weight, by shrinking how far they have moved."""
     start = {name: parameter.clone() for name, parameter in adapted.named_parameters().items()}
     moved = {n: p - start[n] for n, p in randomised(adapted).named_parameters().items()}

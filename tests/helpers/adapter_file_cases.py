@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapter_files import files
 from helpers.project import BASE
-from lora_algos.attach import Adapted, adaptable_layers, attach, norm_layers
+from lora_algos.attach import AdaptedModel, adaptable_layers, attach, norm_layers
 from lora_algos.config import AdapterOptions, LayerSpec
 from models.layer_names.unet import native_names
 
@@ -58,7 +58,7 @@ LAYERS = (
 
 
 @torch.no_grad()
-def trained(specs: dict[str, LayerSpec], scale: float = 0.05) -> Adapted:
+def trained(specs: dict[str, LayerSpec], scale: float = 0.05) -> AdaptedModel:
     """The embedded UNet with adapters that change its output; the change of each layer is a small part of its
     weight."""
     adapted = attach(unet(), specs, seed=0)
@@ -71,12 +71,12 @@ def trained(specs: dict[str, LayerSpec], scale: float = 0.05) -> Adapted:
     return adapted
 
 
-def on_layers(case: str, layers: Iterable[str] = LAYERS) -> Adapted:
+def on_layers(case: str, layers: Iterable[str] = LAYERS) -> AdaptedModel:
     """An adapter of the case on some layers."""
     return trained(dict.fromkeys(layers, SPECS[case]))
 
 
-def with_norms() -> Adapted:
+def with_norms() -> AdaptedModel:
     """LoRA on all layers, of several ranks and alphas, and the norms and biases: what ComfyUI's node trains."""
     ranks, alphas = (2, 5, 3), (3.0, 0.5, 8.0, 1.0)
     specs = {name: LayerSpec(ranks[i % 3], alphas[i % 4], bias=True) for i, name in enumerate(adaptable_layers(base()))}
@@ -90,7 +90,7 @@ def output(denoiser: nn.Module) -> Tensor:
     return denoiser(noisy, torch.tensor([10, 700]), text).sample
 
 
-def written(adapted: Adapted, file_format: str, dtype: torch.dtype = torch.float32) -> files.FileContent:
+def written(adapted: AdaptedModel, file_format: str, dtype: torch.dtype = torch.float32) -> files.FileContent:
     """The adapter as a file's content."""
     layers = files.layers_of_adapted(adapted)
     content = files.to_file(layers, adapted.model, names(), file_format, dtype)

@@ -2,11 +2,13 @@
 
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from data.config import CaptionConfig, CaptionOverrides, DataConfig, SourceConfig
 from data.dataset import LatentDataset, Stores
 from data.media.buckets import Crop
 from data.precompute.index import write_index
@@ -57,3 +59,17 @@ def dataset_with(
     table = pa.Table.from_pylist(rows, tables.ROWS)
     write_index(folder / "index", table, np.arange(len(rows)), stores)
     return LatentDataset(folder / "index", stores)
+
+
+def data_config(**options: Any) -> DataConfig:
+    """A DataConfig; `caption_<option>` stands for data.captions.<option>."""
+    captions = {name: options.pop(name) for name in list(options) if name.startswith("caption_")}
+    own = {name.removeprefix("caption_"): value for name, value in captions.items()}
+    return DataConfig(captions=CaptionConfig(**own), **options)
+
+
+def source_config(path: str, **options: Any) -> SourceConfig:
+    """A SourceConfig; `caption_<option>` stands for source.captions.<option>."""
+    captions = {name: options.pop(name) for name in list(options) if name.startswith("caption_")}
+    own = {name.removeprefix("caption_"): value for name, value in captions.items()}
+    return SourceConfig(path, captions=CaptionOverrides(**own), **options)

@@ -9,16 +9,16 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def at_step(step: int, rank: int, act) -> None:
     """Has `rank` do `act` when it has taken `step` steps."""
-    from training.trainer import Run
+    from training.callbacks import HandleRequests
 
-    original = Run.answer
+    original = HandleRequests.after_step
 
     def answer(self):
-        if self.step == step and rank == RANK:
+        if self.state.step == step and rank == RANK:
             act()
         original(self)
 
-    Run.answer = answer
+    HandleRequests.after_step = answer
 
 
 def raises() -> None:
@@ -40,19 +40,19 @@ class Abandoned(BaseException):
 
 def abandons() -> None:
     """A run whose folder is named after steps, as in `LoRA-3-7`, stops dead after each of these, once."""
-    from training.trainer import Run
+    from training.callbacks import HandleRequests
 
-    original, done = Run.answer, set()
+    original, done = HandleRequests.after_step, set()
 
     def answer(self):
-        steps = [int(part) for part in self.folder.name.split("-")[1:]]
-        here = (self.folder.name, self.step)
-        if self.step in steps and here not in done:
+        steps = [int(part) for part in self.services.folder.name.split("-")[1:]]
+        here = (self.services.folder.name, self.state.step)
+        if self.state.step in steps and here not in done:
             done.add(here)
             raise Abandoned
         original(self)
 
-    Run.answer = answer
+    HandleRequests.after_step = answer
 
 
 def hangs() -> None:
@@ -79,17 +79,17 @@ def drifts() -> None:
     """Rank 1's weights change by a hair after step 3."""
     import torch
 
-    from training.trainer import Run
+    from training.callbacks import CompareRanks
 
-    original = Run._after_step
+    original = CompareRanks.after_step
 
     def after(self):
-        if self.step == 3 and RANK == 1:
+        if self.state.step == 3 and RANK == 1:
             with torch.no_grad():
-                self.engine.trained[0].view(-1)[0].mul_(1 + 1e-6).add_(1e-7)
+                next(iter(self.rank_check.trained.values())).view(-1)[0].mul_(1 + 1e-6).add_(1e-7)
         original(self)
 
-    Run._after_step = after
+    CompareRanks.after_step = after
 
 
 def sees_the_same_samples() -> None:
@@ -103,11 +103,21 @@ def sees_the_same_samples() -> None:
 
 def counts_collectives() -> None:
     """Prints, at the end, the collectives of one step after the first."""
+    import torch
     import torch.distributed as dist
 
-    from training.trainer import Run
+    from training.callbacks import EmitMetrics
+    from training.distributed.engine import Engine
 
     calls: list[str] = []
+    trained: list[torch.nn.Parameter] = []
+    built = Engine.__init__
+
+    def build(self, *args):
+        built(self, *args)
+        trained.extend(self.trained)
+
+    Engine.__init__ = build
 
     def counted(name: str, original):
         def call(tensor=None, *args, **kwargs):
@@ -118,14 +128,14 @@ def counts_collectives() -> None:
 
     for name in ("all_reduce", "all_gather", "broadcast", "reduce_scatter", "barrier", "all_gather_into_tensor"):
         setattr(dist, name, counted(name, getattr(dist, name)))
-    original = Run._after_step
+    original = EmitMetrics.after_step
 
     def after(self):
-        if self.step == 4:
+        if self.state.step == 4:
             calls.clear()
         original(self)
-        if self.step == 5 and RANK == 0:
-            gradients = sum(p.nbytes for p in self.engine.trained)
+        if self.state.step == 5 and RANK == 0:
+            gradients = sum(p.nbytes for p in trained)
             print(f"step 5: {calls} of {gradients} bytes of gradients", flush=True)
 
-    Run._after_step = after
+    EmitMetrics.after_step = after

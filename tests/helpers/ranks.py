@@ -26,10 +26,11 @@ def main() -> int:
     import train_lora
     from helpers import rank_faults
     from helpers.project import reset_accelerate
+    from training import run
 
     if len(sys.argv) > 2:
         getattr(rank_faults, sys.argv[2])()
-    leave, train_lora.leave = train_lora.leave, lambda: None
+    leave, run.leave_process_group = run.leave_process_group, lambda: None
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         reset_accelerate()
         if SHARDED:

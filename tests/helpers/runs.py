@@ -16,17 +16,19 @@ from helpers.project import BASE, PROJECT, RANKS, TWEMOJI
 
 def counted_run(run_here, options: list[str], patch: pytest.MonkeyPatch) -> DeviceReads:
     """Runs the script; each read is labelled with the step, from 1, that it happened in or loaded a batch for."""
-    from training.trainer import Run
+    from training.batch_stream import BatchStream
 
-    original = Run.batches
+    original = BatchStream.from_step
 
-    def batches(run: Run):
-        for batch in original(run):  # before the first batch comes validation, and a seed that the loader draws
-            counter.label = run.step + 1
+    def batches(stream: BatchStream, step: int, per_step: int):
+        accumulation = per_step // stream.process.count
+        # before the first batch comes validation, and a seed that the loader draws
+        for number, batch in enumerate(original(stream, step, per_step)):
+            counter.label = step + number // accumulation + 1
             yield batch
-            counter.label = run.step + 1
+            counter.label = step + (number + 1) // accumulation + 1
 
-    patch.setattr(Run, "batches", batches)
+    patch.setattr(BatchStream, "from_step", batches)
     with device_reads() as counter:
         assert run_here(options) == 0
     return counter
@@ -47,10 +49,10 @@ def launched(config: str, processes: int, *arguments: str, **environment: str) -
 
 def common(cache_dir: Path) -> list[str]:
     return [
-        f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
+        f"--model.path={BASE}", f"--data.path={TWEMOJI / 'train'}", f"--data.cache_dir={cache_dir}",
         "--data.resolution=64", "--batch_size=1", "--rank=4",
-        "--training_dtype=fp32", "--lora_dtype=fp32", "--no_gradient_checkpointing", "--preview.no_enabled",
-        "--adapter.targets=attention", "--tracking.log_every=3", "--steps=3", "--tracking.samples",
+        "--training_dtype=fp32", "--lora_dtype=fp32", "--no_gradient_checkpointing", "--no_preview",
+        "--adapter.targets=attention", "--tracking.log_every=3", "--steps=3", "--tracking.log_samples",
         "--optim.eps=1e-5",  # with 1e-8 Adam makes a whole step of gradients that are nothing but rounding
     ]  # fmt: skip
 

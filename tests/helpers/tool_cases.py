@@ -16,7 +16,7 @@ from adapter_files.writers import FileContent
 from helpers.adapter_file_cases import SPECS, names, on_layers, unet, written
 from helpers.ldm import save_single_file
 from helpers.project import BASE
-from lora_algos.attach import Adapted, attach_from_file
+from lora_algos.attach import AdaptedModel, attach_from_file
 
 METADATA = {
     "ss_steps": "12", "ss_sd_model_name": "base.safetensors", "ss_output_name": "cat", "note": "kept",
@@ -52,7 +52,7 @@ def base_file(path: Path, dtype: torch.dtype = torch.float32) -> Path:
     return path
 
 
-def adapter_file(path: Path, adapted: Adapted, file_format: str = "kohya") -> Path:
+def adapter_file(path: Path, adapted: AdaptedModel, file_format: str = "kohya") -> Path:
     """The adapter as a file, or as a folder of PEFT's, with metadata as trainers write it."""
     return save(path, written(adapted, file_format))
 
@@ -69,7 +69,7 @@ def save(path: Path, content: FileContent) -> Path:
 
 
 @functools.cache
-def adapted_in(case: str) -> Adapted:
+def adapted_in(case: str) -> AdaptedModel:
     """To be read only: all tests of a worker have the same."""
     return on_layers(case)
 
@@ -79,7 +79,7 @@ def content_of(case: str, file_format: str) -> FileContent:
     return written(adapted_in(case), file_format)
 
 
-def of_case(folder: Path, case: str, file_format: str = "kohya") -> tuple[Path, Adapted]:
+def of_case(folder: Path, case: str, file_format: str = "kohya") -> tuple[Path, AdaptedModel]:
     """An adapter of that case on ten layers, in a file."""
     name = case.replace(" ", "_") + ("" if file_format == "peft" else ".safetensors")
     return save(folder / name, content_of(case, file_format)), adapted_in(case)

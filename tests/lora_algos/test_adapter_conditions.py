@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_algos.adapter import Adapter
-from lora_algos.attach import Adapted, attach
+from lora_algos.attach import AdaptedModel, attach
 from lora_algos.config import LayerSpec
 
 
-def grads_of(adapted: Adapted, y: Tensor, x: Tensor) -> list[Tensor]:
+def grads_of(adapted: AdaptedModel, y: Tensor, x: Tensor) -> list[Tensor]:
     inputs = [x, *adapted.named_parameters().values()]
     return list(torch.autograd.grad(y.float().square().sum(), inputs))
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lora_algos.adapter import Adapter
-from lora_algos.attach import Adapted
+from lora_algos.attach import AdaptedModel
 from lora_algos.config import LayerSpec
 from lora_algos.low_rank import LowRank
 
@@ -33,11 +33,11 @@ def hand_written(monkeypatch):
     monkeypatch.setattr(LowRank, "plain", lambda *arguments: None)
 
 
-def trained(adapted: Adapted) -> dict[str, Tensor]:
+def trained(adapted: AdaptedModel) -> dict[str, Tensor]:
     return {name.removeprefix("layer."): p for name, p in adapted.all_parameters().items()}
 
 
-def dense(adapted: Adapted, layer: Adapter, x: Tensor) -> Tensor:
+def dense(adapted: AdaptedModel, layer: Adapter, x: Tensor) -> Tensor:
     """The layer's output with W + dW, dW by the closed form: torch's own layer, and autograd's own gradients."""
     tensors = {**trained(adapted), **layer.constants()}
     weight = layer.base_layer.weight.detach()

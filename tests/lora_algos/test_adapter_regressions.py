@@ -9,10 +9,10 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lora_algos.attach import Adapted, attach
+from lora_algos.attach import AdaptedModel, attach
 
 
-def trained(algorithm: str, **options) -> Adapted:
+def trained(algorithm: str, **options) -> AdaptedModel:
     model, _ = model_of("Linear")
     return randomised(attach(model, {"layer": spec_of(algorithm, **options)}, seed=0))
 

@@ -21,13 +21,13 @@ from helpers.adapter_cases import (
 from torch import Tensor, nn
 
 from common.errors import AdapterError
-from lora_algos.attach import Adapted, adaptable_layers, attach
+from lora_algos.attach import AdaptedModel, adaptable_layers, attach
 from lora_algos.config import LayerSpec
 
 FLOAT8 = torch.float8_e4m3fn
 
 
-def trained(kind: str, spec: LayerSpec, dtype: torch.dtype = torch.float32) -> tuple[Adapted, Tensor]:
+def trained(kind: str, spec: LayerSpec, dtype: torch.dtype = torch.float32) -> tuple[AdaptedModel, Tensor]:
     model, x = model_of(kind, dtype)
     return randomised(attach(model, {"layer": spec}, seed=0), size=0.1), x
 

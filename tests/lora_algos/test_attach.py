@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.errors import AdapterError
-from lora_algos.attach import Adapted, Plan, attach, attach_from_file, select_layers
+from lora_algos.attach import AdaptedModel, Plan, attach, attach_from_file, select_layers
 from lora_algos.config import AdapterConfig, LayerSpec, Override
 from models import get_family
 from models.config import ModelConfig
@@ -123,7 +123,7 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
         Override(r".*\.projection", algorithm="LoKr", alpha=3.0),
         Override("fine", lr_scale=0.0),
     )
-    config = AdapterConfig(targets=("all",), alpha=7.0, biases=True, overrides=overrides)
+    config = AdapterConfig(targets=("all",), alpha=7.0, train_biases=True, overrides=overrides)
     presets = {"all": ".*", "fine": r"b\.1"}
     specs = Plan(config, "LoRA", 4, "true").specs(model, presets)
     assert list(specs) == [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -184,7 +184,7 @@ def test_biases_are_trained_where_there_are_any(spec):
 )
 def test_norms_are_trained_in_fp32(make, dtype):
     model = nn.ModuleDict({"proj": nn.Linear(12, 12), "some_norm": make()}).to(dtype)
-    config = AdapterConfig(targets=(".*",), norms=True, biases=True)
+    config = AdapterConfig(targets=(".*",), train_norms=True, train_biases=True)
     x = torch.randn(4, 12).to(dtype)
     before, wide = model["some_norm"](x), make()
     adapted = attach(model, Plan(config, "LoRA", 4).specs(model, {}), seed=0)
@@ -342,7 +342,7 @@ def test_an_override_may_be_the_one_that_has_a_use_for_an_option():
     assert {name: spec.algorithm for name, spec in specs.items()} == {"linear": "OFT", "conv": "LoRA"}
 
 
-def continued(overrides: tuple[Override, ...], **options) -> Adapted:
+def continued(overrides: tuple[Override, ...], **options) -> AdaptedModel:
     model = both_kinds()
     tensors = {
         "linear": {"lora_up.weight": torch.ones(16, 2), "lora_down.weight": torch.ones(2, 8)},

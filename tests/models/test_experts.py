@@ -44,7 +44,7 @@ def test_the_two_share_all_levels_as_one_denoiser_would_have_them():
 
 def test_levels_of_the_other_expert_are_refused():
     with pytest.raises(ModelError, match=r"level_range = 0 0\.3: this denoiser is for levels from 0\.583 to 1"):
-        sigmas("high", level_range=(0.0, 0.3))
+        sigmas("high", timestep_range=(0.0, 0.3))
 
 
 @EXPERTS

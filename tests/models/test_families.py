@@ -168,11 +168,11 @@ def flags(options, videos):
     """Case -> a run of three steps of every layer."""
 
     def of_case(case: Case) -> list[str]:
-        other = ("--model.path", "--adapter.targets", *(["--data.images"] if case.first_frame else []))
+        other = ("--model.path", "--adapter.targets", *(["--data.path"] if case.first_frame else []))
         return [
             *(option for option in options if not option.startswith(other)),
             f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
-            *case.options, *([f"--data.images={videos}", "--data.frames=5"] if case.first_frame else []),
+            *case.options, *([f"--data.path={videos}", "--data.frames=5"] if case.first_frame else []),
         ]  # fmt: skip
 
     return of_case
@@ -208,13 +208,13 @@ def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, flags
 def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, flags, run_here, tmp_path, capsys):
     """Images in, three steps, previews, a file of every tensor's own name; and three steps more from that file."""
     mine = [
-        *flags(case), f"--algorithm={algorithm}", "--preview.enabled", "--preview.num_inference_steps=2"
+        *flags(case), f"--algorithm={algorithm}", "--preview", "--sample.num_inference_steps=2"
     ]  # fmt: skip
     out = tmp_path / "out"
     assert run_here(mine) == 0, capsys.readouterr().err
     assert (out / "preview.png").is_file()
     with safe_open(out / "lora.safetensors", framework="pt") as file:
         assert any(file.get_tensor(key).any() for key in file.keys())  # noqa: SIM118
-    more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--preview.no_enabled"]
+    more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--no_preview"]
     assert run_here([*mine, *more]) == 0, capsys.readouterr().err
     assert "total steps: 3 + 3 = 6" in capsys.readouterr().out

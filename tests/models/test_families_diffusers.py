@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from adapter_files import files
 from adapter_files.keys import file_names
-from lora_algos.attach import Adapted, Plan, attach
+from lora_algos.attach import AdaptedModel, Plan, attach
 from lora_algos.config import AdapterConfig
 
 WAN_ALL = r"(?!patch_embedding).*"  # by ComfyUI's names diffusers refuses what its converter has no name for
@@ -17,7 +17,7 @@ COMFYUI_ALONE = ("chroma", "flux2", "flux2_klein")
 """Families with layers that ComfyUI does not know by diffusers' names: those of the preset all are in no one file."""
 
 
-def adapter(case: Case, targets: str, algorithm: str = "LoRA") -> Adapted:
+def adapter(case: Case, targets: str, algorithm: str = "LoRA") -> AdaptedModel:
     """An adapter with random weights."""
     family = family_of(case)
     denoiser = family.load_denoiser(torch.float32)
@@ -30,14 +30,14 @@ def adapter(case: Case, targets: str, algorithm: str = "LoRA") -> Adapted:
     return adapted
 
 
-def default_of(case: Case, adapted: Adapted) -> str:
+def default_of(case: Case, adapted: AdaptedModel) -> str:
     """The format that a run writes if none is asked for."""
     family = family_of(case)
     names = file_names(family, adapted.model)
     return files.preferred(family.file_formats, files.layers_of_adapted(adapted), names)
 
 
-def check_loads(case: Case, adapted: Adapted, file_format: str, folder) -> None:
+def check_loads(case: Case, adapted: AdaptedModel, file_format: str, folder) -> None:
     """diffusers' loader makes of the file the weights that the adapter is merged into."""
     family = family_of(case)
     names, layers = file_names(family, adapted.model), files.layers_of_adapted(adapted)

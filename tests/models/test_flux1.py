@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from helpers.data_cases import data_config
 from helpers.families import chroma as family_chroma
 from helpers.families import flux1 as family_flux1
 from helpers.family_cases import PROMPTS, collate, family_of, folder_of, native_tensors, run_pipeline
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import ModelError
-from data.config import DataConfig
 from data.precompute.build import build_datasets
 from models import get_family
 from models.base import take_comfy_cond
@@ -31,7 +31,7 @@ ALL = pytest.mark.parametrize("case", [DEV, SCHNELL, CHROMA], ids=str)
 
 def test_the_guidance_of_the_config_is_what_the_pipeline_is_told():
     call = run_pipeline(replace(DEV, guidance={"guidance_scale": 3.5}))
-    family = get_family(ModelConfig(path=str(folder_of(DEV)), guidance=3.5))
+    family = get_family(ModelConfig(path=str(folder_of(DEV)), guidance_scale=3.5))
     denoiser = family.load_denoiser(torch.float32).eval()
     cond = collate(family, rows_of(DEV))
     with torch.no_grad():
@@ -42,8 +42,8 @@ def test_the_guidance_of_the_config_is_what_the_pipeline_is_told():
 
 @pytest.mark.parametrize("case", [SCHNELL, CHROMA], ids=str)
 def test_guidance_is_refused_by_models_that_are_told_none(case):
-    with pytest.raises(ModelError, match=r"--model.guidance 3\.5: .* told none"):
-        get_family(ModelConfig(path=str(folder_of(case)), guidance=3.5)).load_denoiser(torch.float32)
+    with pytest.raises(ModelError, match=r"--model.guidance_scale 3\.5: .* told none"):
+        get_family(ModelConfig(path=str(folder_of(case)), guidance_scale=3.5)).load_denoiser(torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [256, 300])
@@ -72,7 +72,7 @@ def test_dev_and_schnell_do_not_share_captions_though_they_share_encoders(images
     shutil.copytree(folder_of(DEV), other)
     config = json.loads((other / "transformer" / "config.json").read_text())
     (other / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": False}))
-    data = DataConfig(images=str(images), resolution=32, cache_dir=str(tmp_path / "cache"))
+    data = data_config(path=str(images), resolution=32, cache_dir=str(tmp_path / "cache"))
     lengths, encoded = [], []
     for folder in (folder_of(DEV), other, folder_of(DEV)):
         built = build_datasets(data, get_family(ModelConfig(path=str(folder))), Accelerator(cpu=True))

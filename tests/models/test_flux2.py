@@ -114,8 +114,8 @@ def test_guidance_is_told_to_dev_alone(encoded):
     default = predicted(case, cond)
     assert default.equal(predicted(case, cond, guidance=1.0))
     assert not torch.allclose(default, predicted(case, cond, guidance=4.0), atol=1e-4)
-    with pytest.raises(ModelError, match=r"--model\.guidance 4"):
-        get_family(ModelConfig(path=str(folder_of(BOTH["flux2_klein"])), guidance=4.0))
+    with pytest.raises(ModelError, match=r"--model\.guidance_scale 4"):
+        get_family(ModelConfig(path=str(folder_of(BOTH["flux2_klein"])), guidance_scale=4.0))
 
 
 @pytest.mark.parametrize("tokens", [256, 4096, 6000])

@@ -100,7 +100,7 @@ def test_a_whole_run_says_what_its_base_predicts(options, run_here, capsys, tmp_
     path, out = tmp_path / "noob.safetensors", tmp_path / "out"
     save_single_file(BASE, path, torch.float32)
     save_file(load_file(path) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
-    more = [f"--model.path={path}", f"--model.config={BASE}", "--steps=1", "--export.merged"]
+    more = [f"--model.path={path}", f"--model.config={BASE}", "--steps=1", "--export.merged_model"]
     assert run_here([*options, *more]) == 0
     assert "\nobjective   DDPM, v_prediction, zero terminal SNR\n" in capsys.readouterr().out
     with safe_open(next(out.glob("*.safetensors")), framework="pt") as adapter:

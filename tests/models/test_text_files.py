@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError
-from data.store.hashing import files_identity
+from data.store.hashing import hash_of_files
 from models import get_family
 from models.base import ModelFamily
 from models.config import ModelConfig
@@ -106,8 +106,8 @@ def test_a_model_in_comfyuis_files_is_the_folders_and_trains(case, tmp_path, opt
         assert all(tensor.equal(states[0][key]) for key, tensor in states[1].items()), name
     mine = [option for option in options if not option.startswith(("--model.path", "--data.resolution"))]
     flags = [f"--model.{name}={value}" for name, value in model.items() if name != "text_encoders"]
-    given = ["--data.resolution=32", "--model.text_encoders", *model["text_encoders"], "--preview.enabled", "--steps=2"]
-    assert run_here([*mine, *flags, *given, "--preview.num_inference_steps=1"]) == 0
+    given = ["--data.resolution=32", "--model.text_encoders", *model["text_encoders"], "--preview", "--steps=2"]
+    assert run_here([*mine, *flags, *given, "--sample.num_inference_steps=1"]) == 0
     assert (tmp_path / "out" / "preview.png").is_file()
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
@@ -126,7 +126,7 @@ def test_the_others_come_from_the_folder_and_the_file_is_part_of_what_captions_a
         assert folder_of(SD3) / "text_encoder_2" / "model.safetensors" in files
         assert folder_of(SD3) / "text_encoder_3" / "model.safetensors" not in files
         assert {f for f in source.component_files("text") if "tokenizer" in f.parent.name} <= {*files}
-        return files_identity(files, tmp_path / "cache")
+        return hash_of_files(files, tmp_path / "cache")
 
     before = identity()
     save_file(changed, t5)

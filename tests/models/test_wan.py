@@ -11,7 +11,7 @@ from PIL import Image
 from common.errors import ModelError
 from data.sources.comfy_shards import scan
 from models.base import take_comfy_cond
-from training.config import PreviewConfig
+from training.config import SampleConfig
 from training.preview import draw, first_frame
 
 CASE, SEEN = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.1-i2v"))
@@ -20,9 +20,9 @@ FRAMES, SIDE = 9, 32
 
 def of_videos(case: Case, folder: Path, options: list[str], frames: int = FRAMES) -> list[str]:
     """A run on that folder."""
-    mine = [option for option in options if not option.startswith(("--model.path", "--data.images"))]
+    mine = [option for option in options if not option.startswith(("--model.path", "--data.path"))]
     return [
-        *mine, f"--model.path={folder_of(case)}", f"--data.images={folder}", f"--data.resolution={SIDE}",
+        *mine, f"--model.path={folder_of(case)}", f"--data.path={folder}", f"--data.resolution={SIDE}",
         f"--data.frames={frames}", "--steps=4", "--batch_size=1",
     ]  # fmt: skip
 
@@ -117,6 +117,6 @@ def test_previews_of_image_to_video_go_on_from_a_clips_first_frame():
     images = [first_frame(family, latents, pipeline, SIDE) for latents in (clip, clip.roll(1, 1))]
     other_end = first_frame(family, torch.stack([clip[:, 0], clip[:, 0]], 1), pipeline, SIDE)
     assert np.array_equal(images[0], other_end), "the rest of the clip is not looked at"
-    drawn = [draw(pipeline, "owl", 0, PreviewConfig(num_inference_steps=2), {**options, "image": i}) for i in images]
+    drawn = [draw(pipeline, "owl", 0, SampleConfig(num_inference_steps=2), {**options, "image": i}) for i in images]
     assert drawn[0].shape == (SIDE, SIDE, 3)
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01

@@ -170,7 +170,7 @@ class NodeStep:
 
 def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]:
     """The same step as the recipe takes it, from the same adapters and draws."""
-    options = [str(PROJECT / "recipes" / "comfyui_node.yaml"), f"--model.path={BASE}", "--data.images=.",
+    options = [str(PROJECT / "recipes" / "comfyui_node.yaml"), f"--model.path={BASE}", "--data.path=.",
                "--training_dtype=fp32", f"--algorithm={algorithm}", f"--rank={RANK}"]  # fmt: skip
     config = load_config(options)
     family = get_family(config.model)

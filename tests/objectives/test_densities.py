@@ -22,20 +22,20 @@ def logit_normal_cdf(t: Tensor, mean: float, std: float) -> Tensor:
 # name -> options, distribution function of t (None: has no closed form)
 DENSITIES: dict[str, tuple[dict[str, Any], Any]] = {
     "uniform": ({}, lambda t: t),
-    "logit-normal": ({"density": "logit-normal"}, lambda t: logit_normal_cdf(t, 0, 1)),
+    "logit-normal": ({"timestep_sampling": "logit-normal"}, lambda t: logit_normal_cdf(t, 0, 1)),
     "logit-normal, shifted": (
-        {"density": "logit-normal", "logit_mean": 0.8, "logit_std": 0.5}, lambda t: logit_normal_cdf(t, 0.8, 0.5)
+        {"timestep_sampling": "logit-normal", "logit_mean": 0.8, "logit_std": 0.5}, lambda t: logit_normal_cdf(t, 0.8, 0.5)
     ),
-    "mode": ({"density": "mode"}, None),
-    "mode, steepest": ({"density": "mode", "mode_scale": 1.75}, None),
-    "mode, ends": ({"density": "mode", "mode_scale": -1}, None),
-    "cosmap": ({"density": "cosmap"}, lambda t: 2 / math.pi * torch.atan(t / (1 - t))),
-    "beta(2, 2)": ({"density": "beta"}, lambda t: 3 * t**2 - 2 * t**3),
-    "beta(1, 4)": ({"density": "beta", "beta_a": 1, "beta_b": 4}, lambda t: 1 - (1 - t) ** 4),
-    "beta(0.3, 1)": ({"density": "beta", "beta_a": 0.3, "beta_b": 1}, lambda t: t**0.3),
-    "beta(5, 1)": ({"density": "beta", "beta_a": 5, "beta_b": 1}, lambda t: t**5),
+    "mode": ({"timestep_sampling": "mode"}, None),
+    "mode, steepest": ({"timestep_sampling": "mode", "mode_scale": 1.75}, None),
+    "mode, ends": ({"timestep_sampling": "mode", "mode_scale": -1}, None),
+    "cosmap": ({"timestep_sampling": "cosmap"}, lambda t: 2 / math.pi * torch.atan(t / (1 - t))),
+    "beta(2, 2)": ({"timestep_sampling": "beta"}, lambda t: 3 * t**2 - 2 * t**3),
+    "beta(1, 4)": ({"timestep_sampling": "beta", "beta_a": 1, "beta_b": 4}, lambda t: 1 - (1 - t) ** 4),
+    "beta(0.3, 1)": ({"timestep_sampling": "beta", "beta_a": 0.3, "beta_b": 1}, lambda t: t**0.3),
+    "beta(5, 1)": ({"timestep_sampling": "beta", "beta_a": 5, "beta_b": 1}, lambda t: t**5),
     "beta(0.5, 0.5)": (
-        {"density": "beta", "beta_a": 0.5, "beta_b": 0.5}, lambda t: 2 / math.pi * torch.asin(t.sqrt())
+        {"timestep_sampling": "beta", "beta_a": 0.5, "beta_b": 0.5}, lambda t: 2 / math.pi * torch.asin(t.sqrt())
     ),
 }  # fmt: skip
 RANGES = [(0.0, 1.0), (0.2, 0.6), (0.9, 1.0)]
@@ -45,10 +45,10 @@ def density(name: str, **more: Any) -> Density:
     return Density(ObjectiveConfig(**{**DENSITIES[name][0], **more}))
 
 
-@pytest.mark.parametrize("level_range", RANGES)
+@pytest.mark.parametrize("timestep_range", RANGES)
 @pytest.mark.parametrize("name", DENSITIES)
 def test_levels_rise_with_the_quantile_inside_the_range(name, level_range):
-    drawn = density(name, level_range=level_range)
+    drawn = density(name, timestep_range=level_range)
     low, high = level_range
     for dtype in (torch.float32, torch.float64):
         ends = torch.tensor([0, 2**-24, 1e-6, 1 - 1e-6, 1 - 2**-24, 1], dtype=dtype)
@@ -62,11 +62,11 @@ def test_levels_rise_with_the_quantile_inside_the_range(name, level_range):
             assert levels[-1] > high - 0.02
 
 
-@pytest.mark.parametrize("level_range", RANGES)
+@pytest.mark.parametrize("timestep_range", RANGES)
 @pytest.mark.parametrize("name", [name for name in DENSITIES if DENSITIES[name][1]])
 def test_each_is_the_inverse_of_its_distribution_function(name, level_range):
     cdf, quantile = DENSITIES[name][1], even(5001, torch.float64)
-    levels = density(name, level_range=level_range)(quantile)
+    levels = density(name, timestep_range=level_range)(quantile)
     first, last = (cdf(torch.tensor(end, dtype=torch.float64).clamp(1e-300, 1 - 1e-16)) for end in level_range)
     inside = (levels > EPS) & (levels < 1 - EPS)
     assert inside.float().mean() > 0.99
@@ -107,11 +107,11 @@ def test_moments_of_logit_normal():
     assert math.isclose(logits.std(), 0.5, abs_tol=1e-3)
 
 
-@pytest.mark.parametrize("level_range", RANGES)
+@pytest.mark.parametrize("timestep_range", RANGES)
 @pytest.mark.parametrize("drawn", DENSITIES)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_every_density_goes_with_every_process(process, drawn, level_range):
-    levels_of, quantile = density(drawn, level_range=level_range), even(500)
+    levels_of, quantile = density(drawn, timestep_range=level_range), even(500)
     made = process_of(process)
     levels = made.levels(levels_of(quantile), TOKENS)
     lowest, highest = (made.levels(torch.tensor([end]).clamp(EPS, 1 - EPS), TOKENS) for end in level_range)
@@ -128,4 +128,4 @@ def test_uniform_without_a_range_leaves_quantiles_as_they_are():
 
 def test_a_range_in_which_there_is_nothing_is_refused():
     with pytest.raises(ModelError, match=r"level_range = 0\.99 1"):
-        density("logit-normal", logit_mean=-8.0, level_range=(0.99, 1.0))
+        density("logit-normal", logit_mean=-8.0, timestep_range=(0.99, 1.0))

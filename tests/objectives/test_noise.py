@@ -18,9 +18,14 @@ from objectives.noise import altered, kept_variance, multires
 SHAPES = {"image": (4, 16, 24), "video": (3, 5, 16, 8), "one pixel": (4, 1, 1)}
 OPTIONS = {
     "offset": {"noise_offset": 0.3},
-    "multires": {"multires_iterations": 6},
+    "multires": {"multires_noise_iterations": 6},
     "input perturbation": {"input_perturbation": 0.1},
-    "all": {"noise_offset": 0.1, "multires_iterations": 3, "multires_discount": 0.8, "input_perturbation": 0.2},
+    "all": {
+        "noise_offset": 0.1,
+        "multires_noise_iterations": 3,
+        "multires_noise_discount": 0.8,
+        "input_perturbation": 0.2,
+    },
 }
 
 
@@ -47,7 +52,7 @@ def test_an_offset_is_one_number_per_channel(shape):
 @pytest.mark.parametrize(("iterations", "discount"), [(1, 0.4), (6, 0.3), (6, 0.9), (16, 1.0)])
 def test_multi_resolution_noise_has_variance_1_and_neighbours_that_agree(shape, iterations, discount):
     noise = torch.stack([
-        drawn(shape, seed, multires_iterations=iterations, multires_discount=discount)[1] for seed in range(1500)
+        drawn(shape, seed, multires_noise_iterations=iterations, multires_noise_discount=discount)[1] for seed in range(1500)
     ])  # fmt: skip
     assert abs(noise.mean()) < 0.05
     assert math.isclose(noise.var(), 1, abs_tol=0.06)
@@ -123,7 +128,7 @@ def quantiles_of_step(dataset, step: int, ranks: int, accumulation: int, **more)
     per_step = ranks * accumulation
     found: dict[int, float] = {}
     for rank in range(ranks):
-        batches = source(dataset, 2, per_step, stratified=True, **more)
+        batches = source(dataset, 2, per_step, stratified_timesteps=True, **more)
         for turn in range(accumulation):
             batch: Batch = batches[(step * accumulation + turn) * ranks + rank]
             found |= dict(zip(batch.visits, batch.quantile.tolist(), strict=True))
@@ -144,7 +149,7 @@ def test_strata_are_permuted_anew_in_every_step_and_the_place_in_one_is_the_samp
     orders = {tuple(int(8 * q) for q in quantiles_of_step(dataset, step, 1, 4).values()) for step in range(20)}
     assert len(orders) == 20
     plain = source(dataset, 2)[5].quantile
-    found = source(dataset, 2, 4, stratified=True)[5].quantile.double()
+    found = source(dataset, 2, 4, stratified_timesteps=True)[5].quantile.double()
     torch.testing.assert_close(found * 8 - (found * 8).floor(), plain.double(), rtol=0, atol=1e-5)
 
 
@@ -156,15 +161,15 @@ def test_each_samples_stratified_quantile_is_uniform_over_the_steps(dataset):
 
 @pytest.mark.parametrize("visit", [0, 3])
 def test_quantiles_of_large_steps_stay_below_one(dataset, visit):
-    found = source(dataset, 2, 2**15, stratified=True)[visit].quantile
+    found = source(dataset, 2, 2**15, stratified_timesteps=True)[visit].quantile
     assert (found < 1).all()
     assert key("strata", 0, 0) != key("strata", 0, 1)
 
 
 def test_a_stratified_run_goes_on_where_it_stopped(options, run_here, tmp_path):
     """A run of 3 + 3 steps is one of 6: its samples are the same, and so are its weights."""
-    more = [*options, "--objective.stratified", "--objective.noise_offset=0.1", "--objective.input_perturbation=0.1",
-            "--objective.multires_iterations=2", "--grad_accumulation_steps=2", "--tracking.samples"]  # fmt: skip
+    more = [*options, "--objective.stratified_timesteps", "--objective.noise_offset=0.1", "--objective.input_perturbation=0.1",
+            "--objective.multires_noise_iterations=2", "--grad_accumulation_steps=2", "--tracking.log_samples"]  # fmt: skip
     for name, sittings in (("whole", (6,)), ("parts", (3, 6))):
         for steps in sittings:
             reset_accelerate()

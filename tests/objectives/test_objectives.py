@@ -209,7 +209,7 @@ SNR_FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("weighting", "name"), [(w, p) for w, forms in SNR_FORMS.items() for p in forms])
 def test_weightings_are_the_published_ones(weighting, name):
-    found = noised(name, weighting=weighting)
+    found = noised(name, loss_weighting=weighting)
     expected = SNR_FORMS[weighting][name](found.levels.snr, found.levels.sigma)
     torch.testing.assert_close(found.weight, expected, rtol=1e-4, atol=0)
 
@@ -218,9 +218,9 @@ def test_diffusers_own_functions_agree():
     from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
     from helpers.objective_cases import sd_schedule
 
-    found = noised("flow, shift 3", weighting="cosmap")
+    found = noised("flow, shift 3", loss_weighting="cosmap")
     torch.testing.assert_close(found.weight, compute_loss_weighting_for_sd3("cosmap", found.levels.sigma))
-    found = noised("flow, shift 3", weighting="inverse-sigma2")
+    found = noised("flow, shift 3", loss_weighting="inverse-sigma2")
     torch.testing.assert_close(found.weight, compute_loss_weighting_for_sd3("sigma_sqrt", found.levels.sigma))
     found = noised("epsilon")
     snr = compute_snr(sd_schedule(*PROCESSES["epsilon"][:2]), found.timestep)
@@ -243,7 +243,7 @@ class Rescaled(NoiseProcess):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_weighting_means_the_same_for_every_prediction_and_space(weighting, space):
     """The weighted squared error of the same x0 is one number, however it is predicted."""
-    options = ObjectiveConfig(weighting=weighting, loss_space=space)
+    options = ObjectiveConfig(loss_weighting=weighting, loss_space=space)
     flow = Flow(Shift())
     found = [
         Objective(process, options).noised(normal(0), normal(1), QUANTILES, TOKENS)
@@ -259,7 +259,7 @@ def test_a_weighting_means_the_same_for_every_prediction_and_space(weighting, sp
 @pytest.mark.parametrize("name", PROCESSES)
 def test_weights_are_finite_at_every_level(name, weighting, space):
     quantile = torch.cat([torch.tensor([0.0, 2**-24]), even(500), torch.tensor([1 - 2**-24])])
-    objective = objective_of(name, weighting=weighting, loss_space=space)
+    objective = objective_of(name, loss_weighting=weighting, loss_space=space)
     one = torch.ones(len(quantile), 1, 1, 1)
     found = objective.noised(one, one, quantile, TOKENS)
     assert found.weight.isfinite().all()
@@ -276,7 +276,7 @@ def test_the_weight_that_rises_without_end_ends_at_the_lowest_level_of_a_thousan
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS])
 def test_the_weighted_mse_does_not_depend_on_the_loss_space(weighting):
-    both = [losses_of("v", weighting=weighting, loss_space=space) for space in ("prediction", "x0")]
+    both = [losses_of("v", loss_weighting=weighting, loss_space=space) for space in ("prediction", "x0")]
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-7)
 
 
@@ -294,8 +294,8 @@ def test_validation_is_the_plain_squared_error_whatever_is_trained():
 
 FAULTS = {
     "unused parameters": (
-        {"logit_mean": 1.0, "mode_scale": 0.5, "min_snr_gamma": 3.0, "p2_k": 2.0, "multires_discount": 0.3}, "MSE",
-        ["logit_mean", "mode_scale", "min_snr_gamma", "p2_k", "multires_discount"],
+        {"logit_mean": 1.0, "mode_scale": 0.5, "min_snr_gamma": 3.0, "p2_k": 2.0, "multires_noise_discount": 0.3}, "MSE",
+        ["logit_mean", "mode_scale", "min_snr_gamma", "p2_k", "multires_noise_discount"],
     ),
     "delta of a loss without": ({"huber_delta": 0.1, "huber_schedule": "snr"}, "log-cosh",
                                 ["huber_delta", "huber_schedule"]),
@@ -304,7 +304,7 @@ FAULTS = {
     "nothing": ({}, "MSE", []),
     "all in use": (
         {"density": "beta", "beta_a": 3.0, "weighting": "p2", "p2_gamma": 2.0, "huber_delta": 0.1,
-         "huber_schedule": "snr", "multires_iterations": 3, "multires_discount": 0.2}, "SmoothL1", [],
+         "huber_schedule": "snr", "multires_noise_iterations": 3, "multires_noise_discount": 0.2}, "SmoothL1", [],
     ),
 }  # fmt: skip
 

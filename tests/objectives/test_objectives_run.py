@@ -16,7 +16,7 @@ from training.loss import LossFunction
 
 
 def validation_of(run_here: Any, arguments: list[str], folder: Any) -> list[dict[str, float]]:
-    held_out = f"--data.validation_images={TWEMOJI / 'validation'}"
+    held_out = f"--data.validation_path={TWEMOJI / 'validation'}"
     assert run_here([*arguments, held_out, f"--output_dir={folder}", "--steps=1", "--overwrite"]) == 0
     return json.loads((folder / "loss.json").read_text())["validation"]
 
@@ -25,9 +25,9 @@ def test_validation_before_the_first_step_is_one_number_for_all_objectives(optio
     plain = validation_of(run_here, options, tmp_path / "plain")
     others = [
         ["--loss_function=Huber", "--objective.huber_delta=0.1", "--objective.huber_schedule=snr"],
-        ["--objective.loss_space=x0", "--objective.continuous", "--objective.density=cosmap", "--objective.stratified"],
-        ["--objective.weighting=p2", "--objective.level_range", "0.5", "0.9", "--objective.noise_offset=0.2",
-         "--objective.multires_iterations=2", "--objective.input_perturbation=0.1"],
+        ["--objective.loss_space=x0", "--objective.continuous_timesteps", "--objective.timestep_sampling=cosmap", "--objective.stratified_timesteps"],
+        ["--objective.loss_weighting=p2", "--objective.timestep_range", "0.5", "0.9", "--objective.noise_offset=0.2",
+         "--objective.multires_noise_iterations=2", "--objective.input_perturbation=0.1"],
     ]  # fmt: skip
     for number, more in enumerate(others):
         found = validation_of(run_here, [*options, *more], tmp_path / str(number))
@@ -40,7 +40,7 @@ def test_validation_before_the_first_step_is_one_number_for_all_objectives(optio
     [
         (["--objective.shift=3", "--objective.edm_std=1"], ["DDPM", "shift = 3.0", "edm_std = 1.0"]),
         (["--objective.zero_terminal_snr"], ["--objective.zero_terminal_snr", "zero terminal SNR", "v_prediction"]),
-        (["--objective.p2_k=2", "--objective.level_range", "0.5", "0.1"], ["p2_k = 2.0", "level_range = 0.5 0.1"]),
+        (["--objective.p2_k=2", "--objective.timestep_range", "0.5", "0.1"], ["p2_k = 2.0", "level_range = 0.5 0.1"]),
     ],
 )
 def test_an_objective_that_the_model_cannot_have_is_refused_before_anything_is_encoded(
@@ -73,7 +73,7 @@ def test_videos_are_noised_like_images(name):
     noise, prediction = frames.roll(1, 0), frames.roll(2, 0)
     flat = [tensor.flatten(2, 3) for tensor in (frames, noise, prediction)]
     losses = [
-        LossFunction(Maths(answer), objective_of(name, weighting="min-snr"), "MSE", torch.float32)(
+        LossFunction(Maths(answer), objective_of(name, loss_weighting="min-snr"), "MSE", torch.float32)(
             torch.nn.Identity(), batch_of(latents, mixed)
         )
         for latents, mixed, answer in ((frames, noise, prediction), flat)

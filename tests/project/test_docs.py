@@ -74,7 +74,7 @@ def test_the_commands_on_training_and_families_run(command, run_here, tmp_path, 
     words = words_of(command)
     assert words[:4] == ["accelerate", "launch", "train_lora.py", "recipes/sd15.yaml"]
     short = ["--steps=3", "--validation.every=2", "--data.resolution=64", f"--output_dir={tmp_path}", "--batch_size=1",
-             f"--data.cache_dir={cache_dir}", "--preview.no_enabled", "--data.num_workers=0"]  # fmt: skip
+             f"--data.cache_dir={cache_dir}", "--no_preview", "--data.num_workers=0"]  # fmt: skip
     assert run_here([str(PROJECT / words[3]), *words[4:], *short]) == 0
     assert (tmp_path / "lora.safetensors").is_file()
     assert (tmp_path / "lora.raw.safetensors").is_file() == ("ema" in command)
@@ -87,7 +87,7 @@ def test_the_recipe_on_families_names_comfyuis_files():
 
 def test_the_command_that_converts_a_checkpoint_runs(options, run_here, tmp_path, monkeypatch):
     (command,) = [command for command in commands(TRAINING) if command.startswith("python train_lora.py")]
-    assert run_here([*options, "--steps=1", "--export.format=comfyui", "--lora_dtype=bf16"]) == 0
+    assert run_here([*options, "--steps=1", "--export.formats=comfyui", "--lora_dtype=bf16"]) == 0
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     monkeypatch.chdir(tmp_path)
     words = words_of(command.replace("<output_dir>/checkpoints/step_00000100", str(newest)))
@@ -127,7 +127,7 @@ def test_the_readmes_launch_commands_run(command, tmp_path, cache_dir):
     words = words_of(command)
     at = words.index("train_lora.py")
     short = ["--steps=2", "--data.resolution=64", f"--output_dir={tmp_path}", f"--data.cache_dir={cache_dir}",
-             "--preview.num_inference_steps=2", "--data.num_workers=0"]  # fmt: skip
+             "--sample.num_inference_steps=2", "--data.num_workers=0"]  # fmt: skip
     result = script([*words[at + 1 :], *short], accelerate_launch(*words[2:at]), ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "lora.safetensors").is_file()

@@ -26,7 +26,7 @@ def config_of(family: str) -> TrainConfig:
 def test_a_recipe_validates_on_a_share_of_the_images(family):
     config = config_of(family)
     assert 0 < config.validation.every < config.steps
-    assert config.data.validation_share or config.data.validation_images
+    assert config.data.validation_fraction or config.data.validation_path
 
 
 @pytest.mark.parametrize("step", [16, 32])
@@ -54,12 +54,12 @@ def test_a_recipe_runs_on_a_tiny_model(family, options, videos, run_here, tmp_pa
     recipe = yaml.safe_load(RECIPES[family].read_text(encoding="utf-8"))
     assert recipe["model"]["family"] == family
     case = next(case for case in cases() if case.family == family)
-    kept = ("--data.images", "--data.cache_dir", "--output_dir")
+    kept = ("--data.path", "--data.cache_dir", "--output_dir")
     small = [
         *(option for option in options if option.startswith(kept)), *case.options,
         f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}", "--steps=2", "--data.num_workers=0",
-        "--preview.num_inference_steps=2", "--validation.every=0",
-        *([f"--data.images={videos}", "--data.frames=9"] if case.first_frame else []),
+        "--sample.num_inference_steps=2", "--validation.every=0",
+        *([f"--data.path={videos}", "--data.frames=9"] if case.first_frame else []),
     ]  # fmt: skip
     assert run_here([str(RECIPES[family]), *small]) == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "lora.safetensors").is_file()

@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 def test_a_run_writes_what_it_promises(options, run_here, tmp_path):
     out = tmp_path / "out"
-    more = ["--preview.enabled", "--preview.num_inference_steps=2", "--export.merged", "--checkpoint.every=2",
-            f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.every=3"]  # fmt: skip
+    more = ["--preview", "--sample.num_inference_steps=2", "--export.merged_model", "--checkpoint.every=2",
+            f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.every=3"]  # fmt: skip
     assert run_here([*options, *more]) == 0
     losses = json.loads((out / "loss.json").read_text())
     assert len(losses["loss_per_step"]) == len(losses["loss_per_micro_step"]) == losses["total_steps"] == 6
@@ -48,7 +48,7 @@ def test_the_resolved_config_repeats_the_run(options, run_here, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
 def test_twelve_steps_equal_five_and_seven(options, run_here, tmp_path, optimizer):
-    cosine = ["--optim.lr_schedule=cosine", "--optim.warmup_steps=2", f"--optimizer={optimizer}"]
+    cosine = ["--optim.lr_scheduler=cosine", "--optim.lr_warmup_steps=2", f"--optimizer={optimizer}"]
     straight = [*options, *cosine, "--steps=12", f"--output_dir={tmp_path / 'straight'}"]
     assert run_here(straight) == 0
     halves = [*options, *cosine, "--steps=12", "--checkpoint.every=5", f"--output_dir={tmp_path / 'halves'}"]
@@ -63,16 +63,16 @@ def test_twelve_steps_equal_five_and_seven(options, run_here, tmp_path, optimize
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Interrupts a run after `steps`, as Ctrl-C would."""
-    from training.trainer import Run
+    from training.callbacks import HandleRequests
 
-    original = Run.answer
+    original = HandleRequests.after_step
 
     def interrupted(self):
-        if self.step == steps:
+        if self.state.step == steps:
             signal.raise_signal(signal.SIGINT)
         original(self)
 
-    patch.setattr(Run, "answer", interrupted)
+    patch.setattr(HandleRequests, "after_step", interrupted)
 
 
 def test_kill_9_costs_nothing_but_the_steps_since_the_checkpoint(options, tmp_path):
@@ -95,7 +95,7 @@ def test_kill_9_costs_nothing_but_the_steps_since_the_checkpoint(options, tmp_pa
 
 def test_validation_changes_no_training_loss(options, run_here, tmp_path):
     assert run_here(options) == 0
-    held_out = [f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.every=2"]
+    held_out = [f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.every=2"]
     assert run_here([*options, *held_out, f"--output_dir={tmp_path / 'validated'}"]) == 0
     one, two = (json.loads((tmp_path / n / "loss.json").read_text()) for n in ("out", "validated"))
     assert one["loss_per_micro_step"] == two["loss_per_micro_step"]
@@ -161,7 +161,7 @@ def test_a_bf16_base_without_autocast(options, run_here, tmp_path):
 
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.bfloat16, safety_checker=None)
     pipeline.save_pretrained(tmp_path / "bf16_base")
-    more = ["--training_dtype=none", "--preview.enabled", "--preview.num_inference_steps=2"]
+    more = ["--training_dtype=none", "--preview", "--sample.num_inference_steps=2"]
     assert run_here([*options, *more, f"--model.path={tmp_path / 'bf16_base'}"]) == 0
 
 
@@ -169,8 +169,8 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc: no key
-    more = ["--tracking.report_to=wandb", "--preview.enabled", "--preview.num_inference_steps=2",
-            f"--data.validation_images={TWEMOJI / 'validation'}"]  # fmt: skip
+    more = ["--tracking.report_to=wandb", "--preview", "--sample.num_inference_steps=2",
+            f"--data.validation_path={TWEMOJI / 'validation'}"]  # fmt: skip
     assert run_here([*options, *more]) == 0
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
     assert b"hf_not_to_be_seen" not in log.read_bytes()

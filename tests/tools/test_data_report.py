@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from helpers.data_cases import data_config
 from helpers.project import BASE, PROJECT, TWEMOJI, reset_accelerate
 from PIL import Image
 
-from data.config import DataConfig
 from data.export import write_dataset
 from data.media.buckets import Crop
 from data.media.images import pixels
@@ -64,7 +64,7 @@ def told(tmp_path, run_here, capsys):
             f"--data.cache_dir={tmp_path / 'cache'}",
             "--data.resolution=64",
         ]
-        argv += [f"--data.images={images}"] if images is not None else []
+        argv += [f"--data.path={images}"] if images is not None else []
         code = run_here([*argv, *map(str, options)])
         return code, *capsys.readouterr()
 
@@ -91,7 +91,7 @@ def table(report: str, section: str) -> list[list[str]]:
 
 
 def test_everything_odd_is_counted_and_named(odd, told):
-    code, report, _ = told("--data.caption_trigger=sks", "--export.trigger=sks", images=odd)
+    code, report, _ = told("--data.captions.trigger=sks", "--export.trigger_words=sks", images=odd)
     assert code == 0
     assert table(report, "sources")[1] == [str(odd), "images", "training", "7", "0", "7", "1 to 3", "1", "9"]
     assert fact(report, "in all") == ["7"]
@@ -109,7 +109,7 @@ def test_everything_odd_is_counted_and_named(odd, told):
 
 
 def test_a_trigger_that_nothing_is_trained_with(odd, told):
-    _, report, _ = told("--export.trigger=sks", images=odd)
+    _, report, _ = told("--export.trigger_words=sks", images=odd)
     assert "without 'sks'" not in report.replace("trained without", "")
     assert fact(report, "trained without 'sks'")[0].startswith("3 (")
     assert len(fact(report, "trained without 'sks'")) == 4
@@ -152,9 +152,9 @@ def test_several_sources_from_a_recipe(odd, tmp_path, told):
 
 
 def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
-    options = ["--data.flip", "--data.vae_sampling=sample", "--data.masks=alpha", "--data.caption_dropout=0.2"]
+    options = ["--data.random_flip", "--data.vae_sampling=sample", "--data.masks=alpha", "--data.captions.dropout=0.2"]
     _, before, _ = told(*options, images=odd)
-    data = DataConfig(images=str(odd), cache_dir=str(tmp_path / "cache"), resolution=64, flip=True,
+    data = data_config(path=str(odd), cache_dir=str(tmp_path / "cache"), resolution=64, random_flip=True,
                       vae_sampling="sample", masks="alpha", caption_dropout=0.2)  # fmt: skip
     reset_accelerate()
     built = build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
@@ -236,7 +236,7 @@ def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path
     assert "bucket_64x64.png not drawn: nothing is encoded yet. For all, run the training with these options" in out
     assert not (tmp_path / "sheets").exists()
     reset_accelerate()
-    data = DataConfig(images=str(images), cache_dir=str(tmp_path / "cache"), resolution=64)
+    data = data_config(path=str(images), cache_dir=str(tmp_path / "cache"), resolution=64)
     build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
     assert told(*words, images=images)[0] == 0
     decoded = np.asarray(Image.open(tmp_path / "sheets" / "bucket_64x64.png"), np.float32)
@@ -269,7 +269,7 @@ def test_data_of_comfyui_need_decode(told, tmp_path):
 
 
 def test_data_that_are_encoded_already(told, images, tmp_path):
-    data = DataConfig(images=str(images), cache_dir=str(tmp_path / "elsewhere"), resolution=64)
+    data = data_config(path=str(images), cache_dir=str(tmp_path / "elsewhere"), resolution=64)
     reset_accelerate()
     with Build.opened(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True)) as build:
         write_dataset(build, build.run(False), tmp_path / "encoded", "encoded")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tools.base_model
 from adapter_files import files
 from adapter_files.keys import file_names
-from lora_algos.attach import Adapted, attach, attach_from_file, norm_layers
+from lora_algos.attach import AdaptedModel, attach, attach_from_file, norm_layers
 from lora_algos.config import LayerSpec
 from models.base import ModelFamily, Native
 from models.config import ModelConfig
@@ -111,29 +111,29 @@ def spelt(path: Path) -> files.Names:
     return file_names(Small(ModelConfig(str(path))), denoiser())
 
 
-def trained(specs: dict[str, LayerSpec]) -> Adapted:
+def trained(specs: dict[str, LayerSpec]) -> AdaptedModel:
     return randomised(attach(denoiser(), specs, seed=0), 0.1)
 
 
-def everywhere(algorithm: str) -> Adapted:
+def everywhere(algorithm: str) -> AdaptedModel:
     spec = LayerSpec(2, 3.0, algorithm, SPECS[algorithm].options, bias=True)
     norms = dict.fromkeys(norm_layers(denoiser()), LayerSpec(algorithm="Full"))
     return trained(dict.fromkeys(LAYERS, spec) | norms)
 
 
-def saved(path: Path, adapted: Adapted, base: Path, file_format: str = "comfyui") -> Path:
+def saved(path: Path, adapted: AdaptedModel, base: Path, file_format: str = "comfyui") -> Path:
     layers = files.layers_of_adapted(adapted)
     content = files.to_file(layers, adapted.model, spelt(base), file_format, torch.float32)
     save_file(content.tensors, path, content.metadata)
     return path
 
 
-def reread(path: Path, base: Path) -> Adapted:
+def reread(path: Path, base: Path) -> AdaptedModel:
     model = denoiser()
     return attach_from_file(model, *files.from_file(*files.read(path), model, spelt(base)))
 
 
-def assert_same(there: Adapted, here: Adapted) -> None:
+def assert_same(there: AdaptedModel, here: AdaptedModel) -> None:
     found, wanted = dict(there.deltas()), dict(here.deltas())
     assert found.keys() == wanted.keys()
     assert max(relative_error(found[name], wanted[name]) for name in wanted) < 2e-5

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from lora_algos import ALGORITHMS
 
-STRONG = ["--learning_rate=1e-2", "--adapter.targets=attention", "conv_.*", "--data.validation_share=0.25"]
-EXTRA = ["--adapter.norms", "--adapter.biases"]
+STRONG = ["--learning_rate=1e-2", "--adapter.targets=attention", "conv_.*", "--data.validation_fraction=0.25"]
+EXTRA = ["--adapter.train_norms", "--adapter.train_biases"]
 
 
 def losses(folder: Path) -> list[float]:
@@ -27,7 +27,7 @@ def metadata(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_learns_and_is_continued_where_it_ended(algorithm, options, run_here, tmp_path):
     first, second = tmp_path / "out", tmp_path / "more"
-    run = [*options, *STRONG, *EXTRA, f"--algorithm={algorithm}", "--export.format", "comfyui", "kohya"]
+    run = [*options, *STRONG, *EXTRA, f"--algorithm={algorithm}", "--export.formats", "comfyui", "kohya"]
     blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
     assert run_here([*run, "--rank=2", *blocks]) == 0
     before, after = losses(first)[0], losses(first)[-1]
@@ -46,7 +46,7 @@ def test_a_run_learns_and_is_continued_where_it_ended(algorithm, options, run_he
 def test_an_adapter_is_exported_as_another_algorithms(how, options, run_here, tmp_path, capsys):
     run = [*options, *STRONG, "--algorithm=LoKr", "--rank=1", f"--export.convert={how}", "--export.svd_rank=512"]
     file_format = "comfyui" if how == "full" else "diffusers"
-    assert run_here([*run, f"--export.format={file_format}", "--export.trigger=a face"]) == 0
+    assert run_here([*run, f"--export.formats={file_format}", "--export.trigger_words=a face"]) == 0
     path = tmp_path / "out" / "lora.safetensors"
     kinds = {key.rsplit(".", 2)[-2 if key.endswith("weight") else -1] for key in load_file(path)}
     assert kinds == ({"diff"} if how == "full" else {"lora_A", "lora_B"})
@@ -93,7 +93,7 @@ BAD = {
     ),
     "an override that matches nothing": (["--overrides"], ["0.pattern = no.*", "matches no layer"]),
     "PEFT's format for a rotation": (
-        ["--algorithm=OFT", "--export.format=peft"],
+        ["--algorithm=OFT", "--export.formats=peft"],
         ["kohya and comfyui hold everything"],
     ),
     "too many stages": (["--algorithm=BOFT", "--adapter.stages=9"], ["conv_in", "stages 9", "at most"]),

@@ -11,11 +11,11 @@ from helpers.runs import adapter, assert_same, assert_same_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training.checkpoints.best import best_step, is_over
+from training.checkpoints.best import best_step, stops_early
 from training.config import EmaConfig, ValidationConfig
 from training.optim.ema import decay_at
 
-VALIDATED = [f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.quantiles", "0.3", "0.7",
+VALIDATED = [f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.noise_levels", "0.3", "0.7",
              "--validation.every=2", "--learning_rate=1e-2"]  # fmt: skip
 EMA = ["--ema.decay=0.7", "--learning_rate=1e-2"]
 # the first validation is an improvement, and no other can be
@@ -67,7 +67,7 @@ def test_average_and_trained_weights_are_both_exported(options, run_here, tmp_pa
     assert metadata(out / "lora.raw.safetensors")["train_lora.weights"] == "after step 6"
     assert validation(out)[0] == validation(plain)[0]
     assert validation(out)[6] != validation(plain)[6]  # it is the average that is validated
-    assert run_here([*options, *EMA, *VALIDATED, "--ema.use=raw", "--export.name=other"]) == 0
+    assert run_here([*options, *EMA, *VALIDATED, "--ema.evaluate_with=raw", "--export.name=other"]) == 0
     assert_same(load_file(out / "other.safetensors"), raw)
     assert_same(load_file(out / "other.ema.safetensors"), adapter(out))
 
@@ -103,15 +103,15 @@ def test_the_best_step_and_the_end_follow_from_the_losses(case):
     history = [{"step": 2 * i, "loss": loss} for i, loss in enumerate(losses)]
     assert best_step(history) == best
     config = ValidationConfig(every=2, patience=patience, min_delta=least)
-    assert is_over(history, config) == over
+    assert stops_early(history, config) == over
     history.insert(2, {"step": 3, "loss": 0.0})  # the last of a sitting that was to be shorter
-    assert is_over(history, config) == over
+    assert stops_early(history, config) == over
 
 
 FALLS_AND_RISES = {
     "trained": (["--learning_rate=0.1"], 10),
     "EMA": (["--learning_rate=0.1", "--ema.decay=0.7"], 10),
-    "schedule-free": (["--learning_rate=0.1", "--optim.name=ScheduleFreeAdamW"], 8),
+    "schedule-free": (["--learning_rate=0.1", "--optimizer=ScheduleFreeAdamW"], 8),
 }
 
 
@@ -120,7 +120,7 @@ def test_the_best_weights_are_exported(options, run_here, tmp_path, capsys, case
     """Also by a run that was stopped in between; they are what a run that ended there exports."""
     average, steps = FALLS_AND_RISES[case]
     rising = [*options, *VALIDATED, *average, f"--steps={steps}"]
-    best = [*rising, "--export.which=best", "--preview.enabled", "--preview.num_inference_steps=2"]
+    best = [*rising, "--export.weights=best", "--preview", "--sample.num_inference_steps=2"]
     assert run_here([*best, "--steps=6"]) == 0
     assert run_here(best) == 0
     out, losses = tmp_path / "out", validation(tmp_path / "out")
@@ -141,23 +141,23 @@ def test_the_best_weights_are_exported(options, run_here, tmp_path, capsys, case
 def test_the_best_weights_may_be_asked_for_later_if_they_were_kept(options, run_here, tmp_path, capsys):
     rising = [*options, *VALIDATED, "--learning_rate=0.1", "--steps=10"]
     assert run_here(rising) == 0
-    assert run_here([*rising, "--export.which=best"]) == 2
+    assert run_here([*rising, "--export.weights=best"]) == 2
     assert "whose validation loss is the lowest so far, were not kept" in capsys.readouterr().err
-    kept = [*rising, "--checkpoint.best", f"--output_dir={tmp_path / 'kept'}"]
+    kept = [*rising, "--checkpoint.keep_best", f"--output_dir={tmp_path / 'kept'}"]
     assert run_here(kept) == 0
     assert_same_adapter(tmp_path / "out", tmp_path / "kept")
-    assert run_here([*kept, "--export.which=best"]) == 0
+    assert run_here([*kept, "--export.weights=best"]) == 0
     said = json.loads((tmp_path / "kept" / "loss.json").read_text())["validation"]
     assert metadata(tmp_path / "kept" / "lora.safetensors")["ss_steps"] == str(best_step(said))
 
 
-@pytest.mark.parametrize("other", ["--ema.use=raw", "--validation.quantiles=0.95"])
+@pytest.mark.parametrize("other", ["--ema.evaluate_with=raw", "--validation.noise_levels=0.95"])
 def test_losses_of_two_kinds_tell_no_best_step(options, run_here, capsys, other):
-    kept = [*options, *VALIDATED, "--ema.decay=0.7", "--checkpoint.best", "--steps=4"]
+    kept = [*options, *VALIDATED, "--ema.decay=0.7", "--checkpoint.keep_best", "--steps=4"]
     assert run_here(kept) == 0
     assert run_here([*kept, other, "--steps=6"]) == 2
     assert "where the best step is told by validation losses" in capsys.readouterr().err
-    free = [option for option in kept if option != "--checkpoint.best"]
+    free = [option for option in kept if option != "--checkpoint.keep_best"]
     assert run_here([*free, "--overwrite"]) == 0
     assert run_here([*free, other, "--steps=6"]) == 0
 
@@ -183,7 +183,7 @@ def test_a_run_that_brings_nothing_ends_and_stays_at_its_end(options, run_here, 
 
 @pytest.mark.slow
 def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
-    best = [*options, *NOTHING_BETTER, "--ema.decay=0.7", "--export.which=best", "--distributed.check_every=4"]
+    best = [*options, *NOTHING_BETTER, "--ema.decay=0.7", "--export.weights=best", "--distributed.rank_check_every=4"]
     launcher = accelerate_launch("--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0")
     result = script(best, launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
@@ -195,9 +195,12 @@ def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
 
 NOT_THERE = {
     "patience": ("--validation.patience=2 --validation.every=2", "--validation.patience: there are no images"),
-    "best": ("--checkpoint.best", "--checkpoint.best: there are no images to validate on. Give --data.validation_"),
-    "which": ("--export.which=best", "--export.which best: there are no images"),
-    "every": ("--validation.patience=2 --data.validation_share=0.5", "Give --validation.every"),
+    "best": (
+        "--checkpoint.keep_best",
+        "--checkpoint.keep_best: there are no images to validate on. Give --data.validation_",
+    ),
+    "which": ("--export.weights=best", "--export.weights best: there are no images"),
+    "every": ("--validation.patience=2 --data.validation_fraction=0.5", "Give --validation.every"),
 }
 
 

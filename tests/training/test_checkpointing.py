@@ -24,7 +24,7 @@ from training import gradient_checkpointing
 from training.config import TrainConfig
 from training.run_folder import FREE
 
-FULL, KEPT = "full", "attention-output-kept"
+FULL, KEPT = "full", "keep-attention-output"
 VARIANTS = [(depth, policy) for depth in range(1, 6) for policy in (FULL, KEPT)]
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 

@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from training.cli import DEMO_RECIPE, load_config
 from training.config import TrainConfig, to_dict, to_yaml
 
-NEEDED = [f"--model.path={BASE}", f"--data.images={TWEMOJI / 'train'}"]
+NEEDED = [f"--model.path={BASE}", f"--data.path={TWEMOJI / 'train'}"]
 
 # name: (default, smallest, largest) of ComfyUI's TrainLoraNode
 NODE_NUMBERS = {
@@ -72,7 +72,7 @@ def test_every_recipe_loads(recipe):
 
 
 def test_the_resolved_config_reads_back(tmp_path):
-    config = load_config([*NEEDED, "--adapter.targets", "attention", "conv_in", "--export.merged", "--overwrite"])
+    config = load_config([*NEEDED, "--adapter.targets", "attention", "conv_in", "--export.merged_model", "--overwrite"])
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     again = load_config([str(file)])
@@ -83,8 +83,8 @@ def test_the_resolved_config_reads_back(tmp_path):
 @pytest.mark.parametrize("value", ["true", "True", "false"])
 def test_flags_take_a_value_too(value):
     expected = value.lower() == "true"
-    config = load_config([*NEEDED, "--export.merged", value, f"--gradient_checkpointing={value}"])
-    assert (config.export.merged, config.gradient_checkpointing) == (expected, expected)
+    config = load_config([*NEEDED, "--export.merged_model", value, f"--gradient_checkpointing={value}"])
+    assert (config.export.merged_model, config.gradient_checkpointing) == (expected, expected)
 
 
 def test_all_faults_of_a_recipe_are_listed_with_their_names(tmp_path):
@@ -113,11 +113,11 @@ BAD_COMMAND_LINES = {
     "wrong choice": (["--optimizer", "lion"], "AdamW"),
     "out of range": (["--rank", "129"], "--rank = 129"),
     "missing recipe": (["nowhere.yaml"], "nowhere.yaml is not a file"),
-    "no model": (["--data.images", "."], "--model.path: no model given"),
-    "no images": (["--model.path", str(BASE)], "--data.images: no training images given"),
-    "model is no model": (["--model.path", str(TWEMOJI), "--data.images", "."], "model_index.json"),
-    "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.images", "."], "only .safetensors"),
-    "images are no folder": ([NEEDED[0], "--data.images", "/nowhere"], "/nowhere is not a folder"),
+    "no model": (["--data.path", "."], "--model.path: no model given"),
+    "no images": (["--model.path", str(BASE)], "--data.path: no training images given"),
+    "model is no model": (["--model.path", str(TWEMOJI), "--data.path", "."], "model_index.json"),
+    "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.path", "."], "only .safetensors"),
+    "images are no folder": ([NEEDED[0], "--data.path", "/nowhere"], "/nowhere is not a folder"),
     "output_dir is a file": ([*NEEDED, "--output_dir", str(PROJECT / "LICENSE")], "exists and is not a folder"),
     "a list of sources": ([*NEEDED, "--data.sources=x"], "--data.sources: a list of several options"),
     "a list's option": ([*NEEDED, "--adapter.overrides.0.rank", "4"], "--adapter.overrides: a list of several options"),

@@ -6,10 +6,10 @@ import pytest
 def test_what_zero_cannot_do_is_refused(options, run_here, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert run_here([*options, "--optim.non_finite=skip"]) == 2
+    assert run_here([*options, "--optim.on_non_finite=skip"]) == 2
     said = capsys.readouterr().err
     assert "zero_stage 3. Use 2, or fsdp2.yaml" in said
-    assert "--optim.non_finite skip" in said
+    assert "--optim.on_non_finite skip" in said
 
 
 @pytest.mark.parametrize(

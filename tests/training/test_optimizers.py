@@ -14,7 +14,7 @@ from helpers.runs import assert_same_adapter, counted_run, launched, runs_file
 from safetensors.torch import load_file
 
 from training.optim.muon import MuonAdamW
-from training.optim.registry import NAMED, NODE, OPTIMIZERS
+from training.optim.registry import NODE_OPTIMIZERS, OPTIMIZERS, OTHER_OPTIMIZERS
 from training.optim.schedule import SkipNonFinite
 
 # a learning rate with which the loss falls in twelve steps, and what else is to be tried
@@ -37,8 +37,8 @@ TOLD = {
     "Muon": "1e-2 momentum=0.9",
 }
 HERE = [name for name, source in OPTIMIZERS.items() if source.extra != "bitsandbytes"]
-APART = [name for name in NAMED if name not in HERE]
-VALIDATED = [f"--data.validation_images={TWEMOJI / 'validation'}", "--validation.quantiles", "0.3", "0.7"]
+APART = [name for name in OTHER_OPTIMIZERS if name not in HERE]
+VALIDATED = [f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.noise_levels", "0.3", "0.7"]
 READS = {"Prodigy"}  # sums over all weights, one by one
 SKIPPED = ("Prodigy", "Lion", "ScheduleFreeAdamW", "ScheduleFreeSGD", "CAME", "Adafactor", "Muon")
 
@@ -46,7 +46,7 @@ SKIPPED = ("Prodigy", "Lion", "ScheduleFreeAdamW", "ScheduleFreeSGD", "CAME", "A
 def told(name: str) -> list[str]:
     """The options of TOLD."""
     rate, *args = TOLD[name].split()
-    flag = f"--optimizer={name}" if name in NODE else f"--optim.name={name}"
+    flag = f"--optimizer={name}"
     return [flag, f"--learning_rate={rate}", *(["--optim.args", *args] if args else [])]
 
 
@@ -111,38 +111,38 @@ def is_tensor(value: object) -> bool:
 
 
 FAULTS = {
-    "two optimizers": ("--optim.name=Lion --optimizer=SGD", "--optimizer SGD: not together with --optim.name Lion"),
-    "unknown": ("--optim.name=Prodigy --optim.args d_coeff=2", "Prodigy has no such argument; did you mean d_coef?"),
+    "two optimizers": ("--optimizer=Lion --optimizer=SGD", "--optimizer SGD: not together with --optimizer Lion"),
+    "unknown": ("--optimizer=Prodigy --optim.args d_coeff=2", "Prodigy has no such argument; did you mean d_coef?"),
     "the node's too": ("--optim.args momentun=0.9 --optimizer=SGD", "did you mean momentum?"),
-    "not a number": ("--optim.name=Prodigy --optim.args growth_rate=fast", "growth_rate = 'fast': input should be a"),
-    "not a switch": ("--optim.name=Lion --optim.args use_triton=3", "use_triton = 3: input should be a valid boolean"),
-    "too many": ("--optim.name=CAME --optim.args eps=[1,2,3]", "CAME's own is (1e-30, 1e-16)"),
-    "not two betas": ("--optim.name=CAME --optim.betas 0.9 0.99", "Give it as --optim.args betas="),
-    "two betas": ("--optim.name=Lion --optim.args betas=[0.9,0.9]", "betas: give it as --optim.betas"),
-    "an option": ("--optim.name=Lion --optim.args weight_decay=1", "give it as --optim.weight_decay"),
+    "not a number": ("--optimizer=Prodigy --optim.args growth_rate=fast", "growth_rate = 'fast': input should be a"),
+    "not a switch": ("--optimizer=Lion --optim.args use_triton=3", "use_triton = 3: input should be a valid boolean"),
+    "too many": ("--optimizer=CAME --optim.args eps=[1,2,3]", "CAME's own is (1e-30, 1e-16)"),
+    "not two betas": ("--optimizer=CAME --optim.betas 0.9 0.99", "Give it as --optim.args betas="),
+    "two betas": ("--optimizer=Lion --optim.args betas=[0.9,0.9]", "betas: give it as --optim.betas"),
+    "an option": ("--optimizer=Lion --optim.args weight_decay=1", "give it as --optim.weight_decay"),
     "ours": (
-        "--optim.name=Prodigy --optim.args fsdp_in_use=true lr=2",
+        "--optimizer=Prodigy --optim.args fsdp_in_use=true lr=2",
         "lr: is set by the trainer. Give --learning_ra",
     ),
-    "warm-up": ("--optim.name=ScheduleFreeSGD --optim.args warmup_steps=3", "Give --optim.warmup_steps"),
+    "warm-up": ("--optimizer=ScheduleFreeSGD --optim.args warmup_steps=3", "Give --optim.lr_warmup_steps"),
     "unused": ("--optimizer=SGD --optim.eps=1e-8", "--optim.eps: SGD has no such argument. It has dampening, momentum"),
-    "unused pair": ("--optim.name=Muon --optim.args nesterov=true", "nesterov: MuonAdamW has no such argument"),
+    "unused pair": ("--optimizer=Muon --optim.args nesterov=true", "nesterov: MuonAdamW has no such argument"),
     "refused": ("--optimizer=SGD --optim.args nesterov=true", "SGD refuses: Nesterov momentum requires a momentum"),
-    "schedule": ("--optim.name=ScheduleFreeAdamW --optim.lr_schedule=cosine", "--optim.lr_schedule cosine: Schedule"),
-    "two averages": ("--optim.name=ScheduleFreeAdamW --ema.decay=0.9", "evaluates an average of its own"),
-    "two rates": ("--optim.name=Prodigy --adapter.lora_plus_ratio=4", "Prodigy has one learning rate for all layers"),
+    "schedule": ("--optimizer=ScheduleFreeAdamW --optim.lr_scheduler=cosine", "--optim.lr_scheduler cosine: Schedule"),
+    "two averages": ("--optimizer=ScheduleFreeAdamW --ema.decay=0.9", "evaluates an average of its own"),
+    "two rates": ("--optimizer=Prodigy --adapter.loraplus_lr_ratio=4", "Prodigy has one learning rate for all layers"),
     "two rates of text": (
-        "--optim.name=Prodigy --model.train_text_encoder --optim.text_encoder_learning_rate=0.1",
+        "--optimizer=Prodigy --model.train_text_encoder --optim.text_encoder_learning_rate=0.1",
         "Prodigy has one learning rate for all layers",
     ),
-    "fails in a step": ("--optim.name=Prodigy --optim.args slice_p=0", "Prodigy refuses: slice step cannot be zero"),
+    "fails in a step": ("--optimizer=Prodigy --optim.args slice_p=0", "Prodigy refuses: slice step cannot be zero"),
     "fails in its average": (
-        "--optim.name=ScheduleFreeAdamW --optim.betas 0 0.99",
+        "--optimizer=ScheduleFreeAdamW --optim.betas 0 0.99",
         "ScheduleFreeAdamW refuses: float division by zero. It was told betas = (0.0, 0.99)",
     ),
-    "ends the process": ("--optim.name=Lion --optim.args use_triton=true", "Lion refuses: "),
+    "ends the process": ("--optimizer=Lion --optim.args use_triton=true", "Lion refuses: "),
     "missing": (
-        "--optim.name=AdamW8bit",
+        "--optimizer=AdamW8bit",
         "pip install bitsandbytes, or in the project's folder pip install -e '.[bits",
     ),
     "no value": ("--optim.args momentum", "must be name=value, not momentum"),
@@ -161,8 +161,8 @@ def test_what_it_is_told_is_checked_before_anything_is_done(options, run_here, t
 
 
 def test_all_faults_are_said_at_once(options, run_here, capsys):
-    more = "--optim.name=Prodigy --optim.args d_coeff=2 growth_rate=fast --adapter.lora_plus_ratio=4"
-    assert run_here([*options, *more.split(), "--validation.patience=3", "--export.which=best"]) == 2
+    more = "--optimizer=Prodigy --optim.args d_coeff=2 growth_rate=fast --adapter.loraplus_lr_ratio=4"
+    assert run_here([*options, *more.split(), "--validation.patience=3", "--export.weights=best"]) == 2
     assert "cannot train: 5 errors" in capsys.readouterr().err
 
 
@@ -174,18 +174,18 @@ def test_a_recipe_has_arguments_as_a_mapping(options, run_here, tmp_path, capsys
     assert "optimizer   Prodigy of prodigyopt" in out
     assert "d_coef=2, growth_rate=1.5" in out
     assert "note" not in out
-    again = [str(tmp_path / "out" / "config.yaml"), f"--output_dir={tmp_path / 'again'}", "--preview.no_enabled"]
+    again = [str(tmp_path / "out" / "config.yaml"), f"--output_dir={tmp_path / 'again'}", "--no_preview"]
     assert run_here(again) == 0
     assert_same_adapter(tmp_path / "out", tmp_path / "again")
 
 
 def test_whole_numbers_stay_whole(options, run_here):
     """Prodigy slices by slice_p, and has it as an int by its default alone."""
-    assert run_here([*options, "--optim.name=Prodigy", "--learning_rate=1", "--optim.args", "slice_p=11"]) == 0
+    assert run_here([*options, "--optimizer=Prodigy", "--learning_rate=1", "--optim.args", "slice_p=11"]) == 0
 
 
 def test_prodigy_says_which_rate_it_is_made_for(options, run_here, capsys):
-    assert run_here([*options, "--optim.name=Prodigy"]) == 0
+    assert run_here([*options, "--optimizer=Prodigy"]) == 0
     assert "learning_rate is a factor on it: 1 is what it is made for, not 0.0005" in capsys.readouterr().out
 
 
@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
         return original(self, denoiser, batch) * (float("nan") if len(calls) in (1, 4) else 1)
 
     monkeypatch.setattr(LossFunction, "__call__", broken)
-    assert run_here([*options, *told(name), "--optim.non_finite=skip"]) == 0
+    assert run_here([*options, *told(name), "--optim.on_non_finite=skip"]) == 0
     assert json.loads((tmp_path / "out" / "loss.json").read_text())["skipped_steps"] == [1, 4]
     tensors = load_file(tmp_path / "out" / "lora.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -221,7 +221,7 @@ def test_momentum_begins_with_the_first_step_that_is_taken():
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_which_of_them_read_the_device_in_a_step(options, run_here, monkeypatch, name):
-    averages = [] if OPTIMIZERS[name].averages else ["--ema.decay=0.9"]  # never reads
+    averages = [] if OPTIMIZERS[name].is_schedule_free else ["--ema.decay=0.9"]  # never reads
     counter = counted_run(run_here, [*options, *told(name), *averages, "--tracking.log_every=4"], monkeypatch)
     assert [bool(counter.of(step)) for step in (2, 3)] == [name in READS] * 2
 
@@ -262,10 +262,10 @@ def test_muon_updates_matrices_and_adamw_the_rest():
 
 def test_zero_takes_what_works_on_shares_of_weights(options, run_here, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refused = [name for name, source in OPTIMIZERS.items() if not source.elementwise]
-    assert [name for name in OPTIMIZERS if name not in refused] == [*NODE, "Lion"]
+    refused = [name for name, source in OPTIMIZERS.items() if not source.is_elementwise]
+    assert [name for name in OPTIMIZERS if name not in refused] == [*NODE_OPTIMIZERS, "Lion"]
     for name in refused:
-        assert run_here([*options, f"--optim.name={name}"]) == 2
+        assert run_here([*options, f"--optimizer={name}"]) == 2
         assert f"DeepSpeed, with {name}, which cannot work on shares" in capsys.readouterr().err
 
 
@@ -273,7 +273,7 @@ def test_zero_takes_what_works_on_shares_of_weights(options, run_here, monkeypat
 def test_two_processes_train_what_one_does(options, tmp_path):
     """And one of them goes on with what two began."""
     names = ["Prodigy", "ScheduleFreeAdamW", "Adafactor", "Muon"]  # whose steps are not of each number by itself
-    common = {name: [*options, *told(name), "--optim.warmup_steps=2"] for name in names}
+    common = {name: [*options, *told(name), "--optim.lr_warmup_steps=2"] for name in names}
     one = [[*common[name], "--grad_accumulation_steps=2", f"--output_dir={tmp_path / name}"] for name in names]
     two = [[*common[name], f"--output_dir={tmp_path / 'two' / name}"] for name in names]
     begun = [[*common[name], "--steps=3", f"--output_dir={tmp_path / 'begun' / name}"] for name in names]

@@ -47,10 +47,10 @@ def test_a_step_that_does_not_fit_says_what_takes_less(case, options, run_here, 
 
 def test_a_sharded_run_is_not_told_to_shard(monkeypatch):
     from training.config import TrainConfig
-    from training.distributed.failures import explained
+    from training.distributed.failures import describe_error
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    said = explained(torch.OutOfMemoryError("full"), TrainConfig())
+    said = describe_error(torch.OutOfMemoryError("full"), TrainConfig())
     assert "--data.resolution below 512" in said
     assert "fsdp2" not in said
 

@@ -9,9 +9,10 @@ from diffusers import StableDiffusionPipeline
 from helpers.project import BASE
 from PIL import Image
 
-from training import finish, preview
-from training.config import PreviewConfig
-from training.reporting.history import History
+from training import preview
+from training.config import SampleConfig
+from training.reporting.history import History, ValidationSeries
+from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_png, smoothed
 
 STRONG = ["--learning_rate=5e-3", "--adapter.targets=all", "--adapter.alpha=8", "--steps=10"]
@@ -25,22 +26,22 @@ def pipeline(path=BASE) -> StableDiffusionPipeline:
 
 def draw(loaded, prompts, side, config) -> np.ndarray:
     options = {"height": side, "width": side, "guidance_scale": config.guidance_scale}
-    return np.stack([preview.draw(loaded, prompt, n, config, options) for n, prompt in enumerate(prompts)])
+    return np.stack([preview.draw_sample(loaded, prompt, n, config, options) for n, prompt in enumerate(prompts)])
 
 
 @pytest.fixture
 def drawn(options, run_here, tmp_path, monkeypatch):
     """Runs a short strong training with previews; returns its before and after images, prompts and preview config."""
     kept = {}
-    original = finish.draw_previews
+    original = preview.PreviewRenderer.render
 
-    def keep(run, trained):
-        prompts, images = original(run, trained)
-        kept.update(images, arguments=(prompts, run.config.data.resolution, run.config.preview))
-        return prompts, images
+    def keep(self, weight_sets):
+        drawn = original(self, weight_sets)
+        kept.update(drawn.images, arguments=(drawn.prompts, self.config.data.resolution, self.config.sample))
+        return drawn
 
-    monkeypatch.setattr(finish, "draw_previews", keep)
-    more = ["--preview.enabled", "--preview.num_inference_steps=4", "--export.merged"]
+    monkeypatch.setattr(preview.PreviewRenderer, "render", keep)
+    more = ["--preview", "--sample.num_inference_steps=4", "--export.merged_model"]
     assert run_here([*options, *STRONG, *more]) == 0
     return kept
 
@@ -68,14 +69,14 @@ def test_the_preview_grid_shows_the_images_under_their_labels(drawn, tmp_path):
 def test_long_captions_are_cut_to_their_picture():
     images = np.zeros((2, 64, 64, 3))
     caption = "an extraordinarily-long-winded caption that goes on and on and on about a cat"
-    png = preview.grid_png({"before": images, "after": images}, [caption, ""])
+    png = grid_png({"before": images, "after": images}, [caption, ""])
     assert Image.open(io.BytesIO(png)).size == (72 + 2 * 136, 2 * 136 + 8 + 44)
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.5] * 30, [0.0, 0.0], list(range(100))], ids=str)
 def test_loss_png_survives_constant_and_single_losses(losses):
-    history = History(1, validation=[{"step": 0, "loss": 0.5}])
-    history.add([float(x) for x in losses], [1.0] * len(losses))
+    history = History(1, validation_series=[ValidationSeries("", [{"step": 0, "loss": 0.5}])])
+    history.add_steps([float(x) for x in losses], [1.0] * len(losses))
     assert Image.open(io.BytesIO(loss_png(history))).size == (990, 550)
 
 
@@ -85,7 +86,7 @@ def test_smoothing_has_no_start_up_bias():
 
 
 def test_each_preview_has_its_own_noise_whatever_its_neighbours():
-    loaded, config = pipeline(), PreviewConfig(num_inference_steps=2, seed=2**64 - 1)
+    loaded, config = pipeline(), SampleConfig(num_inference_steps=2, seed=2**64 - 1)
     pair = draw(loaded, ["cat", "cat"], 64, config)
     assert np.abs(pair[0] - pair[1]).max() > 0.1
     assert np.array_equal(draw(loaded, ["cat"], 64, config)[0], pair[0])
@@ -96,19 +97,19 @@ def test_the_largest_seed_trains(options, run_here):
 
 
 def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
-    monkeypatch.setattr("training.reporting.history.MOST_MICRO_LOSSES", 6)
+    monkeypatch.setattr("training.reporting.history.MAX_MICRO_LOSSES", 6)
     history = History(2)
-    history.add([1.0, 3.0, 2.0, 2.0], [1.0, 1.0])
+    history.add_steps([1.0, 3.0, 2.0, 2.0], [1.0, 1.0])
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0], [1.0, 3.0, 2.0, 2.0])
-    history.add([4.0, 4.0, 5.0, 5.0], [1.0, 1.0])
+    history.add_steps([4.0, 4.0, 5.0, 5.0], [1.0, 1.0])
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0], [])
-    history.add([6.0, 6.0], [1.0])
+    history.add_steps([6.0, 6.0], [1.0])
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0, 6.0], [])
 
 
 @pytest.mark.parametrize("fault", ["size", "memory"])
 def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(fault, options, run_here, tmp_path, monkeypatch, capsys):
-    more = ["--preview.enabled", "--preview.num_inference_steps=2", "--steps=2"]
+    more = ["--preview", "--sample.num_inference_steps=2", "--steps=2"]
     if fault == "memory":
         assert run_here([*options, "--steps=1", f"--output_dir={tmp_path / 'encoded'}", "--data.resolution=60"]) == 0
 

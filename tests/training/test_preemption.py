@@ -10,8 +10,7 @@ import torch
 from helpers.project import TWEMOJI
 from safetensors.torch import load_file
 
-import train_lora
-from training.stopping.signals import Interruptions, asked_by
+from training.stopping.signals import SignalHandler, request_of
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -19,8 +18,8 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 @pytest.fixture
 def long(options) -> list[str]:
     """Twelve steps with validation and previews, in a cache of their own."""
-    return [*options, "--steps=12", "--preview.enabled", "--preview.num_inference_steps=2", "--validation.every=4",
-            f"--data.validation_images={TWEMOJI / 'validation'}", "--tracking.log_every=5"]  # fmt: skip
+    return [*options, "--steps=12", "--preview", "--sample.num_inference_steps=2", "--validation.every=4",
+            f"--data.validation_path={TWEMOJI / 'validation'}", "--tracking.log_every=5"]  # fmt: skip
 
 
 def same(one, two) -> None:
@@ -58,9 +57,9 @@ MOMENTS = {  # where, in which call, the step that is saved
     "encoding captions": ("data.precompute.encode.encode_texts", 1, None),
     "encoding images": ("data.precompute.encode.encode_media", 1, None),
     "loading the model": ("training.build.attach_adapters", 1, None),
-    "the first validation": ("training.validation.chunk", 3, 0),
+    "the first validation": ("training.validation.chunk_batch", 3, 0),
     "a training step": ("training.loss.LossFunction.__call__", 30, None),
-    "a validation": ("training.validation.chunk", 7, 4),
+    "a validation": ("training.validation.chunk_batch", 7, 4),
     "a checkpoint": ("training.checkpoints.storage.save", 1, 12),
     "a preview": ("training.preview.draw", 3, 12),
     "the export": ("training.export.write_adapter", 1, 12),
@@ -119,17 +118,17 @@ def test_sigusr1_under_slurm_saves_and_requeues(options, run_here, tmp_path, mon
 
 
 def test_a_file_asks_for_a_checkpoint(options, run_here, tmp_path, monkeypatch):
-    from training.trainer import Run
+    from training.callbacks import HandleRequests
 
-    original = Run.answer
+    original = HandleRequests.after_step
 
     def answer(self):
-        if self.step == 2:
-            (self.folder / "save").touch()
-            self.requests.looked_at = -1e9  # as if a second had gone by
+        if self.state.step == 2:
+            (self.services.folder / "save").touch()
+            self.services.requests.polled_at = -1e9  # as if a second had gone by
         original(self)
 
-    monkeypatch.setattr(Run, "answer", answer)
+    monkeypatch.setattr(HandleRequests, "after_step", answer)
     assert run_here([*options, "--checkpoint.every=0"]) == 0
     assert (tmp_path / "out" / "checkpoints" / "step_00000002").is_dir()
     assert not (tmp_path / "out" / "save").exists()
@@ -145,21 +144,21 @@ def test_a_launcher_may_repeat_a_signal_but_a_second_ctrl_c_leaves_at_once(monke
     left = []
     monkeypatch.setattr("os._exit", left.append)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    interruptions = Interruptions()
-    with interruptions.handled(), interruptions.deferred():
+    signals = SignalHandler()
+    with signals.installed(), signals.deferred():
         for _ in range(4):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGUSR1)
         assert not left
-        assert interruptions.asked == asked_by(signal.SIGINT)
-        interruptions.interrupted_at = time.monotonic() - 3
+        assert signals.request == request_of(signal.SIGINT)
+        signals.interrupted_at = time.monotonic() - 3
         signal.raise_signal(signal.SIGINT)
     assert left == [130]
 
 
 def test_two_runs_do_not_share_an_output_dir(options, run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_lora, "LOCK_WAIT", 0.3)
+    monkeypatch.setattr("training.run.LOCK_TIMEOUT", 0.3)
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -180,7 +179,7 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
     for optimizer in ("AdamW", "Adam", "SGD", "RMSprop"):
         calls.clear()
         folder = tmp_path / optimizer
-        skip = [*options, f"--output_dir={folder}", f"--optimizer={optimizer}", "--optim.non_finite=skip"]
+        skip = [*options, f"--output_dir={folder}", f"--optimizer={optimizer}", "--optim.on_non_finite=skip"]
         monkeypatch.setattr(LossFunction, "__call__", broken)
         assert run_here(skip) == 0
         out = capsys.readouterr().out
@@ -191,10 +190,10 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
         assert [step for step, loss in enumerate(losses["loss_per_step"], 1) if loss is None] == [2, 5]
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "lora.safetensors").values())
         calls.clear()
-        assert run_here([*skip, "--overwrite", "--optim.non_finite_limit=2"]) == 1
+        assert run_here([*skip, "--overwrite", "--optim.max_skipped_steps=2"]) == 1
         error = capsys.readouterr().err
         assert "step 5 is not finite" in error
-        assert "as --optim.non_finite_limit allows, 2" in error
+        assert "as --optim.max_skipped_steps allows, 2" in error
 
 
 def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, monkeypatch):
@@ -202,18 +201,18 @@ def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, mon
     from helpers.rank_faults import Abandoned
     from helpers.wandb_log import records
 
-    from training.trainer import Run
+    from training.callbacks import HandleRequests
 
-    original = Run.answer
+    original = HandleRequests.after_step
 
     def answer(self):
-        if self.step == 5:
+        if self.state.step == 5:
             raise Abandoned
         original(self)
 
     run = [*options, "--tracking.report_to=wandb", "--tracking.log_every=1", "--checkpoint.every=2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "answer", answer)
+        patch.setattr(HandleRequests, "after_step", answer)
         with pytest.raises(Abandoned):
             run_here(run)
     import wandb

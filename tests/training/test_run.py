@@ -77,7 +77,7 @@ def test_a_damaged_later_checkpoint_pushes_no_valid_one_out(tmp_path):
     (tmp_path / "step_00000006" / "manifest.json").unlink()
     (tmp_path / "step_00000004" / "state.json").unlink()
     storage.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
-    found, damaged = storage.newest(tmp_path)
+    found, damaged = storage.load_newest(tmp_path)
     assert (found.step, len(damaged)) == (3, 2)
 
 
@@ -92,7 +92,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
-    found, damaged = storage.newest(tmp_path)
+    found, damaged = storage.load_newest(tmp_path)
     assert (found.step, found.files, damaged) == (1, files, [])
 
 
@@ -219,14 +219,14 @@ def test_files_and_folders_are_there_whole_or_not_at_all(tmp_path):
     [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])],
 )
 def test_learning_rates_are_functions_of_the_step(schedule, expected):
-    config = OptimConfig(lr_schedule=schedule, warmup_steps=2)
+    config = OptimConfig(lr_scheduler=schedule, lr_warmup_steps=2)
     rates = [learning_rate(step, 3.0, 6, config) for step in range(6)]
     assert rates == pytest.approx([1, 2, *(3 * e for e in expected)], abs=1e-5)
 
 
 def test_a_rate_for_the_size_of_a_step(options, run_here, tmp_path, capsys):
     for how, rate in (("none", 5e-4), ("linear", 2e-3), ("sqrt", 1e-3)):
-        more = [f"--optim.lr_scale_with_batch={how}", "--grad_accumulation_steps=2", f"--output_dir={tmp_path / how}"]
+        more = [f"--optim.scale_lr={how}", "--grad_accumulation_steps=2", f"--output_dir={tmp_path / how}"]
         assert run_here([*options, *more]) == 0
         rows = [json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()]
         assert [row["train/lr"] for row in rows] == pytest.approx([rate, rate])
@@ -257,7 +257,7 @@ def test_fewer_steps_than_there_are_is_a_mistake(options, run_here, capsys):
 
 
 def test_another_course_of_the_learning_rate_is_said(options, run_here, capsys):
-    linear = [*options, "--optim.lr_schedule=linear"]
+    linear = [*options, "--optim.lr_scheduler=linear"]
     assert run_here(linear) == 0
     assert run_here([*linear, "--steps=8"]) == 0
     assert "note: --steps was 6 and is 8: from here on the linear learning rate" in capsys.readouterr().out

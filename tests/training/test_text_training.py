@@ -65,18 +65,18 @@ def arguments(name: str, options: list[str], *more: str) -> list[str]:
 
 @BOTH
 def test_a_run_trains_the_encoders_and_diffusers_draws_what_it_drew(name, options, run_here, tmp_path, monkeypatch):
-    from training import finish
+    from training import preview
 
     kept = {}
-    original = finish.draw_previews
+    original = preview.PreviewRenderer.render
 
-    def keep(run, trained):
-        prompts, images = original(run, trained)
-        kept.update(images, prompts=prompts)
-        return prompts, images
+    def keep(self, weight_sets):
+        drawn = original(self, weight_sets)
+        kept.update(drawn.images, prompts=drawn.prompts)
+        return drawn
 
-    monkeypatch.setattr(finish, "draw_previews", keep)
-    previews = ["--preview.enabled", "--preview.num_inference_steps=3", "--preview.guidance_scale=3", "--export.merged"]
+    monkeypatch.setattr(preview.PreviewRenderer, "render", keep)
+    previews = ["--preview", "--sample.num_inference_steps=3", "--sample.guidance_scale=3", "--export.merged_model"]
     assert run_here(arguments(name, options, *previews)) == 0
     tensors = load_file(tmp_path / "out" / "lora.safetensors")
     for prefix in {"sd15": ["lora_te_"], "sdxl": ["lora_te1_", "lora_te2_"]}[name]:
@@ -112,21 +112,19 @@ def test_a_run_goes_on_from_the_file(name, algorithm, options, run_here, tmp_pat
     assert "--model.train_text_encoder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("targets", [["--adapter.norms"], ["--adapter.targets", r".*attn.*"]])
+@pytest.mark.parametrize("targets", [["--adapter.train_norms"], ["--adapter.targets", r".*attn.*"]])
 def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, run_here, monkeypatch):
     """Of SDXL's first encoder the last layer: on several ranks DDP would look for its gradients in vain."""
-    from training import trainer
+    from training.distributed.engine import Engine
 
     found = []
-    update = trainer.Run._update
+    update = Engine.update
 
-    def watched(self):
-        found.append(
-            [name for name, p in self.engine.denoiser.named_parameters() if p.requires_grad and p.grad is None]
-        )
-        update(self)
+    def watched(self, learning_rate):
+        found.append([name for name, p in self.denoiser.named_parameters() if p.requires_grad and p.grad is None])
+        return update(self, learning_rate)
 
-    monkeypatch.setattr(trainer.Run, "_update", watched)
+    monkeypatch.setattr(Engine, "update", watched)
     assert run_here(arguments("sdxl", options, *targets, "--steps=2")) == 0
     assert found == [[], []]
 
@@ -140,7 +138,7 @@ def test_a_file_without_text_encoders_is_not_one_to_train_them_with(options, run
 
 
 def test_what_pefts_folders_cannot_hold_is_refused_before_training(options, run_here, tmp_path, capsys):
-    assert run_here(arguments("sd15", options, "--export.format=peft")) == 2
+    assert run_here(arguments("sd15", options, "--export.formats=peft")) == 2
     assert "text encoders are others" in capsys.readouterr().err
     assert not (tmp_path / "out" / "checkpoints").exists()
 

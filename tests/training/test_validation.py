@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import training.validation
 from common.errors import ConfigError
 from training.config import TrainConfig
-from training.reporting.history import History
+from training.reporting.history import History, ValidationSeries
 from training.reporting.loss_files import loss_json
-from training.run_folder import held
+from training.run_folder import locked_folder
 
-LEVELS = ["--validation.quantiles", "0.3", "0.7"]
+LEVELS = ["--validation.noise_levels", "0.3", "0.7"]
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def held_out(tmp_path) -> Path:
 
 @pytest.fixture
 def validated(options, held_out) -> list[str]:
-    return [*options, *LEVELS, f"--data.validation_images={held_out}", "--steps=4", "--validation.every=2"]
+    return [*options, *LEVELS, f"--data.validation_path={held_out}", "--steps=4", "--validation.every=2"]
 
 
 def losses(folder: Path, name: str = "validation") -> dict[int, float]:
@@ -88,7 +88,7 @@ def test_a_later_validation_that_is_not_finite_is_said_and_stops_nothing(
     validated, run_here, tmp_path, monkeypatch, capsys
 ):
     poisoned(monkeypatch, 2)
-    assert run_here([*validated, "--export.which=best"]) == 0
+    assert run_here([*validated, "--export.weights=best"]) == 0
     out = capsys.readouterr().out
     assert "the validation loss at step 2 is not finite, of " in out
     assert "no validation loss was finite: the adapter is that after step 4" in out
@@ -97,7 +97,7 @@ def test_a_later_validation_that_is_not_finite_is_said_and_stops_nothing(
 
 
 def test_other_held_out_images_begin_another_history(validated, run_here, held_out, tmp_path, capsys):
-    best = [*validated, "--export.which=best", "--validation.patience=2"]
+    best = [*validated, "--export.weights=best", "--validation.patience=2"]
     assert run_here(best) == 0
     before = losses(tmp_path / "out")
     image = next(held_out.glob("*.png"))
@@ -122,7 +122,9 @@ def test_a_run_without_validation_in_between_forgets_none(validated, run_here, t
 
 
 def test_loss_json_is_json_whatever_the_losses():
-    history = History(1, validation=[{"step": 0, "loss": float("nan"), "quantile_0.5": float("inf")}])
+    history = History(
+        1, validation_series=[ValidationSeries("", [{"step": 0, "loss": float("nan"), "quantile_0.5": float("inf")}])]
+    )
     found = json.loads(loss_json(history, 1), parse_constant=pytest.fail)
     assert found["validation"] == [{"step": 0, "loss": None, "quantile_0.5": None}]
 
@@ -132,7 +134,7 @@ def test_files_of_other_weights_of_an_earlier_run_are_pointed_out(options, run_h
     assert "is of an earlier run" not in capsys.readouterr().out
     raw = tmp_path / "out" / "lora.raw.safetensors"
     before = load_file(raw)
-    assert run_here([*options, "--ema.decay=0.7", "--ema.use=raw", "--steps=8"]) == 0
+    assert run_here([*options, "--ema.decay=0.7", "--ema.evaluate_with=raw", "--steps=8"]) == 0
     assert f"note: {raw} is of an earlier run" in capsys.readouterr().out
     assert all(tensor.equal(before[name]) for name, tensor in load_file(raw).items())
 
@@ -140,5 +142,5 @@ def test_files_of_other_weights_of_an_earlier_run_are_pointed_out(options, run_h
 def test_a_run_that_waited_for_another_looks_again_at_what_that_has_left(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), resume="never")
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="--resume never would lose them"), held(config, 0, print):
+    with pytest.raises(ConfigError, match="--resume never would lose them"), locked_folder(config, 0, print):
         pytest.fail("it is not its own")

@@ -23,7 +23,7 @@ from data.store import tables
 from data.store.store import MISSING
 from models.base import ModelFamily
 from tools.data.survey import Survey, shown, sizes
-from training.preview import as_picture, wrapped
+from training.reporting.image_grid import to_image, wrapped_text
 
 MOST_IMAGES = 48
 COLUMNS = 8
@@ -177,7 +177,7 @@ def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Ima
 
 def thumbnail(pixels: Tensor) -> Image.Image:
     """Pixels (3, H, W) in [-1, 1] with a longer side of SIDE; tiny ones are enlarged by a whole number."""
-    image = as_picture(pixels)
+    image = to_image(pixels)
     longest = max(image.size)
     if longest < SIDE:
         zoom = max(1, SIDE // longest)
@@ -205,7 +205,7 @@ def sheet(title: str, tiles: list[Tile]) -> bytes:
         pen.rectangle(edge, outline="#cccccc")  # else white images have no edge, and the crop cannot be seen
         y += height + 3
         pen.text((x, y), ending(drawable_text(tile.name, small), width, small), fill="#777777", font=small)
-        caption = wrapped(drawable_text(tile.caption, font), width, font, CAPTION_LINES) if tile.caption else ""
+        caption = wrapped_text(drawable_text(tile.caption, font), width, font, CAPTION_LINES) if tile.caption else ""
         pen.multiline_text((x, y + NAME_LINE), caption or "(no caption)", fill="black" if caption else "#bb0000",
                            font=font, spacing=2)  # fmt: skip
     buffer = io.BytesIO()

@@ -17,6 +17,6 @@ def run(options: ExportOptions) -> int:
         built = build.run(not config.bucket_mode)
         count = build.turns.main(lambda: write_dataset(build, built, out, options.form))
     accelerator.print(f"wrote {count} samples to {out}")
-    if options.form != "encoded" and (built.several_captions or config.data.flip):
+    if options.form != "encoded" and (built.several_captions or config.data.random_flip):
         accelerator.print("note: each image once, not mirrored, with its first caption; that is all this form has")
     return 0

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from common.errors import ConfigError, error_list
-from training.cli import folder_faults, input_faults, parsed, validate
+from training.cli import folder_errors, input_errors, parse_options, validate_options
 from training.config import TrainConfig
 
 
@@ -23,7 +23,7 @@ class RunOptions:
 
     def faults(self) -> list[str]:
         """What is wrong with the paths, found without opening a file."""
-        return input_faults(self.config)
+        return input_errors(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ExportOptions(RunOptions):
     out: str = ""
     """The folder to write; it must not be there."""
     form: Literal["encoded", "comfyui", "safetensors"] = "encoded"
-    """encoded: for --data.images, with all captions, mirrored images and masks. comfyui: shards for ComfyUI's
+    """encoded: for --data.path, with all captions, mirrored images and masks. comfyui: shards for ComfyUI's
     LoadTrainingDataset. safetensors: the same without pickle, which ComfyUI does not read."""
 
     def faults(self) -> list[str]:
@@ -66,9 +66,9 @@ class DataOptions(RunOptions):
         faults = super().faults()
         if self.sheets is None:
             return faults + (["--decode: goes with --sheets"] if self.decode else [])
-        faults += folder_faults("sheets", self.sheets)
+        faults += folder_errors("sheets", self.sheets)
         data, here = self.config.data, Path(self.sheets).resolve()
-        paths = [*(source.path for source in data.all_sources()), data.validation_images]
+        paths = [*(source.path for source in data.all_sources()), data.validation_path]
         faults += [
             f"--sheets: {self.sheets} is in {path}, where the sheets would be training images"
             for path in paths
@@ -84,8 +84,8 @@ def read_options(argv: list[str]) -> RunOptions:
     """The options in `argv`, which begins with the command, checked; ConfigError naming every fault of theirs."""
     command = COMMANDS[argv[0]]
     program = f"train_lora.py {command.command} [RECIPE]"
-    said = parsed(argv[1:], lambda config: command(config=config), program)
-    options = replace(said, config=validate(asdict(said.config), where="the command line", prefix="--"))
+    said = parse_options(argv[1:], lambda config: command(config=config), program)
+    options = replace(said, config=validate_options(asdict(said.config), source="the command line", prefix="--"))
     if faults := options.faults():
         raise ConfigError(error_list("cannot start", faults))
     return options

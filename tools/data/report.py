@@ -36,7 +36,7 @@ def run(options: DataOptions) -> int:
         planned = build.plan(not config.bucket_mode)
         if not accelerator.is_main_process:
             return 0
-        survey = Survey(planned, build.split(planned.work.rows)[1], family, config.export.trigger or "")
+        survey = Survey(planned, build.split(planned.work.rows)[1], family, config.export.trigger_words or "")
         print(report(config, planned, survey))
         if options.sheets is None:
             return 0
@@ -91,7 +91,7 @@ def source_table(data: DataConfig, survey: Survey) -> list[str]:
     lines = [["path", "kind", "used for", "images", "held out", "captions", "repeats", "weight", "visits per epoch"]]
     sources = survey.work.planner.sources
     for number, (opened, counts) in enumerate(zip(sources.opened, survey.sources, strict=True)):
-        use = "regularisation" if opened.config.regularisation else "training"
+        use = "regularization" if opened.config.regularization else "training"
         use = "validation" if number >= sources.held_out_from else use
         lines.append([
             opened.config.path, kind(opened.config), use, str(counts.images), str(counts.held_out),
@@ -158,18 +158,22 @@ def caption_lines(config: TrainConfig, survey: Survey) -> list[str]:
     found["empty"] = counted(captions.empty)
     for trigger, lacking in captions.given_trigger.items():
         found[f"without {trigger!r}"] = counted(lacking, ", which the run puts before them")
-    if config.export.trigger:
-        name = f"trained without {config.export.trigger!r}"
-        found[name] = counted(captions.without_trigger, " (--export.trigger; --data.caption_trigger puts it there)")
+    if config.export.trigger_words:
+        name = f"trained without {config.export.trigger_words!r}"
+        found[name] = counted(
+            captions.without_trigger, " (--export.trigger_words; --data.captions.trigger puts it there)"
+        )
     return facts(found)
 
 
 def validation_line(data: DataConfig, held_out: str) -> str:
-    if data.validation_images is not None:
-        return f"{held_out}: those of {data.validation_images}"
-    if data.validation_share:
-        return f"{held_out}: those with the lowest content hash (--data.validation_share {data.validation_share:g})"
-    return "no image is held out (--data.validation_share, --data.validation_images)"
+    if data.validation_path is not None:
+        return f"{held_out}: those of {data.validation_path}"
+    if data.validation_fraction:
+        return (
+            f"{held_out}: those with the lowest content hash (--data.validation_fraction {data.validation_fraction:g})"
+        )
+    return "no image is held out (--data.validation_fraction, --data.validation_path)"
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ class Encoding:
 def encoding_lines(data: DataConfig, encoding: Encoding) -> list[str]:
     total = encoding.latent_bytes + encoding.text_bytes
     free = shutil.disk_usage(data.cache_dir).free
-    mirrored = ", with mirrored ones" * data.flip
+    mirrored = ", with mirrored ones" * data.random_flip
     written = f"{size_of(total)} will be written to {data.cache_dir}, where {size_of(free)} are free"
     return [
         *aligned([

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.config import SourceConfig
 from data.media.buckets import Crop
-from data.media.captions import as_given, trigger_of
+from data.media.captions import trigger_of, with_trigger
 from data.media.video import Clip
 from data.precompute.build import Planned
 from data.precompute.encode import Work
@@ -106,7 +106,7 @@ class Captions:
 
 
 class Survey:
-    """One pass over `planned`; `held_out`: rows that are not trained on, `trigger`: export.trigger."""
+    """One pass over `planned`; `held_out`: rows that are not trained on, `trigger`: export.trigger_words."""
 
     def __init__(self, planned: Planned, held_out: np.ndarray, family: ModelFamily, trigger: str):
         self.work, self.family, self.trigger = planned.work, family, trigger
@@ -158,12 +158,12 @@ class Survey:
         self.sources[cells["source"]].captions += len(cells["captions"])
         for given in cells["captions"]:
             found.hashes += blake2b(given.encode(), digest_size=8).digest()
-            caption = as_given(given, source)
+            caption = with_trigger(given, source)
             if not given.strip():
                 found.empty.add(name)
             if caption != given and not row["held_out"]:
                 found.given_trigger.setdefault(trigger_of(source), Named()).add(f"{name}  {shown(given)}")
-            if self.trigger and self.trigger not in caption and not source.regularisation:
+            if self.trigger and self.trigger not in caption and not source.regularization:
                 found.without_trigger.add(f"{name}  {shown(caption)}")
             self._waiting.setdefault(caption, []).append(name)
         if len(self._waiting) >= TOKENISED_TOGETHER:

@@ -1,58 +1,62 @@
-"""What the validation losses of a run say: which step was the best, and whether to stop. Functions of the history."""
+"""Conclusions from the validation losses of a run: its best step, and early stopping."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from training.config import TrainConfig, ValidationConfig
-from training.reporting.history import is_finite
-
-Validations = list[dict[str, float]]
+from training.reporting.history import Validation, is_finite
 
 
 @dataclass(frozen=True)
-class Best:
-    """The weights that were shown to the lowest validation loss so far, on the CPU."""
+class BestWeights:
+    """Weights of the step with the lowest validation loss so far, on the CPU."""
 
     step: int
     weights: dict[str, Tensor]
 
 
-def best_step(validations: Validations) -> int | None:
-    """The first step of the lowest loss; None before there is one. Step 0, which trained nothing, is none."""
-    losses = {int(v["step"]): v["loss"] for v in validations if v["step"] and is_finite([v["loss"]])}
-    return min(losses, key=losses.__getitem__, default=None)
+def best_step(validations: list[Validation]) -> int | None:
+    """Return the first step with the lowest finite loss; None if there is none. Step 0 does not count."""
+    losses = {int(entry["step"]): entry["loss"] for entry in validations if entry["step"]}
+    finite_losses = {step: loss for step, loss in losses.items() if is_finite([loss])}
+    return min(finite_losses, key=finite_losses.__getitem__, default=None)
 
 
-def is_over(validations: Validations, config: ValidationConfig) -> bool:
-    """Whether patience has run out: in so many regular validations no loss was `min_delta` below the lowest before."""
+def stops_early(validations: list[Validation], config: ValidationConfig) -> bool:
+    """Return whether `patience` periodic validations in a row were not lower than the lowest loss before them."""
     if not config.patience:
         return False
-    lowest, waited = float("inf"), 0
+    lowest, without_improvement = float("inf"), 0
     for entry in validations:
-        if not entry["step"] or entry["step"] % config.every:
-            continue  # the last of a run that was to be shorter
+        is_periodic = entry["step"] and entry["step"] % config.every == 0
+        if not is_periodic:  # the last step of a run that was planned to be shorter
+            continue
         if entry["loss"] < lowest - config.min_delta:
-            lowest, waited = entry["loss"], 0
+            lowest, without_improvement = entry["loss"], 0
         else:
-            waited += 1
-        if waited == config.patience:
+            without_improvement += 1
+        if without_improvement == config.patience:
             return True
     return False
 
 
-def validation_faults(config: TrainConfig) -> list[str]:
-    """What is asked of a validation that there is not."""
-    wanted = {
+def validation_errors(config: TrainConfig) -> list[str]:
+    """Return the errors of options that need validation."""
+    flags = {
         "--validation.patience": bool(config.validation.patience),
-        "--checkpoint.best": config.checkpoint.best,
-        "--export.which best": config.export.which == "best",
+        "--checkpoint.keep_best": config.checkpoint.keep_best,
+        "--export.weights best": config.export.weights == "best",
     }
-    flags = ", ".join(flag for flag, is_wanted in wanted.items() if is_wanted)
-    faults = []
-    if flags and config.data.validation_images is None and not config.data.validation_share:
-        faults.append(f"{flags}: there are no images to validate on. Give --data.validation_images or "
-                      "--data.validation_share")  # fmt: skip
+    given_flags = ", ".join(flag for flag, is_given in flags.items() if is_given)
+    has_images = config.data.validation_path is not None or config.data.validation_fraction
+    errors = []
+    if given_flags and not has_images:
+        errors.append(f"{given_flags}: there are no validation images. Set --data.validation_path or "
+                      "--data.validation_fraction")  # fmt: skip
     if config.validation.patience and not config.validation.every:
-        faults.append("--validation.patience: counts validations during the run. Give --validation.every")
-    return faults
+        errors.append(
+            f"--validation.patience {config.validation.patience}: counts periodic validations, and there are none. "
+            "Set --validation.every"
+        )
+    return errors

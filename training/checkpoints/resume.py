@@ -1,210 +1,261 @@
-"""A run written into a checkpoint, and brought back from the newest valid one, on however many processes."""
-
-from __future__ import annotations
+"""Saves a run as a checkpoint, and resumes it from the newest valid one, with any number of processes."""
 
 import time
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
 from common.atomic import write_file
-from common.errors import ConfigError
-from data.store.hashing import files_identity
+from common.errors import ConfigError, bullet_list
+from data.store.hashing import hash_of_files
 from models.base import ModelFamily
 from training.checkpoints import storage
-from training.checkpoints.best import Best, best_step
+from training.checkpoints.best import BestWeights, best_step
 from training.checkpoints.state import (
-    ADAPTER,
-    BEST,
-    EMA,
-    OPTIMIZER,
-    TrainerState,
+    ADAPTER_FILE,
+    BEST_FILE,
+    EMA_FILE,
+    OPTIMIZER_FILE,
+    SavedState,
     state_of,
     to_files,
     weights_of,
 )
-from training.checkpoints.storage import CheckpointError
+from training.checkpoints.storage import Checkpoint, CheckpointError
 from training.config import TrainConfig, to_yaml
 from training.distributed.accelerator import DistributedError
+from training.distributed.engine import Engine
+from training.parts import RunParts
 from training.reporting.history import History
-from training.reporting.sample_log import cut_all
+from training.reporting.sample_log import truncate_logs
 from training.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
-    clear,
-    fingerprint,
-    note_start,
-    restarted,
+    NEW_FOLDER_HINT,
+    clear_run,
+    config_hash,
+    is_restart,
+    write_launcher_id,
 )
+from training.services import RunServices
+from training.train_state import TrainState
+from training.validation import validation_kind
 
-if TYPE_CHECKING:
-    from training.trainer import Run
+SHARED_WITHIN = 30.0
+"""Seconds in which all nodes must see the same files."""
 
 
-SEEN_WITHIN = 30.0  # seconds in which all nodes must see the same files
+def hash_in_background(family: ModelFamily, config: TrainConfig) -> Future[str]:
+    """Hash the files of the base model in a thread, which does not delay the end of the process.
 
+    The hash takes a while if it is not cached, and only checkpoints need it."""
+    files, cache_dir = family.component_files("denoiser"), Path(config.data.cache_dir)
+    future = Future[str]()
 
-def base_hash(family: ModelFamily, config: TrainConfig) -> Future[str]:
-    """The hash of the base model's files, which takes its time where it is not known yet: made beside the rest, in a
-    thread that nothing waits for when the process ends."""
-    files, cache = family.component_files("denoiser"), Path(config.data.cache_dir)
-    made = Future[str]()
-
-    def make() -> None:
+    def compute() -> None:
         try:
-            made.set_result(files_identity(files, cache))
-        except BaseException as error:  # raised where the hash is asked for
-            made.set_exception(error)
+            future.set_result(hash_of_files(files, cache_dir))
+        except BaseException as error:  # raised where the hash is used
+            future.set_exception(error)
 
-    Thread(target=make, daemon=True).start()
-    return made
-
-
-def write(run: Run) -> None:
-    """Writes a checkpoint of `run`. Collective; the main process writes, and no other waits for it."""
-    optimizer = run.engine.optimizer_state()
-    if not run.main:
-        return
-    state = TrainerState(
-        step=run.step,
-        steps=run.config.steps,
-        samples=run.step * run.total_batch_size,
-        micro_batches_per_step=run.micro_batches_per_step,
-        grad_accumulation_steps=run.config.grad_accumulation_steps,
-        identity=identity(run),
-        started_at=run.started_at,
-        tracker_id=run.reporter.tracker_id,
-        history=asdict(run.history),
-        row=run.reporter.row,
-        best_step=run.best.step if run.best else None,
-    )
-    weights = {
-        ADAPTER: run.parts.adapted.state_dict(),
-        EMA: run.averages.state_dict(),
-        BEST: run.best.weights if run.best else {},
-    }
-    files = to_files(state, weights, run.parts.adapted.alphas(), optimizer)
-    storage.save(run.folder / CHECKPOINTS, run.step, files, run.config.checkpoint.keep)
+    Thread(target=compute, daemon=True).start()
+    return future
 
 
-def identity(run: Run) -> dict[str, object]:
-    """Facts that must be the same for the next step to be the one that would have come."""
-    assert run.base is not None, "asked for on the main process only"
-    return {
-        "config": fingerprint(run.config),
-        "dataset": run.parts.datasets.train.fingerprint,
-        "base model": run.base.result(),
-        "steps of the existing LoRA": run.parts.previous_steps,
-    }
+class RunCheckpoints:
+    """Saves and resumes one run. All methods are collective; the main process writes."""
 
+    def __init__(self, config: TrainConfig, parts: RunParts, engine: Engine, services: RunServices):
+        self.config, self.parts, self.engine, self.services = config, parts, engine, services
+        self.folder = services.folder / CHECKPOINTS
+        self.base_hash: Future[str] | None = None
+        if services.process.is_main:
+            self.base_hash = hash_in_background(parts.family, config)
 
-def resume(run: Run) -> None:
-    """Goes on from the newest valid checkpoint of output_dir, if there is one. Collective."""
-    if run.main:
-        if run.config.overwrite and not restarted(run.folder):
-            clear(run.folder)
-        note_start(run.folder)
-    run.accelerator.wait_for_everyone()
-    found = agreed_checkpoint(run)
-    if found is None:
-        run.reporter.resume(-1, {})
-    else:
-        state = state_of(found)
-        restore(run, found, state)
-        run.reporter.resume(run.total_steps, state.row)
-        run.reporter.say(f"resumed at step {run.step} of {run.config.steps}")
-    if run.main:
-        cut_all(run.folder, run.step)
-        write_file(run.folder / CONFIG_FILE, to_yaml(run.config))
-    run.accelerator.wait_for_everyone()
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint. No other process waits for the main process."""
+        optimizer = self.engine.optimizer_state()
+        if not self.services.process.is_main:
+            return
+        saved_state = SavedState(
+            step=state.step,
+            steps=self.config.steps,
+            samples=state.step * state.micro_batches_per_step * self.config.batch_size,
+            micro_batches_per_step=state.micro_batches_per_step,
+            grad_accumulation_steps=self.config.grad_accumulation_steps,
+            identity=self.identity(),
+            started_at=state.started_at,
+            tracker_id=self.services.reporter.tracker_id,
+            history=asdict(state.history),
+            row=self.services.reporter.row,
+            best_step=state.best.step if state.best else None,
+        )
+        weights = {
+            ADAPTER_FILE: self.parts.adapted.state_dict(),
+            EMA_FILE: self.services.ema.state_dict(),
+            BEST_FILE: state.best.weights if state.best else {},
+        }
+        files = to_files(saved_state, weights, self.parts.adapted.alphas(), optimizer)
+        storage.save(self.folder, state.step, files, self.config.checkpoint.keep)
 
+    def identity(self) -> dict[str, object]:
+        """Return facts that must not change, because the next step depends on them. Main process only."""
+        assert self.base_hash is not None
+        return {
+            "config": config_hash(self.config),
+            "dataset": self.parts.datasets.train.fingerprint,
+            "base model": self.base_hash.result(),
+            "steps of the existing LoRA": self.parts.previous_steps,
+        }
 
-def agreed_checkpoint(run: Run) -> storage.Checkpoint | None:
-    """The newest valid checkpoint that the main process sees; the others read that one, or the run ends. Collective."""
-    folder = run.folder / CHECKPOINTS
-    found, chosen = None, [None]
-    if run.main:
-        found, damaged = storage.newest(folder)
-        for fault in damaged:
-            run.reporter.say(f"passed over: {fault}")
-        chosen = [None if found is None else (found.step, found.digest)]  # type: ignore[list-item]
-    if run.accelerator.num_processes > 1:
-        broadcast_object_list(chosen)
-    if run.main or chosen[0] is None:
-        return found
-    step, digest = chosen[0]
-    last = time.monotonic() + SEEN_WITHIN
-    while True:
-        try:
-            found = storage.read(storage.folder_of(folder, step))
-            if found.digest == digest:
-                return found
-        except (OSError, storage.DamagedError):
-            pass
-        if time.monotonic() > last:
-            raise DistributedError(
-                f"{folder} is not the same folder on all nodes: rank {run.accelerator.process_index} does not see the "
-                f"checkpoint of step {step} as the main process does. Name an --output_dir on a shared disk"
+    def resume(self) -> TrainState:
+        """Return the state of the newest valid checkpoint and load its weights, or return the state of a new run."""
+        services = self.services
+        if services.process.is_main:
+            if self.config.overwrite and not is_restart(services.folder):
+                clear_run(services.folder)
+            write_launcher_id(services.folder)
+        services.accelerator.wait_for_everyone()
+        checkpoint = self._agreed_checkpoint()
+        if checkpoint is None:
+            state = self._new_state(services.process.count * self.config.grad_accumulation_steps)
+            services.reporter.resume(-1, {})
+        else:
+            saved_state = state_of(checkpoint)
+            state = self._restore(checkpoint, saved_state)
+            services.reporter.resume(self.parts.previous_steps + state.step, saved_state.row)
+            services.reporter.say(f"resumed at step {state.step} of {self.config.steps}")
+        if services.process.is_main:
+            truncate_logs(services.folder, state.step)
+            write_file(services.folder / CONFIG_FILE, to_yaml(self.config))
+        services.accelerator.wait_for_everyone()
+        return state
+
+    def _new_state(self, micro_batches_per_step: int) -> TrainState:
+        history = History(micro_batches_per_step)
+        dataset = self.parts.datasets.validation
+        if dataset is not None:
+            history.start_series(validation_kind(dataset, self.config))
+        return TrainState(0, micro_batches_per_step, time.time(), history)
+
+    def _agreed_checkpoint(self) -> Checkpoint | None:
+        """Return the newest valid checkpoint that the main process sees. The others must see the same one."""
+        process = self.services.process
+        checkpoint: Checkpoint | None = None
+        agreed: list[tuple[int, str] | None] = [None]
+        if process.is_main:
+            checkpoint, messages = storage.load_newest(self.folder)
+            for message in messages:
+                self.services.reporter.say(f"note: {message}. An earlier checkpoint is used")
+            agreed = [None if checkpoint is None else (checkpoint.step, checkpoint.manifest_hash)]
+        if process.count > 1:
+            broadcast_object_list(agreed)
+        if process.is_main or agreed[0] is None:
+            return checkpoint
+        return self._wait_for_checkpoint(*agreed[0])
+
+    def _wait_for_checkpoint(self, step: int, manifest_hash: str) -> Checkpoint:
+        """Return the checkpoint that the main process chose, once this node sees it."""
+        deadline = time.monotonic() + SHARED_WITHIN
+        while True:
+            try:
+                checkpoint = storage.load(storage.checkpoint_path(self.folder, step))
+                if checkpoint.manifest_hash == manifest_hash:
+                    return checkpoint
+            except (OSError, storage.DamagedError):
+                pass
+            if time.monotonic() > deadline:
+                raise DistributedError(
+                    f"{self.folder} is not the same folder on all nodes: rank {self.services.process.index} does not "
+                    f"see the checkpoint of step {step} as the main process does. Use an --output_dir on a shared disk"
+                )
+            time.sleep(0.5)
+
+    def _restore(self, checkpoint: Checkpoint, saved: SavedState) -> TrainState:
+        """Load weights and optimizer, and return the state. Raises CheckpointError for another run's checkpoint."""
+        say = self.services.reporter.say
+        if checkpoint.step > self.config.steps:
+            raise ConfigError(
+                f"--steps {self.config.steps}: the run in {self.services.folder} is already at step {checkpoint.step}. "
+                "Use a larger number"
             )
-        time.sleep(0.5)
+        for note in schedule_notes(saved, self.config):
+            say(note)
+        micro_batches_per_step = self._resumed_micro_batches(saved)
+        self._check_same_run(checkpoint, saved, micro_batches_per_step)
+        self.engine.load(
+            weights_of(checkpoint, ADAPTER_FILE), storage.optimizer_from_bytes(checkpoint.files[OPTIMIZER_FILE])
+        )
+        self.services.ema.load_state_dict(weights_of(checkpoint, EMA_FILE))
+        self.services.reporter.tracker_id = saved.tracker_id
+        history = History.from_dict(saved.history)
+        dataset = self.parts.datasets.validation
+        if dataset is not None and history.start_series(validation_kind(dataset, self.config)):
+            say("note: the validation images or options have changed, so a new series of validation losses begins")
+        state = TrainState(
+            checkpoint.step, micro_batches_per_step, saved.started_at, history, saved_step=checkpoint.step
+        )
+        if self.config.keeps_best_weights:
+            self._restore_best(state, checkpoint, saved)
+        return state
+
+    def _resumed_micro_batches(self, saved: SavedState) -> int:
+        """Return the micro-batches per step: those of the earlier steps, if the processes can share them."""
+        num_processes, accumulation = self.services.process.count, self.config.grad_accumulation_steps
+        configured = num_processes * accumulation
+        per_step = saved.micro_batches_per_step
+        has_same_option = saved.grad_accumulation_steps == accumulation
+        if per_step == configured or not has_same_option or per_step % num_processes:
+            return configured
+        self.services.reporter.say(
+            f"the earlier steps had {per_step} micro-batches per step, and so have the next ones: "
+            f"grad_accumulation_steps is {per_step} / {num_processes} processes = {per_step // num_processes}"
+        )
+        return per_step
+
+    def _check_same_run(self, checkpoint: Checkpoint, saved: SavedState, micro_batches_per_step: int) -> None:
+        """Raise CheckpointError, on the main process too, if the checkpoint belongs to a different run."""
+        facts = self.identity() if self.services.process.is_main else {}
+        differences = [
+            f"{name} is {saved.identity.get(name)} there, {value} here"
+            for name, value in facts.items()
+            if saved.identity.get(name) != value
+        ]
+        if saved.micro_batches_per_step != micro_batches_per_step:
+            differences.append(
+                "micro-batches per step (processes x grad_accumulation_steps) are "
+                f"{saved.micro_batches_per_step} there, {micro_batches_per_step} here"
+            )
+        if differences:
+            heading = f"the checkpoint of step {checkpoint.step} in {self.services.folder} belongs to a different run"
+            raise CheckpointError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
+
+    def _restore_best(self, state: TrainState, checkpoint: Checkpoint, saved: SavedState) -> None:
+        """Restore the weights of the best step. Raises ConfigError if the checkpoint does not have them."""
+        validations = state.history.validation
+        if saved.best_step is not None and validations:
+            state.best = BestWeights(saved.best_step, weights_of(checkpoint, BEST_FILE))
+        step = best_step(validations)
+        if step == state.step:
+            state.best = BestWeights(state.step, self.services.ema.evaluation_state())
+        kept_step = state.best.step if state.best else None
+        if step != kept_step:
+            raise ConfigError(
+                f"--checkpoint.keep_best, --export.weights best: the weights of step {step}, which has the lowest "
+                f"validation loss so far, were not kept in {self.services.folder}. Leave both options out, or use "
+                "--overwrite to start again there"
+            )
 
 
-def restore(run: Run, found: storage.Checkpoint, state: TrainerState) -> None:
-    """Puts what a checkpoint holds into `run`; raises CheckpointError if it is another run's."""
-    per_step, processes = state.micro_batches_per_step, run.accelerator.num_processes
-    same_command = state.grad_accumulation_steps == run.config.grad_accumulation_steps
-    if per_step != run.micro_batches_per_step and same_command and per_step % processes == 0:
-        run.accumulation = per_step // processes
-        run.reporter.say(
-            f"as in the steps before, {per_step} micro-batches per step: grad_accumulation_steps is {per_step} / "
-            f"{processes} processes = {run.accumulation}"
-        )
-    if found.step > run.config.steps:
-        raise ConfigError(f"--steps {run.config.steps}: {run.folder} is at step {found.step} already")
-    steps, course = run.config.steps, run.config.optim.lr_schedule
-    if state.steps != steps and course != "constant":
-        run.reporter.say(
-            f"note: --steps was {state.steps} and is {steps}: from here on the {course} learning rate is that of "
-            f"{steps} steps"
-        )
-    here = identity(run) if run.main else {}
-    differing = [f"{k}: {state.identity.get(k)} there, {v} here" for k, v in here.items() if state.identity.get(k) != v]
-    if per_step != run.micro_batches_per_step:
-        differing.append(
-            "micro-batches per step (processes x grad_accumulation_steps): "
-            f"{per_step} there, {run.micro_batches_per_step} here"
-        )
-    if differing:
-        raise CheckpointError(
-            "\n  ".join([f"the checkpoint of step {found.step} in {run.folder} is of a different run", *differing])
-            + "\nChoose another --output_dir, or give --overwrite to start again there"
-        )
-    run.engine.load(weights_of(found, ADAPTER), storage.from_bytes(found.files[OPTIMIZER]))
-    run.averages.load_state_dict(weights_of(found, EMA))
-    kind, run.history = run.history.validation_kind, History(**state.history)
-    run.step = run.saved_step = found.step
-    if kind and run.history.validate_by(kind):
-        run.reporter.say("the held-out images, or what is measured on them, are not those of the steps before: "
-                         "validation losses begin anew")  # fmt: skip
-    restore_best(run, found, state.best_step)
-    run.started_at, run.reporter.tracker_id = state.started_at, state.tracker_id
-
-
-def restore_best(run: Run, found: storage.Checkpoint, kept: int | None) -> None:
-    """Brings back the weights of the best step of the history; raises ConfigError if they are wanted and were not
-    kept."""
-    if not run.config.keeps_best:
-        return
-    if kept is not None and run.history.validation:
-        run.best = Best(kept, weights_of(found, BEST))
-    run.keep_if_best()
-    step = best_step(run.history.validation)
-    if step != (run.best.step if run.best else None):
-        raise ConfigError(
-            f"--checkpoint.best, --export.which best: the weights of step {step}, whose validation loss is the lowest "
-            f"so far, were not kept in {run.folder}. Leave both off, or give --overwrite to start again there"
-        )
+def schedule_notes(saved: SavedState, config: TrainConfig) -> list[str]:
+    """Return a note if a changed number of steps changes the learning rate."""
+    scheduler = config.optim.lr_scheduler
+    if saved.steps == config.steps or scheduler == "constant":
+        return []
+    return [
+        f"note: --steps was {saved.steps} and is {config.steps}: the {scheduler} learning rate is that of "
+        f"{config.steps} steps from here on"
+    ]

@@ -1,121 +1,147 @@
-"""What a checkpoint holds of a run, as files, and a run brought back from it."""
+"""Content of a checkpoint: the run as files, and the optimizer's state by parameter name."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training.checkpoints import storage
-from training.checkpoints.storage import Checkpoint, CheckpointError
-from training.metadata import TOTAL_STEPS
+from adapter_files.kohya_metadata import TOTAL_STEPS
+from training.checkpoints.storage import (
+    Checkpoint,
+    CheckpointError,
+    optimizer_to_bytes,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
 
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
-EMA, BEST = "ema.safetensors", "best.safetensors"
-ALPHA = ".alpha"
-GROUP = "group"
-SCHEDULED = ("params", "lr", "lr_scale")  # of a group, what the config and the step decide
+ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
+EMA_FILE, BEST_FILE = "ema.safetensors", "best.safetensors"
+ALPHA_SUFFIX = ".alpha"
+GROUP_KEY = "group"
+SCHEDULED_KEYS = ("params", "lr", "lr_scale")
+"""Values of a parameter group that follow from the config and the step."""
+
+ParameterState = dict[str, Any]
+NamedState = dict[str, ParameterState]
+"""Parameter name -> optimizer state."""
 
 
 @dataclass
-class TrainerState:
-    """All of a run that is not a tensor. Everything else follows from the step (data/schedule.py)."""
+class SavedState:
+    """All of a run's state that is not a tensor. Everything else follows from the step (data/schedule.py)."""
 
     step: int
     steps: int
-    """That the run was to take."""
+    """Planned steps of the run."""
     samples: int
-    """Seen since the first step."""
+    """Samples seen since the first step."""
     micro_batches_per_step: int
     grad_accumulation_steps: int
-    """As the config had it: what it became on another number of processes is not kept."""
+    """Value in the config. It may have been changed for another number of processes."""
     identity: dict[str, Any]
-    """Facts that must be the same for the next step to be the one that would have come."""
+    """Facts that must not change, because the next step depends on them."""
     started_at: float
     tracker_id: str
     history: dict[str, Any]
     row: dict[str, float] = field(default_factory=dict)
     """Metrics of this step that were not reported yet."""
     best_step: int | None = None
-    """Whose weights are kept in BEST."""
+    """Step of the weights in BEST_FILE."""
 
 
 def to_files(
-    state: TrainerState,
-    weights: dict[str, dict[str, torch.Tensor]],
-    alphas: dict[str, torch.Tensor],
-    optimizer: dict[str, dict[str, Any]],
+    state: SavedState,
+    weights: dict[str, dict[str, Tensor]],
+    alphas: dict[str, Tensor],
+    optimizer: NamedState,
 ) -> dict[str, bytes]:
-    """`weights`: by the name of their file; of what is empty there is none. Each file is an adapter that the tools and
-    `existing_lora` read: with `alphas`, and with what is not averaged from ADAPTER."""
-    common = {**alphas, **weights[ADAPTER]}
-    previous = state.identity["steps of the existing LoRA"]
-    steps = {name: state.best_step if name == BEST else state.step for name in weights}
-    return {
-        **{
-            name: storage.tensors_to_bytes({**common, **tensors}, {TOTAL_STEPS: str(previous + steps[name])})
-            for name, tensors in weights.items()
-            if tensors
-        },
-        OPTIMIZER: storage.to_bytes(optimizer),
-        STATE: json.dumps(asdict(state)).encode(),
-    }
+    """Return the files of a checkpoint. `weights`: file name -> tensors; empty ones are left out.
+
+    Each weights file is an adapter file that `existing_lora` and the tools read: it has the alphas, and tensors that
+    are not averaged are taken from ADAPTER_FILE."""
+    common_tensors = {**alphas, **weights[ADAPTER_FILE]}
+    previous_steps = state.identity["steps of the existing LoRA"]
+    files = {}
+    for name, tensors in weights.items():
+        if tensors:
+            step = state.best_step if name == BEST_FILE else state.step
+            metadata = {TOTAL_STEPS: str(previous_steps + step)}
+            files[name] = tensors_to_bytes({**common_tensors, **tensors}, metadata)
+    files[OPTIMIZER_FILE] = optimizer_to_bytes(optimizer)
+    files[STATE_FILE] = json.dumps(asdict(state)).encode()
+    return files
 
 
-def weights_of(found: Checkpoint, name: str) -> dict[str, torch.Tensor]:
-    """What `to_files` was given under `name`, and of an EMA what else it takes to be an adapter."""
-    tensors = storage.tensors_from_bytes(found.files[name]) if name in found.files else {}
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(ALPHA)}
+def weights_of(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a weights file without the alphas; empty if there is no such file."""
+    if name not in checkpoint.files:
+        return {}
+    tensors = tensors_from_bytes(checkpoint.files[name])
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(ALPHA_SUFFIX)}
 
 
-def state_of(found: Checkpoint) -> TrainerState:
+def state_of(checkpoint: Checkpoint) -> SavedState:
+    """Return the state in a checkpoint. Raises CheckpointError if another version of the program wrote it."""
     try:
-        return TrainerState(**json.loads(found.files[STATE]))
+        return SavedState(**json.loads(checkpoint.files[STATE_FILE]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint of step {found.step} was written by another version of this program ({error}). Go on with "
-            "that version, or give --overwrite to start again"
+            f"the checkpoint of step {checkpoint.step} was written by another version of this program ({error}). "
+            "Resume with that version, or use --overwrite to start again"
         ) from error
 
 
-def named_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by the names of its parameters: no order, no ranks in it. What it has of a whole group, and
-    has changed, is with each of its parameters, under GROUP."""
-    by_parameter: dict[torch.Tensor, str] = {parameter: name for name, parameter in names.items()}
-    state = {by_parameter[p]: {k: on_cpu(v) for k, v in values.items()} for p, values in optimizer.state.items()}
+def named_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> NamedState:
+    """Return the optimizer's state by parameter name, so that it depends on no order and no process.
+
+    Values of a parameter group that have changed are stored with each of its parameters, under GROUP_KEY."""
+    name_of: dict[Tensor, str] = {parameter: name for name, parameter in names.items()}
+    state: NamedState = {}
+    for parameter, values in optimizer.state.items():
+        state[name_of[parameter]] = {key: to_cpu(value) for key, value in values.items()}
     for group in optimizer.param_groups:
-        changed = {k: on_cpu(v) for k, v in group.items() if k not in SCHEDULED and is_changed(optimizer, k, v)}
+        changed = {
+            key: to_cpu(value)
+            for key, value in group.items()
+            if key not in SCHEDULED_KEYS and is_changed(optimizer, key, value)
+        }
         for parameter in group["params"] if changed else ():
-            state.setdefault(by_parameter[parameter], {})[GROUP] = changed
+            state.setdefault(name_of[parameter], {})[GROUP_KEY] = changed
     return state
 
 
-def on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def to_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def is_changed(optimizer: torch.optim.Optimizer, key: str, value: Any) -> bool:
     return key not in optimizer.defaults or optimizer.defaults[key] != value
 
 
-def load_named_state(
-    optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]], names: dict[str, nn.Parameter]
+def load_named_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: NamedState, names: dict[str, nn.Parameter]
 ) -> None:
-    """Raises CheckpointError if `state` is not of these parameters."""
-    check_names(state, names)
-    by_parameter = {parameter: name for name, parameter in names.items()}
-    order = [by_parameter[p] for group in optimizer.param_groups for p in group["params"]]
+    """Load the optimizer's state. Raises CheckpointError if it belongs to other parameters."""
+    check_parameter_names(state, names)
+    name_of = {parameter: name for name, parameter in names.items()}
+    order = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
-        group |= state.get(order[group["params"][0]], {}).get(GROUP, {})
-    per_parameter = {i: {k: v for k, v in state[n].items() if k != GROUP} for i, n in enumerate(order) if n in state}
+        first_name = order[group["params"][0]]
+        group |= state.get(first_name, {}).get(GROUP_KEY, {})
+    per_parameter = {}
+    for index, name in enumerate(order):
+        if name in state:
+            per_parameter[index] = {key: value for key, value in state[name].items() if key != GROUP_KEY}
     optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
 
 
-def check_names(state: dict[str, dict[str, Any]], names: dict[str, nn.Parameter]) -> None:
+def check_parameter_names(state: NamedState, names: dict[str, nn.Parameter]) -> None:
+    """Raise CheckpointError unless the state is empty or has these parameters."""
     if state and state.keys() != names.keys():
-        odd = sorted(state.keys() ^ names.keys())
+        different_names = sorted(state.keys() ^ names.keys())
         raise CheckpointError(
-            f"the checkpoint's optimizer has other parameters: {', '.join(odd[:5])} ({len(odd)} in all)"
+            f"the checkpoint's optimizer has {len(different_names)} other parameters: {', '.join(different_names[:5])}"
         )

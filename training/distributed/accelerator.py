@@ -1,5 +1,7 @@
-"""The Accelerator of a run. Process count, sharding and mixed precision belong to Accelerate's config; a config of ours
-that says otherwise is refused."""
+"""The Accelerator of a run. Accelerate's config sets the number of processes, sharding and mixed precision.
+
+Options of this trainer that contradict it are errors.
+"""
 
 import os
 from datetime import timedelta
@@ -7,93 +9,114 @@ from datetime import timedelta
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from common.errors import ConfigError
+from common.errors import ConfigError, bullet_list
 from training.config import TrainConfig
 from training.optim.registry import OPTIMIZERS
 
+FSDP_SETTINGS = {
+    "FSDP_VERSION": ("2", "this trainer supports FSDP2 only"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "--gradient_checkpointing decides"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "it would leave the encoders of all processes but one empty"),
+    "FSDP_AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "the model is sharded by blocks"),
+}
+"""Setting -> the supported value, and the reason."""
+
 
 class DistributedError(RuntimeError):
-    """Ranks that should be alike are not, or one of them is lost."""
+    """Processes that are out of sync, or a process that is lost."""
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises ConfigError where Accelerate's config and ours contradict each other."""
+    """Build the Accelerator. Raises ConfigError if Accelerate's config and the options contradict each other."""
     precision = "bf16" if config.training_dtype == "bf16" else "no"
-    if faults := conflicts(config, precision):
-        raise ConfigError("\n  ".join(["accelerate was launched with what does not fit", *faults]))
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    errors = launch_errors(config, precision)
+    if errors:
+        raise ConfigError(bullet_list("accelerate was launched with settings that do not fit", errors))
+    uses_deepspeed = is_enabled("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        mixed_precision="no" if zero else precision,  # DeepSpeed would make the adapters bf16 too
+        mixed_precision="no" if uses_deepspeed else precision,  # DeepSpeed would convert the adapters to bf16 too
         log_with=None if config.tracking.report_to == "none" else config.tracking.report_to,
         project_dir=config.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(config))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=collective_timeout(config))],
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world:
-        raise ConfigError(
-            f"{world} processes were launched, but Accelerate joined {accelerator.num_processes}: each would train on "
-            "its own. Without GPUs, set ACCELERATE_USE_CPU=true"
-        )
-    for engine in ("FSDP", "DEEPSPEED"):
-        asked = os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true"
-        got = accelerator.distributed_type.value
-        if asked and got != engine:
-            raise ConfigError(
-                f"accelerate was launched with {engine}, but Accelerate made {got} of it, "
-                "as it does without GPUs. Use ddp.yaml"
-            )
+    check_accelerator(accelerator)
     return accelerator
 
 
-def timeout(config: TrainConfig) -> timedelta:
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Raise ConfigError if Accelerate ignored the number of processes or the engine of the launch command."""
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != num_launched:
+        raise ConfigError(
+            f"{num_launched} processes were launched, but Accelerate connected {accelerator.num_processes}: each would "
+            "train on its own. Without GPUs, set ACCELERATE_USE_CPU=true"
+        )
+    engine = accelerator.distributed_type.value
+    for name in ("FSDP", "DEEPSPEED"):
+        if is_enabled(f"ACCELERATE_USE_{name}") and engine != name:
+            raise ConfigError(
+                f"accelerate was launched with {name}, but Accelerate uses {engine} instead, as it does without GPUs. "
+                "Use accelerate_configs/ddp.yaml"
+            )
+
+
+def is_enabled(variable: str) -> bool:
+    return os.environ.get(variable, "false") == "true"
+
+
+def collective_timeout(config: TrainConfig) -> timedelta:
     return timedelta(minutes=config.distributed.timeout_minutes)
 
 
-def conflicts(config: TrainConfig, precision: str) -> list[str]:
-    """What `accelerate launch` set that contradicts the config, or that this trainer does another way."""
-    faults, asked = [], os.environ.get
-    launched = asked("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", precision):
-        faults.append(
-            f"mixed_precision {launched}, but training_dtype is {config.training_dtype}. "
+def launch_errors(config: TrainConfig, precision: str) -> list[str]:
+    """Return settings of `accelerate launch` that contradict the config, or that this trainer replaces."""
+    environment = os.environ.get
+    errors = []
+    launched_precision = environment("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_precision not in ("no", precision):
+        errors.append(
+            f"mixed_precision {launched_precision}, but training_dtype is {config.training_dtype}. "
             "Leave mixed_precision at no: --training_dtype decides"
         )
-    if int(asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
-        faults.append("gradient_accumulation_steps. Leave it at 1: --grad_accumulation_steps decides")
-    if int(asked("TORCHELASTIC_MAX_RESTARTS", "0")) and asked("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        faults.append(
-            "max_restarts. Give --rdzv_backend c10d with it and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without them "
-            "processes that are started again look for those that have died"
+    if int(environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
+        errors.append("gradient_accumulation_steps. Leave it at 1: --grad_accumulation_steps decides")
+    if int(environment("TORCHELASTIC_MAX_RESTARTS", "0")) and environment("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        errors.append(
+            "max_restarts. Also set --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without them "
+            "restarted processes wait for processes that have ended"
         )
-    sharded = [name for name in ("FSDP", "DEEPSPEED") if asked(f"ACCELERATE_USE_{name}", "false") == "true"]
-    if config.model.train_text_encoder and sharded:
-        faults.append(f"{sharded[0]}, with --model.train_text_encoder, which was not tried with it. Use ddp.yaml")
-    if "DEEPSPEED" in sharded:
-        faults += zero_conflicts(config)
-    if "FSDP" in sharded:
-        refused = {
-            "FSDP_VERSION": ("2", "fsdp_version must be 2"),
-            "FSDP_ACTIVATION_CHECKPOINTING": ("false", "--gradient_checkpointing decides"),
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "it would leave the encoders of all ranks but one empty"),
-            "FSDP_AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "blocks are what is sharded"),
-        }
-        for name, (wanted, why) in refused.items():
-            if asked(name, wanted).upper() != wanted.upper():
-                faults.append(f"{name.lower()} {asked(name)}. Set it to {wanted}: {why}")
-    return faults
+    engines = [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
+    if config.model.train_text_encoder and engines:
+        errors.append(f"{engines[0]}, which does not support --model.train_text_encoder. Use ddp.yaml")
+    if "DEEPSPEED" in engines:
+        errors += zero_errors(config)
+    if "FSDP" in engines:
+        errors += fsdp_errors()
+    return errors
 
 
-def zero_conflicts(config: TrainConfig) -> list[str]:
-    """What DeepSpeed's ZeRO cannot do of what the config asks for."""
-    faults, stage = [], os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+def fsdp_errors() -> list[str]:
+    """Return FSDP settings that this trainer does not support."""
+    errors = []
+    for name, (supported, reason) in FSDP_SETTINGS.items():
+        value = os.environ.get(name, supported)
+        if value.upper() != supported.upper():
+            errors.append(f"{name.lower()} {value}. Set it to {supported}: {reason}")
+    return errors
+
+
+def zero_errors(config: TrainConfig) -> list[str]:
+    """Return options that DeepSpeed's ZeRO does not support."""
+    errors = []
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("1", "2"):
-        faults.append(f"zero_stage {stage}. Use 2, or fsdp2.yaml to shard the base model")
-    if config.optim.non_finite == "skip":
-        faults.append("DeepSpeed, with --optim.non_finite skip. Use ddp.yaml for that")
-    if not OPTIMIZERS[config.optimizer_name].elementwise:
-        able = ", ".join(name for name, source in OPTIMIZERS.items() if source.elementwise)
-        faults.append(
-            f"DeepSpeed, with {config.optimizer_name}, which cannot work on shares of flattened weights. Use ddp.yaml, "
-            f"or one of {able}"
+        errors.append(f"zero_stage {stage}. Use 2, or fsdp2.yaml to shard the base model")
+    if config.optim.on_non_finite == "skip":
+        errors.append("DeepSpeed, which does not support --optim.on_non_finite skip. Use ddp.yaml")
+    if not OPTIMIZERS[config.optimizer].is_elementwise:
+        supported = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.is_elementwise)
+        errors.append(
+            f"DeepSpeed, which does not support {config.optimizer}: it cannot update parts of flattened weights. Use "
+            f"ddp.yaml, or one of {supported}"
         )
-    return faults
+    return errors

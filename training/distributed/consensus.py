@@ -1,4 +1,4 @@
-"""What all ranks know together: small numbers, over a group of their own on the CPU, so that no device is read."""
+"""Reductions of small numbers over all processes, on a separate gloo group, so that no device is read."""
 
 from datetime import timedelta
 
@@ -8,44 +8,47 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
-class Agreement:
-    """Every rank gives a number, and all get to know the largest."""
+class Consensus:
+    """The largest of one number per process, also asynchronously."""
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
-        self.ranks = accelerator.num_processes
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if self.ranks > 1 else None
+        self.num_processes = accelerator.num_processes
+        self.group = None
+        if self.num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def post(self, number: int) -> None:
-        """Sends `number` around, and waits for no one. Collective."""
+    def start_max(self, number: int) -> None:
+        """Start the reduction of `number`, without waiting. Collective."""
         assert self.group is not None
-        assert self.pending is None, "nothing that was posted is left unread"
+        assert self.pending is None, "finish_max was not called"
         value = torch.tensor(number)
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group, async_op=True)
         assert work is not None
         self.pending = work, value
 
-    def read(self) -> int:
-        """The largest of the numbers of the last `post`; 0 if they were read before."""
+    def finish_max(self) -> int:
+        """Return the largest number of the last `start_max`; 0 if it was returned before."""
         if self.pending is None:
             return 0
-        (work, value), self.pending = self.pending, None
+        work, value = self.pending
+        self.pending = None
         work.wait()
         return int(value)
 
-    def now(self, number: int) -> int:
-        """The largest of all numbers, also of those that were posted and not read yet. Collective."""
+    def max_now(self, number: int) -> int:
+        """Return the largest of all numbers, including those of a `start_max` that is not finished. Collective."""
         if self.group is None:
             return number
-        value = torch.tensor(max(number, self.read()))
+        value = torch.tensor(max(number, self.finish_max()))
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return int(value)
 
-    def all_of(self, values: Tensor) -> Tensor:
-        """`values` (n,) of every rank: (ranks, n), on the CPU. Collective."""
-        mine = values.cpu()
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the `values` (n,) of every process as (processes, n), on the CPU. Collective."""
+        own_values = values.cpu()
         if self.group is None:
-            return mine.unsqueeze(0)
-        everyone = [torch.empty_like(mine) for _ in range(self.ranks)]
-        dist.all_gather(everyone, mine, group=self.group)
-        return torch.stack(everyone)
+            return own_values.unsqueeze(0)
+        all_values = [torch.empty_like(own_values) for _ in range(self.num_processes)]
+        dist.all_gather(all_values, own_values, group=self.group)
+        return torch.stack(all_values)

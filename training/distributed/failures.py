@@ -1,7 +1,7 @@
-"""A rank's failure reaches the others: all stop within seconds, and what came first is what is said last.
+"""Stops all processes when one of them fails, and prints the original error last.
 
-A rank that waits in a collective for one that has failed cannot do anything, not even on SIGTERM, until a timeout. So
-each has a thread that looks into the store of the process group, and ends the process.
+A process that waits in a collective for one that has failed cannot do anything, not even on SIGTERM, until a timeout.
+Each process therefore has a thread that watches the store of the process group and ends the process.
 """
 
 import os
@@ -19,95 +19,109 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from training.config import TrainConfig
 
-EVERY = 0.5  # seconds between two looks
-LOST = ("Connection closed by peer", "Timed out waiting", "Connection reset", "Broken pipe", "NCCL", "Read error")
-LATER = 1.5  # seconds: torchrun, which counts whole ones, takes the process that ended first for the cause
-GRACE = 4.0  # seconds in which the others see a failure
+POLL_EVERY = 0.5
+EXIT_DELAY = 1.5
+"""Seconds before the other processes end: torchrun, which counts whole ones, blames the process that ended first."""
+GRACE_PERIOD = 4.0
+"""Seconds in which the others notice a failure."""
+CONNECTION_ERRORS = (
+    "Connection closed by peer", "Timed out waiting", "Connection reset", "Broken pipe", "NCCL", "Read error",
+)  # fmt: skip
 
 
-class Failures:
-    """What the ranks of this start of the run tell each other of failures."""
+class FailureWatch:
+    """Tells the processes of a run about the failure of one of them."""
 
     def __init__(self, accelerator: Accelerator):
-        self.rank, self.store = accelerator.process_index, None
+        self.rank = accelerator.process_index
+        self.store: dist.Store | None = None
         if accelerator.num_processes == 1:
             return
-        token = [f"{time.time()}.{os.getpid()}"]  # the store outlives the processes that torchrun starts again
+        token = [f"{time.time()}.{os.getpid()}"]  # the store outlives processes that torchrun restarts
         broadcast_object_list(token)
         self.key = f"train_lora/failed/{token[0]}"
         self.store = dist.distributed_c10d._get_default_store()
-        self.over = threading.Event()
-        mine = self.store.clone()  # type: ignore[attr-defined]  # a connection of its own
-        self.thread = threading.Thread(target=self._watch, args=(mine,), daemon=True)
+        self.is_over = threading.Event()
+        own_connection = self.store.clone()  # type: ignore[attr-defined]
+        self.thread = threading.Thread(target=self._watch, args=(own_connection,), daemon=True)
         self.thread.start()
 
     def _watch(self, store: dist.Store) -> None:
         try:
-            while not self.over.wait(EVERY):
+            while not self.is_over.wait(POLL_EVERY):
                 if store.check([self.key]):
-                    time.sleep(LATER)
+                    time.sleep(EXIT_DELAY)
                     os._exit(1)
-        except Exception:  # the store is gone with the rank or the launcher that kept it
-            if not self.over.wait(GRACE):
-                print(f"error: rank {self.rank}: the launcher, or rank 0, is gone", file=sys.stderr, flush=True)
+        except Exception:  # the store ended with the process or the launcher that held it
+            if not self.is_over.wait(GRACE_PERIOD):
+                print(f"error: rank {self.rank}: the launcher or rank 0 has ended", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def is_first(self, error: BaseException) -> bool:
-        """Tells the other ranks of `error`, unless one of them has failed before. That one then says why it did, and
-        the others end in silence."""
+    def report(self, error: BaseException) -> bool:
+        """Tell the other processes about `error`; return whether it is the first failure.
+
+        Only the first process to fail prints its error; the others end silently."""
         if self.store is None:
             return True
-        self.over.set()
-        mine = f"{self.rank}: {type(error).__name__}: {error}"
-        answer: list[str] = []
-        store = self.store
-
-        def ask() -> None:
-            with suppress(Exception):
-                answer.append(store.compare_set(self.key, "", mine).decode(errors="replace"))
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(GRACE)  # over a dead link the store never answers
-        if answer and answer[0] != mine:
+        self.is_over.set()
+        own_report = f"{self.rank}: {type(error).__name__}: {error}"
+        first_report = self._first_report(self.store, own_report)
+        if first_report not in (None, own_report):
             return False
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            get_error_handler().record_exception(error)  # torchrun's summary names it then
+            get_error_handler().record_exception(error)  # for torchrun's summary
         return True
 
+    def _first_report(self, store: dist.Store, own_report: str) -> str | None:
+        """Store the report unless there is one; return the report in the store, or None if it does not answer."""
+        answers: list[str] = []
+
+        def compare_and_set() -> None:
+            with suppress(Exception):
+                answers.append(store.compare_set(self.key, "", own_report).decode(errors="replace"))
+
+        thread = threading.Thread(target=compare_and_set, daemon=True)
+        thread.start()
+        thread.join(GRACE_PERIOD)  # without a connection the store never answers
+        return answers[0] if answers else None
+
     def wait_for_others(self) -> None:
-        """Gives the other ranks time to see what `is_first` told them, before this one takes the store away."""
+        """Give the other processes time to read the report, before this one takes the store away."""
         if self.store is not None:
-            time.sleep(GRACE)
+            time.sleep(GRACE_PERIOD)
 
     def close(self) -> None:
-        """No one is to be told any more."""
+        """Stop watching."""
         if self.store is not None:
-            self.over.set()
-            self.thread.join(2 * EVERY)
+            self.is_over.set()
+            self.thread.join(2 * POLL_EVERY)
 
 
-def explained(error: BaseException, config: TrainConfig | None = None) -> str:
-    """An unexpected error with its traceback; `config`: of a run that ends with it."""
+def describe_error(error: BaseException, config: TrainConfig | None = None) -> str:
+    """Return an unexpected error with its traceback and advice. `config`: of the run that it ends."""
     text = "".join(traceback.format_exception(error)).rstrip()
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
-        text += "\n\nAnother rank, its node or the network is gone; if that rank could say why, its log does."
-    told = hasattr(error, "__notes__")  # in the traceback, by what knows more: encoding
-    if isinstance(error, torch.OutOfMemoryError) and config is not None and not told:
-        text += f"\nWhat takes less memory: {', or '.join(smaller(config))}"
+    if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in CONNECTION_ERRORS):
+        text += "\n\nAnother process, its node or the network has failed. Its log may contain the reason."
+    has_advice = hasattr(error, "__notes__")  # encoding adds its own
+    if isinstance(error, torch.OutOfMemoryError) and config is not None and not has_advice:
+        text += f"\nTo use less memory, try {', or '.join(memory_advice(config))}"
     return text
 
 
-def smaller(config: TrainConfig) -> list[str]:
-    """What takes less of a GPU's memory than `config`, beginning with what changes nothing of the result."""
-    ways, size, steps = [], config.batch_size, config.grad_accumulation_steps
+def memory_advice(config: TrainConfig) -> list[str]:
+    """Return options that need less GPU memory than `config`; those that do not change the result come first."""
+    advice = []
+    batch_size, accumulation = config.batch_size, config.grad_accumulation_steps
     if not config.gradient_checkpointing:
-        ways.append("--gradient_checkpointing")
-    if size > 1:
-        parts = 2 if size % 2 == 0 else size
-        ways.append(f"--batch_size {size // parts} --grad_accumulation_steps {steps * parts} (now {size} and {steps})")
+        advice.append("--gradient_checkpointing")
+    if batch_size > 1:
+        divisor = 2 if batch_size % 2 == 0 else batch_size
+        advice.append(
+            f"--batch_size {batch_size // divisor} --grad_accumulation_steps {accumulation * divisor} "
+            f"(now {batch_size} and {accumulation})"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
-        ways.append("on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml")
+        advice.append("on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml")
     if config.training_dtype == "fp32":
-        ways.append("--training_dtype bf16")
-    return [*ways, f"a --data.resolution below {config.data.resolution}"]
+        advice.append("--training_dtype bf16")
+    return [*advice, f"a --data.resolution below {config.data.resolution}"]

@@ -1,5 +1,7 @@
-"""That the ranks of a run are one run: the same adapters everywhere, gradients that differ before they are averaged and
-are equal afterwards. What fails here without a check trains on, slowly and wrongly."""
+"""Checks that the processes of a run are in sync; without them a run out of sync would go on, slowly and wrongly.
+
+Gradients must differ before they are averaged and be equal afterwards, and the adapters must stay equal.
+"""
 
 from typing import Any
 
@@ -9,83 +11,94 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from training.distributed.accelerator import DistributedError
-from training.distributed.consensus import Agreement
+from training.distributed.consensus import Consensus
 
-MOST_NAMED = 10
-FIRST_STEPS = 2  # in the first one, half of the factors have no gradient yet: the others are zero
+MAX_NAMED = 10
+CHECKED_STEPS = 2
+"""First steps whose gradients are compared. In the first one, half of the factors still have no gradient."""
 
 
-class SyncCheck:
-    """Looks at the first steps' gradients, and every so many steps at the adapters."""
+class RankCheck:
+    """Compares the gradients of the first steps, and the adapters when asked to."""
 
-    def __init__(self, denoiser: nn.Module, trained: dict[str, nn.Parameter], agreement: Agreement):
-        self.trained, self.agreement = trained, agreement
+    def __init__(self, denoiser: nn.Module, trained: dict[str, nn.Parameter], consensus: Consensus):
+        self.trained, self.consensus = trained, consensus
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
-        self.before: dict[str, Tensor] = {}
-        self.left = 0  # of the first steps
+        self.local_checksums: dict[str, Tensor] = {}
+        """Of each gradient before it is averaged."""
+        self.remaining_steps = 0
         self.pending: tuple[Any, Tensor] | None = None
-        self.pending_step = 0
+        self.compared_step = -1
         if isinstance(denoiser, nn.parallel.DistributedDataParallel):
-            self.left = FIRST_STEPS
-            denoiser.register_comm_hook(None, self._hook)
+            self.remaining_steps = CHECKED_STEPS
+            denoiser.register_comm_hook(None, self._communicate)
 
-    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        if self.left:
+    def _communicate(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if self.remaining_steps:
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                self.before[self.names[parameter]] = checksums([gradient])[0]
+                self.local_checksums[self.names[parameter]] = checksums([gradient])[0]
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
-    def gradients(self) -> None:
-        """After a backward pass: raises DistributedError if the ranks' gradients were not averaged, or were the same
-        before. Looks at the first ones only. Collective."""
-        if not self.left:
+    def check_gradients(self) -> None:
+        """Raise DistributedError if the gradients were not averaged, or were the same before. Collective.
+
+        WHEN: after the backward pass of a step. Only the first steps are checked."""
+        if not self.remaining_steps:
             return
-        names = [name for name, parameter in self.trained.items() if parameter.grad is not None]
-        after = checksums([self.trained[name].grad for name in names])  # type: ignore[misc]
-        missing = torch.tensor(-1, device=after.device)
-        before = torch.stack([self.before.get(name, missing) for name in names])
-        finite = torch.stack([self.trained[name].grad.isfinite().all() for name in names]).all().long()  # type: ignore[union-attr]
-        everyone = self.agreement.all_of(torch.cat([finite.view(1), after, before]))
-        if not everyone[:, 0].all():
-            return  # another fault, which is reported with its samples
-        after, before = everyone[:, 1:].chunk(2, dim=1)
-        if bad := [name for i, name in enumerate(names) if not after[:, i].eq(after[0, i]).all()]:
-            raise DistributedError(f"the ranks' gradients differ after they should have been averaged: {named(bad)}")
-        self.left, self.before = self.left - 1, {}
-        if after.any() and before.eq(before[0]).all():
+        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        averaged = checksums(list(gradients.values()))
+        unknown = torch.tensor(-1, device=averaged.device)
+        local = torch.stack([self.local_checksums.get(name, unknown) for name in gradients])
+        is_finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all().long()
+        gathered = self.consensus.gather(torch.cat([is_finite.view(1), averaged, local]))
+        if not gathered[:, 0].all():
+            return  # another error, which is reported together with the samples
+        averaged, local = gathered[:, 1:].chunk(2, dim=1)
+        is_equal = averaged.eq(averaged[0]).all(0).tolist()
+        unequal = [name for name, equal in zip(gradients, is_equal, strict=True) if not equal]
+        if unequal:
+            raise DistributedError(f"the processes' gradients differ after they were averaged: {shortened(unequal)}")
+        self.remaining_steps -= 1
+        self.local_checksums = {}
+        if averaged.any() and local.eq(local[0]).all():
             raise DistributedError(
-                "all ranks have the same gradients before they are averaged: they train on the same samples. "
+                "all processes have the same gradients before they are averaged: they train on the same samples. "
                 "Report this with the config and the launch command"
             )
 
-    def start(self, step: int) -> None:
-        """Sends checksums of the adapters around, without waiting."""
-        if self.agreement.group is None:
+    def start_comparison(self, step: int) -> None:
+        """Send checksums of the adapters to all processes, once per step and without waiting. Collective."""
+        if self.consensus.group is None or step == self.compared_step:
             return
         sums = checksums(list(self.trained.values()))
-        both = torch.cat([sums, -sums])
-        self.pending = dist.all_reduce(both, dist.ReduceOp.MAX, async_op=True), both
-        self.pending_step = step
+        extremes = torch.cat([sums, -sums])
+        self.pending = dist.all_reduce(extremes, dist.ReduceOp.MAX, async_op=True), extremes
+        self.compared_step = step
 
-    def finish(self) -> None:
-        """Raises DistributedError if the adapters were not the same on all ranks. Reads the device."""
+    def finish_comparison(self) -> None:
+        """Raise DistributedError if the adapters were not the same in all processes. Reads the device."""
         if self.pending is None:
             return
-        (work, both), self.pending = self.pending, None
+        work, extremes = self.pending
+        self.pending = None
         work.wait()
-        largest, smallest = both.cpu().chunk(2)  # the largest of the negated is the smallest negated
-        differs = (largest + smallest) != 0
-        if bad := [name for name, different in zip(self.trained, differs.tolist(), strict=True) if different]:
+        largest, negated_smallest = extremes.cpu().chunk(2)
+        is_different = (largest + negated_smallest != 0).tolist()
+        unequal = [name for name, different in zip(self.trained, is_different, strict=True) if different]
+        if unequal:
             raise DistributedError(
-                f"at step {self.pending_step} the adapters are not the same on all ranks: {named(bad)}"
+                f"at step {self.compared_step} the adapters are not the same in all processes: {shortened(unequal)}"
             )
 
 
-def named(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+def shortened(names: list[str]) -> str:
+    """Join names; those after the first MAX_NAMED are counted."""
+    text = ", ".join(names[:MAX_NAMED])
+    if len(names) > MAX_NAMED:
+        text += f" and {len(names) - MAX_NAMED} more"
+    return text
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:
-    """(n,) int64, equal for equal bits; on their device, where nothing is read."""
+    """Return (n,) int64 checksums on the device of the tensors, without reading it. Equal bits have equal checksums."""
     return torch.stack([tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors])

@@ -1,10 +1,12 @@
-"""What an optimizer is told, checked against its own signature before anything else is done."""
+"""Checks of the optimizer's options against the signature of its class, before anything else is done."""
 
 import ast
 import difflib
 import inspect
 import typing
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -14,147 +16,191 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from common.errors import ConfigError
 from training.config import TrainConfig
-from training.optim.registry import OPTIMIZERS, Source
+from training.optim.registry import OPTIMIZERS, OptimizerEntry
 
-SHARED = ("weight_decay", "betas", "eps")
-"""Options of the `optim` section that are arguments of most optimizers, under the same name."""
-WORDS = {"true": True, "false": False, "none": None, "null": None}
-# what constructors and steps raise; lion_pytorch ends the process where Triton is not installed
-REFUSED = (ValueError, TypeError, AssertionError, NotImplementedError, ZeroDivisionError, SystemExit)
+SHARED_OPTIONS = ("weight_decay", "betas", "eps")
+"""Options of the `optim` section that most optimizers have as arguments with the same name."""
+REPLACEMENTS = {"lr": "--learning_rate", "warmup_steps": "--optim.lr_warmup_steps"}
+"""Arguments that users cannot set -> the option to use instead."""
+CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+OPTIMIZER_ERRORS = (ValueError, TypeError, AssertionError, NotImplementedError, ZeroDivisionError, SystemExit)
+"""Exceptions of constructors and steps. lion_pytorch ends the process if Triton is missing."""
 
 
-def optimizer_faults(config: TrainConfig) -> list[str]:
-    """All that is wrong with what the optimizer of `config` is told."""
-    name, optim = config.optimizer_name, config.optim
-    source = OPTIMIZERS[name]
-    faults = []
-    if optim.name is not None and config.optimizer != "AdamW":
-        faults.append(f"--optimizer {config.optimizer}: not together with --optim.name {optim.name}")
-    if source.averages and optim.lr_schedule != "constant":
-        faults.append(f"--optim.lr_schedule {optim.lr_schedule}: {name} needs none. Leave it constant; "
-                      "--optim.warmup_steps works")  # fmt: skip
-    if source.averages and config.ema.decay:
-        faults.append(f"--ema.decay {config.ema.decay:g}: {name} evaluates an average of its own. Leave it at 0")
-    scales = [override.lr_scale for override in config.adapter.overrides] + [config.adapter.lora_plus_ratio]
-    text_rate = optim.text_encoder_learning_rate or config.learning_rate
-    if source.one_rate and (text_rate != config.learning_rate or any(scale not in (None, 1) for scale in scales)):
-        faults.append(f"--adapter.lora_plus_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} has one "
-                      "learning rate for all layers")  # fmt: skip
+@dataclass(frozen=True)
+class Argument:
+    """One argument that the user sets, with the option that it comes from."""
+
+    name: str
+    flag: str
+    value: Any
+
+    @property
+    def is_shared_option(self) -> bool:
+        return self.flag == f"--optim.{self.name}"
+
+
+def optimizer_errors(config: TrainConfig) -> list[str]:
+    """Return all errors in the options of the optimizer."""
+    errors = combination_errors(config)
     try:
-        values, more = arguments(config)
+        arguments, argument_errors = optimizer_arguments(config)
     except ConfigError as error:
-        return [*faults, str(error)]
-    faults += more
-    if not faults and (fault := probe_fault(name, values, config.learning_rate)):
-        faults.append(fault)
-    return faults
+        return [*errors, str(error)]
+    errors += argument_errors
+    if not errors:
+        errors = trial_errors(config.optimizer, arguments, config.learning_rate)
+    return errors
 
 
-def probe_fault(name: str, values: dict[str, Any], rate: float) -> str | None:
-    """What the optimizer itself refuses: its constructor, its step, the way to its average."""
-    source = OPTIMIZERS[name]
+def combination_errors(config: TrainConfig) -> list[str]:
+    """Return the errors of options that this optimizer does not support together."""
+    name, optim = config.optimizer, config.optim
+    entry = OPTIMIZERS[name]
+    errors = []
+    if entry.is_schedule_free and optim.lr_scheduler != "constant":
+        errors.append(f"--optim.lr_scheduler {optim.lr_scheduler}: {name} needs no schedule. Leave it constant; "
+                      "--optim.lr_warmup_steps works")  # fmt: skip
+    if entry.is_schedule_free and config.ema.decay:
+        errors.append(f"--ema.decay {config.ema.decay:g}: {name} evaluates its own average. Leave it at 0")
+    if entry.needs_single_lr and has_several_learning_rates(config):
+        errors.append(f"--adapter.loraplus_lr_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} has one "
+                      "learning rate for all layers. Leave them out")  # fmt: skip
+    return errors
+
+
+def has_several_learning_rates(config: TrainConfig) -> bool:
+    scales = [override.lr_scale for override in config.adapter.overrides] + [config.adapter.loraplus_lr_ratio]
+    text_lr = config.optim.text_encoder_learning_rate or config.learning_rate
+    return text_lr != config.learning_rate or any(scale not in (None, 1) for scale in scales)
+
+
+def trial_errors(name: str, arguments: dict[str, Any], lr: float) -> list[str]:
+    """Construct the optimizer and take a step; return the error that it raises, if any."""
+    entry = OPTIMIZERS[name]
     try:
-        probe = torch.nn.Parameter(torch.zeros(2, 2))
-        optimizer = optimizer_class(name)([probe], lr=rate, **values)
-        if source.averages:
+        parameter = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = optimizer_class(name)([parameter], lr=lr, **arguments)
+        if entry.is_schedule_free:
             optimizer.train()
-        probe.grad = torch.ones(2, 2)
-        if source.package != "bitsandbytes":  # whose steps may be for GPUs alone
+        parameter.grad = torch.ones(2, 2)
+        if entry.package != "bitsandbytes":  # its steps may need a GPU
             optimizer.step()
-        if source.averages:
+        if entry.is_schedule_free:
             optimizer.eval()
-    except REFUSED as error:
-        told = ", ".join(f"{key} = {value!r}" for key, value in values.items() if key not in source.fixed)
-        return f"--optim: {name} refuses: {error or type(error).__name__}" + (told and f". It was told {told}")
-    return None
+    except OPTIMIZER_ERRORS as error:
+        given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items() if key not in entry.fixed_args)
+        message = f"--optim: {name} raises: {error or type(error).__name__}"
+        return [f"{message}. Its arguments are {given}" if given else message]
+    return []
 
 
 def optimizer_class(name: str) -> Any:
-    """Raises ConfigError if its package is not installed."""
-    source = OPTIMIZERS[name]
+    """Import the class of an optimizer. Raises ConfigError if its package is not installed."""
+    entry = OPTIMIZERS[name]
     try:
-        return getattr(import_module(source.module), source.kind)
+        return getattr(import_module(entry.module), entry.class_name)
     except ImportError as error:
         raise ConfigError(
-            f"--optim.name {name}: the package {source.package} cannot be imported ({error}). "
-            f"pip install {source.package}, or in the project's folder pip install -e '.[{source.extra}]'"
+            f"--optimizer {name}: the package {entry.package} cannot be imported ({error}). "
+            f"Run pip install {entry.package}, or in the project's folder pip install -e '.[{entry.extra}]'"
         ) from error
 
 
-def arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
-    """What the optimizer is constructed with besides parameters and rate, and all that is wrong with it."""
-    name, optim = config.optimizer_name, config.optim
-    source, kind = OPTIMIZERS[name], optimizer_class(name)
-    known = {key: p for key, p in inspect.signature(kind.__init__).parameters.items() if key != "self"}
+def optimizer_arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of the optimizer besides parameters and learning rate, and all errors in them."""
+    entry, class_ = OPTIMIZERS[config.optimizer], optimizer_class(config.optimizer)
+    parameters = dict(inspect.signature(class_.__init__).parameters)
+    del parameters["self"]
     hints: dict[str, Any] = {}
     with suppress(NameError, TypeError):
-        hints = typing.get_type_hints(kind.__init__)
-    values, faults = dict(source.fixed), []
-    given = [(key, f"--optim.{key}", getattr(optim, key)) for key in SHARED]
-    given += [(key, f"--optim.args {key}", parsed(text)) for key, text in (pair.split("=", 1) for pair in optim.args)]
-    for key, flag, value in given:
-        if value is None and key in SHARED:
-            continue
-        fault = place_fault(key, flag, known, source)
-        if fault is None:
+        hints = typing.get_type_hints(class_.__init__)
+    arguments, errors = dict(entry.fixed_args), []
+    for argument in given_arguments(config):
+        error = name_error(argument, parameters, entry)
+        if error is None:
+            parameter = parameters[argument.name]
             try:
-                values[key] = converted(value, known[key], hints.get(key))
-                continue
-            except ValidationError as error:
-                default = known[key].default
-                fault = f" = {value!r}: {error.errors()[0]['msg'][0].lower()}{error.errors()[0]['msg'][1:]}; "
-                fault += f"{name}'s own is {default!r}"
-                if flag == f"--optim.{key}":
-                    fault += f". Give it as --optim.args {key}=..."
-        faults.append(f"{flag}{fault}")
-    return values, faults
+                arguments[argument.name] = converted(argument.value, parameter, hints.get(argument.name))
+            except ValidationError as failure:
+                error = value_error(argument, failure, f"{config.optimizer}'s default is {parameter.default!r}")
+        if error is not None:
+            errors.append(error)
+    return arguments, errors
 
 
-def place_fault(key: str, flag: str, known: dict[str, inspect.Parameter], source: Source) -> str | None:
-    """Why `flag` cannot be given to an optimizer with the arguments `known`."""
-    in_args = flag.startswith("--optim.args")
-    if key in source.ours and key in known:
-        instead = {"lr": "--learning_rate", "warmup_steps": "--optim.warmup_steps"}.get(key)
-        return ": is set by the trainer" + (f". Give {instead}" if instead else "")
-    if key not in known:
-        usable = sorted(known.keys() - {*source.ours})
-        near = difflib.get_close_matches(key, usable, n=1)
-        hint = f"; did you mean {near[0]}?" if near and in_args else f". It has {', '.join(usable)}"
-        return f": {source.kind} has no such argument{hint}"
-    if in_args and key in SHARED and fits_option(key, known[key].default):
-        return f": give it as --optim.{key}"
+def given_arguments(config: TrainConfig) -> Iterator[Argument]:
+    """Yield the arguments that the options set."""
+    for name in SHARED_OPTIONS:
+        value = getattr(config.optim, name)
+        if value is not None:
+            yield Argument(name, f"--optim.{name}", value)
+    for pair in config.optim.args:
+        name, _, text = pair.partition("=")
+        yield Argument(name, f"--optim.args {name}", parsed_value(text))
+
+
+def name_error(argument: Argument, parameters: dict[str, inspect.Parameter], entry: OptimizerEntry) -> str | None:
+    """Return why an optimizer with these parameters cannot have the argument, or None."""
+    name = argument.name
+    if name in entry.reserved_args and name in parameters:
+        hint = f". Use {REPLACEMENTS[name]}" if name in REPLACEMENTS else ""
+        return f"{argument.flag}: is set by the trainer{hint}"
+    if name not in parameters:
+        usable_names = sorted(parameters.keys() - {*entry.reserved_args})
+        similar = difflib.get_close_matches(name, usable_names, n=1)
+        if similar and not argument.is_shared_option:
+            hint = f"; did you mean {similar[0]}?"
+        else:
+            hint = f". It has {', '.join(usable_names)}"
+        return f"{argument.flag}: {entry.class_name} has no such argument{hint}"
+    if not argument.is_shared_option and name in SHARED_OPTIONS and fits_option(name, parameters[name].default):
+        return f"{argument.flag}: use --optim.{name} instead"
     return None
 
 
-def fits_option(key: str, default: Any) -> bool:
-    """Whether an argument is what the option of its name holds: two betas, one eps, one weight_decay."""
-    return (isinstance(default, tuple | list) and len(default) == 2) == (key == "betas")
+def value_error(argument: Argument, failure: ValidationError, default: str) -> str:
+    """Return the message for a value of the wrong type."""
+    reason = failure.errors()[0]["msg"]
+    message = f"{argument.flag} {argument.value!r}: {reason[0].lower()}{reason[1:]}; {default}"
+    if argument.is_shared_option:
+        message += f". Use --optim.args {argument.name}=..."
+    return message
+
+
+def fits_option(name: str, default: Any) -> bool:
+    """Return whether an argument has the form of the shared option: two betas, one eps, one weight_decay."""
+    is_pair = isinstance(default, tuple | list) and len(default) == 2
+    return is_pair == (name == "betas")
 
 
 def converted(value: Any, parameter: inspect.Parameter, hint: Any) -> Any:
-    """`value` as the type that an argument is declared with, else that of its default; raises ValidationError."""
+    """Convert a value to the declared type of an argument, else to the type of its default.
+
+    Raises ValidationError."""
     if hint is None:
-        hint = type_like(parameter.default)
+        hint = type_of_default(parameter.default)
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except PydanticSchemaGenerationError:
         return value
 
 
-def type_like(default: Any) -> Any:
+def type_of_default(default: Any) -> Any:
+    """Return the type that an argument without annotation has by its default value."""
     if default is None or default is inspect.Parameter.empty:
         return Any
     if isinstance(default, tuple | list):
-        return tuple[tuple(type_like(item) for item in default)]  # type: ignore[misc]
+        return tuple[tuple(type_of_default(item) for item in default)]  # type: ignore[misc]
     if isinstance(default, int) and not isinstance(default, bool):
-        return int | float  # which stays what it is: some ints are meant as such
+        return int | float  # a whole number stays an int, which some arguments must be
     return type(default)
 
 
-def parsed(text: str) -> Any:
-    """A value as Python or YAML would write it; what is neither is the text."""
-    if text.lower() in WORDS:
-        return WORDS[text.lower()]
+def parsed_value(text: str) -> Any:
+    """Parse a value in the notation of Python or YAML; anything else is a text."""
+    if text.lower() in CONSTANTS:
+        return CONSTANTS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

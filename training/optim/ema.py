@@ -1,4 +1,4 @@
-"""The weights that a run shows, where they are not the ones it trains: their EMA, or a schedule-free optimizer's."""
+"""EMA and schedule-free weights, which validation, samples and export use instead of the trained weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,61 +13,73 @@ from training.optim.registry import OPTIMIZERS
 
 
 def decay_at(step: int, config: EmaConfig) -> float:
-    """The decay after optimizer step number `step` (from 1): a pure function, that rises to the one asked for."""
+    """Return the decay after optimizer step number `step`, counted from 1. It rises to `config.decay`."""
     return min(config.decay, (1 + step) / (10 + step))
 
 
-class Averages:
-    """An EMA in fp32 on the device of the weights, none with a decay of 0; and a schedule-free optimizer's average."""
+class EmaWeights:
+    """The EMA of the trained weights in fp32 on their device, or the average of a schedule-free optimizer."""
 
     def __init__(self, config: TrainConfig, engine: Engine):
         self.config, self.engine = config.ema, engine
-        self.ema = [weight.detach().clone() for weight in engine.trained] if config.ema.decay else []
-        self.schedule_free = OPTIMIZERS[config.optimizer_name].averages
-        if self.schedule_free:
+        self.ema: list[Tensor] = []
+        if config.ema.decay:
+            self.ema = [weight.detach().clone() for weight in engine.trained]
+        self.is_schedule_free = OPTIMIZERS[config.optimizer].is_schedule_free
+        if self.is_schedule_free:
             engine.optimizer.train()  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step`, from 1. Reads no device."""
+        """Update the EMA after optimizer step number `step`, counted from 1. Reads nothing from the device."""
         if self.ema:
             torch._foreach_lerp_(self.ema, self._weights(), 1 - decay_at(step, self.config))
 
     @contextmanager
-    def shown(self, which: str | None = None) -> Iterator[None]:
-        """The model has the weights to show in this block, and those it trains again afterwards, bit for bit.
+    def applied(self, kind: str | None = None) -> Iterator[None]:
+        """Put the evaluation weights into the model for a block, then restore the trained weights bit for bit.
 
-        `which`: ema or raw; None: as the config says.
-        """
-        average = self.ema and (which or self.config.use) == "ema"
-        if not average and not self.schedule_free:
+        `kind`: ema or raw; None: ema.evaluate_with."""
+        uses_ema = self.ema and (kind or self.config.evaluate_with) == "ema"
+        if not uses_ema and not self.is_schedule_free:
             yield
             return
         weights = self._weights()
         trained = [weight.clone() for weight in weights]
         try:
-            if average:
+            if uses_ema:
                 torch._foreach_copy_(weights, self.ema)
             else:
                 self.engine.optimizer.eval()  # type: ignore[attr-defined]
             yield
         finally:
-            if self.schedule_free:  # its own train() goes back to rounding only
+            if self.is_schedule_free:  # train() would restore the weights only up to rounding
                 for group in self.engine.optimizer.param_groups:
                     group["train_mode"] = True
             torch._foreach_copy_(weights, trained)
 
+    def evaluation_state(self, kind: str | None = None) -> dict[str, Tensor]:
+        """Return a copy of the adapters with their evaluation weights, on the CPU. `kind`: as for `applied`."""
+        with self.applied(kind):
+            return self.engine.adapted.state_dict()
+
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the EMA by parameter name, on the CPU; empty without one."""
-        return {name: t.to("cpu", copy=True) for name, t in zip(self.engine.names, self.ema, strict=False)}
+        """Return a copy of the EMA by parameter name, on the CPU; empty without an EMA."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._named_ema().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises CheckpointError if `state` does not have these parameters."""
-        here = dict(zip(self.engine.names, self.ema, strict=False))
-        if odd := sorted(here.keys() - state.keys()):
-            raise CheckpointError(f"the checkpoint's EMA lacks parameters: {', '.join(odd[:5])} ({len(odd)})")
-        for name, tensor in here.items():
+        """Load the EMA. Raises CheckpointError if `state` lacks parameters."""
+        named_ema = self._named_ema()
+        missing_names = sorted(named_ema.keys() - state.keys())
+        if missing_names:
+            raise CheckpointError(
+                f"the checkpoint's EMA lacks {len(missing_names)} parameters: {', '.join(missing_names[:5])}"
+            )
+        for name, tensor in named_ema.items():
             tensor.copy_(state[name])
+
+    def _named_ema(self) -> dict[str, Tensor]:
+        return dict(zip(self.engine.names, self.ema, strict=False))
 
     def _weights(self) -> list[Tensor]:
         return [weight.detach() for weight in self.engine.trained]

@@ -1,73 +1,81 @@
-"""The optimizers by name: where each comes from and what is special about it. No torch here: the options list them."""
+"""The optimizers by name. This module imports no torch, because the options list the names."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-# torch's: how a step is computed is ours to say
-TORCH_OURS = ("params", "lr", "fused", "foreach", "capturable", "differentiable", "maximize")
+TORCH_RESERVED = ("params", "lr", "fused", "foreach", "capturable", "differentiable", "maximize")
+"""Arguments of torch's optimizers that the trainer sets."""
 
 
 @dataclass(frozen=True)
-class Source:
+class OptimizerEntry:
     """One optimizer."""
 
     module: str
-    """That is imported."""
-    kind: str
-    """The class in it."""
+    class_name: str
     package: str = "torch"
-    """Its name on PyPI."""
+    """Name on PyPI."""
     extra: str | None = None
-    """Of pyproject.toml, that installs the package; None where the package is always there."""
-    fixed: dict[str, Any] = field(default_factory=dict)
-    """Arguments that are not the class's own defaults."""
-    ours: tuple[str, ...] = ("params", "lr")
-    """Arguments that are not the user's to give."""
-    elementwise: bool = False
-    """Whether a share of a flattened weight is updated as in the whole: what DeepSpeed's ZeRO takes."""
-    averages: bool = False
-    """Schedule-free: trains on one point and evaluates at another, by train() and eval()."""
-    one_rate: bool = False
+    """Extra of pyproject.toml that installs the package; None for packages that are always installed."""
+    fixed_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that differ from the class's defaults."""
+    reserved_args: tuple[str, ...] = ("params", "lr")
+    """Arguments that users cannot set."""
+    is_elementwise: bool = False
+    """A part of a flattened weight is updated as in the whole weight. DeepSpeed's ZeRO needs this."""
+    is_schedule_free: bool = False
+    """Trains at one point and evaluates at another; has train() and eval()."""
+    needs_single_lr: bool = False
     """All parameters must have the same learning rate."""
 
 
-def bitsandbytes(kind: str) -> Source:
-    ours = ("params", "lr", "args", "amsgrad", "optim_bits", "is_paged")  # the name says what they are
-    return Source("bitsandbytes.optim", kind, "bitsandbytes", "bitsandbytes", ours=ours)
+def bitsandbytes(class_name: str) -> OptimizerEntry:
+    # the names of the classes imply optim_bits and is_paged
+    reserved = ("params", "lr", "args", "amsgrad", "optim_bits", "is_paged")
+    return OptimizerEntry("bitsandbytes.optim", class_name, "bitsandbytes", "bitsandbytes", reserved_args=reserved)
 
 
-def schedule_free(kind: str) -> Source:
-    ours = ("params", "lr", "warmup_steps", "foreach")
-    return Source("schedulefree", kind, "schedulefree", "optimizers", ours=ours, averages=True)
+def schedule_free(class_name: str) -> OptimizerEntry:
+    reserved = ("params", "lr", "warmup_steps", "foreach")
+    return OptimizerEntry(
+        "schedulefree", class_name, "schedulefree", "optimizers", reserved_args=reserved, is_schedule_free=True
+    )
 
 
-# of ComfyUI's node; the fused implementations where torch has them (one kernel, no device read)
-NODE = {
-    "AdamW": Source("torch.optim", "AdamW", fixed={"fused": True}, ours=TORCH_OURS, elementwise=True),
-    "Adam": Source("torch.optim", "Adam", fixed={"fused": True}, ours=TORCH_OURS, elementwise=True),
-    "SGD": Source("torch.optim", "SGD", fixed={"fused": True}, ours=TORCH_OURS, elementwise=True),
-    "RMSprop": Source("torch.optim", "RMSprop", fixed={"foreach": True}, ours=TORCH_OURS, elementwise=True),
+def torch_optimizer(name: str, **fixed_args: Any) -> OptimizerEntry:
+    return OptimizerEntry("torch.optim", name, fixed_args=fixed_args, reserved_args=TORCH_RESERVED, is_elementwise=True)
+
+
+# fused implementations, where torch has them: one kernel, and no read of the device
+NODE_OPTIMIZERS = {
+    "AdamW": torch_optimizer("AdamW", fused=True),
+    "Adam": torch_optimizer("Adam", fused=True),
+    "SGD": torch_optimizer("SGD", fused=True),
+    "RMSprop": torch_optimizer("RMSprop", foreach=True),
 }
-NAMED = {
+"""The optimizers of ComfyUI's node."""
+OTHER_OPTIMIZERS = {
     "AdamW8bit": bitsandbytes("AdamW8bit"),
     "PagedAdamW": bitsandbytes("PagedAdamW"),
     "PagedAdamW8bit": bitsandbytes("PagedAdamW8bit"),
     "Lion8bit": bitsandbytes("Lion8bit"),
     "PagedLion8bit": bitsandbytes("PagedLion8bit"),
-    "Prodigy": Source(
-        "prodigyopt", "Prodigy", "prodigyopt", "optimizers", ours=("params", "lr", "fsdp_in_use"), one_rate=True
+    "Prodigy": OptimizerEntry(
+        "prodigyopt", "Prodigy", "prodigyopt", "optimizers", reserved_args=("params", "lr", "fsdp_in_use"),
+        needs_single_lr=True,
     ),
-    "Lion": Source("lion_pytorch", "Lion", "lion-pytorch", "optimizers", elementwise=True),
+    "Lion": OptimizerEntry("lion_pytorch", "Lion", "lion-pytorch", "optimizers", is_elementwise=True),
     "ScheduleFreeAdamW": schedule_free("AdamWScheduleFree"),
     "ScheduleFreeSGD": schedule_free("SGDScheduleFree"),
-    "CAME": Source("came_pytorch", "CAME", "came-pytorch", "optimizers"),
-    # transformers', not torch's: torch's multiplies the rate by the size of the weights, which for a factor that starts
-    # at zero is next to nothing, and reads the device for each of them
-    "Adafactor": Source(
+    "CAME": OptimizerEntry("came_pytorch", "CAME", "came-pytorch", "optimizers"),
+    # transformers' Adafactor: torch's multiplies the rate by the size of the weights, which is almost nothing for a
+    # factor that starts at zero, and reads the device for every weight
+    "Adafactor": OptimizerEntry(
         "transformers.optimization", "Adafactor", "transformers",
-        fixed={"relative_step": False, "scale_parameter": False},
-        ours=("params", "lr", "relative_step", "warmup_init"),
+        fixed_args={"relative_step": False, "scale_parameter": False},
+        reserved_args=("params", "lr", "relative_step", "warmup_init"),
     ),
-    "Muon": Source("training.optim.muon", "MuonAdamW"),
+    "Muon": OptimizerEntry("training.optim.muon", "MuonAdamW"),
 }  # fmt: skip
-OPTIMIZERS = NODE | NAMED
+OPTIMIZERS = NODE_OPTIMIZERS | OTHER_OPTIMIZERS
+"""`--optimizer` -> where the optimizer comes from."""

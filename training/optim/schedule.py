@@ -5,62 +5,71 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora_algos.attach import Adapted
+from lora_algos.adapted_model import AdaptedModel
 from training.config import OptimConfig, TrainConfig
-from training.optim.arguments import arguments, optimizer_class
+from training.optim.arguments import optimizer_arguments, optimizer_class
 
 
-def parameter_groups(adapted: Adapted, config: TrainConfig) -> list[dict]:
-    """The trained parameters by the factor on their learning rate, which each group has as `lr_scale`."""
+def parameter_groups(adapted: AdaptedModel, config: TrainConfig) -> list[dict]:
+    """Group the trained parameters by the factor on their learning rate, which each group has as `lr_scale`."""
     parameters = adapted.named_parameters()
+    text_lr = config.optim.text_encoder_learning_rate or config.learning_rate
     groups: dict[float, list[nn.Parameter]] = {}
-    text_rate = config.optim.text_encoder_learning_rate or config.learning_rate
-    for name, scale in adapted.learning_rate_scales(config.adapter.lora_plus_ratio).items():
-        scale *= text_rate / config.learning_rate if name.startswith("text_encoder") else 1.0
+    for name, scale in adapted.learning_rate_scales(config.adapter.loraplus_lr_ratio).items():
+        if name.startswith("text_encoder"):
+            scale *= text_lr / config.learning_rate
         groups.setdefault(scale, []).append(parameters[name])
     return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
 
 
-def build_optimizer(adapted: Adapted, config: TrainConfig) -> torch.optim.Optimizer:
-    """The one that the config names, as its options say. WHEN: `optimizer_faults` found none."""
-    values, _ = arguments(config)
-    parameters = parameter_groups(adapted, config)
-    return optimizer_class(config.optimizer_name)(parameters, lr=config.learning_rate, **values)
+def build_optimizer(adapted: AdaptedModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of the config. WHEN: `optimizer_errors` returned none."""
+    arguments, _ = optimizer_arguments(config)
+    groups = parameter_groups(adapted, config)
+    return optimizer_class(config.optimizer)(groups, lr=config.learning_rate, **arguments)
 
 
 def learning_rate(step: int, peak: float, steps: int, config: OptimConfig) -> float:
-    """The learning rate of update number `step` (from 0) of `steps`."""
-    if step < config.warmup_steps:
-        return peak * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    if config.lr_schedule == "linear":
+    """Return the learning rate of update number `step`, counted from 0, of `steps` updates."""
+    if step < config.lr_warmup_steps:
+        return peak * (step + 1) / (config.lr_warmup_steps + 1)
+    progress = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
+    if config.lr_scheduler == "linear":
         return peak * (1 - progress)
-    if config.lr_schedule == "cosine":
+    if config.lr_scheduler == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     return peak
 
 
-def batch_scale(config: OptimConfig, total_batch_size: int) -> float:
-    """What the learning rate is multiplied by for the size of a step."""
+def batch_size_scale(config: OptimConfig, total_batch_size: int) -> float:
+    """Return the factor on the learning rate for the number of samples in a step."""
     scales = {"none": 1.0, "linear": float(total_batch_size), "sqrt": math.sqrt(total_batch_size)}
-    return scales[config.lr_scale_with_batch]
+    return scales[config.scale_lr]
+
+
+def scheduled_learning_rate(config: TrainConfig, step: int, micro_batches_per_step: int) -> float:
+    """Return the learning rate of update number `step`, counted from 0, of a run."""
+    total_batch_size = config.batch_size * micro_batches_per_step
+    peak = config.learning_rate * batch_size_scale(config.optim, total_batch_size)
+    return learning_rate(step, peak, config.steps, config.optim)
 
 
 class SkipNonFinite:
-    """Steps of an optimizer that change nothing where the gradient is not finite.
+    """Optimizer steps that change nothing if the gradient is not finite.
 
-    torch's fused optimizers take that from the device, as they do from a GradScaler. For others the norm is read.
+    torch's fused optimizers read a flag on the device, as they do with a GradScaler. For other optimizers the gradient
+    norm is read from the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        # but for SGD's momentum, which a first step that is skipped leaves as the memory happens to be
-        amp, momentum = getattr(optimizer, "_step_supports_amp_scaling", False), optimizer.defaults.get("momentum")
-        self.unread = bool(amp and not momentum)
+        reads_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
+        # SGD's momentum would stay uninitialized memory if the first step were skipped by the flag
+        self.uses_flag = bool(reads_flag and not optimizer.defaults.get("momentum"))
 
     def step(self, norm: Tensor) -> None:
-        """`norm`: of the gradient, before clipping."""
-        if self.unread:
+        """Take a step. `norm`: norm of the gradient before clipping."""
+        if self.uses_flag:
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(norm.isfinite()):

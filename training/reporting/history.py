@@ -1,4 +1,4 @@
-"""What a run reports: losses kept on the device until they are logged, loss.json, loss.png."""
+"""Losses of a run: buffered on the device, then kept as numbers in the history that checkpoints and loss.json hold."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,108 +10,132 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-MOST_MICRO_LOSSES = 1_000_000
-"""Every checkpoint holds them, and a thousand ranks make a million of them within a thousand steps."""
+MAX_MICRO_LOSSES = 1_000_000
+"""Losses of micro-batches that a history holds; a thousand processes make this many in a thousand steps."""
+
+Validation = dict[str, float]
+"""One validation: its `step`, the mean `loss`, and the loss at each noise level."""
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient that is NaN or infinite."""
+
+
+@dataclass
+class ValidationSeries:
+    """Validations whose losses are comparable: the same held-out images, noise levels and weights."""
+
+    kind: str
+    entries: list[Validation] = field(default_factory=list)
 
 
 @dataclass
 class History:
-    """All losses of a run: what a checkpoint keeps of its past, and loss.json shows."""
+    """Losses, gradient norms and validations of a run."""
 
     micro_batches_per_step: int
     step_losses: list[float] = field(default_factory=list)
     micro_losses: list[float] = field(default_factory=list)
-    """One per micro-batch in schedule order, over all ranks; none once they would be more than MOST_MICRO_LOSSES."""
+    """Losses of all micro-batches of all processes, in schedule order. Empty beyond MAX_MICRO_LOSSES."""
     grad_norms: list[float] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
-    validation_kind: str = ""
-    """Stands for the held-out images, and for what is measured on them."""
-    other_validation: list[dict[str, float]] = field(default_factory=list)
-    """Earlier ones, of other kinds: they do not compare."""
-    skipped: list[int] = field(default_factory=list)
+    validation_series: list[ValidationSeries] = field(default_factory=list)
+    """The last one is the current series; the earlier ones are not comparable with it."""
+    skipped_steps: list[int] = field(default_factory=list)
     """Steps, counted from 1, that changed nothing because their gradient was not finite."""
 
-    def validate_by(self, kind: str) -> bool:
-        """From here on validation losses are of this kind; whether that puts earlier ones aside."""
-        other = bool(self.validation) and self.validation_kind not in ("", kind)
-        if other:
-            self.other_validation += self.validation
-            self.validation = []
-        self.validation_kind = kind
-        return other
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "History":
+        """Rebuild a history from `dataclasses.asdict`."""
+        series = [ValidationSeries(**entry) for entry in values["validation_series"]]
+        return cls(**{**values, "validation_series": series})
 
-    def add(self, micro_losses: list[float], grad_norms: list[float]) -> None:
-        """Whole steps, the next ones."""
-        n, steps = self.micro_batches_per_step, len(self.step_losses) + len(grad_norms)
-        self.step_losses += [sum(micro_losses[i : i + n]) / n for i in range(0, len(micro_losses), n)]
+    @property
+    def validation(self) -> list[Validation]:
+        """Return the validations of the current series."""
+        return self.validation_series[-1].entries if self.validation_series else []
+
+    @property
+    def earlier_validation(self) -> list[Validation]:
+        """Return the validations of earlier series."""
+        return [entry for series in self.validation_series[:-1] for entry in series.entries]
+
+    def start_series(self, kind: str) -> bool:
+        """Continue the current series if it is of this kind, else start one. Return whether it ended an earlier one."""
+        if not self.validation_series:
+            self.validation_series.append(ValidationSeries(kind))
+            return False
+        current = self.validation_series[-1]
+        if current.kind == kind or not current.entries:
+            current.kind = kind
+            return False
+        self.validation_series.append(ValidationSeries(kind))
+        return True
+
+    def add_steps(self, micro_losses: list[float], grad_norms: list[float]) -> None:
+        """Append whole steps."""
+        per_step = self.micro_batches_per_step
+        num_steps = len(self.step_losses) + len(grad_norms)
+        for first in range(0, len(micro_losses), per_step):
+            self.step_losses.append(sum(micro_losses[first : first + per_step]) / per_step)
         self.grad_norms += grad_norms
-        if steps * n <= MOST_MICRO_LOSSES:
+        if num_steps * per_step <= MAX_MICRO_LOSSES:
             self.micro_losses += micro_losses
         else:
             self.micro_losses = []
 
 
 def is_finite(values: Iterable[float]) -> bool:
-    return all(abs(value) < float("inf") for value in values)  # False for NaN too
+    """Return whether no value is NaN or infinite."""
+    return all(abs(value) < float("inf") for value in values)
 
 
 def finite_mean(values: list[float]) -> float:
-    """The mean of the values that are finite; NaN if none is."""
-    finite = [value for value in values if is_finite([value])]
-    return sum(finite) / len(finite) if finite else float("nan")
+    """Return the mean of the finite values; NaN if there is none."""
+    finite_values = [value for value in values if is_finite([value])]
+    if not finite_values:
+        return float("nan")
+    return sum(finite_values) / len(finite_values)
 
 
-class Pending:
-    """Losses and gradient norms of the steps since the last log, still on the device."""
+class LossBuffer:
+    """Losses and gradient norms since the last log, still on the device."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
 
     def read(self, accelerator: Accelerator) -> tuple[list[float], list[float]]:
-        """(micro losses in schedule order, gradient norms), with one device read, and forgets them. Collective."""
+        """Empty the buffer; return micro-batch losses in schedule order, and gradient norms.
+
+        Reads the device once. Collective."""
         if not self.norms:
             return [], []
-        losses = accelerator.gather(torch.stack(self.losses))  # (ranks * micro-batches,), one rank after the other
-        losses = losses.view(accelerator.num_processes, -1).T.reshape(-1)
+        gathered = accelerator.gather(torch.stack(self.losses))  # (processes * micro-batches,), process by process
+        losses = gathered.view(accelerator.num_processes, -1).T.reshape(-1)
         values = torch.cat([losses, torch.stack(self.norms)]).tolist()
-        count = len(losses)
+        num_losses = len(losses)
         self.losses, self.norms = [], []
-        return values[:count], values[count:]
+        return values[:num_losses], values[num_losses:]
 
 
-class Waiting:
-    """How much of the time between two steps went by waiting for the data."""
+class DataTimer:
+    """Share of the training time that is spent waiting for data."""
 
     def __init__(self) -> None:
-        self.waited = self.total = 0.0
-        self._marked: float | None = None
+        self.waiting_seconds = 0.0
+        self.total_seconds = 0.0
+        self._last_end: float | None = None
 
     @contextmanager
-    def for_data(self) -> Iterator[None]:
-        """The block waits for a batch; the time since the last such block is that of a step."""
+    def measure(self) -> Iterator[None]:
+        """Measure a block that waits for a batch; the time since the previous block counts as computing."""
         start = time.perf_counter()
         yield
         end = time.perf_counter()
-        self.waited += end - start
-        self.total += end - (start if self._marked is None else self._marked)
-        self._marked = end
+        self.waiting_seconds += end - start
+        self.total_seconds += end - (start if self._last_end is None else self._last_end)
+        self._last_end = end
 
     @property
     def share(self) -> float:
-        return self.waited / self.total if self.total else 0.0
-
-
-def flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted names and plain values, which every tracker takes."""
-    result: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{name}.")
-        else:
-            result[prefix + name] = value if isinstance(value, int | float | str) else str(value)
-    return result
+        return self.waiting_seconds / self.total_seconds if self.total_seconds else 0.0

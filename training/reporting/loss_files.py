@@ -1,54 +1,57 @@
-"""loss.json and loss.png."""
+"""loss.json and loss.png: the losses of a run as a file and as a chart."""
 
 import io
 import json
+from typing import Any
 
-from training.reporting.history import History, is_finite
+from training.reporting.history import History, Validation, is_finite
 
 
 def loss_json(history: History, total_steps: int) -> str:
-    """The content of loss.json."""
-    content = {
+    """Return the content of loss.json."""
+    content: dict[str, Any] = {
         "total_steps": total_steps,
-        "loss_per_step": numbers(history.step_losses),
-        "loss_per_micro_step": numbers(history.micro_losses),
-        "gradient_norm_per_step": numbers(history.grad_norms),
-        "validation": [finite(entry) for entry in history.validation],
-        "other_validation": [finite(entry) for entry in history.other_validation],
-        "skipped_steps": history.skipped,
+        "loss_per_step": json_numbers(history.step_losses),
+        "loss_per_micro_step": json_numbers(history.micro_losses),
+        "gradient_norm_per_step": json_numbers(history.grad_norms),
+        "validation": [json_entry(entry) for entry in history.validation],
+        "earlier_validation": [json_entry(entry) for entry in history.earlier_validation],
+        "skipped_steps": history.skipped_steps,
     }
     return json.dumps(content, indent=1)
 
 
-def finite(entry: dict[str, float]) -> dict[str, float | None]:
-    return dict(zip(entry, numbers(list(entry.values())), strict=True))
+def json_entry(entry: Validation) -> dict[str, float | None]:
+    return dict(zip(entry, json_numbers(list(entry.values())), strict=True))
 
 
-def numbers(values: list[float]) -> list[float | None]:
-    """JSON has no NaN and no infinity."""
+def json_numbers(values: list[float]) -> list[float | None]:
+    """Replace NaN and infinity, which JSON does not have, by null."""
     return [value if is_finite([value]) else None for value in values]
 
 
 def smoothed(values: list[float], span: int) -> list[float]:
-    """Exponential moving average with bias correction."""
-    decay, mean, weight, result = 1 - 2 / (span + 1), 0.0, 0.0, []
+    """Return the exponential moving average with bias correction; NaN and infinity are left out."""
+    decay = 1 - 2 / (span + 1)
+    total, weight = 0.0, 0.0
+    result = []
     for value in values:
         if is_finite([value]):
-            mean = decay * mean + (1 - decay) * value
+            total = decay * total + (1 - decay) * value
             weight = decay * weight + (1 - decay)
-        result.append(mean / weight if weight else float("nan"))
+        result.append(total / weight if weight else float("nan"))
     return result
 
 
 def loss_png(history: History) -> bytes:
-    """The loss curves as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow import, needed once
+    """Return a chart of the losses as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a slow import that only the end of a run needs
     from matplotlib.figure import Figure
 
     losses = history.step_losses
     steps = range(1, len(losses) + 1)
     span = max(1, len(losses) // 20)
-    figure = Figure(figsize=(9, 5), dpi=110)  # a layout engine would draw it twice
+    figure = Figure(figsize=(9, 5), dpi=110)  # no layout engine: it would draw the figure twice
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.095, 0.1, 0.885, 0.83))
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(losses) < 3 else None,

@@ -1,4 +1,4 @@
-"""What a run has reported, as files of its own: a line of JSON per step. Trackers get the same rows."""
+"""Metrics of a run: metrics.jsonl, the progress bar, and the tracker, which gets the same rows."""
 
 import json
 from contextlib import suppress
@@ -9,17 +9,17 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.atomic import WriteError, write_file
-from training.run_folder import METRICS, TRACKER
+from training.run_folder import METRICS_FILE, TRACKER_FILE
 
 
 class JsonLines:
-    """Rows with a `step` each, appended; what is past a step can be cut off."""
+    """A file of JSON rows with a `step` each."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """One write for all of `rows`: a reader, or a kill, sees whole lines."""
+        """Append rows in one write, so that readers and kills see whole lines."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.path.open("ab") as file:
@@ -28,87 +28,93 @@ class JsonLines:
             raise WriteError(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole rows; the last one may have been cut off by a kill."""
+        """Return all complete rows. A kill may have cut off the last one."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except FileNotFoundError:
             return []
-        found = []
+        rows = []
         for line in lines:
-            with suppress(ValueError):  # of a kill, which the next sitting wrote on after
+            with suppress(ValueError):  # a line that a kill cut off and the resumed run continued
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    found.append(row)
-        return found
+                    rows.append(row)
+        return rows
 
-    def cut(self, step: int) -> int:
-        """Removes the rows past `step`; returns the step of the last row there was, or -1."""
+    def truncate(self, step: int) -> int:
+        """Remove the rows after `step`; return the step of the last row that the file had, or -1."""
         rows = self.rows()
-        kept = [row for row in rows if row["step"] <= step]
-        if rows or self.path.exists():
-            write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if not rows and not self.path.exists():
+            return -1
+        remaining = [row for row in rows if row["step"] <= step]
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in remaining))
         return rows[-1]["step"] if rows else -1
 
 
 class Reporter:
-    """Rows of metrics, one per step, for metrics.jsonl, the tracker and the progress bar. Writes on the main process.
+    """Reports one row of metrics per step, and messages. Writes on the main process only.
 
-    A tracker cannot forget: rows that it has from before a kill are not sent again. They are the same but for times
-    and for the span of a mean that a wish to save has cut.
+    A tracker cannot delete rows, so rows that it received before a kill are not sent again. They are the same except
+    for times, and for means whose span was cut by a request to save.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, tracker_id: str):
         self.accelerator, self.folder = accelerator, folder
-        self.lines = JsonLines(folder / METRICS)
+        self.lines = JsonLines(folder / METRICS_FILE)
         self.row: dict[str, float] = {}
-        self.sent = -1
+        """Metrics of the current step that were not reported yet."""
+        self.sent_step = -1
         self.tracker_id = tracker_id
         self.progress: tqdm | None = None
 
     def resume(self, step: int, row: dict[str, float]) -> None:
-        """Goes on after `step`, whose row, if it was not finished, is `row`. Called on all ranks."""
+        """Continue after `step`. `row`: metrics of this step that were not reported. Called on all processes."""
         self.row = dict(row)
         if not self.accelerator.is_main_process:
             return
         with suppress(OSError, ValueError, KeyError, TypeError):
-            about = json.loads((self.folder / TRACKER).read_text(encoding="utf-8"))
-            self.tracker_id, self.sent = str(about["id"]), int(about["sent"])
-        self.sent = max(self.sent, self.lines.cut(step if not row else step - 1))
-        write_file(self.folder / TRACKER, json.dumps({"id": self.tracker_id, "sent": self.sent}))
+            saved = json.loads((self.folder / TRACKER_FILE).read_text(encoding="utf-8"))
+            self.tracker_id, self.sent_step = str(saved["id"]), int(saved["sent"])
+        last_complete_step = step - 1 if row else step
+        self.sent_step = max(self.sent_step, self.lines.truncate(last_complete_step))
+        write_file(self.folder / TRACKER_FILE, json.dumps({"id": self.tracker_id, "sent": self.sent_step}))
 
-    def bar(self, steps: int, step: int) -> None:
-        """Shows the progress bar."""
-        hidden = not self.accelerator.is_main_process
-        self.progress = tqdm(total=steps, initial=step, unit="step", disable=hidden)
+    def show_progress(self, steps: int, step: int) -> None:
+        """Show the progress bar."""
+        is_hidden = not self.accelerator.is_main_process
+        self.progress = tqdm(total=steps, initial=step, unit="step", disable=is_hidden)
 
     def emit(self, step: int) -> None:
-        """Sends the row of `step`, if there is anything in it."""
+        """Write and send the row of `step`, unless it is empty."""
         row, self.row = self.row, {}
         if not row or not self.accelerator.is_main_process:
             return
         self.lines.append({"step": step, **row})
-        if step > self.sent:
+        if step > self.sent_step:
             self.accelerator.log(row, step=step)
-            self.sent = step
+            self.sent_step = step
 
     def advance(self) -> None:
+        """Advance the progress bar by a step."""
         if self.progress is not None:
             self.progress.update()
 
     def show(self, **values: str) -> None:
-        """Values beside the progress bar."""
+        """Show values at the progress bar."""
         if self.progress is not None:
             self.progress.set_postfix(values)
 
     def close(self) -> None:
+        """Close the progress bar."""
         if self.progress is not None:
             self.progress.close()
 
     def say(self, message: str) -> None:
+        """Print a message on the main process, without breaking the progress bar."""
         if self.accelerator.is_main_process:
             tqdm.write(message)
 
     @property
     def speed(self) -> float:
-        """Steps per second of this sitting, as the progress bar has it."""
+        """Steps per second since the run was started or resumed."""
         return (self.progress.format_dict["rate"] or 0.0) if self.progress is not None else 0.0

@@ -1,4 +1,4 @@
-"""Which samples a run has seen, and with what noise: a file per rank, to compare runs by."""
+"""A log of the training samples and their noise, one file per process, for comparing runs."""
 
 import hashlib
 from pathlib import Path
@@ -7,31 +7,30 @@ from torch import Tensor
 
 from data.batches import Batch
 from training.reporting.reporter import JsonLines
-from training.run_folder import SAMPLES
+from training.run_folder import SAMPLES_FOLDER
 
 
 class SampleLog:
-    """The samples of one rank, a line each."""
+    """The samples of one process, one line each."""
 
-    def __init__(self, folder: Path, rank: int):
-        self.lines = JsonLines(folder / SAMPLES / f"rank_{rank}.jsonl")
+    def __init__(self, folder: Path, process_index: int):
+        self.lines = JsonLines(folder / SAMPLES_FOLDER / f"rank_{process_index}.jsonl")
 
     def add(self, step: int, rows: list[int], batch: Batch) -> None:
-        """`step`: the one that `batch` is part of, counted from 1."""
-        seen = zip(batch.visits, rows, batch.quantile.tolist(), batch.noise, strict=True)
-        self.lines.append(
-            *(
-                {"step": step, "visit": visit, "row": row, "quantile": quantile, "noise": hash_of(noise)}
-                for visit, row, quantile, noise in seen
-            )
-        )
+        """Add the samples of a batch. `step`: the step that it is part of, counted from 1."""
+        samples = zip(batch.visits, rows, batch.quantile.tolist(), batch.noise, strict=True)
+        lines = [
+            {"step": step, "visit": visit, "row": row, "quantile": quantile, "noise": tensor_hash(noise)}
+            for visit, row, quantile, noise in samples
+        ]
+        self.lines.append(*lines)
 
 
-def cut_all(folder: Path, step: int) -> None:
-    """Forgets what came after `step`, which will come again, perhaps on other ranks."""
-    for path in (folder / SAMPLES).glob("rank_*.jsonl"):
-        JsonLines(path).cut(step)
+def truncate_logs(folder: Path, step: int) -> None:
+    """Remove the samples after `step`, which will be seen again, perhaps by other processes."""
+    for path in (folder / SAMPLES_FOLDER).glob("rank_*.jsonl"):
+        JsonLines(path).truncate(step)
 
 
-def hash_of(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
     return hashlib.blake2b(tensor.numpy().tobytes(), digest_size=8).hexdigest()

@@ -1,24 +1,24 @@
-"""Trackers, through Accelerate: wandb or tensorboard."""
+"""Trackers (wandb, tensorboard), through Accelerate."""
 
 import netrc
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
 from training.config import TrainConfig, to_dict
-from training.reporting.history import flat
 
 
-def new_id() -> str:
-    """The id of a new tracker run; a checkpoint keeps it, so that a resumed run is one run in the tracker too."""
+def new_tracker_id() -> str:
+    """Return an id for a new run in the tracker. Checkpoints keep it, so that a resumed run stays one run."""
     return uuid.uuid4().hex[:12]
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb could log in: WANDB_API_KEY, or an entry in the netrc file."""
+    """Return whether wandb could log in: with WANDB_API_KEY, or an entry in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -27,33 +27,46 @@ def has_wandb_key() -> bool:
         return False
 
 
-def start(accelerator: Accelerator, config: TrainConfig, run_id: str) -> None:
-    """Starts the tracker that `config` names. wandb goes offline, into output_dir, when there is no key."""
-    kind = config.tracking.report_to
-    if kind == "none":
+def start_tracker(accelerator: Accelerator, config: TrainConfig, tracker_id: str) -> None:
+    """Start the tracker of the config. Without a key, wandb runs offline and writes into output_dir."""
+    name = config.tracking.report_to
+    if name == "none":
         return
-    options: dict = {}
-    if kind == "wandb":
+    options: dict[str, Any] = {}
+    if name == "wandb":
         if "WANDB_MODE" not in os.environ and not has_wandb_key():
             os.environ["WANDB_MODE"] = "offline"
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        options["wandb"] = {
-            "id": run_id, "resume": "allow", "dir": config.output_dir, "name": Path(config.output_dir).name,
-        }  # fmt: skip
-    accelerator.init_trackers(config.tracking.project, config=flat(to_dict(config)), init_kwargs=options)
+        run_name = Path(config.output_dir).name
+        options["wandb"] = {"id": tracker_id, "resume": "allow", "dir": config.output_dir, "name": run_name}
+    accelerator.init_trackers(config.tracking.project, config=flatten(to_dict(config)), init_kwargs=options)
 
 
-def finish(accelerator: Accelerator) -> None:
-    """Has the trackers send what is left. A run does not fail because one of them does."""
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers send what is left. Their errors do not fail the run."""
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
-        except Exception as error:  # whatever a tracker raises
-            accelerator.print(f"note: {tracker.name} did not end well: {type(error).__name__}: {error}")
+        except Exception as error:  # a tracker may raise anything
+            accelerator.print(f"note: {tracker.name} did not finish properly: {type(error).__name__}: {error}")
 
 
 def log_images(accelerator: Accelerator, images: dict[str, np.ndarray], step: int) -> None:
-    """Sends image arrays (N, H, W, 3) in [0, 1] to the tracker."""
+    """Send image arrays (N, H, W, 3) in [0, 1] to the trackers."""
+    arrays = {name: (array * 255).round().astype(np.uint8) for name, array in images.items()}
     for tracker in accelerator.trackers:
-        as_bytes = {name: (array * 255).round().astype(np.uint8) for name, array in images.items()}
-        tracker.log_images({name: list(a) if tracker.name == "wandb" else a for name, a in as_bytes.items()}, step=step)
+        if tracker.name == "wandb":
+            tracker.log_images({name: list(array) for name, array in arrays.items()}, step=step)
+        else:
+            tracker.log_images(arrays, step=step)
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as dotted names and simple values, which every tracker accepts."""
+    result: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            result |= flatten(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value if isinstance(value, int | float | str) else str(value)
+    return result

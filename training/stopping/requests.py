@@ -1,61 +1,69 @@
-"""What a run is asked to do while it trains, by signals, by a file and by the clock, on any of its ranks."""
+"""Requests to save or to stop: by a signal, a file or the clock, on any process of a run."""
 
 import time
 from pathlib import Path
 
-from training.distributed.consensus import Agreement
+from training.distributed.consensus import Consensus
 from training.run_folder import SAVE_FILE
-from training.stopping.signals import Asked, Interruptions
+from training.stopping.signals import SignalHandler, StopRequest
 
-LOOK_EVERY = 1.0  # seconds between two looks for the file
+POLL_FILE_EVERY = 1.0
+"""Seconds between two looks for the file."""
 
 
 class Requests:
-    """Asked on one rank, known to all at the same step."""
+    """Collects the requests of all processes, and agrees on them once per step."""
 
-    def __init__(
-        self, agreement: Agreement, interruptions: Interruptions, folder: Path, every_minutes: float, main: bool
-    ):
-        self.agreement, self.interruptions, self.main = agreement, interruptions, main
-        self.file, self.seconds = folder / SAVE_FILE, 60 * every_minutes
-        self.agreed = Asked.NOTHING
-        self.saved_at = self.looked_at = time.monotonic()
+    def __init__(self, consensus: Consensus, signals: SignalHandler, folder: Path, every_minutes: float, is_main: bool):
+        self.consensus, self.signals, self.is_main = consensus, signals, is_main
+        self.save_file = folder / SAVE_FILE
+        self.save_every = 60 * every_minutes
+        self.agreed = StopRequest.NONE
+        self.saved_at = self.polled_at = time.monotonic()
 
-    def saved(self) -> None:
-        """A checkpoint was written."""
+    def note_checkpoint(self) -> None:
+        """Restart the clock, because a checkpoint was written."""
         self.saved_at = time.monotonic()
 
     def post(self) -> None:
-        """WHEN: before the last micro-batch of a step, so that the answer is there at its end. Collective."""
-        if self.agreement.ranks > 1:
-            self.agreement.post(self._mine())
+        """Send this process's request to the others, without waiting. Collective.
 
-    def next(self) -> Asked:
-        """What all ranks are to do after this step: what any of them was asked before its last `post`."""
-        here = Asked(self.agreement.read()) if self.agreement.ranks > 1 else self._mine()
-        known, self.agreed = max(self.agreed, here), Asked.NOTHING
-        return known
+        WHEN: before the last backward pass of a step, which then hides the communication."""
+        if self.consensus.num_processes > 1:
+            self.consensus.start_max(self._own_request())
 
-    def leaving(self) -> bool:
-        """Whether any rank is to leave, as of now. Collective."""
-        self.agreed = max(self.agreed, Asked(self.agreement.now(self._mine())))
-        return self.agreed.leaves
+    def collect(self) -> StopRequest:
+        """Return the largest request of all processes at their last `post`."""
+        if self.consensus.num_processes > 1:
+            request = StopRequest(self.consensus.finish_max())
+        else:
+            request = self._own_request()
+        request = max(self.agreed, request)
+        self.agreed = StopRequest.NONE
+        return request
 
-    def _mine(self) -> Asked:
-        """What this rank passes on. A wish to save is passed on once; one to leave stays."""
-        asked = self.interruptions.take()
-        return max(asked, Asked.SAVE) if self.main and self._is_time() else asked
+    def must_stop(self) -> bool:
+        """Return whether any process is asked to stop, as of now. Collective."""
+        self.agreed = max(self.agreed, StopRequest(self.consensus.max_now(self._own_request())))
+        return self.agreed.stops
 
-    def _is_time(self) -> bool:
+    def _own_request(self) -> StopRequest:
+        """Return this process's request. SAVE is returned once; requests to stop are returned again and again."""
+        request = self.signals.take_request()
+        if self.is_main and self._is_save_due():
+            return max(request, StopRequest.SAVE)
+        return request
+
+    def _is_save_due(self) -> bool:
         now = time.monotonic()
-        if self.seconds and now - self.saved_at > self.seconds:
+        if self.save_every and now - self.saved_at > self.save_every:
             self.saved_at = now
             return True
-        if now - self.looked_at < LOOK_EVERY:
+        if now - self.polled_at < POLL_FILE_EVERY:
             return False
-        self.looked_at = now
+        self.polled_at = now
         try:
-            self.file.unlink()
-        except OSError:  # there is none, or it is none of ours to remove
+            self.save_file.unlink()
+        except OSError:  # there is no such file, or it cannot be removed
             return False
         return True

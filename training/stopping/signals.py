@@ -1,8 +1,9 @@
-"""Signals: what asks a run to save, to leave, or both. No torch here: the handlers are there before it loads.
+"""Signals that ask a run to save, to stop, or both. Imports no torch, so that handlers exist before it loads.
 
-A handler only notes the signal, so that it may come at any moment, any number of times: under torchrun a rank gets one
-SIGTERM two to four times. While nothing can be lost (before the first step, after the last checkpoint) it raises
-Stopped at once; inside `deferred` the loop asks for what was noted and decides together with the other ranks.
+A handler only records the request, so that signals may arrive at any time and any number of times: under torchrun a
+process gets one SIGTERM two to four times. While there is nothing to save (before the first step, after the last
+checkpoint) a handler raises RunStopped at once. Inside `deferred` the training loop reads the request instead, and
+decides together with the other processes.
 """
 
 import ctypes
@@ -16,117 +17,138 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
-AGAIN = 2.0  # seconds: a launcher passes the Ctrl-C on that its ranks got from the terminal too
+REPEAT_AFTER = 2.0
+"""Seconds after which a Ctrl-C counts as a second one; launchers pass on the one that the terminal sent."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
 
 
-class Asked(IntEnum):
-    """What a run was asked to do, the strongest last."""
+class StopRequest(IntEnum):
+    """A request to a run; of several, the largest one counts."""
 
-    NOTHING = 0
+    NONE = 0
     SAVE = 1
     REQUEUE = 2
-    """Save, leave, and be started again by SLURM."""
+    """Save, stop, and let SLURM start the job again."""
     TERMINATE = 3
     INTERRUPT = 4
 
     @property
-    def leaves(self) -> bool:
-        return self > Asked.SAVE
+    def stops(self) -> bool:
+        return self > StopRequest.SAVE
 
 
-NAMES = {Asked.REQUEUE: "SIGUSR1", Asked.TERMINATE: "SIGTERM", Asked.INTERRUPT: "SIGINT"}
-STATUS = {Asked.REQUEUE: 0, Asked.TERMINATE: 128 + signal.SIGTERM, Asked.INTERRUPT: 128 + signal.SIGINT}
+SENDERS = {StopRequest.REQUEUE: "SIGUSR1", StopRequest.TERMINATE: "SIGTERM", StopRequest.INTERRUPT: "SIGINT"}
+EXIT_CODES = {
+    StopRequest.REQUEUE: 0,
+    StopRequest.TERMINATE: 128 + signal.SIGTERM,
+    StopRequest.INTERRUPT: 128 + signal.SIGINT,
+}
 
 
-class Stopped(SystemExit):
-    """The run leaves because it was asked to, with the exit status that says so."""
+class RunStopped(SystemExit):
+    """The run stops because it was asked to; the exit code says by which signal."""
 
-    def __init__(self, asked: Asked, done: str, agreed: bool = False):
-        """`agreed`: all ranks leave, and know it."""
-        super().__init__(STATUS[asked])
-        self.asked, self.done, self.agreed = asked, done, agreed
+    def __init__(self, request: StopRequest, outcome: str, is_agreed: bool = False):
+        """`outcome`: what was saved. `is_agreed`: all processes stop, and each of them knows it."""
+        super().__init__(EXIT_CODES[request])
+        self.code: int = EXIT_CODES[request]
+        self.request, self.outcome, self.is_agreed = request, outcome, is_agreed
         self.is_first: bool | None = None
-        """Of ranks that do not know of each other yet, the one that speaks for all."""
+        """Whether this process reports for all, if the processes stop before they are connected."""
 
     def __str__(self) -> str:
-        return f"{NAMES[self.asked]}: {self.done}; the same command goes on from there"
+        return f"{SENDERS[self.request]}: {self.outcome}. Run the same command to resume"
 
 
-class Interruptions:
-    """What the signals of this process ask for."""
+class SignalHandler:
+    """Records the requests that signals make to this process."""
 
     def __init__(self) -> None:
-        self.asked = Asked.NOTHING
-        self.waits = False
-        self.place = "left before the first step"
+        self.request = StopRequest.NONE
+        self.is_deferred = False
+        self.outcome = "stopped before the first step"
         self.interrupted_at: float | None = None
 
     @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Signals are handled here; afterwards as before."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+    def installed(self) -> Iterator[None]:
+        """Handle signals in this block; restore the earlier handlers after it."""
+        earlier_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in earlier_handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals are noted here for the one who asks. For the loop, after which nothing is left to be saved."""
-        self.waits = True
-        yield  # after an error no signal is of use any more: it stays like this
-        self.waits = False
-        self.place = "left before all files were written, after the last step"
+        """Only record signals in this block: the training loop, which answers them itself."""
+        self.is_deferred = True
+        yield  # not in `finally`: after an error signals are of no use
+        self.is_deferred = False
+        self.outcome = "stopped after the last step, before all files were written"
 
-    def ignored(self) -> None:
-        """Nothing is to be saved any more: signals are of no use from here on."""
+    def ignore_signals(self) -> None:
+        """Ignore signals from here on, because nothing more is saved."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def take(self) -> Asked:
-        """What was asked for. A wish to save is forgotten then: another signal is another wish."""
-        asked = self.asked
-        if asked is Asked.SAVE:
-            self.asked = Asked.NOTHING
-        return asked
+    def take_request(self) -> StopRequest:
+        """Return the pending request, and clear it if it was SAVE."""
+        request = self.request
+        if request is StopRequest.SAVE:
+            self.request = StopRequest.NONE
+        return request
 
     def _handle(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT:
-            now = time.monotonic()
-            if self.interrupted_at is not None and now - self.interrupted_at > AGAIN:
-                os._exit(STATUS[Asked.INTERRUPT])
-            self.interrupted_at = self.interrupted_at or now
-        self.asked = max(self.asked, asked_by(number))
-        if self.asked.leaves and not self.waits:
-            self.waits = True  # a launcher repeats itself, and what is being left must not be cut off
-            raise Stopped(self.asked, self.place)
+            self._leave_at_once_if_repeated()
+        self.request = max(self.request, request_of(number))
+        if self.request.stops and not self.is_deferred:
+            self.is_deferred = True  # launchers repeat signals, and the cleanup must not be interrupted
+            raise RunStopped(self.request, self.outcome)
+
+    def _leave_at_once_if_repeated(self) -> None:
+        now = time.monotonic()
+        if self.interrupted_at is not None and now - self.interrupted_at > REPEAT_AFTER:
+            os._exit(EXIT_CODES[StopRequest.INTERRUPT])
+        self.interrupted_at = self.interrupted_at or now
 
 
-def asked_by(number: int) -> Asked:
-    """SIGUSR1 is SLURM's warning that the time is nearly up, where there is SLURM."""
-    if number == signal.SIGUSR1:
-        return Asked.REQUEUE if os.environ.get("SLURM_JOB_ID") else Asked.SAVE
-    return Asked.INTERRUPT if number == signal.SIGINT else Asked.TERMINATE
+def request_of(number: int) -> StopRequest:
+    """Return the request that a signal stands for. Under SLURM, SIGUSR1 warns that the job's time is nearly up."""
+    if number == signal.SIGINT:
+        return StopRequest.INTERRUPT
+    if number == signal.SIGTERM:
+        return StopRequest.TERMINATE
+    return StopRequest.REQUEUE if os.environ.get("SLURM_JOB_ID") else StopRequest.SAVE
 
 
-def requeue() -> str:
-    """Has SLURM start this job again; returns what became of it."""
+def requeue_job() -> str:
+    """Ask SLURM to start this job again; return the outcome as a sentence."""
     job, scontrol = os.environ["SLURM_JOB_ID"], shutil.which("scontrol")
-    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the id of one of an array's tasks is the whole array's too
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the id of one task may be the id of the whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if scontrol is None:
         return f"job {job} was not requeued: there is no scontrol on this node"
-    done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)
-    fault = done.stderr.strip() or f"scontrol ended with {done.returncode}"
-    return f"job {job} is requeued" if done.returncode == 0 else f"job {job} was not requeued: {fault}"
+    result = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return f"job {job} is requeued"
+    reason = result.stderr.strip() or f"scontrol ended with exit code {result.returncode}"
+    return f"job {job} was not requeued: {reason}"
+
+
+def requeue_if_asked(stopped: RunStopped) -> None:
+    """Requeue the job of a run that stopped before its processes agreed on it."""
+    if stopped.request is StopRequest.REQUEUE and not stopped.is_agreed:
+        stopped.outcome += f"; {requeue_job()}"
 
 
 def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM when the launcher is gone, by SIGKILL too: no one would stop this process any more,
-    and it would go on beside the next run."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and sys.platform == "linux":
+    """Let the kernel send SIGTERM when the launcher ends, even by SIGKILL.
+
+    No other process would stop this one, and it would continue next to the following run."""
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if is_launched and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

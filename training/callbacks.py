@@ -1,0 +1,247 @@
+"""What happens after a step, in the order of `step_callbacks`."""
+
+from training.batch_stream import BatchStream
+from training.checkpoints.best import BestWeights, best_step, stops_early
+from training.checkpoints.resume import RunCheckpoints
+from training.checkpoints.storage import checkpoint_paths
+from training.config import TrainConfig
+from training.optim.schedule import scheduled_learning_rate
+from training.parts import RunParts
+from training.reporting.history import LossBuffer, TrainingDiverged, finite_mean, is_finite
+from training.reporting.trackers import finish_trackers
+from training.run_folder import CHECKPOINTS
+from training.services import RunServices
+from training.stopping.signals import RunStopped, StopRequest, requeue_job
+from training.train_state import TrainState
+from training.trainer import StepCallback, Trainer
+from training.validation import validate
+
+MAX_NAMED_IMAGES = 5
+
+
+def step_callbacks(trainer: Trainer, parts: RunParts, checkpoints: RunCheckpoints) -> list[StepCallback]:
+    """Return the callbacks of a run, in the order in which they are called after each step."""
+    config, state, services = trainer.config, trainer.state, trainer.services
+    log_metrics = LogMetrics(config, state, services, trainer.buffer, trainer.batches)
+    save_checkpoint = SaveCheckpoint(config, state, services, checkpoints, log_metrics)
+    return [
+        CompareRanks(config, state, services),
+        log_metrics,
+        Validate(trainer, parts),
+        save_checkpoint,
+        HandleRequests(config, state, services, save_checkpoint),
+        EmitMetrics(state, services, parts.previous_steps),
+    ]
+
+
+def is_last_step(state: TrainState, config: TrainConfig) -> bool:
+    """Return whether the run ends after this step, as planned or early."""
+    return state.step == config.steps or stops_early(state.history.validation, config.validation)
+
+
+class CompareRanks:
+    """Starts the comparison of the adapters of all processes; LogMetrics reads the result."""
+
+    def __init__(self, config: TrainConfig, state: TrainState, services: RunServices):
+        self.config, self.state, self.rank_check = config, state, services.rank_check
+
+    def before_first_step(self) -> None:
+        """Nothing was trained yet."""
+
+    def after_step(self) -> None:
+        every = self.config.distributed.rank_check_every
+        if every and self.state.step % every == 0:
+            self.rank_check.start_comparison(self.state.step)
+
+
+class LogMetrics:
+    """Reads losses and gradient norms from the device, checks that they are finite, and reports them."""
+
+    def __init__(
+        self, config: TrainConfig, state: TrainState, services: RunServices, buffer: LossBuffer, batches: BatchStream
+    ):
+        self.config, self.state, self.services = config, state, services
+        self.buffer, self.batches = buffer, batches
+
+    def before_first_step(self) -> None:
+        """There are no losses yet."""
+
+    def after_step(self) -> None:
+        if self.state.step == self.config.steps or self.state.step % self.config.tracking.log_every == 0:
+            self.log()
+
+    def log(self) -> None:
+        """Read and report everything since the last log. Raises TrainingDiverged. Collective."""
+        state, reporter = self.state, self.services.reporter
+        first_step = len(state.history.grad_norms)
+        self.services.rank_check.finish_comparison()
+        losses, norms = self.buffer.read(self.services.accelerator)
+        self._check_finite(losses, norms, first_step)
+        if not norms:
+            return
+        state.history.add_steps(losses, norms)
+        loss = finite_mean(losses)
+        learning_rate = scheduled_learning_rate(self.config, state.step - 1, state.micro_batches_per_step)
+        reporter.row |= {
+            "train/loss": loss,
+            "train/lr": learning_rate,
+            "train/grad_norm": norms[-1],
+            "train/data_wait": self.batches.timer.share,
+            "train/steps_per_second": reporter.speed,
+            "train/samples_per_second": reporter.speed * self.config.batch_size * state.micro_batches_per_step,
+            "train/skipped_steps": len(state.history.skipped_steps),
+        }
+        reporter.show(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}")
+
+    def _check_finite(self, losses: list[float], norms: list[float], first_step: int) -> None:
+        per_step, skips = self.state.micro_batches_per_step, self.config.optim.on_non_finite == "skip"
+        for index, norm in enumerate(norms):
+            step_losses = losses[index * per_step : (index + 1) * per_step]
+            checked_values = [norm] if skips else [*step_losses, norm]
+            if not is_finite(checked_values):
+                self._handle_non_finite(first_step + index, step_losses, norm)
+
+    def _handle_non_finite(self, step: int, losses: list[float], norm: float) -> None:
+        """Record a skipped step. Raises TrainingDiverged unless it may be skipped. `step`: counted from 0."""
+        names = self.batches.sample_names(step, self.state.micro_batches_per_step)
+        message = f"step {step + 1} is not finite: losses {losses}, gradient norm {norm}\n  its samples: "
+        message += ", ".join(names)
+        skipped_steps, optim = self.state.history.skipped_steps, self.config.optim
+        skipped_steps.append(step + 1)
+        if optim.on_non_finite == "skip":
+            if len(skipped_steps) < optim.max_skipped_steps:
+                self.services.reporter.say(f"skipped: {message}")
+                return
+            message += f"\n  {len(skipped_steps)} steps were skipped, the limit of --optim.max_skipped_steps"
+        paths = checkpoint_paths(self.services.folder / CHECKPOINTS)
+        raise TrainingDiverged(
+            f"{message}\n  last good checkpoint: {paths[-1] if paths else 'none'}\n"
+            "  A lower --learning_rate, warm-up, or --training_dtype fp32 usually helps"
+        )
+
+
+class Validate:
+    """Validates before the first step, periodically, and after the last step, if there are held-out images."""
+
+    def __init__(self, trainer: Trainer, parts: RunParts):
+        self.config, self.state, self.services = trainer.config, trainer.state, trainer.services
+        self.loss_function, self.parts = trainer.loss_function, parts
+        self.dataset = parts.datasets.validation
+
+    def before_first_step(self) -> None:
+        self.after_step()
+
+    def after_step(self) -> None:
+        if self.dataset is None or not self._is_due():
+            return
+        state, reporter = self.state, self.services.reporter
+        with self.services.ema.applied():
+            result = validate(
+                self.services.accelerator, self.parts.adapted.model, self.loss_function.for_validation, self.dataset,
+                self.config, self.services.requests.must_stop,
+            )  # fmt: skip
+        state.validation_interrupted = result is None
+        if result is None:
+            return
+        if result.non_finite_rows:
+            self._report_non_finite([self.dataset.name(row) for row in result.non_finite_rows])
+        state.history.validation.append({"step": state.step, **result.losses})
+        if self.config.keeps_best_weights and best_step(state.history.validation) == state.step:
+            state.best = BestWeights(state.step, self.services.ema.evaluation_state())
+        reporter.row |= {f"validation/{name}": loss for name, loss in result.losses.items()}
+        reporter.say(f"validation loss at step {state.step}: {result.losses['loss']:.5f}")
+
+    def _is_due(self) -> bool:
+        step, every = self.state.step, self.config.validation.every
+        is_due = step in (0, self.config.steps) or (every and step % every == 0)
+        return bool(is_due) and step not in [entry["step"] for entry in self.state.history.validation]
+
+    def _report_non_finite(self, names: list[str]) -> None:
+        """Print the images. Raises TrainingDiverged before the first step, because training cannot help."""
+        shown_names = ", ".join(names[:MAX_NAMED_IMAGES])
+        if len(names) > MAX_NAMED_IMAGES:
+            shown_names += f" and {len(names) - MAX_NAMED_IMAGES} more"
+        message = f"the validation loss at step {self.state.step} is not finite for {shown_names}"
+        if self.state.step == 0:
+            raise TrainingDiverged(
+                f"{message}\n  Nothing was trained yet: latents or conditioning of these images are not finite, or "
+                " the model overflows. Remove the images, or try --training_dtype fp32"
+            )
+        self.services.reporter.say(message)
+
+
+class SaveCheckpoint:
+    """Saves periodically and after the last step."""
+
+    def __init__(
+        self, config: TrainConfig, state: TrainState, services: RunServices, checkpoints: RunCheckpoints,
+        log_metrics: LogMetrics,
+    ):  # fmt: skip
+        self.config, self.state, self.services = config, state, services
+        self.checkpoints, self.log_metrics = checkpoints, log_metrics
+
+    def before_first_step(self) -> None:
+        """Nothing was trained yet."""
+
+    def after_step(self) -> None:
+        every = self.config.checkpoint.every
+        is_last = is_last_step(self.state, self.config)
+        if is_last and self.config.distributed.rank_check_every:
+            self.services.rank_check.start_comparison(self.state.step)
+        if is_last or (every and self.state.step % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one. Collective.
+
+        Losses are read first, so that weights that are not finite are never saved."""
+        is_saved = self.state.saved_step == self.state.step
+        if not is_saved:
+            self.log_metrics.log()
+        if not self.state.validation_interrupted:
+            self.services.reporter.emit(self.checkpoints.parts.previous_steps + self.state.step)
+        if is_saved:
+            return
+        self.checkpoints.save(self.state)
+        self.state.saved_step = self.state.step
+        self.services.requests.note_checkpoint()
+
+
+class HandleRequests:
+    """Saves or stops if a signal, a file or the clock asks for it, on any process."""
+
+    def __init__(self, config: TrainConfig, state: TrainState, services: RunServices, save_checkpoint: SaveCheckpoint):
+        self.config, self.state, self.services = config, state, services
+        self.save_checkpoint = save_checkpoint
+
+    def before_first_step(self) -> None:
+        self.after_step()
+
+    def after_step(self) -> None:
+        request = self.services.requests.collect()
+        if request is not StopRequest.NONE:
+            self.save_checkpoint.save()
+        if request.stops:
+            stop_run(request, self.state, self.config, self.services)
+
+
+def stop_run(request: StopRequest, state: TrainState, config: TrainConfig, services: RunServices) -> None:
+    """End the run, whose step is saved, by raising RunStopped."""
+    outcome = f"saved step {state.step} of {config.steps}"
+    if request is StopRequest.REQUEUE and services.process.is_main:
+        outcome += f"; {requeue_job()}"
+    finish_trackers(services.accelerator)  # last, because it may wait for the network
+    raise RunStopped(request, outcome, is_agreed=True)
+
+
+class EmitMetrics:
+    """Writes the metrics of the step to metrics.jsonl and the tracker."""
+
+    def __init__(self, state: TrainState, services: RunServices, previous_steps: int):
+        self.state, self.reporter, self.previous_steps = state, services.reporter, previous_steps
+
+    def before_first_step(self) -> None:
+        self.after_step()
+
+    def after_step(self) -> None:
+        self.reporter.emit(self.previous_steps + self.state.step)

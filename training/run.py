@@ -1,0 +1,182 @@
+"""One run from start to end. torch is imported inside the functions, after the options were checked."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from training.config import TrainConfig
+from training.run_folder import locked_folder
+from training.stopping.signals import RunStopped, SignalHandler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from training.distributed.failures import FailureWatch
+
+LOCK_TIMEOUT = 120.0
+"""Seconds. Processes may outlive their launcher a little, and NFS keeps the locks of a dead client for 90 seconds."""
+
+
+class RunFailed(Exception):
+    """A run that ended with an error, which has been printed."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def run_training(config: TrainConfig, signals: SignalHandler) -> int:
+    """Run one training; return the exit code. If one process fails, all end."""
+    quiet_libraries()
+    try:
+        with run_guard(config, signals) as (accelerator, failures):
+            lock = nullcontext()
+            if accelerator.is_main_process:
+                lock = locked_folder(config, LOCK_TIMEOUT, say)  # type: ignore[assignment]
+            with lock:
+                train(config, accelerator, failures, signals)
+    except RunFailed as failure:
+        return failure.exit_code
+    return 0
+
+
+@contextmanager
+def run_guard(config: TrainConfig, signals: SignalHandler) -> Iterator[tuple[Accelerator, FailureWatch]]:
+    """Connect the processes for a block; report an error in it to all processes, and print the first one.
+
+    Raises RunFailed after an error was printed, and RunStopped if a signal stopped the run."""
+    from training.distributed.accelerator import build_accelerator  # imports torch: earlier errors are faster
+    from training.distributed.failures import FailureWatch
+
+    failures: FailureWatch | None = None
+    try:
+        accelerator = build_accelerator(config)
+        failures = FailureWatch(accelerator)
+        yield accelerator, failures
+    except RunStopped as stopped:
+        if failures is not None and not stopped.is_agreed:  # the processes stop independently
+            stopped.is_first = failures.report(stopped)
+        raise
+    except Exception as error:
+        raise RunFailed(handle_error(error, config, failures, signals)) from error
+    finally:
+        if failures is not None:
+            failures.close()
+        leave_process_group()
+
+
+def handle_error(error: Exception, config: TrainConfig, failures: FailureWatch | None, signals: SignalHandler) -> int:
+    """Report an error to all processes and print it if it is the first one; return the exit code."""
+    from common.atomic import WriteError
+    from training.checkpoints.storage import CheckpointError
+    from training.distributed.accelerator import DistributedError
+    from training.distributed.failures import describe_error
+    from training.reporting.history import TrainingDiverged
+
+    if failures is not None:
+        signals.ignore_signals()
+        if not failures.report(error):
+            return 1  # another process failed first, and prints its error
+    expected_errors = (UserError, CheckpointError, TrainingDiverged, WriteError, DistributedError)
+    message = str(error) if isinstance(error, expected_errors) else describe_error(error, config)
+    print_error(message, is_first=failures is not None)
+    if failures is not None:
+        failures.wait_for_others()
+    return 2 if isinstance(error, UserError) else 1
+
+
+def train(config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler) -> None:
+    """Build the run, train, and export the result."""
+    from adapter_files.keys import file_names
+    from data.precompute.build import build_datasets
+    from training import build
+    from training.batch_stream import BatchStream
+    from training.callbacks import step_callbacks, stop_run
+    from training.checkpoints.resume import RunCheckpoints
+    from training.distributed.engine import needs_contiguous_weights
+    from training.export import RunExport, check_export, print_results
+    from training.loss import build_loss
+    from training.parts import RunParts
+    from training.reporting.trackers import finish_trackers, start_tracker
+    from training.services import RunServices
+    from training.summary import summary
+    from training.trainer import Trainer
+
+    family = build.load_family(config)
+    # text encoders and VAE are loaded and freed in here, so they come before the denoiser
+    datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
+    denoiser, dtype = build.load_denoiser(config, family, needs_contiguous_weights(accelerator))
+    names = file_names(family, denoiser)
+    adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
+    loss_function = build_loss(family, config.objective, config.loss_function, dtype)
+    parts = RunParts(family, datasets, adapted, names, previous_steps)
+    check_export(config, parts)
+    initial_weights = adapted.state_dict() if config.preview else None
+    engine = build.build_engine(config, accelerator, denoiser, adapted)
+
+    with signals.deferred():  # from here on, all processes answer signals together, between two steps
+        services = RunServices.build(config, accelerator, engine, signals)
+        checkpoints = RunCheckpoints(config, parts, engine, services)
+        state = checkpoints.resume()
+        start_tracker(accelerator, config, services.reporter.tracker_id)
+        batches = BatchStream(config, datasets.train, services.process)
+        trainer = Trainer(config, engine, loss_function, batches, state, services)
+        trainer.callbacks = step_callbacks(trainer, parts, checkpoints)
+        say(summary(config, parts, loss_function, services.process, state.micro_batches_per_step))
+        trainer.train()
+        export = RunExport(config, parts, services, state)
+        export.prepare(initial_weights)
+        if services.requests.must_stop():
+            stop_run(services.requests.agreed, state, config, services)
+    failures.close()
+    if accelerator.is_main_process:  # the other processes end without waiting
+        paths = export.write()
+        print_results(state, batches.timer.share, previous_steps, export.jobs[0])
+        for path in paths:
+            print(f"wrote {path}")
+        for path in export.outdated_files(paths):
+            print(f"note: {path} is from an earlier run, which exported other weights too")
+    finish_trackers(accelerator)
+
+
+def quiet_libraries() -> None:
+    """Let the libraries print errors only."""
+    for library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def leave_process_group() -> None:
+    """Leave the process group: gloo aborts a process that ends without this."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """Return the index of this process that the launcher set."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def print_error(message: str, is_first: bool = False) -> None:
+    """Print an error.
+
+    Most errors occur in all processes, and one of them should report: other processes than rank 0 wait, so that the
+    launcher ends them first. `is_first`: no other process reports."""
+    rank = launched_rank()
+    if rank and not is_first:
+        time.sleep(1)
+    prefix = f"rank {rank}: " if rank else ""
+    print(f"error: {prefix}{message}", file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """Print a message in one process."""
+    if launched_rank() == 0:
+        print(message, flush=True)

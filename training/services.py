@@ -1,0 +1,55 @@
+"""Components of a run that the trainer and several callbacks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from common.process import ProcessInfo
+from training.config import TrainConfig
+from training.distributed.accelerator import collective_timeout
+from training.distributed.consensus import Consensus
+from training.distributed.engine import Engine
+from training.distributed.rank_check import RankCheck
+from training.optim.ema import EmaWeights
+from training.reporting.reporter import Reporter
+from training.reporting.trackers import new_tracker_id
+from training.stopping.requests import Requests
+from training.stopping.signals import SignalHandler
+
+
+@dataclass(frozen=True)
+class RunServices:
+    """Communication, reporting and evaluation weights of a run."""
+
+    accelerator: Accelerator
+    folder: Path
+    reporter: Reporter
+    ema: EmaWeights
+    consensus: Consensus
+    rank_check: RankCheck
+    requests: Requests
+
+    @classmethod
+    def build(
+        cls, config: TrainConfig, accelerator: Accelerator, engine: Engine, signals: SignalHandler
+    ) -> RunServices:
+        """Build the components of a run. Collective."""
+        folder = Path(config.output_dir)
+        consensus = Consensus(accelerator, collective_timeout(config))
+        is_main = accelerator.is_main_process
+        return cls(
+            accelerator=accelerator,
+            folder=folder,
+            reporter=Reporter(accelerator, folder, new_tracker_id()),
+            ema=EmaWeights(config, engine),
+            consensus=consensus,
+            rank_check=RankCheck(engine.denoiser, engine.names, consensus),
+            requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
+        )
+
+    @property
+    def process(self) -> ProcessInfo:
+        return ProcessInfo.of(self.accelerator)
