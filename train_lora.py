@@ -1,7 +1,9 @@
-"""Train an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml] [--option value]`.
+"""Train an adapter on a frozen diffusion model: `accelerate launch train_lora.py [recipe.yaml]
+[--option value]`.
 
-Commands that work on data: `python train_lora.py data|export-dataset [recipe.yaml] [--option value]` (docs/data.md).
-Commands that work on files: `python train_lora.py inspect|convert|merge|resize|extract FILE` (docs/formats.md).
+Commands that work on data: `python train_lora.py data|export-dataset [recipe.yaml] [--option
+value]` (docs/data.md). Commands that work on files: `python train_lora.py
+inspect|convert|merge|resize|extract FILE` (docs/formats.md).
 """
 
 import sys
@@ -15,7 +17,8 @@ from training.stopping.signals import RunStopped, SignalHandler, end_with_launch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a training or a command; return the exit code: 2 for a mistake in the input, 1 for other failures."""
+    """Run a training or a command; return the exit code: 2 for a mistake in the input, 1 for other
+    failures."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in tools.COMMANDS:

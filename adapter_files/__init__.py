@@ -1,4 +1,5 @@
-"""Adapter files: their formats, their keys and their metadata. Importing this module imports no torch."""
+"""Adapter files: their formats, their keys and their metadata. Importing this module imports no
+torch."""
 
 from collections.abc import Callable
 from importlib import import_module

@@ -1,5 +1,5 @@
-"""One layer's update as another algorithm's: exactly, as a LoRA or as a whole matrix, or nearly, as a LoRA of given
-rank.
+"""One layer's update as another algorithm's: exactly, as a LoRA or as a whole matrix, or nearly, as
+a LoRA of given rank.
 
 Tensors in and out are of one layer, under the names that the adapters here have, alpha among them.
 """
@@ -50,11 +50,14 @@ def lora_exact(tensors: dict[str, Tensor], weight: torch.Size) -> dict[str, Tens
         return {**as_lora(up * scaling_of(tensors), down, weight), **bias_of(tensors)}
     if algorithm == "LoKr":
         return {**lokr_as_lora(tensors, weight), **bias_of(tensors)}
-    raise AdapterError(f"{algorithm} is no LoRA of a rank below the layer's; lora-svd makes one that is near it")
+    raise AdapterError(
+        f"{algorithm} is no LoRA of a rank below the layer's; lora-svd makes one that is near it"
+    )
 
 
 def flat_loha(tensors: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """One of a LoHa's two products, as (out, rank) and (rank, in * kernel); of a core and w_b if there is one."""
+    """One of a LoHa's two products, as (out, rank) and (rank, in * kernel); of a core and w_b if
+    there is one."""
     a, b = (tensors[f"hada_w{number}_{side}"] for side in "ab")
     if f"hada_t{number}" not in tensors:
         return a, b
@@ -62,7 +65,8 @@ def flat_loha(tensors: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
 
 
 def lokr_as_lora(tensors: dict[str, Tensor], weight: torch.Size) -> dict[str, Tensor]:
-    """(u1 v1) (x) (u2 v2) = (u1 (x) u2)(v1 (x) v2); a whole factor is split by the identity on its smaller side."""
+    """(u1 v1) (x) (u2 v2) = (u1 (x) u2)(v1 (x) v2); a whole factor is split by the identity on its
+    smaller side."""
     (u1, v1), (u2, v2) = (halves(tensors, f"lokr_w{i}") for i in (1, 2))
     return as_lora(torch.kron(u1, u2) * scaling_of(tensors), torch.kron(v1, v2), weight)
 
@@ -78,7 +82,8 @@ def halves(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
 def svd(tensors: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular vectors and values (u, s, v) of a layer's update as a matrix (out, in * kernel).
 
-    Of an update that is a product of thin factors only these are decomposed, the whole matrix is never formed.
+    Of an update that is a product of thin factors only these are decomposed, the whole matrix is
+    never formed.
     """
     try:
         exact = lora_exact(tensors, weight.shape)
@@ -99,16 +104,22 @@ def svd_of(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return finite_svd(delta.flatten(1))
 
 
-def lora_svd(parts: tuple[Tensor, Tensor, Tensor], rank: int, weight: torch.Size) -> tuple[dict[str, Tensor], float]:
-    """The nearest LoRA of at most that rank to an update decomposed by `svd`, and ||error|| / ||update||."""
+def lora_svd(
+    parts: tuple[Tensor, Tensor, Tensor], rank: int, weight: torch.Size
+) -> tuple[dict[str, Tensor], float]:
+    """The nearest LoRA of at most that rank to an update decomposed by `svd`, and ||error|| /
+    ||update||."""
     u, s, v = parts
     root = s[:rank].sqrt()
     lora = as_lora(u[:, :rank] * root, root[:, None] * v[:rank], weight)
     return lora, float(s[rank:].norm() / s.norm().clamp_min(1e-30))
 
 
-def nearest_lora(tensors: dict[str, Tensor], weight: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
-    """A layer as the nearest LoRA of at most `rank`, and ||error|| / ||update||; what is no matrix stays as it is."""
+def nearest_lora(
+    tensors: dict[str, Tensor], weight: Tensor, rank: int
+) -> tuple[dict[str, Tensor], float]:
+    """A layer as the nearest LoRA of at most `rank`, and ||error|| / ||update||; what is no matrix
+    stays as it is."""
     if weight.ndim < 2:
         return tensors, 0.0
     lora, error = lora_svd(svd(tensors, weight), rank, weight.shape)

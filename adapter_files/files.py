@@ -1,5 +1,5 @@
-"""Adapter files: the only place that knows their keys. Reading takes every program's names, writing chooses one
-format."""
+"""Adapter files: the only place that knows their keys. Reading takes every program's names, writing
+chooses one format."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapter_files import convert, fused_weights
 from adapter_files.keys import Names, group_keys, looks_like
-from adapter_files.normalise import faults_of, widened, with_magnitude, without_cores
+from adapter_files.normalize import faults_of, widened, with_magnitude, without_cores
 from adapter_files.writers import (
     DORA_NORM,
     OF_BASE,
@@ -30,23 +30,40 @@ from lora_algos.attach import adaptable_layers, layers_of, norm_layers
 from lora_algos.tensors import known_rank, moved
 
 __all__ = [
-    "MOST_ERROR", "WRITERS", "FileContent", "Layers", "Names", "content_of", "file_and_config", "from_file",
-    "layers_of_adapted", "preferred", "read", "to_bytes", "to_file", "verify", "weights_of", "without_values",
-]  # fmt: skip
+    "MOST_ERROR",
+    "WRITERS",
+    "FileContent",
+    "Layers",
+    "Names",
+    "content_of",
+    "file_and_config",
+    "from_file",
+    "layers_of_adapted",
+    "preferred",
+    "read",
+    "to_bytes",
+    "to_file",
+    "verify",
+    "weights_of",
+    "without_values",
+]
 
 
 MOST_ERROR = 1e-6  # of a file in fp32, read back, relative to the update
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file, or of PEFT's folder; AdapterError if it is not one."""
+    """Tensors and metadata of a .safetensors file, or of PEFT's folder; AdapterError if it is not
+    one."""
     path, config = file_and_config(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, {**(file.metadata() or {}), **config}
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is not a readable .safetensors file: {unreadable(path, error)}") from error
+        raise AdapterError(
+            f"{path} is not a readable .safetensors file: {unreadable(path, error)}"
+        ) from error
 
 
 def unreadable(path: Path, error: Exception) -> str:
@@ -71,14 +88,21 @@ def file_and_config(path: Path) -> tuple[Path, dict[str, str]]:
     try:
         config = (path / "adapter_config.json").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is not a folder of PEFT's: adapter_config.json: {error}") from error
+        raise AdapterError(
+            f"{path} is not a folder of PEFT's: adapter_config.json: {error}"
+        ) from error
     return path / "adapter_model.safetensors", {"adapter_config": config}
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The base weight of every layer that an adapter file can change, without an update that is merged into it."""
+    """The base weight of every layer that an adapter file can change, without an update that is
+    merged into it."""
     layers: dict[str, Any] = {**adaptable_layers(model), **norm_layers(model)}
-    unmerged = {name: layer.unmerged[0] for name, layer in AdaptedModel(model).layers().items() if layer.unmerged}
+    unmerged = {
+        name: layer.unmerged[0]
+        for name, layer in AdaptedModel(model).layers().items()
+        if layer.unmerged
+    }
     return {name: unmerged.get(name, layer.weight) for name, layer in layers.items()}
 
 
@@ -90,9 +114,11 @@ def has_bias(layer: nn.Module) -> bool | None:
 def from_file(
     tensors: dict[str, Tensor], metadata: dict[str, str], model: nn.Module, names: Names
 ) -> tuple[Layers, list[str]]:
-    """A file's tensors by the layer of `model` they belong to; and a line for each that belongs to none, or is broken.
+    """A file's tensors by the layer of `model` they belong to; and a line for each that belongs to
+    none, or is broken.
 
-    The tensors are fp32 and have the names that the adapters here give them, whatever program wrote the file.
+    The tensors are fp32 and have the names that the adapters here give them, whatever program wrote
+    the file.
     """
     from adapter_files.peft_config import config_in
 
@@ -103,10 +129,18 @@ def from_file(
         unknown.insert(0, f"the file looks like one for {what}")
     result: Layers = {}
     for layer, keys in found.items():
-        parts = [{name: tensors[key] for name, key in keys.items() if names.is_native(key, layer) == native}
-                 for native in (False, True)]  # fmt: skip
+        parts = [
+            {
+                name: tensors[key]
+                for name, key in keys.items()
+                if names.is_native(key, layer) == native
+            }
+            for native in (False, True)
+        ]
         try:
-            reader = LayerReader(layer, weights[layer], has_bias(modules[layer]), names, metadata, config)
+            reader = LayerReader(
+                layer, weights[layer], has_bias(modules[layer]), names, metadata, config
+            )
             if tensors_here := reader.read(*parts):
                 result[layer] = tensors_here
         except (AdapterError, RuntimeError) as error:
@@ -138,7 +172,9 @@ class LayerReader:
         part = self.names.rows.get(self.layer)
         if part is None:
             turned = fused_weights.swap(self.weight)
-            tensors = with_magnitude(self.prepared(native, turned), turned, self.metadata.get(DORA_NORM) == OF_BASE)
+            tensors = with_magnitude(
+                self.prepared(native, turned), turned, self.metadata.get(DORA_NORM) == OF_BASE
+            )
             return fused_weights.swapped(tensors, turned)
         shape = torch.Size((self.names.native_rows(self.layer), *self.weight.shape[1:]))
         tensors = self.prepared(native, torch.empty(shape, device="meta"))
@@ -159,11 +195,19 @@ class LayerReader:
 
 
 def with_alpha(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
-    """A layer's tensors with the alpha that is understood where there is none, and in the units of ours."""
+    """A layer's tensors with the alpha that is understood where there is none, and in the units of
+    ours."""
     if "oft_blocks" not in tensors:
         rank = known_rank(tensors)
-        return tensors if rank is None or "alpha" in tensors else {**tensors, "alpha": torch.tensor(float(rank))}
-    alpha, shape = tensors.get("alpha", torch.tensor(0.0)), tensors["oft_blocks"].shape  # without one it is free
+        return (
+            tensors
+            if rank is None or "alpha" in tensors
+            else {**tensors, "alpha": torch.tensor(float(rank))}
+        )
+    alpha, shape = (
+        tensors.get("alpha", torch.tensor(0.0)),
+        tensors["oft_blocks"].shape,
+    )  # without one it is free
     if metadata.get("ss_network_module", "").startswith("lycoris"):
         # kohya's and LyCORIS' constraint is per output channel, ComfyUI's is the whole layer's
         alpha = alpha * torch.Size(shape[-3:-1]).numel()
@@ -189,16 +233,21 @@ def layers_of_adapted(adapted: AdaptedModel) -> Layers:
 
 
 def content_of(layers: Layers, model: nn.Module, names: Names, file_format: str) -> FileContent:
-    """The layers in one of `write.WRITERS`' formats, as they are. AdapterError if it cannot hold them.
+    """The layers in one of `write.WRITERS`' formats, as they are. AdapterError if it cannot hold
+    them.
 
     Of layers without values the content has none either, and no weight of the model is looked at.
     """
-    grouped = [name for name, layer in adaptable_layers(model).items() if getattr(layer, "groups", 1) > 1]
+    grouped = [
+        name for name, layer in adaptable_layers(model).items() if getattr(layer, "groups", 1) > 1
+    ]
     faults = [name for name in grouped if name in layers]
     if file_format in ("peft", "diffusers") and faults:
         what = f"--export.formats {file_format}: PEFT has another function for grouped convolutions"
         raise AdapterError(error_list(what, faults))
-    weights = {name: weight.detach() for name, weight in weights_of(model).items() if name in layers}
+    weights = {
+        name: weight.detach() for name, weight in weights_of(model).items() if name in layers
+    }
     if any(tensor.is_meta for tensors in layers.values() for tensor in tensors.values()):
         weights = {name: weight.to("meta") for name, weight in weights.items()}
     return WRITERS[file_format](layers, weights, names)
@@ -206,14 +255,19 @@ def content_of(layers: Layers, model: nn.Module, names: Names, file_format: str)
 
 def without_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer's tensors as names and shapes; the alpha keeps its value."""
-    return {name: tensor if name == "alpha" else tensor.to("meta") for name, tensor in tensors.items()}
+    return {
+        name: tensor if name == "alpha" else tensor.to("meta") for name, tensor in tensors.items()
+    }
 
 
-def to_file(layers: Layers, model: nn.Module, names: Names, file_format: str, dtype: torch.dtype) -> FileContent:
+def to_file(
+    layers: Layers, model: nn.Module, names: Names, file_format: str, dtype: torch.dtype
+) -> FileContent:
     """The layers in one of `write.WRITERS`' formats, in `dtype` (alphas and magnitudes in fp32)."""
     content = content_of(layers, model, names, file_format)
     content.tensors = {
-        key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in content.tensors.items()
+        key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous()
+        for key, tensor in content.tensors.items()
     }
     if content.config is not None:
         content.metadata["format"] = "pt"  # PEFT writes it and transformers asks for it
@@ -221,7 +275,8 @@ def to_file(layers: Layers, model: nn.Module, names: Names, file_format: str, dt
 
 
 def verify(content: FileContent, layers: Layers, model: nn.Module, names: Names) -> float:
-    """Reads `content` back as a stranger would and compares what it does to the weights with what `layers` do.
+    """Reads `content` back as a stranger would and compares what it does to the weights with what
+    `layers` do.
 
     Returns the largest ||difference|| / ||update|| of a layer. Raises AdapterError naming keys that belong to no
     layer and layers that are missing: a file that says less than it should is not to be kept.
@@ -232,12 +287,22 @@ def verify(content: FileContent, layers: Layers, model: nn.Module, names: Names)
     found, unknown = from_file(content.tensors, metadata, model, names)
     weights = weights_of(model)
     missing = [
-        f"{layer}: missing" for layer in layers.keys() - found.keys()
-        if changes(layers[layer], weights[layer].detach())  # in a fused weight, nothing is not written
-    ]  # fmt: skip
+        f"{layer}: missing"
+        for layer in layers.keys() - found.keys()
+        if changes(
+            layers[layer], weights[layer].detach()
+        )  # in a fused weight, nothing is not written
+    ]
     if unknown or missing:
-        raise AdapterError(error_list("what was written could not be read back and is not kept", [*unknown, *missing]))
-    return max((difference(t, layers[layer], weights[layer].detach()) for layer, t in found.items()), default=0.0)
+        raise AdapterError(
+            error_list(
+                "what was written could not be read back and is not kept", [*unknown, *missing]
+            )
+        )
+    return max(
+        (difference(t, layers[layer], weights[layer].detach()) for layer, t in found.items()),
+        default=0.0,
+    )
 
 
 def changes(tensors: dict[str, Tensor], weight: Tensor) -> bool:
@@ -247,10 +312,13 @@ def changes(tensors: dict[str, Tensor], weight: Tensor) -> bool:
 
 
 def difference(there: dict[str, Tensor], here: dict[str, Tensor], weight: Tensor) -> float:
-    """||difference|| / ||update|| of what two sets of a layer's tensors do, infinite if it is no number."""
+    """||difference|| / ||update|| of what two sets of a layer's tensors do, infinite if it is no
+    number."""
     deltas = [convert.delta_of(moved(tensors, weight.device), weight) for tensors in (there, here)]
     size = deltas[1].norm()
-    if "lora_magnitude_vector" in here:  # whose digits are those of the whole weight, not of its change
+    if (
+        "lora_magnitude_vector" in here
+    ):  # whose digits are those of the whole weight, not of its change
         size = size + weight.to(size.dtype).norm()
     errors = [relative(deltas[0] - deltas[1], size)]
     if "diff_b" in here:

@@ -1,8 +1,9 @@
-"""Adapters of weights that the original model has in another shape: fused of several layers, such as to_q, to_k and
-to_v, or with the halves of their rows swapped. Cutting an adapter along its rows, and putting adapters together.
+"""Adapters of weights that the original model has in another shape: fused of several layers, such
+as to_q, to_k and to_v, or with the halves of their rows swapped. Cutting an adapter along its rows,
+and putting adapters together.
 
-Exact always: what has no form of its own algorithm is the whole update, `diff`. A rotation whose blocks reach over the
-border of two layers is none of either, and refused.
+Exact always: what has no form of its own algorithm is the whole update, `diff`. A rotation whose
+blocks reach over the border of two layers is none of either, and refused.
 """
 
 from collections.abc import Iterable
@@ -42,18 +43,26 @@ def row_axes(tensors: LayerTensors, total: int) -> dict[str, RowAxis]:
     """Of the tensors of a weight with `total` rows, those that differ from row to row. AdapterError if one does not fit
     it."""
     axes = {name: RowAxis(0) for name in ROWWISE if name in tensors}
-    axes |= {f"hada_w{i}_a": RowAxis(int(f"hada_t{i}" in tensors)) for i in (1, 2) if f"hada_w{i}_a" in tensors}
+    axes |= {
+        f"hada_w{i}_a": RowAxis(int(f"hada_t{i}" in tensors))
+        for i in (1, 2)
+        if f"hada_w{i}_a" in tensors
+    }
     for name in tensors.keys() & {"lokr_w1", "lokr_w1_a"}:
         unit = total // tensors[name].shape[0]
         axes[name] = RowAxis(0, unit, unit)
     if "oft_blocks" in tensors:
         *stages, _, side, _ = tensors["oft_blocks"].shape
         # the last stage of a butterfly mixes all rows within 2^(stages - 1) blocks
-        axes["oft_blocks"] = RowAxis(len(stages), side, side * 2 ** (stages[0] - 1) if stages else side)
+        axes["oft_blocks"] = RowAxis(
+            len(stages), side, side * 2 ** (stages[0] - 1) if stages else side
+        )
     for name, at in axes.items():
         shape = tuple(tensors[name].shape)
         if shape[at.axis] * at.unit != total:
-            raise AdapterError(f"{name} is {shape}, and the original model's weight has {total} rows")
+            raise AdapterError(
+                f"{name} is {shape}, and the original model's weight has {total} rows"
+            )
     return axes
 
 
@@ -61,11 +70,19 @@ def chosen(tensors: LayerTensors, total: int, ranges: list[Range]) -> LayerTenso
     """The adapter of these rows of a weight in this order; None if it cannot be cut there."""
     tensors = unconstrained(tensors)
     axes = row_axes(tensors, total)
-    if any(bound % at.step for at in axes.values() for first, count in ranges for bound in (first, count)):
+    if any(
+        bound % at.step
+        for at in axes.values()
+        for first, count in ranges
+        for bound in (first, count)
+    ):
         return within_one_row(tensors, total, ranges[0]) if len(ranges) == 1 else None
     result = dict(tensors)
     for name, at in axes.items():
-        parts = [tensors[name].narrow(at.axis, first // at.unit, count // at.unit) for first, count in ranges]
+        parts = [
+            tensors[name].narrow(at.axis, first // at.unit, count // at.unit)
+            for first, count in ranges
+        ]
         result[name] = torch.cat(parts, at.axis)
     return result
 
@@ -81,7 +98,12 @@ def within_one_row(tensors: LayerTensors, total: int, part: Range) -> LayerTenso
         return None
     w2 = "lokr_w2" if "lokr_w2" in tensors else "lokr_w2_a"
     bias = {"diff_b": tensors["diff_b"].narrow(0, first, count)} if "diff_b" in tensors else {}
-    return {**tensors, w1: tensors[w1].narrow(0, at, 1), w2: tensors[w2].narrow(0, start, count), **bias}
+    return {
+        **tensors,
+        w1: tensors[w1].narrow(0, at, 1),
+        w2: tensors[w2].narrow(0, start, count),
+        **bias,
+    }
 
 
 def unconstrained(tensors: LayerTensors) -> LayerTensors:
@@ -118,7 +140,8 @@ def is_absent(whole: LayerTensors, part: LayerTensors, total: int) -> bool:
 
 
 def without_idle_ranks(tensors: LayerTensors) -> LayerTensors:
-    """Without the ranks that are zero in these rows: what was put side by side comes back at the rank it had."""
+    """Without the ranks that are zero in these rows: what was put side by side comes back at the
+    rank it had."""
     pairs = [pair for pair in RANK_PAIRS["LoRA"] + RANK_PAIRS["LoHa"] if pair[0] in tensors]
     if not pairs or "hada_t1" in tensors:
         return tensors
@@ -160,10 +183,14 @@ def delta_on(tensors: LayerTensors, weight: Tensor) -> Tensor:
         return torch.empty(weight.shape, device="meta", dtype=there.dtype)
     if weight.is_meta and algorithm_of(tensors) != "LoKr":
         raise AdapterError(f"{algorithm_of(tensors)} needs the values of the base's weight here")
-    return delta_of(tensors if weight.is_meta else moved(tensors, weight.device), weight).to(there.device)
+    return delta_of(tensors if weight.is_meta else moved(tensors, weight.device), weight).to(
+        there.device
+    )
 
 
-def fused(parts: dict[Range, LayerTensors], weights: dict[Range, Tensor], total: int) -> LayerTensors:
+def fused(
+    parts: dict[Range, LayerTensors], weights: dict[Range, Tensor], total: int
+) -> LayerTensors:
     """One adapter of a fused weight of `total` rows, given those of its parts and these' weights. Rows of which there
     is no part stay as they are."""
     parts = {rows: unconstrained(tensors) for rows, tensors in parts.items()}
@@ -179,7 +206,9 @@ def fused(parts: dict[Range, LayerTensors], weights: dict[Range, Tensor], total:
     elif algorithm in ("OFT", "BOFT") and same_blocks(parts, total):
         found = {**blocks_in_a_row(parts, total), "alpha": torch.tensor(0.0)}
     else:
-        found = {"diff": placed({rows: delta_on(t, weights[rows]) for rows, t in parts.items()}, total)}
+        found = {
+            "diff": placed({rows: delta_on(t, weights[rows]) for rows, t in parts.items()}, total)
+        }
     return {**found, **fused_bias(parts, total)}
 
 
@@ -201,11 +230,16 @@ def placed(parts: dict[Range, Tensor], total: int) -> Tensor:
     return whole
 
 
-def side_by_side(parts: dict[Range, LayerTensors], pairs: tuple[tuple[str, str], ...], total: int) -> LayerTensors:
+def side_by_side(
+    parts: dict[Range, LayerTensors], pairs: tuple[tuple[str, str], ...], total: int
+) -> LayerTensors:
     """Products of thin factors as one, with ranks of their own for the rows of each part."""
     ranks = [known_rank(tensors) or 1 for tensors in parts.values()]
     rank = sum(ranks)
-    alpha = next((alpha for alpha in (rank_and_alpha(tensors)[1] for tensors in parts.values()) if alpha), 1.0)
+    alpha = next(
+        (alpha for alpha in (rank_and_alpha(tensors)[1] for tensors in parts.values()) if alpha),
+        1.0,
+    )
     found = {"alpha": torch.tensor(alpha)}
     for number, (up, down) in enumerate(pairs):
         first = next(iter(parts.values()))[up]
@@ -221,7 +255,10 @@ def side_by_side(parts: dict[Range, LayerTensors], pairs: tuple[tuple[str, str],
 
 def same_blocks(parts: dict[Range, LayerTensors], total: int) -> bool:
     """Whether rotations of these parts are one rotation of the whole."""
-    axes = {row_axes({"oft_blocks": tensors["oft_blocks"]}, rows[1])["oft_blocks"] for rows, tensors in parts.items()}
+    axes = {
+        row_axes({"oft_blocks": tensors["oft_blocks"]}, rows[1])["oft_blocks"]
+        for rows, tensors in parts.items()
+    }
     step = axes.pop().step
     return not axes and not any(start % step for start, _ in parts) and total % step == 0
 

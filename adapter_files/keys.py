@@ -15,13 +15,15 @@ class Names:
     """The names of one model's layers, beside diffusers' own, by which adapters know them."""
 
     native: dict[str, str] = field(default_factory=dict)
-    """diffusers' name -> name in the original model, which is ComfyUI's, without `diffusion_model.`."""
+    """diffusers' name -> name in the original model, which is ComfyUI's, without
+    `diffusion_model.`."""
     component: str = "unet"
     """diffusers' name of the denoiser in a pipeline."""
     kohya_is_native: bool = False
     """Whether kohya's names are made of the native ones."""
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Layer -> (first, count): the rows that it is of a native weight that is fused of several layers."""
+    """Layer -> (first, count): the rows that it is of a native weight that is fused of several
+    layers."""
     swapped: frozenset[str] = frozenset()
     """Layers whose halves of rows stand the other way round in the native weight."""
     by_diffusers: str = ""
@@ -60,7 +62,8 @@ class Names:
         return found
 
     def siblings(self, layer: str) -> list[str]:
-        """The layers of which the native weight is fused, the layer itself among them; it alone if it is not."""
+        """The layers of which the native weight is fused, the layer itself among them; it alone if
+        it is not."""
         return self.fused[self.native[layer]] if layer in self.rows else [layer]
 
     def native_rows(self, layer: str) -> int:
@@ -77,28 +80,44 @@ class Names:
 
     def spellings(self, layer: str) -> list[str]:
         """Every way in which some program writes the layer."""
-        if layer in self.text:  # transformers puts `text_model` before most names in some versions, and in some not
+        if (
+            layer in self.text
+        ):  # transformers puts `text_model` before most names in some versions, and in some not
             encoder, _, inside = layer.partition(".")
             inside = inside.removeprefix("text_model.")
             return [self.text[layer], f"{encoder}.{inside}", f"{encoder}.text_model.{inside}"]
         flat = layer.replace(".", "_")
         return [
-            layer, f"lora_unet_{flat}", f"lycoris_{flat}", f"lora_transformer_{flat}", f"lycoris_unet_{flat}",
-            *(f"{p}.{layer}" for p in ("unet", "transformer", "diffusion_model", "base_model.model")),
+            layer,
+            f"lora_unet_{flat}",
+            f"lycoris_{flat}",
+            f"lora_transformer_{flat}",
+            f"lycoris_unet_{flat}",
+            *(
+                f"{p}.{layer}"
+                for p in ("unet", "transformer", "diffusion_model", "base_model.model")
+            ),
             *(f"{p}.base_model.model.{layer}" for p in ("unet", "transformer")),
             *self.native_spellings(layer),
-        ]  # fmt: skip
+        ]
 
     def native_spellings(self, layer: str) -> list[str]:
-        """Every way in which some program writes the weight in the original model that the layer is part of."""
+        """Every way in which some program writes the weight in the original model that the layer is
+        part of."""
         if layer not in self.native:
             return []
         native = self.native[layer]
         flat = native.replace(".", "_")
-        return [f"diffusion_model.{native}", f"model.diffusion_model.{native}", f"lora_unet_{flat}", f"lycoris_{flat}"]
+        return [
+            f"diffusion_model.{native}",
+            f"model.diffusion_model.{native}",
+            f"lora_unet_{flat}",
+            f"lycoris_{flat}",
+        ]
 
     def is_native(self, key: str, layer: str) -> bool:
-        """Whether the tensor is of the original model's weight, and that is not simply the layer's own."""
+        """Whether the tensor is of the original model's weight, and that is not simply the layer's
+        own."""
         differs = layer in self.rows or layer in self.swapped
         return differs and split_key(key)[0] in self.native_spellings(layer)
 
@@ -111,43 +130,105 @@ class Names:
         return found
 
 
-# What a key ends with -> the tensor's name here. Names that several programs use stand there as they are.
+# What a key ends with -> the tensor's name here. Names that several programs use stand there as
+# they are.
 SUFFIXES = {
-    **{f".{own}": own for own in (
-        "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "lora_magnitude_vector",
-        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-        "oft_blocks", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "diff", "diff_b",
-        "oft_R.weight", "set_weight", "reshape_weight", "initial_up", "initial_down",
-    )},
-    **{f".{name}": own for own, sides in (
-        ("lora_down.weight", ("lora_A.weight", "lora_A.default.weight", "lora_A", "lora.down.weight",
-                              "lora_linear_layer.down.weight")),
-        ("lora_up.weight", ("lora_B.weight", "lora_B.default.weight", "lora_B", "lora.up.weight",
-                            "lora_linear_layer.up.weight")),
-        ("lora_magnitude_vector", ("lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight",
-                                   "lora_magnitude_vector.default")),
-        ("diff", ("w_norm",)),
-        ("diff_b", ("b_norm",)),
-    ) for name in sides},
+    **{
+        f".{own}": own
+        for own in (
+            "lora_down.weight",
+            "lora_up.weight",
+            "lora_mid.weight",
+            "alpha",
+            "dora_scale",
+            "lora_magnitude_vector",
+            "hada_w1_a",
+            "hada_w1_b",
+            "hada_w2_a",
+            "hada_w2_b",
+            "hada_t1",
+            "hada_t2",
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+            "oft_blocks",
+            "rescale",
+            "a1.weight",
+            "a2.weight",
+            "b1.weight",
+            "b2.weight",
+            "bm.weight",
+            "diff",
+            "diff_b",
+            "oft_R.weight",
+            "set_weight",
+            "reshape_weight",
+            "initial_up",
+            "initial_down",
+        )
+    },
+    **{
+        f".{name}": own
+        for own, sides in (
+            (
+                "lora_down.weight",
+                (
+                    "lora_A.weight",
+                    "lora_A.default.weight",
+                    "lora_A",
+                    "lora.down.weight",
+                    "lora_linear_layer.down.weight",
+                ),
+            ),
+            (
+                "lora_up.weight",
+                (
+                    "lora_B.weight",
+                    "lora_B.default.weight",
+                    "lora_B",
+                    "lora.up.weight",
+                    "lora_linear_layer.up.weight",
+                ),
+            ),
+            (
+                "lora_magnitude_vector",
+                (
+                    "lora_magnitude_vector.weight",
+                    "lora_magnitude_vector.default.weight",
+                    "lora_magnitude_vector.default",
+                ),
+            ),
+            ("diff", ("w_norm",)),
+            ("diff_b", ("b_norm",)),
+        )
+        for name in sides
+    },
     "_lora.down.weight": "lora_down.weight",
     "_lora.up.weight": "lora_up.weight",
-}  # fmt: skip
+}
 LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A file's key as the layer's spelling and the tensor's name here; the name is empty if no program writes such."""
+    """A file's key as the layer's spelling and the tensor's name here; the name is empty if no
+    program writes such."""
     for suffix in LONGEST_FIRST:
         if key.endswith(suffix):
-            return re.sub(r"\.processor\.(to_out)$|\.processor\.", processor, key[: -len(suffix)]), SUFFIXES[suffix]
+            return re.sub(
+                r"\.processor\.(to_out)$|\.processor\.", processor, key[: -len(suffix)]
+            ), SUFFIXES[suffix]
     return key, ""
 
 
 def group_keys(
     shapes: Mapping[str, tuple[int, ...]], layer_of: Mapping[str, list[str]]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """A file's keys as layer -> tensor's name here -> key, and a line for each key that belongs to no layer."""
+    """A file's keys as layer -> tensor's name here -> key, and a line for each key that belongs to
+    no layer."""
     found: dict[str, dict[str, str]] = {}
     unknown = []
     for key, shape in shapes.items():
@@ -160,7 +241,9 @@ def group_keys(
             for layer in layers:
                 found.setdefault(layer, {})[name] = key
         else:
-            unknown.append(f"{key} {shape}: {'no such layer in the model' if name else 'no tensor of an adapter'}")
+            unknown.append(
+                f"{key} {shape}: {'no such layer in the model' if name else 'no tensor of an adapter'}"
+            )
     return found, unknown
 
 
@@ -169,8 +252,8 @@ def processor(match: re.Match) -> str:
     return ".to_out.0" if match[1] else "."
 
 
-# (pattern that keys of a file show, what it is of): to say what an unmatched file looks like. The first that fits
-# counts.
+# (pattern that keys of a file show, what it is of): to say what an unmatched file looks like. The
+# first that fits counts.
 LOOKS = (
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
     (r"joint_blocks|joint_attn", "Stable Diffusion 3"),
@@ -196,12 +279,16 @@ def file_names(family: ModelFamily, denoiser: nn.Module) -> Names:
     natives = family.native_names(denoiser)
     return Names(
         {layer: native.name for layer, native in natives.items()},
-        family.component.removesuffix("_2"),  # each of two denoisers has a file of its own, in which it is the one
+        family.component.removesuffix(
+            "_2"
+        ),  # each of two denoisers has a file of its own, in which it is the one
         family.kohya_is_native,
         rows={layer: native.rows for layer, native in natives.items() if native.rows},
         swapped=frozenset(layer for layer, native in natives.items() if native.swapped),
         by_diffusers=family.by_diffusers,
         alphas=family.alphas,
-        native_only=frozenset(layer for layer, native in natives.items() if not native.by_diffusers),
+        native_only=frozenset(
+            layer for layer, native in natives.items() if not native.by_diffusers
+        ),
         text=family.text_names(denoiser),
     )

@@ -1,5 +1,5 @@
-"""PEFT's adapter_config.json: made for a folder that PEFT loads, and read for the ranks' alphas, which it alone
-holds."""
+"""PEFT's adapter_config.json: made for a folder that PEFT loads, and read for the ranks' alphas,
+which it alone holds."""
 
 import json
 import math
@@ -8,11 +8,12 @@ import re
 import torch
 from torch import Tensor
 
-from adapter_files.normalise import Layers
+from adapter_files.normalize import Layers
 from common.errors import AdapterError, error_list
 from lora_algos.tensors import known_rank, rank_and_alpha
 
-# PEFT's initialisations that leave the base weight as it is; others move part of it into the adapter
+# PEFT's initializations that leave the base weight as it is; others move part of it into the
+# adapter
 KEEP_THE_BASE = ("default", "gaussian", "eva", "mica", "true", "false")
 PEFT_TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR"}
 
@@ -35,7 +36,8 @@ def alpha_of(tensors: dict[str, Tensor]) -> float:
 
 
 def peft_config(layers: Layers, weights: dict[str, Tensor], algorithm: str) -> dict:
-    """The config with which PEFT makes layers that these tensors fit. AdapterError if it makes none such."""
+    """The config with which PEFT makes layers that these tensors fit. AdapterError if it makes none
+    such."""
     ranks = {layer: rank_of(tensors) for layer, tensors in layers.items()}
     alphas = {layer: alpha_of(tensors) for layer, tensors in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -52,7 +54,10 @@ def peft_config(layers: Layers, weights: dict[str, Tensor], algorithm: str) -> d
         return {**config, "lora_alpha": alpha, "use_dora": algorithm == "DoRA", "use_rslora": False}
     config["alpha"] = alpha
     if algorithm == "LoHa":
-        return {**config, "use_effective_conv2d": any("hada_t1" in tensors for tensors in layers.values())}
+        return {
+            **config,
+            "use_effective_conv2d": any("hada_t1" in tensors for tensors in layers.values()),
+        }
     return {**config, **lokr_options(layers, weights)}
 
 
@@ -63,12 +68,20 @@ def lokr_options(layers: Layers, weights: dict[str, Tensor]) -> dict:
     splits = {}
     for layer, tensors in layers.items():
         out, channels = weights[layer].shape[:2]
-        w1 = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+        w1 = (
+            tensors["lokr_w1"]
+            if "lokr_w1" in tensors
+            else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+        )
         a, c = w1.shape
         splits[layer] = ((out, a), (channels, c))
     wanted = {side[1] for split in splits.values() for side in split}
     differing = {
-        factor: [name for name, split in splits.items() if any(factorization(n, factor)[0] != s for n, s in split)]
+        factor: [
+            name
+            for name, split in splits.items()
+            if any(factorization(n, factor)[0] != s for n, s in split)
+        ]
         for factor in (-1, *sorted(wanted, reverse=True))
     }
     factor = min(differing, key=lambda f: len(differing[f]))
@@ -99,7 +112,7 @@ def config_in(metadata: dict[str, str]) -> dict:
 
 
 def config_faults(config: dict) -> list[str]:
-    """What is wrong with a config's numbers, and an initialisation that has changed the base."""
+    """What is wrong with a config's numbers, and an initialization that has changed the base."""
     faults = [
         f"{name} = {config[name]!r}: no number"
         for name in ("r", "lora_alpha", "alpha")
@@ -139,7 +152,9 @@ def is_number(value: object) -> bool:
 def patterned(config: dict, patterns: str, layer: str, default: float) -> float:
     """A layer's own value of those that a config gives by pattern, else the default."""
     found = (config.get(patterns) or {}).items()
-    return next((value for pattern, value in found if re.match(rf"(.*\.)?({pattern})$", layer)), default)
+    return next(
+        (value for pattern, value in found if re.match(rf"(.*\.)?({pattern})$", layer)), default
+    )
 
 
 def scaled_by_config(config: dict, layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,4 +168,7 @@ def scaled_by_config(config: dict, layer: str, tensors: dict[str, Tensor]) -> di
         return {**tensors, "lokr_w1": tensors["lokr_w1"] * (alpha / asked)}
     if rank is None:
         return tensors
-    return {**tensors, "alpha": torch.tensor(alpha * (rank**0.5 if config.get("use_rslora") else 1.0))}
+    return {
+        **tensors,
+        "alpha": torch.tensor(alpha * (rank**0.5 if config.get("use_rslora") else 1.0)),
+    }

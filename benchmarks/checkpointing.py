@@ -1,13 +1,15 @@
-"""What gradient checkpointing costs and saves, per depth and policy: time of a step, and memory beside the weights.
+"""What gradient checkpointing costs and saves, per depth and policy: time of a step, and memory
+beside the weights.
 
-`python benchmarks/checkpointing.py` measures the embedded UNet, `--full` a UNet of Stable Diffusion 1.5's size with
-random weights and 32x32 latents; both with LoRA of rank 8 on all layers, fp32, batch 1, one thread. A step is forward
-and backward. The variants take turns on one model; the ratio is of CPU time, to no checkpointing in the same turn, the
-median of the turns.
+`python benchmarks/checkpointing.py` measures the embedded UNet, `--full` a UNet of Stable Diffusion
+1.5's size with random weights and 32x32 latents; both with LoRA of rank 8 on all layers, fp32,
+batch 1, one thread. A step is forward and backward. The variants take turns on one model; the ratio
+is of CPU time, to no checkpointing in the same turn, the median of the turns.
 
-Memory is counted by storages as operators make them, so it is exact, the same on every machine and free of the
-allocator's slack: kept is what lives between forward and backward, peak the most at any time of the step. Gradients
-are allocated before, and the scratch memory within one operator is not seen.
+Memory is counted by storages as operators make them, so it is exact, the same on every machine and
+free of the allocator's slack: kept is what lives between forward and backward, peak the most at any
+time of the step. Gradients are allocated before, and the scratch memory within one operator is not
+seen.
 """
 
 import argparse
@@ -43,7 +45,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.seen = {t.untyped_storage().data_ptr() for t in known}  # views of what was there before are not new
+        self.seen = {
+            t.untyped_storage().data_ptr() for t in known
+        }  # views of what was there before are not new
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,7 +105,10 @@ def with_lora(unet: nn.Module) -> nn.Module:
 def stepper(unet: Any, size: int) -> Callable[[], Tensor]:
     """The forward pass to a loss; gradients have their place already."""
     torch.manual_seed(0)
-    latents, cond = torch.randn(1, 4, size, size), torch.randn(1, 77, unet.config.cross_attention_dim)
+    latents, cond = (
+        torch.randn(1, 4, size, size),
+        torch.randn(1, 77, unet.config.cross_attention_dim),
+    )
     for parameter in unet.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return lambda: unet(latents, torch.tensor([500]), cond, return_dict=False)[0].square().mean()
@@ -109,7 +116,11 @@ def stepper(unet: Any, size: int) -> Callable[[], Tensor]:
 
 def memory(unet: nn.Module, forward: Callable[[], Tensor]) -> tuple[float, float]:
     """MiB kept after the forward pass, and at the peak of the step."""
-    known = [*unet.parameters(), *unet.buffers(), *(p.grad for p in unet.parameters() if p.grad is not None)]
+    known = [
+        *unet.parameters(),
+        *unet.buffers(),
+        *(p.grad for p in unet.parameters() if p.grad is not None),
+    ]
     with LiveBytes(known) as live:
         loss = forward()
         kept = live.now
@@ -128,18 +139,26 @@ def measure(unet: nn.Module, size: int, turns: int) -> None:
             forward().backward()
             if turn >= 0:
                 seconds[variant].append(time.process_time() - start)
-    print(f"{'depth policy':26}{'modules':>8}{'s/step':>9}{'ratio':>8}{'kept MiB':>10}{'peak MiB':>10}")
+    print(
+        f"{'depth policy':26}{'modules':>8}{'s/step':>9}{'ratio':>8}{'kept MiB':>10}{'peak MiB':>10}"
+    )
     for variant in VARIANTS:
         count = select(unet, variant)
         kept, peak = memory(unet, forward)
         ratio = median(a / b for a, b in zip(seconds[variant], seconds[NONE], strict=True))
-        print(f"{variant:26}{count or '':>8}{median(seconds[variant]):9.3f}{ratio:8.3f}{kept:10.1f}{peak:10.1f}")
+        print(
+            f"{variant:26}{count or '':>8}{median(seconds[variant]):9.3f}{ratio:8.3f}{kept:10.1f}{peak:10.1f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="a UNet of full size")
-    parser.add_argument("--turns", type=int, help="timed steps of each variant (20, or 3 of full size)")
+    parser.add_argument(
+        "--turns", type=int, help="timed steps of each variant (20, or 3 of full size)"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     unet = with_lora(full_unet() if given.full else embedded_unet())

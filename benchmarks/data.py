@@ -1,9 +1,11 @@
-"""How fast batches are read, against plain copies of the same bytes, and what more rows take: memory and time.
+"""How fast batches are read, against plain copies of the same bytes, and what more rows take:
+memory and time.
 
-`python benchmarks/data.py` prints GB/s for rows of SDXL's size (latents 4x128x128, pooled 1280 and prompt embeddings
-77x2048, all bf16; noise fp32), then peak memory and time to the first batch with 10,000 and 100,000 rows, and a line
-per bar; it exits with 1 if one is missed. All ways of reading take turns in one process on one thread, on files that
-are in the page cache. `--tiny` runs in seconds.
+`python benchmarks/data.py` prints GB/s for rows of SDXL's size (latents 4x128x128, pooled 1280 and
+prompt embeddings 77x2048, all bf16; noise fp32), then peak memory and time to the first batch with
+10,000 and 100,000 rows, and a line per bar; it exits with 1 if one is missed. All ways of reading
+take turns in one process on one thread, on files that are in the page cache. `--tiny` runs in
+seconds.
 """
 
 import argparse
@@ -18,7 +20,9 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two threads on two busy cores wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: two threads on two busy cores wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,14 +46,23 @@ BAR, GROWTH_BAR = 0.40, 1.10
 BATCHES, WARM_UP = 200, 5
 LATENTS, POOLED, PROMPT = (4, 128, 128), (1280,), (77, 2048)
 COPY, STORED_COPY = "memcpy into a new batch, with noise", "memcpy into a new batch, no noise"
-OURS, OURS_STORED, WORKER = "ours, with noise", "ours, no noise", "ours, with noise, through one worker"
-BARS = {"peak": "peak memory", "index peak": "peak memory with the index written", "first": "time to first batch"}
+OURS, OURS_STORED, WORKER = (
+    "ours, with noise",
+    "ours, no noise",
+    "ours, with noise, through one worker",
+)
+BARS = {
+    "peak": "peak memory",
+    "index peak": "peak memory with the index written",
+    "first": "time to first batch",
+}
 Tensors = dict[str, Tensor]
 
 
 @dataclass
 class Way:
-    """A way to get a batch: the bytes that count, and seconds of each turn, by the clock and of CPU time."""
+    """A way to get a batch: the bytes that count, and seconds of each turn, by the clock and of CPU
+    time."""
 
     name: str
     batch: Callable[[int], object]
@@ -58,7 +71,9 @@ class Way:
     cpu: list[float] = field(default_factory=list)
 
 
-def encoded(folder: Path, count: int, media: Iterable[Tensors], texts: list[Tensors], side: int) -> LatentDataset:
+def encoded(
+    folder: Path, count: int, media: Iterable[Tensors], texts: list[Tensors], side: int
+) -> LatentDataset:
     """A data set of ours, through the stores, the table of rows and the index, as the pipeline makes them; the rows
     beyond the last of the texts share it."""
     Store(folder / "media").write((key_of(str(n)), row) for n, row in enumerate(media))
@@ -66,11 +81,21 @@ def encoded(folder: Path, count: int, media: Iterable[Tensors], texts: list[Tens
     crop = list(astuple(Crop(side, side, side, side, 0, 0, side, side)))
     with tables.writing(folder / "rows.arrow", tables.ROWS) as table:
         for n in range(count):
-            table.add({
-                "entry": n, "content": key_of(str(n)), "media": [key_of(str(n))],
-                "texts": [key_of(str(min(n, len(texts) - 1)))], "shares": [1.0], "crop": crop, "repeats": 1,
-                "weight": 1.0, "dropout": 0.0, "held_out": False, "may_hold_out": True,
-            })  # fmt: skip
+            table.add(
+                {
+                    "entry": n,
+                    "content": key_of(str(n)),
+                    "media": [key_of(str(n))],
+                    "texts": [key_of(str(min(n, len(texts) - 1)))],
+                    "shares": [1.0],
+                    "crop": crop,
+                    "repeats": 1,
+                    "weight": 1.0,
+                    "dropout": 0.0,
+                    "held_out": False,
+                    "may_hold_out": True,
+                }
+            )
     return indexed(folder)
 
 
@@ -83,7 +108,10 @@ def indexed(folder: Path) -> LatentDataset:
 
 def sdxl(count: int) -> tuple[list[Tensors], list[Tensors]]:
     media = [{"latents": torch.randn(LATENTS).bfloat16()} for _ in range(count)]
-    texts = [{"pooled": torch.randn(POOLED).bfloat16(), "prompt_embeds": torch.randn(PROMPT).bfloat16()} for _ in media]
+    texts = [
+        {"pooled": torch.randn(POOLED).bfloat16(), "prompt_embeds": torch.randn(PROMPT).bfloat16()}
+        for _ in media
+    ]
     return media, texts
 
 
@@ -92,7 +120,8 @@ def nbytes(tensors: Tensors) -> int:
 
 
 def copying(source: Tensors, batch_size: int, fresh: bool) -> Callable[[int], object]:
-    """torch's copy_, which is memcpy, of consecutive rows of tensors as large as the whole data set."""
+    """torch's copy_, which is memcpy, of consecutive rows of tensors as large as the whole data
+    set."""
     count = len(next(iter(source.values())))
     kept = {name: torch.empty_like(tensor[:batch_size]) for name, tensor in source.items()}
 
@@ -108,7 +137,10 @@ def copying(source: Tensors, batch_size: int, fresh: bool) -> Callable[[int], ob
 
 def without_noise(batches: MicroBatches) -> Callable[[int], object]:
     def batch(turn: int) -> object:
-        drawn, data_batches.standard_normal = data_batches.standard_normal, lambda shape, generators: None
+        drawn, data_batches.standard_normal = (
+            data_batches.standard_normal,
+            lambda shape, generators: None,
+        )
         try:
             return batches[turn]
         finally:
@@ -118,29 +150,40 @@ def without_noise(batches: MicroBatches) -> Callable[[int], object]:
 
 
 def through_worker(dataset: LatentDataset, batch_size: int, turns: int) -> Way:
-    """One after the other as fast as the worker makes them: in turns with others it would have time to make them."""
+    """One after the other as fast as the worker makes them: in turns with others it would have time
+    to make them."""
     schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
-    loader = load_micro_batches(MicroBatches(dataset, schedule), range(turns + WARM_UP), 1, pin_memory=False)
+    loader = load_micro_batches(
+        MicroBatches(dataset, schedule), range(turns + WARM_UP), 1, pin_memory=False
+    )
     kept, way = next(loader), Way(WORKER, lambda turn: next(loader), 0)
     way.size = kept.noise.nbytes + kept.latents.nbytes + nbytes(kept.cond)
     take_turns([way], turns)
     return way
 
 
-def through_arrow(folder: Path, rows: list[Tensors], batch_size: int, half: bool) -> Callable[[int], object]:
+def through_arrow(
+    folder: Path, rows: list[Tensors], batch_size: int, half: bool
+) -> Callable[[int], object]:
     """`datasets` with Array features; Arrow has no bf16."""
     import datasets
 
     dtype, torch_dtype = ("float16", torch.float16) if half else ("float32", torch.float32)
-    features = datasets.Features({
-        "latents": datasets.Array3D(LATENTS, dtype), "prompt_embeds": datasets.Array2D(PROMPT, dtype),
-        "pooled": datasets.List(datasets.Value(dtype), POOLED[0]),
-    })  # fmt: skip
+    features = datasets.Features(
+        {
+            "latents": datasets.Array3D(LATENTS, dtype),
+            "prompt_embeds": datasets.Array2D(PROMPT, dtype),
+            "pooled": datasets.List(datasets.Value(dtype), POOLED[0]),
+        }
+    )
     datasets.disable_progress_bars()
     made = datasets.Dataset.from_generator(
-        lambda: ({name: tensor.to(torch_dtype).numpy() for name, tensor in row.items()} for row in rows),
-        features=features, cache_dir=str(folder / f"arrow-{dtype}"),
-    ).with_format("torch")  # fmt: skip
+        lambda: (
+            {name: tensor.to(torch_dtype).numpy() for name, tensor in row.items()} for row in rows
+        ),
+        features=features,
+        cache_dir=str(folder / f"arrow-{dtype}"),
+    ).with_format("torch")
     return lambda turn: made[picked(turn, batch_size, len(rows))]
 
 
@@ -151,7 +194,10 @@ def through_files(folder: Path, rows: list[Tensors], batch_size: int) -> Callabl
         torch.save(row, folder / f"{n}.pt")
 
     def batch(turn: int) -> Tensors:
-        read = [torch.load(folder / f"{n}.pt", weights_only=True) for n in picked(turn, batch_size, len(rows))]
+        read = [
+            torch.load(folder / f"{n}.pt", weights_only=True)
+            for n in picked(turn, batch_size, len(rows))
+        ]
         return {name: torch.stack([row[name] for row in read]) for name in read[0]}
 
     return batch
@@ -173,14 +219,28 @@ def ways(folder: Path, count: int, batch_size: int, turns: int) -> list[Way]:
     size, full = (nbytes(tensors) * batch_size // count for tensors in (stored, delivered))
     compared = [
         Way(COPY, copying(delivered, batch_size, fresh=True), full),
-        Way("memcpy into the same batch, with noise", copying(delivered, batch_size, fresh=False), full),
+        Way(
+            "memcpy into the same batch, with noise",
+            copying(delivered, batch_size, fresh=False),
+            full,
+        ),
         Way(STORED_COPY, copying(stored, batch_size, fresh=True), size),
         Way(OURS, batches.__getitem__, full),
         Way(OURS_STORED, without_noise(batches), size),
         Way("torch.randn of the noise alone", drawing(batch_size), full - size),
-        Way(".pt files, torch.load, no noise", through_files(folder / "pt", rows, batch_size), size),
-        Way("datasets, Array features fp16, no noise", through_arrow(folder, rows, batch_size, True), size),
-        Way("datasets, Array features fp32, no noise", through_arrow(folder, rows, batch_size, False), 2 * size),
+        Way(
+            ".pt files, torch.load, no noise", through_files(folder / "pt", rows, batch_size), size
+        ),
+        Way(
+            "datasets, Array features fp16, no noise",
+            through_arrow(folder, rows, batch_size, True),
+            size,
+        ),
+        Way(
+            "datasets, Array features fp32, no noise",
+            through_arrow(folder, rows, batch_size, False),
+            2 * size,
+        ),
     ]
     take_turns(compared, turns)
     return [*compared, through_worker(dataset, batch_size, turns)]
@@ -209,17 +269,25 @@ def speeds(count: int, batch_size: int, turns: int) -> bool:
     with tempfile.TemporaryDirectory() as name:
         compared = ways(Path(name), count, batch_size, turns)
     rate = {way.name: way.size / median(way.seconds) / 1e9 for way in compared}
-    print(f"{count} rows of SDXL's size, batches of {batch_size}, one thread, medians of {turns} turns")
+    print(
+        f"{count} rows of SDXL's size, batches of {batch_size}, one thread, medians of {turns} turns"
+    )
     print(f"{'':42}{'MB':>7}{'ms':>9}{'CPU ms':>9}{'GB/s':>8}{'of memcpy':>11}")
     for way in compared:
         copy = rate[STORED_COPY if "no noise" in way.name else COPY]
         times = f"{median(way.seconds) * 1000:9.2f}{median(way.cpu) * 1000:9.2f}"
-        print(f"{way.name:42}{way.size / 1e6:7.2f}{times}{rate[way.name]:8.2f}{rate[way.name] / copy:10.1%}")
-    print("Arrow has no bf16: fp16 is as many bytes, fp32 twice as many. CPU ms: of the process and its worker")
+        print(
+            f"{way.name:42}{way.size / 1e6:7.2f}{times}{rate[way.name]:8.2f}{rate[way.name] / copy:10.1%}"
+        )
+    print(
+        "Arrow has no bf16: fp16 is as many bytes, fp32 twice as many. CPU ms: of the process and its worker"
+    )
     met = []
     for ours, copy in ((OURS, COPY), (OURS_STORED, STORED_COPY)):
         met.append(rate[ours] / rate[copy] >= BAR)
-        print(f"{ours}: {rate[ours] / rate[copy]:.1%} of memcpy, bar {BAR:.0%}: {'ok' if met[-1] else 'NOT OK'}")
+        print(
+            f"{ours}: {rate[ours] / rate[copy]:.1%} of memcpy, bar {BAR:.0%}: {'ok' if met[-1] else 'NOT OK'}"
+        )
     return met[0]
 
 
@@ -237,7 +305,10 @@ def use_rows(folder: Path, batches: int) -> dict[str, float]:
     opened = time.perf_counter()
     dataset = LatentDataset(folder / "index", stores)
     numbers = load_micro_batches(
-        MicroBatches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8)), range(batches), 0, False
+        MicroBatches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8)),
+        range(batches),
+        0,
+        False,
     )
     next(numbers)
     first = time.perf_counter()
@@ -248,7 +319,9 @@ def use_rows(folder: Path, batches: int) -> dict[str, float]:
     return {**result, "index peak": peak_memory() / 2**20}
 
 
-def growth(counts: tuple[int, int], rounds: int = 3, batches: int = BATCHES) -> list[dict[str, float]]:
+def growth(
+    counts: tuple[int, int], rounds: int = 3, batches: int = BATCHES
+) -> list[dict[str, float]]:
     """For each number of rows the medians of processes of their own, which take turns."""
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(count) for count in counts]
@@ -260,7 +333,10 @@ def growth(counts: tuple[int, int], rounds: int = 3, batches: int = BATCHES) -> 
                 command = [sys.executable, __file__, f"--use={folder}", f"--batches={batches}"]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 results.append(json.loads(output))
-    return [{name: median(result[name] for result in results) for name in results[0]} for results in found]
+    return [
+        {name: median(result[name] for result in results) for name in results[0]}
+        for results in found
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -278,7 +354,9 @@ def main(arguments: list[str] | None = None) -> int:
     met = [speeds(*((16, 2, 3) if given.tiny else (256, 8, given.turns)))]
     counts = (200, 2000) if given.tiny else (10_000, 100_000)
     few, many = growth(counts, 1 if given.tiny else 5, 20 if given.tiny else BATCHES)
-    print(f"\n{'':10}{'peak MiB':>10}{'and index written':>19}{'stores opened ms':>18}{'first batch ms':>16}")
+    print(
+        f"\n{'':10}{'peak MiB':>10}{'and index written':>19}{'stores opened ms':>18}{'first batch ms':>16}"
+    )
     for count, result in zip(counts, (few, many), strict=True):
         times = f"{result['open'] * 1000:18.1f}{result['first'] * 1000:16.2f}"
         print(f"{count:<10,}{result['peak']:10.1f}{result['index peak']:19.1f}{times}")

@@ -89,7 +89,11 @@ def ours(setting: Setting, base: nn.Module) -> Layer:
     model = same_weights(base)
     attach(model, {"layer": setting.spec}, 0)
     layer: Any = model["layer"]
-    mode = (lambda x: layer.mode(x, layer.factors(dict(layer.tensors())))) if hasattr(layer, "mode") else (lambda x: "")
+    mode = (
+        (lambda x: layer.mode(x, layer.factors(dict(layer.tensors()))))
+        if hasattr(layer, "mode")
+        else (lambda x: "")
+    )
     return Layer(layer, list(layer.trained().values()), mode)
 
 
@@ -100,17 +104,23 @@ def peft_config(spec: LayerSpec) -> Any:
     whole = 10**6  # LoKr: a rank that no factor is decomposed for
     match spec.algorithm:
         case "LoRA" | "DoRA":
-            return peft.LoraConfig(r=r, lora_alpha=r, use_dora=spec.algorithm == "DoRA", target_modules=layers)
+            return peft.LoraConfig(
+                r=r, lora_alpha=r, use_dora=spec.algorithm == "DoRA", target_modules=layers
+            )
         case "LoHa":
             return peft.LoHaConfig(r=r, alpha=r, target_modules=layers)
         case "LoKr":
             r = whole if options.full_matrix else r
-            return peft.LoKrConfig(r=r, alpha=r, decompose_factor=options.factor, target_modules=layers)
+            return peft.LoKrConfig(
+                r=r, alpha=r, decompose_factor=options.factor, target_modules=layers
+            )
         case "OFT":
             return peft.OFTConfig(r=0, oft_block_size=options.block_size, target_modules=layers)
         case "BOFT" if options.stages > 0:
             # more than one stage needs its CUDA extension
-            return peft.BOFTConfig(boft_block_size=options.block_size, boft_n_butterfly_factor=1, target_modules=layers)
+            return peft.BOFTConfig(
+                boft_block_size=options.block_size, boft_n_butterfly_factor=1, target_modules=layers
+            )
         case "BOFT":
             raise Unsupported("PEFT's BOFT has one stage on a CPU; see BOFT 2 stages")
         case "GLoRA":
@@ -123,7 +133,9 @@ def peft(setting: Setting, base: nn.Module) -> Layer:
     from peft import inject_adapter_in_model
 
     if setting.spec.algorithm == "OFT" and isinstance(base, nn.Conv2d):
-        raise Unsupported("PEFT's OFT of a 3x3 convolution adds up overlapping patches: another function")
+        raise Unsupported(
+            "PEFT's OFT of a 3x3 convolution adds up overlapping patches: another function"
+        )
     model = inject_adapter_in_model(peft_config(setting.spec), same_weights(base))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -132,15 +144,21 @@ def peft(setting: Setting, base: nn.Module) -> Layer:
 
 
 def lycoris(setting: Setting, base: nn.Module, bypass: bool) -> Layer:
-    """One of its modules applied to the layer; with `bypass` the update runs beside it instead of in its weight."""
+    """One of its modules applied to the layer; with `bypass` the update runs beside it instead of
+    in its weight."""
     from lycoris import modules
 
     spec, options = setting.spec, setting.spec.options
     kinds = {
-        "LoRA": modules.LoConModule, "DoRA": modules.LoConModule, "LoHa": modules.LohaModule,
-        "LoKr": modules.LokrModule, "OFT": modules.DiagOFTModule, "BOFT": modules.ButterflyOFTModule,
-        "GLoRA": modules.GLoRAModule, "Full": modules.FullModule,
-    }  # fmt: skip
+        "LoRA": modules.LoConModule,
+        "DoRA": modules.LoConModule,
+        "LoHa": modules.LohaModule,
+        "LoKr": modules.LokrModule,
+        "OFT": modules.DiagOFTModule,
+        "BOFT": modules.ButterflyOFTModule,
+        "GLoRA": modules.GLoRAModule,
+        "Full": modules.FullModule,
+    }
     if spec.algorithm not in kinds:
         raise Unsupported("LyCORIS has none")
     if spec.algorithm == "DoRA" and bypass:
@@ -154,7 +172,9 @@ def lycoris(setting: Setting, base: nn.Module, bypass: bool) -> Layer:
     size = options.block_size if rotates else spec.rank
     layer: Any = same_weights(base)["layer"]
     kind = kinds[spec.algorithm]
-    adapter = kind("layer", layer, 1.0, lora_dim=size, alpha=0 if rotates else size, bypass_mode=bypass, **more)
+    adapter = kind(
+        "layer", layer, 1.0, lora_dim=size, alpha=0 if rotates else size, bypass_mode=bypass, **more
+    )
     adapter.apply_to()
     both = nn.ModuleDict({"adapter": adapter, "layer": layer})
     both.forward = layer.forward  # type: ignore[method-assign]

@@ -1,6 +1,8 @@
-"""What the script costs beyond training, as two ratios: its loop over a bare one, its start over the bare imports.
+"""What the script costs beyond training, as two ratios: its loop over a bare one, its start over
+the bare imports.
 
-`python benchmarks/loop.py` measures both on the embedded demo and exits with 1 if one is over its bar.
+`python benchmarks/loop.py` measures both on the embedded demo and exits with 1 if one is over its
+bar.
 """
 
 import argparse
@@ -18,15 +20,23 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two threads on two busy cores wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: two threads on two busy cores wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 LOOP_BAR, START_BAR, WARM_UP = 1.03, 1.5, 5  # the first steps are not timed
 DEMO = str(PROJECT / "recipes" / "demo.yaml")
-# the bare loop's learning rate has no schedule; the steps are more than are timed, so there is no last one
-LOOP_OPTIONS = ["--optim.lr_scheduler=constant", "--optim.lr_warmup_steps=0", "--steps=100000", "--checkpoint.every=0"]
+# the bare loop's learning rate has no schedule; the steps are more than are timed, so there is no
+# last one
+LOOP_OPTIONS = [
+    "--optim.lr_scheduler=constant",
+    "--optim.lr_warmup_steps=0",
+    "--steps=100000",
+    "--checkpoint.every=0",
+]
 
 LEAVE = f"""
 import os, sys; sys.path.insert(0, {str(PROJECT)!r})
@@ -60,7 +70,8 @@ sys.exit(train_lora.main() or "the script ended without a step")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Median seconds of the script's way and of the bare one, and the ratio of the medians of their CPU time."""
+    """Median seconds of the script's way and of the bare one, and the ratio of the medians of their
+    CPU time."""
 
     what: str
     bar: float
@@ -82,13 +93,17 @@ def now() -> tuple[float, float]:
 
 
 def comparison(what: str, bar: float, marks: list[tuple], note: str) -> Comparison:
-    """From `now()` before the script's turn, between the two and after the bare one's, for each pair of turns."""
-    ours, bare = ([median(m[i + 1][clock] - m[i][clock] for m in marks) for clock in (0, 1)] for i in (0, 1))
+    """From `now()` before the script's turn, between the two and after the bare one's, for each
+    pair of turns."""
+    ours, bare = (
+        [median(m[i + 1][clock] - m[i][clock] for m in marks) for clock in (0, 1)] for i in (0, 1)
+    )
     return Comparison(what, bar, ours[0], bare[0], ours[1] / bare[1], len(marks), note)
 
 
 class BareLoop:
-    """The training step of the script's run written by hand with diffusers, PEFT and torch, on a model of its own."""
+    """The training step of the script's run written by hand with diffusers, PEFT and torch, on a
+    model of its own."""
 
     def __init__(self, run):
         import torch
@@ -110,16 +125,22 @@ class BareLoop:
         self.parameters = [p for p in unet.parameters() if p.requires_grad]
         mine = dict(unet.named_parameters())
         for name, other in run.parts.adapted.named_parameters().items():
-            theirs = name.replace("lora_down", "lora_A.default").replace("lora_up", "lora_B.default")
+            theirs = name.replace("lora_down", "lora_A.default").replace(
+                "lora_up", "lora_B.default"
+            )
             mine[theirs].data = other.detach().clone()
-        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.learning_rate, weight_decay=0.01, fused=True
+        )
 
     def step(self, batch):
         """One update; returns the loss."""
         import torch
 
         timestep = (batch.quantile * len(self.scheduler.alphas_cumprod)).long()
-        noisy = self.scheduler.add_noise(batch.latents * self.scale, batch.noise, timestep).to(self.dtype)
+        noisy = self.scheduler.add_noise(batch.latents * self.scale, batch.noise, timestep).to(
+            self.dtype
+        )
         prompt = batch.cond["prompt_embeds"].to(self.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             prediction = self.unet(noisy, timestep, prompt, return_dict=False)[0]
@@ -132,7 +153,8 @@ class BareLoop:
 
 
 def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
-    """Runs train_lora.train; after each of its steps the bare loop takes one on the same batch, and both are timed.
+    """Runs train_lora.train; after each of its steps the bare loop takes one on the same batch, and
+    both are timed.
 
     The script's time is from asking for a batch to asking for the next one, so it includes loading.
     """
@@ -152,34 +174,53 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
             between = now()
             bare_losses.append(loop.step(batch))
             marks.append((before, between, now()))
-        losses.extend(zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True))
+        losses.extend(
+            zip([*run.history.micro_losses, *run.pending.losses], bare_losses, strict=True)
+        )
 
     config = load_config([DEMO, *LOOP_OPTIONS, f"--output_dir={folder / 'loop'}", *options])
-    end = patch.multiple("training.finish", finish=lambda run: None, write=lambda run, finished: None)
+    end = patch.multiple(
+        "training.finish", finish=lambda run: None, write=lambda run, finished: None
+    )
     quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
     with patch.object(Run, "batches", batches), end, quiet[0], quiet[1]:
         status = train_lora.run_training(config, Interruptions())
     assert status == 0, "the run failed"
     apart = max(abs(float(a) / float(b) - 1) for a, b in losses)
     if apart > 1e-3:
-        raise RuntimeError(f"the loops do not do the same work: their losses differ by up to {apart:.0e}")
-    return comparison("training step", LOOP_BAR, marks[WARM_UP:], f"losses differ by at most {apart:.0e}")
+        raise RuntimeError(
+            f"the loops do not do the same work: their losses differ by up to {apart:.0e}"
+        )
+    return comparison(
+        "training step", LOOP_BAR, marks[WARM_UP:], f"losses differ by at most {apart:.0e}"
+    )
 
 
 def start(code: str, argv: list[str]) -> set[str]:
     """Runs `python -c code` until its `leave()`; returns the modules it has imported by then."""
-    result = subprocess.run([sys.executable, "-c", LEAVE + code, *argv], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", LEAVE + code, *argv], capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise RuntimeError(f"the start failed: {result.stderr}")
     return set(result.stdout.split("modules:\n")[1].split())
 
 
 def compare_starts(folder: Path, rounds: int, options: list[str]) -> Comparison:
-    """Start to first training step with everything encoded, against the bare import of the libraries, in turns."""
+    """Start to first training step with everything encoded, against the bare import of the
+    libraries, in turns."""
     argv = [DEMO, "--steps=1", "--no_preview", f"--output_dir={folder / 'start'}", *options]
-    counts = len(start(FIRST_STEP, argv)), len(start(LIBRARIES, []))  # encodes the images and fills the page cache
-    marks = [(now(), start(FIRST_STEP, argv) and now(), start(LIBRARIES, []) and now()) for _ in range(rounds)]
-    return comparison("start to first step", START_BAR, marks, "{} and {} modules imported".format(*counts))
+    counts = (
+        len(start(FIRST_STEP, argv)),
+        len(start(LIBRARIES, [])),
+    )  # encodes the images and fills the page cache
+    marks = [
+        (now(), start(FIRST_STEP, argv) and now(), start(LIBRARIES, []) and now())
+        for _ in range(rounds)
+    ]
+    return comparison(
+        "start to first step", START_BAR, marks, "{} and {} modules imported".format(*counts)
+    )
 
 
 def main() -> int:
@@ -187,7 +228,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each loop")
     parser.add_argument("--rounds", type=int, default=5, help="timed starts of each kind")
-    given, options = parser.parse_known_args()  # what is left goes to the script, such as --training_dtype=bf16
+    given, options = (
+        parser.parse_known_args()
+    )  # what is left goes to the script, such as --training_dtype=bf16
     with tempfile.TemporaryDirectory() as name:
         options.append(f"--data.cache_dir={name}/cache")
         loops = compare_loops(Path(name), given.steps, options)

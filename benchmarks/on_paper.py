@@ -1,9 +1,11 @@
-"""What large runs would send and how long that takes, reckoned from real models without weights: part of
-benchmarks/scaling.py, which prints it with `--paper`. Nothing here is measured but sizes and FLOPs.
+"""What large runs would send and how long that takes, reckoned from real models without weights:
+part of benchmarks/scaling.py, which prints it with `--paper`. Nothing here is measured but sizes
+and FLOPs.
 
-n GPUs in nodes of 8 form one ring that leaves and enters every node once. Summing S bytes sends 2 (n-1)/n S over each
-of its links, gathering S bytes (n-1)/n S; the narrowest link sets the time. To that each of the n-1 hops, of a sum
-twice, adds a delay: n/8 of them are between nodes, if there is more than one, and the others inside.
+n GPUs in nodes of 8 form one ring that leaves and enters every node once. Summing S bytes sends 2
+(n-1)/n S over each of its links, gathering S bytes (n-1)/n S; the narrowest link sets the time. To
+that each of the n-1 hops, of a sum twice, adds a delay: n/8 of them are between nodes, if there is
+more than one, and the others inside.
 """
 
 from collections.abc import Callable
@@ -65,7 +67,8 @@ class Work:
     adapters: int
     base: int
     in_blocks: int
-    """Of the base, those in blocks: gathered for the forward and for the backward pass; the rest once."""
+    """Of the base, those in blocks: gathered for the forward and for the backward pass; the rest
+    once."""
     blocks: int
     flops: float
 
@@ -89,7 +92,8 @@ class Work:
 
 
 def hops(gpus: int, link: Link) -> float:
-    """Seconds of delay once around the ring, which is inside one node or one NVLink domain, or leaves nodes."""
+    """Seconds of delay once around the ring, which is inside one node or one NVLink domain, or
+    leaves nodes."""
     if gpus <= PER_NODE or link is NVLINK:
         return (gpus - 1) * link.delay
     between = gpus // PER_NODE
@@ -123,7 +127,9 @@ def sizes(name: str, model: nn.Module, pattern: str) -> Work:
     model.requires_grad_(False)
     base = sum(parameter.numel() for parameter in model.parameters())
     # what the trainer shards one by one where Accelerate's config names nothing else
-    split = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]  # type: ignore[operator]
+    split = [
+        module for module in model.modules() if type(module).__name__ in model._no_split_modules
+    ]  # type: ignore[operator]
     in_blocks = sum(p.numel() for p in {p for block in split for p in block.parameters()})
     names = select_layers(model, (pattern,), {})
     adapted = attach(model, dict.fromkeys(names, LayerSpec(RANK, float(RANK), "LoRA")), 0)
@@ -163,11 +169,21 @@ def meta(*shape: int) -> torch.Tensor:
 def works() -> list[Work]:
     """Both at batch 1, 1024 x 1024 pixels."""
     size = {"text_embeds": meta(1, 1280), "time_ids": meta(1, 6)}
-    unet_inputs = {"sample": meta(1, 4, 128, 128), "timestep": meta(1), "encoder_hidden_states": meta(1, 77, 2048),
-                   "added_cond_kwargs": size}  # fmt: skip
-    flux_inputs = {"hidden_states": meta(1, 4096, 64), "encoder_hidden_states": meta(1, 512, 4096),
-                   "pooled_projections": meta(1, 768), "timestep": meta(1), "guidance": meta(1),
-                   "img_ids": meta(4096, 3), "txt_ids": meta(512, 3)}  # fmt: skip
+    unet_inputs = {
+        "sample": meta(1, 4, 128, 128),
+        "timestep": meta(1),
+        "encoder_hidden_states": meta(1, 77, 2048),
+        "added_cond_kwargs": size,
+    }
+    flux_inputs = {
+        "hidden_states": meta(1, 4096, 64),
+        "encoder_hidden_states": meta(1, 512, 4096),
+        "pooled_projections": meta(1, 768),
+        "timestep": meta(1),
+        "guidance": meta(1),
+        "img_ids": meta(4096, 3),
+        "txt_ids": meta(512, 3),
+    }
     cases: list[tuple[str, Callable[[], nn.Module], str, dict]] = [
         ("SDXL", sdxl, UNET_ATTENTION, unet_inputs),
         ("FLUX.1", flux, FLUX_ATTENTION, flux_inputs),
@@ -196,17 +212,23 @@ def cell(seconds: float, share: float) -> str:
 def main() -> int:
     """Prints the tables of docs/scaling.md."""
     found = works()
-    print("| LoRA, attention, rank 16 | adapters | summed | base, bf16 | gathered | gathers | FLOPs | a step |")
+    print(
+        "| LoRA, attention, rank 16 | adapters | summed | base, bf16 | gathered | gathers | FLOPs | a step |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for work in found:
-        print(f"| {work.name} | {work.adapters / 1e6:.2f} M | {work.summed / 1e6:.1f} MB "
-              f"| {work.base * BF16 / 1e9:.2f} GB | {work.gathered / 1e9:.2f} GB | {work.gathers} "
-              f"| {work.flops / 1e12:.1f} T | {milliseconds(work.seconds)} ms |")  # fmt: skip
+        print(
+            f"| {work.name} | {work.adapters / 1e6:.2f} M | {work.summed / 1e6:.1f} MB "
+            f"| {work.base * BF16 / 1e9:.2f} GB | {work.gathered / 1e9:.2f} GB | {work.gathers} "
+            f"| {work.flops / 1e12:.1f} T | {milliseconds(work.seconds)} ms |"
+        )
     print(f"\n| ms (computes) | GPUs | {' | '.join(link.name for link in LINKS)} |")
     print("|---" * (len(LINKS) + 2) + "|")
     for work in found:
         for engine, cost in (("DDP", ddp), ("FSDP2", fsdp)):
             for gpus in GPUS:
-                cells = (cell(*cost(work, gpus, link)) if connects(gpus, link) else "-" for link in LINKS)
+                cells = (
+                    cell(*cost(work, gpus, link)) if connects(gpus, link) else "-" for link in LINKS
+                )
                 print(f"| {work.name} {engine} | {gpus} | {' | '.join(cells)} |")
     return 0

@@ -1,7 +1,8 @@
-"""One rank of a run of train_lora.py that takes its steps when benchmarks/scaling.py says so, timed and counted.
+"""One rank of a run of train_lora.py that takes its steps when benchmarks/scaling.py says so, timed
+and counted.
 
-A line on stdin is a number of steps to take, or "save"; one line of JSON on stdout answers each. The run is the
-script's own but for its end: nothing is written after the last step.
+A line on stdin is a number of steps to take, or "save"; one line of JSON on stdout answers each.
+The run is the script's own but for its end: nothing is written after the last step.
 """
 
 import json
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-now = time.perf_counter  # on Linux the same clock in all processes, so that the times of two ranks can be compared
+now = (
+    time.perf_counter
+)  # on Linux the same clock in all processes, so that the times of two ranks can be compared
 
 
 class Probe:
@@ -33,7 +36,8 @@ class Probe:
         update, batches = Run._update, Run.batches
 
         def timed_hook(state, bucket):
-            """From the bucket being full to its mean being there; DDP waits for that at the end of the backward."""
+            """From the bucket being full to its mean being there; DDP waits for that at the end of
+            the backward."""
             mine = [now(), 0.0]
             self.reductions.append(mine)
 
@@ -58,8 +62,10 @@ class Probe:
             patch.object(Run, "_update", timed_update),
             patch.object(training.trainer, "write", timed_write),
             patch.object(Run, "batches", lambda run: self.batches(run, batches(run))),
-            patch.multiple("training.finish", finish=lambda run: None, write=lambda run, finished: None),
-        ]  # fmt: skip
+            patch.multiple(
+                "training.finish", finish=lambda run: None, write=lambda run, finished: None
+            ),
+        ]
 
     def steps(self, source: Iterator, count: int, records: list[dict]) -> Iterator:
         """Batches for `count` steps; a record of each is in `records` when the next is asked for."""
@@ -73,11 +79,16 @@ class Probe:
             reduced = sum(b - a for a, b in self.reductions)
             records.append(
                 {
-                    "step": end - begin, "data": ready - begin, "forward+backward": computed - ready - reduced,
-                    "reduction": reduced, "optimizer": updated - computed,
-                    "rest": end - updated, "cpu": time.process_time() - cpu, "reductions": self.reductions[:],
+                    "step": end - begin,
+                    "data": ready - begin,
+                    "forward+backward": computed - ready - reduced,
+                    "reduction": reduced,
+                    "optimizer": updated - computed,
+                    "rest": end - updated,
+                    "cpu": time.process_time() - cpu,
+                    "reductions": self.reductions[:],
                 }
-            )  # fmt: skip
+            )
 
     def batches(self, run: Any, source: Iterator) -> Iterator:
         """In place of Run.batches: steps when they are asked for."""
@@ -107,7 +118,12 @@ def collectives() -> dict[int, list]:
 
     entries = json.loads(_dump_fr_trace_json()).get("entries", []) if dist.is_initialized() else []
     return {
-        e["record_id"]: [e["profiling_name"], int(e["process_group"][0]), e["input_dtypes"], e["input_sizes"]]
+        e["record_id"]: [
+            e["profiling_name"],
+            int(e["process_group"][0]),
+            e["input_dtypes"],
+            e["input_sizes"],
+        ]
         for e in entries
     }
 

@@ -1,9 +1,10 @@
 """How much less the gradient varies from step to step when a step's noise levels are spread evenly.
 
-`python benchmarks/stratified.py` prints, for the embedded demo with an untrained LoRA on all layers, the variance of
-the gradient (the sum over all its numbers, over many steps at the same weights) with each sample's level drawn by
-itself and with `objective.stratified_timesteps`, from the same images, noise and seeds. The rest of the variance is that of
-images and noise. In brackets: the smallest and largest ratio of five parts of the steps.
+`python benchmarks/stratified.py` prints, for the embedded demo with an untrained LoRA on all
+layers, the variance of the gradient (the sum over all its numbers, over many steps at the same
+weights) with each sample's level drawn by itself and with `objective.stratified_timesteps`, from
+the same images, noise and seeds. The rest of the variance is that of images and noise. In brackets:
+the smallest and largest ratio of five parts of the steps.
 """
 
 import argparse
@@ -32,7 +33,11 @@ from training.loss import build_loss
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = 5
-OBJECTIVES = {"prediction": [], "x0": ["--objective.loss_space=x0"], "min-snr": ["--objective.loss_weighting=min-snr"]}
+OBJECTIVES = {
+    "prediction": [],
+    "x0": ["--objective.loss_space=x0"],
+    "min-snr": ["--objective.loss_weighting=min-snr"],
+}
 SIZES = (4, 16)
 
 
@@ -41,7 +46,9 @@ class Gradients:
 
     def __init__(self, config: TrainConfig):
         self.config, self.family = config, get_family(config.model)
-        self.dataset = build_datasets(config.data, self.family, Accelerator(cpu=True), not config.bucket_mode).train
+        self.dataset = build_datasets(
+            config.data, self.family, Accelerator(cpu=True), not config.bucket_mode
+        ).train
         self.denoiser, self.dtype = build.load_denoiser(config, self.family)
         adapted, _ = build.attach_adapters(config, self.family, self.denoiser, None)  # type: ignore[arg-type]
         self.parameters = list(adapted.named_parameters().values())
@@ -69,7 +76,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200, help="steps to take the variance over")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        base = ["--no_gradient_checkpointing", f"--data.cache_dir={folder}", f"--output_dir={folder}/out"]
+        base = [
+            "--no_gradient_checkpointing",
+            f"--data.cache_dir={folder}",
+            f"--output_dir={folder}/out",
+        ]
         recipe = str(PROJECT / "recipes" / "demo.yaml")
         source = Gradients(load_config([recipe, *base]))
         print(

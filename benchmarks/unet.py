@@ -1,8 +1,10 @@
-"""What adapters on every layer of a Stable Diffusion 1.5 UNet cost: `python benchmarks/adapters.py --unet`.
+"""What adapters on every layer of a Stable Diffusion 1.5 UNet cost: `python benchmarks/adapters.py
+--unet`.
 
-The UNet has full size and random weights; latents 32x32, batch 1, one thread, fp32. A step is forward and backward of
-the mean square of the output. The floor is the frozen UNet with gradients to the latents and to the conditioning. For
-the time, all take turns in one process, sharing the base's weights; for the peak memory each has a process of its own.
+The UNet has full size and random weights; latents 32x32, batch 1, one thread, fp32. A step is
+forward and backward of the mean square of the output. The floor is the frozen UNet with gradients
+to the latents and to the conditioning. For the time, all take turns in one process, sharing the
+base's weights; for the peak memory each has a process of its own.
 """
 
 import json
@@ -43,7 +45,13 @@ SPECS = {
     "GLoRA r8": LayerSpec(8, 8.0, "GLoRA"),
 }
 ON_REQUEST = ("BOFT", "GLoRA")  # with --only alone
-TIME_BARS = {"LoRA r8": 1.08, "LoHa r8": 1.30, "LoKr full f8": 1.20, "LoKr r8": 1.20, "OFT b32": 1.15}
+TIME_BARS = {
+    "LoRA r8": 1.08,
+    "LoHa r8": 1.30,
+    "LoKr full f8": 1.20,
+    "LoKr r8": 1.20,
+    "OFT b32": 1.15,
+}
 MEMORY_BAR = 0.5  # GB over the floor's
 
 
@@ -123,7 +131,9 @@ def child(name: str, checkpointing: bool, tiny: bool) -> None:
     print(peak_memory())
 
 
-def times(names: list[str], checkpointing: bool, repeats: int, tiny: bool) -> dict[str, list[float]]:
+def times(
+    names: list[str], checkpointing: bool, repeats: int, tiny: bool
+) -> dict[str, list[float]]:
     """CPU seconds of each step, in turns; the first turn warms up."""
     config = TINY if tiny else CONFIG
     base = base_unet(config)
@@ -144,7 +154,11 @@ def times(names: list[str], checkpointing: bool, repeats: int, tiny: bool) -> di
 
 def compare(only: list[str], repeats: int, tiny: bool = False) -> int:
     """Prints the table and a line per bar; `only`: algorithms."""
-    chosen = [n for n, s in SPECS.items() if (s.algorithm in only if only else s.algorithm not in ON_REQUEST)]
+    chosen = [
+        n
+        for n, s in SPECS.items()
+        if (s.algorithm in only if only else s.algorithm not in ON_REQUEST)
+    ]
     names = [FLOOR, *chosen, *([PEFT] if not only or "LoRA" in only else [])]
     bars: list[tuple[str, bool]] = []
     for checkpointing in (False, True):
@@ -154,20 +168,26 @@ def compare(only: list[str], repeats: int, tiny: bool = False) -> int:
             end=" ",
         )
         print(
-            f"medians of {repeats} turns\n{'':16}{'s/step':>8}{'ratio':>8}{'peak GB':>9}{'over floor':>12}", flush=True
+            f"medians of {repeats} turns\n{'':16}{'s/step':>8}{'ratio':>8}{'peak GB':>9}{'over floor':>12}",
+            flush=True,
         )
         memory: dict[str, float] = {}
         for name in names:
             memory[name] = alone(name, checkpointing, tiny) / 1e9
             ratio = median(a / b for a, b in zip(seconds[name], seconds[FLOOR], strict=True))
             over = memory[name] - memory[FLOOR]
-            print(f"{name:16}{median(seconds[name]):8.2f}{ratio:8.3f}{memory[name]:9.2f}{over:12.2f}", flush=True)
+            print(
+                f"{name:16}{median(seconds[name]):8.2f}{ratio:8.3f}{memory[name]:9.2f}{over:12.2f}",
+                flush=True,
+            )
             what = f"{name}, {'with' if checkpointing else 'without'} checkpointing:"
             if name in TIME_BARS:
                 bar = TIME_BARS[name]
                 bars.append((f"{what} {ratio:.3f} of the floor's time, bar {bar}", ratio <= bar))
             if name in SPECS:
-                bars.append((f"{what} {over:.2f} GB over the floor, bar {MEMORY_BAR}", over <= MEMORY_BAR))
+                bars.append(
+                    (f"{what} {over:.2f} GB over the floor, bar {MEMORY_BAR}", over <= MEMORY_BAR)
+                )
     print("\n" + "\n".join(f"{'met   ' if met else 'MISSED'} {what}" for what, met in bars))
     return 0 if tiny else int(not all(met for _, met in bars))
 

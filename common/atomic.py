@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 class WriteError(RuntimeError):
-    """A file that could not be written, for example because the disk is full. The earlier file is unchanged."""
+    """A file that could not be written, for example because the disk is full. The earlier file is
+    unchanged."""
 
     def __init__(self, path: Path, error: OSError):
         super().__init__(f"{path} could not be written: {error}")
@@ -43,7 +44,8 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill, which replaces `path` if the block ends without an error.
 
-    Raises WriteError for an OSError, also for one in the block. A link, or `.`, is followed and its target replaced."""
+    Raises WriteError for an OSError, also for one in the block. A link, or `.`, is followed and its
+    target replaced."""
     path = path.resolve()
     partial_path = path.with_name(f".{path.name}.partial")
     old_path = path.with_name(f".{path.name}.old")
@@ -78,7 +80,8 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Write the names in a folder to the disk, so that a rename survives a power failure. Windows cannot do this."""
+    """Write the names in a folder to the disk, so that a rename survives a power failure. Windows
+    cannot do this."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -5,11 +5,13 @@ MAX_LISTED = 20
 
 
 class UserError(ValueError):
-    """A mistake in the input. The program ends with exit code 2 and prints the message without a traceback."""
+    """A mistake in the input. The program ends with exit code 2 and prints the message without a
+    traceback."""
 
 
 class ConfigError(UserError):
-    """Options that are wrong or contradict each other; the message names each with its flag or file."""
+    """Options that are wrong or contradict each other; the message names each with its flag or
+    file."""
 
 
 class DataError(UserError):
@@ -21,11 +23,13 @@ class ModelError(UserError):
 
 
 class AdapterError(UserError):
-    """Targets that match no layer, options that do not fit a layer, or an adapter file that does not fit the model."""
+    """Targets that match no layer, options that do not fit a layer, or an adapter file that does
+    not fit the model."""
 
 
 def error_list(heading: str, errors: list[str], limit: int = MAX_LISTED) -> str:
-    """Join many errors into one message: a heading with their number, and a line for each of the first `limit`."""
+    """Join many errors into one message: a heading with their number, and a line for each of the
+    first `limit`."""
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     return bullet_list(f"{heading}: {count}", errors, limit)
 

@@ -1,4 +1,5 @@
-"""From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU, by sample visit."""
+"""From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU,
+by sample visit."""
 
 import hashlib
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,8 @@ from objectives.noise import altered
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: raw `latents` and `noise` (B, C, [F,] h, w), `quantile` (B,), `cond` with batch dimension.
+    """One micro-batch: raw `latents` and `noise` (B, C, [F,] h, w), `quantile` (B,), `cond` with
+    batch dimension.
 
     `weight` (B,): factors on the loss. `mask` (B, h, w) in [0, 1]: where the loss counts, if the data has masks.
     `crop` (B, 8): the fields of buckets.Crop. `visits` names the samples in reports. `input_noise`: the noise that the
@@ -43,7 +45,9 @@ class Batch:
 
     def _map(self, function) -> "Batch":
         def moved(values: dict[str, Any]) -> dict[str, Any]:
-            return {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+            return {
+                name: function(value) for name, value in values.items() if isinstance(value, Tensor)
+            }
 
         own = moved({f.name: getattr(self, f.name) for f in fields(self)})
         return replace(self, **own, cond=self.cond | moved(self.cond))
@@ -60,7 +64,9 @@ class Drawn:
 
     @classmethod
     def of(cls, seed: int) -> "Drawn":
-        words = np.frombuffer(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16).digest(), "<u4")
+        words = np.frombuffer(
+            hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16).digest(), "<u4"
+        )
         return cls(*(int(word >> 8) * 2.0**-24 for word in words))  # exact in fp32
 
 
@@ -68,7 +74,11 @@ class MicroBatches:
     """Micro-batch number -> Batch. `per_step` micro-batches, of all ranks together, make one step."""
 
     def __init__(
-        self, dataset: LatentDataset, schedule: Schedule, options: ObjectiveConfig | None = None, per_step: int = 1
+        self,
+        dataset: LatentDataset,
+        schedule: Schedule,
+        options: ObjectiveConfig | None = None,
+        per_step: int = 1,
     ):
         self.dataset, self.schedule, self.per_step = dataset, schedule, per_step
         self.options = options or ObjectiveConfig()
@@ -76,10 +86,14 @@ class MicroBatches:
     def __getitem__(self, micro_batch: int) -> Batch:
         visits = self.schedule.visits(micro_batch)
         seeds = [key("sample", self.schedule.seed, visit) for visit in visits]
-        batch = make_batch(self.dataset, self.schedule.rows(micro_batch), seeds, visits, options=self.options)
+        batch = make_batch(
+            self.dataset, self.schedule.rows(micro_batch), seeds, visits, options=self.options
+        )
         if not self.options.stratified_timesteps:
             return batch
-        return replace(batch, quantile=stratified(batch.quantile, self.schedule, micro_batch, self.per_step))
+        return replace(
+            batch, quantile=stratified(batch.quantile, self.schedule, micro_batch, self.per_step)
+        )
 
 
 def make_batch(
@@ -96,8 +110,14 @@ def make_batch(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [Drawn.of(seed) for seed in seeds]
     fixed = quantile is not None
-    of_row = {name: np.asarray(dataset.arrays[name])[rows] for name in ("media", "dropout", "weight", "crop")}
-    turns = [0 if fixed or len(p) == 1 else int(d.flip < 0.5) for p, d in zip(of_row["media"], drawn, strict=True)]
+    of_row = {
+        name: np.asarray(dataset.arrays[name])[rows]
+        for name in ("media", "dropout", "weight", "crop")
+    }
+    turns = [
+        0 if fixed or len(p) == 1 else int(d.flip < 0.5)
+        for p, d in zip(of_row["media"], drawn, strict=True)
+    ]
     media = dataset.media.rows(p.item(turn) for p, turn in zip(of_row["media"], turns, strict=True))
     latents = media["latents"]
     noise = standard_normal(latents.shape, generators)
@@ -127,16 +147,22 @@ def make_batch(
 def altered_noise(
     noise: Tensor, options: ObjectiveConfig, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor | None]:
-    """The noise of a batch as `options` ask, and what the denoiser sees in its place, if that is not the same."""
-    if not (options.multires_noise_iterations or options.noise_offset or options.input_perturbation):
+    """The noise of a batch as `options` ask, and what the denoiser sees in its place, if that is
+    not the same."""
+    if not (
+        options.multires_noise_iterations or options.noise_offset or options.input_perturbation
+    ):
         return noise, None
-    both = [altered(one, options, generator) for one, generator in zip(noise, generators, strict=True)]
+    both = [
+        altered(one, options, generator) for one, generator in zip(noise, generators, strict=True)
+    ]
     noise, seen = (torch.stack(tensors) for tensors in zip(*both, strict=True))
     return noise, seen if options.input_perturbation else None
 
 
 def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    """The next numbers of each sample's generator. Drawing the bits takes most of the loader's time."""
+    """The next numbers of each sample's generator. Drawing the bits takes most of the loader's
+    time."""
     batch = torch.empty(shape)
     for one, generator in zip(batch, generators, strict=True):
         torch.randn(one.shape, generator=generator, out=one)
@@ -144,7 +170,8 @@ def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -
 
 
 def stratified(quantile: Tensor, schedule: Schedule, micro_batch: int, per_step: int) -> Tensor:
-    """The quantiles (B,) of a micro-batch, spread evenly over the `per_step` micro-batches of its step.
+    """The quantiles (B,) of a micro-batch, spread evenly over the `per_step` micro-batches of its
+    step.
 
     The interval (0, 1) has as many equal parts as the step has samples, and each sample one of them: a permutation of
     the places in the step, a function of seed and step. Where in its part a sample lies, its own `quantile` says.

@@ -23,7 +23,8 @@ class CaptionConfig:
     column: str = "text"
     """Caption column of a Hugging Face dataset or a metadata file."""
     one_per_line: bool = False
-    """Each line of a caption file is a caption of its own; one of them is drawn each time the image is seen."""
+    """Each line of a caption file is a caption of its own; one of them is drawn each time the image
+    is seen."""
     trigger: str = ""
     """Words put before every caption that does not contain them."""
     separator: Annotated[str, Field(min_length=1)] = ","
@@ -31,7 +32,8 @@ class CaptionConfig:
     shuffle: bool = False
     """Shuffle the tags each time the image is seen."""
     keep_tokens: Annotated[int, Field(ge=0)] = 0
-    """Number of tags at the front that are neither shuffled nor dropped, in addition to the trigger."""
+    """Number of tags at the front that are neither shuffled nor dropped, in addition to the
+    trigger."""
     tag_dropout: Fraction = 0.0
     """Probability of dropping each tag."""
     dropout: Fraction = 0.0
@@ -46,12 +48,17 @@ if TYPE_CHECKING:
 else:
     CaptionOverrides = make_dataclass(
         "CaptionOverrides",
-        [(item.name, get_type_hints(CaptionConfig, include_extras=True)[item.name] | None, None)
-         for item in fields(CaptionConfig)],
+        [
+            (item.name, get_type_hints(CaptionConfig, include_extras=True)[item.name] | None, None)
+            for item in fields(CaptionConfig)
+        ],
         frozen=True,
-        namespace={"__pydantic_config__": {**STRICT, "use_attribute_docstrings": False}, "__module__": __name__,
-                   "__doc__": "Caption options of one source. Options that are not set are taken from data.captions."},
-    )  # fmt: skip
+        namespace={
+            "__pydantic_config__": {**STRICT, "use_attribute_docstrings": False},
+            "__module__": __name__,
+            "__doc__": "Caption options of one source. Options that are not set are taken from data.captions.",
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,14 @@ class SourceConfig:
     weight_column: str | None = None
     """Column with a factor on the loss of each image."""
     repeats: Annotated[int, Field(ge=1)] = 1
-    """Number of times that each image is seen per epoch. kohya's <repeats>_<name> folders multiply it."""
+    """Number of times that each image is seen per epoch. kohya's <repeats>_<name> folders multiply
+    it."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of the images."""
     regularization: bool = False
     """Regularization images of the class, which keep the model from forgetting it (prior preservation). They have no
-    trigger and no caption dropout, are never held out, and their loss is multiplied by data.prior_loss_weight."""
+    trigger and no caption dropout, are never held out, and their loss is multiplied by data.prior_loss_weight.
+    """
     captions: CaptionOverrides = field(default_factory=CaptionOverrides)
     """Caption options of this source."""
 
@@ -97,7 +106,8 @@ class DataConfig:
     image_column: str = "image"
     """Image column of a Hugging Face dataset."""
     weight_column: str | None = None
-    """Column of a Hugging Face dataset or a metadata file with a factor on the loss of each image."""
+    """Column of a Hugging Face dataset or a metadata file with a factor on the loss of each image.
+    """
     resolution: Annotated[int, Field(ge=16, le=8192)] = 512
     """Side of a square image in pixels. With buckets, other aspect ratios have the same area."""
     bucket_step: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -114,11 +124,14 @@ class DataConfig:
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Frames per second of a clip, whatever the rate of the video. None: the rate of the model."""
     video_clips: Literal["first", "spread"] = "first"
-    """Clips of a video that are trained on. first: its beginning. spread: as many as fit, evenly spaced."""
+    """Clips of a video that are trained on. first: its beginning. spread: as many as fit, evenly
+    spaced."""
     random_flip: bool = False
-    """Mirror an image horizontally with probability 1/2 each time it is seen. The mirrored image is encoded too."""
+    """Mirror an image horizontally with probability 1/2 each time it is seen. The mirrored image is
+    encoded too."""
     vae_sampling: Literal["mode", "sample"] = "mode"
-    """mode: use the most likely latents. sample: store mean and standard deviation, and draw latents each time."""
+    """mode: use the most likely latents. sample: store mean and standard deviation, and draw
+    latents each time."""
     background: str = "white"
     """Color behind transparent images: a name or #rrggbb."""
     masks: Literal["none", "alpha", "files"] = "none"
@@ -135,23 +148,28 @@ class DataConfig:
     encode_batch_size: Annotated[int, Field(ge=1)] = 8
     """Images or captions that are encoded together."""
     cache_dir: Annotated[str, CHANGEABLE] = "output/cache"
-    """Folder that keeps latents and conditioning between runs. It may be deleted. Several nodes must share it."""
+    """Folder that keeps latents and conditioning between runs. It may be deleted. Several nodes
+    must share it."""
     validation_path: Annotated[str | None, CHANGEABLE] = None
     """Images held out for validation, in any form that data.path supports."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the images to hold out for validation, without data.validation_path."""
     num_workers: Annotated[int, Field(ge=0, le=64), CHANGEABLE] = 1
-    """Threads per process that prepare batches ahead of time. 0: prepare each batch when it is needed."""
+    """Threads per process that prepare batches ahead of time. 0: prepare each batch when it is
+    needed."""
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """Return data.path, as the first source, and data.sources, with the options that they take from `data`."""
+        """Return data.path, as the first source, and data.sources, with the options that they take
+        from `data`."""
         first = () if self.path is None else (SourceConfig(self.path),)
         return tuple(self.with_defaults(source) for source in (*first, *self.sources))
 
     def with_defaults(self, source: SourceConfig) -> SourceConfig:
         """Fill the options of `source` that are not set."""
         unset = {
-            name: getattr(self, name) for name in ("image_column", "weight_column") if getattr(source, name) is None
+            name: getattr(self, name)
+            for name in ("image_column", "weight_column")
+            if getattr(source, name) is None
         }
         captions = CaptionConfig(
             **{item.name: self._caption_option(source, item.name) for item in fields(CaptionConfig)}

@@ -39,7 +39,9 @@ class LatentDataset:
         self.folder, self.listing, self.mask_floor = folder, folder / "listing.arrow", mask_floor
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.fingerprint: str = about["fingerprint"]
-        self.buckets = tuple(tuple(Segment(*segment) for segment in bucket) for bucket in about["segments"])
+        self.buckets = tuple(
+            tuple(Segment(*segment) for segment in bucket) for bucket in about["segments"]
+        )
         self.empty_text: int = about["empty_text"]
         self.media, self.text, self.ragged = stores.media, stores.text, stores.ragged
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
@@ -90,12 +92,17 @@ class LatentDataset:
         return frames[0] if frames else 1
 
     def text_of(self, row: int, draw: float | None) -> int:
-        """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the first."""
+        """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the
+        first."""
         first, last = self.arrays["text_first"][row : row + 2]
         if last - first == 1 or draw is None:
             return int(self.arrays["texts"][first])
         ends = np.cumsum(self.arrays["shares"][first:last])
-        return int(self.arrays["texts"][first + min(np.searchsorted(ends, draw * ends[-1], "right"), last - first - 1)])
+        return int(
+            self.arrays["texts"][
+                first + min(np.searchsorted(ends, draw * ends[-1], "right"), last - first - 1)
+            ]
+        )
 
     def latents(self, row: int) -> Tensor:
         """Raw latents (C, [F,] h, w) of one row."""
@@ -104,6 +111,9 @@ class LatentDataset:
     def cond(self, row: int) -> dict[str, Tensor]:
         """Conditioning of one row with its first caption, without batch dimension and padding."""
         media = int(self.arrays["media"][row, 0])
-        own = {name: self.media.stacked([media], name)[0] for name in self.media.columns(media)
-               if name not in MEDIA_TENSORS}  # fmt: skip
+        own = {
+            name: self.media.stacked([media], name)[0]
+            for name in self.media.columns(media)
+            if name not in MEDIA_TENSORS
+        }
         return self.text.row(int(self.arrays["texts"][self.arrays["text_first"][row]])) | own

@@ -1,5 +1,5 @@
-"""Writes the encoded data of a run as a folder of its own: ours, which other machines train from without the images, or
-ComfyUI's."""
+"""Writes the encoded data of a run as a folder of its own: ours, which other machines train from
+without the images, or ComfyUI's."""
 
 import json
 import os
@@ -23,16 +23,20 @@ Form = Literal["encoded", "comfyui", "safetensors"]
 
 
 def write_dataset(build: Build, built: Datasets, folder: Path, form: Form) -> int:
-    """Writes all that `built` is trained and validated on; returns how many rows. DataError if `folder` is there.
+    """Writes all that `built` is trained and validated on; returns how many rows. DataError if
+    `folder` is there.
 
-    "encoded" keeps everything; the other two, which ComfyUI reads or might, keep each row once with its first caption.
+    "encoded" keeps everything; the other two, which ComfyUI reads or might, keep each row once with
+    its first caption.
     """
     if os.path.lexists(folder):
         raise DataError(f"{folder} is there already; name another")
     if form == "encoded":
         return write_encoded(build, built, folder)
     samples = comfy_samples(build.family, built)
-    return comfy_shards.write_folder(folder, samples, form="pkl" if form == "comfyui" else "safetensors")
+    return comfy_shards.write_folder(
+        folder, samples, form="pkl" if form == "comfyui" else "safetensors"
+    )
 
 
 def write_encoded(build: Build, built: Datasets, folder: Path) -> int:
@@ -45,7 +49,9 @@ def write_encoded(build: Build, built: Datasets, folder: Path) -> int:
         shutil.copy(build.listing, beside / "listing.arrow")
         for store, column in ((built.train.media, "media"), (built.train.text, "texts")):
             wanted = np.unique(tables.keys(rows.column(column)))
-            whole = Store(store.folder, store.also)  # which finds by key; that of a run no longer does
+            whole = Store(
+                store.folder, store.also
+            )  # which finds by key; that of a run no longer does
             Store(beside / ("media" if column == "media" else "text")).write(copied(whole, wanted))
         about = {"format": FORMAT, **build.identities, "options": options_of(build.config)}
         (beside / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -58,11 +64,18 @@ def write_encoded(build: Build, built: Datasets, folder: Path) -> int:
 
 
 def copied(store: Store, keys: np.ndarray) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-    yield from ((key, store.row(int(place))) for key, place in zip(keys.tolist(), store.find(keys), strict=True))
+    yield from (
+        (key, store.row(int(place)))
+        for key, place in zip(keys.tolist(), store.find(keys), strict=True)
+    )
 
 
-def comfy_samples(family: ModelFamily, built: Datasets) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+def comfy_samples(
+    family: ModelFamily, built: Datasets
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     for dataset in filter(None, (built.train, built.validation)):
         for row in range(len(dataset)):
-            latents = with_frames(dataset.latents(row)[None], family.comfy_frames or family.media != "image")[0]
+            latents = with_frames(
+                dataset.latents(row)[None], family.comfy_frames or family.media != "image"
+            )[0]
             yield latents, *family.cond_to_comfy(dataset.cond(row))

@@ -1,15 +1,17 @@
-"""Which samples meet in which step, as a pure function of (seed, dataset, batch size): there is no sampler state.
+"""Which samples meet in which step, as a pure function of (seed, dataset, batch size): there is no
+sampler state.
 
-Visit v (v = 0, 1, 2, ...) is one sample seen once; micro-batch m holds the visits from m * batch_size to
-(m + 1) * batch_size - 1, all of one bucket.
-Step s on W ranks with accumulation A consumes micro-batches s*W*A ... (s+1)*W*A - 1, of which rank r takes those with
-m mod W = r. So one rank with A = 4, two with A = 2 and four with A = 1 train on the same samples in the same step.
+Visit v (v = 0, 1, 2, ...) is one sample seen once; micro-batch m holds the visits from m *
+batch_size to (m + 1) * batch_size - 1, all of one bucket. Step s on W ranks with accumulation A
+consumes micro-batches s*W*A ... (s+1)*W*A - 1, of which rank r takes those with m mod W = r. So one
+rank with A = 4, two with A = 2 and four with A = 1 train on the same samples in the same step.
 
-Each bucket is an endless row of epochs, every one a new permutation of its n samples, cut into micro-batches of B. By
-the end of epoch e (counted from 1) floor(e n / B) of them are full; those that become full in epoch e are trained on in
-epoch e, in an order mixed over all buckets. So none is ever smaller, a bucket with fewer samples than B waits until
-more visits fill it, and after e epochs every sample was or is about to be seen e times. All of this is computed from m;
-nothing is listed but permutations of up to 2^16 positions.
+Each bucket is an endless row of epochs, every one a new permutation of its n samples, cut into
+micro-batches of B. By the end of epoch e (counted from 1) floor(e n / B) of them are full; those
+that become full in epoch e are trained on in epoch e, in an order mixed over all buckets. So none
+is ever smaller, a bucket with fewer samples than B waits until more visits fill it, and after e
+epochs every sample was or is about to be seen e times. All of this is computed from m; nothing is
+listed but permutations of up to 2^16 positions.
 """
 
 import hashlib
@@ -28,8 +30,12 @@ MASK = 2**64 - 1
 
 
 def key(purpose: str, *numbers: int | str) -> int:
-    """A 64-bit key that differs for every purpose and numbers: the seed of whatever is random there."""
-    data = b"".join(struct.pack("<Q", n) if isinstance(n, int) else n.encode() + b"\0" for n in (purpose, *numbers))
+    """A 64-bit key that differs for every purpose and numbers: the seed of whatever is random
+    there."""
+    data = b"".join(
+        struct.pack("<Q", n) if isinstance(n, int) else n.encode() + b"\0"
+        for n in (purpose, *numbers)
+    )
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -39,7 +45,8 @@ class Permutation:
     def __init__(self, size: int, seed: int):
         self.size = size
         if size <= EXACT:
-            # sorting the generator's raw bits, whose stream numpy guarantees; it does not guarantee `permutation`
+            # sorting the generator's raw bits, whose stream numpy guarantees; it does not guarantee
+            # `permutation`
             bits = np.random.Philox(key=seed).random_raw(size)
             self.order = np.argsort(bits, kind="stable").astype(np.uint16)
             return
@@ -50,7 +57,9 @@ class Permutation:
         if self.size <= EXACT:
             return int(self.order[position])
         place = self._feistel(position)
-        while place >= self.size:  # outside: a bijection of 2^(2 half) places, followed until it comes back
+        while (
+            place >= self.size
+        ):  # outside: a bijection of 2^(2 half) places, followed until it comes back
             place = self._feistel(place)
         return place
 
@@ -127,7 +136,11 @@ class Schedule:
         # each bucket falls short of n / B micro-batches per epoch by less than one in all
         least = micro_batch * self.batch_size // self.epoch_size
         most = least + len(self.buckets) * self.batch_size // self.epoch_size + 1
-        return least + bisect_right(range(least, most + 1), micro_batch, key=lambda e: sum(self._full(e))) - 1
+        return (
+            least
+            + bisect_right(range(least, most + 1), micro_batch, key=lambda e: sum(self._full(e)))
+            - 1
+        )
 
     def _full(self, epochs: int) -> list[int]:
         """How many micro-batches of each bucket are full after so many epochs."""
@@ -135,7 +148,9 @@ class Schedule:
 
     def _row(self, bucket: int, visit: int) -> int:
         epoch, position = divmod(visit, self.sizes[bucket])
-        shuffled = permutation(self.sizes[bucket], key("epoch", self.seed, self.fingerprint, bucket, epoch))
+        shuffled = permutation(
+            self.sizes[bucket], key("epoch", self.seed, self.fingerprint, bucket, epoch)
+        )
         place = shuffled[position]
         for segment in self.buckets[bucket]:
             if place < segment.visits:

@@ -52,7 +52,9 @@ def options_page() -> str:
         if "$ref" in field:
             section = definitions[field["$ref"].split("/")[-1]]
             describe_inherited(hints[name], section["properties"])
-            sections.append(table(f"## {name}\n\n{section['description']}", section["properties"], f"{name}."))
+            sections.append(
+                table(f"## {name}\n\n{section['description']}", section["properties"], f"{name}.")
+            )
             sections += tables_of_lists(name, section["properties"], definitions)
         else:
             root.append(name)
@@ -60,7 +62,9 @@ def options_page() -> str:
     return "\n".join([HEAD, first, *sections])
 
 
-def tables_of_lists(section: str, properties: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+def tables_of_lists(
+    section: str, properties: dict[str, Any], definitions: dict[str, Any]
+) -> list[str]:
     """The options of what stands in the lists of a section."""
     tables = []
     for name, field in properties.items():
@@ -72,7 +76,8 @@ def tables_of_lists(section: str, properties: dict[str, Any], definitions: dict[
 
 
 def describe_inherited(cls: type, properties: dict[str, Any]) -> None:
-    """Adds the help of inherited options: pydantic reads the docstrings of a class's own fields only."""
+    """Adds the help of inherited options: pydantic reads the docstrings of a class's own fields
+    only."""
     for base in cls.__mro__[1:]:
         if is_dataclass(base):
             for name, field in TypeAdapter(base).json_schema()["properties"].items():
@@ -85,7 +90,9 @@ def table(title: str, fields: dict[str, Any], prefix: str) -> str:
         f"| `{prefix}{name}` | {type_of(field)} | {default_of(field)} | {help_of(field)} |"
         for name, field in fields.items()
     ]
-    return "\n".join([title, "", "| option | values | default | meaning |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(
+        [title, "", "| option | values | default | meaning |", "|---|---|---|---|", *rows, ""]
+    )
 
 
 def help_of(field: dict[str, Any]) -> str:
@@ -99,7 +106,9 @@ def type_of(field: dict[str, Any]) -> str:
     if "const" in field:
         return f"`{field['const']}`"
     if "anyOf" in field:
-        return " or ".join("none" if arm.get("type") == "null" else type_of(arm) for arm in field["anyOf"])
+        return " or ".join(
+            "none" if arm.get("type") == "null" else type_of(arm) for arm in field["anyOf"]
+        )
     if "$ref" in field:
         return "the options below"
     if field["type"] == "array":
@@ -113,8 +122,12 @@ def type_of(field: dict[str, Any]) -> str:
 
 def bounds_of(field: dict[str, Any]) -> str:
     parts = []
-    for key, words in (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"),
-                       ("exclusiveMaximum", "below")):  # fmt: skip
+    for key, words in (
+        ("minimum", "from"),
+        ("exclusiveMinimum", "above"),
+        ("maximum", "to"),
+        ("exclusiveMaximum", "below"),
+    ):
         if key in field:
             value = field[key]
             parts.append(f"{words} {'2^64 - 1' if value == 2**64 - 1 else f'{value:g}'}")

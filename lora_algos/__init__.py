@@ -1,4 +1,5 @@
-"""How the update of a frozen weight is parameterised. Imports nothing of ours; importing this page imports no torch."""
+"""How the update of a frozen weight is parameterized. Imports nothing of ours; importing this page
+imports no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

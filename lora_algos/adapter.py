@@ -1,8 +1,9 @@
-"""What is true of every adapted layer, once. An algorithm adds its tensors' shapes, its first values and its kernel.
+"""What is true of every adapted layer, once. An algorithm adds its tensors' shapes, its first
+values and its kernel.
 
-An adapter is a module in the place of the layer it adapts, which it keeps as `base_layer`: DDP, FSDP and `state_dict`
-see it, and nothing else of the model changes. Its parameters are fp32 whatever the base's dtype, and at first the
-update is exactly zero.
+An adapter is a module in the place of the layer it adapts, which it keeps as `base_layer`: DDP,
+FSDP and `state_dict` see it, and nothing else of the model changes. Its parameters are fp32
+whatever the base's dtype, and at first the update is exactly zero.
 """
 
 import weakref
@@ -48,28 +49,34 @@ class Adapter(ABC):
 
     @classmethod
     def detects(cls, tensors: dict[str, Tensor]) -> bool:
-        """Whether a layer with these tensors in a file is of this algorithm, or of one that is made of it."""
+        """Whether a layer with these tensors in a file is of this algorithm, or of one that is made
+        of it."""
         return any(name in tensors for name in cls.detected_by)
 
     @classmethod
     def heeds(cls, option: str, options: AdapterOptions, weight: torch.Size) -> bool:
-        """Whether an option of those that not every algorithm has says anything to a layer with that weight."""
+        """Whether an option of those that not every algorithm has says anything to a layer with
+        that weight."""
         return option in cls.own_options
 
     @classmethod
     @abstractmethod
     def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
-        """The tensors for a weight of that shape; AdapterError if `spec` does not fit it, saying what would."""
+        """The tensors for a weight of that shape; AdapterError if `spec` does not fit it, saying
+        what would."""
 
     @classmethod
     @abstractmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         """The computation for a layer with that operation and weight and tensors of these names."""
 
     @classmethod
     @abstractmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        """The spec and the tensors' proper shapes of a layer in a file; AdapterError if they do not fit the weight."""
+        """The spec and the tensors' proper shapes of a layer in a file; AdapterError if they do not
+        fit the weight."""
 
     @classmethod
     def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
@@ -79,7 +86,8 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> "Adapter":
-        """`base_layer` adapted, with tensors of `shapes` if given (those of a file) instead of what `spec` asks for."""
+        """`base_layer` adapted, with tensors of `shapes` if given (those of a file) instead of what
+        `spec` asks for."""
 
     @abstractmethod
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -125,7 +133,10 @@ class Adapter(ABC):
         spec, shapes = cls.read_spec(tensors, weight.shape)
         op = LayerOp(max(0, weight.ndim - 2))
         kernel = cls.make_kernel(op, spec, weight.shape, shapes)
-        wide = {name: tensors[name] if tensors[name].dtype in WIDE else tensors[name].float() for name in shapes}
+        wide = {
+            name: tensors[name] if tensors[name].dtype in WIDE else tensors[name].float()
+            for name in shapes
+        }
         fitting = {name: tensor.reshape(shapes[name]) for name, tensor in wide.items()}
         return kernel.delta(weight, (*cls.factors_of(fitting, spec), *cls.from_weight(weight)))
 
@@ -135,7 +146,9 @@ class Adapter(ABC):
 
     def in_file(self) -> tuple[dict[str, Tensor], float]:
         """The layer's tensors and alpha in a file, where the scaling is alpha / rank."""
-        tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in self.trained().items()}
+        tensors: dict[str, Tensor] = {
+            name: tensor.detach() for name, tensor in self.trained().items()
+        }
         return tensors, self.alpha_in_file()
 
     def alpha_in_file(self) -> float:
@@ -177,12 +190,16 @@ class Adapter(ABC):
         dtype = autocast_dtype(device)
         if dtype is None or x.dtype == torch.float64:
             # float8 is for storing alone: then it is the input that says what is computed in
-            return self._batched(shared_cast(x, weight.dtype if weight.dtype.itemsize > 1 else x.dtype))
+            return self._batched(
+                shared_cast(x, weight.dtype if weight.dtype.itemsize > 1 else x.dtype)
+            )
         with without_autocast(device):
             return self._batched(shared_cast(x, dtype))
 
     def _batched(self, x: Tensor) -> Tensor:
-        if self.op.spatial and x.ndim == self.op.spatial + 1:  # a single image, which convolutions take too
+        if (
+            self.op.spatial and x.ndim == self.op.spatial + 1
+        ):  # a single image, which convolutions take too
             return self._forward(self.op.padded(x[None]), x.dtype)[0]
         return self._forward(self.op.padded(x), x.dtype)
 
@@ -196,7 +213,10 @@ class Adapter(ABC):
         if not dropout:
             y = adapted(self.kernel, mode, x, weight, bias, factors)
         else:
-            y, dropped = op(x, weight.to(dtype), None if bias is None else bias.to(dtype)), F.dropout(x, dropout)
+            y, dropped = (
+                op(x, weight.to(dtype), None if bias is None else bias.to(dtype)),
+                F.dropout(x, dropout),
+            )
             if mode == "factors" and isinstance(self.kernel, Additive):
                 y = Branch.apply(self.kernel, y, dropped, *factors)
             else:
@@ -204,7 +224,8 @@ class Adapter(ABC):
         return y if diff_b is None else y + op.channel_view(diff_b.to(dtype))
 
     def mode(self, x: Tensor, factors: Tensors) -> Mode:
-        """How this input is computed, as `bypass_mode` asks: true by the factors, false by dW, auto the cheaper."""
+        """How this input is computed, as `bypass_mode` asks: true by the factors, false by dW, auto
+        the cheaper."""
         wide, by_factors = x.dtype in WIDE, self.kernel.by_factors(factors)
         if self.spec.bypass_mode == "true":
             return "factors" if by_factors else "dense"
@@ -216,18 +237,23 @@ class Adapter(ABC):
         return self.kernel.mode(positions, wide, factors)
 
     def _masked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` with ranks dropped, or all of them, as `rank_dropout` and `module_dropout` ask. Reads no value."""
+        """`tensors` with ranks dropped, or all of them, as `rank_dropout` and `module_dropout` ask.
+        Reads no value."""
         options = self.spec.options
         if not self.training or not (options.rank_dropout or options.module_dropout):
             return tensors
         first = tensors[next(name for name in self.rank_axis if name in tensors)]
         keep = torch.rand((), device=first.device) >= options.module_dropout
         masked, masks = {**tensors, **self.constants()}, {}
-        for name in (name for name in self.rank_axis if name in masked):  # in this order: on every rank the same draws
+        for name in (
+            name for name in self.rank_axis if name in masked
+        ):  # in this order: on every rank the same draws
             tensor, axis = masked[name], self.rank_axis[name]
             ranks = tensor.shape[axis]
             if ranks not in masks:
-                masks[ranks] = (torch.rand(ranks, device=tensor.device) >= options.rank_dropout) & keep
+                masks[ranks] = (
+                    torch.rand(ranks, device=tensor.device) >= options.rank_dropout
+                ) & keep
             scale = 1.0 if self.multiplicative else 1 / (1 - options.rank_dropout)
             sides = [ranks if i == axis else 1 for i in range(tensor.ndim)]
             masked[name] = tensor * (masks[ranks].view(sides).to(tensor.dtype) * scale)
@@ -240,8 +266,19 @@ class Adapter(ABC):
         return masked
 
 
-OF_THE_BASE = {"weight", "bias", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
-               "padding", "dilation", "groups"}  # fmt: skip
+OF_THE_BASE = {
+    "weight",
+    "bias",
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+}
 
 
 class OwnAdapter(Adapter, nn.Module):
@@ -253,11 +290,13 @@ class OwnAdapter(Adapter, nn.Module):
         weight: Tensor = base_layer.weight  # type: ignore[assignment]
         self.tensor_names = tuple(shapes or self.shapes(spec, weight.shape))
         values = {
-            name: torch.empty(shape, dtype=torch.float32, device="meta" if weight.is_meta else "cpu")
+            name: torch.empty(
+                shape, dtype=torch.float32, device="meta" if weight.is_meta else "cpu"
+            )
             for name, shape in (shapes or self.shapes(spec, weight.shape)).items()
         }
         with torch.no_grad():
-            self.initialise(values)
+            self.initialize(values)
         for name, value in values.items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(value.to(weight.device)))
         self.setup(base_layer, spec)
@@ -268,14 +307,15 @@ class OwnAdapter(Adapter, nn.Module):
 
     @classmethod
     @abstractmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         """Fills new tensors in place, from torch's global RNG."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name.replace(".", "_")) for name in self.tensor_names}
 
     def __getattr__(self, name: str) -> Any:
-        """What models and pipelines ask a layer for is the base layer's, as it is with PEFT's layers."""
+        """What models and pipelines ask a layer for is the base layer's, as it is with PEFT's
+        layers."""
         return getattr(self.base_layer, name) if name in OF_THE_BASE else super().__getattr__(name)
 
 
@@ -286,7 +326,12 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`; the same tensor for layers that are given the same `x` one after the other (q, k, v), so that
     what they keep for the backward pass is kept once."""
     global _last_cast
-    if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if (
+        x.dtype == dtype
+        or x.is_inference()
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+    ):
         return x.to(dtype)
     source, version, cast = _last_cast
     found = cast() if source() is x and version == x._version else None

@@ -49,24 +49,34 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def computes_as_adapted(module: nn.Module) -> bool:
     """Whether the layer's output is that of its kind: not of a subclass with a computation of its own, such as a
-    quantised layer, nor of one whose weight another module reads past it."""
+    quantized layer, nor of one whose weight another module reads past it."""
     if not isinstance(module, ADAPTED_TYPES) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    methods = [(kind, name) for kind in ADAPTED_TYPES for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-    return all(getattr(type(module), n) is getattr(k, n) for k, n in methods if isinstance(module, k))
+    methods = [
+        (kind, name)
+        for kind in ADAPTED_TYPES
+        for name in ("forward", "_conv_forward")
+        if hasattr(kind, name)
+    ]
+    return all(
+        getattr(type(module), n) is getattr(k, n) for k, n in methods if isinstance(module, k)
+    )
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every normalisation layer that has a weight, by name: those of torch, diffusers and transformers alike."""
+    """Every normalization layer that has a weight, by name: those of torch, diffusers and
+    transformers alike."""
     return {
         name: module
         for name, module in layers_of(model)
-        if type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), Tensor)
+        if type(module).__name__.endswith("Norm")
+        and isinstance(getattr(module, "weight", None), Tensor)
     }
 
 
 def select_layers(model: nn.Module, targets: tuple[str, ...], presets: dict[str, str]) -> list[str]:
-    """Names of the layers that `targets` (preset names or regular expressions) match, in model order.
+    """Names of the layers that `targets` (preset names or regular expressions) match, in model
+    order.
 
     Raises AdapterError naming every target that is no regular expression or matches nothing.
     """
@@ -80,7 +90,9 @@ def select_layers(model: nn.Module, targets: tuple[str, ...], presets: dict[str,
             faults.append(f"{target}: {fault}" + (f"; near it: {', '.join(near)}" if near else ""))
         chosen.update(matched)
     if faults:
-        faults.append(f"presets of this family: {', '.join(presets)}; a pattern must match a whole layer name")
+        faults.append(
+            f"presets of this family: {', '.join(presets)}; a pattern must match a whole layer name"
+        )
         raise AdapterError(error_list("--adapter.targets", faults))
     return [name for name in names if name in chosen]
 
@@ -97,7 +109,8 @@ def matching(pattern: str, names: list[str]) -> tuple[list[str], str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run asks for: the adapter section, and the options of the same purpose at the root of the config."""
+    """What a run asks for: the adapter section, and the options of the same purpose at the root of
+    the config."""
 
     config: AdapterConfig
     algorithm: str
@@ -111,10 +124,14 @@ class Plan:
         specs = {name: self._spec(overrides.get(name, Override(""))) for name in names}
         self._refuse_unheeded(model, specs)
         if self.config.train_norms:
-            specs |= dict.fromkeys(norm_layers(model), LayerSpec(algorithm="Full", bias=self.config.train_biases))
+            specs |= dict.fromkeys(
+                norm_layers(model), LayerSpec(algorithm="Full", bias=self.config.train_biases)
+            )
         return {name: specs[name] for name, _ in layers_of(model) if name in specs}
 
-    def trained_on(self, specs: dict[str, LayerSpec], presets: dict[str, str]) -> dict[str, LayerSpec]:
+    def trained_on(
+        self, specs: dict[str, LayerSpec], presets: dict[str, str]
+    ) -> dict[str, LayerSpec]:
         """The specs of the layers in a file, to be trained further as this plan says."""
         overrides, asked = self._overrides(list(specs), presets), self.config
         result = {}
@@ -127,7 +144,9 @@ class Plan:
                 module_dropout=asked.module_dropout,
             )
             rate = spec.lr_scale if rate is None else rate
-            result[name] = replace(spec, bypass_mode=self.bypass_mode, options=options, lr_scale=rate)
+            result[name] = replace(
+                spec, bypass_mode=self.bypass_mode, options=options, lr_scale=rate
+            )
         return result
 
     def _refuse_unheeded(self, model: nn.Module, specs: dict[str, LayerSpec]) -> None:
@@ -135,7 +154,9 @@ class Plan:
         layers: dict[str, Any] = dict(layers_of(model))
         asked, plain = self.config.options(), AdapterOptions()
         faults = []
-        for option in (item.name for item in fields(AdapterOptions) if not item.name.endswith("dropout")):
+        for option in (
+            item.name for item in fields(AdapterOptions) if not item.name.endswith("dropout")
+        ):
             value = getattr(asked, option)
             if value != getattr(plain, option) and not any(
                 get_algorithm(spec.algorithm).heeds(option, asked, layers[name].weight.shape)
@@ -145,7 +166,9 @@ class Plan:
         if faults:
             algorithms = ", ".join(sorted({spec.algorithm for spec in specs.values()}))
             raise AdapterError(
-                error_list(f"--adapter: options that no adapted layer ({algorithms}) has a use for", faults)
+                error_list(
+                    f"--adapter: options that no adapted layer ({algorithms}) has a use for", faults
+                )
             )
 
     def _overrides(self, names: list[str], presets: dict[str, str]) -> dict[str, Override]:
@@ -154,9 +177,13 @@ class Plan:
         for number, override in enumerate(self.config.overrides):
             matched, fault = matching(presets.get(override.pattern, override.pattern), names)
             if fault:
-                faults.append(f"{number}.pattern = {override.pattern}: {fault} of those that are adapted")
+                faults.append(
+                    f"{number}.pattern = {override.pattern}: {fault} of those that are adapted"
+                )
             if override.algorithm not in (None, *ALGORITHMS):
-                faults.append(f"{number}.algorithm = {override.algorithm}: not one of {', '.join(ALGORITHMS)}")
+                faults.append(
+                    f"{number}.algorithm = {override.algorithm}: not one of {', '.join(ALGORITHMS)}"
+                )
             chosen |= dict.fromkeys(matched, override)
         if faults:
             raise AdapterError(error_list("--adapter.overrides", faults))
@@ -198,7 +225,8 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec], seed: int) -> AdaptedM
         for name, spec in specs.items():
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little"))
-            model.set_submodule(name, get_algorithm(spec.algorithm).on(layers[name], spec), strict=True)  # type: ignore[arg-type]
+            adapter = get_algorithm(spec.algorithm).on(layers[name], spec)
+            model.set_submodule(name, adapter, strict=True)  # type: ignore[arg-type]
     return AdaptedModel(model)
 
 
@@ -231,13 +259,17 @@ def attach_from_file(
         try:
             weight: Tensor = layers[name].weight  # type: ignore[assignment]
             spec, shapes = get_algorithm(algorithm_of(given)).read_spec(given, weight.shape)
-            if wrong := bias_faults(given, weight.shape[0], getattr(layers[name], "bias", None) is not None):
+            if wrong := bias_faults(
+                given, weight.shape[0], getattr(layers[name], "bias", None) is not None
+            ):
                 raise AdapterError("; ".join(wrong))
             specs[name] = replace(spec, bias="diff_b" in given), shapes
         except AdapterError as error:
             faults.append(f"{name}: {error}")
     if faults or not specs:
-        raise AdapterError(error_list("the adapter file does not fit the model", faults or ["it holds no tensors"]))
+        raise AdapterError(
+            error_list("the adapter file does not fit the model", faults or ["it holds no tensors"])
+        )
     read = {name: spec for name, (spec, _) in specs.items()}
     asked = read if plan is None else plan.trained_on(read, dict(presets))
     model.requires_grad_(False)

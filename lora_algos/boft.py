@@ -1,8 +1,9 @@
-"""BOFT: W' = R_m ... R_1 W, each R_i block-diagonal and orthogonal between two butterfly permutations of the output
-channels (Liu et al. 2023, arXiv 2311.06243; the form of LyCORIS and ComfyUI). The bias is not rotated.
+"""BOFT: W' = R_m ... R_1 W, each R_i block-diagonal and orthogonal between two butterfly
+permutations of the output channels (Liu et al. 2023, arXiv 2311.06243; the form of LyCORIS and
+ComfyUI). The bias is not rotated.
 
-Shapes, for a weight (out, in, *kernel): oft_blocks (stages, out / b, b, b), zero at first, b even, at most
-block_size, and out / b a power of two. Stage i mixes channels within 2^i b of each other.
+Shapes, for a weight (out, in, *kernel): oft_blocks (stages, out / b, b, b), zero at first, b even,
+at most block_size, and out / b a power of two. Stage i mixes channels within 2^i b of each other.
 """
 
 from collections.abc import Iterable
@@ -21,17 +22,29 @@ from lora_algos.tensors import Shapes, constraint_of, fitted
 
 
 def butterfly_side(channels: int, limit: int) -> int:
-    """The largest even b up to `limit` with channels / b a power of two; AdapterError if there is none."""
-    sides = [n for n in range(2, channels + 1, 2) if channels % n == 0 and (channels // n).bit_count() == 1]
+    """The largest even b up to `limit` with channels / b a power of two; AdapterError if there is
+    none."""
+    sides = [
+        n
+        for n in range(2, channels + 1, 2)
+        if channels % n == 0 and (channels // n).bit_count() == 1
+    ]
     fitting = [n for n in sides if n <= limit]
     if not fitting:
-        hint = f"the smallest block_size that fits is {sides[0]}" if sides else "an odd number has no butterfly"
-        raise AdapterError(f"no block_size up to {limit} fits its {channels} output channels; {hint}")
+        hint = (
+            f"the smallest block_size that fits is {sides[0]}"
+            if sides
+            else "an odd number has no butterfly"
+        )
+        raise AdapterError(
+            f"no block_size up to {limit} fits its {channels} output channels; {hint}"
+        )
     return fitting[-1]
 
 
 def permuted(x: Tensor, axis: int, stage: int, side: int, inverse: bool = False) -> Tensor:
-    """Channels in the order in which a stage's blocks take them: within 2^stage * side, the two halves interleaved."""
+    """Channels in the order in which a stage's blocks take them: within 2^stage * side, the two
+    halves interleaved."""
     half, axis = 2**stage * (side // 2), axis % x.ndim
     split = x.unflatten(axis, (-1, half, 2) if inverse else (-1, 2, half))
     return split.transpose(axis + 1, axis + 2).reshape(x.shape)
@@ -59,7 +72,9 @@ class Butterfly(BlockRotation):
             turned = permuted(rotated.reshape(start.shape), 0, stage, b, inverse=True)
         return (turned - start).view(self.shape)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
         y = self.op(x, weight, bias)
         changes, before = Cayley.of(factors[0]).minus_identity, without_bias(self.op, y, bias)
         if y.dtype in WIDE:
@@ -73,7 +88,9 @@ class Butterfly(BlockRotation):
         b, axis = changes.shape[-1], self._axis
         y = permuted(y, axis, 0, b)
         for stage, change in enumerate(changes):
-            y = times_blocks(self.op, next_stage(y, axis, 2**stage * b // 4) if stage else y, change)
+            y = times_blocks(
+                self.op, next_stage(y, axis, 2**stage * b // 4) if stage else y, change
+            )
         return permuted(y, axis, changes.shape[0] - 1, b, inverse=True)
 
     def _change(self, y: Tensor, changes: Tensor) -> Tensor:
@@ -94,7 +111,9 @@ class Butterfly(BlockRotation):
     def _axis(self) -> int:
         return 1 if self.op.spatial else -1
 
-    def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: Saved, input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         (blocks,), b = saved.factors, saved.factors[0].shape[-1]
         cayley = Cayley.of(blocks)
         last, axis, dblocks = blocks.shape[0] - 1, self._axis, torch.empty_like(blocks)
@@ -140,12 +159,20 @@ class BOFT(OFT):
         sides = tuple(tensors["oft_blocks"].shape)
         fits = len(sides) == 4 and sides[2] == sides[3] and sides[1] * sides[2] == weight[0]
         if not fits or sides[2] % 2 or sides[1] % 2 ** (sides[0] - 1):
-            raise AdapterError(f"oft_blocks is {sides}, which is no butterfly over {weight[0]} output channels")
-        options = AdapterOptions(block_size=sides[2], stages=sides[0], constraint=constraint_of(tensors))
-        return LayerSpec(algorithm=cls.algorithm, options=options), fitted(tensors, {"oft_blocks": sides}, weight)
+            raise AdapterError(
+                f"oft_blocks is {sides}, which is no butterfly over {weight[0]} output channels"
+            )
+        options = AdapterOptions(
+            block_size=sides[2], stages=sides[0], constraint=constraint_of(tensors)
+        )
+        return LayerSpec(algorithm=cls.algorithm, options=options), fitted(
+            tensors, {"oft_blocks": sides}, weight
+        )
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         return Butterfly(op, weight, 1.0)
 
 

@@ -1,4 +1,5 @@
-"""The `adapter` section of the config, and what one layer's adapter is made with. No torch here: `--help` reads it."""
+"""The `adapter` section of the config, and what one layer's adapter is made with. No torch here:
+`--help` reads it."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -13,35 +14,42 @@ BypassMode = Literal["auto", "true", "false"]
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What an algorithm is told beyond rank and alpha. With `existing_lora` only the dropouts count."""
+    """What an algorithm is told beyond rank and alpha. With `existing_lora` only the dropouts
+    count."""
 
     __pydantic_config__ = STRICT
 
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    init: Literal["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"] = "default"
+    init: Literal[
+        "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"
+    ] = "default"
     """LoRA: initial factors, PEFT's names; pissa_niter_* are fast, nearly pissa. DoRA: default or gaussian. What an
     init takes out of the base is subtracted in the adapter instead, so the base stays as it is and the first step
     starts from it exactly."""
     tucker: bool = False
-    """LoHa: factor convolutions larger than 1x1 in Tucker form, with a core of rank x rank x kernel."""
+    """LoHa: factor convolutions larger than 1x1 in Tucker form, with a core of rank x rank x
+    kernel."""
     factor: Annotated[int, Field(ge=-1)] = -1
     """LoKr: the smaller Kronecker factor's side is at most this; -1 splits nearest to a square."""
     decompose_both: bool = False
-    """LoKr: give the smaller Kronecker factor the low-rank form too, where the rank is below half its sides."""
+    """LoKr: give the smaller Kronecker factor the low-rank form too, where the rank is below half
+    its sides."""
     full_matrix: bool = False
     """LoKr: never give a Kronecker factor the low-rank form; rank and alpha then mean nothing."""
     block_size: Annotated[int, Field(ge=2)] = 32
     """OFT and BOFT: side of a rotated block; each layer takes the largest that divides its output channels up to
     this."""
     constraint: Annotated[float, Field(ge=0)] = 0.0
-    """OFT and BOFT: the largest Frobenius norm of a layer's skew matrices; 0 leaves the rotation free."""
+    """OFT and BOFT: the largest Frobenius norm of a layer's skew matrices; 0 leaves the rotation
+    free."""
     stages: Annotated[int, Field(ge=-1)] = -1
     """BOFT: butterfly stages; -1 takes as many as mix every output channel with every other."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Drops elements of what the update is given as input, and scales the rest up."""
     rank_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Drops ranks of the update (rows of a full matrix, blocks of a rotation) for one forward pass."""
+    """Drops ranks of the update (rows of a full matrix, blocks of a rotation) for one forward pass.
+    """
     module_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Drops a layer's whole update for one forward pass."""
 
@@ -71,7 +79,8 @@ class Override:
     __pydantic_config__ = STRICT
 
     pattern: str
-    """Regular expression that matches whole layer names. Of several that match a layer, the last one counts."""
+    """Regular expression that matches whole layer names. Of several that match a layer, the last
+    one counts."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of these layers."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -96,16 +105,20 @@ class AdapterConfig(AdapterOptions):
     """Layers to adapt: presets of the model family (attention, attention-mlp, all) or regular expressions that match
     whole layer names. With existing_lora: the file's."""
     train_norms: bool = False
-    """Also train the weights of normalisation layers (`.diff` in the file). With existing_lora: where the file has
+    """Also train the weights of normalization layers (`.diff` in the file). With existing_lora: where the file has
     them."""
     train_biases: bool = False
-    """Also train the biases of adapted layers, and of normalisation layers where these are trained (`.diff_b`). With
+    """Also train the biases of adapted layers, and of normalization layers where these are trained (`.diff_b`). With
     existing_lora: where the file has them."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """LoRA+: the factor that starts at zero learns this many times faster than the other (LoRA, DoRA, LoHa, GLoRA)."""
+    """LoRA+: the factor that starts at zero learns this many times faster than the other (LoRA,
+    DoRA, LoHa, GLoRA)."""
     overrides: tuple[Override, ...] = ()
-    """Other rank, alpha, algorithm or learning rate for some layers. With existing_lora only lr_scale counts."""
+    """Other rank, alpha, algorithm or learning rate for some layers. With existing_lora only
+    lr_scale counts."""
 
     def options(self) -> AdapterOptions:
         """The algorithm's options alone."""
-        return AdapterOptions(**{item.name: getattr(self, item.name) for item in fields(AdapterOptions)})
+        return AdapterOptions(
+            **{item.name: getattr(self, item.name) for item in fields(AdapterOptions)}
+        )

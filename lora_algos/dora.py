@@ -1,10 +1,13 @@
-"""DoRA: W' = m V / ||V||, V = W + (alpha / rank) * up @ down, with one norm and one magnitude m per output channel
-(Liu et al. 2024, arXiv 2402.09353), in PEFT's layers. As there, no gradient flows through the norm.
+"""DoRA: W' = m V / ||V||, V = W + (alpha / rank) * up @ down, with one norm and one magnitude m per
+output channel (Liu et al. 2024, arXiv 2402.09353), in PEFT's layers. As there, no gradient flows
+through the norm.
 
-Shapes: as LoRA's, and the magnitude (out), PEFT's `lora_magnitude_vector`. m starts at ||W||, so at first W' = W.
+Shapes: as LoRA's, and the magnitude (out), PEFT's `lora_magnitude_vector`. m starts at ||W||, so at
+first W' = W.
 
-On activations: y = k (V x) + b with k = m / ||V||, and ||V||^2 from products of thin matrices, ||W||^2 being known.
-The input and the output are kept for the backward pass; the output gives the gradient of m.
+On activations: y = k (V x) + b with k = m / ||V||, and ||V||^2 from products of thin matrices,
+||W||^2 being known. The input and the output are kept for the backward pass; the output gives the
+gradient of m.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,12 +44,16 @@ class MagnitudeAndDirection(Kernel):
 
     def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
         up, down, magnitude, _ = factors
-        ratio = (magnitude.flatten() / self._norms(weight, factors)).view(-1, *[1] * (len(self.shape) - 1))
+        ratio = (magnitude.flatten() / self._norms(weight, factors)).view(
+            -1, *[1] * (len(self.shape) - 1)
+        )
         w = weight.to(up.dtype)
         moved = w + (up.flatten(1) @ (down.flatten(1) * self.scaling)).view(self.shape)
         return ratio * moved - w
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
         up, down, magnitude = factors[:3]
         norms = self._norms(weight, factors)
         ratio = magnitude.flatten() / norms
@@ -57,11 +64,18 @@ class MagnitudeAndDirection(Kernel):
             y.mul_(scale)
         else:  # the bias, which is in y, is not scaled
             shift = self.op.channel_view((1 - ratio) * bias.to(ratio.dtype))
-            # in the magnitude's dtype, so that y is rounded once more only; in place where they are the same
-            y = y.mul_(scale).add_(shift) if y.dtype == shift.dtype else torch.addcmul(shift, y, scale).to(y.dtype)
+            # in the magnitude's dtype, so that y is rounded once more only; in place where they are
+            # the same
+            y = (
+                y.mul_(scale).add_(shift)
+                if y.dtype == shift.dtype
+                else torch.addcmul(shift, y, scale).to(y.dtype)
+            )
         return y, (x, h, y, norms)
 
-    def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: Saved, input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         up, down, magnitude, _ = saved.factors
         h, y, norms = saved.kept
         op, m = self.op, magnitude.flatten()
@@ -86,16 +100,25 @@ class DoRABase(LoRABase):
     @classmethod
     def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
         if spec.options.init in INITS_OF_LINEAR:
-            raise AdapterError(f"DoRA starts from default or gaussian factors, not from {spec.options.init}")
+            raise AdapterError(
+                f"DoRA starts from default or gaussian factors, not from {spec.options.init}"
+            )
         return {**super().shapes(spec, weight), MAGNITUDE: (weight[0],)}
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         return MagnitudeAndDirection(op, weight, spec.scaling)
 
     @classmethod
     def peft_layers(cls) -> dict[type[nn.Module], Callable[..., Adapter]]:
-        return {nn.Linear: DoRALinear, nn.Conv1d: DoRAConv1d, nn.Conv2d: DoRAConv2d, nn.Conv3d: DoRAConv3d}
+        return {
+            nn.Linear: DoRALinear,
+            nn.Conv1d: DoRAConv1d,
+            nn.Conv2d: DoRAConv2d,
+            nn.Conv3d: DoRAConv3d,
+        }
 
     @classmethod
     def own_layer(cls) -> Callable[..., Adapter]:
@@ -126,19 +149,25 @@ class DoRABase(LoRABase):
 
 
 class MagnitudeToCome(peft_lora.LoraVariant):
-    """DoRA to PEFT, but that the values are left to `setup`: PEFT's take tensors of the size of the weight."""
+    """DoRA to PEFT, but that the values are left to `setup`: PEFT's take tensors of the size of the
+    weight."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         weight = module.get_base_layer().weight
-        sides = (1, weight.shape[0], *[1] * (weight.ndim - 2)) if weight.ndim > 2 else (weight.shape[0],)
+        sides = (
+            (1, weight.shape[0], *[1] * (weight.ndim - 2))
+            if weight.ndim > 2
+            else (weight.shape[0],)
+        )
         holder = DoraLinearLayer(fan_in_fan_out=False)
         holder.weight = nn.Parameter(torch.empty(sides, device=weight.device))
         module.lora_magnitude_vector[adapter_name] = holder
 
 
 def measure_again(layer: DoRABase, _: Any) -> None:
-    """WHEN: the layer has loaded a state dict, in which the base may be another than the one it was attached to."""
+    """WHEN: the layer has loaded a state dict, in which the base may be another than the one it was
+    attached to."""
     (squared,) = layer.from_weight(layer.base_layer.weight.detach())
     whole = getattr(squared, "full_tensor", None)  # of a weight that FSDP has in parts
     layer.squared_norms = whole() if whole else squared
@@ -181,8 +210,8 @@ class OwnDoRA(DoRABase, OwnAdapter):
     """A grouped convolution with a DoRA."""
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
-        OwnLoRA.initialise(tensors)
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
+        OwnLoRA.initialize(tensors)
 
 
 ADAPTER = DoRABase

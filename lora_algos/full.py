@@ -1,4 +1,5 @@
-"""Full: dW is a matrix of its own, `.diff` (out, in, *kernel), zero at first. As much to train as the weight itself."""
+"""Full: dW is a matrix of its own, `.diff` (out, in, *kernel), zero at first. As much to train as
+the weight itself."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ class Full(OwnAdapter):
         return {"diff": tuple(weight)}
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         return Difference(op, weight, 1.0)
 
     @classmethod
@@ -54,7 +57,7 @@ class Full(OwnAdapter):
         return "every weight"
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         tensors["diff"].zero_()
 
 
@@ -62,7 +65,7 @@ ADAPTER = Full
 
 
 class NormDifference(Full):
-    """A normalisation layer whose weight is trained."""
+    """A normalization layer whose weight is trained."""
 
     def setup(self, base_layer: nn.Module, spec: LayerSpec) -> None:
         weight, bias = base_layer.weight, getattr(base_layer, "bias", None)
@@ -79,11 +82,13 @@ class NormDifference(Full):
         tensors = self._masked(dict(self.trained()))
         changed = {"weight": weight.to(wide) + tensors["diff"]}
         if bias is not None:
-            changed["bias"] = bias.to(wide) + tensors["diff_b"] if "diff_b" in tensors else bias.to(wide)
+            changed["bias"] = (
+                bias.to(wide) + tensors["diff_b"] if "diff_b" in tensors else bias.to(wide)
+            )
         x, dtype = x.to(wide), x.dtype
         if torch.is_grad_enabled() and not x.requires_grad:
-            # for a gradient that nobody reads: torch 2.13 dies on CPUs in the backward pass of a channels-last
-            # GroupNorm that is to give one for its weight and none for its input
+            # for a gradient that nobody reads: torch 2.13 dies on CPUs in the backward pass of a
+            # channels-last GroupNorm that is to give one for its weight and none for its input
             x = x.detach().requires_grad_()
         with without_autocast(x.device.type):
             y = torch.func.functional_call(self.base_layer, changed, (x,))

@@ -1,8 +1,8 @@
-"""GLoRA: dW = scaling * (W a1 a2 + b1 b2): a LoRA on the layer's input and a LoRA beside it (Chavan et al. 2023, arXiv
-2306.07967; the form of LyCORIS and ComfyUI).
+"""GLoRA: dW = scaling * (W a1 a2 + b1 b2): a LoRA on the layer's input and a LoRA beside it (Chavan
+et al. 2023, arXiv 2306.07967; the form of LyCORIS and ComfyUI).
 
-Shapes, for a weight (out, in, *kernel): a1.weight (in, rank, 1...), a2.weight (rank, in, 1...), b1.weight (out, rank,
-1...), b2.weight (rank, in, *kernel). a2 and b2 start at zero.
+Shapes, for a weight (out, in, *kernel): a1.weight (in, rank, 1...), a2.weight (rank, in, 1...),
+b1.weight (out, rank, 1...), b2.weight (rank, in, *kernel). a2 and b2 start at zero.
 
 On activations: y = W (x + scaling a1 a2 x) + scaling b1 b2 x.
 """
@@ -37,18 +37,26 @@ class InputAndBeside(Kernel):
         n = self.op.spatial
         return LayerOp(n, (1,) * n, (0,) * n, (1,) * n)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
         a1, a2, b1, b2 = (factor.to(x.dtype) for factor in factors)
         # added to in place as a matrix of tokens, which a clone with strides of its own is not
-        moved = x.clone(memory_format=torch.preserve_format if self.op.spatial else torch.contiguous_format)
+        moved = x.clone(
+            memory_format=torch.preserve_format if self.op.spatial else torch.contiguous_format
+        )
         add_low_rank(self._pointwise(), moved, x, a1, a2, self.scaling)
         y = self.op(moved, weight, bias)
         return y, (x, add_low_rank(self.op, y, x, b1, b2, self.scaling))
 
-    def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: Saved, input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         a1, a2, b1, b2 = (factor.to(grad.dtype) for factor in saved.factors)
         d_moved = self.op.input_grad(grad, saved.weight, saved.shape)
-        dx = d_moved if input_grad else None  # added to when all else that needs d_moved is computed
+        dx = (
+            d_moved if input_grad else None
+        )  # added to when all else that needs d_moved is computed
         da = low_rank_grads(self._pointwise(), d_moved, saved.x, (a1, a2, self.scaling), dx, None)
         db = low_rank_grads(self.op, grad, saved.x, (b1, b2, self.scaling), dx, saved.kept[0])
         return dx, (*da, *db)
@@ -79,7 +87,9 @@ class GLoRA(OwnAdapter):
         }
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         return InputAndBeside(op, weight, spec.scaling)
 
     @classmethod
@@ -88,7 +98,7 @@ class GLoRA(OwnAdapter):
         return spec, fitted(tensors, cls.shapes(spec, weight), weight)
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name in cls.starts_at_zero:
                 nn.init.zeros_(tensor)

@@ -1,14 +1,15 @@
-"""An adapted layer's forward and backward pass, written by hand: the frame that every algorithm's formula stands in.
+"""An adapted layer's forward and backward pass, written by hand: the frame that every algorithm's
+formula stands in.
 
-A `Kernel` states the update of a weight once, in `delta`; its fast `forward` and `backward` must equal what autograd
-makes of that (tests). There are three modes, the same function up to rounding:
+A `Kernel` states the update of a weight once, in `delta`; its fast `forward` and `backward` must
+equal what autograd makes of that (tests). There are three modes, the same function up to rounding:
 
     factors   y = W x + h(x), the update applied to activations, factor by factor: never forms dW
     merged    y = (W + dW) x, one product; only where W + dW is fp32 or wider, or the update would be rounded away
     dense     y = W x + dW x, for other dtypes where the factors would cost more
 
-What is saved for the backward pass is the input once, or the output for rotations, and parameters; the rest is computed
-again. The base weight's gradient is never formed.
+What is saved for the backward pass is the input once, or the output for rotations, and parameters;
+the rest is computed again. The base weight's gradient is never formed.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +30,8 @@ IN_CACHE = 2**22  # elements
 
 def weight_pass(shape: torch.Size, device: torch.device) -> float:
     """What one elementwise pass over a weight costs, in products and sums of a GEMM: measured on a CPU, where a large
-    new tensor is also new to the caches, and reckoned from the memory and arithmetic rates of a GPU."""
+    new tensor is also new to the caches, and reckoned from the memory and arithmetic rates of a GPU.
+    """
     size = shape.numel()
     return size * (30.0 if device.type == "cpu" and size < IN_CACHE else 100.0)
 
@@ -45,7 +47,8 @@ def cheapest(costs: dict[Mode, float], wide: bool) -> Mode:
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """How one layer's update is computed from its factors. `scaling` is applied in `delta` and in the fast passes."""
+    """How one layer's update is computed from its factors. `scaling` is applied in `delta` and in
+    the fast passes."""
 
     num_constants: ClassVar[int] = 0
     """How many of the factors, the last, are not trained; the backward pass leaves them out."""
@@ -61,14 +64,21 @@ class Kernel(ABC):
 
     def whole(self, weight: Tensor, factors: Tensors) -> Tensor:
         """W + dW, in a wide dtype."""
-        return torch.add(weight, self.delta(weight, factors)).to(weight.dtype)  # laid out in memory as the weight
+        return torch.add(weight, self.delta(weight, factors)).to(
+            weight.dtype
+        )  # laid out in memory as the weight
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
-        """Mode factors. Returns the output, and what `backward` wants besides weight, bias and factors."""
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        """Mode factors. Returns the output, and what `backward` wants besides weight, bias and
+        factors."""
 
     @abstractmethod
-    def backward(self, grad: Tensor, saved: "Saved", input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: "Saved", input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         """Mode factors. Returns the gradients of the input, if wanted, and of the factors."""
 
     def by_factors(self, factors: Tensors) -> bool:
@@ -80,7 +90,9 @@ class Kernel(ABC):
         nothing."""
         return "factors"
 
-    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor | None:
+    def plain(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> Tensor | None:
         """Mode factors in operations that autograd knows, or None: where the hand-written passes gain less from the
         arithmetic than Python costs them. Weight and bias may be in another dtype than `x`."""
         return None
@@ -97,7 +109,8 @@ class Kernel(ABC):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a backward pass is given. `x` is the layer's input, or what the kernel's forward returned in its place."""
+    """What a backward pass is given. `x` is the layer's input, or what the kernel's forward
+    returned in its place."""
 
     x: Tensor
     weight: Tensor
@@ -109,10 +122,19 @@ class Saved:
 
 
 class AdaptedLayer(torch.autograd.Function):
-    """The layer with its update: (kernel, mode, x, weight, bias, *factors) -> y. Weight and bias are frozen."""
+    """The layer with its update: (kernel, mode, x, weight, bias, *factors) -> y. Weight and bias
+    are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor):
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        mode: Mode,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *factors: Tensor,
+    ):
         w, b = weight.to(x.dtype), narrowed(bias, x)
         kept: Tensors = (x,)
         if mode == "factors":
@@ -120,10 +142,16 @@ class AdaptedLayer(torch.autograd.Function):
         else:
             y = with_delta(kernel, mode, x, w, b, factors)
         if not torch.compiler.is_compiling() and y._is_view():
-            # of a view that is made here autograd allows no change in place, such as relu_ of the layer's output
+            # of a view that is made here autograd allows no change in place, such as relu_ of the
+            # layer's output
             whole = y.data
             y, kept = whole, tuple(whole if tensor is y else tensor for tensor in kept)
-        ctx.kernel, ctx.mode, ctx.num_factors, ctx.input = kernel, mode, len(factors), (x.shape, x.dtype)
+        ctx.kernel, ctx.mode, ctx.num_factors, ctx.input = (
+            kernel,
+            mode,
+            len(factors),
+            (x.shape, x.dtype),
+        )
         ctx.save_for_backward(weight, bias, *factors, *kept)
         return y
 
@@ -153,8 +181,11 @@ def dense_input_grad(kernel: Kernel, mode: Mode, grad: Tensor, saved: Saved) -> 
     return dx.add_(kernel.op.input_grad(grad, delta.to(grad.dtype), saved.shape))
 
 
-def adapted(kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor:
-    """The adapted layer's output. Under torch.compile the dense modes are plain operations, which it plans itself."""
+def adapted(
+    kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+) -> Tensor:
+    """The adapted layer's output. Under torch.compile the dense modes are plain operations, which
+    it plans itself."""
     if mode == "factors" and (y := kernel.plain(x, weight, bias, factors)) is not None:
         return y
     if mode == "factors" or not torch.compiler.is_compiling():
@@ -162,7 +193,9 @@ def adapted(kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor 
     return with_delta(kernel, mode, x, weight.to(x.dtype), narrowed(bias, x), factors)
 
 
-def with_delta(kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor:
+def with_delta(
+    kernel: Kernel, mode: Mode, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+) -> Tensor:
     """Modes merged and dense: the layer's output."""
     if mode == "merged":
         return kernel.op(x, kernel.whole(weight, factors), bias)
@@ -173,7 +206,9 @@ def narrowed(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
 
 
-def two_weights(op: LayerOp, x: Tensor, weights: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+def two_weights(
+    op: LayerOp, x: Tensor, weights: tuple[Tensor, Tensor], bias: Tensor | None
+) -> Tensor:
     """The sum of a layer's outputs with two weights and one bias, rounded once where it can be.
 
     In bf16 an output that is rounded before a small update is added to it is the same output afterwards: what counts is
@@ -190,13 +225,16 @@ class Additive(Kernel):
 
     @abstractmethod
     def add(self, y: Tensor, x: Tensor, factors: Tensors) -> Tensors:
-        """Adds h(x) to `y` in place. Returns small results that `grads` would otherwise compute again."""
+        """Adds h(x) to `y` in place. Returns small results that `grads` would otherwise compute
+        again."""
 
     @abstractmethod
     def grads(self, grad: Tensor, saved: Saved, dx: Tensor | None) -> Tensors:
         """The gradients of the factors; adds that of the input to `dx` in place."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
         narrow = tuple(f.to(x.dtype) for f in factors)
         if self.op.spatial or bias is not None or x.dtype in WIDE:
             y = self.op(x, weight, bias)
@@ -207,7 +245,9 @@ class Additive(Kernel):
         rows(y).addmm_(rows(x), weight.T)
         return y, (x, *kept)
 
-    def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: Saved, input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         dx = self.op.input_grad(grad, saved.weight, saved.shape) if input_grad else None
         return dx, self.grads(grad, saved, dx)
 
@@ -231,7 +271,9 @@ class Branch(torch.autograd.Function):
         factors, (x, *kept) = tuple(tensors[:n]), tensors[n:]
         layout = torch.preserve_format if ctx.kernel.op.spatial else torch.contiguous_format
         dx = torch.zeros_like(x, memory_format=layout) if ctx.needs_input_grad[2] else None
-        saved = Saved(x, x, None, factors, tuple(kept), x.shape)  # additive kernels do not read the weight
+        saved = Saved(
+            x, x, None, factors, tuple(kept), x.shape
+        )  # additive kernels do not read the weight
         return None, grad, dx, *ctx.kernel.grads(grad.contiguous(), saved, dx)
 
 
@@ -239,10 +281,14 @@ class Branch(torch.autograd.Function):
 class DenseKernel(Kernel):
     """A kernel that always forms dW."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
         raise AssertionError("it has no mode factors")
 
-    def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: Saved, input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         raise AssertionError("it has no mode factors")
 
     def by_factors(self, factors: Tensors) -> bool:

@@ -1,8 +1,9 @@
-"""What a Linear or Conv layer computes from its weight, and the gradients of that: the same three calls for all of
-them.
+"""What a Linear or Conv layer computes from its weight, and the gradients of that: the same three
+calls for all of them.
 
-`y = op(x, W, b)`, `dx = op.input_grad(dy, W, x.shape)`, `dW = op.weight_grad(dy, x, W.shape)`. The adapters' own
-forward and backward passes are written with these, so none of them asks what kind of layer it is on.
+`y = op(x, W, b)`, `dx = op.input_grad(dy, W, x.shape)`, `dW = op.weight_grad(dy, x, W.shape)`. The
+adapters' own forward and backward passes are written with these, so none of them asks what kind of
+layer it is on.
 """
 
 import math
@@ -29,7 +30,8 @@ class LayerOp:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     prepad: tuple[int, ...] = ()
-    """What F.pad is given before: padding that is circular, reflected, or not the same on both sides."""
+    """What F.pad is given before: padding that is circular, reflected, or not the same on both
+    sides."""
     prepad_mode: str = "constant"
 
     @classmethod
@@ -42,7 +44,15 @@ class LayerOp:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         sides = () if plain else tuple(layer._reversed_padding_repeated_twice)
         padding = layer.padding if plain else (0,) * spatial
-        return cls(spatial, layer.stride, padding, layer.dilation, layer.groups, sides if any(sides) else (), mode)
+        return cls(
+            spatial,
+            layer.stride,
+            padding,
+            layer.dilation,
+            layer.groups,
+            sides if any(sides) else (),
+            mode,
+        )
 
     def padded(self, x: Tensor) -> Tensor:
         """`x` as the other calls want it."""
@@ -66,11 +76,22 @@ class LayerOp:
             return torch.mm(rows(grad).T, rows(x))
         return self._backward(grad, x, blank(grad, shape), (False, True, False))[1]
 
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> Any:
         return torch.ops.aten.convolution_backward(
-            grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0] * self.spatial, self.groups,
-            wanted
-        )  # fmt: skip
+            grad,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * self.spatial,
+            self.groups,
+            wanted,
+        )
 
     def ungrouped(self) -> "LayerOp":
         """The operation on one group of channels."""
@@ -82,8 +103,13 @@ class LayerOp:
 
 
 def blank(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of which torch looks at the shape and the layout alone; an expanded scalar would be copied out."""
-    last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    """A tensor of which torch looks at the shape and the layout alone; an expanded scalar would be
+    copied out."""
+    last = (
+        like.ndim == 4
+        and like.is_contiguous(memory_format=torch.channels_last)
+        and not like.is_contiguous()
+    )
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
@@ -96,7 +122,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.amp.is_autocast_available(device)
+        else nullcontext()
+    )
 
 
 def positions(x: Tensor) -> int:

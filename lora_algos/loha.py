@@ -1,11 +1,13 @@
-"""LoHa: dW = (alpha / rank) * (w1_a @ w1_b) o (w2_a @ w2_b), o elementwise (FedPara, Hyeon-Woo et al. 2021, arXiv
-2108.06098; tensors as in LyCORIS).
+"""LoHa: dW = (alpha / rank) * (w1_a @ w1_b) o (w2_a @ w2_b), o elementwise (FedPara, Hyeon-Woo et
+al. 2021, arXiv 2108.06098; tensors as in LyCORIS).
 
-Shapes, for a weight (out, in, *kernel): hada_w*_a (out, rank), hada_w*_b (rank, in * kernel). In Tucker form hada_t*
-(rank, rank, *kernel), hada_w*_a (rank, out), hada_w*_b (rank, in). w2_a starts at zero.
+Shapes, for a weight (out, in, *kernel): hada_w*_a (out, rank), hada_w*_b (rank, in * kernel). In
+Tucker form hada_t* (rank, rank, *kernel), hada_w*_a (rank, out), hada_w*_b (rank, in). w2_a starts
+at zero.
 
-An elementwise product of rank-r matrices is a matrix of rank r^2 whose factors are the row-wise and column-wise
-(Khatri-Rao) products of theirs, so for small ranks the update is applied to activations like a LoRA of rank r^2.
+An elementwise product of rank-r matrices is a matrix of rank r^2 whose factors are the row-wise and
+column-wise (Khatri-Rao) products of theirs, so for small ranks the update is applied to activations
+like a LoRA of rank r^2.
 """
 
 import math
@@ -17,7 +19,16 @@ from torch import Tensor, nn
 
 from lora_algos.adapter import OwnAdapter
 from lora_algos.config import AdapterOptions, LayerSpec
-from lora_algos.kernels import Additive, DenseKernel, Kernel, Mode, Saved, Tensors, cheapest, weight_pass
+from lora_algos.kernels import (
+    Additive,
+    DenseKernel,
+    Kernel,
+    Mode,
+    Saved,
+    Tensors,
+    cheapest,
+    weight_pass,
+)
 from lora_algos.layer_op import LayerOp
 from lora_algos.low_rank import add_low_rank, low_rank_grads
 from lora_algos.tensors import Shapes, fitted, rank_and_alpha
@@ -25,7 +36,9 @@ from lora_algos.tensors import Shapes, fitted, rank_and_alpha
 
 def khatri_rao(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> tuple[Tensor, Tensor]:
     """Factors (out, r^2) and (r^2, in) whose product is (w1_a @ w1_b) o (w2_a @ w2_b)."""
-    return (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1), (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)
+    return (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1), (
+        w1_b[:, None, :] * w2_b[None, :, :]
+    ).flatten(0, 1)
 
 
 def khatri_rao_grads(dup: Tensor, ddown: Tensor, factors: Tensors) -> Tensors:
@@ -34,9 +47,11 @@ def khatri_rao_grads(dup: Tensor, ddown: Tensor, factors: Tensors) -> Tensors:
     r = w1_a.shape[1]
     dup, ddown = dup.view(-1, r, r), ddown.reshape(r, r, -1)
     return (
-        torch.einsum("oij,oj->oi", dup, w2_a), torch.einsum("ijn,jn->in", ddown, w2_b),
-        torch.einsum("oij,oi->oj", dup, w1_a), torch.einsum("ijn,in->jn", ddown, w1_b),
-    )  # fmt: skip
+        torch.einsum("oij,oj->oi", dup, w2_a),
+        torch.einsum("ijn,jn->in", ddown, w2_b),
+        torch.einsum("oij,oi->oj", dup, w1_a),
+        torch.einsum("ijn,in->jn", ddown, w1_b),
+    )
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,17 @@ class Hadamard(Additive):
     def add(self, y: Tensor, x: Tensor, factors: Tensors) -> Tensors:
         up, down = khatri_rao(*factors)
         h = add_low_rank(self.op, y, x, up, down.view(-1, *self.shape[1:]), self.scaling)
-        return (h,) if 64 * h.shape[1 if self.op.spatial else -1] <= self.shape[1] else ()  # else computed again
+        return (
+            (h,) if 64 * h.shape[1 if self.op.spatial else -1] <= self.shape[1] else ()
+        )  # else computed again
 
     def grads(self, grad: Tensor, saved: Saved, dx: Tensor | None) -> Tensors:
         factors = tuple(factor.to(grad.dtype) for factor in saved.factors)
         up, down = khatri_rao(*factors)
         as_low_rank = (up, down.view(-1, *self.shape[1:]), self.scaling)
-        dup, ddown = low_rank_grads(self.op, grad, saved.x, as_low_rank, dx, saved.kept[0] if saved.kept else None)
+        dup, ddown = low_rank_grads(
+            self.op, grad, saved.x, as_low_rank, dx, saved.kept[0] if saved.kept else None
+        )
         return khatri_rao_grads(dup, ddown, factors)
 
     def dense_grads(self, grad: Tensor, saved: Saved) -> Tensors:
@@ -67,14 +86,22 @@ class Hadamard(Additive):
         by_rank, by_matrix = self._grad_costs(grad.numel() // self.shape[0], saved.factors)
         if by_rank < by_matrix:
             return self.grads(grad, saved, None)
-        g = self.op.weight_grad(grad, saved.x, self.shape).flatten(1).to(w1_a.dtype).mul_(self.scaling)
+        g = (
+            self.op.weight_grad(grad, saved.x, self.shape)
+            .flatten(1)
+            .to(w1_a.dtype)
+            .mul_(self.scaling)
+        )
         first, second = (w1_a @ w1_b).mul_(g), (w2_a @ w2_b).mul_(g)
         return second @ w1_b.T, w1_a.T @ second, first @ w2_b.T, w2_a.T @ first
 
     def _grad_costs(self, tokens: int, factors: Tensors) -> tuple[float, float]:
-        """Of the factors' gradients: through the rank-r^2 form, and through the gradient of the whole weight."""
+        """Of the factors' gradients: through the rank-r^2 form, and through the gradient of the
+        whole weight."""
         rank, out, fan_in = factors[0].shape[1], self.shape[0], self.shape[1:].numel()
-        by_matrix = out * fan_in * (2 * tokens + 8 * rank) + 6 * weight_pass(self.shape, factors[0].device)
+        by_matrix = out * fan_in * (2 * tokens + 8 * rank) + 6 * weight_pass(
+            self.shape, factors[0].device
+        )
         return 4.0 * tokens * rank**2 * (out + fan_in), by_matrix
 
     def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
@@ -122,17 +149,25 @@ class LoHa(OwnAdapter):
         out, channels, *kernel = weight
         r = spec.rank
         if spec.options.tucker and math.prod(kernel) > 1:
-            sides: Shapes = {f"hada_w{i}_{s}": (r, n) for i in (1, 2) for s, n in (("a", out), ("b", channels))}
+            sides: Shapes = {
+                f"hada_w{i}_{s}": (r, n) for i in (1, 2) for s, n in (("a", out), ("b", channels))
+            }
             return {**sides, "hada_t1": (r, r, *kernel), "hada_t2": (r, r, *kernel)}
         fan_in = channels * math.prod(kernel)
-        return {f"hada_w{i}_{s}": shape for i in (1, 2) for s, shape in (("a", (out, r)), ("b", (r, fan_in)))}
+        return {
+            f"hada_w{i}_{s}": shape
+            for i in (1, 2)
+            for s, shape in (("a", (out, r)), ("b", (r, fan_in)))
+        }
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         return (TuckerHadamard if "hada_t1" in names else Hadamard)(op, weight, spec.scaling)
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             nn.init.normal_(tensor, std=0.1 if name in ("hada_w1_a", "hada_t1", "hada_t2") else 1.0)
         nn.init.zeros_(tensors["hada_w2_a"])

@@ -1,11 +1,14 @@
-"""LoKr: dW = scaling * w1 (x) w2, (x) the Kronecker product (LyCORIS, Yeh et al. 2023, arXiv 2309.14859).
+"""LoKr: dW = scaling * w1 (x) w2, (x) the Kronecker product (LyCORIS, Yeh et al. 2023, arXiv
+2309.14859).
 
-Shapes, for a weight (a b, c d, *kernel) with a <= b and c <= d: lokr_w1 (a, c), lokr_w2 (b, d, *kernel). Where the
-rank is below half the larger side, w2 is lokr_w2_a (b, rank) @ lokr_w2_b (rank, d * kernel), and with decompose_both
-so is w1. scaling is alpha / rank, but 1 where neither is decomposed. w2 (or w2_b) starts at zero.
+Shapes, for a weight (a b, c d, *kernel) with a <= b and c <= d: lokr_w1 (a, c), lokr_w2 (b, d,
+*kernel). Where the rank is below half the larger side, w2 is lokr_w2_a (b, rank) @ lokr_w2_b (rank,
+d * kernel), and with decompose_both so is w1. scaling is alpha / rank, but 1 where neither is
+decomposed. w2 (or w2_b) starts at zero.
 
-On activations, seen as (c, d) channels, w2 and w1 are applied one after the other; a low-rank w2 in two halves with
-w1 in between, where there are only `rank` channels: I (x) w2_a, w1 (x) I, I (x) w2_b.
+On activations, seen as (c, d) channels, w2 and w1 are applied one after the other; a low-rank w2 in
+two halves with w1 in between, where there are only `rank` channels: I (x) w2_a, w1 (x) I, I (x)
+w2_b.
 """
 
 import math
@@ -24,7 +27,8 @@ from lora_algos.tensors import Shapes, fitted, known_rank, rank_and_alpha
 
 
 def factorization(dim: int, factor: int) -> tuple[int, int]:
-    """(small, large) with small * large == dim and small at most `factor`; -1: nearest to a square (LyCORIS' rule)."""
+    """(small, large) with small * large == dim and small at most `factor`; -1: nearest to a square
+    (LyCORIS' rule)."""
     if factor > 0 and dim % factor == 0:
         return min(factor, dim // factor), max(factor, dim // factor)
     limit = min(math.isqrt(dim), factor if factor > 0 else dim)
@@ -39,7 +43,9 @@ class Kronecker(Additive):
     def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
         w1, w2 = factors[0], self._second(factors[1:])
         # kron wants w2 as it is after model.to(memory_format=torch.channels_last) laid out anew
-        return torch.kron((w1 * self.scaling).view(*w1.shape, *[1] * self.op.spatial), w2.contiguous())
+        return torch.kron(
+            (w1 * self.scaling).view(*w1.shape, *[1] * self.op.spatial), w2.contiguous()
+        )
 
     def whole(self, weight: Tensor, factors: Tensors) -> Tensor:
         if self.op.spatial:
@@ -92,12 +98,15 @@ class Kronecker(Additive):
     def _grads_of_whole(
         self, grad: Tensor, parts: Tensor, factors: tuple[Tensor, Tensor], dx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """For an undivided w2: the gradient goes through it first, so what it made of x is not needed again."""
+        """For an undivided w2: the gradient goes through it first, so what it made of x is not
+        needed again."""
         (w1, w2), op = factors, self.op.ungrouped()
         a, c = w1.shape
         grads = as_parts(self.op, grad, a)
         n = grads.shape[0] // a
-        through = op.input_grad(grads, w2, torch.Size((n * a, *parts.shape[1:]))).view(n, a, *parts.shape[1:])
+        through = op.input_grad(grads, w2, torch.Size((n * a, *parts.shape[1:]))).view(
+            n, a, *parts.shape[1:]
+        )
         given = parts.view(n, c, *parts.shape[1:])
         dw1 = torch.matmul(through.flatten(2), given.flatten(2).mT).sum(0).mul_(self.scaling)
         if dx is not None:
@@ -123,11 +132,16 @@ class Kronecker(Additive):
         return cheapest(costs, wide)
 
     def dense_grads(self, grad: Tensor, saved: Saved) -> Tensors:
-        return super().dense_grads(grad, saved) if self.op.groups > 1 else self.grads(grad, saved, None)
+        return (
+            super().dense_grads(grad, saved)
+            if self.op.groups > 1
+            else self.grads(grad, saved, None)
+        )
 
 
 def as_parts(op: LayerOp, x: Tensor, c: int) -> Tensor:
-    """`x` with its channels split in c parts that become part of the batch: (n c, d, *spatial), or (n c, d)."""
+    """`x` with its channels split in c parts that become part of the batch: (n c, d, *spatial), or
+    (n c, d)."""
     if op.spatial:
         return x.reshape(x.shape[0] * c, x.shape[1] // c, *x.shape[2:])
     return x.reshape(-1, x.shape[-1] // c)
@@ -139,7 +153,8 @@ def mix(w1: Tensor, z: Tensor) -> Tensor:
 
 
 def add_outer(op: LayerOp, y: Tensor, mixed: Tensor, outer: Tensor | None) -> None:
-    """Adds `mixed` (n, a, channels, ...) to `y` in place, after `outer` (b, channels) if there is one."""
+    """Adds `mixed` (n, a, channels, ...) to `y` in place, after `outer` (b, channels) if there is
+    one."""
     n, a, channels = mixed.shape[:3]
     if outer is None:
         y.add_(mixed.reshape(y.shape))
@@ -185,8 +200,11 @@ class LoKr(OwnAdapter):
         return {**first, **second}
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
-        # 1 where no factor has a rank, as ComfyUI, LyCORIS and A1111 read such files, whatever their alpha
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
+        # 1 where no factor has a rank, as ComfyUI, LyCORIS and A1111 read such files, whatever
+        # their alpha
         return Kronecker(op, weight, 1.0 if {*names} == {"lokr_w1", "lokr_w2"} else spec.scaling)
 
     @classmethod
@@ -194,20 +212,36 @@ class LoKr(OwnAdapter):
         (out, channels, *kernel), has = weight, tensors.keys()
         rank, alpha = rank_and_alpha(tensors)
         first = [tensors[n].shape for n in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if n in has]
-        a, c = (first[0][0], first[-1][-1]) if first and all(len(shape) >= 2 for shape in first) else (0, 0)
+        a, c = (
+            (first[0][0], first[-1][-1])
+            if first and all(len(shape) >= 2 for shape in first)
+            else (0, 0)
+        )
         if not a or not c or out % a or channels % c:
-            raise AdapterError(f"lokr_w1 of {[tuple(s) for s in first]} does not divide a weight of {tuple(weight)}")
+            raise AdapterError(
+                f"lokr_w1 of {[tuple(s) for s in first]} does not divide a weight of {tuple(weight)}"
+            )
         b, d = out // a, channels // c
-        shapes: Shapes = {"lokr_w1_a": (a, rank), "lokr_w1_b": (rank, c)} if "lokr_w1_a" in has else {"lokr_w1": (a, c)}
+        shapes: Shapes = (
+            {"lokr_w1_a": (a, rank), "lokr_w1_b": (rank, c)}
+            if "lokr_w1_a" in has
+            else {"lokr_w1": (a, c)}
+        )
         low: Shapes = {"lokr_w2_a": (b, rank), "lokr_w2_b": (rank, d * math.prod(kernel))}
         shapes |= low if "lokr_w2_a" in has else {"lokr_w2": (b, d, *kernel)}
-        options = AdapterOptions(decompose_both="lokr_w1_a" in has, full_matrix=known_rank(tensors) is None)
+        options = AdapterOptions(
+            decompose_both="lokr_w1_a" in has, full_matrix=known_rank(tensors) is None
+        )
         spec = LayerSpec(rank, alpha, cls.algorithm, options)
         return spec, fitted(tensors, shapes, weight)
 
     @classmethod
     def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
-        w1 = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+        w1 = (
+            tensors["lokr_w1"]
+            if "lokr_w1" in tensors
+            else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+        )
         return w1, *(tensor for name, tensor in tensors.items() if name.startswith("lokr_w2"))
 
     def size(self, scaling: str) -> str:
@@ -215,7 +249,7 @@ class LoKr(OwnAdapter):
         return "whole factors, scaling = 1" if whole else super().size(scaling)
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name in ("lokr_w2", "lokr_w2_b"):
                 nn.init.zeros_(tensor)

@@ -1,11 +1,13 @@
-"""LoRA: dW = (alpha / rank) * up @ down, in PEFT's layers with their initialisations and a forward pass of ours (Hu
-et al. 2021, arXiv 2106.09685).
+"""LoRA: dW = (alpha / rank) * up @ down, in PEFT's layers with their initializations and a forward
+pass of ours (Hu et al. 2021, arXiv 2106.09685).
 
-Shapes, for a weight (out, in, *kernel): lora_down (rank, in, *kernel), lora_up (out, rank, 1...). up starts at zero.
+Shapes, for a weight (out, in, *kernel): lora_down (rank, in, *kernel), lora_up (out, rank, 1...).
+up starts at zero.
 
-An initialisation that starts elsewhere (pissa, olora, orthogonal) takes its product out of the base weight. Here the
-base stays and the product is subtracted in the adapter: dW = scaling * (up @ down - up_0 @ down_0), which is exactly
-zero at first in any dtype, and is written as one LoRA of twice the rank.
+An initialization that starts elsewhere (pissa, olora, orthogonal) takes its product out of the base
+weight. Here the base stays and the product is subtracted in the adapter: dW = scaling * (up @ down
+- up_0 @ down_0), which is exactly zero at first in any dtype, and is written as one LoRA of twice
+the rank.
 """
 
 import math
@@ -49,7 +51,9 @@ class LoRABase(Adapter):
         out, channels, *kernel = weight
         if spec.options.init in INITS_OF_LINEAR and not kernel:
             if spec.rank > min(out, channels):
-                raise AdapterError(f"--adapter.init {spec.options.init} has at most rank {min(out, channels)} there")
+                raise AdapterError(
+                    f"--adapter.init {spec.options.init} has at most rank {min(out, channels)} there"
+                )
             if spec.options.init == "orthogonal" and spec.rank % 2:
                 raise AdapterError(f"--adapter.init orthogonal wants an even rank, not {spec.rank}")
         return {
@@ -58,7 +62,9 @@ class LoRABase(Adapter):
         }
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         twin = spec.options.init in INITS_OF_LINEAR and not op.spatial
         return LowRank(op, weight, spec.scaling, twin)
 
@@ -69,15 +75,25 @@ class LoRABase(Adapter):
 
     @classmethod
     def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
-        """`base_layer` adapted: in PEFT's layer, but for grouped convolutions, which PEFT gives another function."""
-        peft_layers = {type_: layer for type_, layer in cls.peft_layers().items() if isinstance(base_layer, type_)}
+        """`base_layer` adapted: in PEFT's layer, but for grouped convolutions, which PEFT gives
+        another function."""
+        peft_layers = {
+            type_: layer
+            for type_, layer in cls.peft_layers().items()
+            if isinstance(base_layer, type_)
+        }
         if not peft_layers or getattr(base_layer, "groups", 1) > 1:
             return cls.own_layer()(base_layer, spec, shapes)
         return next(iter(peft_layers.values()))(base_layer, spec)
 
     @classmethod
     def peft_layers(cls) -> dict[type[nn.Module], Callable[..., Adapter]]:
-        return {nn.Linear: LoRALinear, nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d}
+        return {
+            nn.Linear: LoRALinear,
+            nn.Conv1d: LoRAConv1d,
+            nn.Conv2d: LoRAConv2d,
+            nn.Conv3d: LoRAConv3d,
+        }
 
     @classmethod
     def own_layer(cls) -> Callable[..., Adapter]:
@@ -85,7 +101,8 @@ class LoRABase(Adapter):
 
 
 class PeftAdapter(LoRABase):
-    """A layer of PEFT's with our forward pass. `initial_*` hold what the initialisation took out of the base."""
+    """A layer of PEFT's with our forward pass. `initial_*` hold what the initialization took out of
+    the base."""
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -99,7 +116,9 @@ class PeftAdapter(LoRABase):
         if not isinstance(base_layer, nn.Linear) and init in INITS_OF_LINEAR:
             init = "default"  # PEFT has these for Linear layers only
         if init in INITS_OF_LINEAR and weight.dtype.itemsize == 1:
-            raise AdapterError(f"--adapter.init {init} takes a base in fp32, bf16 or fp16, not in {weight.dtype}")
+            raise AdapterError(
+                f"--adapter.init {init} takes a base in fp32, bf16 or fp16, not in {weight.dtype}"
+            )
         untouched = weight.detach().clone() if init in INITS_OF_LINEAR else None
         config = LoraConfig(
             r=spec.rank,
@@ -108,11 +127,14 @@ class PeftAdapter(LoRABase):
             init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
             use_dora=self.has_magnitude,
         )
-        with torch.device("meta") if weight.is_meta else nullcontext():  # PEFT moves some of its tensors there too late
+        with (
+            torch.device("meta") if weight.is_meta else nullcontext()
+        ):  # PEFT moves some of its tensors there too late
             arguments = {"config": config, "r": spec.rank, "lora_alpha": spec.alpha}
             super().__init__(base_layer, ADAPTER_NAME, **arguments)  # type: ignore[call-arg]
         for module in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
-            # PEFT takes over the base's dtype; in bf16 two thirds of the updates would be rounded away
+            # PEFT takes over the base's dtype; in bf16 two thirds of the updates would be rounded
+            # away
             module.float()
         up = down = None
         if untouched is not None:
@@ -145,7 +167,10 @@ class PeftAdapter(LoRABase):
 
     def factors(self, tensors: dict[str, Tensor]) -> Tensors:
         tensors = {**self.constants(), **tensors}  # which rank_dropout may have masked
-        initial_up, initial_down = tensors.pop("initial_up", None), tensors.pop("initial_down", None)
+        initial_up, initial_down = (
+            tensors.pop("initial_up", None),
+            tensors.pop("initial_down", None),
+        )
         up, down, *rest = super().factors(tensors)
         if initial_up is not None and initial_down is not None:
             up, down = torch.cat([up, -initial_up], 1), torch.cat([down, initial_down])
@@ -185,7 +210,7 @@ class OwnLoRA(LoRABase, OwnAdapter):
     """A grouped convolution with a LoRA."""
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         tensors["lora_up.weight"].zero_()
         nn.init.kaiming_uniform_(tensors["lora_down.weight"], a=math.sqrt(5))
 

@@ -1,8 +1,10 @@
-"""The product of two thin factors as an update: what LoRA is, and what LoHa becomes for small ranks.
+"""The product of two thin factors as an update: what LoRA is, and what LoHa becomes for small
+ranks.
 
-dW = scaling * up @ down, with down (rank, in / groups, *kernel) and up (out, rank, 1...). On activations: h = down(x)
-has `rank` channels and goes through the layer's own stride, padding and dilation; up mixes channels. In a grouped
-convolution each group of input channels meets all of down, and each group of output channels its own rows of up.
+dW = scaling * up @ down, with down (rank, in / groups, *kernel) and up (out, rank, 1...). On
+activations: h = down(x) has `rank` channels and goes through the layer's own stride, padding and
+dilation; up mixes channels. In a grouped convolution each group of input channels meets all of
+down, and each group of output channels its own rows of up.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from lora_algos.layer_op import LayerOp, positions, rows
 
 TINY = 1e-30  # a channel without weights has the norm 0, and no direction
 NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"
-SMALL = 2**17  # elements of an input; a convolution keeps its input whoever writes its backward pass
+SMALL = (
+    2**17
+)  # elements of an input; a convolution keeps its input whoever writes its backward pass
 
 
 def is_channels_last(op: LayerOp, x: Tensor) -> bool:
@@ -42,10 +46,16 @@ def per_group(op: LayerOp, up: Tensor, batch: int) -> Tensor:
 
 def groups_as_batch(op: LayerOp, x: Tensor) -> Tensor:
     """`x` (B, C, *spatial) as (B * groups, C / groups, *spatial)."""
-    return x if op.groups == 1 else x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, *x.shape[2:])
+    return (
+        x
+        if op.groups == 1
+        else x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, *x.shape[2:])
+    )
 
 
-def add_low_rank(op: LayerOp, y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
+def add_low_rank(
+    op: LayerOp, y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
+) -> Tensor:
     """Adds the update's output to `y` in place. Returns h, what `down` makes of `x`."""
     h = op.ungrouped()(groups_as_batch(op, x), down)
     if op.groups == 1 and is_channels_last(op, y):
@@ -58,9 +68,15 @@ def add_low_rank(op: LayerOp, y: Tensor, x: Tensor, up: Tensor, down: Tensor, sc
 
 
 def low_rank_grads(
-    op: LayerOp, grad: Tensor, x: Tensor, factors: tuple[Tensor, Tensor, float], dx: Tensor | None, h: Tensor | None
+    op: LayerOp,
+    grad: Tensor,
+    x: Tensor,
+    factors: tuple[Tensor, Tensor, float],
+    dx: Tensor | None,
+    h: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of up and down, given (up, down, scaling); adds that of the input to `dx`. `h` None: computed again."""
+    """Gradients of up and down, given (up, down, scaling); adds that of the input to `dx`. `h`
+    None: computed again."""
     up, down, scaling = factors
     one_group, grouped_x = op.ungrouped(), groups_as_batch(op, x)
     h = one_group(grouped_x, down) if h is None else h
@@ -71,7 +87,12 @@ def low_rank_grads(
         dh = dh.view(grad.shape[0], *grad.shape[2:], -1).movedim(-1, 1) if op.spatial else dh
     else:
         flat = planes(op, grad)
-        dup = torch.bmm(flat, h.flatten(2).mT).view(x.shape[0], *up.flatten(1).shape).sum(0).mul_(scaling)
+        dup = (
+            torch.bmm(flat, h.flatten(2).mT)
+            .view(x.shape[0], *up.flatten(1).shape)
+            .sum(0)
+            .mul_(scaling)
+        )
         dh = torch.bmm(per_group(op, up * scaling, x.shape[0]).mT, flat).view_as(h)
     if dx is not None:
         if op.spatial:
@@ -83,7 +104,9 @@ def low_rank_grads(
 
 def squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """||W||^2 per output channel, with sums in `dtype`."""
-    wide = weight.to(dtype) if weight.dtype.itemsize == 1 else weight  # of float8, which has no sums, a copy
+    wide = (
+        weight.to(dtype) if weight.dtype.itemsize == 1 else weight
+    )  # of float8, which has no sums, a copy
     return torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=dtype).square()
 
 
@@ -103,7 +126,9 @@ def thin_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, v @ right.T
 
 
-def difference(up: Tensor, down: Tensor, initial_up: Tensor, initial_down: Tensor) -> tuple[Tensor, Tensor]:
+def difference(
+    up: Tensor, down: Tensor, initial_up: Tensor, initial_down: Tensor
+) -> tuple[Tensor, Tensor]:
     """Factors of up @ down - initial_up @ initial_down, in as few ranks as that takes: side by side the two products
     would be rounded by themselves, which in bf16 leaves little of a difference that is small."""
     u, s, v = thin_svd(torch.cat([up, -initial_up], 1), torch.cat([down, initial_down]))
@@ -122,7 +147,8 @@ def finite_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LowRank(Additive):
-    """Factors (up, down). `twin`: the second half of the ranks takes away what the first half started with."""
+    """Factors (up, down). `twin`: the second half of the ranks takes away what the first half
+    started with."""
 
     twin: bool = False
 
@@ -133,16 +159,25 @@ class LowRank(Additive):
         products = [u @ d for u, d in zip(up.chunk(parts, 1), down.chunk(parts), strict=True)]
         return sum(products[1:], products[0]).view(self.shape)
 
-    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> Tensor | None:
+    def plain(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> Tensor | None:
         op = self.op
         if not op.spatial and (x.numel() > SMALL or (bias is None and x.dtype not in WIDE)):
             return None
         up, down = (factor.to(x.dtype) for factor in factors)
-        y, h = op(x, weight.to(x.dtype), narrowed(bias, x)), op.ungrouped()(groups_as_batch(op, x), down)
+        y, h = (
+            op(x, weight.to(x.dtype), narrowed(bias, x)),
+            op.ungrouped()(groups_as_batch(op, x), down),
+        )
         if op.groups == 1 and is_channels_last(op, y):
             flat, flat_h = channels_last_rows(op, y), channels_last_rows(op, h)
             y_flat = torch.addmm(flat, flat_h, up.flatten(1).T, alpha=self.scaling)
-            return y_flat.view(y.movedim(1, -1).shape).movedim(-1, 1) if op.spatial else y_flat.view(y.shape)
+            return (
+                y_flat.view(y.movedim(1, -1).shape).movedim(-1, 1)
+                if op.spatial
+                else y_flat.view(y.shape)
+            )
         ups = per_group(op, up, x.shape[0])
         return torch.baddbmm(planes(op, y), ups, h.flatten(2), alpha=self.scaling).view(y.shape)
 

@@ -1,11 +1,12 @@
-"""OFT: W' = R^T W, R block-diagonal and orthogonal over the output channels (Qiu et al. 2023, arXiv 2306.07280; the
-form of LyCORIS, ComfyUI and kohya). The bias is not rotated.
+"""OFT: W' = R^T W, R block-diagonal and orthogonal over the output channels (Qiu et al. 2023, arXiv
+2306.07280; the form of LyCORIS, ComfyUI and kohya). The bias is not rotated.
 
-Shapes, for a weight (out, in, *kernel): oft_blocks (out / b, b, b), zero at first, b the largest divisor of out up to
-block_size. R = (I + Q) (I - Q)^-1, Q = B - B^T.
+Shapes, for a weight (out, in, *kernel): oft_blocks (out / b, b, b), zero at first, b the largest
+divisor of out up to block_size. R = (I + Q) (I - Q)^-1, Q = B - B^T.
 
-On activations: the output less its bias is rotated. For the backward pass the output is kept, which the next layer
-mostly keeps too and from which the output before the rotation follows, and three quarters of an inverse of the blocks.
+On activations: the output less its bias is rotated. For the backward pass the output is kept, which
+the next layer mostly keeps too and from which the output before the rotation follows, and three
+quarters of an inverse of the blocks.
 """
 
 from collections.abc import Iterable
@@ -25,16 +26,21 @@ from lora_algos.tensors import Shapes, constraint_of, fitted
 
 
 def block_side(channels: int, limit: int) -> int:
-    """The largest divisor of `channels` up to `limit`; AdapterError if that is 1, which leaves nothing to rotate."""
+    """The largest divisor of `channels` up to `limit`; AdapterError if that is 1, which leaves
+    nothing to rotate."""
     side = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
     if side == 1:
         fitting = next((n for n in range(2, channels + 1) if channels % n == 0), None)
         hint = f"the smallest block_size that does is {fitting}" if fitting else "none does"
-        raise AdapterError(f"no block_size up to {limit} divides its {channels} output channels; {hint}")
+        raise AdapterError(
+            f"no block_size up to {limit} divides its {channels} output channels; {hint}"
+        )
     return side
 
 
-def biased_products(op: LayerOp, y: Tensor, grad: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
+def biased_products(
+    op: LayerOp, y: Tensor, grad: Tensor, bias: Tensor | None, blocks: Tensor
+) -> Tensor:
     """The sum over positions of (y - bias) grad^T per block, in the blocks' dtype."""
     side = blocks.shape[-1]
     if bias is None or y.dtype not in WIDE:  # where y is rounded, the bias goes first
@@ -54,13 +60,17 @@ class BlockRotation(Kernel):
         parts = weight.to(blocks.dtype).reshape(blocks.shape[0], blocks.shape[1], -1)
         return (change.mT @ parts).view(self.shape)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    ) -> tuple[Tensor, Tensors]:
         y = self.op(x, weight, bias)
         cayley = Cayley.of(factors[0])
         add_blocks(self.op, y, cayley.minus_identity.to(y.dtype).mT, without_bias(self.op, y, bias))
         return y, (y, *cayley.to_keep())
 
-    def backward(self, grad: Tensor, saved: Saved, input_grad: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(
+        self, grad: Tensor, saved: Saved, input_grad: bool
+    ) -> tuple[Tensor | None, Tensors]:
         (blocks,), bias = saved.factors, saved.bias
         cayley = Cayley.of(blocks, saved.kept)
         # y = R^T y0, so y0 = R y, and the gradient of R is y0 g^T = R (y g^T)
@@ -73,7 +83,8 @@ class BlockRotation(Kernel):
         return self.op.input_grad(unrotated, saved.weight, saved.shape), (dblocks,)
 
     def by_factors(self, factors: Tensors) -> bool:
-        """Whether rotating outputs is rotating rows of the weight: no block mixes two groups of a convolution."""
+        """Whether rotating outputs is rotating rows of the weight: no block mixes two groups of a
+        convolution."""
         return self.op.groups == 1 or (self.shape[0] // self.op.groups) % factors[0].shape[-1] == 0
 
 
@@ -96,25 +107,37 @@ class OFT(OwnAdapter):
         return {"oft_blocks": (weight[0] // side, side, side)}
 
     @classmethod
-    def make_kernel(cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]) -> Kernel:
+    def make_kernel(
+        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+    ) -> Kernel:
         return BlockRotation(op, weight, 1.0)
 
     @classmethod
     def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
-        blocks = tensors["oft_blocks"]  # bf16 where FSDP or the user casts it, which has no inverse of a matrix
-        return (constrained(blocks if blocks.dtype in WIDE else blocks.float(), spec.options.constraint),)
+        blocks = tensors[
+            "oft_blocks"
+        ]  # bf16 where FSDP or the user casts it, which has no inverse of a matrix
+        return (
+            constrained(
+                blocks if blocks.dtype in WIDE else blocks.float(), spec.options.constraint
+            ),
+        )
 
     @classmethod
     def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
         blocks = tensors["oft_blocks"]
         sides = tuple(blocks.shape)
         if len(sides) != 3 or sides[1] != sides[2] or sides[0] * sides[1] != weight[0]:
-            raise AdapterError(f"oft_blocks is {sides}, which does not tile {weight[0]} output channels")
+            raise AdapterError(
+                f"oft_blocks is {sides}, which does not tile {weight[0]} output channels"
+            )
         options = AdapterOptions(block_size=max(2, sides[1]), constraint=constraint_of(tensors))
-        return LayerSpec(algorithm=cls.algorithm, options=options), fitted(tensors, {"oft_blocks": sides}, weight)
+        return LayerSpec(algorithm=cls.algorithm, options=options), fitted(
+            tensors, {"oft_blocks": sides}, weight
+        )
 
     @classmethod
-    def initialise(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(cls, tensors: dict[str, Tensor]) -> None:
         tensors["oft_blocks"].zero_()
 
     def size(self, scaling: str) -> str:
@@ -124,7 +147,8 @@ class OFT(OwnAdapter):
         return f"{stages[0] if stages else 1} x {blocks} blocks of {side}{bound}"
 
     def in_file(self) -> tuple[dict[str, Tensor], float]:
-        """With the constraint worked in: programs differ in what they take a file's alpha for, but not for 0."""
+        """With the constraint worked in: programs differ in what they take a file's alpha for, but
+        not for 0."""
         tensors, _ = super().in_file()
         blocks = constrained(tensors["oft_blocks"], self.spec.options.constraint)
         if self.spec.options.constraint:

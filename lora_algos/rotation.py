@@ -1,9 +1,9 @@
-"""Rotations of output channels in blocks, for OFT and BOFT: the Cayley transform and its gradient, and rotating
-activations.
+"""Rotations of output channels in blocks, for OFT and BOFT: the Cayley transform and its gradient,
+and rotating activations.
 
-R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1: R - I = 2 S Q, which loses
-nothing for small Q, and the gradient of Q is 2 S^T G S^T, so one inverse serves both passes. It is taken of a symmetric
-matrix, which costs half: S = (I + Q) P with P = (I - Q^2)^-1.
+R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1: R - I = 2 S Q,
+which loses nothing for small Q, and the gradient of Q is 2 S^T G S^T, so one inverse serves both
+passes. It is taken of a symmetric matrix, which costs half: S = (I + Q) P with P = (I - Q^2)^-1.
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,9 @@ def put_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor, beta: int) -
     """y = beta y + `matrices` x for outputs that are matrices (tokens, channels) in memory."""
     blocks, b = matrices.shape[:2]
     flat, flat_x = (channels_last_rows(op, t).view(-1, blocks, b).transpose(0, 1) for t in (y, x))
-    if torch.compiler.is_compiling():  # which loses the strides of a transposed view that is written to
+    if (
+        torch.compiler.is_compiling()
+    ):  # which loses the strides of a transposed view that is written to
         change = torch.bmm(flat_x, matrices.mT).transpose(0, 1)
         channels_last_rows(op, y).mul_(beta).add_(change.reshape(-1, blocks * b))
     else:
@@ -90,7 +92,8 @@ def put_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor, beta: int) -
 
 
 def times_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
-    """(I + `changes`) times `x`, over blocks of channels. In a narrow dtype I + changes would be rounded to I."""
+    """(I + `changes`) times `x`, over blocks of channels. In a narrow dtype I + changes would be
+    rounded to I."""
     if x.dtype not in WIDE:
         turned = x.clone()
         add_blocks(op, turned, changes.to(x.dtype), x)
@@ -108,7 +111,10 @@ def times_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
 def block_products(op: LayerOp, y: Tensor, x: Tensor, b: int) -> Tensor:
     """The sum over positions of y x^T, per block of channels: (blocks, b, b)."""
     if is_channels_last(op, y):
-        flat, flat_x = (channels_last_rows(op, t).view(-1, y.shape[1 if op.spatial else -1] // b, b) for t in (y, x))
+        flat, flat_x = (
+            channels_last_rows(op, t).view(-1, y.shape[1 if op.spatial else -1] // b, b)
+            for t in (y, x)
+        )
         return torch.bmm(flat.permute(1, 2, 0), flat_x.transpose(0, 1))
     blocks = y.shape[1] // b
     flat, flat_x = (t.reshape(t.shape[0] * blocks, b, positions(t)) for t in (y, x))

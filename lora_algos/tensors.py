@@ -1,5 +1,5 @@
-"""One layer's tensors by their names in a file: the rank, the alpha and the scaling they stand for, and whether they
-fit."""
+"""One layer's tensors by their names in a file: the rank, the alpha and the scaling they stand for,
+and whether they fit."""
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ def constraint_of(tensors: dict[str, Tensor]) -> float:
 
 def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A layer's tensors on a device; the alpha, which is read as a number, stays where it is."""
-    return {name: tensor if name == "alpha" else tensor.to(device) for name, tensor in tensors.items()}
+    return {
+        name: tensor if name == "alpha" else tensor.to(device) for name, tensor in tensors.items()
+    }
 
 
 def scaling_of(tensors: dict[str, Tensor]) -> float:
@@ -48,15 +50,22 @@ def bias_faults(tensors: dict[str, Tensor], channels: int, has_bias: bool | None
     if has_bias is False:
         return ["diff_b: the layer has no bias"]
     there = tuple(tensors["diff_b"].shape)
-    return [] if tensors["diff_b"].numel() == channels else [f"diff_b is {there} and should be {(channels,)}"]
+    return (
+        []
+        if tensors["diff_b"].numel() == channels
+        else [f"diff_b is {there} and should be {(channels,)}"]
+    )
 
 
 def fitted(tensors: dict[str, Tensor], shapes: Shapes, weight: torch.Size) -> Shapes:
-    """`shapes`, if the tensors of a layer are these, be they flattened to matrices or not; else AdapterError."""
+    """`shapes`, if the tensors of a layer are these, be they flattened to matrices or not; else
+    AdapterError."""
     given = {name: tensor for name, tensor in tensors.items() if name not in ("alpha", "diff_b")}
     missing, unknown = shapes.keys() - given.keys(), given.keys() - shapes.keys()
     faults = [f"{name} is missing" for name in sorted(missing)]
-    faults += [f"{name} {tuple(given[name].shape)} does not belong there" for name in sorted(unknown)]
+    faults += [
+        f"{name} {tuple(given[name].shape)} does not belong there" for name in sorted(unknown)
+    ]
     for name in shapes.keys() & given.keys():
         there, wanted = tuple(given[name].shape), shapes[name]
         if given[name].numel() != torch.Size(wanted).numel() or there[:1] != wanted[:1]:

@@ -19,16 +19,20 @@ FAMILIES: dict[str, str] = {
     "wan": "models.families.wan",
     "wan_i2v": "models.families.wan_i2v",
 }
-"""`--model.family` -> the module that implements it: a new family is one file, one line here and a recipe."""
+"""`--model.family` -> the module that implements it: a new family is one file, one line here and a
+recipe."""
 
 
 def get_family(config: "ModelConfig") -> "ModelFamily":
-    """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the one named."""
+    """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the
+    one named."""
     from common.errors import ModelError
     from models.detect import family_of
 
     family = family_of(config)(config)
     if config.expert is not None and not family.has_experts:
-        raise ModelError(f"--model.expert = {config.expert}: {config.path} has one denoiser; {family.without_experts}")
+        raise ModelError(
+            f"--model.expert = {config.expert}: {config.path} has one denoiser; {family.without_experts}"
+        )
     family.check()
     return family

@@ -1,8 +1,9 @@
-"""What a model family knows. One file per family holds the glue over diffusers; nothing else in the project names one.
+"""What a model family knows. One file per family holds the glue over diffusers; nothing else in the
+project names one.
 
 Conventions, for every family:
   pixels    (B, 3, H, W) in [-1, 1]; (B, 3, F, H, W) of videos with more than one frame
-  latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalised (family.normalise) in the loop
+  latents   (B, C, [F,] h, w); raw as the VAE gives them on disk, normalized (family.normalize) in the loop
   quantile  (B,) in (0, 1): the random input of the noise process. 0 is clean, 1 is pure noise. Training draws it,
             validation fixes it; the timestep as the denoiser wants it is made from it
   cond      dict of conditioning tensors, batch first; and `lengths`, see ModelFamily.ragged
@@ -35,12 +36,14 @@ COMFY_WIDTHS = {
     12288: "Flux2 klein's",
     15360: "Flux2's",
 }
-"""Width of ComfyUI's conditioning -> whose it is: the only sign of its family that conditioning carries."""
+"""Width of ComfyUI's conditioning -> whose it is: the only sign of its family that conditioning
+carries."""
 
 
 @dataclass(frozen=True)
 class Native:
-    """A layer in the original model, which is ComfyUI's: its weight is that of `name`, or a part of it."""
+    """A layer in the original model, which is ComfyUI's: its weight is that of `name`, or a part of
+    it."""
 
     name: str
     """Without `diffusion_model.` and `.weight`."""
@@ -49,7 +52,8 @@ class Native:
     swapped: bool = False
     """Whether the halves of its rows stand the other way round there: scale and shift."""
     by_diffusers: bool = True
-    """Whether ComfyUI knows the layer by diffusers' name too, behind the family's `by_diffusers`."""
+    """Whether ComfyUI knows the layer by diffusers' name too, behind the family's `by_diffusers`.
+    """
 
 
 class ModelFamily(ABC):
@@ -72,7 +76,8 @@ class ModelFamily(ABC):
     kohya_is_native: bool
     """Whether kohya's names of the layers are made of the original model's names."""
     takes_guidance: ClassVar[bool] = False
-    """Whether some models of the family are distilled for guidance: they are told its scale (model.guidance_scale)."""
+    """Whether some models of the family are distilled for guidance: they are told its scale
+    (model.guidance_scale)."""
     ragged: ClassVar[dict[str, int | None]] = {}
     """Tensors of conditioning whose first dimension is tokens, as many as the caption has -> the length that a batch
     pads them to with zeros, or None for that of the longest in the batch. They are stored without padding. `cond` then
@@ -89,7 +94,8 @@ class ModelFamily(ABC):
     media_cond: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that encode_media_cond makes."""
     text_form: str = ""
-    """What else than the text encoders' files and the family decides what encode_prompt makes of a caption."""
+    """What else than the text encoders' files and the family decides what encode_prompt makes of a
+    caption."""
     by_diffusers: str = ""
     """What ComfyUI wants before diffusers' name of a layer, by which alone it knows the parts of a fused weight; empty:
     it knows none."""
@@ -103,7 +109,7 @@ class ModelFamily(ABC):
     @classmethod
     @abstractmethod
     def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """WHEN: to recognise a single file. IN: name -> shape of its tensors, those of the denoiser also
+        """WHEN: to recognize a single file. IN: name -> shape of its tensors, those of the denoiser also
         without a prefix."""
 
     @property
@@ -135,7 +141,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def empty_denoiser(self) -> nn.Module:
-        """WHEN: for names and shapes alone. OUT: the denoiser on the meta device; no weight is read."""
+        """WHEN: for names and shapes alone. OUT: the denoiser on the meta device; no weight is
+        read."""
 
     @abstractmethod
     def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
@@ -153,7 +160,8 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def pixel_step(self) -> int:
-        """WHEN: to choose bucket sizes. OUT: what the sides of an image in pixels must be multiples of."""
+        """WHEN: to choose bucket sizes. OUT: what the sides of an image in pixels must be multiples
+        of."""
 
     def frames_fault(self, frames: int) -> str | None:
         """WHEN: in precompute. OUT: what is wrong with training on so many frames, if anything."""
@@ -166,11 +174,13 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def component_files(self, component: str) -> list[Path]:
-        """The files that decide what `component` (denoiser, vae, text) computes: their content is its identity."""
+        """The files that decide what `component` (denoiser, vae, text) computes: their content is
+        its identity."""
 
     @abstractmethod
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, [F,] h, w), unscaled."""
+        """WHEN: in precompute. IN: pixels. OUT: mean and deviation of the raw latents (B, C, [F,]
+        h, w), unscaled."""
 
     def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
         """WHEN: in precompute, if `media_cond` has names. IN: the pixels of encode_media. OUT: under those names what
@@ -210,12 +220,14 @@ class ModelFamily(ABC):
         dict, in which "pooled_output" always is, None if the family has none."""
 
     @abstractmethod
-    def normalise(self, latents: Tensor) -> Tensor:
-        """WHEN: in the loop. IN: raw VAE latents. OUT: latents at the scale that the denoiser was trained on."""
+    def normalize(self, latents: Tensor) -> Tensor:
+        """WHEN: in the loop. IN: raw VAE latents. OUT: latents at the scale that the denoiser was
+        trained on."""
 
     @abstractmethod
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
-        """The noise process and target that the base model was trained with, changed as `config` asks."""
+        """The noise process and target that the base model was trained with, changed as `config`
+        asks."""
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         """WHEN: in the loop. IN: shape of the latents (B, C, [F,] h, w). OUT: how many image tokens the denoiser makes
@@ -223,12 +235,16 @@ class ModelFamily(ABC):
         return math.prod(shape[2:]) // 4
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]) -> Tensor:
-        """WHEN: in the loop. IN: noisy latents and their timestep. OUT: prediction, shaped like noisy."""
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
+    ) -> Tensor:
+        """WHEN: in the loop. IN: noisy latents and their timestep. OUT: prediction, shaped like
+        noisy."""
 
     @abstractmethod
     def pipeline(self, denoiser: nn.Module | None) -> Any:
-        """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with `denoiser` if given."""
+        """WHEN: for previews and merged export. OUT: diffusers' pipeline, on the CPU, with
+        `denoiser` if given."""
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
         """WHEN: adapters are attached. OUT: names of layers, and of modules with layers, on whose output no prediction
@@ -250,26 +266,31 @@ class ModelFamily(ABC):
         every layer."""
 
     def text_names(self, denoiser: nn.Module) -> dict[str, str]:
-        """WHEN: for adapter files. OUT: kohya's names of the layers of text encoders that are part of `denoiser`."""
+        """WHEN: for adapter files. OUT: kohya's names of the layers of text encoders that are part
+        of `denoiser`."""
         return {}
 
     @abstractmethod
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        """Keys of an adapter file by which ComfyUI, A1111 and Forge recognise the base model."""
+        """Keys of an adapter file by which ComfyUI, A1111 and Forge recognize the base model."""
 
 
 def check_comfy_cond(cond: Tensor, width: int) -> None:
-    """Raises ModelError, saying what it is, unless `cond` is ComfyUI's conditioning (1, L >= 1, `width`)."""
+    """Raises ModelError, saying what it is, unless `cond` is ComfyUI's conditioning (1, L >= 1,
+    `width`)."""
     if cond.ndim != 3 or cond.shape[0] != 1 or cond.shape[1] == 0:
         raise ModelError(f"conditioning of shape {tuple(cond.shape)}, not (1, tokens, {width})")
     if cond.shape[2] != width:
         whose = f", which is {COMFY_WIDTHS[cond.shape[2]]}" if cond.shape[2] in COMFY_WIDTHS else ""
         wanted = f", {COMFY_WIDTHS[width]}" if width in COMFY_WIDTHS else ""
-        raise ModelError(f"conditioning of width {cond.shape[2]}{whose}; this model takes {width}{wanted}")
+        raise ModelError(
+            f"conditioning of width {cond.shape[2]}{whose}; this model takes {width}{wanted}"
+        )
 
 
 def with_frames(latents: Tensor, frames: bool) -> Tensor:
-    """Latents (B, C, [F,] h, w) with a dimension of frames, or if not `frames`, without that of one frame."""
+    """Latents (B, C, [F,] h, w) with a dimension of frames, or if not `frames`, without that of one
+    frame."""
     if (latents.ndim == 5) == frames:
         return latents
     return latents.unsqueeze(2) if frames else latents.squeeze(2)
@@ -286,7 +307,9 @@ def take_comfy_cond(family: ModelFamily, cond: Tensor, extras: dict[str, Any]) -
     return found
 
 
-def base_metadata(version: str, architecture: str, implementation: str = "diffusers") -> dict[str, str]:
+def base_metadata(
+    version: str, architecture: str, implementation: str = "diffusers"
+) -> dict[str, str]:
     """What `file_metadata` says of every base model: kohya's name of its version, and the model specification's
     (modelspec) of what it is and whose code runs it."""
     return {

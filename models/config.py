@@ -23,23 +23,27 @@ class ModelConfig:
     __pydantic_config__ = STRICT
 
     path: str | None = None
-    """A diffusers folder, a Hub id (owner/name), or a single .safetensors file: a checkpoint or a denoiser."""
+    """A diffusers folder, a Hub id (owner/name), or a single .safetensors file: a checkpoint or a
+    denoiser."""
     family: FamilyName | None = None
     """Model family (docs/models.md). Detected from the model if not set; must match it."""
     variant: str | None = None
     """Weight variant of a diffusers folder or Hub id, such as fp16."""
     config: str | None = None
     """For a single .safetensors file: a diffusers folder or Hub id with the configuration and the tokenizers, and with
-    all components that the file does not contain. None: the Hub repository of the same kind of model."""
+    all components that the file does not contain. None: the Hub repository of the same kind of model.
+    """
     train_text_encoder: bool = False
-    """Adapt the CLIP text encoders too (Stable Diffusion 1, 2 and XL). Captions are then encoded in every step."""
+    """Adapt the CLIP text encoders too (Stable Diffusion 1, 2 and XL). Captions are then encoded in
+    every step."""
     vae: str | None = None
     """A VAE that replaces the model's own: a .safetensors file or a diffusers folder."""
     text_encoders: tuple[str, ...] = ()
     """Text encoders that replace the model's own, or for a file without any: .safetensors files as in ComfyUI's
     models/text_encoders. Which encoder a file holds is detected from its tensors."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    """Guidance input of a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) in training. None: 1."""
+    """Guidance input of a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) in training. None: 1.
+    """
     expert: Literal["high", "low"] | None = None
     """For a model with two denoisers (Wan 2.2 A14B): the one to train, within its noise levels, at high or at low
     noise."""
@@ -59,12 +63,15 @@ def text_encoder_errors(config: ModelConfig) -> list[str]:
         elif not path.is_file():
             errors.append(f"{path}: does not exist")
         elif path.suffix != ".safetensors":
-            errors.append(f"{path}: is a {path.suffix or 'nameless'} file; expected .safetensors files")
+            errors.append(
+                f"{path}: is a {path.suffix or 'nameless'} file; expected .safetensors files"
+            )
     return errors
 
 
 def path_error(config: ModelConfig) -> str | None:
-    """Return why `config.path` cannot be a model, as the text after `--model.path`, or None. Looks at names only."""
+    """Return why `config.path` cannot be a model, as the text after `--model.path`, or None. Looks
+    at names only."""
     if config.path is None:
         return ": no model given. Name a diffusers folder, a Hub id or a single .safetensors file"
     path = Path(config.path)
@@ -75,7 +82,9 @@ def path_error(config: ModelConfig) -> str | None:
     if path.is_file():
         if path.suffix == ".safetensors":
             return None
-        return f" {config.path}: is a {path.suffix or 'nameless'} file; expected a .safetensors file"
+        return (
+            f" {config.path}: is a {path.suffix or 'nameless'} file; expected a .safetensors file"
+        )
     if is_hub_id(config.path) and path.suffix != ".safetensors":
         return None  # the Hub is asked when the model is loaded
     return f" {config.path}: does not exist"

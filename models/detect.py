@@ -21,7 +21,8 @@ def family_classes() -> dict[str, type["ModelFamily"]]:
 
 
 def family_of(config: ModelConfig) -> type["ModelFamily"]:
-    """The family of the model that is there. ModelError if there is none here, or another than `config.family` says."""
+    """The family of the model that is there. ModelError if there is none here, or another than
+    `config.family` says."""
     path, classes = local_path(config), family_classes()
     if path.is_dir():
         found, what = by_pipeline(path, classes)
@@ -29,7 +30,9 @@ def family_of(config: ModelConfig) -> type["ModelFamily"]:
         found, what = by_tensors(path, classes)
     known = f"--model.family is one of {', '.join(classes)}"
     if found is None and config.family is None:
-        raise ModelError(f"--model.path {config.path} is of no family that is known here: {what}. {known}")
+        raise ModelError(
+            f"--model.path {config.path} is of no family that is known here: {what}. {known}"
+        )
     if found is not None and config.family not in (None, found):
         raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
     family = classes[found or config.family or ""]
@@ -54,7 +57,9 @@ def training_text(family: type["ModelFamily"], config: ModelConfig) -> type["Mod
 def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
     """The family of a diffusers folder, if any, and what says so."""
     try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get(
+            "_class_name", ""
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--model.path {folder} has a model_index.json that could not be read as JSON: {error}"
@@ -68,13 +73,17 @@ def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str
     try:
         shapes = shapes_of(file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"--model.path {file} is not a readable .safetensors file: {error}") from error
+        raise ModelError(
+            f"--model.path {file} is not a readable .safetensors file: {error}"
+        ) from error
     if any(name.endswith(SCALES) for name in shapes):
         raise ModelError(
             f"--model.path {file} has scaled fp8 weights, which are not read: take the bf16, fp16 or plain fp8 file"
         )
     for prefix in DENOISER_PREFIXES:
-        shapes |= {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
+        shapes |= {
+            name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)
+        }
     found = next((family for family, cls in classes.items() if cls.holds(shapes)), None)
     return (
         found,

@@ -1,4 +1,5 @@
-"""How diffusers loads the parts of a family's models, wherever they are (models/diffusers_family.py)."""
+"""How diffusers loads the parts of a family's models, wherever they are
+(models/diffusers_family.py)."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,11 +29,14 @@ from models.checkpoint_files import (
     weight_dtype,
 )
 from models.quiet import quieten
-from models.text_encoder_files import load_encoder, recognised, wanted
+from models.text_encoder_files import load_encoder, recognized, wanted
 from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess, process_from_scheduler
 
-WIDENED = {torch.float16: torch.float32, **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16)}
+WIDENED = {
+    torch.float16: torch.float32,
+    **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16),
+}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json"}  # all others have a config.json
 UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 LARGE = 1_000_000_000  # parameters: parts that are not trained are loaded in bf16 beyond it
@@ -48,10 +52,13 @@ class LatentScale:
         self.moments: tuple[Tensor, Tensor] | None = None
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            self.moments = torch.tensor(mean), torch.tensor(std) / (config.get("scaling_factor") or 1.0)
+            self.moments = (
+                torch.tensor(mean),
+                torch.tensor(std) / (config.get("scaling_factor") or 1.0),
+            )
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, C, [F,] h, w) normalised."""
+        """Raw latents (B, C, [F,] h, w) normalized."""
         if self.moments is None:
             return (latents - self.shift) * self.scale if self.shift else latents * self.scale
         if self.moments[0].device != latents.device:  # once: later steps copy nothing
@@ -66,7 +73,8 @@ class LocatedFamily(ModelFamily):
     text: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     """The parts of the pipeline that encode captions."""
     in_file: ClassVar[dict[str, tuple[str, ...]]] = {"vae": VAE_PREFIXES}
-    """Parts besides the denoiser that diffusers reads from a single file -> how the names of their tensors begin."""
+    """Parts besides the denoiser that diffusers reads from a single file -> how the names of their
+    tensors begin."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -86,24 +94,36 @@ class LocatedFamily(ModelFamily):
     def held(self) -> set[str]:
         """The parts of `in_file` that are taken from there; none in a folder."""
         names = () if self.path.is_dir() else self.stored_shapes
-        there = {part for part, prefixes in self.in_file.items() if any(name.startswith(prefixes) for name in names)}
+        there = {
+            part
+            for part, prefixes in self.in_file.items()
+            if any(name.startswith(prefixes) for name in names)
+        }
         return there - self.text_files.keys()
 
     @cached_property
     def text_files(self) -> dict[str, Path]:
-        """The text encoders that are taken from files of their own -> these files. ModelError if one is of none."""
+        """The text encoders that are taken from files of their own -> these files. ModelError if
+        one is of none."""
         if not self.config.text_encoders:
             return {}
         names = [name for name in self.text if name.startswith("text_encoder")]
-        with self._faults_told("the configurations that --model.text_encoders are recognised by: "):
-            there = [name for name in names if self.pipeline_config.get(name, [None])[0] is not None]
-            encoders = {name: wanted(config_of(self.source, f"{name}/config.json")) for name in there}
-        return recognised(self.config.text_encoders, encoders)
+        with self._faults_told("the configurations that --model.text_encoders are recognized by: "):
+            there = [
+                name for name in names if self.pipeline_config.get(name, [None])[0] is not None
+            ]
+            encoders = {
+                name: wanted(config_of(self.source, f"{name}/config.json")) for name in there
+            }
+        return recognized(self.config.text_encoders, encoders)
 
     @cached_property
     def source(self) -> str:
-        """The diffusers folder or hub id that holds the configuration, and all that a single file lacks."""
-        return str(self.path) if self.path.is_dir() else self.config.config or self._config_of_file()
+        """The diffusers folder or hub id that holds the configuration, and all that a single file
+        lacks."""
+        return (
+            str(self.path) if self.path.is_dir() else self.config.config or self._config_of_file()
+        )
 
     def _config_of_file(self) -> str:
         """The hub id that has the configuration of this single file, by the shapes in it."""
@@ -111,7 +131,8 @@ class LocatedFamily(ModelFamily):
 
     @contextmanager
     def _faults_told(self, what: str = "") -> Iterator[None]:
-        """Turns what the libraries raise on a bad model into a message for the user, in which `what` comes first."""
+        """Turns what the libraries raise on a bad model into a message for the user, in which
+        `what` comes first."""
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
         try:
@@ -119,7 +140,9 @@ class LocatedFamily(ModelFamily):
         except ModelError:
             raise
         except (*UNLOADABLE, SingleFileComponentError) as error:
-            reason = str(error).partition("\nPlease load the component")[0]  # diffusers goes on with Python to type
+            reason = str(error).partition("\nPlease load the component")[
+                0
+            ]  # diffusers goes on with Python to type
             hint = ""
             if self.path.is_file() and self.config.config is None:
                 hint = "\n  Without a network, name a diffusers folder of the same model as --model.config"
@@ -134,7 +157,9 @@ class LocatedFamily(ModelFamily):
     def stored_dtype(self) -> torch.dtype:
         weights = [f for f in self.component_files("denoiser") if f.suffix == ".safetensors"]
         if not weights:
-            raise ModelError(f"--model.path {self.config.path} has no .safetensors weights in {self.component}/")
+            raise ModelError(
+                f"--model.path {self.config.path} has no .safetensors weights in {self.component}/"
+            )
         with self._faults_told(f"{weights[0]}: "):
             return weight_dtype(weights[0])
 
@@ -156,18 +181,25 @@ class LocatedFamily(ModelFamily):
             return [path] if path.is_file() else files_read(inside, self.config.variant)
         parts = {"denoiser": (self.component,), "vae": ("vae",), "text": self.text}[component]
         held = {self.component, *self.held} if self.path.is_file() else set()
-        elsewhere = [part for part in parts if part.replace("tokenizer", "text_encoder") not in held]
+        elsewhere = [
+            part for part in parts if part.replace("tokenizer", "text_encoder") not in held
+        ]
         found = [self.path, *configs_in(self.config.config)] if len(elsewhere) < len(parts) else []
         own = {name: file for name, file in self.text_files.items() if name in elsewhere}
         with self._faults_told():
-            found += [path for name in own for path in (own[name], config_path(self.source, f"{name}/config.json"))]
+            found += [
+                path
+                for name in own
+                for path in (own[name], config_path(self.source, f"{name}/config.json"))
+            ]
             folders = [part_folder(self.source, part) for part in elsewhere if part not in own]
         found += [file for folder in folders for file in files_read(folder, self.config.variant)]
         return list(dict.fromkeys(found))
 
 
 class DiffusersFamily(LocatedFamily):
-    """A family that diffusers has a pipeline for; its members name the pipeline's classes and parts."""
+    """A family that diffusers has a pipeline for; its members name the pipeline's classes and
+    parts."""
 
     denoiser_class: ClassVar[str]
     """diffusers' class of the denoiser."""
@@ -185,10 +217,15 @@ class DiffusersFamily(LocatedFamily):
     def _from_pretrained(self) -> dict[str, Any]:
         """Options of from_pretrained."""
         variant = self.config.variant if self.path.is_dir() else None
-        return {"variant": variant, "use_safetensors": True, "local_files_only": Path(self.source).is_dir()}
+        return {
+            "variant": variant,
+            "use_safetensors": True,
+            "local_files_only": Path(self.source).is_dir(),
+        }
 
     def _load(self, *wanted: str, denoiser: nn.Module | None = None) -> Any:
-        """diffusers' pipeline with the components `wanted` loaded, `denoiser` put in if given, and no others."""
+        """diffusers' pipeline with the components `wanted` loaded, `denoiser` put in if given, and
+        no others."""
         import diffusers
 
         quieten()
@@ -203,14 +240,30 @@ class DiffusersFamily(LocatedFamily):
             own = self.own_parts(wanted)
             lacking = {name for name, part in self.pipeline_config.items() if part == [None, None]}
             there = {*wanted} - lacking - own.keys()  # diffusers wants to be told of those too
-            given |= {name: self._encoder_alone(name) for name in self.text if name in there & self.text_files.keys()}
+            given |= {
+                name: self._encoder_alone(name)
+                for name in self.text
+                if name in there & self.text_files.keys()
+            }
             absent = {name: None for name in (*self.components, *self.unused)}
             for name in (there & self.held) - given.keys():
-                given[name] = self._part_of_file(pipeline_class, name, {**absent, **self.pipeline_options})
+                given[name] = self._part_of_file(
+                    pipeline_class, name, {**absent, **self.pipeline_options}
+                )
             left_out = {name: None for name in absent if name not in there}
-            dtypes = {name: self._text_dtype(name) for name in there - {"vae", self.component} - given.keys()}
-            options = {**left_out, **given, **self.pipeline_options, "dtype": {"default": torch.float32, **dtypes}}
-            pipeline = pipeline_class.from_pretrained(self.source, **options, **self._from_pretrained)
+            dtypes = {
+                name: self._text_dtype(name)
+                for name in there - {"vae", self.component} - given.keys()
+            }
+            options = {
+                **left_out,
+                **given,
+                **self.pipeline_options,
+                "dtype": {"default": torch.float32, **dtypes},
+            }
+            pipeline = pipeline_class.from_pretrained(
+                self.source, **options, **self._from_pretrained
+            )
         pipeline.register_modules(**own)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -226,7 +279,10 @@ class DiffusersFamily(LocatedFamily):
         options = {part: value for part, value in options.items() if part != name}
         dtype = self._text_dtype(name)
         return getattr(
-            pipeline_class.from_single_file(str(self.path), config=self.source, dtype=dtype, **options), name
+            pipeline_class.from_single_file(
+                str(self.path), config=self.source, dtype=dtype, **options
+            ),
+            name,
         )
 
     def _vae_alone(self, path: str) -> nn.Module:
@@ -258,9 +314,12 @@ class DiffusersFamily(LocatedFamily):
         with self._faults_told():
             if self.path.is_dir():
                 denoiser = denoiser_class.from_pretrained(
-                    self.path, subfolder=self.component, dtype=dtype, variant=self.config.variant,
+                    self.path,
+                    subfolder=self.component,
+                    dtype=dtype,
+                    variant=self.config.variant,
                     use_safetensors=True,
-                )  # fmt: skip
+                )
             else:
                 denoiser = self.denoiser_of_file(denoiser_class, dtype)
         self.check_denoiser(denoiser.config)
@@ -268,7 +327,11 @@ class DiffusersFamily(LocatedFamily):
 
     def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
         """The denoiser in a single file, as diffusers reads it."""
-        given = {"config": self.config.config, "subfolder": self.component} if self.config.config else {}
+        given = (
+            {"config": self.config.config, "subfolder": self.component}
+            if self.config.config
+            else {}
+        )
         return denoiser_class.from_single_file(str(self.path), dtype=dtype, **given)
 
     def check(self) -> None:
@@ -296,13 +359,17 @@ class DiffusersFamily(LocatedFamily):
         import diffusers
 
         with self._faults_told():
-            return getattr(diffusers, self.denoiser_class).load_config(self.source, subfolder=self.component)
+            return getattr(diffusers, self.denoiser_class).load_config(
+                self.source, subfolder=self.component
+            )
 
     def part_config(self, name: str) -> dict[str, Any]:
         """The configuration of a part, with its class as `_class_name`."""
         if name == "vae" and self.config.vae is not None:
             return dict(self._vae_alone(self.config.vae).config)  # type: ignore[arg-type]
-        with self._faults_told():  # read here: the classes are slow imports that only encoding needs
+        with (
+            self._faults_told()
+        ):  # read here: the classes are slow imports that only encoding needs
             return config_of(self.source, f"{name}/{CONFIG_NAMES.get(name, 'config.json')}")
 
     @cached_property
@@ -339,7 +406,9 @@ class DiffusersFamily(LocatedFamily):
         return encoders.vae.decode(latents).sample.clamp(-1, 1)
 
     def latent_step(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)  # each level but the last halves the sides
+        return 2 ** (
+            len(self.vae_config["block_out_channels"]) - 1
+        )  # each level but the last halves the sides
 
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
         with self._faults_told():
@@ -349,5 +418,5 @@ class DiffusersFamily(LocatedFamily):
     def _latent_scale(self) -> LatentScale:
         return LatentScale(self.vae_config, self.latent_shift, self.latent_scale)
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: Tensor) -> Tensor:
         return self._latent_scale(latents)

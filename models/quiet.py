@@ -15,7 +15,8 @@ def quieten() -> None:
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Inside, transformers does not list the tensors of a file that it has no use for, nor those that it lacks."""
+    """Inside, transformers does not list the tensors of a file that it has no use for, nor those
+    that it lacks."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

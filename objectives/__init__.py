@@ -1,7 +1,7 @@
 """What a model is trained to predict: timestep sampling, target, loss and loss weighting.
 
-The registries below name the functions of this package. Importing this module imports no torch, so that options can be
-checked at once.
+The registries below name the functions of this package. Importing this module imports no torch, so
+that options can be checked at once.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ class LossEntry:
 
     function: str
     delta_power: int | None = None
-    """Losses with a delta: with delta d the loss is d^delta_power times the loss of the error / d."""
+    """Losses with a delta: with delta d the loss is d^delta_power times the loss of the error / d.
+    """
 
 
 LOSSES: dict[str, LossEntry] = {
@@ -36,7 +37,8 @@ DENSITIES: dict[str, str] = {
     "cosmap": "cosmap",
     "beta": "beta",
 }
-"""`--objective.timestep_sampling` -> the function in objectives/densities.py that makes its inverse distribution."""
+"""`--objective.timestep_sampling` -> the function in objectives/densities.py that makes its inverse
+distribution."""
 
 WEIGHTINGS: dict[str, str] = {
     "none": "none",

@@ -45,7 +45,8 @@ class ObjectiveConfig:
     """EDM: standard deviation of ln sigma (P_std)."""
     timestep_sampling: DensityName = "uniform"
     """Distribution of the noise level t in (0, 1), before the shift. logit-normal, mode and cosmap are those of Stable
-    Diffusion 3 (Esser et al. 2024). For DDPM, t is timestep / timesteps; for EDM, t is the quantile of sigma."""
+    Diffusion 3 (Esser et al. 2024). For DDPM, t is timestep / timesteps; for EDM, t is the quantile of sigma.
+    """
     logit_mean: float = 0.0
     """logit-normal: mean of ln(t / (1 - t)). Above 0, noisy levels are more frequent."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
@@ -56,8 +57,11 @@ class ObjectiveConfig:
     """beta: first parameter. The larger, the more frequent noisy levels are."""
     beta_b: Annotated[float, Field(ge=0.1, le=100)] = 2.0
     """beta: second parameter. The larger, the more frequent clean levels are."""
-    timestep_range: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
-    """Lowest and highest t in training; the distribution is truncated there. Validation uses all levels."""
+    timestep_range: tuple[
+        Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]
+    ] = (0.0, 1.0)
+    """Lowest and highest t in training; the distribution is truncated there. Validation uses all
+    levels."""
     stratified_timesteps: bool = False
     """Spread the noise levels of a step evenly over all its samples, of all processes, instead of drawing each one
     independently. The gradient varies less."""
@@ -71,7 +75,8 @@ class ObjectiveConfig:
     p2_gamma: Annotated[float, Field(ge=0)] = 1.0
     """p2: the exponent gamma. 0 is no weighting for epsilon."""
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
-    """Huber, SmoothL1, pseudo-Huber: the error at which the loss changes from quadratic to linear."""
+    """Huber, SmoothL1, pseudo-Huber: the error at which the loss changes from quadratic to linear.
+    """
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
     """huber_delta by noise level, as in kohya's scripts. exponential: huber_delta^t, from 1 (clean) to huber_delta.
     snr: (1 - huber_delta) / (1 + noise / signal)^2 + huber_delta."""
@@ -79,11 +84,13 @@ class ObjectiveConfig:
     """Add a normal random number times this factor to all noise of a channel. The variance of the noise becomes
     1 + noise_offset^2."""
     multires_noise_iterations: Annotated[int, Field(ge=0, le=16)] = 0
-    """Add noise of this many lower resolutions (pyramid noise), scaled back to variance 1. 0: off."""
+    """Add noise of this many lower resolutions (pyramid noise), scaled back to variance 1. 0: off.
+    """
     multires_noise_discount: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Multi-resolution noise: strength of each resolution relative to the next higher one."""
     input_perturbation: Annotated[float, Field(ge=0)] = 0.0
-    """Add this much more noise to the model's input, but not to its target (Ning et al. 2023 use 0.1)."""
+    """Add this much more noise to the model's input, but not to its target (Ning et al. 2023 use
+    0.1)."""
 
 
 DELTA_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.delta_power is not None)
@@ -116,7 +123,9 @@ def objective_errors(config: ObjectiveConfig, loss_function: str) -> list[str]:
     ]
     low, high = config.timestep_range
     if low >= high:
-        errors.append(f"--objective.timestep_range {low:g} {high:g}: expected the lower level first")
+        errors.append(
+            f"--objective.timestep_range {low:g} {high:g}: expected the lower level first"
+        )
     return errors
 
 

@@ -1,7 +1,9 @@
-"""How noise levels are distributed: maps from a uniform quantile to a level t, both in (0, 1), more noise upward.
+"""How noise levels are distributed: maps from a uniform quantile to a level t, both in (0, 1), more
+noise upward.
 
-All are inverse distribution functions, so that even quantiles are as even a sample as there is. logit-normal, mode and
-cosmap: Esser et al. 2024, "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.
+All are inverse distribution functions, so that even quantiles are as even a sample as there is.
+logit-normal, mode and cosmap: Esser et al. 2024, "Scaling Rectified Flow Transformers" (arXiv
+2403.03206), section 3.1.
 """
 
 import math
@@ -32,11 +34,14 @@ def uniform(options: ObjectiveConfig) -> None:
 
 def logit_normal(options: ObjectiveConfig) -> Inverse:
     """ln(t / (1 - t)) is normal."""
-    return lambda quantile: torch.special.expit(options.logit_mean + options.logit_std * torch.special.ndtri(quantile))
+    return lambda quantile: torch.special.expit(
+        options.logit_mean + options.logit_std * torch.special.ndtri(quantile)
+    )
 
 
 def mode(options: ObjectiveConfig) -> Inverse:
-    """The paper's t = 1 - u - scale (cos^2(pi u / 2) - 1 + u) with u = 1 - quantile; it increases for scale <= 1.75."""
+    """The paper's t = 1 - u - scale (cos^2(pi u / 2) - 1 + u) with u = 1 - quantile; it increases
+    for scale <= 1.75."""
 
     def inverse(quantile: Tensor) -> Tensor:
         return quantile - options.mode_scale * (torch.sin(math.pi / 2 * quantile) ** 2 - quantile)
@@ -60,7 +65,8 @@ def beta(options: ObjectiveConfig) -> Inverse:
 
 
 class Beta:
-    """The inverse distribution function of beta(a, b), which torch does not have, from a table made once in fp64.
+    """The inverse distribution function of beta(a, b), which torch does not have, from a table made
+    once in fp64.
 
     The table holds logit(t) at 2^15 even steps against the logit of the distribution function there: a smooth curve
     that is a straight line in both tails, interpolated linearly. For a, b in [0.1, 100] t is off by less than 1e-7.
@@ -93,12 +99,14 @@ class Beta:
 
 
 def inverse_distribution(options: ObjectiveConfig) -> Inverse | None:
-    """Return the inverse distribution function that `options` name, without truncation; None for uniform."""
+    """Return the inverse distribution function that `options` name, without truncation; None for
+    uniform."""
     return get_function("densities", DENSITIES[options.timestep_sampling])(options)
 
 
 class Density:
-    """Quantile (B,) -> level t (B,), in the quantile's dtype, inside (0, 1), `timestep_range` and `span`.
+    """Quantile (B,) -> level t (B,), in the quantile's dtype, inside (0, 1), `timestep_range` and
+    `span`.
 
     The range cuts the density off: it uses those quantiles whose levels lie in it. Raises ModelError if hardly any do.
     `span`: the levels that the denoiser is for.
@@ -106,7 +114,10 @@ class Density:
 
     def __init__(self, options: ObjectiveConfig, span: tuple[float, float] = (0.0, 1.0)):
         self.inverse = inverse_distribution(options)
-        self.low, self.high = max(options.timestep_range[0], span[0]), min(options.timestep_range[1], span[1])
+        self.low, self.high = (
+            max(options.timestep_range[0], span[0]),
+            min(options.timestep_range[1], span[1]),
+        )
         if self.low >= self.high:
             low, high = options.timestep_range
             raise ModelError(
@@ -117,8 +128,8 @@ class Density:
         self.first, self.mass = ends[0], ends[1] - ends[0]
         if self.mass < LEAST_MASS:
             raise ModelError(
-                f"--objective.timestep_range = {self.low:g} {self.high:g}: the distribution {options.timestep_sampling} has "
-                f"only a share of {self.mass:.0e} of its levels there"
+                f"--objective.timestep_range = {self.low:g} {self.high:g}: only a share of "
+                f"{self.mass:.0e} of the levels of {options.timestep_sampling} is in this range"
             )
 
     def _quantile_of(self, level: float) -> float:
@@ -136,5 +147,7 @@ class Density:
         quantile = quantile.clamp(EPS, 1 - EPS)
         if self.mass < 1:
             quantile = self.first + self.mass * quantile
-        level = quantile if self.inverse is None else self.inverse(quantile.double()).to(quantile.dtype)
+        level = (
+            quantile if self.inverse is None else self.inverse(quantile.double()).to(quantile.dtype)
+        )
         return level.clamp(max(EPS, self.low), min(1 - EPS, self.high))

@@ -1,4 +1,5 @@
-"""Losses as functions of the error alone, elementwise, with delta = 1. objectives/__init__.py lists them."""
+"""Losses as functions of the error alone, elementwise, with delta = 1. objectives/__init__.py lists
+them."""
 
 import torch
 import torch.nn.functional as F

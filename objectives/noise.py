@@ -1,4 +1,5 @@
-"""What the noise of a sample is besides standard normal, drawn after it from the sample's own generator."""
+"""What the noise of a sample is besides standard normal, drawn after it from the sample's own
+generator."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +8,19 @@ from torch import Tensor
 from objectives.config import ObjectiveConfig
 
 
-def altered(noise: Tensor, options: ObjectiveConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One sample's noise (C, [F,] h, w) as `options` ask, and the noise that the denoiser is to see.
+def altered(
+    noise: Tensor, options: ObjectiveConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One sample's noise (C, [F,] h, w) as `options` ask, and the noise that the denoiser is to
+    see.
 
-    Multi-resolution noise comes first, then the offset, then what the denoiser sees more (input perturbation).
+    Multi-resolution noise comes first, then the offset, then what the denoiser sees more (input
+    perturbation).
     """
     if options.multires_noise_iterations:
-        noise = multires(noise, options.multires_noise_iterations, options.multires_noise_discount, generator)
+        noise = multires(
+            noise, options.multires_noise_iterations, options.multires_noise_discount, generator
+        )
     if options.noise_offset:
         offset = torch.randn((len(noise), *[1] * (noise.ndim - 1)), generator=generator)
         noise = noise + options.noise_offset * offset
@@ -38,7 +45,9 @@ def multires(noise: Tensor, iterations: int, discount: float, generator: torch.G
         size = max(1, int(height / r**level)), max(1, int(width / r**level))
         small = torch.randn((*noise.shape[:-2], *size), generator=generator).reshape(1, -1, *size)
         total += discount**level * enlarged(small, (height, width)).view(noise.shape)
-        variance += discount ** (2 * level) * kept_variance(size[0], height) * kept_variance(size[1], width)
+        variance += (
+            discount ** (2 * level) * kept_variance(size[0], height) * kept_variance(size[1], width)
+        )
         if 1 in size:
             break
     return total / variance**0.5

@@ -1,4 +1,5 @@
-"""What is trained for: the density of noise levels, the target and the weighting, as three separate choices."""
+"""What is trained for: the density of noise levels, the target and the weighting, as three separate
+choices."""
 
 from dataclasses import dataclass
 
@@ -45,20 +46,32 @@ class Objective:
         self.density = Density(options, process.span)
 
     def noised(
-        self, latents: Tensor, noise: Tensor, quantile: Tensor, tokens: int, input_noise: Tensor | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        quantile: Tensor,
+        tokens: int,
+        input_noise: Tensor | None = None,
     ) -> Noised:
-        """`latents` normalised, `noise` the noise of the target, both (B, C, [F,] h, w); `quantile` (B,) in (0, 1).
+        """`latents` normalized, `noise` the noise of the target, both (B, C, [F,] h, w); `quantile`
+        (B,) in (0, 1).
 
-        `input_noise`: the noise that the denoiser sees, where it is another. `tokens`: of the denoiser, per image.
+        `input_noise`: the noise that the denoiser sees, where it is another. `tokens`: of the
+        denoiser, per image.
         """
         levels = self.process.levels(self.density(quantile), tokens)
-        noisy = mixed(levels.signal, latents, levels.sigma, noise if input_noise is None else input_noise)
+        noisy = mixed(
+            levels.signal, latents, levels.sigma, noise if input_noise is None else input_noise
+        )
         target = mixed(levels.target_signal, latents, levels.target_sigma, noise)
-        error_scale = levels.to_x0 if self.options.loss_space == "x0" else torch.ones_like(levels.sigma)
+        error_scale = (
+            levels.to_x0 if self.options.loss_space == "x0" else torch.ones_like(levels.sigma)
+        )
         return Noised(noisy, target, levels, error_scale, self._weight(levels, error_scale))
 
     def _weight(self, levels: Levels, error_scale: Tensor) -> Tensor:
-        """Return the loss weight of each sample, for squared errors that are scaled by `error_scale`."""
+        """Return the loss weight of each sample, for squared errors that are scaled by
+        `error_scale`."""
         if self.options.loss_weighting == "none":
             return torch.ones_like(levels.sigma)
         weighting = get_function("weightings", WEIGHTINGS[self.options.loss_weighting])

@@ -1,7 +1,8 @@
-"""Noise processes: from a level of noise to what is mixed for the denoiser and what it should answer.
+"""Noise processes: from a level of noise to what is mixed for the denoiser and what it should
+answer.
 
-Everything about a level follows from four numbers: noisy = signal x0 + sigma noise, and
-target = target_signal x0 + target_sigma noise.
+Everything about a level follows from four numbers: noisy = signal x0 + sigma noise, and target =
+target_signal x0 + target_sigma noise.
 """
 
 import math
@@ -27,7 +28,8 @@ LEAST_ALPHA = 4.8973451890853435e-08  # ComfyUI's in place of 0 (model_sampling.
 
 @dataclass(frozen=True)
 class Levels:
-    """The noise levels of a batch, (B,) each; `timestep` as diffusers' scheduler hands it to its pipeline's loop."""
+    """The noise levels of a batch, (B,) each; `timestep` as diffusers' scheduler hands it to its
+    pipeline's loop."""
 
     signal: Tensor
     sigma: Tensor
@@ -38,7 +40,9 @@ class Levels:
     @property
     def to_x0(self) -> Tensor:
         """The size of the error in x0, read off noisy and prediction, per error in the prediction."""
-        return self.sigma / (self.signal * self.target_sigma - self.sigma * self.target_signal).abs()
+        return (
+            self.sigma / (self.signal * self.target_sigma - self.sigma * self.target_signal).abs()
+        )
 
     @property
     def snr(self) -> Tensor:
@@ -57,9 +61,11 @@ class NoiseProcess(ABC):
     name: str
     prediction_type: str
     heeds: tuple[str, ...]
-    """Options of the config that say something to this process, among those that not every process has."""
+    """Options of the config that say something to this process, among those that not every process
+    has."""
     span: tuple[float, float] = (0.0, 1.0)
-    """The quantiles that the denoiser is for, if others are for the rest; none outside are trained or validated on."""
+    """The quantiles that the denoiser is for, if others are for the rest; none outside are trained
+    or validated on."""
 
     def describe(self) -> str:
         """It in words, for the summary of a run."""
@@ -67,7 +73,8 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def levels(self, quantile: Tensor, tokens: int) -> Levels:
-        """The levels at `quantile` (B,) in (0, 1), monotone: 0 clean, 1 pure noise. In the quantile's dtype.
+        """The levels at `quantile` (B,) in (0, 1), monotone: 0 clean, 1 pure noise. In the
+        quantile's dtype.
 
         `tokens`: image tokens of the denoiser, for processes that depend on the image's size."""
 
@@ -79,12 +86,15 @@ class NoiseProcess(ABC):
 def checked(prediction_type: str) -> str:
     """`prediction_type`; ValueError if it is not known."""
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type {prediction_type!r}: only {' and '.join(PREDICTION_TYPES)} are known")
+        raise ValueError(
+            f"prediction_type {prediction_type!r}: only {' and '.join(PREDICTION_TYPES)} are known"
+        )
     return prediction_type
 
 
 class DDPM(NoiseProcess):
-    """Variance-preserving diffusion: signal = sqrt(a), sigma = sqrt(1 - a), with a = alphas_cumprod[timestep].
+    """Variance-preserving diffusion: signal = sqrt(a), sigma = sqrt(1 - a), with a =
+    alphas_cumprod[timestep].
 
     Target `epsilon` is the noise, `v_prediction` is sqrt(a) noise - sqrt(1 - a) x0 (Salimans & Ho 2022, appendix D).
     The quantile picks the timestep evenly. `continuous`: it picks t = quantile (N - 1), between timesteps the logarithm
@@ -104,7 +114,10 @@ class DDPM(NoiseProcess):
                 "(--objective.prediction_type v_prediction)"
             )
         wide = alphas_cumprod.double().clamp(min=LEAST_ALPHA)
-        self.alphas_cumprod, self.log_ratio = alphas_cumprod.float(), ((1 - wide) / wide).sqrt().log()
+        self.alphas_cumprod, self.log_ratio = (
+            alphas_cumprod.float(),
+            ((1 - wide) / wide).sqrt().log(),
+        )
 
     def describe(self) -> str:
         return super().describe() + (", zero terminal SNR" if self.zero_terminal_snr else "")
@@ -115,7 +128,9 @@ class DDPM(NoiseProcess):
             self.log_ratio = self.log_ratio.to(quantile.device)
         timestep, signal, sigma = (self._between if self.continuous else self._at)(quantile)
         if self.prediction_type == "epsilon":
-            return Levels(signal, sigma, torch.zeros_like(signal), torch.ones_like(signal), timestep)
+            return Levels(
+                signal, sigma, torch.zeros_like(signal), torch.ones_like(signal), timestep
+            )
         return Levels(signal, sigma, -sigma, signal, timestep)
 
     def _at(self, quantile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,9 +141,15 @@ class DDPM(NoiseProcess):
 
     def _between(self, quantile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t = quantile.double() * (len(self.log_ratio) - 1)
-        ratio = torch.lerp(self.log_ratio[t.floor().long()], self.log_ratio[t.ceil().long()], t.frac()).exp()
+        ratio = torch.lerp(
+            self.log_ratio[t.floor().long()], self.log_ratio[t.ceil().long()], t.frac()
+        ).exp()
         root = (ratio**2 + 1).sqrt()
-        return (t - 0.5).ceil().long(), (1 / root).to(quantile.dtype), (ratio / root).to(quantile.dtype)
+        return (
+            (t - 0.5).ceil().long(),
+            (1 / root).to(quantile.dtype),
+            (ratio / root).to(quantile.dtype),
+        )
 
     def time(self, levels: Levels) -> Tensor:
         return levels.timestep.to(levels.sigma.dtype) / len(self.alphas_cumprod)
@@ -138,7 +159,8 @@ class DDPM(NoiseProcess):
 class Shift:
     """The factor a of sigma = a t / (1 + (a - 1) t): a constant, or by the number of image tokens.
 
-    Then mu is a line through `low` and `high`, each (tokens, mu), and a is mu or, if `exponential`, e^mu.
+    Then mu is a line through `low` and `high`, each (tokens, mu), and a is mu or, if `exponential`,
+    e^mu.
     """
 
     constant: float = 1.0
@@ -156,7 +178,8 @@ class Shift:
 
 
 class Flow(NoiseProcess):
-    """Flow matching: signal = 1 - sigma, target noise - x0 (Lipman et al. 2023; rectified flow, Liu et al. 2023).
+    """Flow matching: signal = 1 - sigma, target noise - x0 (Lipman et al. 2023; rectified flow, Liu
+    et al. 2023).
 
     The quantile is t before the shift (Esser et al. 2024, section 5.3.2). `inverted`: the timestep counts from noise to
     image, as Mochi's does.
@@ -166,7 +189,9 @@ class Flow(NoiseProcess):
     prediction_type = "velocity"
     heeds = ("shift",)
 
-    def __init__(self, shift: Callable[[int], float], num_train_timesteps: int = 1000, inverted: bool = False):
+    def __init__(
+        self, shift: Callable[[int], float], num_train_timesteps: int = 1000, inverted: bool = False
+    ):
         self.shift, self.num_train_timesteps, self.inverted = shift, num_train_timesteps, inverted
 
     def quantile(self, sigma: float, tokens: int) -> float:
@@ -183,7 +208,8 @@ class Flow(NoiseProcess):
 
 
 class EDM(NoiseProcess):
-    """Karras et al. 2022 (arXiv 2206.00364), table 1: ln sigma normal, the denoised latents c_skip x + c_out F(c_in x).
+    """Karras et al. 2022 (arXiv 2206.00364), table 1: ln sigma normal, the denoised latents c_skip
+    x + c_out F(c_in x).
 
     `noisy` is what the network sees, c_in (x0 + sigma noise), and the target is that of F; the timestep is c_noise =
     ln(sigma) / 4. diffusers calls a network with positive c_out epsilon, with negative c_out v_prediction.
@@ -192,7 +218,9 @@ class EDM(NoiseProcess):
     name = "EDM"
     heeds = ("prediction_type", "edm_mean", "edm_std")
 
-    def __init__(self, prediction_type: str, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2):
+    def __init__(
+        self, prediction_type: str, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2
+    ):
         self.prediction_type, self.sigma_data = checked(prediction_type), sigma_data
         self.mean, self.std = mean, std
 
@@ -202,7 +230,9 @@ class EDM(NoiseProcess):
         c_in = 1 / (sigma**2 + data**2).sqrt()
         sign = 1 if self.prediction_type == "epsilon" else -1
         # F = ((1 - c_skip) x0 - c_skip sigma noise) / c_out
-        return Levels(c_in, c_in * sigma, sign * sigma * c_in / data, -sign * data * c_in, log_sigma / 4)
+        return Levels(
+            c_in, c_in * sigma, sign * sigma * c_in / data, -sign * data * c_in, log_sigma / 4
+        )
 
 
 def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) -> NoiseProcess:
@@ -216,23 +246,37 @@ def process_from_scheduler(config: Mapping[str, Any], options: ObjectiveConfig) 
     kind: type[NoiseProcess] = DDPM
     if name.startswith("EDM"):
         kind = EDM
-    elif name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+    elif (
+        name.startswith("FlowMatch")
+        or config.get("use_flow_sigmas")
+        or prediction == "flow_prediction"
+    ):
         kind = Flow
     own = {option for process in (DDPM, Flow, EDM) for option in process.heeds} - set(kind.heeds)
-    faults = [f"--objective.{option} = {getattr(options, option)}" for option in changed_options(options, sorted(own))]
+    faults = [
+        f"--objective.{option} = {getattr(options, option)}"
+        for option in changed_options(options, sorted(own))
+    ]
     if faults:
-        raise ModelError("\n  ".join([f"this model's noise process, {kind.name}, has no use for", *faults]))
+        raise ModelError(
+            "\n  ".join([f"this model's noise process, {kind.name}, has no use for", *faults])
+        )
     if kind is EDM:
         return EDM(chosen, config.get("sigma_data", 0.5), options.edm_mean, options.edm_std)
     if kind is Flow:
-        count, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
+        count, inverted = (
+            config.get("num_train_timesteps", 1000),
+            config.get("invert_sigmas", False),
+        )
         return Flow(shift_of(config, options), count, inverted)
     changes = ZERO_SNR if options.zero_terminal_snr else {}
     scheduler = DDPMScheduler.from_config(dict(config), **changes)
     # between timesteps ComfyUI's accuracy is wanted, which multiplies them up in fp64
     wide = (1 - scheduler.betas.double()).cumprod(0)
     return DDPM(
-        wide if options.continuous_timesteps else scheduler.alphas_cumprod, chosen, options.continuous_timesteps
+        wide if options.continuous_timesteps else scheduler.alphas_cumprod,
+        chosen,
+        options.continuous_timesteps,
     )
 
 
@@ -247,7 +291,8 @@ def sampler_of(config: Mapping[str, Any]) -> Any:
 
 
 def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
-    """diffusers' pipeline with a scheduler that says of the base what the options say, where its own does not."""
+    """diffusers' pipeline with a scheduler that says of the base what the options say, where its
+    own does not."""
     changes: dict[str, Any] = {}
     if options.prediction_type != "auto":
         changes["prediction_type"] = options.prediction_type
@@ -260,7 +305,8 @@ def sample_as_trained(pipeline: Any, options: ObjectiveConfig) -> Any:
 
 
 def shift_of(config: Mapping[str, Any], options: ObjectiveConfig) -> Shift:
-    """The shift that a flow-matching scheduler's config asks for, with diffusers' defaults, or the option's."""
+    """The shift that a flow-matching scheduler's config asks for, with diffusers' defaults, or the
+    option's."""
     if options.shift is not None:
         return Shift(options.shift)
     if config.get("use_flow_sigmas") or "flow_shift" in config:

@@ -1,4 +1,5 @@
-"""Weights of noise levels in the loss, as factors on the squared error of x0: one formula each for every prediction.
+"""Weights of noise levels in the loss, as factors on the squared error of x0: one formula each for
+every prediction.
 
 The papers weight other errors; at signal-to-noise ratio snr and s = sigma / (signal + sigma) the squared errors are
   of epsilon   snr times that of x0
@@ -35,11 +36,13 @@ def sigma2(levels: Levels, options: ObjectiveConfig) -> Tensor:
 
 
 def inverse_sigma2(levels: Levels, options: ObjectiveConfig) -> Tensor:
-    """1 / s^2 on velocity (diffusers' `sigma_sqrt`, compute_loss_weighting_for_sd3), whose s are of a thousand."""
+    """1 / s^2 on velocity (diffusers' `sigma_sqrt`, compute_loss_weighting_for_sd3), whose s are of
+    a thousand."""
     return levels.share.clamp(min=1e-3) ** -2 * levels.share**-2
 
 
 def cosmap(levels: Levels, options: ObjectiveConfig) -> Tensor:
-    """2 / (pi (1 - 2 s + 2 s^2)) on velocity (Esser et al. 2024, arXiv 2403.03206; as in diffusers)."""
+    """2 / (pi (1 - 2 s + 2 s^2)) on velocity (Esser et al. 2024, arXiv 2403.03206; as in
+    diffusers)."""
     s = levels.share
     return 2 / (math.pi * (1 - 2 * s + 2 * s**2)) / s**2

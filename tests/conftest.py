@@ -34,7 +34,13 @@ def videos(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(2):
         frames = [Image.new("RGB", (32, 32), (20 * i, 100 * number, 50)) for i in range(9)]
-        frames[0].save(folder / f"{number}.webp", save_all=True, append_images=frames[1:], duration=63, lossless=True)
+        frames[0].save(
+            folder / f"{number}.webp",
+            save_all=True,
+            append_images=frames[1:],
+            duration=63,
+            lossless=True,
+        )
         (folder / f"{number}.txt").write_text("a photo of a cat")
     return folder
 

@@ -19,13 +19,23 @@ from functools import cached_property
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("adapter_files", "common", "data", "lora_algos", "models", "objectives", "tools", "training")
+PACKAGES = (
+    "adapter_files",
+    "common",
+    "data",
+    "lora_algos",
+    "models",
+    "objectives",
+    "tools",
+    "training",
+)
 GENERIC_NAMES = frozenset(
-    "found given there here one both wanted own known told said places made mine kept others other rest every whole "
-    "part parts asked place kind what which more much many few most least near far late early pending beside inside"
-    .split()
-)  # fmt: skip
-BANNED_OPENINGS = frozenset("What Whatever Whether Those Of How Where Which That".split())
+    """
+    found given there here one both wanted own known told said places made mine kept others other rest every whole part
+    parts asked place kind what which more much many few most least near far late early pending beside inside
+    """.split()  # noqa: SIM905
+)
+BANNED_OPENINGS = frozenset("What Whatever Whether Those Of How Where Which That".split())  # noqa: SIM905
 BANNED_WORDS = (
     "faults?", "told", "asked", "heeds?", "heeded", "beside", "be had", "anew", "of its own", "of their own",
     "is said", "are said", "in place of", "but for", "goes on", "go on", "went on", "stands? for", "reckon\\w*",
@@ -59,7 +69,11 @@ class SourceFile:
 
     @cached_property
     def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-        return [node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        return [
+            node
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
 
     def bound_names(self) -> Iterator[tuple[str, int]]:
         """Yield names of local variables and parameters, with their line."""
@@ -105,7 +119,9 @@ class SourceFile:
     def odd_openings(self) -> list[tuple[str, int]]:
         texts = [*self.docstrings(), *self.comments()]
         return [
-            (text, line) for text, line in texts if text.split() and text.split()[0].rstrip(",:") in BANNED_OPENINGS
+            (text, line)
+            for text, line in texts
+            if text.split() and text.split()[0].rstrip(",:") in BANNED_OPENINGS
         ]
 
     def banned_words(self) -> list[tuple[str, int]]:
@@ -149,11 +165,15 @@ class SourceFile:
 def source_files(paths: list[str]) -> list[SourceFile]:
     """Return the product's files, or those among them that are below the paths."""
     command = ["git", "ls-files", "-c", "-o", "--exclude-standard", "*.py"]
-    names = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=True).stdout.split()
+    names = subprocess.run(
+        command, capture_output=True, text=True, cwd=PROJECT, check=True
+    ).stdout.split()
     product = [name for name in names if name.split("/")[0] in PACKAGES or name == "train_lora.py"]
     if paths:
         product = [name for name in product if name.startswith(tuple(paths))]
-    return [SourceFile(PROJECT / name) for name in sorted(set(product)) if (PROJECT / name).exists()]
+    return [
+        SourceFile(PROJECT / name) for name in sorted(set(product)) if (PROJECT / name).exists()
+    ]
 
 
 def import_circles(files: list[SourceFile]) -> list[list[str]]:
@@ -239,7 +259,9 @@ def main(arguments: list[str]) -> int:
     attributes, class_name = largest_class(files)
     longest = longest_functions(files)
     num_lines = [file.text.count("\n") for file in files]
-    you = len(re.findall(r"\byour?\b", (PROJECT / "README.md").read_text(encoding="utf-8"), re.IGNORECASE))
+    you = len(
+        re.findall(r"\byour?\b", (PROJECT / "README.md").read_text(encoding="utf-8"), re.IGNORECASE)
+    )
     measures = [
         ("files / lines / median / under 45", f"{len(files)} / {sum(num_lines)} / {statistics.median(num_lines):.0f} / "
          f"{sum(count < 45 for count in num_lines)}", "", True),
@@ -263,7 +285,10 @@ def main(arguments: list[str]) -> int:
         ("'you' in README", str(you), "20", you >= 20),
     ]  # fmt: skip
     for name, value, target, is_met in measures:
-        print(f"{'ok  ' if is_met else 'MISS'} {name}: {value}" + (f" (target {target})" if target else ""))
+        print(
+            f"{'ok  ' if is_met else 'MISS'} {name}: {value}"
+            + (f" (target {target})" if target else "")
+        )
     if shows_places:
         print_places(files, circles)
     return int(not all(is_met for *_, is_met in measures))

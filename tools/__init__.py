@@ -1,4 +1,5 @@
-"""Commands of the script that work on finished files and on data. Options are checked before torch is imported."""
+"""Commands of the script that work on finished files and on data. Options are checked before torch
+is imported."""
 
 import ctypes
 import signal
@@ -83,7 +84,8 @@ def terminated_cleanly() -> Iterator[None]:
 
 
 def return_memory_early() -> None:
-    """Let glibc return large tensors to the system when they are freed; kept for larger ones, they would add up."""
+    """Let glibc return large tensors to the system when they are freed; kept for larger ones, they
+    would add up."""
     try:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
     except (OSError, AttributeError, TypeError):
@@ -92,4 +94,8 @@ def return_memory_early() -> None:
 
 def with_own_flags(message: str) -> str:
     """Replace the trainer's option names in a message by the names that the commands have."""
-    return message.replace("--model.path ", "").replace("--model.config", "--config").replace("--export.", "--")
+    return (
+        message.replace("--model.path ", "")
+        .replace("--model.config", "--config")
+        .replace("--export.", "--")
+    )

@@ -47,22 +47,31 @@ class AdapterFile:
         self.metadata = {**self.store.metadata[file], **config}
         self._group()
         if not self.layers and not self.unknown:
-            raise AdapterError(f"{self.path} holds no tensors" + (", all are left out by --drop" if self.drop else ""))
+            raise AdapterError(
+                f"{self.path} holds no tensors"
+                + (", all are left out by --drop" if self.drop else "")
+            )
 
     def _group(self) -> None:
         self.model.take_spellings(self.store.infos, self.path.is_dir())
         infos = self.store.infos
-        self.dropped = [key for key in infos if any(re.fullmatch(pattern, key) for pattern in self.drop)]
+        self.dropped = [
+            key for key in infos if any(re.fullmatch(pattern, key) for pattern in self.drop)
+        ]
         shapes = {key: info.shape for key, info in infos.items() if key not in self.dropped}
         self.layers, self.unknown = group_keys(shapes, self.model.names.layer_of(self.model.layers))
-        self.layers = {layer: self.layers[layer] for layer in self.model.layers if layer in self.layers}
+        self.layers = {
+            layer: self.layers[layer] for layer in self.model.layers if layer in self.layers
+        }
         for layer in [layer for layer in self.layers if self._changes_others_alone(layer)]:
             del self.layers[layer]
 
     def _changes_others_alone(self, layer: str) -> bool:
         """Whether what the file has for a fused weight is of other layers that this is made of."""
         names = self.model.names
-        if layer not in names.rows or not all(names.is_native(key, layer) for key in self.layers[layer].values()):
+        if layer not in names.rows or not all(
+            names.is_native(key, layer) for key in self.layers[layer].values()
+        ):
             return False
         try:
             return self._found(layer, self.model.empty(layer)) == {}
@@ -76,7 +85,9 @@ class AdapterFile:
         looks = looks_like(self.store.infos)
         hint = [f"the file looks like one for {looks}"] if looks and not self.layers else []
         what = f"{self.path} does not fit the model: {len(self.unknown)} of {len(self.store.infos)} keys (--drop leaves"
-        raise AdapterError(error_list(f"{what} out what matches a pattern)", [*hint, *self.unknown]))
+        raise AdapterError(
+            error_list(f"{what} out what matches a pattern)", [*hint, *self.unknown])
+        )
 
     def require_all_whole(self) -> None:
         """AdapterError naming the layers whose tensors are damaged or do not fit the model's."""
@@ -116,7 +127,8 @@ class AdapterFile:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def tensors(self, layer: str, weight: Tensor) -> LayerTensors:
-        """A layer's tensors under the names that adapters here have, fp32. AdapterError if they are damaged."""
+        """A layer's tensors under the names that adapters here have, fp32. AdapterError if they are
+        damaged."""
         found = self._found(layer, weight)
         if not found:
             raise AdapterError("the file has nothing for it")
@@ -125,9 +137,12 @@ class AdapterFile:
     def _found(self, layer: str, weight: Tensor) -> LayerTensors:
         """Nothing if the file changes other parts of a fused weight alone."""
         given = {key: self.store.get(key) for key in self.layers[layer].values()}
-        # without the base's values a dora_scale stays what the file says; its update is not asked for then
+        # without the base's values a dora_scale stays what the file says; its update is not asked
+        # for then
         metadata = {k: v for k, v in self.metadata.items() if k != DORA_NORM or not weight.is_meta}
-        found, faults = files.from_file(given, metadata, self.model.alone({layer: weight}), self.model.names)
+        found, faults = files.from_file(
+            given, metadata, self.model.alone({layer: weight}), self.model.names
+        )
         if faults:
             raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
         return found.get(layer, {})
@@ -151,7 +166,8 @@ class AdapterFile:
 
 
 def needs_base(algorithm: str, weight: Tensor) -> bool:
-    """Whether an update cannot be had, as it is a function of the base's values and these are not known."""
+    """Whether an update cannot be had, as it is a function of the base's values and these are not
+    known."""
     return weight.is_meta and algorithm in NEED_BASE
 
 

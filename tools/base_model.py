@@ -1,4 +1,5 @@
-"""A base model as the sub-commands see it: its layers without weights, and each weight when it is asked for."""
+"""A base model as the sub-commands see it: its layers without weights, and each weight when it is
+asked for."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +18,23 @@ from models.config import ModelConfig
 
 
 class Model:
-    """The denoiser of a model on disk. Raises ModelError if it is not one of its family, or not whole."""
+    """The denoiser of a model on disk. Raises ModelError if it is not one of its family, or not
+    whole."""
 
     def __init__(self, config: ModelConfig):
         self.family = get_family(config)
         self.skeleton = self.family.empty_denoiser()
-        self.files = [file for file in self.family.component_files("denoiser") if file.suffix == ".safetensors"]
+        self.files = [
+            file
+            for file in self.family.component_files("denoiser")
+            if file.suffix == ".safetensors"
+        ]
         self.store = open_model_files(self.files, str(config.path))
         self.keys = self.family.stored_names(self.skeleton)
-        self.layers: dict[str, nn.Module] = {**adaptable_layers(self.skeleton), **norm_layers(self.skeleton)}
+        self.layers: dict[str, nn.Module] = {
+            **adaptable_layers(self.skeleton),
+            **norm_layers(self.skeleton),
+        }
         self.names = file_names(self.family, self.skeleton)
         # in a single file a layer may be a part of a tensor
         self.natives = self.family.native_names(self.skeleton) if self.family.path.is_file() else {}
@@ -33,7 +42,9 @@ class Model:
         """Key -> the layers, and weight or bias, that the tensor is."""
         for layer, kind in ((layer, kind) for layer in self.layers for kind in ("weight", "bias")):
             if self.has(layer, kind):
-                self.layers_of_key.setdefault(self.keys[joined(layer, kind)], []).append((layer, kind))
+                self.layers_of_key.setdefault(self.keys[joined(layer, kind)], []).append(
+                    (layer, kind)
+                )
         self._check(str(config.path))
 
     def _check(self, path: str) -> None:
@@ -43,9 +54,11 @@ class Model:
             if info is None:
                 faults.append(f"{self.keys[name]}: missing")
             elif not self._fits(name, info.shape, parameter.shape):
-                faults.append(f"{self.keys[name]}: {info.shape} in the file, {tuple(parameter.shape)} by its config")
+                faults.append(
+                    f"{self.keys[name]}: {info.shape} in the file, {tuple(parameter.shape)} by its config"
+                )
             elif not info.dtype.is_floating_point:
-                faults.append(f"{self.keys[name]}: quantised weights ({info.dtype}) are not read")
+                faults.append(f"{self.keys[name]}: quantized weights ({info.dtype}) are not read")
         if faults:
             raise ModelError(error_list(f"{path} is not whole", faults))
 
@@ -67,7 +80,8 @@ class Model:
         return self.part(self.store.get(self.keys[joined(layer, kind)]), layer, kind)
 
     def part(self, stored: Tensor, layer: str, kind: str) -> Tensor:
-        """A layer's weight or bias, fp32 and shaped as diffusers has it, of the tensor that the file has."""
+        """A layer's weight or bias, fp32 and shaped as diffusers has it, of the tensor that the
+        file has."""
         native = self.natives.get(layer)
         if native is not None and native.rows is not None:
             stored = stored.narrow(0, *native.rows)
@@ -97,7 +111,9 @@ class Model:
 
     def alone(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A model of which only these layers exist, under their own names, with these weights."""
-        return nested({layer: bare(type(self.layers[layer]), weight) for layer, weight in weights.items()})
+        return nested(
+            {layer: bare(type(self.layers[layer]), weight) for layer, weight in weights.items()}
+        )
 
 
 def joined(layer: str, kind: str) -> str:
@@ -133,4 +149,6 @@ def open_model_files(files: list[Path], path: str) -> TensorStore:
     try:
         return TensorStore(files)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: a file of it is no readable .safetensors file: {error}") from error
+        raise ModelError(
+            f"{path}: a file of it is no readable .safetensors file: {error}"
+        ) from error

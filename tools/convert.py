@@ -25,7 +25,9 @@ def run(options: Convert) -> int:
     return rewrite(options, adapter, options.format, converted(adapter, options, report), report)
 
 
-def converted(adapter: AdapterFile, options: Convert, report: Report) -> Iterator[tuple[str, LayerTensors]]:
+def converted(
+    adapter: AdapterFile, options: Convert, report: Report
+) -> Iterator[tuple[str, LayerTensors]]:
     """Each layer as `--convert` asks; AdapterError naming all that cannot be so."""
     faults = []
     for layer in adapter.layers:
@@ -37,7 +39,10 @@ def converted(adapter: AdapterFile, options: Convert, report: Report) -> Iterato
             faults.append(f"{layer}: {fault}")
             continue
         report.add(
-            layer, {"algorithm": algorithm_of(result), "rank": known_rank(result) or "-"}, float(delta.norm()), error
+            layer,
+            {"algorithm": algorithm_of(result), "rank": known_rank(result) or "-"},
+            float(delta.norm()),
+            error,
         )
         if not faults:
             yield layer, result

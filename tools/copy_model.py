@@ -13,10 +13,14 @@ WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", 
 
 def copy_rest(source: Path, target: Path, merged: list[Path]) -> list[Path]:
     """Copies all of `source` but `merged` and other weights of the denoiser, which are returned."""
-    found = list(below(source, (source.resolve(),)))  # before anything is written, which a link may lead to
+    found = list(
+        below(source, (source.resolve(),))
+    )  # before anything is written, which a link may lead to
     left_out = [path for path in found if path not in merged and is_foreign(path, source, merged)]
     files = [path for path in found if path not in merged and path not in left_out]
-    broken = [f"{path.relative_to(source)}: a link to nothing" for path in files if not path.exists()]
+    broken = [
+        f"{path.relative_to(source)}: a link to nothing" for path in files if not path.exists()
+    ]
     if broken:
         raise ModelError(error_list(f"{source} is not whole", broken))
     for path in files:
@@ -25,16 +29,24 @@ def copy_rest(source: Path, target: Path, merged: list[Path]) -> list[Path]:
             place.mkdir(parents=True, exist_ok=True)
         elif path.is_file():
             shutil.copyfile(path, place)
-    lacking = [name for name in components(source) if (source / name).is_dir() and not (target / name).is_dir()]
+    lacking = [
+        name
+        for name in components(source)
+        if (source / name).is_dir() and not (target / name).is_dir()
+    ]
     if lacking:
-        raise ToolError(f"the copy of {source} would lack {', '.join(lacking)}, which lead back to the folder itself")
+        raise ToolError(
+            f"the copy of {source} would lack {', '.join(lacking)}, which lead back to the folder itself"
+        )
     return [path.relative_to(source) for path in left_out]
 
 
 def below(folder: Path, inside: tuple[Path, ...]) -> Iterator[Path]:
-    """What is below a folder, behind links too: parts of a model are often links to another's, or to a hub's cache.
+    """What is below a folder, behind links too: parts of a model are often links to another's, or
+    to a hub's cache.
 
-    A link that leads back to a folder it is in, `inside` being where these really are, has no end and is left alone.
+    A link that leads back to a folder it is in, `inside` being where these really are, has no end
+    and is left alone.
     """
     for path in sorted(folder.iterdir()):
         real = path.resolve()
@@ -53,12 +65,18 @@ def is_foreign(path: Path, source: Path, merged: list[Path]) -> bool:
     if not path.name.endswith(".index.json"):
         return path.suffix in WEIGHTS
     shards = read_json(path).get("weight_map", {})
-    return not isinstance(shards, dict) or not {*shards.values()} <= {other.name for other in merged}
+    return not isinstance(shards, dict) or not {*shards.values()} <= {
+        other.name for other in merged
+    }
 
 
 def components(source: Path) -> list[str]:
     """The folders that a pipeline is made of."""
-    return [name for name, value in read_json(source / "model_index.json").items() if isinstance(value, list)]
+    return [
+        name
+        for name, value in read_json(source / "model_index.json").items()
+        if isinstance(value, list)
+    ]
 
 
 def read_json(path: Path) -> dict:

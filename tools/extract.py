@@ -31,11 +31,17 @@ def run(options: Extract) -> int:
         "ss_output_name": Path(options.out).stem,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": Path(options.out).stem,
-        "train_lora.extracted": json.dumps({
-            "base": options.base, "tuned": options.tuned, "algorithm": options.algorithm, "rank": options.rank,
-            "energy": options.energy, "factor": options.factor,
-        }),
-    }  # fmt: skip
+        "train_lora.extracted": json.dumps(
+            {
+                "base": options.base,
+                "tuned": options.tuned,
+                "algorithm": options.algorithm,
+                "rank": options.rank,
+                "energy": options.energy,
+                "factor": options.factor,
+            }
+        ),
+    }
     target = Target(base, file_format_for(base, options), DTYPES[options.dtype], metadata)
     rounding = write_adapter(Path(options.out), extraction.layers(), target)
     print(extraction.report)
@@ -56,7 +62,9 @@ def file_format_for(base: Model, options: Extract) -> str:
 
 def check_alike(base: Model, tuned: Model, options: Extract) -> None:
     """ModelError naming what the two models do not have in common."""
-    shapes = [{n: tuple(p.shape) for n, p in model.skeleton.named_parameters()} for model in (base, tuned)]
+    shapes = [
+        {n: tuple(p.shape) for n, p in model.skeleton.named_parameters()} for model in (base, tuned)
+    ]
     faults = [
         f"{name}: {shapes[0].get(name, 'missing')} in BASE, {shapes[1].get(name, 'missing')} in TUNED"
         for name in {**shapes[0], **shapes[1]}
@@ -105,7 +113,9 @@ class Extraction:
     def difference(self, layer: str, kind: str) -> Tensor:
         delta = self.tuned.parameter(layer, kind) - self.base.parameter(layer, kind)
         if not delta.isfinite().all():
-            raise ModelError(f"{layer}.{kind}: not finite (NaN or infinite values) in BASE or TUNED")
+            raise ModelError(
+                f"{layer}.{kind}: not finite (NaN or infinite values) in BASE or TUNED"
+            )
         return delta
 
     def note(self, name: str, delta: Tensor | None) -> None:
@@ -130,7 +140,8 @@ def chosen_rank(singular_values: Tensor, options: Extract) -> int:
 
 
 def nearest_kronecker(delta: Tensor, options: Extract) -> LayerTensors:
-    """The w1 (x) w2 nearest to `delta` (Van Loan and Pitsianis 1993): the first singular vectors of its blocks as rows.
+    """The w1 (x) w2 nearest to `delta` (Van Loan and Pitsianis 1993): the first singular vectors of
+    its blocks as rows.
 
     With a rank or an energy, w2 is replaced by the matrix of low rank nearest to it.
     """
@@ -151,6 +162,13 @@ def nearest_kronecker(delta: Tensor, options: Extract) -> LayerTensors:
         if rank < min(w2.shape):
             half = s[:rank].sqrt()
             low = {"lokr_w2_a": u[:, :rank] * half, "lokr_w2_b": half[:, None] * v[:rank]}
-            return {"lokr_w1": w1, **{n: t.float().contiguous() for n, t in low.items()},
-                    "alpha": torch.tensor(float(rank))}  # fmt: skip
-    return {"lokr_w1": w1, "lokr_w2": w2.reshape(b, d, *kernel).float().contiguous(), "alpha": torch.tensor(1.0)}
+            return {
+                "lokr_w1": w1,
+                **{n: t.float().contiguous() for n, t in low.items()},
+                "alpha": torch.tensor(float(rank)),
+            }
+    return {
+        "lokr_w1": w1,
+        "lokr_w2": w2.reshape(b, d, *kernel).float().contiguous(),
+        "alpha": torch.tensor(1.0),
+    }

@@ -47,9 +47,14 @@ def run(options: Inspect) -> int:
     """Prints. Returns the exit code: 1 if something in the file does not fit, or is damaged."""
     model = Model(options.model_config(options.model)) if options.model else UnknownModel()
     adapter = AdapterFile(Path(options.file), model)
-    dtypes = ", ".join(f"{str(dtype).removeprefix('torch.')} x {count}" for dtype, count in adapter.dtypes().items())
+    dtypes = ", ".join(
+        f"{str(dtype).removeprefix('torch.')} x {count}"
+        for dtype, count in adapter.dtypes().items()
+    )
     print(f"{options.file}: {len(adapter.store.infos)} tensors, {adapter.size:,} bytes, {dtypes}")
-    print(f"looks like an adapter for {looks_like(adapter.store.infos) or 'a model that is not known here'}")
+    print(
+        f"looks like an adapter for {looks_like(adapter.store.infos) or 'a model that is not known here'}"
+    )
     for name, value in facts(adapter.metadata).items():
         print(f"{name:16}{value}")
     report, damaged = surveyed(adapter)
@@ -76,7 +81,11 @@ def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
             damaged.append(f"{layer}: {error}")
             continue
         alpha = float(tensors["alpha"]) if "alpha" in tensors else "-"
-        report.add(layer, {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha}, norm)
+        report.add(
+            layer,
+            {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha},
+            norm,
+        )
     return report, damaged
 
 
@@ -92,14 +101,19 @@ def facts(metadata: Mapping[str, str]) -> dict[str, str]:
     """What the metadata says, under readable names."""
     found = {}
     for name, keys in FACTS.items():
-        value = next((metadata[key] for key in keys if metadata.get(key, "None") not in ("", "None")), None)
+        value = next(
+            (metadata[key] for key in keys if metadata.get(key, "None") not in ("", "None")), None
+        )
         if value is not None:
             found[name] = shortened(value)
     if "rank, alpha" in found:
         found["rank, alpha"] += f", {metadata.get('ss_network_alpha', '?')}"
     if tags := top_tags(metadata.get("ss_tag_frequency", "")):
         found["tags"] = tags
-    shown = {key for keys in FACTS.values() for key in keys} | {"ss_network_alpha", "ss_tag_frequency"}
+    shown = {key for keys in FACTS.values() for key in keys} | {
+        "ss_network_alpha",
+        "ss_tag_frequency",
+    }
     others = sorted(metadata.keys() - shown)
     if others:
         found["other metadata"] = ", ".join(others)

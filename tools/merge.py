@@ -1,4 +1,5 @@
-"""`merge`: adapters worked into the weights of a base model, in the dtypes that these are stored in."""
+"""`merge`: adapters worked into the weights of a base model, in the dtypes that these are stored
+in."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ def run(options: Merge) -> int:
     """Merges. Returns the exit code."""
     model = Model(options.model_config(options.model))
     loras = [
-        (AdapterFile(Path(path), model, options.drop), strengths[0]) for path, strengths in options.loras().items()
+        (AdapterFile(Path(path), model, options.drop), strengths[0])
+        for path, strengths in options.loras().items()
     ]
     for adapter, _ in loras:
         adapter.require_all_known()
@@ -57,7 +59,8 @@ class Merging:
     """Algorithms seen whose update is a function of the base's weight."""
 
     def write(self, source: Path, target: Path) -> None:
-        """Writes one file of the model, tensor by tensor; what no adapter changes is copied bit for bit."""
+        """Writes one file of the model, tensor by tensor; what no adapter changes is copied bit for
+        bit."""
         keys = self.model.store.keys_in(source)
         infos = {key: self.model.store.infos[key] for key in keys}
         tensors = ((key, self.merged(key)) for key in keys)
@@ -74,7 +77,11 @@ class Merging:
         """A tensor with what the adapters change in the layer's part of it."""
         parts = [(adapter, strength) for adapter, strength in self.loras if layer in adapter.layers]
         if kind == "bias":
-            parts = [(adapter, strength) for adapter, strength in parts if "diff_b" in adapter.layers[layer]]
+            parts = [
+                (adapter, strength)
+                for adapter, strength in parts
+                if "diff_b" in adapter.layers[layer]
+            ]
         if not parts:
             return stored
         weight = self.model.part(stored, layer, kind)
@@ -88,22 +95,37 @@ class Merging:
                 total += strength * delta_of(tensors, weight)
         if kind == "weight":
             self.of_base |= words & {*NEED_BASE}
-            self.report.add(layer, {"algorithm": ", ".join(sorted(words)), "files": len(parts)}, float(total.norm()))
+            self.report.add(
+                layer,
+                {"algorithm": ", ".join(sorted(words)), "files": len(parts)},
+                float(total.norm()),
+            )
         if not weight.isfinite().all():
             raise ModelError(f"{key}: not finite (NaN or infinite values) in the model")
         merged = weight + total
         if not merged.isfinite().all():
-            raise ToolError(f"{key}: what the adapters add to it is not finite (NaN or infinite values)")
-        if merged.numel() and merged.abs().max() > torch.finfo(stored.dtype).max:  # which fp8 would cut off unsaid
-            raise ToolError(f"{key}: merged, its values are too large for {stored.dtype}, the dtype of the model")
+            raise ToolError(
+                f"{key}: what the adapters add to it is not finite (NaN or infinite values)"
+            )
+        if (
+            merged.numel() and merged.abs().max() > torch.finfo(stored.dtype).max
+        ):  # which fp8 would cut off unsaid
+            raise ToolError(
+                f"{key}: merged, its values are too large for {stored.dtype}, the dtype of the model"
+            )
         return self.model.put_part(stored, merged, layer)
 
     def summary(self) -> str:
         """What was merged."""
-        lines = [f"{adapter.path} x {strength:g}: {len(adapter.layers)} layers" for adapter, strength in self.loras]
+        lines = [
+            f"{adapter.path} x {strength:g}: {len(adapter.layers)} layers"
+            for adapter, strength in self.loras
+        ]
         dropped = sum(len(adapter.dropped) for adapter, _ in self.loras)
         lines += [f"left out by --drop: {dropped} keys"] if dropped else []
         if self.of_base:
-            lines.append(f"{', '.join(sorted(self.of_base))}: strength x dW, each dW being made of the original W; "
-                         "programs that apply one file after another, or to an already changed W, differ")  # fmt: skip
+            lines.append(
+                f"{', '.join(sorted(self.of_base))}: strength x dW, each dW being made of the original W; "
+                "programs that apply one file after another, or to an already changed W, differ"
+            )
         return "\n".join([str(self.report), *lines])

@@ -23,7 +23,7 @@ class Options:
     command: ClassVar[str]
 
     family: FamilyName | None = None
-    """The model's family; None: recognised."""
+    """The model's family; None: recognized."""
     variant: str | None = None
     """Weight variant of a diffusers folder, such as fp16."""
     config: str | None = None
@@ -55,7 +55,9 @@ class Writing(Options):
         for name, given in inputs.items():
             there, here = Path(given).resolve(), out.resolve()
             if there == here or here in there.parents or (there.is_dir() and there in here.parents):
-                return [f"OUT {out}: is {name}, in it or around it; a file that is read is never written"]
+                return [
+                    f"OUT {out}: is {name}, in it or around it; a file that is read is never written"
+                ]
         if not folder_with and out.suffix != ".safetensors":
             faults.append(f"OUT {out}: must end in .safetensors")
         if not out.parent.is_dir():
@@ -64,7 +66,9 @@ class Writing(Options):
             faults.append(f"OUT {out}: exists. Name another, or add --overwrite")
         elif out.exists() and not (out / folder_with if folder_with else out).is_file():
             kind = f"folder with {folder_with}" if folder_with else "file"
-            faults.append(f"OUT {out}: exists and is not a {kind}, so --overwrite does not replace it")
+            faults.append(
+                f"OUT {out}: exists and is not a {kind}, so --overwrite does not replace it"
+            )
         return faults
 
 
@@ -96,7 +100,8 @@ def rank_faults(rank: int | None, energy: float | None = None) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Options):
-    """Shows what is in an adapter file; with a model, also what of it fits (exit code 1 if something does not)."""
+    """Shows what is in an adapter file; with a model, also what of it fits (exit code 1 if
+    something does not)."""
 
     command: ClassVar[str] = "inspect"
 
@@ -131,15 +136,20 @@ class Convert(Writing):
     dtype: Dtype | None = None
     """dtype of OUT; none means that of IN."""
     drop: Patterns = ()
-    """Regular expression; keys of IN of which it matches the whole are left out, such as 'lora_te.*'."""
+    """Regular expression; keys of IN of which it matches the whole are left out, such as
+    'lora_te.*'."""
 
     def faults(self) -> list[str]:
         faults = [*adapter_faults("IN", self.file), *self.model_faults("--model", self.model)]
         faults += [*rank_faults(self.rank), *pattern_faults(self.drop)]
         if (self.rank is None) == (self.convert == "lora-svd"):
-            faults.append(f"--rank {self.rank}: goes with --convert lora-svd, and --convert is {self.convert}")
+            faults.append(
+                f"--rank {self.rank}: goes with --convert lora-svd, and --convert is {self.convert}"
+            )
         return faults + self.out_faults(
-            self.out, {"IN": self.file, "--model": self.model}, "adapter_config.json" if self.format == "peft" else ""
+            self.out,
+            {"IN": self.file, "--model": self.model},
+            "adapter_config.json" if self.format == "peft" else "",
         )
 
 
@@ -154,10 +164,13 @@ class Merge(Writing):
     """The base model: a diffusers folder, hub id or single file. OUT is of the same kind."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """What to write."""
-    lora: UseAppendAction[tuple[Annotated[tuple[str, ...], arg(metavar="FILE[:STRENGTH] ...")], ...]] = ()
+    lora: UseAppendAction[
+        tuple[Annotated[tuple[str, ...], arg(metavar="FILE[:STRENGTH] ...")], ...]
+    ] = ()
     """Adapters, each with its strength (1 if none is given)."""
     drop: Patterns = ()
-    """Regular expression; keys of the adapters of which it matches the whole are left out, such as 'lora_te.*'."""
+    """Regular expression; keys of the adapters of which it matches the whole are left out, such as
+    'lora_te.*'."""
 
     def loras(self) -> dict[str, list[float]]:
         """Path -> strengths; NaN for one that is no number."""
@@ -183,7 +196,9 @@ class Merge(Writing):
             if not math.isfinite(sum(strengths)):
                 faults.append(f"--lora {path}: what follows the last ':' is not a number")
         inputs = {"MODEL": self.model, **{f"--lora {path}": path for path in self.loras()}}
-        return faults + self.out_faults(self.out, inputs, "" if Path(self.model).is_file() else "model_index.json")
+        return faults + self.out_faults(
+            self.out, inputs, "" if Path(self.model).is_file() else "model_index.json"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +217,13 @@ class Resize(Writing):
     energy: float | None = None
     """Share of the energy to keep, such as 0.99."""
     model: str | None = None
-    """The base model, which all algorithms but LoRA need: a diffusers folder, hub id or single file."""
+    """The base model, which all algorithms but LoRA need: a diffusers folder, hub id or single
+    file."""
     dtype: Dtype | None = None
     """dtype of OUT; none means that of IN."""
     drop: Patterns = ()
-    """Regular expression; keys of IN of which it matches the whole are left out, such as 'lora_te.*'."""
+    """Regular expression; keys of IN of which it matches the whole are left out, such as
+    'lora_te.*'."""
 
     def faults(self) -> list[str]:
         faults = [*adapter_faults("IN", self.file), *self.model_faults("--model", self.model)]
@@ -214,12 +231,15 @@ class Resize(Writing):
         if self.rank is None and self.energy is None:
             faults.append("--rank or --energy: give one of them")
         inputs = {"IN": self.file, **({"--model": self.model} if self.model else {})}
-        return faults + self.out_faults(self.out, inputs, "adapter_config.json" if Path(self.file).is_dir() else "")
+        return faults + self.out_faults(
+            self.out, inputs, "adapter_config.json" if Path(self.file).is_dir() else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extract(Writing):
-    """Writes the difference of two models' denoisers as an adapter. Text encoders and VAEs are not compared."""
+    """Writes the difference of two models' denoisers as an adapter. Text encoders and VAEs are not
+    compared."""
 
     command: ClassVar[str] = "extract"
 
@@ -230,7 +250,8 @@ class Extract(Writing):
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """What to write."""
     algorithm: Literal["LoRA", "LoKr", "Full"]
-    """LoRA: the nearest of a rank. LoKr: the nearest Kronecker product. Full: exact, norms and biases too."""
+    """LoRA: the nearest of a rank. LoKr: the nearest Kronecker product. Full: exact, norms and
+    biases too."""
     rank: int | None = None
     """LoRA: rank of every layer. LoKr: rank of the larger factor; none keeps it whole."""
     energy: float | None = None
@@ -253,10 +274,15 @@ class Extract(Writing):
         return faults + self.out_faults(self.out, {"BASE": self.base, "TUNED": self.tuned})
 
 
-OPTIONS: dict[str, type[Options]] = {cls.command: cls for cls in (Inspect, Convert, Merge, Resize, Extract)}
+OPTIONS: dict[str, type[Options]] = {
+    cls.command: cls for cls in (Inspect, Convert, Merge, Resize, Extract)
+}
 
 
 def parse(argv: list[str]) -> Options:
-    """The options in `argv`, which begins with the command; a wrong name or type exits with code 2 (tyro)."""
+    """The options in `argv`, which begins with the command; a wrong name or type exits with code 2
+    (tyro)."""
     command, *args = argv
-    return tyro.cli(OPTIONS[command], args=args, use_underscores=True, prog=f"train_lora.py {command}")
+    return tyro.cli(
+        OPTIONS[command], args=args, use_underscores=True, prog=f"train_lora.py {command}"
+    )

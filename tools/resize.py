@@ -1,4 +1,5 @@
-"""`resize`: every layer of an adapter as the nearest LoRA of a rank, or of the least rank that keeps enough."""
+"""`resize`: every layer of an adapter as the nearest LoRA of a rank, or of the least rank that
+keeps enough."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,16 @@ def run(options: Resize) -> int:
     adapter = AdapterFile(Path(options.file), model, options.drop)
     adapter.require_all_known()
     report = Report()
-    return rewrite(options, adapter, adapter.file_format(), resized(adapter, options, report), report)
+    return rewrite(
+        options, adapter, adapter.file_format(), resized(adapter, options, report), report
+    )
 
 
-def resized(adapter: AdapterFile, options: Resize, report: Report) -> Iterator[tuple[str, LayerTensors]]:
-    """Each layer as a LoRA; what is no matrix stays as it is. AdapterError naming all that need the base model."""
+def resized(
+    adapter: AdapterFile, options: Resize, report: Report
+) -> Iterator[tuple[str, LayerTensors]]:
+    """Each layer as a LoRA; what is no matrix stays as it is. AdapterError naming all that need the
+    base model."""
     faults = []
     for layer in adapter.layers:
         try:
@@ -41,7 +47,11 @@ def resized(adapter: AdapterFile, options: Resize, report: Report) -> Iterator[t
         if faults:
             continue
         if weight.ndim < 2:
-            report.add(layer, {"algorithm": algorithm, "rank": "-", "was": "-"}, float(tensors["diff"].norm()))
+            report.add(
+                layer,
+                {"algorithm": algorithm, "rank": "-", "was": "-"},
+                float(tensors["diff"].norm()),
+            )
             yield layer, tensors
             continue
         parts = convert.svd(tensors, weight)

@@ -27,7 +27,14 @@ from tools.tables import Report
 from tools.unknown_model import UnknownModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_KEPT = (*HASHES, "modelspec.hash_sha256", DORA_NORM, "adapter_config", "lora_adapter_metadata", "format")
+NOT_KEPT = (
+    *HASHES,
+    "modelspec.hash_sha256",
+    DORA_NORM,
+    "adapter_config",
+    "lora_adapter_metadata",
+    "format",
+)
 LayersInTurn = Iterable[tuple[str, LayerTensors]]
 
 
@@ -58,7 +65,9 @@ class Spool:
     def put(self, layer: str, tensors: LayerTensors) -> None:
         self.layers[layer] = files.without_values(tensors)
         try:
-            self._path(layer).write_bytes(files.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {}))
+            self._path(layer).write_bytes(
+                files.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {})
+            )
         except OSError as error:
             raise WriteError(self._path(layer), error) from error
 
@@ -71,7 +80,11 @@ class Spool:
 
 
 def rewrite(
-    options: Convert | Resize, adapter: AdapterFile, file_format: str, layers: LayersInTurn, report: Report
+    options: Convert | Resize,
+    adapter: AdapterFile,
+    file_format: str,
+    layers: LayersInTurn,
+    report: Report,
 ) -> int:
     """Writes an adapter file anew, as `layers` make it, and says so. Returns the exit code."""
     dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
@@ -83,9 +96,11 @@ def rewrite(
 
 
 def write_adapter(out: Path, layers: LayersInTurn, target: Target) -> float:
-    """Writes the layers, which are asked for one by one. Returns the largest ||rounding|| / ||update|| of a layer.
+    """Writes the layers, which are asked for one by one. Returns the largest ||rounding|| /
+    ||update|| of a layer.
 
-    Raises AdapterError if the format cannot hold them, and ToolError if what it holds is another function.
+    Raises AdapterError if the format cannot hold them, and ToolError if what it holds is another
+    function.
     """
     with spool_beside(out) as spool:
         for layer, tensors in layers:
@@ -97,7 +112,10 @@ def write_adapter(out: Path, layers: LayersInTurn, target: Target) -> float:
         metadata = {**described(target.metadata, spool), **plan.metadata, **HASHES}
         if plan.config is not None:
             metadata["format"] = "pt"
-        infos = {key: TensorInfo(stored_dtype(key, target.dtype), tuple(t.shape)) for key, t in plan.tensors.items()}
+        infos = {
+            key: TensorInfo(stored_dtype(key, target.dtype), tuple(t.shape))
+            for key, t in plan.tensors.items()
+        }
         errors: list[float] = []
         content = contents(spool, target, FileContent({}, metadata, plan.config), errors)
         if plan.config is None:
@@ -141,33 +159,54 @@ def remove_spool(folder: Path, process: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def contents(spool: Spool, target: Target, plan: FileContent, errors: list[float]) -> Iterator[tuple[str, Tensor]]:
-    """The file's tensors, of one layer at a time, each layer read back as a stranger would and compared."""
-    alphas = [float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t]
+def contents(
+    spool: Spool, target: Target, plan: FileContent, errors: list[float]
+) -> Iterator[tuple[str, Tensor]]:
+    """The file's tensors, of one layer at a time, each layer read back as a stranger would and
+    compared."""
+    alphas = [
+        float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t
+    ]
     one_for_all = bool(alphas) and target.file_format in ("kohya", "comfyui")
     for group in target.model.names.groups(spool.layers):
         layers = {layer: spool.get(layer) for layer in group}
         weights = {layer: target.model.weight(layer) for layer in group}
         # these formats have one alpha in all layers, and a writer sees a few layers here
-        given = {name: one_alpha(tensors, alphas[0]) if one_for_all else tensors for name, tensors in layers.items()}
+        given = {
+            name: one_alpha(tensors, alphas[0]) if one_for_all else tensors
+            for name, tensors in layers.items()
+        }
         written = WRITERS[target.file_format](given, weights, target.model.names).tensors
-        error = difference(FileContent(written, plan.metadata, plan.config), layers, weights, target)
+        error = difference(
+            FileContent(written, plan.metadata, plan.config), layers, weights, target
+        )
         if not error <= files.MOST_ERROR:
             raise ToolError(
                 f"{', '.join(group)}: in the format {target.file_format} its update would differ by {error:.1e}"
             )
-        rounded = {key: tensor.to(stored_dtype(key, target.dtype)) for key, tensor in written.items()}
+        rounded = {
+            key: tensor.to(stored_dtype(key, target.dtype)) for key, tensor in written.items()
+        }
         overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
         if overflown:
-            raise ToolError(f"{', '.join(overflown)}: too large for {target.dtype}. Choose --dtype bf16 or fp32")
-        errors.append(difference(FileContent(rounded, plan.metadata, plan.config), layers, weights, target))
+            raise ToolError(
+                f"{', '.join(overflown)}: too large for {target.dtype}. Choose --dtype bf16 or fp32"
+            )
+        errors.append(
+            difference(FileContent(rounded, plan.metadata, plan.config), layers, weights, target)
+        )
         yield from rounded.items()
 
 
-def difference(content: FileContent, layers: files.Layers, weights: dict[str, Tensor], target: Target) -> float:
-    """||what a reader of `content` makes of a few layers - what `layers` make of them|| / ||update||, of the worst."""
+def difference(
+    content: FileContent, layers: files.Layers, weights: dict[str, Tensor], target: Target
+) -> float:
+    """||what a reader of `content` makes of a few layers - what `layers` make of them|| /
+    ||update||, of the worst."""
     # of a base that is not known the update is no function, but norms are compared
-    known = {name: torch.zeros_like(w, device="cpu") if w.is_meta else w for name, w in weights.items()}
+    known = {
+        name: torch.zeros_like(w, device="cpu") if w.is_meta else w for name, w in weights.items()
+    }
     try:
         return files.verify(content, layers, target.model.alone(known), target.model.names)
     except AdapterError as error:
@@ -176,7 +215,10 @@ def difference(content: FileContent, layers: files.Layers, weights: dict[str, Te
 
 def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
     """Metadata with what it says of the adapter and of the file made true again."""
-    return {**{key: value for key, value in metadata.items() if key not in NOT_KEPT}, **network_metadata(spool.layers)}
+    return {
+        **{key: value for key, value in metadata.items() if key not in NOT_KEPT},
+        **network_metadata(spool.layers),
+    }
 
 
 def written(out: str, target: Target, rounding: float, dropped: Sequence[str] = ()) -> str:

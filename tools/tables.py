@@ -17,7 +17,8 @@ class Row:
     error_squares: float = 0.0
 
     def add(self, words: Mapping[str, object], norm: float, error: float) -> None:
-        """`words`: column -> what a layer has there; `norm` of its update; `error`: of the update, relative."""
+        """`words`: column -> what a layer has there; `norm` of its update; `error`: of the update,
+        relative."""
         self.layers += 1
         for column, word in words.items():
             self.words.setdefault(column, set()).add(word)
@@ -49,7 +50,12 @@ class Report:
         columns = list(dict.fromkeys(column for row in self.rows.values() for column in row.words))
         lines = [["block", "layers", *columns, "|dW|", *(["error"] if self.with_error else [])]]
         for name, row in [*self.rows.items(), ("all", self.total)]:
-            cells = [name, str(row.layers), *(span(row.words.get(column, ())) for column in columns), number(row.norm)]
+            cells = [
+                name,
+                str(row.layers),
+                *(span(row.words.get(column, ())) for column in columns),
+                number(row.norm),
+            ]
             lines.append([*cells, f"{row.error:.2%}"] if self.with_error else cells)
         return aligned(lines)
 
@@ -61,12 +67,19 @@ def number(value: float) -> str:
 def span(values: Iterable) -> str:
     """`4`, `2-8`, or the words one after another."""
     numbers = sorted(value for value in values if isinstance(value, int | float))
-    words = sorted(value for value in values if isinstance(value, str) and (value != "-" or not numbers))
-    ends = [f"{value:g}" for value in (numbers[:1] if numbers[:1] == numbers[-1:] else [numbers[0], numbers[-1]])]
+    words = sorted(
+        value for value in values if isinstance(value, str) and (value != "-" or not numbers)
+    )
+    ends = [
+        f"{value:g}"
+        for value in (numbers[:1] if numbers[:1] == numbers[-1:] else [numbers[0], numbers[-1]])
+    ]
     return ", ".join(filter(None, ["-".join(ends), *words])) or "-"
 
 
 def aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)  # fmt: skip
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -1,4 +1,5 @@
-"""In the place of a base model that was not given: the layers that a file itself names, their shapes read from it."""
+"""In the place of a base model that was not given: the layers that a file itself names, their
+shapes read from it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -24,12 +25,20 @@ STARTS = {
 def format_of(spellings: Iterable[str]) -> str | None:
     """The format whose names all these layers, or their keys, have; None if no one has them all."""
     given = [*spellings]
-    return next((name for name, starts in STARTS.items() if given and all(s.startswith(starts) for s in given)), None)
+    return next(
+        (
+            name
+            for name, starts in STARTS.items()
+            if given and all(s.startswith(starts) for s in given)
+        ),
+        None,
+    )
 
 
 @dataclass(frozen=True)
 class Verbatim(Names):
-    """Layers are called what the file calls them, without the prefix that PEFT and diffusers put before all."""
+    """Layers are called what the file calls them, without the prefix that PEFT and diffusers put
+    before all."""
 
     prefix: str = ""
 
@@ -57,12 +66,19 @@ class UnknownModel:
             spelling, name = split_key(key)
             if name and spelling not in ("", *PREFIXES):
                 found.setdefault(spelling, {})[name] = info
-        # a file of several parts of a model, a UNet and text encoders, keeps the prefix in each layer's name
-        prefix = next((p for p in PREFIXES if found and all(layer.startswith(p) for layer in found)), "")
+        # a file of several parts of a model, a UNet and text encoders, keeps the prefix in each
+        # layer's name
+        prefix = next(
+            (p for p in PREFIXES if found and all(layer.startswith(p) for layer in found)), ""
+        )
         self.names = Verbatim(prefix=prefix)
-        bare = "diffusers" if prefix else "kohya"  # PEFT's names without its config: as diffusers, which has none
+        bare = (
+            "diffusers" if prefix else "kohya"
+        )  # PEFT's names without its config: as diffusers, which has none
         self.file_format = "peft" if folder else format_of(found) or bare
-        self.layers = {layer.removeprefix(prefix): shape_of(parts) for layer, parts in found.items()}
+        self.layers = {
+            layer.removeprefix(prefix): shape_of(parts) for layer, parts in found.items()
+        }
 
     def empty(self, layer: str) -> Tensor:
         return self.weight(layer)
@@ -75,7 +91,8 @@ class UnknownModel:
 
 
 def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
-    """The shape of a layer's weight by the tensors of its adapter; a convolution may come out as a matrix."""
+    """The shape of a layer's weight by the tensors of its adapter; a convolution may come out as a
+    matrix."""
     shapes = {name: info.shape for name, info in parts.items()}
     try:
         if "diff" in shapes:
@@ -84,7 +101,9 @@ def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
             kernel = shapes.get("lora_mid.weight", shapes["lora_down.weight"])[2:]
             return torch.Size((shapes["lora_up.weight"][0], shapes["lora_down.weight"][1], *kernel))
         if "hada_t1" in shapes:
-            return torch.Size((shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:]))
+            return torch.Size(
+                (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
+            )
         if "hada_w1_a" in shapes:
             return torch.Size((shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]))
         if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
@@ -92,14 +111,20 @@ def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
         if "oft_blocks" in shapes:  # which say nothing of the input
             return torch.Size((shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 1))
         if "a1.weight" in shapes:
-            return torch.Size((shapes["b1.weight"][0], shapes["a1.weight"][0], *shapes["b2.weight"][2:]))
+            return torch.Size(
+                (shapes["b1.weight"][0], shapes["a1.weight"][0], *shapes["b2.weight"][2:])
+            )
     except (KeyError, IndexError):
         pass  # reading the layer says what is wrong with it
     return torch.Size((1, 1))
 
 
 def lokr_shape(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
-    a, c = (shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1]))[:2]
+    a, c = (
+        shapes["lokr_w1"]
+        if "lokr_w1" in shapes
+        else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    )[:2]
     if "lokr_w2" in shapes:
         b, d, *kernel = shapes["lokr_w2"]
     elif "lokr_t2" in shapes:
@@ -110,7 +135,8 @@ def lokr_shape(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
 
 
 def block_of(layer: str) -> str:
-    """The block that a layer is counted under: `down_blocks.1.attentions`, `mid_block.resnets`, `conv_in`."""
+    """The block that a layer is counted under: `down_blocks.1.attentions`, `mid_block.resnets`,
+    `conv_in`."""
     parts = layer.split(".")
     if len(parts) == 1:
         match = re.match(r".*?(_\d+_[a-z]+|mid_block_[a-z]+)", layer)  # a flat name such as kohya's

@@ -16,11 +16,14 @@ from training.reporting.sample_log import SampleLog
 
 
 class BatchStream:
-    """Yields batches from any step on. Nothing has to be saved: they follow from the seed and the step."""
+    """Yields batches from any step on. Nothing has to be saved: they follow from the seed and the
+    step."""
 
     def __init__(self, config: TrainConfig, dataset: LatentDataset, process: ProcessInfo):
         self.config, self.dataset, self.process = config, dataset, process
-        self.schedule = Schedule(dataset.buckets, dataset.fingerprint, config.seed, config.batch_size)
+        self.schedule = Schedule(
+            dataset.buckets, dataset.fingerprint, config.seed, config.batch_size
+        )
         self.timer = DataTimer()
         self.sample_log = None
         if config.tracking.log_samples:
@@ -32,7 +35,9 @@ class BatchStream:
         """Yield this process's batches from `step`, counted from 0, to the last step."""
         first = step * micro_batches_per_step + self.process.index
         numbers = range(first, self.config.steps * micro_batches_per_step, self.process.count)
-        source = MicroBatches(self.dataset, self.schedule, self.config.objective, micro_batches_per_step)
+        source = MicroBatches(
+            self.dataset, self.schedule, self.config.objective, micro_batches_per_step
+        )
         pin_memory = self.process.device.type == "cuda"
         loader = load_micro_batches(source, numbers, self.config.data.num_workers, pin_memory)
         for number in numbers:

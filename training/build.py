@@ -33,7 +33,8 @@ BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 def load_family(config: TrainConfig) -> ModelFamily:
     """Return the family of the base model. WHEN: before anything is encoded or loaded.
 
-    Raises ConfigError or ModelError for options of the optimizer, validation or objective that do not fit."""
+    Raises ConfigError or ModelError for options of the optimizer, validation or objective that do
+    not fit."""
     errors = [*optimizer_errors(config), *validation_errors(config)]
     if errors:
         raise ConfigError(error_list("cannot train", errors))
@@ -42,8 +43,11 @@ def load_family(config: TrainConfig) -> ModelFamily:
     return family
 
 
-def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = False) -> tuple[nn.Module, torch.dtype]:
-    """Return the base model, ready for training, and the dtype of its weights, which its inputs must have.
+def load_denoiser(
+    config: TrainConfig, family: ModelFamily, contiguous: bool = False
+) -> tuple[nn.Module, torch.dtype]:
+    """Return the base model, ready for training, and the dtype of its weights, which its inputs
+    must have.
 
     `contiguous`: keep the memory layout of all weights."""
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
@@ -51,7 +55,8 @@ def load_denoiser(config: TrainConfig, family: ModelFamily, contiguous: bool = F
     if config.gradient_checkpointing:
         gradient_checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
     if not contiguous:
-        # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on CPUs
+        # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on
+        # CPUs
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -69,10 +74,13 @@ def most_common_dtype(denoiser: nn.Module) -> torch.dtype:
 def attach_adapters(
     config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: Names
 ) -> tuple[AdaptedModel, int]:
-    """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing adapter."""
+    """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing
+    adapter."""
     plan = Plan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
     if config.existing_lora is not None:
-        adapted, previous_steps = attach_existing(config.existing_lora, family, denoiser, names, plan)
+        adapted, previous_steps = attach_existing(
+            config.existing_lora, family, denoiser, names, plan
+        )
     else:
         adapted = attach(denoiser, plan.specs(denoiser, family.targets), config.seed)
         previous_steps = 0
@@ -84,7 +92,9 @@ def attach_adapters(
     for name in family.idle_layers(denoiser):
         denoiser.get_submodule(name).requires_grad_(False)
     if not adapted.named_parameters():
-        raise AdapterError("--adapter.targets: no prediction depends on the matching layers. Choose other layers")
+        raise AdapterError(
+            "--adapter.targets: no prediction depends on the matching layers. Choose other layers"
+        )
     return adapted, previous_steps
 
 
@@ -95,12 +105,16 @@ def attach_existing(
     tensors, metadata = files.read(path)
     layers, unknown = files.from_file(tensors, metadata, denoiser, names)
     if any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors) and not names.text:
-        unknown.insert(0, "it has layers of text encoders. Use --model.train_text_encoder to continue these")
+        unknown.insert(
+            0, "it has layers of text encoders. Use --model.train_text_encoder to continue these"
+        )
     adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
     return adapted, total_steps_of(path, metadata)
 
 
-def build_engine(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel) -> Engine:
+def build_engine(
+    config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel
+) -> Engine:
     """Build the engine that Accelerate's config selects, with the optimizer."""
     optimizer = build_optimizer(adapted, config)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:

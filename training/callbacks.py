@@ -19,7 +19,9 @@ from training.validation import validate
 MAX_NAMED_IMAGES = 5
 
 
-def step_callbacks(trainer: Trainer, parts: RunParts, checkpoints: RunCheckpoints) -> list[StepCallback]:
+def step_callbacks(
+    trainer: Trainer, parts: RunParts, checkpoints: RunCheckpoints
+) -> list[StepCallback]:
     """Return the callbacks of a run, in the order in which they are called after each step."""
     config, state, services = trainer.config, trainer.state, trainer.services
     log_metrics = LogMetrics(config, state, services, trainer.buffer, trainer.batches)
@@ -55,10 +57,16 @@ class CompareRanks:
 
 
 class LogMetrics:
-    """Reads losses and gradient norms from the device, checks that they are finite, and reports them."""
+    """Reads losses and gradient norms from the device, checks that they are finite, and reports
+    them."""
 
     def __init__(
-        self, config: TrainConfig, state: TrainState, services: RunServices, buffer: LossBuffer, batches: BatchStream
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        services: RunServices,
+        buffer: LossBuffer,
+        batches: BatchStream,
     ):
         self.config, self.state, self.services = config, state, services
         self.buffer, self.batches = buffer, batches
@@ -67,7 +75,10 @@ class LogMetrics:
         """There are no losses yet."""
 
     def after_step(self) -> None:
-        if self.state.step == self.config.steps or self.state.step % self.config.tracking.log_every == 0:
+        if (
+            self.state.step == self.config.steps
+            or self.state.step % self.config.tracking.log_every == 0
+        ):
             self.log()
 
     def log(self) -> None:
@@ -81,20 +92,27 @@ class LogMetrics:
             return
         state.history.add_steps(losses, norms)
         loss = finite_mean(losses)
-        learning_rate = scheduled_learning_rate(self.config, state.step - 1, state.micro_batches_per_step)
+        learning_rate = scheduled_learning_rate(
+            self.config, state.step - 1, state.micro_batches_per_step
+        )
         reporter.row |= {
             "train/loss": loss,
             "train/lr": learning_rate,
             "train/grad_norm": norms[-1],
             "train/data_wait": self.batches.timer.share,
             "train/steps_per_second": reporter.speed,
-            "train/samples_per_second": reporter.speed * self.config.batch_size * state.micro_batches_per_step,
+            "train/samples_per_second": reporter.speed
+            * self.config.batch_size
+            * state.micro_batches_per_step,
             "train/skipped_steps": len(state.history.skipped_steps),
         }
         reporter.show(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}")
 
     def _check_finite(self, losses: list[float], norms: list[float], first_step: int) -> None:
-        per_step, skips = self.state.micro_batches_per_step, self.config.optim.on_non_finite == "skip"
+        per_step, skips = (
+            self.state.micro_batches_per_step,
+            self.config.optim.on_non_finite == "skip",
+        )
         for index, norm in enumerate(norms):
             step_losses = losses[index * per_step : (index + 1) * per_step]
             checked_values = [norm] if skips else [*step_losses, norm]
@@ -102,9 +120,12 @@ class LogMetrics:
                 self._handle_non_finite(first_step + index, step_losses, norm)
 
     def _handle_non_finite(self, step: int, losses: list[float], norm: float) -> None:
-        """Record a skipped step. Raises TrainingDiverged unless it may be skipped. `step`: counted from 0."""
+        """Record a skipped step. Raises TrainingDiverged unless it may be skipped. `step`: counted
+        from 0."""
         names = self.batches.sample_names(step, self.state.micro_batches_per_step)
-        message = f"step {step + 1} is not finite: losses {losses}, gradient norm {norm}\n  its samples: "
+        message = (
+            f"step {step + 1} is not finite: losses {losses}, gradient norm {norm}\n  its samples: "
+        )
         message += ", ".join(names)
         skipped_steps, optim = self.state.history.skipped_steps, self.config.optim
         skipped_steps.append(step + 1)
@@ -121,7 +142,8 @@ class LogMetrics:
 
 
 class Validate:
-    """Validates before the first step, periodically, and after the last step, if there are held-out images."""
+    """Validates before the first step, periodically, and after the last step, if there are held-out
+    images."""
 
     def __init__(self, trainer: Trainer, parts: RunParts):
         self.config, self.state, self.services = trainer.config, trainer.state, trainer.services
@@ -137,9 +159,13 @@ class Validate:
         state, reporter = self.state, self.services.reporter
         with self.services.ema.applied():
             result = validate(
-                self.services.accelerator, self.parts.adapted.model, self.loss_function.for_validation, self.dataset,
-                self.config, self.services.requests.must_stop,
-            )  # fmt: skip
+                self.services.accelerator,
+                self.parts.adapted.model,
+                self.loss_function.for_validation,
+                self.dataset,
+                self.config,
+                self.services.requests.must_stop,
+            )
         state.validation_interrupted = result is None
         if result is None:
             return
@@ -154,10 +180,13 @@ class Validate:
     def _is_due(self) -> bool:
         step, every = self.state.step, self.config.validation.every
         is_due = step in (0, self.config.steps) or (every and step % every == 0)
-        return bool(is_due) and step not in [entry["step"] for entry in self.state.history.validation]
+        return bool(is_due) and step not in [
+            entry["step"] for entry in self.state.history.validation
+        ]
 
     def _report_non_finite(self, names: list[str]) -> None:
-        """Print the images. Raises TrainingDiverged before the first step, because training cannot help."""
+        """Print the images. Raises TrainingDiverged before the first step, because training cannot
+        help."""
         shown_names = ", ".join(names[:MAX_NAMED_IMAGES])
         if len(names) > MAX_NAMED_IMAGES:
             shown_names += f" and {len(names) - MAX_NAMED_IMAGES} more"
@@ -174,9 +203,13 @@ class SaveCheckpoint:
     """Saves periodically and after the last step."""
 
     def __init__(
-        self, config: TrainConfig, state: TrainState, services: RunServices, checkpoints: RunCheckpoints,
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        services: RunServices,
+        checkpoints: RunCheckpoints,
         log_metrics: LogMetrics,
-    ):  # fmt: skip
+    ):
         self.config, self.state, self.services = config, state, services
         self.checkpoints, self.log_metrics = checkpoints, log_metrics
 
@@ -210,7 +243,13 @@ class SaveCheckpoint:
 class HandleRequests:
     """Saves or stops if a signal, a file or the clock asks for it, on any process."""
 
-    def __init__(self, config: TrainConfig, state: TrainState, services: RunServices, save_checkpoint: SaveCheckpoint):
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        services: RunServices,
+        save_checkpoint: SaveCheckpoint,
+    ):
         self.config, self.state, self.services = config, state, services
         self.save_checkpoint = save_checkpoint
 
@@ -225,7 +264,9 @@ class HandleRequests:
             stop_run(request, self.state, self.config, self.services)
 
 
-def stop_run(request: StopRequest, state: TrainState, config: TrainConfig, services: RunServices) -> None:
+def stop_run(
+    request: StopRequest, state: TrainState, config: TrainConfig, services: RunServices
+) -> None:
     """End the run, whose step is saved, by raising RunStopped."""
     outcome = f"saved step {state.step} of {config.steps}"
     if request is StopRequest.REQUEUE and services.process.is_main:

@@ -1,4 +1,5 @@
-"""Reads the config: defaults < recipe YAML < command line. All errors are reported at once. Imports no torch."""
+"""Reads the config: defaults < recipe YAML < command line. All errors are reported at once. Imports
+no torch."""
 
 import difflib
 import sys
@@ -28,11 +29,14 @@ MAX_ERRORS = 100
 
 
 def load_config(argv: list[str] | None = None) -> TrainConfig:
-    """Return the config of `[recipe.yaml] [--option value ...]`. `argv`: None means the command line.
+    """Return the config of `[recipe.yaml] [--option value ...]`. `argv`: None means the command
+    line.
 
     Raises ConfigError naming all errors. tyro ends the program with exit code 2 for wrong names and types on the
     command line."""
-    config = parse_options(list(sys.argv[1:] if argv is None else argv), lambda config: config, PROGRAM)
+    config = parse_options(
+        list(sys.argv[1:] if argv is None else argv), lambda config: config, PROGRAM
+    )
     config = validate_options(asdict(config), source="the command line", prefix="--")
     errors = path_errors(config) + objective_errors(config.objective, config.loss_function)
     if errors:
@@ -53,17 +57,22 @@ def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], progra
 
     def parse_over(defaults: TrainConfig) -> Parsed:
         instance = make(defaults)
-        return tyro.cli(type(instance), default=instance, args=arguments, use_underscores=True, prog=program)
+        return tyro.cli(
+            type(instance), default=instance, args=arguments, use_underscores=True, prog=program
+        )
 
     if recipe is not None:
         return parse_over(read_recipe(recipe))
     parsed = parse_over(TrainConfig())
-    names_model_or_data = any(argument.startswith(("--model.path", "--data.path")) for argument in arguments)
+    names_model_or_data = any(
+        argument.startswith(("--model.path", "--data.path")) for argument in arguments
+    )
     return parsed if names_model_or_data else parse_over(read_recipe(DEMO_RECIPE))
 
 
 def read_recipe(path: Path) -> TrainConfig:
-    """Return the config in a YAML file. `{project}` in a text stands for the folder of train_lora.py."""
+    """Return the config in a YAML file. `{project}` in a text stands for the folder of
+    train_lora.py."""
     if not path.is_file():
         recipes = ", ".join(sorted(file.name for file in DEMO_RECIPE.parent.glob("*.yaml")))
         raise ConfigError(
@@ -76,11 +85,14 @@ def read_recipe(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is a {type(values).__name__}; expected options (name: value)")
-    return validate_options(normalized_values(values, dict(option_types())), source=str(path), prefix="")
+    return validate_options(
+        normalized_values(values, dict(option_types())), source=str(path), prefix=""
+    )
 
 
 def validate_options(values: dict, source: str, prefix: str) -> TrainConfig:
-    """Return `values` as a config. Raises ConfigError with all errors, each with the name of its option."""
+    """Return `values` as a config. Raises ConfigError with all errors, each with the name of its
+    option."""
     try:
         return SCHEMA.validate_python(values)
     except ValidationError as error:
@@ -90,11 +102,17 @@ def validate_options(values: dict, source: str, prefix: str) -> TrainConfig:
 
 def describe_option_error(entry: Any, prefix: str) -> str:
     """Return a pydantic error as `--option value: what is wrong`."""
-    location = [str(part) for part in entry["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    location = [
+        str(part)
+        for part in entry["loc"]
+        if not str(part).startswith(("function-", "constrained-"))
+    ]
     name = ".".join(location)
     if entry["type"] == "unexpected_keyword_argument":
         similar_name = similar_option(name)
-        return f"{prefix}{name}: no such option" + (f"; did you mean {similar_name}?" if similar_name else "")
+        return f"{prefix}{name}: no such option" + (
+            f"; did you mean {similar_name}?" if similar_name else ""
+        )
     message = entry["msg"]
     return f"{prefix}{name} {entry['input']!r}: {message[0].lower()}{message[1:]}"
 
@@ -113,7 +131,9 @@ def path_errors(config: TrainConfig) -> list[str]:
     if config.existing_lora is not None and not Path(config.existing_lora).exists():
         errors.append(f"--existing_lora {config.existing_lora}: does not exist")
     if config.optim.text_encoder_learning_rate is not None and not config.model.train_text_encoder:
-        errors.append("--optim.text_encoder_learning_rate: has no effect without --model.train_text_encoder")
+        errors.append(
+            "--optim.text_encoder_learning_rate: has no effect without --model.train_text_encoder"
+        )
     return errors
 
 
@@ -129,7 +149,9 @@ def input_errors(config: TrainConfig) -> list[str]:
     errors += [f"--model.text_encoders {error}" for error in text_encoder_errors(model)]
     errors += source_errors(config.data)
     if config.data.validation_path is not None and config.data.validation_fraction:
-        errors.append("--data.validation_fraction: cannot be used together with --data.validation_path. Choose one")
+        errors.append(
+            "--data.validation_fraction: cannot be used together with --data.validation_path. Choose one"
+        )
     return errors + folder_errors("data.cache_dir", config.data.cache_dir)
 
 
@@ -143,13 +165,17 @@ def folder_errors(flag: str, path: str) -> list[str]:
 def source_errors(data: DataConfig) -> list[str]:
     """Return the errors in the paths of the data."""
     paths = {"data.path": data.path, "data.validation_path": data.validation_path}
-    paths |= {f"data.sources.{index}.path": source.path for index, source in enumerate(data.sources)}
+    paths |= {
+        f"data.sources.{index}.path": source.path for index, source in enumerate(data.sources)
+    }
     errors = []
     for flag, path in paths.items():
         if path is not None and not Path(path).is_dir() and not is_hub_id(path):
             errors.append(f"--{flag} {path}: is not a folder")
     if data.path is None and not data.sources:
-        errors.append("--data.path: no training images given. Name a folder of images with caption files")
+        errors.append(
+            "--data.path: no training images given. Name a folder of images with caption files"
+        )
     return errors
 
 
@@ -165,9 +191,16 @@ def option_types(section: type = TrainConfig, prefix: str = "") -> Iterator[tupl
 
 
 def list_option_errors(arguments: list[str]) -> list[str]:
-    """Return errors for flags of options that are lists of sections, which only a recipe can contain."""
-    list_options = [name for name, hint in option_types() if any(is_dataclass(arm) for arm in typing.get_args(hint))]
-    flags = [f"{argument[2:].replace('-', '_')}." for argument in arguments if argument.startswith("--")]
+    """Return errors for flags of options that are lists of sections, which only a recipe can
+    contain."""
+    list_options = [
+        name
+        for name, hint in option_types()
+        if any(is_dataclass(arm) for arm in typing.get_args(hint))
+    ]
+    flags = [
+        f"{argument[2:].replace('-', '_')}." for argument in arguments if argument.startswith("--")
+    ]
     return [
         f"--{name}: is a list of structured entries and can only be set in a recipe file (docs/options.md). Write one "
         "and name it first: train_lora.py recipe.yaml"
@@ -208,11 +241,14 @@ def normalized_values(values: dict, hints: dict[str, Any], prefix: str = "") -> 
 
 
 def normalized_arguments(argv: list[str]) -> list[str]:
-    """Return the command line with normalized choices, and `--flag true|false` as `--flag` or `--no_flag`."""
+    """Return the command line with normalized choices, and `--flag true|false` as `--flag` or
+    `--no_flag`."""
     hints = dict(option_types())
     tokens: list[str] = []
     for argument in argv:
-        tokens += argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
+        tokens += (
+            argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
+        )
     result: list[str] = []
     while tokens:
         token = tokens.pop(0)

@@ -1,7 +1,8 @@
-"""All options of a run. This module imports no torch, so that `--help` and config errors answer at once.
+"""All options of a run. This module imports no torch, so that `--help` and config errors answer at
+once.
 
-The inputs of ComfyUI's node keep their own names at the root; everything else is in sections. A field's help is the
-docstring under it. docs/options.md is generated from this file.
+The inputs of ComfyUI's node keep their own names at the root; everything else is in sections. A
+field's help is the docstring under it. docs/options.md is generated from this file.
 """
 
 import re
@@ -57,20 +58,26 @@ class OptimConfig:
     args: Annotated[tuple[str, ...], BeforeValidator(name_value_pairs)] = ()
     """Further arguments of the optimizer's class, as name=value. A recipe may use a mapping."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Weight decay. None: the optimizer's own default (0.01 for AdamW, 0 for Adam, SGD and RMSprop)."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """Weight decay. None: the optimizer's own default (0.01 for AdamW, 0 for Adam, SGD and
+    RMSprop)."""
+    betas: (
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
+    ) = None
     """Decay rates of the running averages of the gradient and of its square. None: the optimizer's own default (0.9
     0.999 for AdamW)."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Term added to the denominator. None: the optimizer's own default (1e-8 for AdamW, Adam and RMSprop)."""
+    """Term added to the denominator. None: the optimizer's own default (1e-8 for AdamW, Adam and
+    RMSprop)."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up. linear and cosine reach zero after the last step."""
+    """Course of the learning rate after the warm-up. linear and cosine reach zero after the last
+    step."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradient to this norm. 0: no clipping."""
     text_encoder_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate of the text encoders, with model.train_text_encoder. None: learning_rate."""
+    """Peak learning rate of the text encoders, with model.train_text_encoder. None: learning_rate.
+    """
     scale_lr: Literal["none", "linear", "sqrt"] = "none"
     """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x processes), or by the
     square root of this number."""
@@ -97,17 +104,19 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Validation: the mean squared error of the prediction on held-out images, at fixed noise and fixed noise levels.
+    """Validation: the mean squared error of the prediction on held-out images, at fixed noise and
+    fixed noise levels.
 
     It does not depend on loss_function, loss space, timestep sampling, loss weighting and shift."""
 
     __pydantic_config__ = STRICT
 
     every: Annotated[int, Field(ge=0), CHANGEABLE] = 0
-    """Validate every so many steps, and always before the first and after the last step. 0: only then."""
+    """Validate every so many steps, and always before the first and after the last step. 0: only
+    then."""
     noise_levels: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1), CHANGEABLE
-    ] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # fmt: skip
+    ] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Noise levels, as quantiles of the model's own noise process: 0 is clean, 1 is pure noise."""
     patience: Annotated[int, Field(ge=0), CHANGEABLE] = 0
     """Stop early after this many periodic validations in a row without improvement. 0: never."""
@@ -117,12 +126,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample images of preview.png: drawn before and after training from the same prompts and the same noise."""
+    """Sample images of preview.png: drawn before and after training from the same prompts and the
+    same noise."""
 
     __pydantic_config__ = STRICT
 
     prompts: tuple[str, ...] = ()
-    """Prompts. None given: the first four captions of the validation images, or of the training images."""
+    """Prompts. None given: the first four captions of the validation images, or of the training
+    images."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
@@ -145,7 +156,8 @@ class CheckpointConfig:
     keep: Annotated[int, Field(ge=1)] = 2
     """Number of checkpoints to keep, the newest ones."""
     keep_best: bool = False
-    """Keep the weights with the lowest validation loss so far in every checkpoint, for export.weights."""
+    """Keep the weights with the lowest validation loss so far in every checkpoint, for
+    export.weights."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,8 @@ class DistributedConfig:
     count."""
     rank_check_every: Annotated[int, Field(ge=0)] = 100
     """Compare checksums of the adapters of all processes every so many steps and at the end, without waiting for them.
-    0: never. The gradients of the first two steps are always compared (not with DeepSpeed, which shards them)."""
+    0: never. The gradients of the first two steps are always compared (not with DeepSpeed, which shards them).
+    """
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,8 @@ class TrackingConfig:
     project: str = "train-lora"
     """Project name in the tracker."""
     log_every: Annotated[int, Field(ge=1)] = 10
-    """Read the losses from the device, check that they are finite and report them every so many steps."""
+    """Read the losses from the device, check that they are finite and report them every so many
+    steps."""
     log_samples: bool = False
     """Write output_dir/samples/rank_<n>.jsonl: step, sample index, dataset row, noise quantile and a hash of the noise
     of every training sample. For comparing runs."""
@@ -186,22 +200,27 @@ class ExportConfig:
     __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "lora"
-    """The adapter is written to output_dir/<name>.safetensors, further formats to <name>.<format>.safetensors."""
+    """The adapter is written to output_dir/<name>.safetensors, further formats to
+    <name>.<format>.safetensors."""
     weights: Literal["last", "best"] = "last"
-    """Weights to export: those after the last step, or those with the lowest validation loss (which are then kept)."""
+    """Weights to export: those after the last step, or those with the lowest validation loss (which
+    are then kept)."""
     formats: tuple[FormatName, ...] = ()
     """File formats, one or several. None given: the one that most programs load for this model. kohya: ComfyUI, A1111,
     Forge and, for LoRA, diffusers. comfyui: the names of ComfyUI's trainer. diffusers: load_lora_weights, for LoRA and
-    DoRA. peft: a folder <name>.peft for PeftModel, with one algorithm among LoRA, DoRA, LoHa and LoKr."""
+    DoRA. peft: a folder <name>.peft for PeftModel, with one algorithm among LoRA, DoRA, LoHa and LoKr.
+    """
     convert: Literal["none", "lora-exact", "lora-svd", "full"] = "none"
     """Write the update as another algorithm. lora-exact: LoHa and LoKr as the same function in a larger LoRA. lora-svd:
-    any algorithm as the nearest LoRA of rank svd_rank. full: any algorithm as whole matrices (.diff)."""
+    any algorithm as the nearest LoRA of rank svd_rank. full: any algorithm as whole matrices (.diff).
+    """
     svd_rank: Annotated[int, Field(ge=1)] = 16
     """Rank for lora-svd."""
     trigger_words: str | None = None
     """Trigger words written into the metadata, for programs that show them."""
     merged_model: bool = False
-    """Also write output_dir/model_with_lora: the base model with the adapter merged, as a diffusers folder."""
+    """Also write output_dir/model_with_lora: the base model with the adapter merged, as a diffusers
+    folder."""
 
 
 @dataclass(frozen=True)
@@ -221,11 +240,14 @@ class TrainConfig:
     rank: Annotated[int, Field(ge=1, le=128)] = 8
     """Rank of the update. LoKr's factor and the block size of OFT and BOFT are separate options."""
     optimizer: OptimizerName = "AdamW"
-    """The optimizer. The first four are those of ComfyUI's node; docs/training.md describes the others."""
+    """The optimizer. The first four are those of ComfyUI's node; docs/training.md describes the
+    others."""
     loss_function: LossName = "MSE"
-    """Comparison of prediction and target. The first four are those of ComfyUI's node. Validation always uses MSE."""
+    """Comparison of prediction and target. The first four are those of ComfyUI's node. Validation
+    always uses MSE."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
-    """Seed of the adapter's initial weights, the order of the images, their noise and their noise levels."""
+    """Seed of the adapter's initial weights, the order of the images, their noise and their noise
+    levels."""
     training_dtype: Literal["bf16", "fp32", "none"] = "bf16"
     """bf16: base weights in bf16, and bf16 autocast. fp32: everything in fp32. none: the dtype in which the base model
     is stored, without autocast (fp16 weights become fp32, because fp16 training would overflow)."""
@@ -235,15 +257,18 @@ class TrainConfig:
     """Parameterization of the weight update."""
     bypass_mode: Annotated[Literal["auto", "true", "false"], CHANGEABLE] = "auto"
     """How the update is computed; the result is the same. true: on the activations, factor by factor. false: on the
-    weight. auto: the cheaper way in each layer. Base weights that are not fp32 are never rounded again."""
+    weight. auto: the cheaper way in each layer. Base weights that are not fp32 are never rounded again.
+    """
     gradient_checkpointing: Annotated[bool, CHANGEABLE] = True
-    """Recompute the activations of each block in the backward pass: slower, but needs far less memory."""
+    """Recompute the activations of each block in the backward pass: slower, but needs far less
+    memory."""
     checkpoint_depth: Annotated[int, Field(ge=1, le=5), CHANGEABLE] = 1
     """Blocks that gradient_checkpointing recomputes. 1: the top-level blocks of the model. 2: the blocks inside these,
     and so on. Where a branch ends earlier, its deepest blocks are recomputed."""
     checkpoint_policy: Annotated[Literal["full", "keep-attention-output"], CHANGEABLE] = "full"
     """full: recompute everything in a block. keep-attention-output: keep the output of scaled dot product attention,
-    which saves time for long sequences at little memory. The math backend of attention does not support it."""
+    which saves time for long sequences at little memory. The math backend of attention does not support it.
+    """
     bucket_mode: bool = True
     """Keep the aspect ratio of the images: each is scaled and cropped to the nearest of a set of sizes with one area.
     Off: all images are cropped to squares."""
@@ -256,7 +281,8 @@ class TrainConfig:
     """Folder of everything that the run writes."""
     resume: Annotated[Literal["auto", "never"], CHANGEABLE] = "auto"
     """auto: resume from the newest valid checkpoint in output_dir, if there is one, with any number of processes. The
-    samples per step stay the same if grad_accumulation_steps does. never: raise an error if there is a checkpoint."""
+    samples per step stay the same if grad_accumulation_steps does. never: raise an error if there is a checkpoint.
+    """
     overwrite: bool = False
     """Replace a different run in output_dir, and delete its checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,5 @@
-"""The files of a finished run: the adapter with its metadata, losses, previews, and the merged base model."""
+"""The files of a finished run: the adapter with its metadata, losses, previews, and the merged base
+model."""
 
 import json
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class ExportJob:
 
 
 def export_jobs(config: TrainConfig, state: TrainState, services: RunServices) -> list[ExportJob]:
-    """Return the adapter's weights, and with an EMA the other ones of EMA and trained weights. Collective."""
+    """Return the adapter's weights, and with an EMA the other ones of EMA and trained weights.
+    Collective."""
     kind = config.ema.evaluate_with if config.ema.decay else "raw"
     if config.export.weights == "best" and state.best is not None:
         losses = {entry["step"]: entry["loss"] for entry in state.history.validation}
@@ -53,7 +55,9 @@ def export_jobs(config: TrainConfig, state: TrainState, services: RunServices) -
         )
         return [ExportJob(state.best.weights, state.best.step, description)]
     if config.export.weights == "best":
-        services.reporter.say(f"no validation loss was finite: the weights after step {state.step} are exported")
+        services.reporter.say(
+            f"no validation loss was finite: the weights after step {state.step} are exported"
+        )
     kinds = ["raw", "ema"] if config.ema.decay else ["raw"]
     jobs = []
     for other_kind in sorted(kinds, key=lambda name: name != kind):
@@ -74,7 +78,9 @@ def check_export(config: TrainConfig, parts: RunParts) -> None:
         return  # the file will hold a LoRA, which all formats support
     model = parts.adapted.model
     if config.export.convert == "full":
-        layers: files.Layers = {name: {"diff": weight} for name, weight in files.weights_of(model).items()}
+        layers: files.Layers = {
+            name: {"diff": weight} for name, weight in files.weights_of(model).items()
+        }
     else:
         layers = converted_layers(config, parts.adapted)
     layers = {name: files.without_values(tensors) for name, tensors in layers.items()}
@@ -88,29 +94,41 @@ def default_format(parts: RunParts, layers: files.Layers) -> str:
 
 
 class RunExport:
-    """Writes the files of a finished run. Only `prepare` is collective; the other methods run on the main process."""
+    """Writes the files of a finished run. Only `prepare` is collective; the other methods run on
+    the main process."""
 
-    def __init__(self, config: TrainConfig, parts: RunParts, services: RunServices, state: TrainState):
+    def __init__(
+        self, config: TrainConfig, parts: RunParts, services: RunServices, state: TrainState
+    ):
         self.config, self.parts, self.services, self.state = config, parts, services, state
         self.total_steps = parts.previous_steps + state.step
         self.jobs: list[ExportJob] = []
         self.preview: Preview | None = None
 
     def prepare(self, initial_weights: dict[str, Tensor] | None) -> None:
-        """Do everything that needs all processes. Afterwards the other processes may end. Collective.
+        """Do everything that needs all processes. Afterwards the other processes may end.
+        Collective.
 
         `initial_weights`: weights before training, if a preview is drawn."""
         self.jobs = export_jobs(self.config, self.state, self.services)
         if initial_weights is not None:
             renderer = PreviewRenderer(self.config, self.parts, self.services)
-            self.preview = renderer.render({"before": initial_weights, "after": self.jobs[0].weights})
+            self.preview = renderer.render(
+                {"before": initial_weights, "after": self.jobs[0].weights}
+            )
 
     def write(self) -> list[Path]:
         """Write the adapter, the loss files, the preview and the merged model; return their paths."""
         config, folder = self.config, self.services.folder
-        parts = on_one_process(config, self.parts) if is_sharded(self.services.accelerator) else self.parts
+        parts = (
+            on_one_process(config, self.parts)
+            if is_sharded(self.services.accelerator)
+            else self.parts
+        )
         paths: list[Path] = []
-        for job in reversed(self.jobs):  # the adapter last: it stays in the model, for the merged model
+        for job in reversed(
+            self.jobs
+        ):  # the adapter last: it stays in the model, for the merged model
             parts.adapted.load_state_dict(job.weights)
             paths += write_adapter(config, parts, self._facts(job))
         loss_files: dict[str, str | bytes] = {
@@ -140,14 +158,20 @@ class RunExport:
         )
 
     def outdated_files(self, paths: list[Path]) -> list[Path]:
-        """Return files of an earlier run, which exported other weights, that this run did not replace."""
+        """Return files of an earlier run, which exported other weights, that this run did not
+        replace."""
         name = self.config.export.name
-        candidates = [path for kind in ("ema", "raw") for path in self.services.folder.glob(f"{name}.{kind}.*")]
+        candidates = [
+            path
+            for kind in ("ema", "raw")
+            for path in self.services.folder.glob(f"{name}.{kind}.*")
+        ]
         return sorted(path for path in candidates if path not in paths)
 
 
 def write_adapter(config: TrainConfig, parts: RunParts, facts: ExportFacts) -> list[Path]:
-    """Write the adapter in all requested formats. Each file is read back and compared before it is renamed."""
+    """Write the adapter in all requested formats. Each file is read back and compared before it is
+    renamed."""
     adapted, names = parts.adapted, parts.names
     layers = converted_layers(config, adapted)
     metadata = file_metadata(config, parts, layers, facts)
@@ -160,10 +184,16 @@ def write_adapter(config: TrainConfig, parts: RunParts, facts: ExportFacts) -> l
                 f"--export.formats {file_format}: the file changes the weights by {error:.1e} relative to the trained "
                 "update, so it was not kept. Report this with the config"
             )
-        content = files.to_file(layers, adapted.model, names, file_format, DTYPES[config.lora_dtype])
+        content = files.to_file(
+            layers, adapted.model, names, file_format, DTYPES[config.lora_dtype]
+        )
         content.metadata |= metadata
-        content.metadata |= addnet_hashes(files.to_bytes(content.tensors, training_metadata(content.metadata)))
-        path = Path(config.output_dir) / (facts.name + file_ending(content, file_format, is_first=not paths))
+        content.metadata |= addnet_hashes(
+            files.to_bytes(content.tensors, training_metadata(content.metadata))
+        )
+        path = Path(config.output_dir) / (
+            facts.name + file_ending(content, file_format, is_first=not paths)
+        )
         paths.append(write_content(path, content))
     return paths
 
@@ -180,7 +210,9 @@ def write_content(path: Path, content: files.FileContent) -> Path:
     data = files.to_bytes(content.tensors, content.metadata)
     read_tensors = safetensors.torch.load(data)
     is_same = read_tensors.keys() == content.tensors.keys()
-    if not is_same or not all(tensor.equal(read_tensors[key]) for key, tensor in content.tensors.items()):
+    if not is_same or not all(
+        tensor.equal(read_tensors[key]) for key, tensor in content.tensors.items()
+    ):
         raise WriteError(path, OSError("it does not read back as it was written"))
     if content.config is None:
         write_file(path, data)
@@ -197,16 +229,22 @@ def converted_layers(config: TrainConfig, adapted: AdaptedModel) -> files.Layers
     layers, conversion = files.layers_of_adapted(adapted), config.export.convert
     if conversion == "none":
         return layers
-    weights = {name: weight.detach().cpu() for name, weight in files.weights_of(adapted.model).items()}
+    weights = {
+        name: weight.detach().cpu() for name, weight in files.weights_of(adapted.model).items()
+    }
     if conversion == "full":
         return {name: convert.full(tensors, weights[name]) for name, tensors in layers.items()}
     if conversion == "lora-exact":
-        return {name: convert.lora_exact(tensors, weights[name].shape) for name, tensors in layers.items()}
+        return {
+            name: convert.lora_exact(tensors, weights[name].shape)
+            for name, tensors in layers.items()
+        }
     return nearest_loras(layers, weights, config.export.svd_rank)
 
 
 def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -> files.Layers:
-    """Return the nearest LoRA of each layer, and print the errors. Raises AdapterError naming all failed layers."""
+    """Return the nearest LoRA of each layer, and print the errors. Raises AdapterError naming all
+    failed layers."""
     loras: files.Layers = {}
     errors: dict[str, float] = {}
     failures = []
@@ -219,12 +257,15 @@ def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -
         raise AdapterError(error_list("--export.convert lora-svd", failures))
     mean = sum(errors.values()) / len(errors)
     worst = max(errors, key=errors.__getitem__)
-    print(f"lora-svd of rank {rank}: error {mean:.2%} of the update on average, at most {errors[worst]:.2%} ({worst})")
+    print(
+        f"lora-svd of rank {rank}: error {mean:.2%} of the update on average, at most {errors[worst]:.2%} ({worst})"
+    )
     return loras
 
 
 def write_merged_model(config: TrainConfig, family: ModelFamily, adapted: AdaptedModel) -> Path:
-    """Write output_dir/model_with_lora: the whole pipeline, its denoiser in the dtype of the stored base model."""
+    """Write output_dir/model_with_lora: the whole pipeline, its denoiser in the dtype of the stored
+    base model."""
     path = Path(config.output_dir) / "model_with_lora"
     stored_dtype = family.stored_dtype()
     # sums are computed in fp32 and rounded once; float8 is too coarse for the update
@@ -236,7 +277,9 @@ def write_merged_model(config: TrainConfig, family: ModelFamily, adapted: Adapte
     return path
 
 
-def print_results(state: TrainState, share_waiting: float, previous_steps: int, job: ExportJob) -> None:
+def print_results(
+    state: TrainState, share_waiting: float, previous_steps: int, job: ExportJob
+) -> None:
     """Print what the run achieved."""
     history = state.history
     validation = history.validation
@@ -244,7 +287,9 @@ def print_results(state: TrainState, share_waiting: float, previous_steps: int, 
         first, last = validation[0]["loss"], validation[-1]["loss"]
         print(f"validation loss: {first:.5f} -> {last:.5f} ({100 * (last / first - 1):+.1f} %)")
     if history.skipped_steps:
-        print(f"skipped because they were not finite: steps {', '.join(map(str, history.skipped_steps))}")
+        print(
+            f"skipped because they were not finite: steps {', '.join(map(str, history.skipped_steps))}"
+        )
     print(f"waiting for data took {100 * share_waiting:.1f} % of the training time")
     print(f"total steps: {previous_steps} + {state.step} = {previous_steps + state.step}")
     print(f"the adapter has the weights {job.description}")

@@ -23,21 +23,35 @@ class LossFunction:
 
     @cached_property
     def for_validation(self) -> "LossFunction":
-        """The mean squared error of the prediction, at quantiles of the model's own noise process, without weighting.
+        """The mean squared error of the prediction, at quantiles of the model's own noise process,
+        without weighting.
 
-        It is comparable between runs with different objectives. Only the prediction type is as in training."""
+        It is comparable between runs with different objectives. Only the prediction type is as in
+        training."""
         trained = self.objective.options
-        options = ObjectiveConfig(prediction_type=trained.prediction_type, zero_terminal_snr=trained.zero_terminal_snr)
-        return LossFunction(self.family, Objective(self.family.process(options), options), "MSE", self.dtype)
+        options = ObjectiveConfig(
+            prediction_type=trained.prediction_type, zero_terminal_snr=trained.zero_terminal_snr
+        )
+        return LossFunction(
+            self.family, Objective(self.family.process(options), options), "MSE", self.dtype
+        )
 
     def __call__(self, denoiser: nn.Module, batch: Batch) -> Tensor:
-        """Return (B,) losses in fp32: the mean over each sample's elements, times its mask and weights."""
-        latents = self.family.normalise(batch.latents.float())
+        """Return (B,) losses in fp32: the mean over each sample's elements, times its mask and
+        weights."""
+        latents = self.family.normalize(batch.latents.float())
         num_tokens = self.family.tokens(latents.shape)
-        noised = self.objective.noised(latents, batch.noise, batch.quantile, num_tokens, batch.input_noise)
-        cond = {**self.family.size_cond(batch.crop), **batch.cond}  # sizes in the data override computed ones
+        noised = self.objective.noised(
+            latents, batch.noise, batch.quantile, num_tokens, batch.input_noise
+        )
+        cond = {
+            **self.family.size_cond(batch.crop),
+            **batch.cond,
+        }  # sizes in the data override computed ones
         cond = {name: self._to_base_dtype(value) for name, value in cond.items()}
-        prediction = self.family.predict(denoiser, noised.noisy.to(self.dtype), noised.timestep, cond)
+        prediction = self.family.predict(
+            denoiser, noised.noisy.to(self.dtype), noised.timestep, cond
+        )
         delta = self._delta(noised)
         # all losses are functions of the error, so scaling prediction and target scales the error
         scale = (noised.error_scale / delta).view(-1, *[1] * (prediction.ndim - 1))
@@ -61,10 +75,14 @@ class LossFunction:
         if options.huber_schedule == "exponential":
             return options.huber_delta ** self.objective.process.time(levels)
         if options.huber_schedule == "snr":
-            return (1 - options.huber_delta) / (1 + levels.sigma / levels.signal) ** 2 + options.huber_delta
+            return (1 - options.huber_delta) / (
+                1 + levels.sigma / levels.signal
+            ) ** 2 + options.huber_delta
         return torch.full_like(levels.sigma, options.huber_delta)
 
 
-def build_loss(family: ModelFamily, options: ObjectiveConfig, name: str, dtype: torch.dtype) -> LossFunction:
+def build_loss(
+    family: ModelFamily, options: ObjectiveConfig, name: str, dtype: torch.dtype
+) -> LossFunction:
     """Build the loss of a config. Raises ModelError for options without effect on the model."""
     return LossFunction(family, Objective(family.process(options), options), name, dtype)

@@ -34,7 +34,9 @@ class ExportFacts:
     """Description of the weights, such as "after step 400"."""
 
 
-def file_metadata(config: TrainConfig, parts: RunParts, layers: Layers, facts: ExportFacts) -> dict[str, str]:
+def file_metadata(
+    config: TrainConfig, parts: RunParts, layers: Layers, facts: ExportFacts
+) -> dict[str, str]:
     """Return all metadata of an adapter file except its hashes."""
     return {
         **network_metadata(layers),
@@ -64,8 +66,11 @@ def tag_counts(dataset: LatentDataset) -> dict[str, int]:
     return counts
 
 
-def kohya_metadata(config: TrainConfig, dataset: LatentDataset, facts: ExportFacts) -> dict[str, str]:
-    """Return kohya's keys and those of modelspec, from which programs show what a file was trained on."""
+def kohya_metadata(
+    config: TrainConfig, dataset: LatentDataset, facts: ExportFacts
+) -> dict[str, str]:
+    """Return kohya's keys and those of modelspec, from which programs show what a file was trained
+    on."""
     folder = Path(next(iter(config.data.all_sources())).path).name
     side = config.data.resolution
     started_at = datetime.fromtimestamp(facts.started_at, UTC)
@@ -108,7 +113,9 @@ def trainer_metadata(
         TOTAL_STEPS: str(facts.total_steps),
         "train_lora.weights": facts.weights,
         "train_lora.config": to_yaml(config),
-        "train_lora.base_model_hash": hash_of_files(family.component_files("denoiser"), Path(config.data.cache_dir)),
+        "train_lora.base_model_hash": hash_of_files(
+            family.component_files("denoiser"), Path(config.data.cache_dir)
+        ),
         "train_lora.dataset_hash": dataset.fingerprint,
         "train_lora.versions": json.dumps({name: version(name) for name in packages(config)}),
     }
@@ -120,7 +127,8 @@ def packages(config: TrainConfig) -> list[str]:
 
 
 def total_steps_of(path: str, metadata: dict[str, str]) -> int:
-    """Return for how many steps a file was trained, by its metadata or its name; 0 if neither says so."""
+    """Return for how many steps a file was trained, by its metadata or its name; 0 if neither says
+    so."""
     for key in (TOTAL_STEPS, "ss_steps"):
         if metadata.get(key, "").isdigit():
             return int(metadata[key])

@@ -1,4 +1,5 @@
-"""Sample images before and after training, from the same prompts and noise, drawn by diffusers' own pipeline."""
+"""Sample images before and after training, from the same prompts and noise, drawn by diffusers' own
+pipeline."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,13 +34,18 @@ class Preview:
     images: dict[str, np.ndarray]
 
 
-def draw_sample(pipeline: Any, prompt: str, number: int, config: SampleConfig, options: dict[str, Any]) -> np.ndarray:
-    """Draw one image (H, W, 3) in [0, 1]. Each prompt number has its own noise, the same in every call.
+def draw_sample(
+    pipeline: Any, prompt: str, number: int, config: SampleConfig, options: dict[str, Any]
+) -> np.ndarray:
+    """Draw one image (H, W, 3) in [0, 1]. Each prompt number has its own noise, the same in every
+    call.
 
     `options`: size and guidance, as the arguments of the pipeline's call."""
     modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     # a bf16 part meets others in fp32
-    has_bf16 = any(parameter.dtype == torch.bfloat16 for module in modules for parameter in module.parameters())
+    has_bf16 = any(
+        parameter.dtype == torch.bfloat16 for module in modules for parameter in module.parameters()
+    )
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=has_bf16):
         result = pipeline(
             prompt=prompt,  # by name: it is not the first argument of every pipeline
@@ -55,13 +61,15 @@ def draw_sample(pipeline: Any, prompt: str, number: int, config: SampleConfig, o
 
 @torch.no_grad()
 def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) -> Image.Image:
-    """Decode the first frame of a clip, given its raw latents (C, F, h, w), and crop it to a square."""
+    """Decode the first frame of a clip, given its raw latents (C, F, h, w), and crop it to a
+    square."""
     pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline.device))[0]
     return ImageOps.fit(to_image(pixels.cpu()), (side, side))
 
 
 def default_prompts(family: ModelFamily, dataset: LatentDataset) -> list[str]:
-    """Return captions of the data set: different ones, or for models that need an image those of the first clips."""
+    """Return captions of the data set: different ones, or for models that need an image those of
+    the first clips."""
     if family.takes_image:
         return list(islice(dataset.first_captions(), NUM_CAPTIONS))
     return dataset.captions(NUM_CAPTIONS)
@@ -73,7 +81,9 @@ class SampleDrawer:
     A failed preview must not fail the run: drawing may need memory that training did not.
     """
 
-    def __init__(self, load_pipeline: Callable[[], Any], draw: Callable[[Any, str, int], np.ndarray]):
+    def __init__(
+        self, load_pipeline: Callable[[], Any], draw: Callable[[Any, str, int], np.ndarray]
+    ):
         self.load_pipeline, self.draw = load_pipeline, draw
         self.pipeline: Any = None
         self.error: str | None = None
@@ -100,7 +110,8 @@ class PreviewRenderer:
     def render(self, weight_sets: dict[str, Weights]) -> Preview | None:
         """Return the images on the main process; None if there are none.
 
-        There are none if drawing failed, which is printed, or if the run is asked to stop. Collective."""
+        There are none if drawing failed, which is printed, or if the run is asked to stop.
+        Collective."""
         process = self.services.process
         drawer = SampleDrawer(self._load_pipeline, self._draw)
         images = self._draw_share(weight_sets, drawer)
@@ -114,11 +125,15 @@ class PreviewRenderer:
             return None
         errors = [error for _, error in gathered if error]
         if errors:
-            self.services.reporter.say(f"the preview could not be drawn:\n{errors[0]}\nThe adapter is written anyway")
+            self.services.reporter.say(
+                f"the preview could not be drawn:\n{errors[0]}\nThe adapter is written anyway"
+            )
             return None
         stacked = {}
         for label in weight_sets:
-            by_number = {number: image for share, _ in gathered for number, image in share[label].items()}
+            by_number = {
+                number: image for share, _ in gathered for number, image in share[label].items()
+            }
             stacked[label] = np.stack([by_number[number] for number in range(len(self.prompts))])
         return Preview(self.prompts, stacked)
 
@@ -127,7 +142,8 @@ class PreviewRenderer:
     ) -> dict[str, dict[int, np.ndarray]] | None:
         """Draw this process's prompts; None, on all processes, if the run is asked to stop.
 
-        All processes ask equally often whether to stop. The adapters have their own weights again afterwards."""
+        All processes ask equally often whether to stop. The adapters have their own weights again
+        afterwards."""
         adapted = self.parts.adapted
         numbers = self._own_prompt_numbers()
         num_rounds = -(-len(self.prompts) // self.services.process.count)
@@ -157,17 +173,24 @@ class PreviewRenderer:
         return [number for number in numbers if number < num_prompts]
 
     def _load_pipeline(self) -> Any:
-        pipeline = self.parts.family.pipeline(self.parts.adapted.model).to(self.services.accelerator.device)
+        pipeline = self.parts.family.pipeline(self.parts.adapted.model).to(
+            self.services.accelerator.device
+        )
         return sample_as_trained(pipeline, self.config.objective)
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.parts.family, self.config
         step = family.pixel_step()
         side = max(step, config.data.resolution // step * step)  # as for buckets
-        options = {"height": side, "width": side, **family.preview_options(config.sample.guidance_scale)}
+        options = {
+            "height": side,
+            "width": side,
+            **family.preview_options(config.sample.guidance_scale),
+        }
         if family.takes_image:
             latents = self.dataset.latents(number % len(self.dataset))
             options |= {
-                "image": first_frame(family, latents, pipeline, side), "num_frames": config.data.frames,
-            }  # fmt: skip
+                "image": first_frame(family, latents, pipeline, side),
+                "num_frames": config.data.frames,
+            }
         return draw_sample(pipeline, prompt, number, config.sample, options)

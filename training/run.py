@@ -1,4 +1,5 @@
-"""One run from start to end. torch is imported inside the functions, after the options were checked."""
+"""One run from start to end. torch is imported inside the functions, after the options were
+checked."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from training.distributed.failures import FailureWatch
 
 LOCK_TIMEOUT = 120.0
-"""Seconds. Processes may outlive their launcher a little, and NFS keeps the locks of a dead client for 90 seconds."""
+"""Seconds. Processes may outlive their launcher a little, and NFS keeps the locks of a dead client
+for 90 seconds."""
 
 
 class RunFailed(Exception):
@@ -47,11 +49,16 @@ def run_training(config: TrainConfig, signals: SignalHandler) -> int:
 
 
 @contextmanager
-def run_guard(config: TrainConfig, signals: SignalHandler) -> Iterator[tuple[Accelerator, FailureWatch]]:
-    """Connect the processes for a block; report an error in it to all processes, and print the first one.
+def run_guard(
+    config: TrainConfig, signals: SignalHandler
+) -> Iterator[tuple[Accelerator, FailureWatch]]:
+    """Connect the processes for a block; report an error in it to all processes, and print the
+    first one.
 
     Raises RunFailed after an error was printed, and RunStopped if a signal stopped the run."""
-    from training.distributed.accelerator import build_accelerator  # imports torch: earlier errors are faster
+    from training.distributed.accelerator import (
+        build_accelerator,
+    )  # imports torch: earlier errors are faster
     from training.distributed.failures import FailureWatch
 
     failures: FailureWatch | None = None
@@ -71,7 +78,9 @@ def run_guard(config: TrainConfig, signals: SignalHandler) -> Iterator[tuple[Acc
         leave_process_group()
 
 
-def handle_error(error: Exception, config: TrainConfig, failures: FailureWatch | None, signals: SignalHandler) -> int:
+def handle_error(
+    error: Exception, config: TrainConfig, failures: FailureWatch | None, signals: SignalHandler
+) -> int:
     """Report an error to all processes and print it if it is the first one; return the exit code."""
     from common.atomic import WriteError
     from training.checkpoints.storage import CheckpointError
@@ -91,7 +100,9 @@ def handle_error(error: Exception, config: TrainConfig, failures: FailureWatch |
     return 2 if isinstance(error, UserError) else 1
 
 
-def train(config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler) -> None:
+def train(
+    config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
+) -> None:
     """Build the run, train, and export the result."""
     from adapter_files.keys import file_names
     from data.precompute.build import build_datasets
@@ -120,7 +131,9 @@ def train(config: TrainConfig, accelerator: Accelerator, failures: FailureWatch,
     initial_weights = adapted.state_dict() if config.preview else None
     engine = build.build_engine(config, accelerator, denoiser, adapted)
 
-    with signals.deferred():  # from here on, all processes answer signals together, between two steps
+    with (
+        signals.deferred()
+    ):  # from here on, all processes answer signals together, between two steps
         services = RunServices.build(config, accelerator, engine, signals)
         checkpoints = RunCheckpoints(config, parts, engine, services)
         state = checkpoints.resume()

@@ -29,10 +29,14 @@ SAVE_FILE = "save"
 """A file with this name in output_dir requests a checkpoint."""
 NEW_FOLDER_HINT = "Choose another --output_dir, or use --overwrite to start again there"
 CHANGEABLE_OPTIONS = frozenset(changeable_options(TrainConfig))
-"""Options that may differ when a run is resumed. The number of micro-batches per step, which grad_accumulation_steps
-and the number of processes determine, is checked when the checkpoint is loaded."""
-VALIDATION_OPTIONS = frozenset({"ema.evaluate_with", "validation.noise_levels", "data.validation_path"})
-"""Options that make validation losses incomparable, so they cannot change where these determine the best step."""
+"""Options that may differ when a run is resumed. The number of micro-batches per step, which
+grad_accumulation_steps and the number of processes determine, is checked when the checkpoint is
+loaded."""
+VALIDATION_OPTIONS = frozenset(
+    {"ema.evaluate_with", "validation.noise_levels", "data.validation_path"}
+)
+"""Options that make validation losses incomparable, so they cannot change where these determine the
+best step."""
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -74,7 +78,9 @@ def option_differences(saved: dict, given: dict, changeable: frozenset[str]) -> 
     return lines
 
 
-def fixed_options(config: dict, changeable: frozenset[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+def fixed_options(
+    config: dict, changeable: frozenset[str], prefix: str = ""
+) -> Iterator[tuple[str, object]]:
     """Yield dotted names and values of the options that must not change when a run is resumed."""
     for name, value in config.items():
         dotted_name = f"{prefix}{name}"
@@ -93,7 +99,9 @@ def config_hash(config: TrainConfig) -> str:
 
 
 @contextmanager
-def locked_folder(config: TrainConfig, wait_seconds: float, say: Callable[[str], object]) -> Iterator[None]:
+def locked_folder(
+    config: TrainConfig, wait_seconds: float, say: Callable[[str], object]
+) -> Iterator[None]:
     """Keep other runs out of output_dir for a block.
 
     Raises ConfigError if another run still uses the folder after `wait_seconds`, or has left a different run in it. The
@@ -112,7 +120,9 @@ def locked_folder(config: TrainConfig, wait_seconds: float, say: Callable[[str],
         remove_if_empty(folder)
 
 
-def acquire(lock: FileLock, folder: Path, wait_seconds: float, say: Callable[[str], object]) -> None:
+def acquire(
+    lock: FileLock, folder: Path, wait_seconds: float, say: Callable[[str], object]
+) -> None:
     """Acquire the lock; say so if this takes time."""
     try:
         lock.acquire(timeout=0)
@@ -121,7 +131,9 @@ def acquire(lock: FileLock, folder: Path, wait_seconds: float, say: Callable[[st
         try:
             lock.acquire(timeout=wait_seconds, poll_interval=0.2)
         except Timeout:
-            raise ConfigError(f"--output_dir {folder}: is in use by another run. Choose another --output_dir") from None
+            raise ConfigError(
+                f"--output_dir {folder}: is in use by another run. Choose another --output_dir"
+            ) from None
     except (OSError, NotImplementedError) as error:
         say(f"note: {folder} cannot be locked ({error}). Do not start a second run there")
 

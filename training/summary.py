@@ -1,4 +1,5 @@
-"""The summary that a run prints before it trains: what is trained, and each derived number as an equation."""
+"""The summary that a run prints before it trains: what is trained, and each derived number as an
+equation."""
 
 from collections import Counter
 from importlib.metadata import version
@@ -17,7 +18,8 @@ MAX_BUCKETS = 12
 
 
 def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
-    """Return a line with the image sizes and the samples per epoch of each, if there are several sizes."""
+    """Return a line with the image sizes and the samples per epoch of each, if there are several
+    sizes."""
     buckets = []
     for bucket in dataset.buckets:
         row = bucket[0].first
@@ -45,8 +47,10 @@ def learning_rate_lines(config: TrainConfig, total_batch_size: int) -> list[str]
         return []
     scale = batch_size_scale(config.optim, total_batch_size)
     prefix = "square root of " if config.optim.scale_lr == "sqrt" else ""
-    return [f"rate        learning_rate x {prefix}samples per step = {config.learning_rate:g} x {scale:g} = "
-            f"{config.learning_rate * scale:g}"]  # fmt: skip
+    return [
+        f"rate        learning_rate x {prefix}samples per step = {config.learning_rate:g} x {scale:g} = "
+        f"{config.learning_rate * scale:g}"
+    ]
 
 
 def optimizer_lines(config: TrainConfig) -> list[str]:
@@ -57,8 +61,10 @@ def optimizer_lines(config: TrainConfig) -> list[str]:
         arguments = "".join(f", {pair}" for pair in config.optim.args)
         lines.append(f"optimizer   {name} of {entry.package} {version(entry.package)}{arguments}")
         if entry.needs_single_lr and config.learning_rate != 1:
-            lines.append(f"note        {name} finds the learning rate by itself, and learning_rate is a factor on it. "
-                         f"It is made for 1, not {config.learning_rate:g}")  # fmt: skip
+            lines.append(
+                f"note        {name} finds the learning rate by itself, and learning_rate is a factor on it. "
+                f"It is made for 1, not {config.learning_rate:g}"
+            )
     if config.ema.decay:
         lines.append(
             f"average     EMA of decay {config.ema.decay:g}; validation, samples and export use: "
@@ -73,8 +79,10 @@ def process_lines(micro_batches_per_step: int) -> list[str]:
         return []
     divisors = [n for n in range(1, micro_batches_per_step + 1) if micro_batches_per_step % n == 0]
     *first, last = map(str, divisors)
-    return [f"processes   {', '.join(first)} or {last} can resume this run with the same command: they share its "
-            f"{micro_batches_per_step} micro-batches per step"]  # fmt: skip
+    return [
+        f"processes   {', '.join(first)} or {last} can resume this run with the same command: they share its "
+        f"{micro_batches_per_step} micro-batches per step"
+    ]
 
 
 def adapter_lines(parts: RunParts) -> list[str]:
@@ -107,7 +115,9 @@ def step_lines(
     ]
 
 
-def model_lines(config: TrainConfig, parts: RunParts, loss_function: LossFunction, device: torch.device) -> list[str]:
+def model_lines(
+    config: TrainConfig, parts: RunParts, loss_function: LossFunction, device: torch.device
+) -> list[str]:
     """Return lines about the base model, the objective and the data."""
     datasets = parts.datasets
     num_validation = len(datasets.validation) if datasets.validation else 0
@@ -126,15 +136,23 @@ def end_lines(config: TrainConfig, parts: RunParts) -> list[str]:
     lines = []
     if config.existing_lora is not None:
         num_layers = len(parts.adapted.layers())
-        lines.append(f"existing    {config.existing_lora}: {num_layers} layers, every tensor matched")
+        lines.append(
+            f"existing    {config.existing_lora}: {num_layers} layers, every tensor matched"
+        )
     if parts.previous_steps:
         total_steps = parts.previous_steps + config.steps
-        lines.append(f"continued   {parts.previous_steps} earlier + {config.steps} = {total_steps} steps in total")
+        lines.append(
+            f"continued   {parts.previous_steps} earlier + {config.steps} = {total_steps} steps in total"
+        )
     return [*lines, f"output      {config.output_dir}"]
 
 
 def summary(
-    config: TrainConfig, parts: RunParts, loss_function: LossFunction, process: ProcessInfo, micro_batches_per_step: int
+    config: TrainConfig,
+    parts: RunParts,
+    loss_function: LossFunction,
+    process: ProcessInfo,
+    micro_batches_per_step: int,
 ) -> str:
     """Return the summary of a run."""
     lines = [

@@ -13,7 +13,8 @@ class TrainState:
     step: int
     """Optimizer steps done. Schedule, noise and learning rate follow from it (data/schedule.py)."""
     micro_batches_per_step: int
-    """Of all processes together. A resumed run keeps this number, also with another number of processes."""
+    """Of all processes together. A resumed run keeps this number, also with another number of
+    processes."""
     started_at: float
     """Seconds since the epoch."""
     history: History

@@ -16,22 +16,29 @@ from training.train_state import TrainState
 
 
 class StepCallback(Protocol):
-    """An action before the first step and after each step. All processes call it, so it may be collective."""
+    """An action before the first step and after each step. All processes call it, so it may be
+    collective."""
 
     def before_first_step(self) -> None:
         """WHEN: once, before the first step of a new or resumed run."""
 
     def after_step(self) -> None:
-        """WHEN: after each step; `state.step` counts the steps done. Raise RunStopped to end the run."""
+        """WHEN: after each step; `state.step` counts the steps done. Raise RunStopped to end the
+        run."""
 
 
 class Trainer:
     """Trains the adapters from the step of `state` to the last step."""
 
     def __init__(
-        self, config: TrainConfig, engine: Engine, loss_function: LossFunction, batches: BatchStream,
-        state: TrainState, services: RunServices,
-    ):  # fmt: skip
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        loss_function: LossFunction,
+        batches: BatchStream,
+        state: TrainState,
+        services: RunServices,
+    ):
         self.config, self.engine, self.loss_function = config, engine, loss_function
         self.batches, self.state, self.services = batches, state, services
         self.buffer = LossBuffer()
@@ -47,8 +54,10 @@ class Trainer:
         batches = self.batches.from_step(state.step, state.micro_batches_per_step)
         while state.step < self.config.steps:
             if stops_early(state.history.validation, self.config.validation):
-                reporter.say(f"stopped early at step {state.step} of {self.config.steps}: "
-                             f"{self.config.validation.patience} validations without improvement")  # fmt: skip
+                reporter.say(
+                    f"stopped early at step {state.step} of {self.config.steps}: "
+                    f"{self.config.validation.patience} validations without improvement"
+                )
                 break
             self.train_step(batches)
             for callback in self.callbacks:
@@ -56,7 +65,8 @@ class Trainer:
         reporter.close()
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """Add up the gradients of a step's micro-batches, then update the weights. Reads nothing from the device."""
+        """Add up the gradients of a step's micro-batches, then update the weights. Reads nothing
+        from the device."""
         state, services = self.state, self.services
         num_micro_batches = state.micro_batches_per_step // services.accelerator.num_processes
         for index in range(num_micro_batches):
@@ -69,7 +79,9 @@ class Trainer:
                 self.engine.backward(loss / num_micro_batches, is_last)
             self.buffer.losses.append(loss.detach())
         services.rank_check.check_gradients()
-        learning_rate = scheduled_learning_rate(self.config, state.step, state.micro_batches_per_step)
+        learning_rate = scheduled_learning_rate(
+            self.config, state.step, state.micro_batches_per_step
+        )
         self.buffer.norms.append(self.engine.update(learning_rate))
         state.step += 1
         services.ema.update(state.step)

@@ -1,8 +1,9 @@
 """Validation: the loss on held-out images at fixed noise and fixed noise levels.
 
-The loss is the plain squared error of the prediction, whatever the training loss is (LossFunction.for_validation), so
-it is comparable between steps and between runs. Only masks and weights of the data count as in training. Nothing is
-drawn from a global generator: a run with validation takes the same training steps as a run without.
+The loss is the plain squared error of the prediction, whatever the training loss is
+(LossFunction.for_validation), so it is comparable between steps and between runs. Only masks and
+weights of the data count as in training. Nothing is drawn from a global generator: a run with
+validation takes the same training steps as a run without.
 """
 
 import math
@@ -21,7 +22,8 @@ from training.loss import LossFunction
 
 MAX_SAMPLES = 16
 MAX_ELEMENTS = 2**18
-"""Samples, and elements of their latents, in a forward pass; a batch of batch_size samples is always allowed."""
+"""Samples, and elements of their latents, in a forward pass; a batch of batch_size samples is
+always allowed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def validate(
     config: TrainConfig,
     must_stop: Callable[[], bool],
 ) -> ValidationResult | None:
-    """Return the losses of all held-out images, or None on all processes if `must_stop` returned true.
+    """Return the losses of all held-out images, or None on all processes if `must_stop` returned
+    true.
 
     Collective: all processes take the same number of chunks, because a sharded denoiser needs all of them. Reads the
     device once."""
@@ -106,7 +109,9 @@ def validate(
             return None
         index = first + accelerator.process_index
         is_counted = index < len(chunks)
-        rows, level_indices, batch = chunk_batch(dataset, noise_levels, chunks[min(index, len(chunks) - 1)])
+        rows, level_indices, batch = chunk_batch(
+            dataset, noise_levels, chunks[min(index, len(chunks) - 1)]
+        )
         with accelerator.autocast():
             losses = loss_function(denoiser, batch.to(device))
         if is_counted:
@@ -116,6 +121,8 @@ def validate(
     denoiser.train()
     totals = accelerator.reduce(torch.cat([sums, non_finite]), "sum").tolist()
     means = [total / len(dataset) for total in totals[: len(noise_levels)]]
-    losses_by_level = {f"quantile_{level:g}": mean for level, mean in zip(noise_levels, means, strict=True)}
+    losses_by_level = {
+        f"quantile_{level:g}": mean for level, mean in zip(noise_levels, means, strict=True)
+    }
     non_finite_rows = [row for row, count in enumerate(totals[len(noise_levels) :]) if count]
     return ValidationResult({"loss": sum(means) / len(means), **losses_by_level}, non_finite_rows)

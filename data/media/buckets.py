@@ -1,4 +1,5 @@
-"""Aspect buckets: sizes of about one area, and the way an image is scaled and cropped to the size nearest its shape."""
+"""Aspect buckets: sizes of about one area, and the way an image is scaled and cropped to the size
+nearest its shape."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from data.config import DataConfig
 
 @dataclass(frozen=True)
 class Crop:
-    """How pixels are made of an image: scaled to (scaled_width, scaled_height), of which a window is taken.
+    """How pixels are made of an image: scaled to (scaled_width, scaled_height), of which a window
+    is taken.
 
     Everything in pixels. `width`, `height`: of the image as it is shown, after its EXIF turn.
     """
@@ -52,12 +54,17 @@ class Buckets:
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the bucket for an image: of all with the most area for their width, the one whose shape
         is nearest, on a logarithmic scale."""
-        resolution = self.resolution if self.upscale else min(self.resolution, math.isqrt(width * height))
+        resolution = (
+            self.resolution if self.upscale else min(self.resolution, math.isqrt(width * height))
+        )
         if self.only_square:
             side = self.resolution if self.upscale else min(self.resolution, width, height)
             return (max(self.step, side // self.step * self.step),) * 2
         shape = math.log(width / height)
-        return min(self._sizes(max(resolution, self.step)), key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+        return min(
+            self._sizes(max(resolution, self.step)),
+            key=lambda size: abs(math.log(size[0] / size[1]) - shape),
+        )
 
     def _sizes(self, resolution: int) -> list[tuple[int, int]]:
         """All sizes, the square first, so that it wins a tie."""
@@ -76,6 +83,9 @@ class Buckets:
         """The image scaled until it just covers its bucket, and the window in its middle."""
         crop_width, crop_height = self.size(width, height)
         scale = max(crop_width / width, crop_height / height)
-        scaled_width, scaled_height = max(crop_width, round(width * scale)), max(crop_height, round(height * scale))
+        scaled_width, scaled_height = (
+            max(crop_width, round(width * scale)),
+            max(crop_height, round(height * scale)),
+        )
         left, top = (scaled_width - crop_width) // 2, (scaled_height - crop_height) // 2
         return Crop(width, height, scaled_width, scaled_height, left, top, crop_width, crop_height)

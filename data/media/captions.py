@@ -1,7 +1,7 @@
 """The variants of an image's captions: with the trigger, and with shuffled or dropped tags.
 
-All variants are known before training, so that each is encoded once: every possible variant, or `max_variants` of them,
-drawn by a key of the caption.
+All variants are known before training, so that each is encoded once: every possible variant, or
+`max_variants` of them, drawn by a key of the caption.
 """
 
 import math
@@ -22,7 +22,8 @@ TagOrder = tuple[str, ...]
 def caption_variants(captions: list[str], source: SourceConfig) -> Variants:
     """Return all captions under which an image with these captions can be seen.
 
-    The first one is the unchanged first caption. It is used wherever nothing is drawn, even if it is never drawn."""
+    The first one is the unchanged first caption. It is used wherever nothing is drawn, even if it
+    is never drawn."""
     result: Variants = {with_trigger(captions[0], source): 0.0}
     for caption in captions:
         for text, probability in variants_of_one(caption, source).items():

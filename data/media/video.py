@@ -1,6 +1,8 @@
-"""Turns the content of a video file, or of an animated GIF or WebP, into pixels; the one place where videos are opened.
+"""Turns the content of a video file, or of an animated GIF or WebP, into pixels; the one place
+where videos are opened.
 
-Frame k of a clip is the picture that is shown k / fps seconds after the clip's start, whatever the file's own rate.
+Frame k of a clip is the picture that is shown k / fps seconds after the clip's start, whatever the
+file's own rate.
 """
 
 import io
@@ -22,8 +24,13 @@ from data.media.buckets import Crop
 
 EXTENSIONS = {".mp4", ".webm", ".mov", ".mkv"}
 LATE = 0.05  # of a frame: how much the times in a file may be rounded
-SHORTEST, USUAL = 0.011, 0.1  # seconds: what a GIF shows for less has the usual time in all browsers
-Shown = tuple[float, float, Callable[[], Image.Image]]  # a frame's first second, how long it is shown, and its picture
+SHORTEST, USUAL = (
+    0.011,
+    0.1,
+)  # seconds: what a GIF shows for less has the usual time in all browsers
+Shown = tuple[
+    float, float, Callable[[], Image.Image]
+]  # a frame's first second, how long it is shown, and its picture
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Clips:
         return cls(config.frames, config.fps or fps, step, config.video_clips == "spread")
 
     def of(self, seconds: float) -> list[Clip]:
-        """Those of a video of that length; of one that is too short, the most frames it has that the model takes."""
+        """Those of a video of that length; of one that is too short, the most frames it has that
+        the model takes."""
         there = max(1, int(seconds * self.fps + LATE))
         if there < self.frames:
             return [Clip(0.0, 1 + (there - 1) // self.step * self.step, self.fps)]
@@ -105,7 +113,9 @@ def check(content: bytes) -> Facts:
         if not number:
             size = picture().size
             if size[0] * size[1] > images.MAX_PIXELS:
-                raise DataError(f"{size[0]}x{size[1]} pixels; more than {images.MAX_PIXELS} are taken for an attack")
+                raise DataError(
+                    f"{size[0]}x{size[1]} pixels; more than {images.MAX_PIXELS} are taken for an attack"
+                )
         end = start + length
     if not end:
         raise DataError("a video without pictures")
@@ -113,7 +123,8 @@ def check(content: bytes) -> Facts:
 
 
 def pixels(content: bytes, crop: Crop, clip: Clip, background: str, flip: bool = False) -> Tensor:
-    """A clip's colours, (3, frames, crop_height, crop_width) float32 in [-1, 1]; of one frame (3, height, width).
+    """A clip's colors, (3, frames, crop_height, crop_width) float32 in [-1, 1]; of one frame (3,
+    height, width).
 
     Otherwise as images.pixels.
     """
@@ -125,7 +136,9 @@ def pixels(content: bytes, crop: Crop, clip: Clip, background: str, flip: bool =
         """The last frame's pixels for all times before the next one's."""
         made = None
         while last is not None and len(found) < len(times) and times[len(found)] < until:
-            made = images.scaled(images.over(last(), background), crop, flip) if made is None else made
+            made = (
+                images.scaled(images.over(last(), background), crop, flip) if made is None else made
+            )
             found.append(made)
 
     for start, _, picture in shown(content):
@@ -140,7 +153,8 @@ def pixels(content: bytes, crop: Crop, clip: Clip, background: str, flip: bool =
 
 
 def frames_of(rows: pa.Table) -> np.ndarray:
-    """Frames of each row of tables.ROWS that is a clip; 0 of images, and of latents that are taken as they are."""
+    """Frames of each row of tables.ROWS that is a clip; 0 of images, and of latents that are taken
+    as they are."""
     clips = rows.column("clip")
     if clips.null_count == len(clips):
         return np.zeros(len(clips), np.int64)
@@ -163,7 +177,11 @@ def in_animation(content: bytes) -> Iterator[Shown]:
                 image.load()
                 length = image.info.get("duration", 0) / 1000
                 length = length if length >= SHORTEST else USUAL
-                yield start, length, image.convert("RGBA").copy  # now: the reader goes on to the next
+                yield (
+                    start,
+                    length,
+                    image.convert("RGBA").copy,
+                )  # now: the reader goes on to the next
                 start += length
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         raise DataError(f"damaged ({error or type(error).__name__})") from error
@@ -174,7 +192,9 @@ def in_container(content: bytes) -> Iterator[Shown]:
     try:
         import av  # an extra, and a slow import
     except ImportError as error:
-        raise DataError("videos are read with PyAV, which is not installed: pip install 'train-lora[video]'") from error
+        raise DataError(
+            "videos are read with PyAV, which is not installed: pip install 'train-lora[video]'"
+        ) from error
     try:
         with av.open(io.BytesIO(content), "r") as container:
             if not container.streams.video:
@@ -184,10 +204,16 @@ def in_container(content: bytes) -> Iterator[Shown]:
             for number, frame in enumerate(container.decode(stream)):
                 time = number * usual if frame.time is None else frame.time
                 first = time if first is None else first
-                length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else usual
+                length = (
+                    float(frame.duration * frame.time_base)
+                    if frame.duration and frame.time_base
+                    else usual
+                )
                 yield time - first, length, partial(upright, frame)
     except av.FFmpegError as error:
-        raise DataError(f"neither an image nor a video that can be read ({error.strerror or error})") from error
+        raise DataError(
+            f"neither an image nor a video that can be read ({error.strerror or error})"
+        ) from error
 
 
 def upright(frame: Any) -> Image.Image:

@@ -1,4 +1,5 @@
-"""Encodes images and captions once, into stores on disk; a second run encodes nothing, a changed caption one row.
+"""Encodes images and captions once, into stores on disk; a second run encodes nothing, a changed
+caption one row.
 
 In turn, on all ranks (turns.py), each stage leaving a file that the next one reads:
 
@@ -73,7 +74,8 @@ class Datasets:
 
 @dataclass(frozen=True)
 class Planned:
-    """What there is to train on, before anything is encoded: `work.rows` (tables.ROWS) and `work.listing`."""
+    """What there is to train on, before anything is encoded: `work.rows` (tables.ROWS) and
+    `work.listing`."""
 
     work: encode.Work
     stores: Stores
@@ -98,7 +100,9 @@ class Build:
 
     @classmethod
     @contextmanager
-    def opened(cls, config: DataConfig, family: ModelFamily, accelerator: Accelerator) -> Iterator["Build"]:
+    def opened(
+        cls, config: DataConfig, family: ModelFamily, accelerator: Accelerator
+    ) -> Iterator["Build"]:
         """With a folder for what the stages leave each other, which is removed at the end."""
         turns = Turns(accelerator, Path(config.cache_dir))
         try:
@@ -108,21 +112,29 @@ class Build:
             turns.give_up(error)
             raise
 
-    def __init__(self, config: DataConfig, family: ModelFamily, turns: Turns, accelerator: Accelerator):
+    def __init__(
+        self, config: DataConfig, family: ModelFamily, turns: Turns, accelerator: Accelerator
+    ):
         self.config, self.family, self.turns, self.accelerator = config, family, turns, accelerator
         self.cache = Path(config.cache_dir)
         self.listing, self.rows = turns.folder / "listing.arrow", turns.folder / "rows.arrow"
-        if fault := images.colour_fault(config.background):
+        if fault := images.color_fault(config.background):
             raise DataError(f"--data.background: {fault}")
         held_out = () if config.validation_path is None else (SourceConfig(config.validation_path),)
         configs = (*config.all_sources(), *(config.with_defaults(source) for source in held_out))
         self.identities = turns.main(self._identities)
         try:
-            opened = tuple(open_source(source, config, family, self.identities) for source in configs)
+            opened = tuple(
+                open_source(source, config, family, self.identities) for source in configs
+            )
         except OSError as error:
             raise DataError(f"the training data cannot be read: {error}") from error
-        clips = Clips.wanted(config, family.frame_step, family.fps) if family.media == "video" else None
-        if (fault := family.frames_fault(config.frames)) and (clips is None or any(s.has_images for s in opened)):
+        clips = (
+            Clips.wanted(config, family.frame_step, family.fps) if family.media == "video" else None
+        )
+        if (fault := family.frames_fault(config.frames)) and (
+            clips is None or any(s.has_images for s in opened)
+        ):
             raise DataError(f"--data.frames {config.frames}: {fault}")
         self.sources = Sources(config, opened, len(configs) - len(held_out), clips)
 
@@ -132,13 +144,19 @@ class Build:
         bad = self._inspect(faults)
         stores = self._stores()
         planner = Planner(
-            self.sources, Store(self._facts_folder), Buckets.of(self.config, self.family.pixel_step(), only_square)
+            self.sources,
+            Store(self._facts_folder),
+            Buckets.of(self.config, self.family.pixel_step(), only_square),
         )
         todo = self.turns.main(lambda: self._plan(planner, bad, stores))
         work = encode.Work(
-            planner, tables.mapped(self.listing), tables.mapped(self.rows), self.family, self.accelerator.device,
+            planner,
+            tables.mapped(self.listing),
+            tables.mapped(self.rows),
+            self.family,
+            self.accelerator.device,
             (self.turns.rank, self.turns.ranks),
-        )  # fmt: skip
+        )
         return Planned(work, stores, todo["media"], todo["texts"], len(bad))
 
     def run(self, only_square: bool) -> Datasets:
@@ -150,13 +168,18 @@ class Build:
         indices = self.turns.main(lambda: self._index(stores))
         train, validation = (self._dataset(name, stores) for name in indices)
         assert train is not None
-        return Datasets(train, validation, planned.missing_images, planned.missing_captions, planned.skipped)
+        return Datasets(
+            train, validation, planned.missing_images, planned.missing_captions, planned.skipped
+        )
 
     def _encode(self, work: encode.Work, stores: Stores) -> None:
         """Captions, then images, of which each encoder has the device to itself."""
         texts = np.load(self.turns.folder / "texts.npy")
         found = self.turns.each(lambda: encode.encode_texts(work, stores.text, texts))
-        number, first = sum(count for count, _ in found), [text for _, texts in found for text in texts]
+        number, first = (
+            sum(count for count, _ in found),
+            [text for _, texts in found for text in texts],
+        )
         if number and self.turns.rank == 0:
             print(
                 bullet_list(
@@ -165,25 +188,41 @@ class Build:
                     MAX_LISTED,
                 )
             )
-        self.turns.each(lambda: encode.encode_media(work, stores.media, np.load(self.turns.folder / "media.npy")))
+        self.turns.each(
+            lambda: encode.encode_media(
+                work, stores.media, np.load(self.turns.folder / "media.npy")
+            )
+        )
 
     def _stores(self) -> Stores:
-        encoded = [source.folder for source in self.sources.opened if isinstance(source, EncodedSource)]
+        encoded = [
+            source.folder for source in self.sources.opened if isinstance(source, EncodedSource)
+        ]
         # families that share encoders need not make the same of them; latents of images are alike
         kind = (self.family.media, *self.family.media_cond)
         of_media = kind if kind != ("image",) else ()
         names = {
-            "media": digest(VERSION, self.config.vae_sampling, self.config.masks, self.identities["vae"], *of_media),
+            "media": digest(
+                VERSION,
+                self.config.vae_sampling,
+                self.config.masks,
+                self.identities["vae"],
+                *of_media,
+            ),
             "text": digest(VERSION, self.identities["text"], self.family.name),
         }
         folders = {kind: self.cache / f"{kind}-{name}" for kind, name in names.items()}
         self.turns.main(lambda: discard_damaged(folders.values()))
-        media, text = (Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items())
+        media, text = (
+            Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items()
+        )
         return Stores(media, text, self.family.ragged)
 
     def _identities(self) -> dict[str, str]:
         family, cache = self.family, self.cache
-        hashes = {name: hash_of_files(family.component_files(name), cache) for name in ("vae", "text")}
+        hashes = {
+            name: hash_of_files(family.component_files(name), cache) for name in ("vae", "text")
+        }
         if family.text_form:
             hashes["text"] = digest(hashes["text"], family.text_form)
         return {**hashes, "family": family.name}
@@ -196,12 +235,20 @@ class Build:
         """Looks at all images that are not known; the entries that are skipped."""
         self.turns.main(lambda: discard_damaged([self._facts_folder]))
         share = (self.turns.rank, self.turns.ranks)
-        found = self.turns.each(lambda: inspect_share(self.sources, self.listing, Store(self._facts_folder), share))
+        found = self.turns.each(
+            lambda: inspect_share(self.sources, self.listing, Store(self._facts_folder), share)
+        )
         if wrong := self.family.frames_fault(1):
-            found.append(self.turns.main(lambda: stills(self.sources, self.listing, Store(self._facts_folder), wrong)))
+            found.append(
+                self.turns.main(
+                    lambda: stills(self.sources, self.listing, Store(self._facts_folder), wrong)
+                )
+            )
         bad = sorted((entry, fault) for part in found for entry, fault in part)
         faults = [*faults, *(fault for _, fault in bad)]
-        if faults and (self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)):
+        if faults and (
+            self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)
+        ):
             raise DataError(error_list("the training data", unique(faults), MAX_LISTED))
         if faults and self.turns.rank == 0:
             remain = len(tables.mapped(self.listing)) - len(bad)
@@ -211,7 +258,8 @@ class Build:
         return {entry for entry, _ in bad}
 
     def _plan(self, planner: Planner, bad: set[int], stores: Stores) -> dict[str, int]:
-        """Writes the rows, and which of their media and captions are to be encoded; returns how many these are."""
+        """Writes the rows, and which of their media and captions are to be encoded; returns how
+        many these are."""
         write_rows(planner, self.listing, self.rows, bad)
         rows = tables.mapped(self.rows)
         if short := short_videos(rows, tables.mapped(self.listing), self.sources.clips):
@@ -249,11 +297,16 @@ class Build:
         names: list[str | None] = []
         for chosen in (train, held_out):
             folder = self.turns.folder / f"index{len(names)}"
-            names.append(self._keep(folder, write_index(folder, rows, chosen, stores)) if len(chosen) else None)
+            names.append(
+                self._keep(folder, write_index(folder, rows, chosen, stores))
+                if len(chosen)
+                else None
+            )
         return names
 
     def _keep(self, folder: Path, identity: str) -> str:
-        """Moves an index and its listing to their place in the cache; returns the name of the place."""
+        """Moves an index and its listing to their place in the cache; returns the name of the
+        place."""
         shutil.copy(self.listing, folder / "listing.arrow")
         with self.listing.open("rb") as file:  # other names are another index, though the same data
             names = hashlib.file_digest(file, "sha256").hexdigest()
@@ -261,11 +314,17 @@ class Build:
         try:
             folder.rename(self.cache / name)
         except OSError:
-            if not (self.cache / name / "listing.arrow").is_file():  # else it is there from an earlier run
+            if not (
+                self.cache / name / "listing.arrow"
+            ).is_file():  # else it is there from an earlier run
                 raise
         os.utime(self.cache / name)
-        if never := json.loads((self.cache / name / "index.json").read_text(encoding="utf-8"))["never_dropped"]:
-            print(f"note: {never} samples have conditioning unlike the empty prompt's, and are never shown with it")
+        if never := json.loads((self.cache / name / "index.json").read_text(encoding="utf-8"))[
+            "never_dropped"
+        ]:
+            print(
+                f"note: {never} samples have conditioning unlike the empty prompt's, and are never shown with it"
+            )
         for other in self.cache.glob("index-*"):
             if is_old(other, DAYS_KEPT):
                 shutil.rmtree(other, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Runs the text encoders and the VAE over what the stores lack.
 
-Every batch has encode_batch_size rows, filled up if need be, so that the bytes of a row do not depend on which others
-happen to be missing, nor on the number of ranks.
+Every batch has encode_batch_size rows, filled up if need be, so that the bytes of a row do not
+depend on which others happen to be missing, nor on the number of ranks.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,9 @@ class Work:
         return has_images(self.rows, self.listing, self.planner.sources)
 
     def progress(self, items: Iterator, total: int, what: str) -> Iterator:
-        return tqdm(items, desc=f"encoding {what}", total=total, disable=self.share[0] != 0 or not total)
+        return tqdm(
+            items, desc=f"encoding {what}", total=total, disable=self.share[0] != 0 or not total
+        )
 
     def cells(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Cells of rows of the plan, with those of their entries in the listing."""
@@ -109,7 +111,11 @@ def encode_texts(work: Work, store: Store, todo: np.ndarray) -> tuple[int, list[
         for batch in batched(work.progress(captions(), len(places), "captions"), size):
             filled = batch + [""] * (size - len(batch))
             counts, limit = work.family.token_counts(batch)
-            found = [text[:MOST_LETTERS] for text, count in zip(batch, counts, strict=True) if count > limit]
+            found = [
+                text[:MOST_LETTERS]
+                for text, count in zip(batch, counts, strict=True)
+                if count > limit
+            ]
             number += len(found)
             too_long.extend(found[: MOST_NAMED - len(too_long)])
             conds = work.family.encode_prompt(encoders, filled)
@@ -144,14 +150,19 @@ def import_tensors(work: Work, stores: Stores) -> None:
 
     def texts() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
         for row, _, cond in to_import(work, stores):
-            yield row["texts"][0], {name: tensor for name, tensor in cond.items() if name not in of_media}
+            yield (
+                row["texts"][0],
+                {name: tensor for name, tensor in cond.items() if name not in of_media},
+            )
 
     of_media = work.family.media_cond
     stores.media.write(media())
     stores.text.write(texts())
 
 
-def to_import(work: Work, stores: Stores) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
+def to_import(
+    work: Work, stores: Stores
+) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
     """Rows of the plan with latents and conditioning, of what the stores lack."""
     rank, ranks = work.share
     sources = work.planner.sources.opened
@@ -239,10 +250,14 @@ def picture(
         mask = images.alpha_mask(content, crop, flip) if clip is None else whole
     elif config.masks == "files":
         mask = images.mask_file(mask_content, crop, flip) if entry["mask"] else whole
-    return Picture(row["media"][int(flip)], pixels_of(content, crop, clip, config.background, flip), mask)
+    return Picture(
+        row["media"][int(flip)], pixels_of(content, crop, clip, config.background, flip), mask
+    )
 
 
-def pixels_of(content: bytes, crop: Crop, clip: Clip | None, background: str, flip: bool = False) -> Tensor:
+def pixels_of(
+    content: bytes, crop: Crop, clip: Clip | None, background: str, flip: bool = False
+) -> Tensor:
     """Of an image or of a clip of a video: (3, [F,] H, W)."""
     if clip is None:
         return images.pixels(content, crop, background, flip)
@@ -254,17 +269,25 @@ def together(work: Work, picture: Picture) -> int:
     return work.config.encode_batch_size if picture.pixels.ndim == 3 else 1
 
 
-def encoded(work: Work, encoders: Any, pictures: list[Picture]) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
+def encoded(
+    work: Work, encoders: Any, pictures: list[Picture]
+) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
     size = together(work, pictures[0])
-    pixels = torch.stack([p.pixels for p in pictures] + [pictures[0].pixels] * (size - len(pictures)))
+    pixels = torch.stack(
+        [p.pixels for p in pictures] + [pictures[0].pixels] * (size - len(pictures))
+    )
     pixels = pixels.to(work.device)
     mean, deviation = work.family.encode_media(encoders, pixels)
     cond = work.family.encode_media_cond(encoders, pixels) if work.family.media_cond else {}
-    assert cond.keys() == {*work.family.media_cond} - {*schema.MEDIA_TENSORS}, "as the family says, under its own names"
+    assert cond.keys() == {*work.family.media_cond} - {*schema.MEDIA_TENSORS}, (
+        "as the family says, under its own names"
+    )
     for i, one in enumerate(pictures):
         tensors = {"latents": mean[i], **{name: tensor[i] for name, tensor in cond.items()}}
         if work.config.vae_sampling == "sample":
             tensors["deviation"] = deviation[i]
         if one.mask is not None:
-            tensors["mask"] = F.adaptive_avg_pool2d(one.mask[None], (mean.shape[-2], mean.shape[-1]))[0]
+            tensors["mask"] = F.adaptive_avg_pool2d(
+                one.mask[None], (mean.shape[-2], mean.shape[-1])
+            )[0]
         yield one.key, tensors

@@ -1,4 +1,5 @@
-"""The rows of a run in the order of their buckets, with the places of what belongs to them: mapped arrays on disk."""
+"""The rows of a run in the order of their buckets, with the places of what belongs to them: mapped
+arrays on disk."""
 
 import hashlib
 import json
@@ -14,7 +15,8 @@ from data.store.store import MISSING, Store
 
 
 def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores) -> str:
-    """Writes the index of the rows `chosen` of a plan, sorted by bucket and content; returns its fingerprint.
+    """Writes the index of the rows `chosen` of a plan, sorted by bucket and content; returns its
+    fingerprint.
 
     All of it follows from what the rows hold, not from the names or the order of files. One array is in memory at a
     time, besides the order.
@@ -25,7 +27,11 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
     arrays.add("weight", rows.column("weight").to_numpy()[taken])
     empty = stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))
     dropout = rows.column("dropout").to_numpy()[taken]
-    fits = text_kinds == stores.text.kinds(empty, stores.ragged) if empty[0] != MISSING else np.ones(len(taken), bool)
+    fits = (
+        text_kinds == stores.text.kinds(empty, stores.ragged)
+        if empty[0] != MISSING
+        else np.ones(len(taken), bool)
+    )
     arrays.add("dropout", np.where(fits, dropout, 0).astype(np.float32))
     repeats = rows.column("repeats").to_numpy()[taken]
     arrays.add("repeats", repeats)
@@ -35,7 +41,9 @@ def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores
     starts = tables.starts(lengths)[taken]
     lengths = lengths[taken]
     arrays.add("text_first", np.concatenate([[0], np.cumsum(lengths)]))
-    items = np.arange(lengths.sum()) + np.repeat(starts - tables.starts(lengths), lengths)  # lists in the new order
+    items = np.arange(lengths.sum()) + np.repeat(
+        starts - tables.starts(lengths), lengths
+    )  # lists in the new order
     arrays.add("shares", flat(rows.column("shares"))[items])
     arrays.add_places("texts", tables.keys(rows.column("texts"))[items], stores.text)
     fingerprint = arrays.state.hexdigest()

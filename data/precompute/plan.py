@@ -1,4 +1,5 @@
-"""From the rows of all sources to what is trained on: content, crop, captions, and the keys of what is stored."""
+"""From the rows of all sources to what is trained on: content, crop, captions, and the keys of what
+is stored."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -40,14 +41,18 @@ class Sources:
     clips: video.Clips | None = None
     """What is taken of a video; None for models of images."""
 
-    def contents(self, cells: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
+    def contents(
+        self, cells: list[dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
         """Rows of a listing, which ascend, with their files."""
         for number, source in enumerate(self.opened):
             mine = {row["row"]: row for row in cells if row["source"] == number}
             if not mine or not source.has_images:
                 continue
             try:
-                for row, content in source.contents({row: mine[row]["name"] for row in sorted(mine)}):
+                for row, content in source.contents(
+                    {row: mine[row]["name"] for row in sorted(mine)}
+                ):
                     yield mine.pop(row), content
             except DataError as error:  # of the source as a whole
                 yield from ((row, error) for row in mine.values())
@@ -88,7 +93,9 @@ def look(
     try:
         if isinstance(content, DataError):
             raise content
-        facts = video.check(content) if videos and video.is_video(content) else images.check(content)
+        facts = (
+            video.check(content) if videos and video.is_video(content) else images.check(content)
+        )
         mask = b""
         if cells["mask"]:
             mask = Path(cells["mask"]).read_bytes()
@@ -102,7 +109,9 @@ def look(
     return cells, known
 
 
-def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[int, int]) -> list[tuple[int, str]]:
+def inspect_share(
+    sources: Sources, listing: Path, facts: Store, share: tuple[int, int]
+) -> list[tuple[int, str]]:
     """Opens the images of every `share[1]`th row from `share[0]` on that are not known yet, and notes their size and
     content. Returns the rows with a fault, and the fault."""
     table = tables.mapped(listing)
@@ -113,8 +122,13 @@ def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[in
     def unknown() -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
         for start in range(0, len(table), tables.BATCH):
             numbers = np.arange(start, min(start + tables.BATCH, len(table)))
-            cells = [{**row, "entry": n} for n, row in tables.rows_of(table, numbers[numbers % ranks == rank])]
-            yield from sources.contents([row for row in cells if facts_key(row, videos) not in facts])
+            cells = [
+                {**row, "entry": n}
+                for n, row in tables.rows_of(table, numbers[numbers % ranks == rank])
+            ]
+            yield from sources.contents(
+                [row for row in cells if facts_key(row, videos) not in facts]
+            )
 
     def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
         for cells, found in ahead(partial(look, videos), unknown(), FEW if videos else AHEAD):
@@ -128,14 +142,24 @@ def inspect_share(sources: Sources, listing: Path, facts: Store, share: tuple[in
 
 
 def stills(sources: Sources, listing: Path, facts: Store, fault: str) -> list[tuple[int, str]]:
-    """The entries that are looked at, of which one frame would be taken, and that this is a `fault`."""
+    """The entries that are looked at, of which one frame would be taken, and that this is a
+    `fault`."""
     found = []
     for entry, cells in tables.rows_of(tables.mapped(listing)):
         key = facts_key(cells, videos=True)
         if sources.opened[cells["source"]].has_images and key in facts:
             seconds = facts[key].get("seconds")
-            if seconds is None or sources.clips is None or sources.clips.of(seconds.item())[0].frames == 1:
-                found.append((entry, f"{cells['name']}: {'an image' if seconds is None else 'too short'}; {fault}"))
+            if (
+                seconds is None
+                or sources.clips is None
+                or sources.clips.of(seconds.item())[0].frames == 1
+            ):
+                found.append(
+                    (
+                        entry,
+                        f"{cells['name']}: {'an image' if seconds is None else 'too short'}; {fault}",
+                    )
+                )
     return found
 
 
@@ -154,10 +178,16 @@ class Planner:
         if planned is not None:
             every = [planned]
         else:
-            every = self._images(cells, config, held_out) if source.has_images else [self._tensors(cells)]
+            every = (
+                self._images(cells, config, held_out)
+                if source.has_images
+                else [self._tensors(cells)]
+            )
         yield from (self._row(entry, cells, known, held_out) for known in every)
 
-    def _row(self, entry: int, cells: dict[str, Any], known: dict[str, Any], held_out: bool) -> dict[str, Any]:
+    def _row(
+        self, entry: int, cells: dict[str, Any], known: dict[str, Any], held_out: bool
+    ) -> dict[str, Any]:
         config = self.sources.opened[cells["source"]].config
         prior = self.config.prior_loss_weight if config.regularization else 1.0
         held_out = held_out or bool(known.get("held_out"))  # an encoded dataset says so itself
@@ -172,7 +202,9 @@ class Planner:
             "may_hold_out": not config.regularization and known.get("may_hold_out", True),
         }
 
-    def _images(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> list[dict[str, Any]]:
+    def _images(
+        self, cells: dict[str, Any], config: SourceConfig, held_out: bool
+    ) -> list[dict[str, Any]]:
         """What is stored of an image, or of each clip of a video."""
         shares = self.shares(cells, config, held_out)
         found = self.facts[facts_key(cells, self.sources.clips is not None)]
@@ -201,22 +233,33 @@ class Planner:
         content = key_of("tensors", cells["stamp"])
         return {
             "content": content,
-            "media": [key_of("latents", content, self.config.masks)] * (2 if self.config.random_flip else 1),
+            "media": [key_of("latents", content, self.config.masks)]
+            * (2 if self.config.random_flip else 1),
             "texts": [key_of("cond", content)],
             "shares": [1.0],
             "crop": list(astuple(Crop(width, height, width, height, 0, 0, width, height))),
         }
 
-    def shares(self, cells: dict[str, Any], config: SourceConfig, held_out: bool) -> dict[str, float]:
-        """The captions of a row, and how often each is drawn; held-out rows have one that never changes."""
+    def shares(
+        self, cells: dict[str, Any], config: SourceConfig, held_out: bool
+    ) -> dict[str, float]:
+        """The captions of a row, and how often each is drawn; held-out rows have one that never
+        changes."""
         if held_out:  # nothing of it is left to chance
             return {with_trigger(cells["captions"][0], config): 1.0}
         return caption_variants(cells["captions"], config)
 
-    def media_key(self, content: bytes, mask: bytes, part: tuple[Crop, video.Clip | None], flip: bool) -> bytes:
-        masks, (crop, clip) = self.config.masks if self.config.masks != "files" else mask.hex(), part
+    def media_key(
+        self, content: bytes, mask: bytes, part: tuple[Crop, video.Clip | None], flip: bool
+    ) -> bytes:
+        masks, (crop, clip) = (
+            self.config.masks if self.config.masks != "files" else mask.hex(),
+            part,
+        )
         frames = () if clip is None else (clip.name(),)
-        return key_of(content, crop.name(), "mirrored" if flip else "", self.config.background, masks, *frames)
+        return key_of(
+            content, crop.name(), "mirrored" if flip else "", self.config.background, masks, *frames
+        )
 
 
 def write_rows(planner: Planner, listing: Path, path: Path, bad: set[int]) -> None:
@@ -236,7 +279,10 @@ def short_videos(rows: pa.Table, listing: pa.Table, wanted: video.Clips | None) 
     short = np.flatnonzero((found > 0) & (found < wanted.frames))
     entries = tables.rows_of(listing, rows.column("entry").to_numpy()[short])
     taken = zip(entries, found[short].tolist(), strict=True)
-    return [f"{cells['name']}: {frames} of them are taken, {wanted.fps:g} a second" for (_, cells), frames in taken]
+    return [
+        f"{cells['name']}: {frames} of them are taken, {wanted.fps:g} a second"
+        for (_, cells), frames in taken
+    ]
 
 
 def missing(keys: np.ndarray, store: Store, wanted: np.ndarray) -> np.ndarray:

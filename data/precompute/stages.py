@@ -1,8 +1,8 @@
-"""Lets the ranks of a run work on files in turn, without a collective: what takes hours must not run into the timeout
-of a process group.
+"""Lets the ranks of a run work on files in turn, without a collective: what takes hours must not
+run into the timeout of a process group.
 
-Each turn leaves a small JSON file per rank in a folder that all ranks share; the others look for it. A rank that fails
-with a DataError leaves that, and the others raise it too.
+Each turn leaves a small JSON file per rank in a folder that all ranks share; the others look for
+it. A rank that fails with a DataError leaves that, and the others raise it too.
 """
 
 import json
@@ -40,13 +40,17 @@ class Turns:
             self._see()
 
     def _make(self, cache_dir: Path) -> None:
-        for other in cache_dir.glob(".turns-*"):  # of runs that failed on several ranks, or were killed
+        for other in cache_dir.glob(
+            ".turns-*"
+        ):  # of runs that failed on several ranks, or were killed
             if is_old(other, DAYS_KEPT):
                 shutil.rmtree(other, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"--data.cache_dir: {cache_dir} cannot be written to: {error}") from error
+            raise DataError(
+                f"--data.cache_dir: {cache_dir} cannot be written to: {error}"
+            ) from error
 
     def _see(self) -> None:
         last = time.monotonic() + SHARED_WITHIN

@@ -18,13 +18,20 @@ def kind_of(path: Path) -> str:
         return "comfyui"
     if (path / "encoded.json").is_file():
         return "encoded"
-    if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if (
+        not path.is_dir()
+        or (path / "state.json").is_file()
+        or (path / "dataset_dict.json").is_file()
+    ):
         return "dataset"
     return "dataset" if files_of(path) else "images"
 
 
-def open_source(config: SourceConfig, data: DataConfig, family: ModelFamily, identities: dict[str, str]) -> Source:
-    """A source without anything of it read. `identities`: hashes of the family's VAE and text encoders."""
+def open_source(
+    config: SourceConfig, data: DataConfig, family: ModelFamily, identities: dict[str, str]
+) -> Source:
+    """A source without anything of it read. `identities`: hashes of the family's VAE and text
+    encoders."""
     kind = config.kind if config.kind != "auto" else kind_of(Path(config.path))
     if kind == "images":
         from data.sources.folder import FolderSource

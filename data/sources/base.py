@@ -1,4 +1,5 @@
-"""What a source of training data is to the rest: rows with captions, and each row's content when it is asked for."""
+"""What a source of training data is to the rest: rows with captions, and each row's content when it
+is asked for."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,8 @@ class Source(ABC):
         """All rows in a fixed order; what is wrong with some is added to `faults`. Opens no image."""
 
     def contents(self, names: dict[int, str]) -> Iterator[tuple[int, bytes | DataError]]:
-        """The files of rows, which ascend, with their names. A DataError stands for one that cannot be read."""
+        """The files of rows, which ascend, with their names. A DataError stands for one that cannot
+        be read."""
         raise NotImplementedError(f"{self.config.path} has no images")
 
     def planned(self, row: int) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""A dataset that ComfyUI encoded: latents and conditioning are taken as they are (data/sources/comfy_shards.py)."""
+"""A dataset that ComfyUI encoded: latents and conditioning are taken as they are
+(data/sources/comfy_shards.py)."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -35,7 +36,9 @@ class ComfySource(Source):
             size = (item.width * step, item.height * step)
             name = f"{item.shard} sample {item.index}"
             stamped = f"{stamps[item.shard]} {item.index}"
-            yield Entry(len(self.places) - 1, name, [], stamped, self.config.repeats, 1.0, "", *size)
+            yield Entry(
+                len(self.places) - 1, name, [], stamped, self.config.repeats, 1.0, "", *size
+            )
 
     def tensors(self, rows: Iterable[int]) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         if not self.places:

@@ -1,5 +1,5 @@
-"""A dataset that is encoded already, in a folder of its own, as `train_lora.py export-dataset` writes it, so that
-machines without the images can train.
+"""A dataset that is encoded already, in a folder of its own, as `train_lora.py export-dataset`
+writes it, so that machines without the images can train.
 
 <folder>/encoded.json     {"format": 1, "family", "vae", "text", "options"}: what it was encoded with
 <folder>/listing.arrow    names and captions (tables.LISTING)
@@ -60,16 +60,35 @@ class EncodedSource(Source):
             rows = self._rows()
         except (OSError, ValueError, pa.ArrowException) as error:
             return [f"{self.folder}: not a dataset that export-dataset wrote: {error}"]
-        faults = [f"{self.folder}: {self._difference(name, about.get(name), wanted[name])}" for name in differing]
+        faults = [
+            f"{self.folder}: {self._difference(name, about.get(name), wanted[name])}"
+            for name in differing
+        ]
         for name, column in (("media", "media"), ("text", "texts")):
-            broken = [f"{part}: damaged; export the dataset again" for part in damaged(self.folder / name, ours=False)]
+            broken = [
+                f"{part}: damaged; export the dataset again"
+                for part in damaged(self.folder / name, ours=False)
+            ]
             faults += broken
-            lost = 0 if broken else Store(self.folder / name).find(tables.keys(rows.column(column))) == MISSING
-            faults += [f"{self.folder / name}: {int(np.sum(lost))} of its rows are not there"] if np.any(lost) else []
+            lost = (
+                0
+                if broken
+                else Store(self.folder / name).find(tables.keys(rows.column(column))) == MISSING
+            )
+            faults += (
+                [f"{self.folder / name}: {int(np.sum(lost))} of its rows are not there"]
+                if np.any(lost)
+                else []
+            )
         return faults
 
     def _difference(self, name: str, there: Any, here: Any) -> str:
-        what = {"vae": "the VAE", "text": "the text encoder", "family": "the model family", "format": "the format"}
+        what = {
+            "vae": "the VAE",
+            "text": "the text encoder",
+            "family": "the model family",
+            "format": "the format",
+        }
         if name != "options":
             return f"encoded with another {what[name].removeprefix('the ')} than --model.path has ({there}, not {here})"
         return f"encoded with {there}; this run asks for {here}"

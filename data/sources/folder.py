@@ -1,4 +1,5 @@
-"""A folder of images with captions: caption files beside them, a metadata file, or one caption for all."""
+"""A folder of images with captions: caption files beside them, a metadata file, or one caption for
+all."""
 
 import os
 import re
@@ -32,7 +33,9 @@ class Directory:
     def orphans(self) -> list[Path]:
         """Captions without an image."""
         stems = {image.stem for image in self.images}
-        return [file for stem, files in self.captions.items() if stem not in stems for file in files]
+        return [
+            file for stem, files in self.captions.items() if stem not in stems for file in files
+        ]
 
 
 class FolderSource(Source):
@@ -49,7 +52,9 @@ class FolderSource(Source):
         counts, shared = self._survey(faults)
         if not counts["images"]:
             found = ", ".join(sorted(counts["others"])) or "nothing"
-            faults.append(f"{self.folder}: no image ({', '.join(sorted(self.extensions))}); it holds {found}")
+            faults.append(
+                f"{self.folder}: no image ({', '.join(sorted(self.extensions))}); it holds {found}"
+            )
             return
         if not (counts["captions"] or counts["metadata"] or self.config.captions.text is not None):
             extensions = " or ".join(self.config.captions.extensions or ())
@@ -60,7 +65,9 @@ class FolderSource(Source):
             return
         described: dict[Path, Described] = {}
         for directory in self._directories([]):
-            if directory.metadata is not None:  # which may speak of sub-folders, and these come later
+            if (
+                directory.metadata is not None
+            ):  # which may speak of sub-folders, and these come later
                 described |= read_metadata(directory.metadata, self.config, faults)
             for path in directory.images:
                 known = described.pop(path, None)
@@ -69,10 +76,14 @@ class FolderSource(Source):
                 if entry is not None:
                     yield replace(entry, weight=known.weight) if known is not None else entry
 
-    def _entry(self, directory: Directory, path: Path, captions: list[str], faults: list[str]) -> Entry | None:
+    def _entry(
+        self, directory: Directory, path: Path, captions: list[str], faults: list[str]
+    ) -> Entry | None:
         mask = directory.masks.get(path.stem + MASK) if self.with_masks else None
         if self.with_masks and mask is None:
-            faults.append(f"{path}: no mask {path.stem}{MASK}.<extension> beside it (--data.masks files)")
+            faults.append(
+                f"{path}: no mask {path.stem}{MASK}.<extension> beside it (--data.masks files)"
+            )
             return None
         try:
             stamp = stamp_of(path)
@@ -85,7 +96,8 @@ class FolderSource(Source):
         return Entry(self.count - 1, name, captions, stamp, repeats, 1.0, str(mask or ""))
 
     def _survey(self, faults: list[str]) -> tuple[dict[str, Any], Path | None]:
-        """What there is, and the one caption file for all images if there is one. Names alone are looked at."""
+        """What there is, and the one caption file for all images if there is one. Names alone are
+        looked at."""
         counts: dict[str, Any] = {"images": 0, "captions": 0, "metadata": 0, "others": set()}
         orphans: list[Path] = []
         for directory in self._directories(faults):
@@ -96,18 +108,27 @@ class FolderSource(Source):
             orphans += directory.orphans()
             if self.config.captions.text is not None:
                 files = [file for found in directory.captions.values() for file in found]
-                faults += [f"{file}: a caption file beside --data.captions.text; keep one of the two" for file in files]
+                faults += [
+                    f"{file}: a caption file beside --data.captions.text; keep one of the two"
+                    for file in files
+                ]
         if self.config.captions.text is not None:
             return counts, None
         if counts["metadata"]:
             return counts, None  # then a README.txt is no caption
         if counts["captions"] == 1 and len(orphans) == 1 and counts["images"]:
             return counts, orphans[0]
-        faults += [f"{file}: a caption without an image" for file in orphans] if counts["images"] else []
+        faults += (
+            [f"{file}: a caption without an image" for file in orphans] if counts["images"] else []
+        )
         return counts, None
 
     def _captions(
-        self, directory: Directory, path: Path, given: tuple[Path | None, Described | None], faults: list[str]
+        self,
+        directory: Directory,
+        path: Path,
+        given: tuple[Path | None, Described | None],
+        faults: list[str],
     ) -> list[str] | None:
         shared, known = given
         files = [shared] if shared is not None else directory.captions.get(path.stem, [])
@@ -115,7 +136,9 @@ class FolderSource(Source):
             return [self.config.captions.text]
         found = None if known is None else known.captions
         if found is not None and files:
-            faults.append(f"{path}: captions in {files[0].name} and in a metadata file; keep one of the two")
+            faults.append(
+                f"{path}: captions in {files[0].name} and in a metadata file; keep one of the two"
+            )
         elif found is not None:
             return found
         if not files:
@@ -123,11 +146,14 @@ class FolderSource(Source):
             faults.append(f"{path}: no caption file {path.stem}{wanted} beside it")
             return None
         if len(files) > 1:
-            faults.append(f"{path}: several captions, {' and '.join(f.name for f in files)}; keep one")
+            faults.append(
+                f"{path}: several captions, {' and '.join(f.name for f in files)}; keep one"
+            )
         return read_caption(files[0], bool(self.config.captions.one_per_line), faults)
 
     def _directories(self, faults: list[str]) -> Iterator[Directory]:
-        """All directories below, in a fixed order, each once though links may lead to it more often."""
+        """All directories below, in a fixed order, each once though links may lead to it more
+        often."""
         seen: set[tuple[int, int]] = set()
         pending = [self.folder]
         while pending:
@@ -144,7 +170,9 @@ class FolderSource(Source):
             seen.add((stat.st_dev, stat.st_ino))
             visible = [item for item in items if not item.name.startswith(".")]
             pending += [Path(item.path) for item in reversed(visible) if is_directory(item)]
-            yield self._directory(path, [item.name for item in visible if not is_directory(item)], faults)
+            yield self._directory(
+                path, [item.name for item in visible if not is_directory(item)], faults
+            )
 
     def _directory(self, path: Path, names: list[str], faults: list[str]) -> Directory:
         directory = Directory(path)
@@ -155,7 +183,9 @@ class FolderSource(Source):
                 faults.append(f"{str(file)!a}: a name that is not UTF-8")
                 continue
             if (other := lower.setdefault(name.lower(), name)) != name:
-                faults.append(f"{file}: differs from {other} by case alone, and is the same file on other systems")
+                faults.append(
+                    f"{file}: differs from {other} by case alone, and is the same file on other systems"
+                )
             if file.suffix.lower() in self.extensions:
                 if file.stem.endswith(MASK) and (self.with_masks or of_image(file, names)):
                     directory.masks[file.stem] = file
@@ -164,7 +194,9 @@ class FolderSource(Source):
             elif file.suffix in (self.config.captions.extensions or ()):
                 directory.captions.setdefault(file.stem, []).append(file)
             elif name in METADATA and directory.metadata is not None:
-                faults.append(f"{file}: {directory.metadata.name} is there too; keep one of the two")
+                faults.append(
+                    f"{file}: {directory.metadata.name} is there too; keep one of the two"
+                )
             elif name in METADATA:
                 directory.metadata = file
             else:
@@ -182,7 +214,10 @@ class FolderSource(Source):
 def of_image(mask: Path, names: list[str]) -> bool:
     """Whether there is an image beside a file that has a mask's name."""
     wanted = mask.stem.removesuffix(MASK)
-    return any(Path(name).stem == wanted and Path(name).suffix.lower() in EXTENSIONS | VIDEOS for name in names)
+    return any(
+        Path(name).stem == wanted and Path(name).suffix.lower() in EXTENSIONS | VIDEOS
+        for name in names
+    )
 
 
 def is_directory(item: os.DirEntry) -> bool:
@@ -193,7 +228,8 @@ def is_directory(item: os.DirEntry) -> bool:
 
 
 def repeats_of(path: Path, folder: Path) -> int:
-    """kohya's convention: an image in a folder named `<repeats>_<name>` is seen that often per epoch."""
+    """kohya's convention: an image in a folder named `<repeats>_<name>` is seen that often per
+    epoch."""
     for parent in [path.parent, *path.parent.parents]:
         if match := re.fullmatch(r"(\d{1,4})_.*", parent.name):
             return max(1, int(match[1]))

@@ -1,4 +1,5 @@
-"""What a metadata file in a folder, or the columns of a dataset, say of each image: captions and weights."""
+"""What a metadata file in a folder, or the columns of a dataset, say of each image: captions and
+weights."""
 
 import csv
 import json
@@ -33,7 +34,11 @@ def read_metadata(file: Path, config: SourceConfig, faults: list[str]) -> dict[P
         faults.append(f"{file}: cannot be read: {error}")
         return {}
     lacking = [] if rows and FILE_NAME in rows[0] else [FILE_NAME]
-    lacking += [f"{c} (--data.{flag})" for flag, c in columns(config).items() if not rows or c not in rows[0]]
+    lacking += [
+        f"{c} (--data.{flag})"
+        for flag, c in columns(config).items()
+        if not rows or c not in rows[0]
+    ]
     if lacking:
         known = ", ".join(map(str, rows[0])) if rows else "none"
         faults.append(f"{file}: no column {' and '.join(lacking)}; it has {known}")
@@ -73,14 +78,20 @@ def described(row: dict[str, Any], config: SourceConfig) -> Described:
     except (TypeError, ValueError):
         weight = -1.0
     if not 0 <= weight < float("inf"):
-        raise DataError(f"has no weight of 0 or more in {config.weight_column}: {row.get(config.weight_column)!r}")
+        raise DataError(
+            f"has no weight of 0 or more in {config.weight_column}: {row.get(config.weight_column)!r}"
+        )
     return Described(captions, weight)
 
 
 def captions_of(cell: Any) -> list[str] | None:
     """One caption or a list of them."""
     texts = [cell] if isinstance(cell, str) else cell
-    if isinstance(texts, list) and texts and all(isinstance(text, str) and is_text(text) for text in texts):
+    if (
+        isinstance(texts, list)
+        and texts
+        and all(isinstance(text, str) and is_text(text) for text in texts)
+    ):
         return texts
     return None
 

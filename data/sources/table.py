@@ -1,4 +1,5 @@
-"""A Hugging Face dataset: on disk (save_to_disk, parquet files, webdataset archives) or on the hub, or streamed."""
+"""A Hugging Face dataset: on disk (save_to_disk, parquet files, webdataset archives) or on the hub,
+or streamed."""
 
 import tarfile
 import uuid
@@ -29,7 +30,9 @@ class TableSource(Source):
 
     def __init__(self, config: SourceConfig, cache_dir: str):
         super().__init__(config)
-        self.cache_dir = str(Path(cache_dir) / "datasets")  # where the library puts what it makes of files
+        self.cache_dir = str(
+            Path(cache_dir) / "datasets"
+        )  # where the library puts what it makes of files
         self._loaded: Any = None
         self._stream: Iterator[dict[str, Any]] | None = None
         self._position = 0
@@ -47,12 +50,20 @@ class TableSource(Source):
             elif files:
                 (loader, names), *others = files.items()
                 if others:
-                    raise DataError(f"{folder}: {' and '.join(files)} files; keep those of one kind")
+                    raise DataError(
+                        f"{folder}: {' and '.join(files)} files; keep those of one kind"
+                    )
                 options = {"data_files": {"train": names}, "streaming": config.streaming, **cached}
                 loaded = datasets.load_dataset(loader, **options)
             else:
                 loaded = datasets.load_dataset(config.path, streaming=config.streaming, **cached)
-        except (OSError, ValueError, RuntimeError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            tarfile.TarError,
+            datasets.exceptions.DatasetsError,
+        ) as error:
             raise DataError(f"{config.path}: could not be loaded as a dataset: {error}") from error
         return self._checked(self._split(loaded))
 
@@ -82,14 +93,19 @@ class TableSource(Source):
             raise DataError("\n  ".join(faults))
         feature = (loaded.features or {}).get(config.image_column)
         if feature is not None and not isinstance(feature, datasets.Image):
-            raise DataError(f"{config.path}: column {config.image_column} holds {feature}, not images")
+            raise DataError(
+                f"{config.path}: column {config.image_column} holds {feature}, not images"
+            )
         return loaded.cast_column(config.image_column, datasets.Image(decode=False))
 
     def _identity(self) -> str:
-        """What changes with the content: without a way to know, nothing is the same as in another run."""
+        """What changes with the content: without a way to know, nothing is the same as in another
+        run."""
         files = [name for found in files_of(Path(self.config.path)).values() for name in found]
         if files:
-            return digest(*(stamp_of(Path(name)) for name in files))  # of many files, and it is in every row's stamp
+            return digest(
+                *(stamp_of(Path(name)) for name in files)
+            )  # of many files, and it is in every row's stamp
         return getattr(self.loaded, "_fingerprint", "") or uuid.uuid4().hex
 
     @property

@@ -1,4 +1,5 @@
-"""From rows of a store to the tensors of a batch: stacked, or padded where rows have different numbers of tokens."""
+"""From rows of a store to the tensors of a batch: stacked, or padded where rows have different
+numbers of tokens."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ def batch_of(found: "list[tuple[Part, int]]", ragged: Ragged) -> dict[str, Any]:
     """All tensors of those rows of parts, each name's as one batch. If some are `ragged`, with an attention_mask, and
     with `lengths`: the numbers of tokens of the first of these, which stay on the host."""
     names = found[0][0].columns
-    batch: dict[str, Any] = {name: stacked(found, name) for name in names if not is_ragged(name, ragged)}
+    batch: dict[str, Any] = {
+        name: stacked(found, name) for name in names if not is_ragged(name, ragged)
+    }
     mask = None
     for name in [name for name in ragged if name in names]:
         batch[name], lengths = padded(found, name, ragged[name])
@@ -49,7 +52,9 @@ def stacked(found: "list[tuple[Part, int]]", name: str) -> Tensor:
     return torch.from_numpy(memory).view(dtype).view(len(found), *shape)
 
 
-def padded(found: "list[tuple[Part, int]]", name: str, most: int | None) -> tuple[Tensor, list[int]]:
+def padded(
+    found: "list[tuple[Part, int]]", name: str, most: int | None
+) -> tuple[Tensor, list[int]]:
     """The tensors `name` (tokens, ...) of those rows as one batch, filled up with zeros to `most` tokens or to the
     longest of them (at least 1), and the number of tokens of each."""
     kinds = [part.columns[name].kind(row) for part, row in found]
@@ -66,4 +71,6 @@ def padded(found: "list[tuple[Part, int]]", name: str, most: int | None) -> tupl
     memory = np.zeros((len(found), longest * size), np.uint8)
     for line, length, (part, row) in zip(memory, lengths, found, strict=True):
         part.read_into(name, row, line.data[: length * size])
-    return torch.from_numpy(memory.reshape(-1)).view(dtype).view(len(found), longest, *others), lengths
+    return torch.from_numpy(memory.reshape(-1)).view(dtype).view(
+        len(found), longest, *others
+    ), lengths

@@ -28,7 +28,8 @@ def digest(*parts: str | bytes) -> str:
 
 
 def file_hashes(paths: Iterable[Path], cache_dir: Path) -> dict[Path, str]:
-    """SHA-256 of each file. Files of 1 MB and more are remembered in `cache_dir` by path, size and time of change."""
+    """SHA-256 of each file. Files of 1 MB and more are remembered in `cache_dir` by path, size and
+    time of change."""
     memo_path = cache_dir / MEMO
     try:
         memo = json.loads(memo_path.read_text(encoding="utf-8"))
@@ -69,7 +70,8 @@ def write_beside(path: Path, text: str) -> None:
 
 
 def is_old(path: Path, days: float) -> bool:
-    """Whether it was left so long ago that nobody works on it; not if another process has just removed it."""
+    """Whether it was left so long ago that nobody works on it; not if another process has just
+    removed it."""
     try:
         return path.stat().st_mtime < time.time() - days * 86400
     except FileNotFoundError:

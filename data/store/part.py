@@ -24,7 +24,9 @@ class Part:
         whole = mapped.read_buffer()
         table = pa.ipc.open_stream(whole).read_all()
         self.keys = np.array(table.column("key").to_pylist(), f"S{KEY_BYTES}")
-        names = [name.removesuffix(".data") for name in table.schema.names if name.endswith(".data")]
+        names = [
+            name.removesuffix(".data") for name in table.schema.names if name.endswith(".data")
+        ]
         self.columns = {name: schema.Column(table, name, whole.address) for name in names}
 
     def kinds(self, ragged: Ragged) -> np.ndarray:
@@ -32,13 +34,21 @@ class Part:
         of tokens of those that are `ragged`."""
 
         def said(name: str, kind: tuple[torch.dtype, tuple[int, ...]]) -> str:
-            return f"{name} {(kind[0], ('tokens', *kind[1][1:])) if is_ragged(name, ragged) else kind}"
+            return (
+                f"{name} {(kind[0], ('tokens', *kind[1][1:])) if is_ragged(name, ragged) else kind}"
+            )
 
         numbers = np.stack([column.kinds for column in self.columns.values()], 1)
         different, of_rows = np.unique(numbers, axis=0, return_inverse=True)
         columns = list(self.columns.items())
         keys = [
-            key("kind", *(said(name, column.different[i]) for i, (name, column) in zip(line, columns, strict=True)))
+            key(
+                "kind",
+                *(
+                    said(name, column.different[i])
+                    for i, (name, column) in zip(line, columns, strict=True)
+                ),
+            )
             for line in different.tolist()
         ]
         return np.array(keys, np.uint64).astype(np.int64)[of_rows]
@@ -49,7 +59,9 @@ class Part:
         while target:
             got = os.preadv(file.fileno(), [target], first)
             if not got:
-                raise DataError(f"{self.path}: ends too soon; delete {self.path.parent}, and it is encoded again")
+                raise DataError(
+                    f"{self.path}: ends too soon; delete {self.path.parent}, and it is encoded again"
+                )
             target, first = target[got:], first + got
 
 

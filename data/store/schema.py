@@ -1,7 +1,8 @@
 """What a row on disk looks like: its key, and each tensor as raw bytes with dtype and shape.
 
-Raw bytes because Arrow has no bfloat16 and decodes nested lists number by number; any torch dtype comes back exactly.
-Latents are raw as the VAE gives them (not normalised); latents and conditioning are fp32 when we encode them.
+Raw bytes because Arrow has no bfloat16 and decodes nested lists number by number; any torch dtype
+comes back exactly. Latents are raw as the VAE gives them (not normalized); latents and conditioning
+are fp32 when we encode them.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,17 @@ from torch import Tensor
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.int64,
-                  torch.bool)
-}  # fmt: skip
+    for dtype in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+    )
+}
 
 
 MEDIA_TENSORS = ("latents", "deviation", "mask")
@@ -47,7 +56,8 @@ def to_row(key: bytes, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 class Column:
-    """One tensor's columns of a part: where in the file each row's bytes are, its dtype and its shape."""
+    """One tensor's columns of a part: where in the file each row's bytes are, its dtype and its
+    shape."""
 
     def __init__(self, table: pa.Table, name: str, base: int):
         """`base`: the address at which the file is mapped."""
@@ -65,7 +75,9 @@ class Column:
         else:
             different, self.kinds = np.unique(lines, axis=0, return_inverse=True)
         names = [DTYPES[dtype] for dtype in dtypes.dictionary.to_pylist()]
-        self.different = [(names[line[0]], tuple(n for n in line[1:] if n >= 0)) for line in different.tolist()]
+        self.different = [
+            (names[line[0]], tuple(n for n in line[1:] if n >= 0)) for line in different.tolist()
+        ]
 
     def kind(self, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of a row's tensor."""
@@ -73,7 +85,8 @@ class Column:
 
 
 def byte_places(chunk: pa.Array, base: int) -> tuple[np.ndarray, np.ndarray]:
-    """First byte from `base` on, and number of bytes, of each value of a binary column that is mapped there."""
+    """First byte from `base` on, and number of bytes, of each value of a binary column that is
+    mapped there."""
     _, offsets, data = chunk.buffers()
     ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
     return ends[:-1] + (data.address - base if data is not None else 0), np.diff(ends)
@@ -90,5 +103,6 @@ NONE: Ragged = {}
 
 
 def is_ragged(name: str, ragged: Ragged) -> bool:
-    """Whether the first dimension of the tensor `name` is tokens, of which rows have different numbers."""
+    """Whether the first dimension of the tensor `name` is tokens, of which rows have different
+    numbers."""
     return name in ragged or (bool(ragged) and name == MASK)

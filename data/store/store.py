@@ -1,9 +1,11 @@
-"""A folder of encoded tensors on disk, addressed by content; written in parts, each whole or absent.
+"""A folder of encoded tensors on disk, addressed by content; written in parts, each whole or
+absent.
 
 <folder>/part-<hash of its keys>/    a `datasets` dataset (schema.py) and check.json, the checksum of its file
 
-A row is read with one positioned read from the operating system's page cache into the tensor where it is wanted:
-nothing stays mapped but the small columns, so reading a whole data set takes no more memory than reading one row.
+A row is read with one positioned read from the operating system's page cache into the tensor where
+it is wanted: nothing stays mapped but the small columns, so reading a whole data set takes no more
+memory than reading one row.
 """
 
 import hashlib
@@ -42,7 +44,9 @@ class Store:
         self.reload()
 
     def reload(self) -> None:
-        parts = [part for folder in (self.folder, *self.also) for part in sorted(folder.glob("part-*"))]
+        parts = [
+            part for folder in (self.folder, *self.also) for part in sorted(folder.glob("part-*"))
+        ]
         self.parts = [part for part in parts if data_file(part).is_file()]
         keys = [Part(part).keys for part in self.parts]
         places = [np.arange(len(k), dtype=np.int64) + (i << 32) for i, k in enumerate(keys)]
@@ -133,7 +137,9 @@ class Store:
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             if not part.is_dir():  # else another process wrote the same rows meanwhile
-                raise DataError(f"--data.cache_dir: {part} could not be written: {error}") from error
+                raise DataError(
+                    f"--data.cache_dir: {part} could not be written: {error}"
+                ) from error
 
 
 def damaged(folder: Path, ours: bool = True) -> list[Path]:
@@ -160,7 +166,10 @@ def write_check(part: Path) -> None:
         checksum = hashlib.file_digest(content, "sha256").hexdigest()
         os.fsync(content.fileno())
     stat = file.stat()
-    write_beside(part / CHECK, json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}))
+    write_beside(
+        part / CHECK,
+        json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}),
+    )
 
 
 def is_whole(part: Path, ours: bool) -> bool:

@@ -1,4 +1,5 @@
-"""Arrow tables on disk, written row by row and read where they lie, so that none is ever in memory as a whole."""
+"""Arrow tables on disk, written row by row and read where they lie, so that none is ever in memory
+as a whole."""
 
 import os
 from collections.abc import Iterator
@@ -15,25 +16,39 @@ BATCH = 1000
 
 LISTING = pa.schema(
     [
-        ("source", pa.int32()), ("row", pa.int64()), ("name", pa.string()), ("captions", pa.list_(pa.string())),
-        ("stamp", pa.string()), ("repeats", pa.int32()), ("weight", pa.float32()), ("mask", pa.string()),
-        ("width", pa.int32()), ("height", pa.int32()),
+        ("source", pa.int32()),
+        ("row", pa.int64()),
+        ("name", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("stamp", pa.string()),
+        ("repeats", pa.int32()),
+        ("weight", pa.float32()),
+        ("mask", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
     ]
-)  # fmt: skip
+)
 """Every row of every source, before its content is looked at."""
 
 ROWS = pa.schema(
     [
-        ("entry", pa.int64()), ("content", pa.binary(KEY_BYTES)), ("media", pa.list_(pa.binary(KEY_BYTES))),
-        ("texts", pa.list_(pa.binary(KEY_BYTES))), ("shares", pa.list_(pa.float32())),
-        ("crop", pa.list_(pa.int32(), 8)), ("repeats", pa.int32()), ("weight", pa.float32()),
-        ("dropout", pa.float32()), ("held_out", pa.bool_()), ("may_hold_out", pa.bool_()),
+        ("entry", pa.int64()),
+        ("content", pa.binary(KEY_BYTES)),
+        ("media", pa.list_(pa.binary(KEY_BYTES))),
+        ("texts", pa.list_(pa.binary(KEY_BYTES))),
+        ("shares", pa.list_(pa.float32())),
+        ("crop", pa.list_(pa.int32(), 8)),
+        ("repeats", pa.int32()),
+        ("weight", pa.float32()),
+        ("dropout", pa.float32()),
+        ("held_out", pa.bool_()),
+        ("may_hold_out", pa.bool_()),
         ("clip", pa.list_(pa.float64())),
     ]
-)  # fmt: skip
-"""What is trained on. `entry`: its row in the listing. `media`: keys of its latents, of the mirrored ones too if there
-are. `texts` and `shares`: keys of its captions, and how often each is drawn. `crop`: the fields of buckets.Crop.
-`clip`: those of video.Clip, if it is one."""
+)
+"""What is trained on. `entry`: its row in the listing. `media`: keys of its latents, of the
+mirrored ones too if there are. `texts` and `shares`: keys of its captions, and how often each is
+drawn. `crop`: the fields of buckets.Crop. `clip`: those of video.Clip, if it is one."""
 
 
 class Writer:
@@ -70,7 +85,9 @@ def mapped(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def rows_of(table: pa.Table, rows: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(
+    table: pa.Table, rows: np.ndarray | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and cells of those rows, or of all, a few at a time."""
     count = len(table) if rows is None else len(rows)
     for start in range(0, count, BATCH):
@@ -87,7 +104,11 @@ def keys(column: pa.ChunkedArray) -> np.ndarray:
     parts = []
     for chunk in column.chunks:
         values = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
-        data = np.frombuffer(values.buffers()[1], f"S{KEY_BYTES}") if len(values) else np.empty(0, f"S{KEY_BYTES}")
+        data = (
+            np.frombuffer(values.buffers()[1], f"S{KEY_BYTES}")
+            if len(values)
+            else np.empty(0, f"S{KEY_BYTES}")
+        )
         parts.append(data[values.offset : values.offset + len(values)])
     return np.concatenate(parts) if parts else np.empty(0, f"S{KEY_BYTES}")
 

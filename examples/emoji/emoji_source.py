@@ -1,4 +1,5 @@
-"""Reads emoji images and their names from the npm packages emoji-datasource-google and emoji-datasource-twitter."""
+"""Reads emoji images and their names from the npm packages emoji-datasource-google and
+emoji-datasource-twitter."""
 
 import json
 from dataclasses import dataclass
@@ -20,14 +21,25 @@ class Emoji:
     path: Path
 
 
-def read_emoji(node_modules: Path, vendor: str, categories: tuple[str, ...] | None = CATEGORIES) -> list[Emoji]:
-    """All emoji of `vendor` ("google" or "twitter") in `categories` (None: every category), in Unicode order."""
+def read_emoji(
+    node_modules: Path, vendor: str, categories: tuple[str, ...] | None = CATEGORIES
+) -> list[Emoji]:
+    """All emoji of `vendor` ("google" or "twitter") in `categories` (None: every category), in
+    Unicode order."""
     package = node_modules / f"emoji-datasource-{vendor}"
     entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
-    entries = [e for e in entries if e[f"has_img_{vendor}"] and (categories is None or e["category"] in categories)]
+    entries = [
+        e
+        for e in entries
+        if e[f"has_img_{vendor}"] and (categories is None or e["category"] in categories)
+    ]
     entries.sort(key=lambda e: e["sort_order"])
     return [
-        Emoji(e["short_name"].replace("-", "_"), caption_of(e), package / "img" / vendor / "64" / e["image"])
+        Emoji(
+            e["short_name"].replace("-", "_"),
+            caption_of(e),
+            package / "img" / vendor / "64" / e["image"],
+        )
         for e in entries
     ]
 

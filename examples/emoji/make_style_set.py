@@ -1,4 +1,5 @@
-"""Writes the demo's training and validation images: Twemoji faces with captions, from the npm package.
+"""Writes the demo's training and validation images: Twemoji faces with captions, from the npm
+package.
 
     npm install --prefix WORK emoji-datasource-twitter
     python examples/emoji/make_style_set.py --work WORK
@@ -14,15 +15,49 @@ from emoji_source import flatten, read_emoji
 from PIL import Image
 
 TRAIN = (
-    "grinning", "grin", "joy", "smiley", "smile", "sweat_smile", "laughing", "innocent", "wink", "yum", "relieved",
-    "sunglasses", "neutral_face", "expressionless", "unamused", "sweat", "pensive", "confused", "kissing",
-    "stuck_out_tongue", "disappointed", "worried", "cry", "triumph", "anguished", "fearful", "weary", "sleepy",
-    "grimacing", "open_mouth", "flushed", "no_mouth",
-)  # fmt: skip
+    "grinning",
+    "grin",
+    "joy",
+    "smiley",
+    "smile",
+    "sweat_smile",
+    "laughing",
+    "innocent",
+    "wink",
+    "yum",
+    "relieved",
+    "sunglasses",
+    "neutral_face",
+    "expressionless",
+    "unamused",
+    "sweat",
+    "pensive",
+    "confused",
+    "kissing",
+    "stuck_out_tongue",
+    "disappointed",
+    "worried",
+    "cry",
+    "triumph",
+    "anguished",
+    "fearful",
+    "weary",
+    "sleepy",
+    "grimacing",
+    "open_mouth",
+    "flushed",
+    "no_mouth",
+)
 VALIDATION = (
-    "heart_eyes", "stuck_out_tongue_winking_eye", "blush", "slightly_frowning_face", "hushed", "smirk", "sob",
+    "heart_eyes",
+    "stuck_out_tongue_winking_eye",
+    "blush",
+    "slightly_frowning_face",
+    "hushed",
+    "smirk",
+    "sob",
     "slightly_smiling_face",
-)  # fmt: skip
+)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Two print styles, made from an emoji by image operations: the demos' training and validation images."""
+"""Two print styles, made from an emoji by image operations: the demos' training and validation
+images."""
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -12,10 +13,12 @@ SCREEN_PAPER: Color = (124, 198, 195)
 BLUEPRINT_COLORS: tuple[Color, Color, Color] = (244, 248, 255), (42, 98, 200), (23, 63, 143)
 """Line, inside and background."""
 EDGE_THRESHOLD = 38
-"""Difference of two neighbouring colours, 0 to 255, from which on the blueprint draws a line."""
+"""Difference of two neighboring colors, 0 to 255, from which on the blueprint draws a line."""
 
 
-def screen_print(image: Image.Image, inks: tuple[Color, ...] = SCREEN_INKS, paper: Color = SCREEN_PAPER) -> Image.Image:
+def screen_print(
+    image: Image.Image, inks: tuple[Color, ...] = SCREEN_INKS, paper: Color = SCREEN_PAPER
+) -> Image.Image:
     """Print an RGBA picture in a few inks, from dark to light, with an outline in the darkest one."""
     enlarged = enlarge(image)
     inside = alpha_mask(enlarged)
@@ -29,7 +32,9 @@ def screen_print(image: Image.Image, inks: tuple[Color, ...] = SCREEN_INKS, pape
     return reduce(printed, image.size)
 
 
-def blueprint(image: Image.Image, colors: tuple[Color, Color, Color] = BLUEPRINT_COLORS) -> Image.Image:
+def blueprint(
+    image: Image.Image, colors: tuple[Color, Color, Color] = BLUEPRINT_COLORS
+) -> Image.Image:
     """Draw the edges of an RGBA picture as light lines on blue."""
     enlarged = enlarge(image)
     inside = alpha_mask(enlarged)
@@ -41,7 +46,8 @@ def blueprint(image: Image.Image, colors: tuple[Color, Color, Color] = BLUEPRINT
 
 
 def color_edges(image: Image.Image) -> np.ndarray:
-    """Boolean mask (H, W) of the places where an RGB picture changes its color; single dots are removed."""
+    """Boolean mask (H, W) of the places where an RGB picture changes its color; single dots are
+    removed."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float32)
     across = np.abs(np.roll(pixels, -2, 1) - np.roll(pixels, 2, 1)).max(2)
     down = np.abs(np.roll(pixels, -2, 0) - np.roll(pixels, 2, 0)).max(2)
@@ -51,7 +57,10 @@ def color_edges(image: Image.Image) -> np.ndarray:
 
 def dilate(mask: np.ndarray, size: int) -> np.ndarray:
     """Boolean mask (H, W) grown by a square of `size` pixels."""
-    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(size))) > 0
+    return (
+        np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(size)))
+        > 0
+    )
 
 
 def alpha_mask(image: Image.Image) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Chroma (Lodestone Rock 2025): FLUX.1 schnell, smaller and undistilled, without pooled text; text padding is masked.
+"""Chroma (Lodestone Rock 2025): FLUX.1 schnell, smaller and undistilled, without pooled text; text
+padding is masked.
 
 The model was trained to see one token of padding after each caption, and is given it here.
 """
@@ -27,7 +28,8 @@ def mask_padding(pipeline: Any) -> None:
 
 
 class Chroma(FluxFamily):
-    """ComfyUI's conditioning has the caption's tokens, and what padding it was told to add: all of them count."""
+    """ComfyUI's conditioning has the caption's tokens, and what padding it was told to add: all of
+    them count."""
 
     name = "chroma"
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
@@ -46,9 +48,14 @@ class Chroma(FluxFamily):
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _, masks, *_ = encoders.encode_prompt(
-            captions, device=encoders.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+            captions,
+            device=encoders.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=TOKENS,
         )
-        return [{"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)]
+        return [
+            {"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)
+        ]
 
     def cond_bytes(self) -> int:
         return TOKENS * self._width * self._text_dtype("text_encoder").itemsize

@@ -1,5 +1,6 @@
-"""FLUX.1 (Black Forest Labs 2024), dev and schnell: a transformer over image and text tokens, of which the first blocks
-have weights of their own for each kind; T5 for the tokens, CLIP for a pooled vector.
+"""FLUX.1 (Black Forest Labs 2024), dev and schnell: a transformer over image and text tokens, of
+which the first blocks have weights of their own for each kind; T5 for the tokens, CLIP for a pooled
+vector.
 """
 
 from abc import abstractmethod
@@ -13,12 +14,24 @@ from common.errors import ModelError
 from models.base import base_metadata
 from models.checkpoint_files import CLIP_L, T5
 from models.families.packing import PATCH, image_ids, pack, unpack
-from models.families.transformer_family import ATTENTION, MLP, PooledTextFamily, TransformerFamily, counts, pooled_rows
+from models.families.transformer_family import (
+    ATTENTION,
+    MLP,
+    PooledTextFamily,
+    TransformerFamily,
+    counts,
+    pooled_rows,
+)
 from models.layer_names.transformers import FLUX
 
 TOKENS = 512  # of T5, the pipelines' default
 SCHNELL_TOKENS = 256  # all that schnell was trained with
-BLOCKS = {"double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight", "txt_in.weight"}
+BLOCKS = {
+    "double_blocks.0.img_attn.qkv.weight",
+    "single_blocks.0.linear1.weight",
+    "img_in.weight",
+    "txt_in.weight",
+}
 
 
 class FluxFamily(TransformerFamily):
@@ -43,7 +56,9 @@ class FluxFamily(TransformerFamily):
             )
 
     def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
-        return self.denoiser_by_names(denoiser_class, dtype)  # diffusers' converter knows one width only
+        return self.denoiser_by_names(
+            denoiser_class, dtype
+        )  # diffusers' converter knows one width only
 
     def pixel_step(self) -> int:
         return self.latent_step() * PATCH
@@ -56,22 +71,29 @@ class FluxFamily(TransformerFamily):
         none is: attention without a mask is faster."""
         if len(set(cond["lengths"])) == 1:
             return None
-        image = torch.ones(len(noisy), self.tokens(noisy.shape), dtype=torch.bool, device=noisy.device)
+        image = torch.ones(
+            len(noisy), self.tokens(noisy.shape), dtype=torch.bool, device=noisy.device
+        )
         return torch.cat([cond["attention_mask"].bool(), image], 1)
 
     @abstractmethod
     def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         """What the denoiser is given besides tokens, their positions and the timestep."""
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
+    ) -> Tensor:
         height, width = noisy.shape[2:]
         text = cond["prompt_embeds"]
         tokens = denoiser(
-            hidden_states=pack(noisy), timestep=timestep / 1000, encoder_hidden_states=text,
+            hidden_states=pack(noisy),
+            timestep=timestep / 1000,
+            encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
             img_ids=image_ids(height // PATCH, width // PATCH, noisy.device),
-            return_dict=False, **self.inputs(noisy, cond),
-        )[0]  # fmt: skip
+            return_dict=False,
+            **self.inputs(noisy, cond),
+        )[0]
         return unpack(tokens, height, width)
 
 
@@ -96,11 +118,14 @@ class Flux1(FluxFamily, PooledTextFamily):
         super().check_denoiser(config)
         if self.config.guidance_scale is not None and not config.get("guidance_embeds"):
             raise ModelError(
-                f"--model.guidance_scale {self.config.guidance_scale:g}: {self.config.path} is not distilled for guidance, as "
-                "FLUX.1 dev is, and is told none"
+                f"--model.guidance_scale {self.config.guidance_scale:g}: {self.config.path} has no guidance "
+                "input, which only guidance-distilled models such as FLUX.1 dev have. Remove the option"
             )
 
-        told = self.path.is_file() and f"{self.stored_prefix}guidance_in.in_layer.weight" in self.stored_shapes
+        told = (
+            self.path.is_file()
+            and f"{self.stored_prefix}guidance_in.in_layer.weight" in self.stored_shapes
+        )
         if told and not config.get("guidance_embeds"):
             raise ModelError(
                 f"--model.path {self.config.path} is told guidance, as FLUX.1 dev is, and --model.config "
@@ -117,11 +142,16 @@ class Flux1(FluxFamily, PooledTextFamily):
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder_2.device
-        embeds, pooled, _ = encoders.encode_prompt(captions, device=device, max_sequence_length=self.text_tokens)
+        embeds, pooled, _ = encoders.encode_prompt(
+            captions, device=device, max_sequence_length=self.text_tokens
+        )
         return pooled_rows(embeds, pooled)
 
     def cond_bytes(self) -> int:
-        return self.text_tokens * self._width * self._text_dtype("text_encoder_2").itemsize + self._pooled_width * 4
+        return (
+            self.text_tokens * self._width * self._text_dtype("text_encoder_2").itemsize
+            + self._pooled_width * 4
+        )
 
     def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"pooled_projections": cond["pooled_prompt_embeds"]}

@@ -1,6 +1,6 @@
 """FLUX.2 klein, 4B and 9B, base and distilled (Black Forest Labs 2026,
-https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence): FLUX.2 with three layers of Qwen3 as
-conditioning and without guidance."""
+https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence): FLUX.2 with three layers
+of Qwen3 as conditioning and without guidance."""
 
 from collections.abc import Mapping
 
@@ -12,14 +12,18 @@ SMALL = 7680  # width of conditioning of 4B: three layers of Qwen3 4B
 
 
 class Flux2Klein(Flux2Family):
-    """Of padding, which stands behind the caption, no two tokens are alike: 512 tokens are stored per caption."""
+    """Of padding, which stands behind the caption, no two tokens are alike: 512 tokens are stored
+    per caption."""
 
     name = "flux2_klein"
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline")
 
     @classmethod
     def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "double_stream_modulation_img.lin.weight" in shapes and "guidance_in.in_layer.weight" not in shapes
+        return (
+            "double_stream_modulation_img.lin.weight" in shapes
+            and "guidance_in.in_layer.weight" not in shapes
+        )
 
     def _config_of_file(self) -> str:
         width = self.stored_shapes[f"{self.stored_prefix}txt_in.weight"][1]

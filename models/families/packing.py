@@ -1,4 +1,5 @@
-"""Latents as the tokens of a transformer: cells of 2 x 2, all channels of a cell in a row (FLUX.1 and its kin)."""
+"""Latents as the tokens of a transformer: cells of 2 x 2, all channels of a cell in a row (FLUX.1
+and its kin)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +8,8 @@ PATCH = 2
 
 
 def pack(latents: Tensor, patch: int = PATCH) -> Tensor:
-    """(B, C, h, w) -> (B, h w / patch^2, C patch^2), row by row; in a token, channels first, then rows of the cell."""
+    """(B, C, h, w) -> (B, h w / patch^2, C patch^2), row by row; in a token, channels first, then
+    rows of the cell."""
     batch, channels, height, width = latents.shape
     cells = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)

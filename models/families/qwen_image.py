@@ -1,5 +1,5 @@
-"""Qwen-Image: a transformer over the tokens of a caption and of an image (Qwen team 2025, arXiv 2508.02324), with
-Qwen2.5-VL as text encoder and a VAE for videos, of which an image is one frame.
+"""Qwen-Image: a transformer over the tokens of a caption and of an image (Qwen team 2025, arXiv
+2508.02324), with Qwen2.5-VL as text encoder and a VAE for videos, of which an image is one frame.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ AFTER_CAPTION = "<|im_end|>\n<|im_start|>assistant\n"  # of the pipeline's templ
 
 
 class QwenImage(QwenTextFamily):
-    """Conditioning is the encoder's last state, without the tokens of the template before the caption."""
+    """Conditioning is the encoder's last state, without the tokens of the template before the
+    caption."""
 
     name = "qwen_image"
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
@@ -55,7 +56,10 @@ class QwenImage(QwenTextFamily):
         device = encoders.text_encoder.device
         embeds, mask = encoders.encode_prompt(captions, device, max_sequence_length=TOKENS)
         counts = [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(1).tolist()
-        return [{"prompt_embeds": embed[:count].clone()} for embed, count in zip(embeds, counts, strict=True)]
+        return [
+            {"prompt_embeds": embed[:count].clone()}
+            for embed, count in zip(embeds, counts, strict=True)
+        ]
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
         blocks: Any = denoiser.transformer_blocks
@@ -65,19 +69,30 @@ class QwenImage(QwenTextFamily):
     def marks(self) -> str:
         return AFTER_CAPTION
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
+    ) -> Tensor:
         height, width = noisy.shape[-2:]
-        alike = len(set(cond["lengths"])) == 1  # no mask: attention is faster, and nothing is copied to the device
+        alike = (
+            len(set(cond["lengths"])) == 1
+        )  # no mask: attention is faster, and nothing is copied to the device
         tokens = denoiser(
-            hidden_states=pack(noisy), timestep=timestep / 1000, encoder_hidden_states=cond["prompt_embeds"],
+            hidden_states=pack(noisy),
+            timestep=timestep / 1000,
+            encoder_hidden_states=cond["prompt_embeds"],
             encoder_hidden_states_mask=None if alike else cond["attention_mask"],
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(noisy), return_dict=False,
-        )[0]  # fmt: skip
+            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(noisy),
+            return_dict=False,
+        )[0]
         return unpack(tokens, height, width)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         # without a negative prompt the pipeline takes no notice of the scale
-        return {"true_cfg_scale": guidance_scale, "negative_prompt": " ", "max_sequence_length": TOKENS}
+        return {
+            "true_cfg_scale": guidance_scale,
+            "negative_prompt": " ",
+            "max_sequence_length": TOKENS,
+        }
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image")

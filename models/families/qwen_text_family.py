@@ -1,4 +1,5 @@
-"""What the transformers have in common whose captions a Qwen model reads, between the marks of a chat."""
+"""What the transformers have in common whose captions a Qwen model reads, between the marks of a
+chat."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ from models.families.transformer_family import TransformerFamily, counts
 
 
 class QwenTextFamily(TransformerFamily):
-    """Conditioning is one state of the text encoder, of as many tokens as the caption and its marks have."""
+    """Conditioning is one state of the text encoder, of as many tokens as the caption and its marks
+    have."""
 
     ragged: ClassVar = {"prompt_embeds": None}
     most_tokens: ClassVar[int]
@@ -26,7 +28,9 @@ class QwenTextFamily(TransformerFamily):
         return self.denoiser_config[self.cond_width_name]
 
     def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
-        return self.denoiser_by_names(denoiser_class, dtype)  # diffusers takes Qwen-Image's without a prefix only
+        return self.denoiser_by_names(
+            denoiser_class, dtype
+        )  # diffusers takes Qwen-Image's without a prefix only
 
     def pixel_step(self) -> int:
         return self.latent_step() * PATCH
@@ -37,7 +41,9 @@ class QwenTextFamily(TransformerFamily):
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
         tokenizer = self.counting_tokenizer
-        return counts(tokenizer, captions, self.most_tokens - len(tokenizer(self.marks()).input_ids))
+        return counts(
+            tokenizer, captions, self.most_tokens - len(tokenizer(self.marks()).input_ids)
+        )
 
     def cond_bytes(self) -> int:
         """Of the longest caption."""
@@ -52,13 +58,18 @@ class QwenTextFamily(TransformerFamily):
 
 
 def attended(cond: Tensor, mask: Tensor | None) -> int:
-    """How many tokens of ComfyUI's conditioning (1, L, D) its attention_mask (1, L) lets count: the first of them."""
+    """How many tokens of ComfyUI's conditioning (1, L, D) its attention_mask (1, L) lets count: the
+    first of them."""
     if mask is None:
         return cond.shape[1]
     if mask.shape != cond.shape[:2]:
-        raise ModelError(f"an attention_mask of shape {tuple(mask.shape)} for conditioning of {tuple(cond.shape)}")
+        raise ModelError(
+            f"an attention_mask of shape {tuple(mask.shape)} for conditioning of {tuple(cond.shape)}"
+        )
     seen = mask[0].bool()
     count = int(seen.sum())
     if not count or not seen[:count].all():
-        raise ModelError("an attention_mask in which tokens count that stand behind ones that do not, or none at all")
+        raise ModelError(
+            "an attention_mask in which tokens count that stand behind ones that do not, or none at all"
+        )
     return count

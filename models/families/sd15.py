@@ -57,7 +57,9 @@ class StableDiffusion(UNetFamily):
         version = "sd_v2" if second else "sd_v1"
         architecture = "stable-diffusion-v1"
         if second:
-            architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+            architecture = (
+                "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+            )
         versioned = f"{version}_v" if v_prediction else version
         return {**self.unet_metadata(versioned, architecture), "ss_v2": str(second)}
 

@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens (Esser et al. 2024, arXiv 2403.03206), with two
-CLIP text encoders and, unless the folder has none, T5.
+"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens (Esser et al. 2024, arXiv
+2403.03206), with two CLIP text encoders and, unless the folder has none, T5.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ T5_TOKENS = 256  # the pipeline's default
 
 
 class StableDiffusion3(PooledTextFamily):
-    """Conditioning is the tokens of both CLIPs side by side, filled up with zeros to T5's width, and after them T5's.
+    """Conditioning is the tokens of both CLIPs side by side, filled up with zeros to T5's width,
+    and after them T5's.
 
     ComfyUI has as many of T5's as the caption, and 77 at least. All count, and the model has no mask: captions of other
     lengths are in other batches."""
@@ -25,7 +26,14 @@ class StableDiffusion3(PooledTextFamily):
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     denoiser_class = "SD3Transformer2DModel"
-    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    text = (
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    )
     unused = ("feature_extractor", "image_encoder")
     in_file: ClassVar = {
         **PooledTextFamily.in_file,
@@ -43,15 +51,24 @@ class StableDiffusion3(PooledTextFamily):
 
     @classmethod
     def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"} <= shapes.keys()
+        return {
+            "joint_blocks.0.x_block.attn.qkv.weight",
+            "pos_embed",
+            "y_embedder.mlp.0.weight",
+        } <= shapes.keys()
 
     def pixel_step(self) -> int:
         return self.latent_step() * self.denoiser_config["patch_size"]
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device
-        if encoders.text_encoder_3 is None:  # the pipeline asks the denoiser, which is not here, for T5's width
-            clips = [encoders._get_clip_prompt_embeds(captions, 1, device, None, which) for which in (0, 1)]
+        if (
+            encoders.text_encoder_3 is None
+        ):  # the pipeline asks the denoiser, which is not here, for T5's width
+            clips = [
+                encoders._get_clip_prompt_embeds(captions, 1, device, None, which)
+                for which in (0, 1)
+            ]
             clip, pooled = (torch.cat(both, -1) for both in zip(*clips, strict=True))
             embeds = nn.functional.pad(clip, (0, self._width - clip.shape[-1], 0, T5_TOKENS))
         else:
@@ -70,15 +87,26 @@ class StableDiffusion3(PooledTextFamily):
         tokens = self.counting_tokenizer.model_max_length + T5_TOKENS
         return (tokens * self._width + self._pooled_width) * torch.float32.itemsize
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         return denoiser(
-            noisy, timestep=timestep, encoder_hidden_states=cond["prompt_embeds"],
-            pooled_projections=cond["pooled_prompt_embeds"], return_dict=False,
-        )[0]  # fmt: skip
+            noisy,
+            timestep=timestep,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config
-        version = "m" if config.qk_norm is None else "5-medium" if config.dual_attention_layers else "5-large"
+        version = (
+            "m"
+            if config.qk_norm is None
+            else "5-medium"
+            if config.dual_attention_layers
+            else "5-large"
+        )
         return base_metadata(f"sd3-{version}", f"stable-diffusion-3-{version}")
 
 

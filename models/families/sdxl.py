@@ -1,5 +1,6 @@
-"""Stable Diffusion XL and what was fine-tuned from it: a UNet with two CLIP text encoders, which is told the size of
-each image, where it was cropped and to what size (Podell et al. 2023, section 2.2).
+"""Stable Diffusion XL and what was fine-tuned from it: a UNet with two CLIP text encoders, which is
+told the size of each image, where it was cropped and to what size (Podell et al. 2023, section
+2.2).
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,18 @@ from models.base import check_comfy_cond
 from models.families.transformer_family import comfy_pooled, pooled_rows
 from models.families.unet_family import UNetFamily
 
-# of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target size, height first
+# of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target
+# size, height first
 TIME_IDS = [1, 0, 5, 4, 7, 6]
 REFINER_WIDTH = 1280  # of its conditioning: the second text encoder's
-COMFY_SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # in the same order
+COMFY_SIZES = (
+    "height",
+    "width",
+    "crop_h",
+    "crop_w",
+    "target_height",
+    "target_width",
+)  # in the same order
 
 
 class StableDiffusionXL(UNetFamily):
@@ -57,19 +66,29 @@ class StableDiffusionXL(UNetFamily):
     @property
     def _pooled_width(self) -> int:
         config = self.denoiser_config
-        return config["projection_class_embeddings_input_dim"] - len(TIME_IDS) * config["addition_time_embed_dim"]
+        return (
+            config["projection_class_embeddings_input_dim"]
+            - len(TIME_IDS) * config["addition_time_embed_dim"]
+        )
 
     def cond_bytes(self) -> int:
         values = self.counting_tokenizer.model_max_length * self.cond_width + self._pooled_width
         return values * torch.float32.itemsize
 
     def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
-        return {"time_ids": torch.stack([crop[:, field] for field in TIME_IDS], 1)}  # an index would be copied there
+        return {
+            "time_ids": torch.stack([crop[:, field] for field in TIME_IDS], 1)
+        }  # an index would be copied there
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self.cond_width)
-        found = {"prompt_embeds": cond[0], "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width)}
-        if "width" in extras and "height" in extras:  # else ComfyUI too takes the size of the latents
+        found = {
+            "prompt_embeds": cond[0],
+            "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width),
+        }
+        if (
+            "width" in extras and "height" in extras
+        ):  # else ComfyUI too takes the size of the latents
             sizes = {
                 "crop_h": 0,
                 "crop_w": 0,
@@ -77,11 +96,17 @@ class StableDiffusionXL(UNetFamily):
                 "target_width": extras["width"],
                 **extras,
             }
-            found["time_ids"] = torch.tensor([int(sizes[name]) for name in COMFY_SIZES], dtype=torch.int32)
+            found["time_ids"] = torch.tensor(
+                [int(sizes[name]) for name in COMFY_SIZES], dtype=torch.int32
+            )
         return found
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        sizes = dict(zip(COMFY_SIZES, cond["time_ids"].tolist(), strict=True)) if "time_ids" in cond else {}
+        sizes = (
+            dict(zip(COMFY_SIZES, cond["time_ids"].tolist(), strict=True))
+            if "time_ids" in cond
+            else {}
+        )
         extras = {
             "pooled_output": cond["pooled_prompt_embeds"][None],
             **{name: int(size) for name, size in sizes.items()},

@@ -1,8 +1,9 @@
-"""Families whose CLIP text encoders are trained with the denoiser: captions are stored as tokens, and encoded in the
-loop.
+"""Families whose CLIP text encoders are trained with the denoiser: captions are stored as tokens,
+and encoded in the loop.
 
-The text encoders become children of the denoiser, under their names in a pipeline, so that adapters, DDP and
-checkpoints see one model; its class gets a `forward` that encodes the tokens first, inside of DDP's.
+The text encoders become children of the denoiser, under their names in a pipeline, so that
+adapters, DDP and checkpoints see one model; its class gets a `forward` that encodes the tokens
+first, inside of DDP's.
 """
 
 import copy
@@ -27,7 +28,8 @@ TARGETS = {
 
 
 class EncodesText(nn.Module):
-    """A denoiser with text encoders as children; given `cond`, it makes its other arguments of it by `embed`."""
+    """A denoiser with text encoders as children; given `cond`, it makes its other arguments of it
+    by `embed`."""
 
     original: ClassVar[type[nn.Module]]
     embed: Callable[[nn.Module, dict[str, Tensor]], dict[str, Any]]
@@ -48,8 +50,12 @@ class TextTraining(UNetFamily):
 
     @property
     def targets(self) -> dict[str, str]:  # type: ignore[override]
-        last = {name: self.part_config(name)["num_hidden_layers"] - 1 for name in self.read_before_last}
-        unread = "".join(rf"(?!{name}\.(text_model\.)?encoder\.layers\.{n}\.)" for name, n in last.items())
+        last = {
+            name: self.part_config(name)["num_hidden_layers"] - 1 for name in self.read_before_last
+        }
+        unread = "".join(
+            rf"(?!{name}\.(text_model\.)?encoder\.layers\.{n}\.)" for name, n in last.items()
+        )
         return {
             preset: rf"(?!text_encoder)({pattern})|{unread}text_encoder.*\.{TARGETS[preset]}"
             for preset, pattern in super().targets.items()
@@ -74,11 +80,16 @@ class TextTraining(UNetFamily):
         denoiser = super().load_denoiser(dtype)
         loaded = self._load(*self.encoders)
         wanted = next(denoiser.parameters()).dtype
-        return self.joined(denoiser, {name: getattr(loaded, name).to(wanted) for name in self.encoders})
+        return self.joined(
+            denoiser, {name: getattr(loaded, name).to(wanted) for name in self.encoders}
+        )
 
     def empty_denoiser(self) -> nn.Module:
         loaded = self._load(*self.encoders)
-        return self.joined(super().empty_denoiser(), {name: getattr(loaded, name).to("meta") for name in self.encoders})
+        return self.joined(
+            super().empty_denoiser(),
+            {name: getattr(loaded, name).to("meta") for name in self.encoders},
+        )
 
     def load_encoders(self, what: Literal["text", "media"]) -> Any:
         return super().load_encoders(what) if what == "media" else self._load(*self.tokenizers)
@@ -93,7 +104,13 @@ class TextTraining(UNetFamily):
         for name in self.tokenizers:
             tokenizer = getattr(encoders, name)
             length = tokenizer.model_max_length
-            found = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            found = tokenizer(
+                captions,
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            )
             for row, tokens in zip(rows, found.input_ids, strict=True):
                 row[name.replace("tokenizer", "text_encoder")] = tokens.to(torch.int32)
         return rows
@@ -102,12 +119,18 @@ class TextTraining(UNetFamily):
         return len(self.encoders) * self.counting_tokenizer.model_max_length * torch.int32.itemsize
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        raise ModelError("already encoded, but --model.train_text_encoder encodes captions in every step")
+        raise ModelError(
+            "already encoded, but --model.train_text_encoder encodes captions in every step"
+        )
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        raise ModelError("captions are not encoded with --model.train_text_encoder: leave it out to export a dataset")
+        raise ModelError(
+            "captions are not encoded with --model.train_text_encoder: leave it out to export a dataset"
+        )
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         return denoiser(noisy, timestep, cond=cond, return_dict=False)[0]
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
@@ -115,7 +138,9 @@ class TextTraining(UNetFamily):
             return super().pipeline(None)
         alone = copy.copy(denoiser)  # the same layers, without the text encoders
         alone.__class__ = type(denoiser).original  # type: ignore[attr-defined]
-        alone._modules = {name: module for name, module in denoiser._modules.items() if name not in self.encoders}
+        alone._modules = {
+            name: module for name, module in denoiser._modules.items() if name not in self.encoders
+        }
         loaded = self._load("vae", "scheduler", *self.tokenizers, denoiser=alone)
         loaded.register_modules(**{name: getattr(denoiser, name) for name in self.encoders})
         return loaded
@@ -124,8 +149,15 @@ class TextTraining(UNetFamily):
         """Of encoders whose output is not read, but that of a layer before."""
         idle = [*super().idle_layers(denoiser)]
         for encoder in self.read_before_last:
-            layers = [name for name, _ in denoiser.named_modules() if re.fullmatch(rf"{encoder}\..*layers\.\d+", name)]
-            idle += [layers[-1], layers[-1].replace(f"encoder.layers.{len(layers) - 1}", "final_layer_norm")]
+            layers = [
+                name
+                for name, _ in denoiser.named_modules()
+                if re.fullmatch(rf"{encoder}\..*layers\.\d+", name)
+            ]
+            idle += [
+                layers[-1],
+                layers[-1].replace(f"encoder.layers.{len(layers) - 1}", "final_layer_norm"),
+            ]
         return idle
 
     def text_names(self, denoiser: nn.Module) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""What diffusion transformers have in common: they are diffusers' `transformer`, and their layers have other names in
-the original models' code, which ComfyUI has kept.
+"""What diffusion transformers have in common: they are diffusers' `transformer`, and their layers
+have other names in the original models' code, which ComfyUI has kept.
 """
 
 from functools import cached_property
@@ -50,7 +50,8 @@ class TransformerFamily(DiffusersFamily):
 
     @property
     def guidance(self) -> float:
-        """What a model that is distilled for guidance is told of it in training: 1, as other trainers do."""
+        """What a model that is distilled for guidance is told of it in training: 1, as other
+        trainers do."""
         return 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
 
     def denoiser_by_names(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
@@ -59,7 +60,9 @@ class TransformerFamily(DiffusersFamily):
             denoiser = denoiser_class.from_config(self.denoiser_config)
         wanted = self.stored_names(denoiser)
         if missing := sorted(set(wanted.values()) - self.stored_shapes.keys()):
-            raise ModelError(f"--model.path {self.config.path} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+            raise ModelError(
+                f"--model.path {self.config.path} lacks {len(missing)} tensors: {', '.join(missing[:5])}"
+            )
         native, state = self.native_names(denoiser), {}
         with safe_open(self.path, framework="pt") as file:
             for name, key in wanted.items():
@@ -84,7 +87,10 @@ class PooledTextFamily(TransformerFamily):
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
         check_comfy_cond(cond, self._width)
-        return {"prompt_embeds": cond[0], "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width)}
+        return {
+            "prompt_embeds": cond[0],
+            "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width),
+        }
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return cond["prompt_embeds"][None], {"pooled_output": cond["pooled_prompt_embeds"][None]}
@@ -92,12 +98,18 @@ class PooledTextFamily(TransformerFamily):
 
 def pooled_rows(embeds: Tensor, pooled: Tensor) -> list[dict[str, Tensor]]:
     """`encode_prompt` of text encoders' tokens (B, L, D) and pooled vectors (B, D)."""
-    return [{"prompt_embeds": embed, "pooled_prompt_embeds": one} for embed, one in zip(embeds, pooled, strict=True)]
+    return [
+        {"prompt_embeds": embed, "pooled_prompt_embeds": one}
+        for embed, one in zip(embeds, pooled, strict=True)
+    ]
 
 
 def counts(tokenizer: Any, captions: list[str], most: int) -> tuple[list[int], int]:
     """`token_counts` of an encoder that sees `most` tokens, its own marks among them."""
-    found = [len(tokens) for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids]
+    found = [
+        len(tokens)
+        for tokens in tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
+    ]
     return found, most - tokenizer.num_special_tokens_to_add()
 
 

@@ -20,7 +20,8 @@ ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
 class UNetFamily(DiffusersFamily):
     """A UNet over 4-channel latents with CLIP text conditioning; what it was trained to predict, and its noise
-    schedule, are read from its scheduler's config, and from the marks that a single file has of them."""
+    schedule, are read from its scheduler's config, and from the marks that a single file has of them.
+    """
 
     media = "image"
     latent_channels = 4
@@ -85,7 +86,9 @@ class UNetFamily(DiffusersFamily):
         """`cond` with the tokens (B, L) of each text encoder, under its name, as what encode_prompt makes of them;
         `encoders` has the text encoders as members."""
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         return denoiser(noisy, timestep, **self.inputs(cond), return_dict=False)[0]
 
     def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
@@ -96,10 +99,14 @@ class UNetFamily(DiffusersFamily):
         if self.path.is_dir():
             return names
         native, parts = self.native_names(denoiser), {name: name.rsplit(".", 1) for name in names}
-        return {name: f"model.diffusion_model.{native[layer].name}.{kind}" for name, (layer, kind) in parts.items()}
+        return {
+            name: f"model.diffusion_model.{native[layer].name}.{kind}"
+            for name, (layer, kind) in parts.items()
+        }
 
     def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
-        """`file_metadata` of a base model of that version, as kohya and the model specification write them."""
+        """`file_metadata` of a base model of that version, as kohya and the model specification
+        write them."""
         v_prediction = self.prediction_type == "v_prediction"
         return {
             **base_metadata(version, architecture),

@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2 (Wan Team 2025, arXiv 2503.20314), text to video: a transformer over latents of videos, with umT5.
+"""Wan 2.1 and 2.2 (Wan Team 2025, arXiv 2503.20314), text to video: a transformer over latents of
+videos, with umT5.
 
 The A14B of Wan 2.2 is two denoisers, one for the noisier and one for the cleaner part of the way.
 """
@@ -30,7 +31,8 @@ OTHERS = ("vace_blocks.0.after_proj.bias", "motion_encoder.dec.direction.weight"
 
 
 class Wan(TransformerFamily):
-    """Images are videos of one frame. The tokens of a caption are followed by zeros, which count as tokens."""
+    """Images are videos of one frame. The tokens of a caption are followed by zeros, which count as
+    tokens."""
 
     name = "wan"
     pair: ClassVar[str] = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"  # the model of two denoisers
@@ -60,14 +62,19 @@ class Wan(TransformerFamily):
     @classmethod
     def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return (
-            shapes.keys() >= WAN_NAMES and not shapes.keys() & {*OTHERS} and IMAGE_CHANNELS not in shapes[PATCHES][1:2]
+            shapes.keys() >= WAN_NAMES
+            and not shapes.keys() & {*OTHERS}
+            and IMAGE_CHANNELS not in shapes[PATCHES][1:2]
         )
 
     def _config_of_file(self) -> str:
         width, channels = self.stored_shapes[f"{self.stored_prefix}{PATCHES}"][:2]
         if (width, channels) == (3072, 48):
             return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-        if channels == IMAGE_CHANNELS and f"{self.stored_prefix}{CLIP_VIEW}" not in self.stored_shapes:
+        if (
+            channels == IMAGE_CHANNELS
+            and f"{self.stored_prefix}{CLIP_VIEW}" not in self.stored_shapes
+        ):
             return self.pair
         return super()._config_of_file()
 
@@ -80,7 +87,8 @@ class Wan(TransformerFamily):
 
     @cached_property
     def boundary(self) -> float | None:
-        """The noise level (sigma) from which on the expert for high noise has its turn; None: there is one denoiser."""
+        """The noise level (sigma) from which on the expert for high noise has its turn; None: there
+        is one denoiser."""
         index = self.pipeline_config
         has_both = index.get(EXPERTS["low"], [None])[0] is not None
         return index.get("boundary_ratio") if has_both else None
@@ -101,7 +109,9 @@ class Wan(TransformerFamily):
             return
         said = re.search("(high|low)[_-]?noise", self.path.name, re.IGNORECASE)
         looks = said and said[1].lower()
-        if looks and self.config.config is None and self.name == "wan":  # by its tensors it could be Wan 2.1's
+        if (
+            looks and self.config.config is None and self.name == "wan"
+        ):  # by its tensors it could be Wan 2.1's
             raise ModelError(
                 f"--model.path {self.config.path} looks like Wan 2.2's expert for {looks} noise by its name: give "
                 f"--model.config {self.pair} --model.expert {looks}. A file of Wan 2.1 wants another name"
@@ -151,11 +161,16 @@ class Wan(TransformerFamily):
 
         device = encoders.text_encoder.device
         embeds, _ = encoders.encode_prompt(
-            captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=device
+            captions,
+            do_classifier_free_guidance=False,
+            max_sequence_length=TEXT_TOKENS,
+            device=device,
         )
         cleaned = [prompt_clean(caption) for caption in captions]
         tokens = encoders.tokenizer(cleaned, truncation=True, max_length=TEXT_TOKENS).input_ids
-        return [{"prompt_embeds": embed[: len(own)]} for embed, own in zip(embeds, tokens, strict=True)]
+        return [
+            {"prompt_embeds": embed[: len(own)]} for embed, own in zip(embeds, tokens, strict=True)
+        ]
 
     def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
         return counts(self.counting_tokenizer, captions, TEXT_TOKENS)
@@ -174,10 +189,15 @@ class Wan(TransformerFamily):
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         rest = TEXT_TOKENS - len(cond["prompt_embeds"])
-        return nn.functional.pad(cond["prompt_embeds"], (0, 0, 0, rest))[None], {"pooled_output": None}
+        return nn.functional.pad(cond["prompt_embeds"], (0, 0, 0, rest))[None], {
+            "pooled_output": None
+        }
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        # the 5B's pipeline gives each token its timestep; from text alone all have the same, as one number says
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
+        # the 5B's pipeline gives each token its timestep; from text alone all have the same, as one
+        # number says
         return denoiser(noisy, timestep, cond["prompt_embeds"], return_dict=False)[0]
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
@@ -188,7 +208,9 @@ class Wan(TransformerFamily):
         found = base_metadata(version, version)
         if self.boundary is not None:
             border = round(self.boundary * 1000)
-            found["modelspec.timestep_range"] = f"0,{border}" if self.config.expert == "low" else f"{border},1000"
+            found["modelspec.timestep_range"] = (
+                f"0,{border}" if self.config.expert == "low" else f"{border},1000"
+            )
         return found
 
 

@@ -1,5 +1,6 @@
-"""Wan 2.1 and 2.2, image to video: the denoiser is told the first frame, in further channels of its input and, in 2.1,
-by CLIP's view of it. The 5B, which is told it by a first frame without noise, is trained as text to video (wan.py).
+"""Wan 2.1 and 2.2, image to video: the denoiser is told the first frame, in further channels of its
+input and, in 2.1, by CLIP's view of it. The 5B, which is told it by a first frame without noise, is
+trained as text to video (wan.py).
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ VISION = ("image_encoder", "image_processor")
 
 
 def encoders_of(parts: Any) -> Any:
-    """The text encoders of diffusers' pipeline from images in one that does without the package ftfy."""
+    """The text encoders of diffusers' pipeline from images in one that does without the package
+    ftfy."""
     from diffusers import WanPipeline
 
     return WanPipeline(parts.tokenizer, parts.text_encoder, vae=None, scheduler=None)
@@ -82,7 +84,9 @@ class WanImageToVideo(Wan):
         if component == "vae" and self.sees:
             with self._faults_told():
                 folders = [part_folder(self.source, part) for part in VISION]
-            found += [file for folder in folders for file in files_read(folder, self.config.variant)]
+            found += [
+                file for folder in folders for file in files_read(folder, self.config.variant)
+            ]
         return found
 
     def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -91,7 +95,9 @@ class WanImageToVideo(Wan):
         found = {"first_frame": self.encode_media(encoders, first)[0]}
         if self.sees:
             images = ((clip[:, :, 0] + 1) * 127.5).round().to(torch.uint8).cpu()
-            inputs = encoders.image_processor(images=list(images), return_tensors="pt").to(pixels.device)
+            inputs = encoders.image_processor(images=list(images), return_tensors="pt").to(
+                pixels.device
+            )
             seen = encoders.image_encoder(**inputs, output_hidden_states=True)
             found["image_embeds"] = seen.hidden_states[-2]
         return found
@@ -108,14 +114,19 @@ class WanImageToVideo(Wan):
             extras["concat_latent_image"] = cond["first_frame"][None]
         return embeds, extras
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         known = noisy.new_zeros(len(noisy), MASK_CHANNELS, *noisy.shape[2:])
         known[:, :, 0] = 1
-        first = self.normalise(cond["first_frame"]).to(noisy.dtype)
+        first = self.normalize(cond["first_frame"]).to(noisy.dtype)
         return denoiser(
-            torch.cat([noisy, known, first], 1), timestep, cond["prompt_embeds"],
-            encoder_hidden_states_image=cond.get("image_embeds"), return_dict=False,
-        )[0]  # fmt: skip
+            torch.cat([noisy, known, first], 1),
+            timestep,
+            cond["prompt_embeds"],
+            encoder_hidden_states_image=cond.get("image_embeds"),
+            return_dict=False,
+        )[0]
 
 
 FAMILY = WanImageToVideo

@@ -1,5 +1,5 @@
-"""Z-Image: a transformer over image and caption in one stream of tokens (Tongyi-MAI 2025, arXiv 2511.22699), with Qwen3
-as text encoder.
+"""Z-Image: a transformer over image and caption in one stream of tokens (Tongyi-MAI 2025, arXiv
+2511.22699), with Qwen3 as text encoder.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ ATTENTION = r".*\.attention\.to_(q|k|v|out\.0)"
 
 
 class ZImage(QwenTextFamily):
-    """Conditioning is the encoder's last state but one, of the caption and the marks of the chat around it."""
+    """Conditioning is the encoder's last state but one, of the caption and the marks of the chat
+    around it."""
 
     name = "z_image"
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
@@ -33,7 +34,11 @@ class ZImage(QwenTextFamily):
 
     @classmethod
     def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return {"cap_pad_token", "layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight"} <= shapes.keys()
+        return {
+            "cap_pad_token",
+            "layers.0.attention.qkv.weight",
+            "layers.0.adaLN_modulation.0.weight",
+        } <= shapes.keys()
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device
@@ -47,8 +52,13 @@ class ZImage(QwenTextFamily):
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]) -> Tensor:
-        captions = [embed[:count] for embed, count in zip(cond["prompt_embeds"], cond["lengths"], strict=True)]
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
+    ) -> Tensor:
+        captions = [
+            embed[:count]
+            for embed, count in zip(cond["prompt_embeds"], cond["lengths"], strict=True)
+        ]
         images = list(noisy.unsqueeze(2).unbind())  # each a video of one frame
         found = denoiser(images, (1000 - timestep) / 1000, captions, return_dict=False)[0]
         return -torch.stack(found).squeeze(2)

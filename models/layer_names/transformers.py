@@ -1,8 +1,10 @@
-"""Names of diffusion transformers' layers in the original models' code, which are ComfyUI's, from diffusers' names.
+"""Names of diffusion transformers' layers in the original models' code, which are ComfyUI's, from
+diffusers' names.
 
-A table is a list of (regular expression for the beginning of a diffusers name, what stands for it, table of the rest).
-A rest that ends in [i] is the i-th part of a fused weight; one that ends in ~ has scale and shift the other way round
-where the layer makes nothing else. Names that no table has are the same in both.
+A table is a list of (regular expression for the beginning of a diffusers name, what stands for it,
+table of the rest). A rest that ends in [i] is the i-th part of a fused weight; one that ends in ~
+has scale and shift the other way round where the layer makes nothing else. Names that no table has
+are the same in both.
 """
 
 import re
@@ -23,7 +25,9 @@ def renamed(denoiser: nn.Module, table: Table, native_only: str = "(?!)") -> dic
     `native_only`: regular expression for the layers that ComfyUI does not know by diffusers' name.
     """
     modules = dict(denoiser.named_modules())
-    layers: dict[str, Any] = {n: m for n, m in modules.items() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    layers: dict[str, Any] = {
+        n: m for n, m in modules.items() if isinstance(getattr(m, "weight", None), nn.Parameter)
+    }
     spelt = {layer: native_name(layer, table) for layer in layers}
     fused: dict[str, dict[int, str]] = {}
     found = {}
@@ -50,9 +54,15 @@ def stored_names(denoiser: nn.Module, table: Table, keys: Collection[str]) -> di
     natives, prefix, found = renamed(denoiser, table), denoiser_prefix(keys), {}
     for name, _ in denoiser.named_parameters():
         layer, _, kind = name.rpartition(".")
-        native = f"{natives[layer].name}.{kind}" if layer in natives else native_name(name, table).removesuffix("~")
+        native = (
+            f"{natives[layer].name}.{kind}"
+            if layer in natives
+            else native_name(name, table).removesuffix("~")
+        )
         key = prefix + native
-        scale = re.sub("weight$", "scale", key)  # Black Forest Labs' files have it where ComfyUI has a norm's weight
+        scale = re.sub(
+            "weight$", "scale", key
+        )  # Black Forest Labs' files have it where ComfyUI has a norm's weight
         found[name] = scale if key not in keys and scale in keys else key
     return found
 
@@ -66,7 +76,9 @@ def native_name(layer: str, table: Table) -> str:
     return layer
 
 
-def fused_qkv(prefix: str, weight: str, names: tuple[str, str, str] = ("to_q", "to_k", "to_v")) -> dict[str, str]:
+def fused_qkv(
+    prefix: str, weight: str, names: tuple[str, str, str] = ("to_q", "to_k", "to_v")
+) -> dict[str, str]:
     return {f"{prefix}{name}": f"{weight}[{i}]" for i, name in enumerate(names)}
 
 
@@ -118,7 +130,11 @@ FLUX = (
     (r"time_(?:text|guidance)_embed\.timestep_embedder\.", "time_in.", EMBEDDER),
     (r"time_(?:text|guidance)_embed\.guidance_embedder\.", "guidance_in.", EMBEDDER),
     (r"time_text_embed\.text_embedder\.", "vector_in.", EMBEDDER),
-    (r"distilled_guidance_layer\.layers\.(\d+)\.", r"distilled_guidance_layer.layers.\1.", EMBEDDER),
+    (
+        r"distilled_guidance_layer\.layers\.(\d+)\.",
+        r"distilled_guidance_layer.layers.\1.",
+        EMBEDDER,
+    ),
     ("", "", FLUX_OUTSIDE),
 )
 """FLUX.1, and what is made of it: Chroma and FLUX.2."""
@@ -150,42 +166,88 @@ SD3 = (
     (r"transformer_blocks\.(\d+)\.", r"joint_blocks.\1.", SD3_BLOCK),
     (r"time_text_embed\.timestep_embedder\.", "t_embedder.", MLP),
     (r"time_text_embed\.text_embedder\.", "y_embedder.", MLP),
-    ("", "", {
-        "pos_embed.proj": "x_embedder.proj",
-        "norm_out.linear": "final_layer.adaLN_modulation.1~",
-        "proj_out": "final_layer.linear",
-    }),
-)  # fmt: skip
+    (
+        "",
+        "",
+        {
+            "pos_embed.proj": "x_embedder.proj",
+            "norm_out.linear": "final_layer.adaLN_modulation.1~",
+            "proj_out": "final_layer.linear",
+        },
+    ),
+)
 
-Z_IMAGE_ATTENTION = {**fused_qkv("", "qkv"), "to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
+Z_IMAGE_ATTENTION = {
+    **fused_qkv("", "qkv"),
+    "to_out.0": "out",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
 Z_IMAGE = (
-    (r"(noise_refiner|context_refiner|layers)\.(\d+)\.attention\.", r"\1.\2.attention.", Z_IMAGE_ATTENTION),
-    (r"all_(x_embedder|final_layer)\.[\d-]+", r"\1", {
-        "": "", ".linear": ".linear", ".adaLN_modulation.1": ".adaLN_modulation.1",
-    }),
-)  # fmt: skip
+    (
+        r"(noise_refiner|context_refiner|layers)\.(\d+)\.attention\.",
+        r"\1.\2.attention.",
+        Z_IMAGE_ATTENTION,
+    ),
+    (
+        r"all_(x_embedder|final_layer)\.[\d-]+",
+        r"\1",
+        {
+            "": "",
+            ".linear": ".linear",
+            ".adaLN_modulation.1": ".adaLN_modulation.1",
+        },
+    ),
+)
 
 QWEN_IMAGE: Table = ()
 """All names are the same."""
 
 WAN_ATTENTION = {
-    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "add_k_proj": "k_img", "add_v_proj": "v_img",
-    "norm_q": "norm_q", "norm_k": "norm_k", "norm_added_k": "norm_k_img",
-}  # fmt: skip
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "add_k_proj": "k_img",
+    "add_v_proj": "v_img",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+    "norm_added_k": "norm_k_img",
+}
 WAN = (
     (r"blocks\.(\d+)\.attn1\.", r"blocks.\1.self_attn.", WAN_ATTENTION),
     (r"blocks\.(\d+)\.attn2\.", r"blocks.\1.cross_attn.", WAN_ATTENTION),
-    (r"blocks\.(\d+)\.", r"blocks.\1.", {
-        "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "scale_shift_table": "modulation",
-    }),
-    (r"condition_embedder\.image_embedder\.", "img_emb.proj.", {
-        "norm1": "0", "ff.net.0.proj": "1", "ff.net.2": "3", "norm2": "4",
-    }),
-    (r"condition_embedder\.", "", {
-        "time_embedder.linear_1": "time_embedding.0", "time_embedder.linear_2": "time_embedding.2",
-        "time_proj": "time_projection.1",
-        "text_embedder.linear_1": "text_embedding.0", "text_embedder.linear_2": "text_embedding.2",
-    }),
+    (
+        r"blocks\.(\d+)\.",
+        r"blocks.\1.",
+        {
+            "norm2": "norm3",
+            "ffn.net.0.proj": "ffn.0",
+            "ffn.net.2": "ffn.2",
+            "scale_shift_table": "modulation",
+        },
+    ),
+    (
+        r"condition_embedder\.image_embedder\.",
+        "img_emb.proj.",
+        {
+            "norm1": "0",
+            "ff.net.0.proj": "1",
+            "ff.net.2": "3",
+            "norm2": "4",
+        },
+    ),
+    (
+        r"condition_embedder\.",
+        "",
+        {
+            "time_embedder.linear_1": "time_embedding.0",
+            "time_embedder.linear_2": "time_embedding.2",
+            "time_proj": "time_projection.1",
+            "text_embedder.linear_1": "text_embedding.0",
+            "text_embedder.linear_2": "text_embedding.2",
+        },
+    ),
     ("", "", {"proj_out": "head.head", "scale_shift_table": "head.modulation"}),
-)  # fmt: skip
+)
 WAN_NATIVE_ONLY = r".*"

@@ -1,7 +1,8 @@
-"""Names of a UNet's modules in the original Stable Diffusion code (LDM, sgm), from diffusers' names: ComfyUI's own
-names.
+"""Names of a UNet's modules in the original Stable Diffusion code (LDM, sgm), from diffusers'
+names: ComfyUI's own names.
 
-`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`, for any number of levels and of layers per level.
+`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`, for any number of levels and of
+layers per level.
 """
 
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ def native_names(unet: nn.Module) -> dict[str, str]:
 
 
 def block_names(unet: Any) -> Iterator[tuple[str, str]]:
-    """The parts of the blocks on the way down and up: the original numbers all layers of all levels in one row."""
+    """The parts of the blocks on the way down and up: the original numbers all layers of all levels
+    in one row."""
     place = 1
     for level, block in enumerate(unet.down_blocks):
         for layer in range(len(block.resnets)):
@@ -70,4 +72,7 @@ def block_names(unet: Any) -> Iterator[tuple[str, str]]:
             place += 1
         if block.upsamplers:
             # the last part of the level's last layer
-            yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{place - 1}.{1 + attends}.conv"
+            yield (
+                f"up_blocks.{level}.upsamplers.0.conv",
+                f"output_blocks.{place - 1}.{1 + attends}.conv",
+            )

@@ -21,7 +21,9 @@ AVERAGED = ["--rank=8", "--adapter.alpha=1", "--ema.decay=0.7", "--learning_rate
 
 def state_at(step: int, best_step: int) -> SavedState:
     """Of a run that went on from an adapter of 3 steps."""
-    return SavedState(step, 9, 9, 1, 1, {"steps of the existing LoRA": 3}, 0.0, "", {}, best_step=best_step)
+    return SavedState(
+        step, 9, 9, 1, 1, {"steps of the existing LoRA": 3}, 0.0, "", {}, best_step=best_step
+    )
 
 
 @torch.no_grad()
@@ -30,9 +32,16 @@ def test_the_tools_read_a_checkpoint_at_its_strength(case, tmp_path):
     """The EMA is of what is trained alone: here some layers are frozen."""
     adapted = on_layers(case)
     adapted.layers()["conv_in"].requires_grad_(False)
-    state, averaged = adapted.state_dict(), {n: p.detach() * 0.9 for n, p in adapted.named_parameters().items()}
+    state, averaged = (
+        adapted.state_dict(),
+        {n: p.detach() * 0.9 for n, p in adapted.named_parameters().items()},
+    )
     assert averaged.keys() < state.keys()
-    weights = {ADAPTER: state, EMA: averaged, BEST: {name: tensor * 0.8 for name, tensor in state.items()}}
+    weights = {
+        ADAPTER: state,
+        EMA: averaged,
+        BEST: {name: tensor * 0.8 for name, tensor in state.items()},
+    }
     files = to_files(state_at(5, best_step=4), weights, adapted.alphas(), {})
     for name, steps in ((ADAPTER, "8"), (EMA, "8"), (BEST, "7")):
         path, out = tmp_path / name, tmp_path / f"converted_{name}"
@@ -62,8 +71,12 @@ def test_a_run_goes_on_from_a_checkpoint_of_another(options, run_here, tmp_path)
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     more = [*options, *AVERAGED, f"--output_dir={tmp_path / 'more'}", "--steps=1"]
     assert run_here([*more, f"--existing_lora={newest / EMA}"]) == 0
-    before, after = (json.loads((tmp_path / name / "loss.json").read_text()) for name in ("out", "more"))
-    assert after["validation"][0]["loss"] == pytest.approx(before["validation"][-1]["loss"], rel=1e-5)
+    before, after = (
+        json.loads((tmp_path / name / "loss.json").read_text()) for name in ("out", "more")
+    )
+    assert after["validation"][0]["loss"] == pytest.approx(
+        before["validation"][-1]["loss"], rel=1e-5
+    )
     assert after["total_steps"] == 7
 
 
@@ -87,7 +100,11 @@ def take_away_alphas(checkpoint: Path) -> None:
     """Leaves what was written before these files said their strength: the EMA alone, without what is not trained."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in (ADAPTER, EMA, BEST):
-        tensors = {key: tensor for key, tensor in load_file(checkpoint / name).items() if not key.endswith(".alpha")}
+        tensors = {
+            key: tensor
+            for key, tensor in load_file(checkpoint / name).items()
+            if not key.endswith(".alpha")
+        }
         if name == EMA:
             tensors = {key: tensor for key, tensor in tensors.items() if "initial" not in key}
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.adapter_cases import every_spec, model_of, randomised
+from helpers.adapter_cases import every_spec, model_of, randomized
 from torch import Tensor, nn
 
 from adapter_files import convert, files
@@ -29,7 +29,11 @@ def model() -> nn.ModuleDict:
 
 
 def lora(layer: str, rank: int = 2, **others: Tensor) -> dict[str, Tensor]:
-    tensors = {"lora_up.weight": torch.ones(12, rank), "lora_down.weight": torch.ones(rank, 8), **others}
+    tensors = {
+        "lora_up.weight": torch.ones(12, rank),
+        "lora_down.weight": torch.ones(rank, 8),
+        **others,
+    }
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -43,7 +47,7 @@ BAD: dict[str, tuple[dict[str, Tensor], list[str]]] = {
     "a vector for a factor": ({**lora("linear"), "linear.lora_down.weight": torch.ones(16)}, ["(16,): no matrix"]),
     "a vector for a LoKr": ({"linear.lokr_w1": torch.ones(2), "linear.lokr_w2": torch.ones(6, 4)}, ["no matrix"]),
     "a vector for an OFT": ({"linear.oft_blocks": torch.ones(12)}, ["oft_blocks is (12,): no matrix"]),
-    "a LoRA on a norm": (lora("norm"), ["norm: ", "normalisation"]),
+    "a LoRA on a norm": (lora("norm"), ["norm: ", "normalization"]),
     "a bias that is not there": (lora("plain", diff_b=torch.ones(12)), ["plain: diff_b: the layer has no bias"]),
     "a norm's bias that is not there": (
         {"rms.diff": torch.ones(8), "rms.diff_b": torch.ones(8)},
@@ -85,8 +89,12 @@ def test_a_broken_file_is_refused_with_all_its_faults(case):
     assert [type(module) for module in there.modules()] == kinds
 
 
-@pytest.mark.parametrize("config", [{}, {"adapter_config": '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}'}])
-@pytest.mark.parametrize("name", ["lora_up.weight", "lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w2", "a1.weight"])
+@pytest.mark.parametrize(
+    "config", [{}, {"adapter_config": '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}'}]
+)
+@pytest.mark.parametrize(
+    "name", ["lora_up.weight", "lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w2", "a1.weight"]
+)
 def test_a_tensor_alone_is_a_fault_of_its_layer(name, config):
     there = model()
     layers, unknown = files.from_file({f"linear.{name}": torch.ones(2, 2)}, config, there, NAMES)
@@ -98,15 +106,22 @@ def test_a_tensor_alone_is_a_fault_of_its_layer(name, config):
 @pytest.mark.parametrize("alphas", [(0.0, 3.0), (3.0, 0.0), (0.0, 0.0)])
 @torch.no_grad()
 def test_an_alpha_of_0_is_no_update_in_every_format(file_format, alphas):
-    tensors = {f"{name}.alpha": torch.tensor(alpha) for name, alpha in zip(("linear", "plain"), alphas, strict=True)}
+    tensors = {
+        f"{name}.alpha": torch.tensor(alpha)
+        for name, alpha in zip(("linear", "plain"), alphas, strict=True)
+    }
     there = model()
-    layers, unknown = files.from_file({**tensors, **lora("linear"), **lora("plain")}, {}, there, NAMES)
+    layers, unknown = files.from_file(
+        {**tensors, **lora("linear"), **lora("plain")}, {}, there, NAMES
+    )
     assert not unknown
     names = files.Names({name: name for name in there})
     content = files.to_file(layers, there, names, file_format, torch.float32)
     assert all(tensor.isfinite().all() for tensor in content.tensors.values())
     assert files.verify(content, layers, there, names) <= files.MOST_ERROR
-    deltas = [convert.delta_of(layers[name], there[name].weight).norm() for name in ("linear", "plain")]
+    deltas = [
+        convert.delta_of(layers[name], there[name].weight).norm() for name in ("linear", "plain")
+    ]
     assert [bool(delta) for delta in deltas] == [bool(alpha) for alpha in alphas]
 
 
@@ -124,7 +139,10 @@ def test_what_is_not_finite_is_the_worst_error_there_is(monkeypatch, key):
 @pytest.mark.parametrize("value", [math.nan, 3e38])
 def test_an_update_that_is_not_finite_cannot_be_decomposed(value):
     weight = torch.zeros(12, 8)
-    for tensors in ({"diff": torch.full((12, 8), math.nan)}, {k[7:]: t * value for k, t in lora("linear").items()}):
+    for tensors in (
+        {"diff": torch.full((12, 8), math.nan)},
+        {k[7:]: t * value for k, t in lora("linear").items()},
+    ):
         with pytest.raises(AdapterError, match="not finite"):
             convert.nearest_lora({**tensors, "alpha": torch.tensor(200.0)}, weight, 2)
 
@@ -139,7 +157,9 @@ def test_what_has_diverged_is_not_written_and_the_layer_is_named():
     there, _ = model_of("Linear")
     for init in ("default", "pissa"):
         model = nn.ModuleDict({"diverged": copy.deepcopy(there["layer"])})
-        adapted = attach(model, {"diverged": LayerSpec(3, options=AdapterOptions(init=init))}, seed=0)
+        adapted = attach(
+            model, {"diverged": LayerSpec(3, options=AdapterOptions(init=init))}, seed=0
+        )
         with torch.no_grad():
             adapted.named_parameters()["diverged.lora_up.weight"][0] = math.nan
         with pytest.raises(AdapterError, match=r"diverged: (.|\n)*not finite"):
@@ -153,19 +173,21 @@ def test_a_tucker_loha_is_a_lora_too(spec):
         return
     for kind in ("Linear", "Conv2d", "Conv3d"):
         there, _ = model_of(kind)
-        adapted = randomised(attach(there, {"layer": spec}, seed=0))
+        adapted = randomized(attach(there, {"layer": spec}, seed=0))
         layers = files.layers_of_adapted(adapted)
         weight = there["layer"].base_layer.weight.detach()
         exact = convert.lora_exact(layers["layer"], weight.shape)
         assert {*exact} == {"lora_up.weight", "lora_down.weight", "alpha"}
         delta = convert.delta_of(layers["layer"], weight)
-        torch.testing.assert_close(convert.delta_of(exact, weight), delta, rtol=0, atol=2e-6 * float(delta.norm()))
+        torch.testing.assert_close(
+            convert.delta_of(exact, weight), delta, rtol=0, atol=2e-6 * float(delta.norm())
+        )
 
 
 def test_while_the_update_is_merged_the_base_is_still_the_base():
     there, _ = model_of("Linear")
     before = there["layer"].weight.detach().clone()
-    adapted = randomised(attach(there, {"layer": LayerSpec(3, algorithm="DoRA")}, seed=0))
+    adapted = randomized(attach(there, {"layer": LayerSpec(3, algorithm="DoRA")}, seed=0))
     layers, names = files.layers_of_adapted(adapted), files.Names({"layer": "layer"})
     expected = files.to_file(layers, there, names, "kohya", torch.float32).tensors
     adapted.merge()

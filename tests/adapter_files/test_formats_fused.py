@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.adapter_cases import ALL_SPECS, SPECS, every_spec, randomised, spec_of
+from helpers.adapter_cases import ALL_SPECS, SPECS, every_spec, randomized, spec_of
 from helpers.comfy_apply import applied
 from helpers.comfy_keys import Place
 from torch import Tensor, nn
@@ -23,7 +23,12 @@ SLICES = {
     "single.to_v": ("single.linear1", 48, 24), "single.proj_mlp": ("single.linear1", 72, 48),
 }  # fmt: skip
 SWAPPED = {"norm_out": "final.1", "odd_out": "odd.1"}  # 24 rows in 4 blocks of 6, 18 in 3
-NATIVE = {**{n: native for n, (native, _, _) in SLICES.items()}, **SWAPPED, "plain": "plain_in", "norm_q": "q_norm"}
+NATIVE = {
+    **{n: native for n, (native, _, _) in SLICES.items()},
+    **SWAPPED,
+    "plain": "plain_in",
+    "norm_q": "q_norm",
+}
 PREFIX = "transformer."
 LINEAR = [*SLICES, *SWAPPED, "plain"]
 ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v"]
@@ -68,7 +73,7 @@ def toy() -> nn.Module:
 
 
 def trained(specs: dict[str, LayerSpec]) -> AdaptedModel:
-    return randomised(attach(toy(), specs, seed=0))
+    return randomized(attach(toy(), specs, seed=0))
 
 
 def table(by_diffusers: str) -> dict[str, Place]:
@@ -76,7 +81,10 @@ def table(by_diffusers: str) -> dict[str, Place]:
     found = {}
     for native in NATIVE.values():
         place = Place(f"{native}.weight")
-        found |= {f"diffusion_model.{native}": place, f"lora_unet_{native.replace('.', '_')}": place}
+        found |= {
+            f"diffusion_model.{native}": place,
+            f"lora_unet_{native.replace('.', '_')}": place,
+        }
     if by_diffusers:
         for layer, native in NATIVE.items():
             rows = SLICES[layer][1:] if layer in SLICES else None
@@ -94,7 +102,9 @@ def native_state(model: nn.Module) -> dict[str, Tensor]:
     for layer, native in NATIVE.items():  # in the order of the rows
         for kind, tensor in model.get_submodule(layer).named_parameters():
             tensor = tensor.detach().double()
-            parts.setdefault(f"{native}.{kind}", []).append(swap(tensor) if layer in SWAPPED else tensor)
+            parts.setdefault(f"{native}.{kind}", []).append(
+                swap(tensor) if layer in SWAPPED else tensor
+            )
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -137,7 +147,9 @@ def check(adapted: AdaptedModel, form: str) -> files.FileContent:
     content = content_of(adapted, form)
     by_diffusers = FORMS[form][1]
     expected = merged(adapted)
-    changed = {name for name, tensor in expected.items() if not tensor.equal(native_state(base())[name])}
+    changed = {
+        name for name, tensor in expected.items() if not tensor.equal(native_state(base())[name])
+    }
     assert changed
     assert_alike(applied(content.tensors, table(by_diffusers), native_state(base())), expected)
     again = read(content, by_diffusers)
@@ -180,7 +192,9 @@ def test_parts_of_different_ranks_and_alphas(form):
         adapted = trained(specs)
         check(adapted, form)
         again = read(content_of(adapted, form), FORMS[form][1])
-        assert {n: s.rank for n, s in again.specs().items()} == {n: s.rank for n, s in specs.items()}
+        assert {n: s.rank for n, s in again.specs().items()} == {
+            n: s.rank for n, s in specs.items()
+        }
 
 
 @every_form
@@ -194,7 +208,10 @@ def test_parts_with_different_algorithms(form):
 @pytest.mark.parametrize("form", ["comfyui without names of parts", "kohya"])
 @pytest.mark.parametrize("algorithm", SPECS)
 def test_what_is_fused_and_swapped_keeps_its_algorithm_where_it_can(algorithm, form):
-    again = read(content_of(trained(dict.fromkeys([*ATTENTION, "norm_out"], SPECS[algorithm])), form), FORMS[form][1])
+    again = read(
+        content_of(trained(dict.fromkeys([*ATTENTION, "norm_out"], SPECS[algorithm])), form),
+        FORMS[form][1],
+    )
     fusable = algorithm not in ("LoKr", "GLoRA")
     found = {name: spec.algorithm for name, spec in again.specs().items()}
     assert {found[name] for name in ATTENTION} == {algorithm if fusable else "Full"}
@@ -227,7 +244,10 @@ def test_a_lora_that_changes_nothing_is_no_fault_of_a_fused_file():
         assert again.layers().keys() == adapted.layers().keys()
     with torch.no_grad():
         adapted.named_parameters()["attn.to_k.lora_up.weight"].fill_(0.1)
-    assert {*read(content_of(adapted, "kohya")).layers()} == {"attn.to_k", *(n for n in SLICES if "single" in n)}
+    assert {*read(content_of(adapted, "kohya")).layers()} == {
+        "attn.to_k",
+        *(n for n in SLICES if "single" in n),
+    }
 
 
 @pytest.mark.parametrize("spec", [ALL_SPECS["LoRA"], ALL_SPECS["Full"]], ids=["LoRA", "Full"])
@@ -236,7 +256,10 @@ def test_the_default_format_is_the_one_that_the_most_programs_read(spec):
     asked = ("diffusers", "comfyui")
     wanted = "diffusers" if spec.algorithm == "LoRA" else "comfyui"
     assert files.preferred(asked, layers, names()) == wanted
-    assert files.preferred(asked, layers, replace(names(), native_only=frozenset({"plain"}))) == "comfyui"
+    assert (
+        files.preferred(asked, layers, replace(names(), native_only=frozenset({"plain"})))
+        == "comfyui"
+    )
     assert files.preferred(("kohya",), layers, names()) == "kohya"
     with_bias = {name: {**tensors, "diff_b": torch.ones(24)} for name, tensors in layers.items()}
     assert files.preferred(asked, with_bias, names()) == "comfyui"
@@ -247,7 +270,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def lora_tensors(rows: int) -> dict[str, Tensor]:
-    return {"lora_up.weight": noise(rows, 3), "lora_down.weight": noise(3, 12), "alpha": torch.tensor(2.0)}
+    return {
+        "lora_up.weight": noise(rows, 3),
+        "lora_down.weight": noise(3, 12),
+        "alpha": torch.tensor(2.0),
+    }
 
 
 # tensors of an adapter that was trained on a weight of so many rows and 12 columns -> the algorithms it is read as,
@@ -298,16 +325,23 @@ def test_a_dora_trained_on_the_original_weight_is_read():
     tensors, native = {}, native_state(base())
     for name in ("block.qkv", "final.1"):
         weight, parts = native[f"{name}.weight"], lora_tensors(len(native[f"{name}.weight"]))
-        moved = weight + 2 / 3 * parts["lora_up.weight"].double() @ parts["lora_down.weight"].double()
+        moved = (
+            weight + 2 / 3 * parts["lora_up.weight"].double() @ parts["lora_down.weight"].double()
+        )
         magnitude = noise(len(weight), 1).double().abs() + 0.5
         native[f"{name}.weight"] = magnitude * moved / moved.norm(dim=1, keepdim=True)
-        tensors |= {f"diffusion_model.{name}.{n}": t for n, t in {**parts, "dora_scale": magnitude.float()}.items()}
+        tensors |= {
+            f"diffusion_model.{name}.{n}": t
+            for n, t in {**parts, "dora_scale": magnitude.float()}.items()
+        }
     assert_alike(merged(read(files.FileContent(tensors))), native)
 
 
 def test_a_part_by_diffusers_name_beside_the_whole_is_refused():
     tensors = {
-        **{f"diffusion_model.block.qkv.{name}": tensor for name, tensor in lora_tensors(72).items()},
+        **{
+            f"diffusion_model.block.qkv.{name}": tensor for name, tensor in lora_tensors(72).items()
+        },
         **{f"transformer.attn.to_q.{name}": tensor for name, tensor in lora_tensors(24).items()},
     }
     with pytest.raises(AdapterError, match=r"the same tensor as diffusion_model\.block\.qkv"):
@@ -327,7 +361,9 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_cannot_be_split_is_refused_by_layer(case):
     tensors, words = BROKEN[case]
-    file = files.FileContent({f"diffusion_model.block.qkv.{name}": tensor for name, tensor in tensors.items()})
+    file = files.FileContent(
+        {f"diffusion_model.block.qkv.{name}": tensor for name, tensor in tensors.items()}
+    )
     with pytest.raises(AdapterError, match=rf"attn.to_q: (.|\n)*{words}"):
         read(file)
 

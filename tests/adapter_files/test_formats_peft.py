@@ -55,14 +55,20 @@ def ours(folder: Path) -> Small:
 
 
 def lokr(**options) -> LoKrConfig:
-    return LoKrConfig(**{"r": 4, "alpha": 8, "target_modules": TARGETS, "init_weights": False, **options})
+    return LoKrConfig(
+        **{"r": 4, "alpha": 8, "target_modules": TARGETS, "init_weights": False, **options}
+    )
 
 
 CONFIGS = {
     "LoRA": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
     "LoRA rslora": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_rslora=True),
     "LoRA patterns": LoraConfig(
-        r=4, lora_alpha=8, target_modules=TARGETS, rank_pattern={"conv": 2}, alpha_pattern={"conv": 3}
+        r=4,
+        lora_alpha=8,
+        target_modules=TARGETS,
+        rank_pattern={"conv": 2},
+        alpha_pattern={"conv": 3},
     ),
     "DoRA": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_dora=True),
     "LoHa": LoHaConfig(r=4, alpha=8, target_modules=TARGETS),
@@ -86,7 +92,9 @@ def test_what_peft_saves_is_read_as_peft_reads_it(tmp_path, case):
     torch.testing.assert_close(ours(tmp_path)(INPUT), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in CONFIGS if case.startswith("LoKr") and "tucker" not in case])
+@pytest.mark.parametrize(
+    "case", [case for case in CONFIGS if case.startswith("LoKr") and "tucker" not in case]
+)
 @torch.no_grad()
 def test_a_lokr_of_pefts_written_for_peft_is_the_same_again(tmp_path, case):
     saved_by_peft(CONFIGS[case], tmp_path / "theirs")
@@ -97,35 +105,50 @@ def test_a_lokr_of_pefts_written_for_peft_is_the_same_again(tmp_path, case):
     assert files.verify(content, layers, model, files.Names()) <= files.MOST_ERROR
     write(tmp_path / "ours", content)
     torch.testing.assert_close(
-        PeftModel.from_pretrained(base(), tmp_path / "ours").eval()(INPUT), expected, rtol=0, atol=1e-5
+        PeftModel.from_pretrained(base(), tmp_path / "ours").eval()(INPUT),
+        expected,
+        rtol=0,
+        atol=1e-5,
     )
     torch.testing.assert_close(ours(tmp_path / "ours")(INPUT), expected, rtol=0, atol=1e-5)
 
 
 def write(folder: Path, content: files.FileContent) -> None:
     folder.mkdir()
-    (folder / "adapter_model.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
+    (folder / "adapter_model.safetensors").write_bytes(
+        files.to_bytes(content.tensors, content.metadata)
+    )
     (folder / "adapter_config.json").write_text(json.dumps(content.config))
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
 def test_an_init_that_changed_the_base_is_refused(tmp_path, init):
-    saved_by_peft(LoraConfig(r=4, lora_alpha=8, target_modules=["linear"], init_lora_weights=init), tmp_path)
-    with pytest.raises(AdapterError, match=f"init_lora_weights = {init}: (.|\n)*path_initial_model_for_weight"):
+    saved_by_peft(
+        LoraConfig(r=4, lora_alpha=8, target_modules=["linear"], init_lora_weights=init), tmp_path
+    )
+    with pytest.raises(
+        AdapterError, match=f"init_lora_weights = {init}: (.|\n)*path_initial_model_for_weight"
+    ):
         ours(tmp_path)
 
 
 @torch.no_grad()
 def test_one_that_peft_has_converted_is_read(tmp_path):
-    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=8, target_modules=["linear"], init_lora_weights="pissa"))
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it, so that the start can be loaded
+    model = get_peft_model(
+        base(), LoraConfig(r=4, lora_alpha=8, target_modules=["linear"], init_lora_weights="pissa")
+    )
+    model.peft_config[
+        "default"
+    ].init_lora_weights = True  # as PEFT's guide has it, so that the start can be loaded
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     expected = model.eval()(INPUT)
-    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     torch.testing.assert_close(ours(tmp_path / "end")(INPUT), expected, rtol=0, atol=1e-5)
 
 
@@ -143,11 +166,23 @@ BAD_CONFIGS = {
     "not UTF-8": (b"\xff\xfe{", "adapter_config.json"),
     "not JSON": (b"{", "not readable as JSON"),
     "a list": (b"[1]", "no JSON object"),
-    "no alpha": (json.dumps({**CONFIG, "lora_alpha": None}).encode(), "lora_alpha = None: no number"),
-    "a word for alpha": (json.dumps({**CONFIG, "lora_alpha": "8"}).encode(), "lora_alpha = '8': no number"),
-    "a broken pattern": (json.dumps({**CONFIG, "alpha_pattern": {"(": 1}}).encode(), "no regular expression"),
+    "no alpha": (
+        json.dumps({**CONFIG, "lora_alpha": None}).encode(),
+        "lora_alpha = None: no number",
+    ),
+    "a word for alpha": (
+        json.dumps({**CONFIG, "lora_alpha": "8"}).encode(),
+        "lora_alpha = '8': no number",
+    ),
+    "a broken pattern": (
+        json.dumps({**CONFIG, "alpha_pattern": {"(": 1}}).encode(),
+        "no regular expression",
+    ),
     "patterns in a list": (json.dumps({**CONFIG, "rank_pattern": [1]}).encode(), "no JSON object"),
-    "no number in a pattern": (json.dumps({**CONFIG, "alpha_pattern": {"a": None}}).encode(), "no number"),
+    "no number in a pattern": (
+        json.dumps({**CONFIG, "alpha_pattern": {"a": None}}).encode(),
+        "no number",
+    ),
 }
 
 

@@ -5,7 +5,16 @@ import re
 
 import pytest
 import torch
-from helpers.adapter_file_cases import CONV, LINEAR, names, on_layers, output, unet, with_norms, written
+from helpers.adapter_file_cases import (
+    CONV,
+    LINEAR,
+    names,
+    on_layers,
+    output,
+    unet,
+    with_norms,
+    written,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,38 +28,63 @@ KOHYA = "lora_unet_" + LINEAR.replace(".", "_")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64) / 4
+    return (
+        torch.randn(
+            shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+        )
+        / 4
+    )
 
 
-def effective(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Tensor]:
+def effective(
+    tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, Tensor]:
     """Layer -> the change of its weight that a file makes."""
     model = unet()
-    plain = {name: module.weight.clone() for name, module in layers_of(model) if hasattr(module, "weight")}
+    plain = {
+        name: module.weight.clone()
+        for name, module in layers_of(model)
+        if hasattr(module, "weight")
+    }
     adapted = attach_from_file(model, *files.from_file(tensors, metadata or {}, model, names()))
     adapted.merge()
     return {name: layer.base_layer.weight - plain[name] for name, layer in adapted.layers().items()}
 
 
-def expect(tensors: dict[str, Tensor], layer: str, delta: Tensor, metadata: dict[str, str] | None = None) -> None:
+def expect(
+    tensors: dict[str, Tensor], layer: str, delta: Tensor, metadata: dict[str, str] | None = None
+) -> None:
     changed = effective({key: tensor.float() for key, tensor in tensors.items()}, metadata)
     assert changed.keys() == {layer}
     assert delta.norm() > 0.1
-    torch.testing.assert_close(changed[layer].double(), delta.reshape(changed[layer].shape), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        changed[layer].double(), delta.reshape(changed[layer].shape), rtol=0, atol=2e-6
+    )
 
 
 UP, DOWN = noise(128, 3), noise(3, 128)  # of LINEAR, (128, 128)
 LORA = UP @ DOWN
 SPELLINGS = {
     "kohya": (f"{KOHYA}.lora_up.weight", f"{KOHYA}.lora_down.weight"),
-    "kohya with sgm names": tuple(f"lora_unet_{NATIVE[LINEAR]}.lora_{side}.weight" for side in ("up", "down")),
-    "LyCORIS": tuple(f"lycoris_{LINEAR.replace('.', '_')}.lora_{side}.weight" for side in ("up", "down")),
-    "ComfyUI": tuple(f"diffusion_model.{names().native[LINEAR]}.lora_{side}.weight" for side in ("up", "down")),
+    "kohya with sgm names": tuple(
+        f"lora_unet_{NATIVE[LINEAR]}.lora_{side}.weight" for side in ("up", "down")
+    ),
+    "LyCORIS": tuple(
+        f"lycoris_{LINEAR.replace('.', '_')}.lora_{side}.weight" for side in ("up", "down")
+    ),
+    "ComfyUI": tuple(
+        f"diffusion_model.{names().native[LINEAR]}.lora_{side}.weight" for side in ("up", "down")
+    ),
     "diffusers": (f"unet.{LINEAR}.lora_B.weight", f"unet.{LINEAR}.lora_A.weight"),
     "diffusers, old": (f"unet.{LINEAR}.lora.up.weight", f"unet.{LINEAR}.lora.down.weight"),
     "diffusers, oldest": tuple(
-        f"unet.{LINEAR.replace('.to_q', '.processor.to_q')}_lora.{side}.weight" for side in ("up", "down")
+        f"unet.{LINEAR.replace('.to_q', '.processor.to_q')}_lora.{side}.weight"
+        for side in ("up", "down")
     ),
-    "PEFT": (f"base_model.model.{LINEAR}.lora_B.weight", f"base_model.model.{LINEAR}.lora_A.weight"),
+    "PEFT": (
+        f"base_model.model.{LINEAR}.lora_B.weight",
+        f"base_model.model.{LINEAR}.lora_A.weight",
+    ),
     "PEFT's module": (f"{LINEAR}.lora_B.default.weight", f"{LINEAR}.lora_A.default.weight"),
 }
 
@@ -70,7 +104,10 @@ def test_each_layer_has_its_own_rank_and_alpha():
     }  # fmt: skip
     model = unet()
     specs = attach_from_file(model, *files.from_file(tensors, {}, model, names())).specs()
-    assert {name: (spec.rank, spec.alpha) for name, spec in specs.items()} == {LINEAR: (3, 1.5), CONV: (2, 8.0)}
+    assert {name: (spec.rank, spec.alpha) for name, spec in specs.items()} == {
+        LINEAR: (3, 1.5),
+        CONV: (2, 8.0),
+    }
 
 
 def test_algorithms_may_be_mixed_in_one_file():
@@ -80,7 +117,10 @@ def test_algorithms_may_be_mixed_in_one_file():
     }
     model = unet()
     adapted = attach_from_file(model, *files.from_file(tensors, {}, model, names()))
-    assert {name: spec.algorithm for name, spec in adapted.specs().items()} == {CONV: "LoHa", LINEAR: "OFT"}
+    assert {name: spec.algorithm for name, spec in adapted.specs().items()} == {
+        CONV: "LoHa",
+        LINEAR: "OFT",
+    }
 
 
 def test_the_nodes_file_with_flat_convolutions_a_trained_alpha_and_norms():
@@ -102,7 +142,11 @@ def test_a_lora_with_a_core_is_read_with_the_core_worked_in():
     up, mid, down = noise(56, 2, 1, 1), noise(2, 2, 3, 3), noise(2, 56, 1, 1)
     conv = "lora_unet_" + CONV.replace(".", "_")
     delta = torch.einsum("or,rjkl,ji->oikl", up[..., 0, 0], mid, down[..., 0, 0]) * (0.5 / 2) * 40
-    tensors = {f"{conv}.lora_up.weight": up * 40, f"{conv}.lora_mid.weight": mid, f"{conv}.lora_down.weight": down}
+    tensors = {
+        f"{conv}.lora_up.weight": up * 40,
+        f"{conv}.lora_mid.weight": mid,
+        f"{conv}.lora_down.weight": down,
+    }
     expect({**tensors, f"{conv}.alpha": torch.tensor(0.5)}, CONV, delta)
 
 
@@ -114,12 +158,25 @@ def test_a_lokr_with_a_core_is_rebuilt(whole):
     w2 = torch.einsum("ijkl,ip,jr->prkl", core, w2_a, w2_b).contiguous()
     delta = torch.kron((w1_a @ w1_b)[..., None, None], w2) * (6.0 / 2)
     first = {"lokr_w1": w1_a @ w1_b} if whole else {"lokr_w1_a": w1_a, "lokr_w1_b": w1_b}
-    tensors = {**first, "lokr_t2": core, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b, "alpha": torch.tensor(6.0)}
-    expect({f"lora_unet_{CONV.replace('.', '_')}.{name}": t for name, t in tensors.items()}, CONV, delta)
+    tensors = {
+        **first,
+        "lokr_t2": core,
+        "lokr_w2_a": w2_a,
+        "lokr_w2_b": w2_b,
+        "alpha": torch.tensor(6.0),
+    }
+    expect(
+        {f"lora_unet_{CONV.replace('.', '_')}.{name}": t for name, t in tensors.items()},
+        CONV,
+        delta,
+    )
 
 
 def test_a_lokr_may_be_split_anyhow():
-    w1, w2 = noise(64, 2), noise(2, 64)  # PEFT leaves the larger part first where the factor asks for it
+    w1, w2 = (
+        noise(64, 2),
+        noise(2, 64),
+    )  # PEFT leaves the larger part first where the factor asks for it
     expect(
         {f"{KOHYA}.lokr_w1": w1, f"{KOHYA}.lokr_w2": w2, f"{KOHYA}.alpha": torch.tensor(9.0)},
         LINEAR,
@@ -132,7 +189,11 @@ def test_a_dora_of_lycoris_is_read_as_peft_has_it():
     scale = noise(128, 1).abs() + 0.5
     moved = weight + LORA
     delta = scale * moved / moved.norm(dim=1, keepdim=True) - weight
-    tensors = {f"{KOHYA}.lora_up.weight": UP, f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.dora_scale": scale}
+    tensors = {
+        f"{KOHYA}.lora_up.weight": UP,
+        f"{KOHYA}.lora_down.weight": DOWN,
+        f"{KOHYA}.dora_scale": scale,
+    }
     expect(tensors, LINEAR, delta)
 
 
@@ -153,7 +214,12 @@ def test_the_constraint_of_lycoris_is_per_channel_and_comfyuis_is_not():
     tensors = {f"{KOHYA}.oft_blocks": blocks, f"{KOHYA}.alpha": torch.tensor(0.5)}
     expect(tensors, LINEAR, layer.delta_weight().detach().double())
     tensors[f"{KOHYA}.alpha"] = torch.tensor(0.5 / 128)
-    expect(tensors, LINEAR, layer.delta_weight().detach().double(), {"ss_network_module": "lycoris.kohya"})
+    expect(
+        tensors,
+        LINEAR,
+        layer.delta_weight().detach().double(),
+        {"ss_network_module": "lycoris.kohya"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +270,10 @@ def test_what_cannot_be_matched_is_an_error_that_lists_it(case):
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "FLUX"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "FLUX"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.alpha", "Stable Diffusion 3"),
-        ("lora_unet_down_blocks_2_attentions_0_transformer_blocks_9_attn1_to_q.alpha", "Stable Diffusion XL"),
+        (
+            "lora_unet_down_blocks_2_attentions_0_transformer_blocks_9_attn1_to_q.alpha",
+            "Stable Diffusion XL",
+        ),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "Wan"),
     ],
 )

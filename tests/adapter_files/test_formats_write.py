@@ -9,7 +9,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from helpers.adapter_file_cases import LAYERS, SPECS, names, on_layers, output, trained, unet, with_norms, written
+from helpers.adapter_file_cases import (
+    LAYERS,
+    SPECS,
+    names,
+    on_layers,
+    output,
+    trained,
+    unet,
+    with_norms,
+    written,
+)
 from helpers.project import BASE, FIXTURES
 from peft import PeftModel
 
@@ -21,7 +31,17 @@ from lora_algos.config import LayerSpec
 from models.layer_names.unet import native_names
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
-PEFT_CASES = ["LoRA", "LoRA rslora", "LoRA pissa", "DoRA", "LoHa", "LoHa Tucker", "LoKr", "LoKr both", "LoKr full"]
+PEFT_CASES = [
+    "LoRA",
+    "LoRA rslora",
+    "LoRA pissa",
+    "DoRA",
+    "LoHa",
+    "LoHa Tucker",
+    "LoKr",
+    "LoKr both",
+    "LoKr full",
+]
 
 
 def comfy_modules() -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -35,7 +55,9 @@ def full_size() -> torch.nn.Module:
 
 
 def test_native_names_are_comfyuis_for_every_module_with_a_weight():
-    assert native_names(full_size()) == {name: native for name, (native, _) in comfy_modules().items()}
+    assert native_names(full_size()) == {
+        name: native for name, (native, _) in comfy_modules().items()
+    }
 
 
 def test_every_layer_of_sd15_is_called_as_comfyui_accepts_it():
@@ -69,7 +91,8 @@ def test_tensors_fit_every_layer_of_sd15_as_comfyui_reads_them(algorithm):
             assert blocks * side == shape[0]
         elif algorithm == "LoKr":
             w1, w2 = (
-                shapes.get(f"lokr_w{i}") or (shapes[f"lokr_w{i}_a"][0], shapes[f"lokr_w{i}_b"][1]) for i in (1, 2)
+                shapes.get(f"lokr_w{i}") or (shapes[f"lokr_w{i}_a"][0], shapes[f"lokr_w{i}_b"][1])
+                for i in (1, 2)
             )
             assert w1[0] * w2[0] == shape[0]
             assert w1[1] * torch.Size(w2[1:]).numel() == torch.Size(shape[1:]).numel()
@@ -84,7 +107,9 @@ def test_a_file_comes_back_as_the_same_adapter(case, file_format):
     layers, unknown = files.from_file(content.tensors, content.metadata, model, names())
     assert not unknown
     again = attach_from_file(model, layers, unknown)
-    assert {n: s.algorithm for n, s in again.specs().items()} == {n: s.algorithm for n, s in adapted.specs().items()}
+    assert {n: s.algorithm for n, s in again.specs().items()} == {
+        n: s.algorithm for n, s in adapted.specs().items()
+    }
     expected, plain = output(adapted.model), output(unet())
     assert (expected - plain).abs().max() > 1e-2
     torch.testing.assert_close(output(model), expected, rtol=0, atol=2e-5)
@@ -135,7 +160,12 @@ def load_in_diffusers(content: files.FileContent, folder: Path, caplog) -> Stabl
 def image(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     result = pipeline(
-        "a smiling face", height=64, width=64, num_inference_steps=3, generator=generator, output_type="np"
+        "a smiling face",
+        height=64,
+        width=64,
+        num_inference_steps=3,
+        generator=generator,
+        output_type="np",
     )
     return torch.from_numpy(result.images[0])
 
@@ -149,10 +179,15 @@ def test_diffusers_draws_our_images(tmp_path, caplog, case, file_format):
     adapted = on_layers(case)
     layers = files.layers_of_adapted(adapted)
     if case not in ("LoRA", "LoRA pissa", "DoRA"):
-        layers = {n: convert.lora_exact(t, files.weights_of(adapted.model)[n].shape) for n, t in layers.items()}
+        layers = {
+            n: convert.lora_exact(t, files.weights_of(adapted.model)[n].shape)
+            for n, t in layers.items()
+        }
     content = files.to_file(layers, adapted.model, names(), file_format, torch.float32)
     theirs = load_in_diffusers(content, tmp_path, caplog)
-    ours = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, unet=adapted.model)
+    ours = StableDiffusionPipeline.from_pretrained(
+        BASE, torch_dtype=torch.float32, unet=adapted.model
+    )
     ours.set_progress_bar_config(disable=True)
     expected = image(ours)
     plain = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
@@ -163,7 +198,10 @@ def test_diffusers_draws_our_images(tmp_path, caplog, case, file_format):
 
 def test_diffusers_scales_layers_of_different_rank_and_alpha_rightly(tmp_path, caplog):
     alphas, ranks = (3.0, 0.5, 8.0, 1.0), (2, 5, 3)
-    adapted = trained({n: LayerSpec(ranks[i % 3], alphas[i % 4]) for i, n in enumerate(adaptable_layers(unet()))}, 0.02)
+    adapted = trained(
+        {n: LayerSpec(ranks[i % 3], alphas[i % 4]) for i, n in enumerate(adaptable_layers(unet()))},
+        0.02,
+    )
     pipeline = load_in_diffusers(written(adapted, "kohya"), tmp_path, caplog)
     torch.testing.assert_close(output(pipeline.unet), output(adapted.model), rtol=0, atol=2e-5)
 
@@ -171,10 +209,16 @@ def test_diffusers_scales_layers_of_different_rank_and_alpha_rightly(tmp_path, c
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_peft_loads_the_folder_as_the_same_function(tmp_path, case):
     # PEFT splits the 4 channels of conv_in into 4 x 1 for the factor 4, where everyone else has 1 x 4
-    layers = [n for n in LAYERS if (case != "LoHa Tucker" or "conv" in n) and (case != "LoKr" or n != "conv_in")]
+    layers = [
+        n
+        for n in LAYERS
+        if (case != "LoHa Tucker" or "conv" in n) and (case != "LoKr" or n != "conv_in")
+    ]
     adapted = on_layers(case, layers)
     content = written(adapted, "peft")
-    (tmp_path / "adapter_model.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        files.to_bytes(content.tensors, content.metadata)
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps(content.config))
     model = PeftModel.from_pretrained(unet(), tmp_path)
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
@@ -187,10 +231,14 @@ def test_peft_loads_the_folder_as_the_same_function(tmp_path, case):
 def test_peft_and_diffusers_load_a_dora_in_bf16_with_its_fp32_magnitudes(tmp_path, caplog):
     adapted = on_layers("DoRA")
     content = written(adapted, "peft", torch.bfloat16)
-    (tmp_path / "adapter_model.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        files.to_bytes(content.tensors, content.metadata)
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps(content.config))
     in_peft = PeftModel.from_pretrained(unet(), tmp_path)
-    in_diffusers = load_in_diffusers(written(adapted, "diffusers", torch.bfloat16), tmp_path, caplog).unet
+    in_diffusers = load_in_diffusers(
+        written(adapted, "diffusers", torch.bfloat16), tmp_path, caplog
+    ).unet
     expected, plain = output(adapted.model), output(unet())
     for model in (in_peft, in_diffusers):
         assert (output(model) - expected).norm() < 0.01 * (plain - expected).norm()
@@ -202,7 +250,8 @@ def test_a_lokr_that_peft_would_split_otherwise_is_refused_by_layer():
 
 
 @pytest.mark.parametrize(
-    ("file_format", "case"), [("diffusers", "LoKr"), ("peft", "OFT"), ("diffusers", "LoRA with biases")]
+    ("file_format", "case"),
+    [("diffusers", "LoKr"), ("peft", "OFT"), ("diffusers", "LoRA with biases")],
 )
 def test_what_a_format_cannot_hold_is_refused(file_format, case):
     with pytest.raises(AdapterError, match=r"kohya and comfyui hold everything") as caught:

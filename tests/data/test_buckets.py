@@ -40,7 +40,9 @@ def test_a_crop_lies_in_the_image_and_keeps_its_shape(shape, scale, upscale):
     assert crop.crop_width * crop.crop_height <= 1024 * 1024
     assert 0 <= crop.left <= crop.scaled_width - crop.crop_width
     assert 0 <= crop.top <= crop.scaled_height - crop.crop_height
-    assert crop.scaled_width == crop.crop_width or crop.scaled_height == crop.crop_height, "no more is cut than must be"
+    assert crop.scaled_width == crop.crop_width or crop.scaled_height == crop.crop_height, (
+        "no more is cut than must be"
+    )
     assert crop.scaled_width / crop.scaled_height == pytest.approx(width / height, rel=0.02)
     if upscale or scale >= 1:  # small sizes are coarse
         assert crop.crop_width / crop.crop_height == pytest.approx(shape, rel=0.16)
@@ -54,4 +56,6 @@ def test_limits_and_steps_may_be_given():
     assert buckets(only_square=True).size(1920, 1080) == (1024, 1024)
     assert buckets(only_square=True, upscale=False).size(700, 500) == (448, 448)
     assert buckets(resolution=64, step=16).size(20, 20) == (64, 64)
-    assert buckets(resolution=16, step=64).size(20, 20) == (64, 64), "the least that the model takes"
+    assert buckets(resolution=16, step=64).size(20, 20) == (64, 64), (
+        "the least that the model takes"
+    )

@@ -28,8 +28,10 @@ def test_the_trigger_comes_first_unless_it_is_there(caption, expected):
     assert of_caption(caption, source(caption_trigger="sks"), 16) == {expected: 1.0}
 
 
-def test_regularisation_images_have_no_trigger():
-    config = data_config(caption_trigger="sks").with_defaults(source_config("x", regularization=True))
+def test_regularization_images_have_no_trigger():
+    config = data_config(caption_trigger="sks").with_defaults(
+        source_config("x", regularization=True)
+    )
     assert of_caption("a dog", config, 16) == {"a dog": 1.0}
 
 
@@ -44,7 +46,9 @@ def test_dropped_tags_come_as_often_as_they_should():
     found = of_caption("k, a, b", source(caption_tag_dropout=0.25, caption_keep_tokens=1), 4)
     assert found == pytest.approx({"k, a, b": 0.5625, "k, a": 0.1875, "k, b": 0.1875, "k": 0.0625})
     both = of_caption("a, b", source(caption_tag_dropout=0.25, caption_shuffle=True), 16)
-    assert both == pytest.approx({"a, b": 0.28125, "b, a": 0.28125, "a": 0.1875, "b": 0.1875, "": 0.0625})
+    assert both == pytest.approx(
+        {"a, b": 0.28125, "b, a": 0.28125, "a": 0.1875, "b": 0.1875, "": 0.0625}
+    )
 
 
 def test_of_many_variants_a_fixed_number_is_drawn():
@@ -54,12 +58,21 @@ def test_of_many_variants_a_fixed_number_is_drawn():
     assert found == of_caption(tags, options, 200)
     assert found != of_caption(f"{tags}, t12", options, 200)
     assert sum(found.values()) == pytest.approx(1)
-    drawn = Counter(tag for text, share in found.items() for tag in text.split(", ") for _ in range(round(share * 200)))
+    drawn = Counter(
+        tag
+        for text, share in found.items()
+        for tag in text.split(", ")
+        for _ in range(round(share * 200))
+    )
     assert all(70 < drawn[f"t{i}"] < 130 for i in range(12))
 
 
 def test_the_trigger_is_neither_shuffled_nor_dropped():
-    found = of_caption("a, sks, b", source(caption_trigger="sks", caption_shuffle=True, caption_tag_dropout=0.9), 16)
+    found = of_caption(
+        "a, sks, b",
+        source(caption_trigger="sks", caption_shuffle=True, caption_tag_dropout=0.9),
+        16,
+    )
     assert all(text.startswith("sks") for text in found)
 
 
@@ -72,10 +85,17 @@ def test_visits_draw_variants_and_the_empty_prompt_as_often_as_they_should(tmp_p
     row = row_of(0, texts=texts, shares=[0.5, 0.3, 0.2], dropout=0.25)
     dataset = dataset_of(tmp_path, 1, [row])
     batch = make_batch(dataset, [0] * 4000, [key("sample", 0, v) for v in range(4000)], range(4000))
-    names = {float(dataset.text[text]["prompt_embeds"][0, 0]): name for text, name in zip(texts, "abc", strict=True)}
-    counts = Counter(names.get(value, "empty") for value in batch.cond["prompt_embeds"][:, 0, 0].tolist())
+    names = {
+        float(dataset.text[text]["prompt_embeds"][0, 0]): name
+        for text, name in zip(texts, "abc", strict=True)
+    }
+    counts = Counter(
+        names.get(value, "empty") for value in batch.cond["prompt_embeds"][:, 0, 0].tolist()
+    )
     expected = {"empty": 1000, "a": 1500, "b": 900, "c": 600}
-    assert sum((counts[name] - n) ** 2 / n for name, n in expected.items()) < 16.3  # 3 degrees of freedom, 0.1 %
+    assert (
+        sum((counts[name] - n) ** 2 / n for name, n in expected.items()) < 16.3
+    )  # 3 degrees of freedom, 0.1 %
     fixed = make_batch(dataset, [0], [3], range(1), batch.quantile[:1])
     assert names[float(fixed.cond["prompt_embeds"][0, 0, 0])] == "a"
 

@@ -34,10 +34,15 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def conditioning(length: int = 77, width: int = WIDTH, count: int = 1, dtype: torch.dtype = torch.float32) -> list:
+def conditioning(
+    length: int = 77, width: int = WIDTH, count: int = 1, dtype: torch.dtype = torch.float32
+) -> list:
     """What CLIPTextEncode gives for one text, or `count` of them as ResolutionBucket joins them."""
     pairs = range(count)
-    return [[random(1, length, width, dtype=dtype), {"pooled_output": random(1, 768, dtype=dtype)}] for _ in pairs]
+    return [
+        [random(1, length, width, dtype=dtype), {"pooled_output": random(1, 768, dtype=dtype)}]
+        for _ in pairs
+    ]
 
 
 def save(path: Path, latents: object, conditioning: object) -> None:
@@ -62,8 +67,14 @@ def read(folder: Path, family: ModelFamily) -> list:
     """All samples, after a scan that found nothing wrong and the same samples."""
     entries, faults, warned = scan(folder, family)
     assert (faults, warned) == ([], [])
-    found = [(file.name, sample) for file in shards(folder) for sample in samples(folder, family, file.name)]
-    assert entries == [Entry(name, sample.index, *sample.latents.shape[1:]) for name, sample in found]
+    found = [
+        (file.name, sample)
+        for file in shards(folder)
+        for sample in samples(folder, family, file.name)
+    ]
+    assert entries == [
+        Entry(name, sample.index, *sample.latents.shape[1:]) for name, sample in found
+    ]
     return [sample for _, sample in found]
 
 
@@ -87,8 +98,16 @@ def test_reads_what_the_node_saves(tmp_path, family, dtype):
 
 
 def test_buckets_are_split_into_samples(tmp_path, family):
-    latents = [{"samples": random(3, 4, 8, 8)}, {"samples": random(1, 4, 6, 10)}, {"samples": random(2, 4, 4, 4)}]
-    conds = [conditioning(count=3), conditioning(), conditioning(count=1)]  # the last bucket's two have one text
+    latents = [
+        {"samples": random(3, 4, 8, 8)},
+        {"samples": random(1, 4, 6, 10)},
+        {"samples": random(2, 4, 4, 4)},
+    ]
+    conds = [
+        conditioning(count=3),
+        conditioning(),
+        conditioning(count=1),
+    ]  # the last bucket's two have one text
     node_saves(tmp_path / "set", latents, conds)
     found = read(tmp_path / "set", family)
     assert [sample.index for sample in found] == list(range(6))
@@ -102,7 +121,11 @@ def test_buckets_are_split_into_samples(tmp_path, family):
 
 def test_one_conditioning_is_that_of_all(tmp_path, family):
     one = conditioning()
-    save(tmp_path / "set" / "shard_0000.pkl", [{"samples": random(1, 4, 8, 8)} for _ in range(3)], [one])
+    save(
+        tmp_path / "set" / "shard_0000.pkl",
+        [{"samples": random(1, 4, 8, 8)} for _ in range(3)],
+        [one],
+    )
     found = read(tmp_path / "set", family)
     assert len(found) == 3
     assert all(same(sample.cond["prompt_embeds"], one[0][0][0]) for sample in found)
@@ -110,7 +133,11 @@ def test_one_conditioning_is_that_of_all(tmp_path, family):
 
 def test_of_scheduled_conditioning_the_first_is_taken_and_that_is_said(tmp_path, family):
     scheduled = conditioning(count=2)
-    save(tmp_path / "shard_0000.pkl", [{"samples": random(1, 4, 8, 8)}] * 3, [scheduled, conditioning(), scheduled])
+    save(
+        tmp_path / "shard_0000.pkl",
+        [{"samples": random(1, 4, 8, 8)}] * 3,
+        [scheduled, conditioning(), scheduled],
+    )
     entries, faults, warned = scan(tmp_path, family)
     assert (len(entries), faults, len(warned)) == (3, [], 1)
     assert "shard_0000.pkl samples 0, 2: 2 elements of conditioning" in warned[0]
@@ -132,19 +159,43 @@ def test_a_folder_is_known_by_its_shards(tmp_path, family):
 
 GOOD = {"samples": torch.zeros(1, 4, 8, 8)}
 BAD_SAMPLES = [  # latents, conditioning, what is said
-    ({"samples": torch.zeros(1, 16, 8, 8)}, conditioning(), "latents of 16 channels, of another model"),
-    ({"samples": torch.zeros(1, 4, 21, 8, 8)}, conditioning(), "shape (1, 4, 21, 8, 8): this model makes images"),
-    ({"samples": torch.zeros(4, 8, 8)}, conditioning(), "latents of shape (4, 8, 8), not (1, C, h, w)"),
+    (
+        {"samples": torch.zeros(1, 16, 8, 8)},
+        conditioning(),
+        "latents of 16 channels, of another model",
+    ),
+    (
+        {"samples": torch.zeros(1, 4, 21, 8, 8)},
+        conditioning(),
+        "shape (1, 4, 21, 8, 8): this model makes images",
+    ),
+    (
+        {"samples": torch.zeros(4, 8, 8)},
+        conditioning(),
+        "latents of shape (4, 8, 8), not (1, C, h, w)",
+    ),
     ({"samples": torch.zeros(0, 4, 8, 8)}, conditioning(), "latents of shape (0, 4, 8, 8)"),
-    ({"samples": torch.zeros(1, 4, 8, 8, dtype=torch.int32)}, conditioning(), "latents that are not"),
+    (
+        {"samples": torch.zeros(1, 4, 8, 8, dtype=torch.int32)},
+        conditioning(),
+        "latents that are not",
+    ),
     ({"images": torch.zeros(1, 4, 8, 8)}, conditioning(), "latents that are not"),
     (torch.zeros(1, 4, 9, 9), conditioning(), "latents that are not"),
     (GOOD, [], "no conditioning"),
     (GOOD, [[torch.zeros(1, 77, WIDTH)]], "conditioning that is not"),
     (GOOD, [[None, {}]], "conditioning that is not"),
-    (GOOD, [[torch.zeros(1, 77, 2048), {}]], "conditioning of width 2048, which is SDXL's; this model takes 96"),
+    (
+        GOOD,
+        [[torch.zeros(1, 77, 2048), {}]],
+        "conditioning of width 2048, which is SDXL's; this model takes 96",
+    ),
     (GOOD, [[torch.zeros(2, 77, WIDTH), {}]], "conditioning of shape (2, 77, 96)"),
-    ({"samples": torch.zeros(3, 4, 8, 8)}, conditioning(count=2), "3 latents in a bucket, but 2 conditionings"),
+    (
+        {"samples": torch.zeros(3, 4, 8, 8)},
+        conditioning(count=2),
+        "3 latents in a bucket, but 2 conditionings",
+    ),
 ]
 
 
@@ -158,12 +209,18 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
     torch.save([1, 2], tmp_path / "shard_0004.pkl")
     save(tmp_path / "shard_0005.pkl", [GOOD] * 1000, [[[torch.zeros(1, 77, 3584), {}]]])
     (tmp_path / "shard_0006.pkl").write_bytes((tmp_path / "shard_0000.pkl").read_bytes()[:-100])
-    save(tmp_path / "shard_0007.pkl", [{"samples": torch.zeros(1, 8, 8, 8)}], [[[torch.zeros(1, 9, 1024), {}]]])
+    save(
+        tmp_path / "shard_0007.pkl",
+        [{"samples": torch.zeros(1, 8, 8, 8)}],
+        [[[torch.zeros(1, 9, 1024), {}]]],
+    )
     (tmp_path / "shard_0008.pkl").mkdir()
     save(tmp_path / "shard_0009.pkl", [GOOD], [conditioning()])
     entries, faults, warned = scan(tmp_path, family)
     last = len(BAD_SAMPLES) + 3  # the bucket of three counts as three
-    assert entries == [Entry("shard_0000.pkl", i, 8, 8) for i in (0, last)] + [Entry("shard_0009.pkl", 0, 8, 8)]
+    assert entries == [Entry("shard_0000.pkl", i, 8, 8) for i in (0, last)] + [
+        Entry("shard_0009.pkl", 0, 8, 8)
+    ]
     assert [sample.index for sample in samples(tmp_path, family, "shard_0000.pkl")] == [0, last]
     assert warned == []
     listed = "\n".join(faults)
@@ -173,7 +230,11 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
         (5, "samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more: conditioning of width 3584, which is Qwen-Image's"),
         (6, "damaged"), (7, "8 channels"), (7, "SD2.1's"), (8, "unreadable"),
     ]:  # fmt: skip
-        assert [f for f in faults if f.startswith(str(tmp_path / f"shard_000{number}.pkl")) and what in f], what
+        assert [
+            f
+            for f in faults
+            if f.startswith(str(tmp_path / f"shard_000{number}.pkl")) and what in f
+        ], what
     assert "shard_0000.pkl samples 5, 6, 7: latents that are not" in listed  # said once
     with pytest.raises(DataError, match=r"shard_0006\.pkl: damaged"):
         list(samples(tmp_path, family, "shard_0006.pkl"))
@@ -190,13 +251,19 @@ class Bomb:
 def test_no_pickle_is_executed(tmp_path, family):
     executed = tmp_path / "executed"
     save(tmp_path / "shard_0000.pkl", [GOOD, Bomb(executed)], [conditioning()] * 2)
-    save(tmp_path / "shard_0001.pkl", [GOOD], [[[torch.zeros(1, 77, WIDTH), {"hooks": Bomb(executed)}]]])
+    save(
+        tmp_path / "shard_0001.pkl",
+        [GOOD],
+        [[[torch.zeros(1, 77, WIDTH), {"hooks": Bomb(executed)}]]],
+    )
     for number, protocol in ((2, 2), (3, 5)):  # the second as ComfyUI did before it used torch.save
         content = {"latents": [GOOD], "conditioning": [Bomb(executed)]}
         (tmp_path / f"shard_000{number}.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     old = {"latents": [Bomb(executed)], "conditioning": []}
     torch.save(old, tmp_path / "shard_0004.pkl", _use_new_zipfile_serialization=False)
-    save(tmp_path / "shard_0005.pkl", [GOOD], [[[torch.zeros(1, 77, WIDTH), {"array": np.zeros(3)}]]])
+    save(
+        tmp_path / "shard_0005.pkl", [GOOD], [[[torch.zeros(1, 77, WIDTH), {"array": np.zeros(3)}]]]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's, of protocols, say less than the fault
         entries, faults, _ = scan(tmp_path, family)
@@ -204,7 +271,9 @@ def test_no_pickle_is_executed(tmp_path, family):
     assert not executed.exists()
     assert len(faults) == 6
     for number, fault in enumerate(faults):
-        assert fault.startswith(f"{tmp_path}/shard_000{number}.pkl: refused, since it holds more than tensors")
+        assert fault.startswith(
+            f"{tmp_path}/shard_000{number}.pkl: refused, since it holds more than tensors"
+        )
         assert "weights_only" not in fault
     assert "posix.mkdir" in faults[0]
     assert "early versions of ComfyUI" in faults[3]
@@ -213,7 +282,9 @@ def test_no_pickle_is_executed(tmp_path, family):
 
 
 def test_what_another_library_lets_torch_trust_is_refused_too(tmp_path, family):
-    save(tmp_path / "shard_0000.pkl", [GOOD], [[[torch.zeros(1, 77, WIDTH), {"when": Path("/tmp")}]]])
+    save(
+        tmp_path / "shard_0000.pkl", [GOOD], [[[torch.zeros(1, 77, WIDTH), {"when": Path("/tmp")}]]]
+    )
     with torch.serialization.safe_globals([type(Path("/tmp"))]):
         _, faults, _ = scan(tmp_path, family)
     assert len(faults) == 1
@@ -247,14 +318,25 @@ def own_memory() -> int:
 
 @pytest.mark.parametrize("form", ["pkl", "safetensors"])
 def test_a_shard_is_mapped_not_read(tmp_path, family, form):
-    made = ((torch.ones(4, 512, 512), torch.ones(1, 77, WIDTH), {"pooled_output": None}) for _ in range(16))
+    made = (
+        (torch.ones(4, 512, 512), torch.ones(1, 77, WIDTH), {"pooled_output": None})
+        for _ in range(16)
+    )
     write_folder(tmp_path / "set", made, form=form)
     size = 16 * 4 * 512 * 512 * 4
     assert shards(tmp_path / "set")[0].stat().st_size > size
     read(tmp_path / "set", family)  # what is imported and allocated once
-    held = [sample for file in shards(tmp_path / "set") for sample in samples(tmp_path / "set", family, file.name)]
+    held = [
+        sample
+        for file in shards(tmp_path / "set")
+        for sample in samples(tmp_path / "set", family, file.name)
+    ]
     before = own_memory()
-    held = [sample for file in shards(tmp_path / "set") for sample in samples(tmp_path / "set", family, file.name)]
+    held = [
+        sample
+        for file in shards(tmp_path / "set")
+        for sample in samples(tmp_path / "set", family, file.name)
+    ]
     assert sum(sample.latents.sum().item() for sample in held) == size / 4
     assert own_memory() - before < size / 2
 
@@ -262,11 +344,23 @@ def test_a_shard_is_mapped_not_read(tmp_path, family, form):
 def triples(count: int, dtype: torch.dtype = torch.float32) -> list:
     """Samples of all kinds that a shard holds."""
     kinds = [
-        {"pooled_output": random(1, 768, dtype=dtype), "guidance": 3.5, "width": 512, "name": "a.b"},
-        {"pooled_output": None, "attention_mask": torch.ones(1, 77, dtype=torch.int64), "clip": [1, {"x": None}]},
+        {
+            "pooled_output": random(1, 768, dtype=dtype),
+            "guidance": 3.5,
+            "width": 512,
+            "name": "a.b",
+        },
+        {
+            "pooled_output": None,
+            "attention_mask": torch.ones(1, 77, dtype=torch.int64),
+            "clip": [1, {"x": None}],
+        },
         {"pooled_output": None, "a.b": torch.ones(()), "": random(2, 3, dtype=dtype).T, "on": True},
     ]
-    return [(random(4, 6, 5 + i, dtype=dtype), random(1, 77, WIDTH, dtype=dtype), kinds[i % 3]) for i in range(count)]
+    return [
+        (random(4, 6, 5 + i, dtype=dtype), random(1, 77, WIDTH, dtype=dtype), kinds[i % 3])
+        for i in range(count)
+    ]
 
 
 def content(file: Path) -> dict:
@@ -279,9 +373,14 @@ def test_a_written_folder_is_byte_for_byte_the_nodes(tmp_path):
     made = [(latents, cond, {"pooled_output": None}) for latents, cond, _ in triples(5)]
     assert write_folder(tmp_path / "ours", iter(made), shard_size=2) == 5
     latents = [{"samples": latents[None]} for latents, _, _ in made]
-    node_saves(tmp_path / "nodes", latents, [[[cond, extras]] for _, cond, extras in made], shard_size=2)
+    node_saves(
+        tmp_path / "nodes", latents, [[[cond, extras]] for _, cond, extras in made], shard_size=2
+    )
     ours, nodes = (sorted((tmp_path / name).iterdir()) for name in ("ours", "nodes"))
-    assert [file.name for file in ours] == ["metadata.json", *(f"shard_000{i}.pkl" for i in range(3))]
+    assert [file.name for file in ours] == [
+        "metadata.json",
+        *(f"shard_000{i}.pkl" for i in range(3)),
+    ]
     assert [file.name for file in ours] == [file.name for file in nodes]
     assert [file.read_bytes() for file in ours] == [file.read_bytes() for file in nodes]
     shard = content(ours[1])
@@ -299,7 +398,9 @@ def test_what_is_written_is_read_back_exactly(tmp_path, family, dtype, form):
     made = triples(7, dtype)
     write_folder(tmp_path / "set", made, shard_size=3, form=form)
     found = read(tmp_path / "set", family)
-    assert [file.name for file in shards(tmp_path / "set")] == [f"shard_000{i}.{form}" for i in range(3)]
+    assert [file.name for file in shards(tmp_path / "set")] == [
+        f"shard_000{i}.{form}" for i in range(3)
+    ]
     for sample, (latents, cond, _) in zip(found, made, strict=True):
         assert same(sample.latents, latents)
         assert same(sample.cond["prompt_embeds"], cond[0])
@@ -342,7 +443,9 @@ def test_writing_holds_one_shard_and_nothing_else(tmp_path, form):
 
     assert write_folder(folder, made(), shard_size=4, form=form) == 20
     assert len(shards(folder)) == 5
-    assert max(file.stat().st_size for file in shards(folder)) < 200_000  # no sample brings its whole batch along
+    assert (
+        max(file.stat().st_size for file in shards(folder)) < 200_000
+    )  # no sample brings its whole batch along
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -390,12 +493,20 @@ def test_a_bad_safetensors_shard_is_a_fault(tmp_path, family):
     for tensors, metadata, what in [
         ({"latents.0": latents, "cond.1": cond}, extras, "without 'cond.0'"),
         ({"latents.1": latents, "cond.0": cond}, extras, "without 'latents.0'"),
-        ({"latents.0": latents, "cond.0": cond, "unet": cond.clone()}, extras, "not a shard (it holds unet)"),
+        (
+            {"latents.0": latents, "cond.0": cond, "unet": cond.clone()},
+            extras,
+            "not a shard (it holds unet)",
+        ),
         ({"latents.0": latents, "cond.0": cond, "cond.3.x": cond.clone()}, extras, "not a shard"),
         ({"latents.0": latents, "cond.0": cond}, None, "without 'extras'"),
         ({"latents.0": latents, "cond.0": cond}, {"extras": "5"}, "not a shard"),
         ({"latents.0": latents}, extras, "no conditioning"),
-        ({"latents.0": latents, "cond.0": cond[..., :5].contiguous()}, extras, "sample 0: conditioning of width 5"),
+        (
+            {"latents.0": latents, "cond.0": cond[..., :5].contiguous()},
+            extras,
+            "sample 0: conditioning of width 5",
+        ),
     ]:
         save_file(tensors, file, metadata)
         entries, faults, _ = scan(tmp_path, family)
@@ -410,7 +521,14 @@ def test_the_safetensors_form_is_as_documented(tmp_path, family):
     made = triples(2)
     write_folder(tmp_path / "set", made, form="safetensors")
     tensors = load_file(tmp_path / "set" / "shard_0000.safetensors")
-    names = {"latents.0", "latents.1", "cond.0", "cond.1", "cond.0.pooled_output", "cond.1.attention_mask"}
+    names = {
+        "latents.0",
+        "latents.1",
+        "cond.0",
+        "cond.1",
+        "cond.0.pooled_output",
+        "cond.1.attention_mask",
+    }
     assert tensors.keys() == names
     assert same(tensors["latents.1"], made[1][0][None])
     node_saves(tmp_path / "set", [GOOD], [conditioning()])  # beside it

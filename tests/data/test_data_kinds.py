@@ -31,7 +31,9 @@ def build(tmp_path, family):
 
     def run(export=None, form="encoded", **options) -> Datasets:
         reset_accelerate()
-        config = data_config(resolution=64, cache_dir=str(tmp_path / options.pop("cache", "cache")), **options)
+        config = data_config(
+            resolution=64, cache_dir=str(tmp_path / options.pop("cache", "cache")), **options
+        )
         with Build.opened(config, family, Accelerator(cpu=True)) as opened:
             built = opened.run(False)
             if export is not None:
@@ -45,7 +47,10 @@ def build(tmp_path, family):
 def by_latents(built) -> dict[bytes, tuple]:
     """Rows whatever their order and names."""
     dataset = built.train
-    return {dataset.latents(r).numpy().tobytes(): (dataset.cond(r), dataset.size(r)) for r in range(len(dataset))}
+    return {
+        dataset.latents(r).numpy().tobytes(): (dataset.cond(r), dataset.size(r))
+        for r in range(len(dataset))
+    }
 
 
 def assert_same_rows(one, other):
@@ -62,7 +67,10 @@ def test_comfyui_folders_go_out_and_come_back(build, images, tmp_path, form):
     (images / "wide.txt").write_text("noise")
     first = build(path=str(images), export=tmp_path / "out", form=form)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["metadata.json", "shard_0000.pkl" if form == "comfyui" else "shard_0000.safetensors"]
+    assert names == [
+        "metadata.json",
+        "shard_0000.pkl" if form == "comfyui" else "shard_0000.safetensors",
+    ]
     again = build(path=str(tmp_path / "out"), cache="cache2")
     assert_same_rows(first, again)
     assert (again.encoded_images, again.encoded_captions) == (0, 0)
@@ -86,7 +94,9 @@ def test_encoded_folders_train_without_the_images(build, images, tmp_path):
     batch = make_batch(again.train, [v % 4 for v in range(40)], seeds, range(40))
     assert batch.latents.equal(expected.latents)
     assert batch.cond["prompt_embeds"].equal(expected.cond["prompt_embeds"])
-    with pytest.raises(DataError, match=r"encoded with \{.*'flip': True.*this run asks for \{.*'flip': False"):
+    with pytest.raises(
+        DataError, match=r"encoded with \{.*'flip': True.*this run asks for \{.*'flip': False"
+    ):
         build(path=str(tmp_path / "encoded"))
     about = json.loads((tmp_path / "encoded" / "encoded.json").read_text())
     (tmp_path / "encoded" / "encoded.json").write_text(json.dumps({**about, "vae": "another"}))
@@ -126,8 +136,14 @@ def test_sources_of_all_kinds_in_one_run(build, images, tmp_path):
 def test_faults_of_comfyui_data_are_listed_with_their_files(build, tmp_path, family):
     folder = tmp_path / "bad"
     folder.mkdir()
-    good = ({"samples": torch.zeros(1, 4, 16, 16)}, [[torch.zeros(1, 24, 96), {"pooled_output": None}]])
-    wrong = ({"samples": torch.zeros(1, 16, 16, 16)}, [[torch.zeros(1, 77, 2048), {"pooled_output": None}]])
+    good = (
+        {"samples": torch.zeros(1, 4, 16, 16)},
+        [[torch.zeros(1, 24, 96), {"pooled_output": None}]],
+    )
+    wrong = (
+        {"samples": torch.zeros(1, 16, 16, 16)},
+        [[torch.zeros(1, 77, 2048), {"pooled_output": None}]],
+    )
     latents, conditioning = ([a, b] for a, b in zip(good, wrong, strict=True))
     torch.save({"latents": latents, "conditioning": conditioning}, folder / "shard_0000.pkl")
     (folder / "shard_0001.pkl").write_bytes(b"nothing")
@@ -143,7 +159,9 @@ def test_faults_of_comfyui_data_are_listed_with_their_files(build, tmp_path, fam
 
 def test_conditioning_of_other_lengths_and_dtypes_never_shares_a_batch(build, tmp_path):
     none = {"pooled_output": None}
-    samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(6)]
+    samples = [
+        (torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(6)
+    ]
     samples.append((torch.randn(4, 16, 16).half(), torch.randn(1, 24, 96).half(), none))
     comfy_shards.write_folder(tmp_path / "mixed", samples)
     built = build(path=str(tmp_path / "mixed"))
@@ -180,11 +198,15 @@ def test_masks_reach_the_loss_at_the_size_of_the_latents(build, tmp_path, masks)
     else:
         alpha.save(folder / "a_mask.png")
     picture.save(folder / "a.png")
-    built = build(path=str(folder), caption_text="x", masks=masks, mask_min_value=0.25, random_flip=True)
+    built = build(
+        path=str(folder), caption_text="x", masks=masks, mask_min_value=0.25, random_flip=True
+    )
     batch = make_batch(built.train, [0] * 20, list(range(20)), range(20))
     left, right = batch.mask[:, :, :8].mean((1, 2)), batch.mask[:, :, 8:].mean((1, 2))
     assert batch.mask.shape == (20, 16, 16)
-    assert set(zip(left.tolist(), right.tolist(), strict=True)) == {(1.0, 0.25), (0.25, 1.0)}, "mirrored with the image"
+    assert set(zip(left.tolist(), right.tolist(), strict=True)) == {(1.0, 0.25), (0.25, 1.0)}, (
+        "mirrored with the image"
+    )
 
 
 def test_buckets_train_end_to_end(options, images, run_here, tmp_path):
@@ -201,7 +223,9 @@ def test_buckets_train_end_to_end(options, images, run_here, tmp_path):
     assert (tmp_path / "out" / "lora.safetensors").is_file()
 
 
-def test_the_command_writes_a_folder_that_trains_as_the_images_do(options, images, run_here, tmp_path, capsys):
+def test_the_command_writes_a_folder_that_trains_as_the_images_do(
+    options, images, run_here, tmp_path, capsys
+):
     held_out = tmp_path / "held_out"
     held_out.mkdir()
     for suffix in (".png", ".txt"):
@@ -217,7 +241,9 @@ def test_the_command_writes_a_folder_that_trains_as_the_images_do(options, image
     shutil.rmtree(tmp_path / "out")
     again = [option for option in options if not option.startswith("--data.path")]
     assert run_here([*again, f"--data.path={out}", "--data.captions.dropout=0.2"]) == 0
-    assert json.loads((tmp_path / "out" / "loss.json").read_text()) == first, "what was held out is still held out"
+    assert json.loads((tmp_path / "out" / "loss.json").read_text()) == first, (
+        "what was held out is still held out"
+    )
 
 
 def test_held_out_rows_never_train(build, images, tmp_path):
@@ -261,17 +287,23 @@ def test_an_image_that_changes_while_it_is_read_is_not_stored(build, images, mon
 
 def test_what_nothing_is_drawn_for_is_shown_with_its_own_caption(build, images, family):
     (images / "cat.txt").write_text("cat, face, animal")
-    built = build(path=str(images), caption_tag_dropout=0.5, caption_shuffle=True, caption_trigger="sks")
+    built = build(
+        path=str(images), caption_tag_dropout=0.5, caption_shuffle=True, caption_trigger="sks"
+    )
     row = [built.train.name(row) for row in range(4)].index("cat.png")
     expected = family.encode_prompt(family.load_encoders("text"), ["sks, cat, face, animal"])[0]
-    torch.testing.assert_close(built.train.cond(row)["prompt_embeds"], expected["prompt_embeds"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        built.train.cond(row)["prompt_embeds"], expected["prompt_embeds"], rtol=1e-4, atol=1e-4
+    )
     batch = make_batch(built.train, [row], [1], range(1), torch.tensor([0.5]))
     assert batch.cond["prompt_embeds"][0].equal(built.train.cond(row)["prompt_embeds"])
 
 
 def test_conditioning_unlike_the_empty_prompts_is_never_dropped(build, tmp_path, capsys):
     none = {"pooled_output": None}
-    samples = [(torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(4)]
+    samples = [
+        (torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(4)
+    ]
     comfy_shards.write_folder(tmp_path / "mixed", samples)
     built = build(path=str(tmp_path / "mixed"), caption_dropout=0.5)
     assert "2 samples have conditioning unlike the empty prompt's" in capsys.readouterr().out
@@ -296,6 +328,10 @@ def test_rows_with_and_without_masks_are_kept_apart(build, images, tmp_path):
 def test_an_encoded_folder_is_not_written_to(build, images, tmp_path):
     build(path=str(images), export=tmp_path / "encoded")
     shutil.copytree(tmp_path / "encoded", tmp_path / "copied", copy_function=shutil.copy)
-    before = {path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()
+    }
     build(path=str(tmp_path / "copied"))
-    assert {path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "copied").rglob("*") if path.is_file()
+    } == before

@@ -14,4 +14,6 @@ def test_the_table_has_a_line_for_every_way_and_every_bar(capsys):
 def test_ten_times_the_rows_take_no_more_memory():
     few, many = bench.growth((2_000, 20_000), rounds=1, batches=100)
     assert many["peak"] <= bench.GROWTH_BAR * few["peak"]
-    assert many["first"] <= 5 * few["first"] + 0.1, "a first batch that reads all rows would take far longer"
+    assert many["first"] <= 5 * few["first"] + 0.1, (
+        "a first batch that reads all rows would take far longer"
+    )

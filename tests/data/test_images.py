@@ -20,7 +20,7 @@ from data.media.images import (
     ImageFacts,
     alpha_mask,
     check,
-    colour_fault,
+    color_fault,
     mask_file,
     pixels,
 )
@@ -35,12 +35,12 @@ def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def solid(mode: str, colour, image_format: str = "PNG", size=(6, 4), **options) -> bytes:
-    return encode(Image.new(mode, size, colour), image_format, **options)
+def solid(mode: str, color, image_format: str = "PNG", size=(6, 4), **options) -> bytes:
+    return encode(Image.new(mode, size, color), image_format, **options)
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """Smooth colours, so that lossy formats keep them nearly."""
+    """Smooth colors, so that lossy formats keep them nearly."""
     small = Image.fromarray(RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -62,32 +62,56 @@ def bytes_of(data: bytes, background: str = "white", flip: bool = False) -> np.n
     return ((tensor + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def one_colour(data: bytes, background: str = "white") -> tuple[int, ...]:
-    colours = {tuple(map(int, colour)) for colour in bytes_of(data, background).reshape(-1, 3)}
-    assert len(colours) == 1, colours
-    return colours.pop()
+def one_color(data: bytes, background: str = "white") -> tuple[int, ...]:
+    colors = {tuple(map(int, color)) for color in bytes_of(data, background).reshape(-1, 3)}
+    assert len(colors) == 1, colors
+    return colors.pop()
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def raw_png(size: tuple[int, int], bits: int, kind: int, rows: bytes, *chunks: bytes) -> bytes:
     """A PNG by hand, for what Pillow does not write; every row of `rows` begins with its filter's byte."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
-def raw_tiff(values: np.ndarray, photometric: int = 1, sample_format: int = 1, bits: int = 0) -> bytes:
+def raw_tiff(
+    values: np.ndarray, photometric: int = 1, sample_format: int = 1, bits: int = 0
+) -> bytes:
     """A grey TIFF by hand, of any depth, little-endian, uncompressed."""
     height, width = values.shape
     depth = values.dtype.itemsize * 8
     bits, width = bits or depth, width * depth // (bits or depth)
     content = values.tobytes()
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, height)]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 0),
+        (277, 1),
+        (278, height),
+    ]
     tags += [(279, len(content)), (339, sample_format)]
     start = 8 + 2 + 12 * len(tags) + 4
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in tags)
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in tags
+    )
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
 
 
@@ -125,7 +149,11 @@ def test_extensions_are_of_the_formats_read():
         pytest.param(solid("LA", (100, 51)), (224, 224, 224), id="grey-alpha-a-fifth"),
         pytest.param(solid("RGBA", (200, 100, 0, 102)), (233, 193, 153), id="rgba-two-fifths"),
         pytest.param(solid("RGBA", (200, 100, 0, 102), "TIFF"), (233, 193, 153), id="rgba-tiff"),
-        pytest.param(solid("RGBA", (200, 100, 0, 102), "WEBP", lossless=True), (233, 193, 153), id="rgba-webp"),
+        pytest.param(
+            solid("RGBA", (200, 100, 0, 102), "WEBP", lossless=True),
+            (233, 193, 153),
+            id="rgba-webp",
+        ),
         pytest.param(solid("CMYK", (0, 0, 0, 0), "TIFF"), (255, 255, 255), id="cmyk-no-ink"),
         pytest.param(solid("CMYK", (255, 0, 0, 0), "TIFF"), (0, 255, 255), id="cmyk-cyan"),
         pytest.param(solid("CMYK", (0, 255, 255, 0), "JPEG"), (255, 0, 0), id="cmyk-jpeg-red"),
@@ -150,26 +178,43 @@ def test_extensions_are_of_the_formats_read():
         pytest.param(solid("F", 1e9, "TIFF"), (255, 255, 255), id="float-of-its-peak"),
         pytest.param(solid("F", float("nan"), "TIFF"), (0, 0, 0), id="float-nan"),
         pytest.param(solid("F", float("inf"), "TIFF"), (255, 255, 255), id="float-inf"),
-        pytest.param(raw_tiff(np.full((2, 2), 2**32 - 1, "<u4")), (255, 255, 255), id="unsigned-32bit"),
-        pytest.param(raw_tiff(np.full((2, 2), 65535, "<u2"), photometric=0), (0, 0, 0), id="16bit-white-is-zero"),
-        pytest.param(raw_tiff(np.full((2, 6), 255, "u1"), bits=12), (255, 255, 255), id="12bit-white"),
-        pytest.param(raw_png((1, 1), 16, 2, b"\0" + struct.pack(">3H", 65535, 0, 25700)), (255, 0, 100), id="rgb48"),
-        pytest.param(raw_png((1, 1), 16, 4, b"\0" + struct.pack(">2H", 0, 65535)), (0, 0, 0), id="la32"),
+        pytest.param(
+            raw_tiff(np.full((2, 2), 2**32 - 1, "<u4")), (255, 255, 255), id="unsigned-32bit"
+        ),
+        pytest.param(
+            raw_tiff(np.full((2, 2), 65535, "<u2"), photometric=0),
+            (0, 0, 0),
+            id="16bit-white-is-zero",
+        ),
+        pytest.param(
+            raw_tiff(np.full((2, 6), 255, "u1"), bits=12), (255, 255, 255), id="12bit-white"
+        ),
+        pytest.param(
+            raw_png((1, 1), 16, 2, b"\0" + struct.pack(">3H", 65535, 0, 25700)),
+            (255, 0, 100),
+            id="rgb48",
+        ),
+        pytest.param(
+            raw_png((1, 1), 16, 4, b"\0" + struct.pack(">2H", 0, 65535)), (0, 0, 0), id="la32"
+        ),
     ],
 )
-def test_every_mode_has_its_colours(data, expected):
-    assert one_colour(data) == expected
+def test_every_mode_has_its_colors(data, expected):
+    assert one_color(data) == expected
 
 
 def test_lab_is_read():
-    assert near(one_colour(solid("LAB", (255, 128, 128), "TIFF")), (255, 255, 255))
+    assert near(one_color(solid("LAB", (255, 128, 128), "TIFF")), (255, 255, 255))
     red = 54.3 * 2.55, 80.8 + 128, 69.9 + 128  # red of sRGB under D50
-    assert near(one_colour(solid("LAB", tuple(map(round, red)), "TIFF")), (255, 0, 0), 6)
+    assert near(one_color(solid("LAB", tuple(map(round, red)), "TIFF")), (255, 0, 0), 6)
 
 
 def test_a_ramp_of_16_bits_keeps_its_order_and_ends():
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None]
-    for data in (encode(Image.fromarray(ramp)), encode(Image.fromarray(ramp.astype(np.int32)), "TIFF")):
+    for data in (
+        encode(Image.fromarray(ramp)),
+        encode(Image.fromarray(ramp.astype(np.int32)), "TIFF"),
+    ):
         assert bytes_of(data)[0, :, 0].tolist() == list(range(256))
 
 
@@ -189,7 +234,7 @@ def test_a_palette_without_transparency(image_format):
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "GIF"])
-def test_a_palette_with_one_transparent_colour(image_format):
+def test_a_palette_with_one_transparent_color(image_format):
     data = encode(palette_image(), image_format, transparency=1)
     assert check(data).has_alpha
     assert bytes_of(data, "black")[0].tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 255]]
@@ -211,37 +256,42 @@ def test_a_palette_with_degrees_of_transparency():
     ],
     ids=["grey", "rgb", "16bit"],
 )
-def test_a_transparent_colour_of_a_png(image, transparent):
+def test_a_transparent_color_of_a_png(image, transparent):
     data = encode(image, transparency=transparent)
     assert check(data).has_alpha
     assert bytes_of(data, "#ff0000")[0].tolist() == [[0, 0, 0], [255, 0, 0], [255, 255, 255]]
     assert alpha_mask(data, whole(3, 1)).tolist() == [[1, 0, 1]]
 
 
-def test_a_transparent_colour_of_depths_that_pillow_rescales():
+def test_a_transparent_color_of_depths_that_pillow_rescales():
     one_bit = raw_png((2, 1), 1, 0, b"\0\x40", chunk(b"tRNS", struct.pack(">H", 1)))
     assert bytes_of(one_bit, "red")[0].tolist() == [[0, 0, 0], [255, 0, 0]]
     four_bits = raw_png((2, 1), 4, 0, b"\0\x5f", chunk(b"tRNS", struct.pack(">H", 5)))
     assert bytes_of(four_bits, "red")[0].tolist() == [[255, 0, 0], [255, 255, 255]]
-    colours = struct.pack(">6H", 300, 0, 65535, 0, 0, 0)
-    deep = raw_png((2, 1), 16, 2, b"\0" + colours, chunk(b"tRNS", struct.pack(">3H", 300, 0, 65535)))
+    colors = struct.pack(">6H", 300, 0, 65535, 0, 0, 0)
+    deep = raw_png((2, 1), 16, 2, b"\0" + colors, chunk(b"tRNS", struct.pack(">3H", 300, 0, 65535)))
     assert bytes_of(deep, "lime")[0].tolist() == [[0, 255, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_of_several_frames_the_first_counts(image_format):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = encode(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
     with Image.open(io.BytesIO(data)) as image:
         assert image.n_frames == 3
-    assert one_colour(data) == (255, 0, 0)
+    assert one_color(data) == (255, 0, 0)
 
 
 def test_of_a_jpeg_of_several_pictures_the_first_counts():
-    data = encode(Image.new("RGB", (8, 8), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 8))])
+    data = encode(
+        Image.new("RGB", (8, 8), "red"),
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (16, 8))],
+    )
     assert check(data) == ImageFacts(8, 8, False)
-    assert one_colour(data)[0] >= 253
+    assert one_color(data)[0] >= 253
 
 
 # EXIF
@@ -262,7 +312,9 @@ SHOWN = {  # [[A, B, C], [D, E, F]] as stored -> as shown, from the definition o
 def turned(number: int, image: Image.Image, image_format: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = number
-    return encode(image, image_format, exif=exif, **({"lossless": True} if image_format == "WEBP" else {}))
+    return encode(
+        image, image_format, exif=exif, **({"lossless": True} if image_format == "WEBP" else {})
+    )
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
@@ -286,20 +338,28 @@ def test_jpegs_and_alpha_are_turned_too(number):
     height, width = np.shape(SHOWN[number])
     mask = alpha_mask(turned(number, alpha, "PNG"), whole(width, height))
     assert torch.equal(mask, torch.tensor(SHOWN[number]) / 255)
-    assert torch.equal(mask_file(turned(number, Image.fromarray(stored), "PNG"), whole(width, height)), mask)
+    assert torch.equal(
+        mask_file(turned(number, Image.fromarray(stored), "PNG"), whole(width, height)), mask
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff"]
+)
 def test_broken_exif_is_ignored(exif):
-    assert one_colour(encode(Image.new("RGB", (8, 8), "white"), "JPEG", exif=exif)) == (255, 255, 255)
+    assert one_color(encode(Image.new("RGB", (8, 8), "white"), "JPEG", exif=exif)) == (
+        255,
+        255,
+        255,
+    )
 
 
 def test_an_unknown_orientation_is_none():
     assert bytes_of(turned(9, Image.new("L", (3, 2)), "PNG")).shape == (2, 3, 3)
 
 
-# Colour profiles
+# Color profiles
 
 
 def s15(value: float) -> bytes:
@@ -315,8 +375,17 @@ def profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
     for name, value in tags.items():
         table += name + struct.pack(">II", start + len(content), len(value))
         content += value + bytes(-len(value) % 4)
-    header = struct.pack(">I4sI4s4s4s", start + len(content), b"test", 0x02100000, b"mntr", space, b"XYZ ")
-    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + s15(0.9642) + s15(1) + s15(0.8249)
+    header = struct.pack(
+        ">I4sI4s4s4s", start + len(content), b"test", 0x02100000, b"mntr", space, b"XYZ "
+    )
+    header += (
+        struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
+        + b"acsp"
+        + bytes(28)
+        + s15(0.9642)
+        + s15(1)
+        + s15(0.8249)
+    )
     return header.ljust(128, b"\0") + table + content
 
 
@@ -324,8 +393,12 @@ def gamma(value: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(value * 256))
 
 
-# Red and green exchanged: primaries of sRGB, adapted to D50, in another order, so that the expected colours are plain.
-PRIMARIES = {"r": (0.4361, 0.2225, 0.0139), "g": (0.3851, 0.7169, 0.0971), "b": (0.1431, 0.0606, 0.7141)}
+# Red and green exchanged: primaries of sRGB, adapted to D50, in another order, so that the expected colors are plain.
+PRIMARIES = {
+    "r": (0.4361, 0.2225, 0.0139),
+    "g": (0.3851, 0.7169, 0.0971),
+    "b": (0.1431, 0.0606, 0.7141),
+}
 
 
 def rgb_profile(order: str = "rgb", exponent: float = 2.2) -> bytes:
@@ -341,27 +414,31 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 EXCHANGED = rgb_profile("grb")
 
 
-def near(colour: tuple[int, ...], expected: tuple[int, ...], most: int = 2) -> bool:
-    return max(abs(a - b) for a, b in zip(colour, expected, strict=True)) <= most
+def near(color: tuple[int, ...], expected: tuple[int, ...], most: int = 2) -> bool:
+    return max(abs(a - b) for a, b in zip(color, expected, strict=True)) <= most
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_colours_of_another_profile_become_srgb(image_format):
+def test_colors_of_another_profile_become_srgb(image_format):
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = solid("RGB", (255, 0, 0), image_format, (16, 16), icc_profile=EXCHANGED, **options)
-    assert near(one_colour(data), (0, 255, 0), 6 if image_format == "JPEG" else 2)
-    assert one_colour(solid("RGB", (255, 0, 0))) == (255, 0, 0)
+    assert near(one_color(data), (0, 255, 0), 6 if image_format == "JPEG" else 2)
+    assert one_color(solid("RGB", (255, 0, 0))) == (255, 0, 0)
 
 
 def test_profiles_reach_alpha_palettes_and_grey():
-    assert near(one_colour(solid("RGBA", (255, 0, 0, 255), icc_profile=EXCHANGED)), (0, 255, 0))
+    assert near(one_color(solid("RGBA", (255, 0, 0, 255), icc_profile=EXCHANGED)), (0, 255, 0))
     half = solid("RGBA", (255, 0, 0, 51), icc_profile=EXCHANGED)
-    assert near(one_colour(half, "black"), (0, 51, 0))  # the background is sRGB already
-    assert near(tuple(map(int, bytes_of(encode(palette_image(), icc_profile=EXCHANGED))[0, 0])), (0, 255, 0))
+    assert near(one_color(half, "black"), (0, 51, 0))  # the background is sRGB already
+    assert near(
+        tuple(map(int, bytes_of(encode(palette_image(), icc_profile=EXCHANGED))[0, 0])), (0, 255, 0)
+    )
     linear = 188  # of sRGB, for 128 of 255 on a linear scale
-    for mode, colour in (("L", 128), ("LA", (128, 255)), ("I;16", 128 * 257)):
-        assert near(one_colour(solid(mode, colour, icc_profile=GREY_LINEAR)), (linear,) * 3), mode
-        assert near(one_colour(solid(mode, colour, icc_profile=rgb_profile(exponent=1))), (linear,) * 3), mode
+    for mode, color in (("L", 128), ("LA", (128, 255)), ("I;16", 128 * 257)):
+        assert near(one_color(solid(mode, color, icc_profile=GREY_LINEAR)), (linear,) * 3), mode
+        assert near(
+            one_color(solid(mode, color, icc_profile=rgb_profile(exponent=1))), (linear,) * 3
+        ), mode
 
 
 def test_an_srgb_profile_changes_no_number():
@@ -371,10 +448,12 @@ def test_an_srgb_profile_changes_no_number():
 
 def test_cmyk_with_a_profile_is_converted_by_it():
     data = solid("CMYK", (255, 0, 0, 0), "TIFF", icc_profile=cmyk_profile())
-    assert one_colour(solid("CMYK", (255, 0, 0, 0), "TIFF")) == (0, 255, 255)
-    assert near(one_colour(data), (119, 119, 119), 3)  # Lab lightness 50, as the table has it for full cyan
+    assert one_color(solid("CMYK", (255, 0, 0, 0), "TIFF")) == (0, 255, 255)
+    assert near(
+        one_color(data), (119, 119, 119), 3
+    )  # Lab lightness 50, as the table has it for full cyan
     white = solid("CMYK", (0, 0, 0, 0), "JPEG", (16, 16), icc_profile=cmyk_profile())
-    assert near(one_colour(white), (255, 255, 255), 3)
+    assert near(one_color(white), (255, 255, 255), 3)
 
 
 def cmyk_profile() -> bytes:
@@ -385,7 +464,15 @@ def cmyk_profile() -> bytes:
         grid += [max(0, 255 - round(127.5 * inks)), 128, 128]
     identity = bytes(range(256))
     matrix = b"".join(map(s15, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
-    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + identity * 4 + bytes(grid) + identity * 3
+    table = (
+        b"mft1"
+        + bytes(4)
+        + bytes([4, 3, 2, 0])
+        + matrix
+        + identity * 4
+        + bytes(grid)
+        + identity * 3
+    )
     made = bytearray(profile(b"CMYK", {b"A2B0": table}))
     made[12:16], made[20:24] = b"prtr", b"Lab "
     return bytes(made)
@@ -393,16 +480,23 @@ def cmyk_profile() -> bytes:
 
 @pytest.mark.parametrize(
     "broken",
-    [b"no profile", b"\0" * 200, EXCHANGED[:200], EXCHANGED[:128] + b"\xff" * 300, cmyk_profile(), GREY_LINEAR],
+    [
+        b"no profile",
+        b"\0" * 200,
+        EXCHANGED[:200],
+        EXCHANGED[:128] + b"\xff" * 300,
+        cmyk_profile(),
+        GREY_LINEAR,
+    ],
     ids=["text", "zeros", "cut", "table", "of-cmyk", "of-grey"],
 )
 def test_a_profile_that_does_not_work_is_ignored(broken):
-    assert one_colour(solid("RGB", (255, 0, 100), icc_profile=broken)) == (255, 0, 100)
-    assert one_colour(solid("RGB", (255, 0, 100), "TIFF", icc_profile=broken)) == (255, 0, 100)
+    assert one_color(solid("RGB", (255, 0, 100), icc_profile=broken)) == (255, 0, 100)
+    assert one_color(solid("RGB", (255, 0, 100), "TIFF", icc_profile=broken)) == (255, 0, 100)
 
 
 def test_a_cmyk_image_with_a_profile_of_rgb_ignores_it():
-    assert one_colour(solid("CMYK", (0, 255, 255, 0), "TIFF", icc_profile=EXCHANGED)) == (255, 0, 0)
+    assert one_color(solid("CMYK", (0, 255, 255, 0), "TIFF", icc_profile=EXCHANGED)) == (255, 0, 0)
 
 
 # Faults
@@ -429,7 +523,15 @@ def test_what_is_no_image_says_so():
     assert fault(b"") == "the file is empty"
     for data in (b"hello", b"<html>", b"\0", b"RIFF\0\0\0\0WAVEfmt ", b"%PDF-1.4"):
         assert fault(data).startswith("not an image")
-    for data in (b"BM", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"):
+    for data in (
+        b"BM",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        b"II*\0",
+        b"MM\0*",
+        b"RIFF\0\0\0\0WEBP",
+    ):
         assert fault(data).startswith("damaged"), data
 
 
@@ -454,7 +556,9 @@ def test_cut_off_compressed_tiffs_are_damaged(options):
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_changed_bytes_raise_nothing_but_data_errors(image_format):
-    data = encode(noise(16, 16).convert("RGBA" if image_format in ("PNG", "WEBP") else "RGB"), image_format)
+    data = encode(
+        noise(16, 16).convert("RGBA" if image_format in ("PNG", "WEBP") else "RGB"), image_format
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about the damage
         for _ in range(60):
@@ -521,7 +625,13 @@ def test_pillows_limit_neither_counts_nor_changes(image_format, monkeypatch):
 def outgrown(side: int) -> bytes:
     """A GIF whose frame is larger than its screen, and is to be disposed of, which makes Pillow ask its own limit."""
     frame = b"!\xf9\x04\x08\0\0\0\0" + b"," + struct.pack("<HHHHB", 0, 0, side, side, 0)
-    return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + frame + b"\x02\x02\x44\x01\0;"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0)
+        + bytes(6)
+        + frame
+        + b"\x02\x02\x44\x01\0;"
+    )
 
 
 def test_a_frame_larger_than_its_screen_counts():
@@ -568,8 +678,12 @@ def test_no_area_is_damaged(size):
 )
 def test_the_window_is_that_of_the_whole_scaled_image(crop):
     image = Image.fromarray(RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8))
-    scaled = np.asarray(image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.LANCZOS))
-    expected = scaled[crop.top : crop.top + crop.crop_height, crop.left : crop.left + crop.crop_width]
+    scaled = np.asarray(
+        image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.LANCZOS)
+    )
+    expected = scaled[
+        crop.top : crop.top + crop.crop_height, crop.left : crop.left + crop.crop_width
+    ]
     found = pixels(encode(image), crop, "white")
     assert found.shape == (3, crop.crop_height, crop.crop_width)
     difference = ((found.permute(1, 2, 0).numpy() + 1) * 127.5 - expected).round()
@@ -586,14 +700,14 @@ def test_ends_of_the_range_are_exact():
 
 def test_alpha_is_laid_over_the_background():
     clear = solid("RGBA", (1, 2, 3, 0))
-    assert one_colour(clear) == (255, 255, 255)
-    assert one_colour(clear, "Black") == (0, 0, 0)
-    assert one_colour(clear, "#1a2B3c") == (0x1A, 0x2B, 0x3C)
-    assert one_colour(solid("LA", (255, 102)), "red") == (255, 102, 102)
+    assert one_color(clear) == (255, 255, 255)
+    assert one_color(clear, "Black") == (0, 0, 0)
+    assert one_color(clear, "#1a2B3c") == (0x1A, 0x2B, 0x3C)
+    assert one_color(solid("LA", (255, 102)), "red") == (255, 102, 102)
 
 
-def test_hidden_colours_do_not_bleed_into_edges():
-    """What is transparent may hold any colour; scaling must not mix it in."""
+def test_hidden_colors_do_not_bleed_into_edges():
+    """What is transparent may hold any color; scaling must not mix it in."""
     array = np.zeros((32, 32, 4), np.uint8)
     array[:, :16] = (255, 255, 255, 255)
     array[:, 16:] = (255, 0, 0, 0)
@@ -601,16 +715,18 @@ def test_hidden_colours_do_not_bleed_into_edges():
     assert found.eq(1).all()
 
 
-@pytest.mark.parametrize("colour", ["white", "White", "rebeccapurple", "#00ff7F"])
-def test_colours(colour):
-    assert colour_fault(colour) is None
+@pytest.mark.parametrize("color", ["white", "White", "rebeccapurple", "#00ff7F"])
+def test_colors(color):
+    assert color_fault(color) is None
 
 
-@pytest.mark.parametrize("colour", ["", "whit", "#fff", "#ggg000", "#ffffff80", "ffffff", "rgb(1,2,3)", "#ffffff\n"])
-def test_what_is_no_colour(colour):
-    assert repr(colour) in colour_fault(colour)
-    with pytest.raises(DataError, match="is not a colour"):
-        pixels(solid("RGB", 0), whole(6, 4), colour)
+@pytest.mark.parametrize(
+    "color", ["", "whit", "#fff", "#ggg000", "#ffffff80", "ffffff", "rgb(1,2,3)", "#ffffff\n"]
+)
+def test_what_is_no_color(color):
+    assert repr(color) in color_fault(color)
+    with pytest.raises(DataError, match="is not a color"):
+        pixels(solid("RGB", 0), whole(6, 4), color)
 
 
 # Masks
@@ -665,7 +781,19 @@ def test_a_mask_may_have_another_size():
         (encode(palette_image().crop((2, 0, 3, 1)).resize((6, 4))), 29 / 255),
         (solid("L", 51, icc_profile=GREY_LINEAR), 0.2),
     ],
-    ids=["bit", "grey", "rgb", "red", "grey-alpha", "clear", "cmyk", "16bit", "float", "palette", "profile"],
+    ids=[
+        "bit",
+        "grey",
+        "rgb",
+        "red",
+        "grey-alpha",
+        "clear",
+        "cmyk",
+        "16bit",
+        "float",
+        "palette",
+        "profile",
+    ],
 )
 def test_a_mask_is_brightness_in_any_mode(data, expected):
     found = mask_file(data, whole(6, 4))

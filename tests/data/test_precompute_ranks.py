@@ -44,7 +44,13 @@ def launch(out: Path, ranks: int, **options) -> list[str]:
     out.mkdir(exist_ok=True)
     worker = out / "worker.py"
     worker.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     return [*(launcher if ranks > 1 else [sys.executable]), str(worker), str(out), str(BASE), json.dumps(options),
             str(ranks)]  # fmt: skip
 
@@ -53,17 +59,27 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "
 
 
 def ran(out: Path, ranks: int, **options) -> list[dict]:
-    subprocess.run(launch(out, ranks, **options), env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        launch(out, ranks, **options), env=ENVIRONMENT, check=True, capture_output=True, timeout=300
+    )
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def options_for(images: Path, cache: Path, **more) -> dict:
-    return {"images": str(images), "cache_dir": str(cache), "resolution": 64, "encode_batch_size": 3, **more}
+    return {
+        "images": str(images),
+        "cache_dir": str(cache),
+        "resolution": 64,
+        "encode_batch_size": 3,
+        **more,
+    }
 
 
 def rows_in(cache: Path) -> dict[bytes, dict]:
     """Every row of every store of latents and of conditioning."""
-    stores = [Store(folder) for pattern in ("media-*", "text-*") for folder in sorted(cache.glob(pattern))]
+    stores = [
+        Store(folder) for pattern in ("media-*", "text-*") for folder in sorted(cache.glob(pattern))
+    ]
     return {key: store[key] for store in stores for key in store.keys.tolist()}
 
 
@@ -112,7 +128,9 @@ def in_threads(folder: Path, ranks: int, work) -> list[object]:
 
 
 def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+    monkeypatch.setattr(
+        "data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same")
+    )
 
     def work(turns: Turns) -> tuple:
         first = turns.main(lambda: turns.rank + 10)
@@ -126,10 +144,15 @@ def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(DataError("a bad file"), ["a bad file"] * 3), (OSError("disk"), ["rank 1 failed: OSError: disk", "disk"] * 2)],
+    [
+        (DataError("a bad file"), ["a bad file"] * 3),
+        (OSError("disk"), ["rank 1 failed: OSError: disk", "disk"] * 2),
+    ],
 )
 def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
-    monkeypatch.setattr("data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same"))
+    monkeypatch.setattr(
+        "data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same")
+    )
 
     def work(turns: Turns) -> object:
         def fail() -> None:
@@ -152,10 +175,14 @@ def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ra
     options = options_for(images, cache, encode_batch_size=1)
     command = launch(tmp_path / "out", ranks, **options)
     small = (tmp_path / "out" / "worker.py").read_text()
-    (tmp_path / "out" / "worker.py").write_text(f"import data.store; data.store.ROWS_PER_PART = 2\n{small}")
+    (tmp_path / "out" / "worker.py").write_text(
+        f"import data.store; data.store.ROWS_PER_PART = 2\n{small}"
+    )
     kept: dict[Path, int] = {}
     for delay in (2.0, 5.0, 6.0, 7.0):
-        process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
+        )
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -164,7 +191,9 @@ def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ra
         kept = {part: data_file(part).stat().st_mtime_ns for part in parts}
     last = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     assert last.returncode == 0
-    results = [json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    results = [
+        json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in range(ranks)
+    ]
     assert all(result["fingerprint"] == expected["fingerprint"] for result in results)
     straight, killed = rows_in(tmp_path / "straight_cache"), rows_in(cache)
     assert straight.keys() == killed.keys()

@@ -40,7 +40,9 @@ def test_in_every_epoch_each_row_of_a_bucket_comes_once_before_any_comes_again()
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 50])
 def test_a_micro_batch_is_of_one_bucket_and_every_one_comes_once(batch_size):
     s = Schedule(BUCKETS, "f", 0, batch_size)
-    of_row = [bucket for bucket, segments in enumerate(BUCKETS) for x in segments for _ in range(x.count)]
+    of_row = [
+        bucket for bucket, segments in enumerate(BUCKETS) for x in segments for _ in range(x.count)
+    ]
     places = [s.place(m) for m in range(300)]
     for m, (bucket, _) in enumerate(places):
         assert {of_row[row] for row in s.rows(m)} == {bucket}
@@ -61,7 +63,10 @@ def test_a_bucket_smaller_than_a_batch_waits_until_it_is_filled():
 
 def test_epochs_seeds_and_data_sets_shuffle_differently():
     orders = [rows_of(schedule(rows=50, batch_size=50), [epoch]) for epoch in (0, 1)]
-    orders += [rows_of(schedule(rows=50, batch_size=50, **other), [0]) for other in ({"seed": 1}, {"fingerprint": "g"})]
+    orders += [
+        rows_of(schedule(rows=50, batch_size=50, **other), [0])
+        for other in ({"seed": 1}, {"fingerprint": "g"})
+    ]
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -72,7 +77,9 @@ def test_positions_are_uniform(exact, monkeypatch):
         monkeypatch.setattr("data.schedule.EXACT", 1)
     count, tries = 20, 2000
     for position in (0, 7):
-        to = np.bincount([Permutation(count, seed)[position] for seed in range(tries)], minlength=count)
+        to = np.bincount(
+            [Permutation(count, seed)[position] for seed in range(tries)], minlength=count
+        )
         chi_square = ((to - tries / count) ** 2 / (tries / count)).sum()
         assert chi_square < 43.8  # 19 degrees of freedom: exceeded once in a thousand times
 
@@ -83,7 +90,7 @@ def test_permutations_are_permutations(count):
     assert sorted(p[i] for i in range(count)) == list(range(count))
 
 
-def test_neighbours_of_a_long_permutation_go_independent_ways():
+def test_neighbors_of_a_long_permutation_go_independent_ways():
     count, draws = 10**8, 20_000
     p = Permutation(count, 3)
     table = np.zeros((10, 10))
@@ -96,7 +103,9 @@ def test_neighbours_of_a_long_permutation_go_independent_ways():
 def test_a_hundred_million_rows_take_no_list(monkeypatch):
     import tracemalloc
 
-    s = Schedule(((Segment(0, 10**8),), (Segment(10**8, 3 * 10**7, 2), Segment(10**9, 5))), "f", 0, 4)
+    s = Schedule(
+        ((Segment(0, 10**8),), (Segment(10**8, 3 * 10**7, 2), Segment(10**9, 5))), "f", 0, 4
+    )
     tracemalloc.start()
     rows = rows_of(s, [0, 10**6, 10**9, 10**12])
     peak = tracemalloc.get_traced_memory()[1]
@@ -117,13 +126,29 @@ def test_ranks_and_accumulation_share_the_same_steps(ranks, accumulation):
     s = Schedule(BUCKETS, "f", 0, 3)
     per_step = ranks * accumulation
     for step in range(5):
-        numbers = [m for r in range(ranks) for m in range(step * per_step + r, (step + 1) * per_step, ranks)]
+        numbers = [
+            m
+            for r in range(ranks)
+            for m in range(step * per_step + r, (step + 1) * per_step, ranks)
+        ]
         assert sorted(rows_of(s, numbers)) == sorted(rows_of(s, range(step * 4, step * 4 + 4)))
 
 
 def test_keys_are_stable_and_keep_their_parts_apart():
     assert key("sample", 0, 1) == 189391374906045227
-    assert len({key("a", 1, 2), key("a", 2, 1), key("b", 1, 2), key("a", 1), key("a", 12), key("a", "1", 2)}) == 6
+    assert (
+        len(
+            {
+                key("a", 1, 2),
+                key("a", 2, 1),
+                key("b", 1, 2),
+                key("a", 1),
+                key("a", 12),
+                key("a", "1", 2),
+            }
+        )
+        == 6
+    )
 
 
 @pytest.fixture
@@ -139,7 +164,9 @@ def test_noise_belongs_to_the_visit_not_to_the_batch(dataset):
         assert single.noise[0].equal(large.noise[i])
         assert single.quantile[0] == large.quantile[i]
     rows = Schedule(dataset.buckets, "f", 0, 4).rows(1)
-    assert large.latents[:, 0, 0, 0].tolist() == [float(dataset.arrays["entry"][row]) for row in rows]
+    assert large.latents[:, 0, 0, 0].tolist() == [
+        float(dataset.arrays["entry"][row]) for row in rows
+    ]
     other_seed = MicroBatches(dataset, Schedule(dataset.buckets, "f", 1, 4))[1]
     assert not other_seed.noise.equal(large.noise)
 
@@ -157,8 +184,15 @@ def test_noise_is_standard_normal_and_quantiles_uniform(dataset):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_gives_the_numbers_asked_for_in_order(dataset, num_workers):
     s = Schedule(dataset.buckets, "f", 0, 2)
-    batches = list(load_micro_batches(MicroBatches(dataset, s), range(3, 11, 2), num_workers, pin_memory=False))
-    assert [batch.visits for batch in batches] == [range(6, 8), range(10, 12), range(14, 16), range(18, 20)]
+    batches = list(
+        load_micro_batches(MicroBatches(dataset, s), range(3, 11, 2), num_workers, pin_memory=False)
+    )
+    assert [batch.visits for batch in batches] == [
+        range(6, 8),
+        range(10, 12),
+        range(14, 16),
+        range(18, 20),
+    ]
     for batch, number in zip(batches, range(3, 11, 2), strict=True):
         assert batch.noise.equal(MicroBatches(dataset, s)[number].noise)
 
@@ -166,13 +200,20 @@ def test_the_loader_gives_the_numbers_asked_for_in_order(dataset, num_workers):
 def test_threads_pin_memory_on_the_gpu_of_their_process(dataset, monkeypatch):
     chosen, pinned = [], []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
-    monkeypatch.setattr(Batch, "pin_memory", lambda self: pinned.append(threading.get_ident()) or self)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device))
+    )
+    monkeypatch.setattr(
+        Batch, "pin_memory", lambda self: pinned.append(threading.get_ident()) or self
+    )
     assert (
         len(
             list(
                 load_micro_batches(
-                    MicroBatches(dataset, Schedule(dataset.buckets, "f", 0, 2)), range(4), 1, pin_memory=True
+                    MicroBatches(dataset, Schedule(dataset.buckets, "f", 0, 2)),
+                    range(4),
+                    1,
+                    pin_memory=True,
                 )
             )
         )

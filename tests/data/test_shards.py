@@ -16,7 +16,9 @@ from training.distributed.engine import shard_base
 
 @pytest.fixture
 def one_rank(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -27,8 +29,12 @@ def test_adapters_stay_whole_where_no_prediction_depends_on_them(one_rank):
     case = next(case for case in cases() if case.family == "qwen_image")
     family = family_of(case)
     denoiser = family.load_denoiser(torch.float32)
-    idle = [f"{name}.net.2" if name.endswith("mlp") else name for name in family.idle_layers(denoiser)]
-    adapted = attach(denoiser, dict.fromkeys([*idle, "transformer_blocks.0.attn.to_q"], LayerSpec(2, 2.0)), 0)
+    idle = [
+        f"{name}.net.2" if name.endswith("mlp") else name for name in family.idle_layers(denoiser)
+    ]
+    adapted = attach(
+        denoiser, dict.fromkeys([*idle, "transformer_blocks.0.attn.to_q"], LayerSpec(2, 2.0)), 0
+    )
     for name in family.idle_layers(denoiser):
         denoiser.get_submodule(name).requires_grad_(False)
     assert len(adapted.named_parameters()) == 2 < len(adapted.all_parameters())

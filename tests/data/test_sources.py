@@ -35,7 +35,9 @@ def opened(folder, **options):
 def found(folder, **options):
     faults: list[str] = []
     entries = list(opened(folder, **options).entries(faults))
-    return {e.name: (e.captions[0] if len(e.captions) == 1 else e.captions, e.repeats) for e in entries}, faults
+    return {
+        e.name: (e.captions[0] if len(e.captions) == 1 else e.captions, e.repeats) for e in entries
+    }, faults
 
 
 def test_folders_may_be_nested_and_carry_kohyas_repeats(tmp_path):
@@ -97,7 +99,10 @@ def test_captions_of_a_metadata_file(tmp_path, kind):
     for name in ("a.png", "b.png"):
         (tmp_path / "inside").mkdir(exist_ok=True)
         (tmp_path / "inside" / name).write_bytes(png())
-    rows = [{"file_name": "a.png", "text": "of a", "id": 1}, {"file_name": "b.png", "text": "of b", "id": 2}]
+    rows = [
+        {"file_name": "a.png", "text": "of a", "id": 1},
+        {"file_name": "b.png", "text": "of b", "id": 2},
+    ]
     table = pyarrow.Table.from_pylist(rows)
     file = tmp_path / "inside" / f"metadata.{kind}"
     if kind == "jsonl":
@@ -107,7 +112,9 @@ def test_captions_of_a_metadata_file(tmp_path, kind):
     else:
         pyarrow.parquet.write_table(table, file)
     assert found(tmp_path) == ({"inside/a.png": ("of a", 1), "inside/b.png": ("of b", 1)}, [])
-    assert "no column words (--data.captions.column)" in found(tmp_path, caption_column="words")[1][0]
+    assert (
+        "no column words (--data.captions.column)" in found(tmp_path, caption_column="words")[1][0]
+    )
     source, faults = opened(tmp_path, weight_column="id"), []
     assert [entry.weight for entry in source.entries(faults)] == [1.0, 2.0]
     assert faults == []
@@ -120,7 +127,10 @@ def test_a_metadata_file_may_speak_of_sub_folders(tmp_path):
     (tmp_path / "sub" / "deep").mkdir(parents=True)
     for name in ("a.png", "sub/b.png", "sub/deep/c.png"):
         (tmp_path / name).write_bytes(png())
-    rows = [{"file_name": name, "text": f"of {name}"} for name in ("a.png", "sub/b.png", "sub/deep/c.png")]
+    rows = [
+        {"file_name": name, "text": f"of {name}"}
+        for name in ("a.png", "sub/b.png", "sub/deep/c.png")
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert found(tmp_path) == ({row["file_name"]: (row["text"], 1) for row in rows}, [])
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,other\n")
@@ -130,8 +140,13 @@ def test_a_metadata_file_may_speak_of_sub_folders(tmp_path):
 def test_every_fault_of_a_metadata_file_is_named(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
-    lines = ['{"file_name": "a.png", "text": ["one", "two"]}', '{"file_name": "gone.png", "text": "x"}']
-    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "b.png", "text": null}']))
+    lines = [
+        '{"file_name": "a.png", "text": ["one", "two"]}',
+        '{"file_name": "gone.png", "text": "x"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join([*lines, '{"file_name": "b.png", "text": null}'])
+    )
     entries, faults = found(tmp_path)
     assert entries == {"a.png": (["one", "two"], 1)}
     assert [fault.rpartition("/")[2] for fault in faults] == [
@@ -151,16 +166,23 @@ def test_names_that_differ_by_case_and_links_in_a_circle(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     entries, faults = found(tmp_path)
     assert sorted(entries) == ["A.png", "a.png"], "the folder is walked once"
-    assert len([fault for fault in faults if "differs from" in fault and "by case alone" in fault]) == 2
+    assert (
+        len([fault for fault in faults if "differs from" in fault and "by case alone" in fault])
+        == 2
+    )
 
 
 def test_masks_are_no_images(tmp_path):
     for name in ("a.png", "a_mask.png", "b.png"):
         (tmp_path / name).write_bytes(png())
     source, faults = opened(tmp_path, caption_text="x", masks="files"), []
-    assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [("a.png", "a_mask.png")]
+    assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [
+        ("a.png", "a_mask.png")
+    ]
     assert "b.png: no mask b_mask.<extension> beside it" in faults[0]
-    assert sorted(found(tmp_path, caption_text="x")[0]) == ["a.png", "b.png"], "nor where masks are not used"
+    assert sorted(found(tmp_path, caption_text="x")[0]) == ["a.png", "b.png"], (
+        "nor where masks are not used"
+    )
 
 
 def test_an_empty_folder_says_what_it_holds(tmp_path):
@@ -169,7 +191,10 @@ def test_an_empty_folder_says_what_it_holds(tmp_path):
 
 
 def table(tmp_path, captions=("one", "two", "three")) -> datasets.Dataset:
-    rows = {"picture": [{"bytes": png((i, 0, 0)), "path": None} for i in range(3)], "words": list(captions)}
+    rows = {
+        "picture": [{"bytes": png((i, 0, 0)), "path": None} for i in range(3)],
+        "words": list(captions),
+    }
     features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features=features)
 
@@ -204,7 +229,9 @@ def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch
     folder.mkdir()
     if form == "parquet":
         for i in range(2):
-            table(tmp_path).select(range(2 * i, min(2 * i + 2, 3))).to_parquet(folder / f"{i}.parquet")
+            table(tmp_path).select(range(2 * i, min(2 * i + 2, 3))).to_parquet(
+                folder / f"{i}.parquet"
+            )
     else:
         columns = {"image_column": "png", "caption_column": "txt"}
         with tarfile.open(folder / "0.tar", "w") as tar:
@@ -291,7 +318,9 @@ def test_a_streamed_row_is_another_when_its_column_or_file_is(tmp_path):
 
     def stamps(**more) -> list[str]:
         sources = (source_config(str(folder), streaming=True),)
-        data = data_config(sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more})
+        data = data_config(
+            sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more}
+        )
         return [e.stamp for e in open_source(data.all_sources()[0], data, None, {}).entries([])]
 
     first = stamps()

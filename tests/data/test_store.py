@@ -39,10 +39,15 @@ def k(name: str) -> bytes:
     return key_of(name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
 def test_tensors_come_back_exactly_in_their_dtype(tmp_path, dtype):
     tensor = torch.randn(4, 3, 2).mul(100).to(dtype)
-    rows = [(k("a"), {"x": tensor, "y": torch.zeros(0, 5)}), (k("b"), {"x": tensor.mT, "y": torch.ones(1)})]
+    rows = [
+        (k("a"), {"x": tensor, "y": torch.zeros(0, 5)}),
+        (k("b"), {"x": tensor.mT, "y": torch.ones(1)}),
+    ]
     Store(tmp_path).write(rows)
     store = Store(tmp_path)
     assert k("a") in store
@@ -65,7 +70,9 @@ def test_batches_are_stacked_from_any_parts(tmp_path, monkeypatch):
     Store(tmp_path).write([(k("odd"), {"x": torch.zeros(3, 2)})])
     store.reload()
     places = store.find(np.array([k("1"), k("odd")], "S16")).tolist()
-    with pytest.raises(DataError, match=r"x of one batch differ: \(2, 3\) torch.int64 and \(3, 2\) torch.float32"):
+    with pytest.raises(
+        DataError, match=r"x of one batch differ: \(2, 3\) torch.int64 and \(3, 2\) torch.float32"
+    ):
         store.stacked(places, "x")
 
 
@@ -75,7 +82,12 @@ def test_the_store_is_a_datasets_dataset(tmp_path):
     rows = datasets.load_from_disk(str(part))
     assert rows.features["x.data"].dtype == "large_binary"
     assert rows[1]["x.dtype"] == "bfloat16"
-    assert torch.frombuffer(bytearray(rows[1]["x.data"]), dtype=torch.bfloat16).tolist() == [0, 1, 2, 3]
+    assert torch.frombuffer(bytearray(rows[1]["x.data"]), dtype=torch.bfloat16).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_part_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
@@ -96,12 +108,16 @@ def test_a_damaged_part_is_found_and_a_copied_one_is_not_taken_for_damaged(tmp_p
     store = Store(tmp_path / "a")
     store.write([(k("x"), {"x": torch.arange(1000)})])
     assert damaged(store.folder) == []
-    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy)  # with times of its own
+    shutil.copytree(
+        tmp_path / "a", tmp_path / "b", copy_function=shutil.copy
+    )  # with times of its own
     (part,) = (tmp_path / "b").iterdir()
     before = json.loads((part / "check.json").read_text())
     os.utime(data_file(part), ns=(1, 1))
     assert damaged(tmp_path / "b") == []
-    assert json.loads((part / "check.json").read_text()) == {**before, "mtime_ns": 1}, "not to be read each time"
+    assert json.loads((part / "check.json").read_text()) == {**before, "mtime_ns": 1}, (
+        "not to be read each time"
+    )
     content = bytearray(data_file(part).read_bytes())
     content[len(content) // 2] ^= 1
     data_file(part).write_bytes(content)
@@ -125,7 +141,9 @@ def test_rows_hold_what_the_encoders_give_raw(images, tmp_path, family, accelera
     encoders = family.load_encoders("text")
     row = names_of(built.train).index("owl.png")
     cond = family.encode_prompt(encoders, [(images / "owl.txt").read_text().strip()])[0]
-    torch.testing.assert_close(built.train.cond(row)["prompt_embeds"], cond["prompt_embeds"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        built.train.cond(row)["prompt_embeds"], cond["prompt_embeds"], rtol=1e-5, atol=1e-5
+    )
     latents = built.train.latents(row)
     assert (latents.shape, latents.dtype) == ((4, 16, 16), torch.float32)
     assert 2 < latents.std() < 12, "raw: 1 / 0.18215 times the scale of the loop"
@@ -148,7 +166,9 @@ def test_only_what_changed_is_encoded_again(images, tmp_path, family, accelerato
     assert encoded() == (0, 0)
     other = get_family(ModelConfig(path=str(other_vae(tmp_path))))
     built = build_datasets(config_for(images, tmp_path), other, accelerator)
-    assert (built.encoded_images, built.encoded_captions) == (4, 0), "another VAE, the same text encoder"
+    assert (built.encoded_images, built.encoded_captions) == (4, 0), (
+        "another VAE, the same text encoder"
+    )
 
 
 def other_vae(tmp_path):
@@ -176,7 +196,9 @@ def test_rows_do_not_depend_on_what_else_is_encoded(images, tmp_path, family, ac
     """With full batches of one size, whichever rows happen to share them."""
     options = {"encode_batch_size": 3}
     whole = build_datasets(config_for(images, tmp_path, **options), family, accelerator).train
-    expected = {whole.name(row): (whole.latents(row), whole.cond(row)["prompt_embeds"]) for row in range(4)}
+    expected = {
+        whole.name(row): (whole.latents(row), whole.cond(row)["prompt_embeds"]) for row in range(4)
+    }
     shutil.rmtree(tmp_path / "cache")
     for kept in (("cat", "owl"), ("cat", "dog", "owl", "tiger")):
         part = tmp_path / f"part{len(kept)}"
@@ -191,16 +213,22 @@ def test_rows_do_not_depend_on_what_else_is_encoded(images, tmp_path, family, ac
             assert built.cond(row)["prompt_embeds"].equal(embeds)
 
 
-def test_the_fingerprint_follows_content_and_repeats_not_names(images, tmp_path, family, accelerator):
+def test_the_fingerprint_follows_content_and_repeats_not_names(
+    images, tmp_path, family, accelerator
+):
     def fingerprint(**options) -> str:
-        return build_datasets(config_for(images, tmp_path, **options), family, accelerator).train.fingerprint
+        return build_datasets(
+            config_for(images, tmp_path, **options), family, accelerator
+        ).train.fingerprint
 
     first = fingerprint()
     for suffix in (".png", ".txt"):
         (images / f"cat{suffix}").rename(images / f"z_cat{suffix}")
     assert fingerprint() == first
     renamed = build_datasets(config_for(images, tmp_path), family, accelerator).train
-    assert "z_cat.png" in names_of(renamed), "an index that is there is not taken for one with other names"
+    assert "z_cat.png" in names_of(renamed), (
+        "an index that is there is not taken for one with other names"
+    )
     folder = images / "3_more"
     folder.mkdir()
     others = [fingerprint(caption_dropout=0.1), fingerprint(random_flip=True)]
@@ -213,12 +241,16 @@ def test_the_fingerprint_follows_content_and_repeats_not_names(images, tmp_path,
 
 
 def test_held_out_images_are_chosen_by_content(images, tmp_path, family, accelerator):
-    built = build_datasets(config_for(images, tmp_path, validation_fraction=0.25), family, accelerator)
+    built = build_datasets(
+        config_for(images, tmp_path, validation_fraction=0.25), family, accelerator
+    )
     assert (len(built.train), len(built.validation)) == (3, 1)
     held_out = built.validation.captions(1)
     for file in list(images.iterdir()):
         file.rename(images / f"{len(file.stem)}{file.name}")
-    again = build_datasets(config_for(images, tmp_path, validation_fraction=0.25), family, accelerator)
+    again = build_datasets(
+        config_for(images, tmp_path, validation_fraction=0.25), family, accelerator
+    )
     assert again.validation.captions(1) == held_out
     with pytest.raises(DataError, match="leaves none"):
         build_datasets(config_for(images, tmp_path, validation_fraction=0.9), family, accelerator)
@@ -229,7 +261,9 @@ def test_the_same_name_in_both_sets_is_two_images(images, tmp_path, family, acce
     held_out.mkdir()
     shutil.copy(images / "dog.png", held_out / "cat.png")
     shutil.copy(images / "cat.txt", held_out / "cat.txt")
-    built = build_datasets(config_for(images, tmp_path, validation_path=str(held_out)), family, accelerator)
+    built = build_datasets(
+        config_for(images, tmp_path, validation_path=str(held_out)), family, accelerator
+    )
     cat = names_of(built.train).index("cat.png")
     assert not built.validation.latents(0).equal(built.train.latents(cat))
 
@@ -248,11 +282,15 @@ def test_images_of_all_shapes_go_into_buckets(images, tmp_path, family, accelera
         height, width = built.size(row)
         assert built.latents(row).shape == (4, height // 4, width // 4)
     assert sorted(sum(s.visits for s in bucket) for bucket in built.buckets) == [1, 2, 4]
-    square = build_datasets(config_for(images, tmp_path), family, accelerator, only_square=True).train
+    square = build_datasets(
+        config_for(images, tmp_path), family, accelerator, only_square=True
+    ).train
     assert len(square.buckets) == 1
 
 
-def test_several_sources_with_weights_repeats_and_captions_of_their_own(images, tmp_path, family, accelerator):
+def test_several_sources_with_weights_repeats_and_captions_of_their_own(
+    images, tmp_path, family, accelerator
+):
     regular = tmp_path / "regular"
     regular.mkdir()
     shutil.copy(images / "dog.png", regular / "any.png")
@@ -261,12 +299,17 @@ def test_several_sources_with_weights_repeats_and_captions_of_their_own(images, 
         source_config(str(regular), regularization=True, caption_text="a dog"),
     )
     config = config_for(
-        None, tmp_path, sources=sources, prior_loss_weight=0.25, caption_dropout=0.3, validation_fraction=0.25
+        None,
+        tmp_path,
+        sources=sources,
+        prior_loss_weight=0.25,
+        caption_dropout=0.3,
+        validation_fraction=0.25,
     )
     built = build_datasets(config, family, accelerator)
     rows = {built.train.name(row): row for row in range(len(built.train))}
     assert len(built.validation) == 1
-    assert "any.png" in rows, "regularisation images are never held out"
+    assert "any.png" in rows, "regularization images are never held out"
     weights = built.train.arrays["weight"]
     assert [float(weights[row]) for name, row in sorted(rows.items())] == [0.25, 0.5, 0.5, 0.5]
     assert built.train.epoch_size == 3 * 2 + 1
@@ -280,7 +323,10 @@ def test_bad_images_can_be_skipped(images, tmp_path, family, accelerator, capsys
         build_datasets(config_for(images, tmp_path), family, accelerator)
     built = build_datasets(config_for(images, tmp_path, on_error="skip"), family, accelerator)
     assert (len(built.train), built.skipped) == (3, 1)
-    assert "1 error in the training data; 3 samples without one remain\n  dog.png: " in capsys.readouterr().out
+    assert (
+        "1 error in the training data; 3 samples without one remain\n  dog.png: "
+        in capsys.readouterr().out
+    )
     for file in images.glob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="4 errors"):
@@ -301,6 +347,9 @@ def test_large_files_are_hashed_once(tmp_path):
 def test_captions_that_are_cut_are_named(images, tmp_path, family, accelerator, capsys):
     (images / "cat.txt").write_text("cat " * 50)
     build_datasets(config_for(images, tmp_path), family, accelerator)
-    assert "1 captions are longer than the text encoder reads; the end is cut\n  cat cat" in capsys.readouterr().out
+    assert (
+        "1 captions are longer than the text encoder reads; the end is cut\n  cat cat"
+        in capsys.readouterr().out
+    )
     build_datasets(config_for(images, tmp_path), family, accelerator)
     assert "longer" not in capsys.readouterr().out

@@ -43,7 +43,9 @@ def video(count: int, form: str = "mp4", fps: int = 16, first: int = 0) -> bytes
     frames, file = pictures(count, first), io.BytesIO()
     if form in ("gif", "webp"):
         options = {"lossless": True} if form == "webp" else {}
-        frames[0].save(file, form, save_all=True, append_images=frames[1:], duration=1000 // fps, **options)
+        frames[0].save(
+            file, form, save_all=True, append_images=frames[1:], duration=1000 // fps, **options
+        )
         return file.getvalue()
     with av.open(file, "w", format="matroska" if form == "mkv" else form) as container:
         stream = container.add_stream(MOTION[form], rate=fps)
@@ -57,7 +59,9 @@ def video(count: int, form: str = "mp4", fps: int = 16, first: int = 0) -> bytes
 def numbers(clip: torch.Tensor) -> list[int]:
     """Which of the pictures each frame is; their left half is the darker one, or the right one of mirrored ones."""
     grey = (clip.mean(0) + 1) * 127.5  # (F, H, W)
-    halves = torch.stack([grey[..., : WIDTH // 2].mean((1, 2)), grey[..., WIDTH // 2 :].mean((1, 2))])
+    halves = torch.stack(
+        [grey[..., : WIDTH // 2].mean((1, 2)), grey[..., WIDTH // 2 :].mean((1, 2))]
+    )
     assert ((halves[0] - halves[1]).abs() - 20).abs().max() < 4
     return ((halves.max(0).values - 30) / 8).round().int().tolist()
 
@@ -85,7 +89,9 @@ def test_a_clips_frames_are_those_shown_at_its_times(form):
 def test_frames_are_scaled_cropped_mirrored_and_turned_as_images_are():
     content = video(3)
     crop = Crop(WIDTH, HEIGHT, WIDTH // 2, HEIGHT // 2, 8, 0, 32, 32)
-    found, mirrored = (pixels(content, crop, Clip(0, 2, 16), "white", flip) for flip in (False, True))
+    found, mirrored = (
+        pixels(content, crop, Clip(0, 2, 16), "white", flip) for flip in (False, True)
+    )
     assert found.shape == (3, 2, 32, 32)
     assert found.flip(-1).equal(mirrored)
     assert found[..., :14].mean() < found[..., 18:].mean() - 0.1
@@ -101,13 +107,17 @@ def test_frames_are_scaled_cropped_mirrored_and_turned_as_images_are():
     assert (facts.width, facts.height) == (HEIGHT, WIDTH)
     upright = Crop(HEIGHT, WIDTH, HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH)
     found = pixels(file.getvalue(), upright, Clip(0, 1, 16), "white")
-    assert found[:, WIDTH // 2 :].mean() < found[:, : WIDTH // 2].mean() - 0.1, "counter-clockwise: left is below"
+    assert found[:, WIDTH // 2 :].mean() < found[:, : WIDTH // 2].mean() - 0.1, (
+        "counter-clockwise: left is below"
+    )
 
 
 def test_what_is_transparent_in_an_animation_is_of_the_background():
     frames = [Image.new("RGBA", (WIDTH, HEIGHT), (255, 0, 0, alpha)) for alpha in (255, 0)]
     file = io.BytesIO()
-    frames[0].save(file, "webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    frames[0].save(
+        file, "webp", save_all=True, append_images=frames[1:], duration=100, lossless=True
+    )
     found = pixels(file.getvalue(), WHOLE, Clip(0, 2, 10), "#0000ff")
     assert [found[:, i, 0, 0].tolist() for i in (0, 1)] == [[1, -1, -1], [-1, -1, 1]]
 
@@ -149,7 +159,12 @@ def folder(tmp_path):
 def build(tmp_path, family):
     def run(images, family=family, **options):
         reset_accelerate()
-        given = {"resolution": 96, "cache_dir": str(tmp_path / "cache"), "images": str(images), **options}
+        given = {
+            "resolution": 96,
+            "cache_dir": str(tmp_path / "cache"),
+            "images": str(images),
+            **options,
+        }
         return build_datasets(data_config(**given), family, Accelerator(cpu=True))
 
     yield run
@@ -163,7 +178,9 @@ def shapes(dataset) -> dict[str, list[tuple]]:
     return found
 
 
-def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(build, folder, family, capsys):
+def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(
+    build, folder, family, capsys
+):
     built = build(folder, frames=9, random_flip=True)
     h, w = built.train.latents(0).shape[-2:]
     frames = {"long.mp4": 3, "loop.gif": 3, "short.webm": 2, "still.png": 1}
@@ -171,7 +188,8 @@ def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(build, 
     assert len(built.train.buckets) == 3
     assert built.encoded_images == 2 * 4
     assert (
-        "1 videos have fewer frames than --data.frames 9\n  short.webm: 5 of them are taken" in capsys.readouterr().out
+        "1 videos have fewer frames than --data.frames 9\n  short.webm: 5 of them are taken"
+        in capsys.readouterr().out
     )
     assert build(folder, frames=9, random_flip=True).encoded_images == 0
     encoders = family.load_encoders("media")
@@ -208,7 +226,9 @@ def test_a_mask_file_counts_in_all_frames_and_alpha_is_of_images_alone(build, fo
     masked, plain = (build(folder, frames=5, masks=masks).train for masks in ("files", "alpha"))
     assert [masked.latents(row).shape[1] for row in range(4)].count(2) == 3
     for row in range(4):
-        (of_file,), (whole,) = (make_batch(dataset, [row], [0], range(1)).mask for dataset in (masked, plain))
+        (of_file,), (whole,) = (
+            make_batch(dataset, [row], [0], range(1)).mask for dataset in (masked, plain)
+        )
         width = of_file.shape[-1]
         halves = (torch.arange(width) < width // 2).float().expand_as(of_file)
         torch.testing.assert_close(of_file, halves, rtol=0, atol=0.05)  # scaling blurs the edge
@@ -220,14 +240,20 @@ def test_a_model_of_images_takes_no_videos(build, folder):
     for name in ("long", "short"):
         (folder / f"{name}.txt").unlink()
     built = build(folder, plain)
-    assert shapes(built.train).keys() == {"still.png", "loop.gif"}, "of an animation the first frame"
-    assert {shape for of_name in shapes(built.train).values() for shape in of_name} == {built.train.latents(0).shape}
+    assert shapes(built.train).keys() == {"still.png", "loop.gif"}, (
+        "of an animation the first frame"
+    )
+    assert {shape for of_name in shapes(built.train).values() for shape in of_name} == {
+        built.train.latents(0).shape
+    }
     with pytest.raises(DataError, match=r"--data\.frames 5: this model makes images"):
         build(folder, plain, frames=5)
 
 
 def test_frames_that_the_model_does_not_take_are_refused(build, folder):
-    with pytest.raises(DataError, match=r"--data\.frames 16: this model takes one more than .* 4, such as 13 or 17"):
+    with pytest.raises(
+        DataError, match=r"--data\.frames 16: this model takes one more than .* 4, such as 13 or 17"
+    ):
         build(folder, frames=16)
 
 
@@ -240,7 +266,12 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    bad = {"empty": b"", "noise": bytes(range(256)) * 20, "cut": whole[: len(whole) // 2], "sound": sound.getvalue()}
+    bad = {
+        "empty": b"",
+        "noise": bytes(range(256)) * 20,
+        "cut": whole[: len(whole) // 2],
+        "sound": sound.getvalue(),
+    }
     for name, content in bad.items():
         (folder / f"{name}.mp4").write_bytes(content)
         (folder / f"{name}.txt").write_text(name)
@@ -255,7 +286,9 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
     (folder / "other.mp4").write_bytes(video(2))
     (folder / "other.txt").write_text("")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(DataError, match=r"other\.mp4: videos are read with PyAV.*pip install 'train-lora\[video\]'"):
+    with pytest.raises(
+        DataError, match=r"other\.mp4: videos are read with PyAV.*pip install 'train-lora\[video\]'"
+    ):
         build(folder)
 
 

@@ -39,7 +39,15 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
     out, options = folder / f"{engine}-{processes}", common(folder / "cache")
     for algorithm in (name for name in names if name in ALGORITHMS):
         blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
-        runs.append([*options, f"--algorithm={algorithm}", f"--output_dir={out / algorithm}", accumulation, *blocks])
+        runs.append(
+            [
+                *options,
+                f"--algorithm={algorithm}",
+                f"--output_dir={out / algorithm}",
+                accumulation,
+                *blocks,
+            ]
+        )
     steps = ["--objective.stratified_timesteps", "--objective.noise_offset=0.1", "--ema.decay=0.9"]
     others = {
         "buckets": [f"--data.path={wide}", "--preview", "--sample.num_inference_steps=2", "--batch_size=2",
@@ -48,7 +56,9 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
         "text": [*steps, "--model.train_text_encoder"],
     }  # fmt: skip
     for name in (name for name in names if name in others):
-        runs.append([*options, *VALIDATED, *others[name], f"--output_dir={out / name}", accumulation])
+        runs.append(
+            [*options, *VALIDATED, *others[name], f"--output_dir={out / name}", accumulation]
+        )
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
     result = launched(engine, processes, str(file))
@@ -58,7 +68,9 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
 
 
 @pytest.mark.parametrize(("processes", "algorithms"), [(1, ALGORITHMS), (2, FOUR)], ids=["1", "2"])
-def test_a_run_that_was_killed_is_the_run_that_was_not(processes, algorithms, wide_images, tmp_path):
+def test_a_run_that_was_killed_is_the_run_that_was_not(
+    processes, algorithms, wide_images, tmp_path
+):
     """Bit for bit, for every algorithm, with accumulation and buckets; one of them three times in a row and with
     validation."""
     options = [*common(tmp_path / "cache"), f"--data.path={wide_images}", "--grad_accumulation_steps=2", "--steps=12",
@@ -67,7 +79,12 @@ def test_a_run_that_was_killed_is_the_run_that_was_not(processes, algorithms, wi
     for algorithm in algorithms:
         name = f"{algorithm}-5-6-9" if algorithm == "LoRA" else f"{algorithm}-5"
         blocks = ["--adapter.block_size=28"] if algorithm in ("OFT", "BOFT") else []
-        here = [*options, f"--algorithm={algorithm}", *blocks, *(VALIDATED if algorithm == "LoRA" else [])]
+        here = [
+            *options,
+            f"--algorithm={algorithm}",
+            *blocks,
+            *(VALIDATED if algorithm == "LoRA" else []),
+        ]
         runs += [[*here, f"--output_dir={tmp_path / algorithm}"]]
         runs += [[*here, f"--output_dir={tmp_path / name}"]] * len(name.split("-"))
         folders[tmp_path / algorithm] = tmp_path / name
@@ -83,14 +100,22 @@ def test_a_run_that_was_killed_is_the_run_that_was_not(processes, algorithms, wi
         assert all(torch.equal(tensor, b[name]) for name, tensor in a.items()), killed
         one, two = (json.loads((folder / "loss.json").read_text()) for folder in (straight, killed))
         assert one == two
-        steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+        ]
         assert steps == sorted(set(steps))
 
 
 @pytest.fixture(scope="module")
 def alone(wide_images, tmp_path_factory) -> Path:
     """All that one process trains."""
-    return run_all(tmp_path_factory.mktemp("alone"), "ddp", 1, [*ALGORITHMS, "buckets", "steps", "text"], wide_images)
+    return run_all(
+        tmp_path_factory.mktemp("alone"),
+        "ddp",
+        1,
+        [*ALGORITHMS, "buckets", "steps", "text"],
+        wide_images,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -101,5 +126,10 @@ def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp
         for name in names:
             assert_same_run(alone / name, many / name)
         assert len(json.loads((many / names[-1] / "loss.json").read_text())["validation"]) == 2
-        images = [np.asarray(Image.open(folder / "buckets" / "preview.png"), int) for folder in (alone, many)]
-        assert np.abs(images[0] - images[1]).max() <= 2, "drawn by other ranks, with weights that differ by rounding"
+        images = [
+            np.asarray(Image.open(folder / "buckets" / "preview.png"), int)
+            for folder in (alone, many)
+        ]
+        assert np.abs(images[0] - images[1]).max() <= 2, (
+            "drawn by other ranks, with weights that differ by rounding"
+        )

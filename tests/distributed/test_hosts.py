@@ -13,7 +13,10 @@ from helpers.project import BASE, PROJECT, TWEMOJI, accelerate_launch
 from safetensors.torch import load_file
 
 WHY_NOT = missing("ip")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=f"no made-up hosts: {WHY_NOT}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(WHY_NOT), reason=f"no made-up hosts: {WHY_NOT}"),
+]
 STEPS = 60
 TIMEOUT = 20.0  # seconds
 ADDRESSES = {"host1": "10.78.0.1", "host2": "10.78.0.2"}
@@ -23,8 +26,14 @@ ADDRESSES = {"host1": "10.78.0.1", "host2": "10.78.0.2"}
 def hosts(tmp_path: Path) -> Iterator[list[Machine]]:
     """host1 and host2, with one cable between them and no way to anywhere else."""
     names = tmp_path / "hosts"
-    names.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items()))
-    machines = [Machine(name, names, ["sleep", "infinity"], tmp_path / "hosts.log", network=True) for name in ADDRESSES]
+    names.write_text(
+        "127.0.0.1 localhost\n"
+        + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+    )
+    machines = [
+        Machine(name, names, ["sleep", "infinity"], tmp_path / "hosts.log", network=True)
+        for name in ADDRESSES
+    ]
     try:
         ends = [["eth0", "netns", str(machine.first.pid)] for machine in machines]
         run("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
@@ -68,7 +77,9 @@ class Launch:
             environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
             words = [*launcher, str(PROJECT / "train_lora.py"), *options]
             with log.open("w") as out:
-                self.launchers.append(machine.inside(*words, stdout=out, stderr=out, env=environment))
+                self.launchers.append(
+                    machine.inside(*words, stdout=out, stderr=out, env=environment)
+                )
 
     def wait_for_checkpoint(self) -> None:
         deadline = time.monotonic() + 240
@@ -80,14 +91,21 @@ class Launch:
     def ended(self, seconds: float) -> list[int]:
         """The launchers' exit codes."""
         deadline = time.monotonic() + seconds
-        return [launcher.wait(timeout=max(0.1, deadline - time.monotonic())) for launcher in self.launchers]
+        return [
+            launcher.wait(timeout=max(0.1, deadline - time.monotonic()))
+            for launcher in self.launchers
+        ]
 
     def output(self) -> str:
-        return "\n".join(f"{log.name}:\n{log.read_text(encoding='utf-8')[-4000:]}" for log in self.logs)
+        return "\n".join(
+            f"{log.name}:\n{log.read_text(encoding='utf-8')[-4000:]}" for log in self.logs
+        )
 
 
 @pytest.mark.long
-def test_a_cut_link_ends_the_run_on_both_hosts_and_the_same_command_goes_on(hosts, cache_dir, tmp_path):
+def test_a_cut_link_ends_the_run_on_both_hosts_and_the_same_command_goes_on(
+    hosts, cache_dir, tmp_path
+):
     straight = Launch(hosts, tmp_path / "straight", cache_dir)
     assert straight.ended(240) == [0, 0], straight.output()
 
@@ -98,13 +116,17 @@ def test_a_cut_link_ends_the_run_on_both_hosts_and_the_same_command_goes_on(host
     assert cut.ended(TIMEOUT + 60) == [1, 1], cut.output()
     print(f"ended {time.monotonic() - since:.1f} s after the link")
     for log in cut.logs:
-        assert re.search(r"[Tt]imed out|[Tt]imeout|Connection", log.read_text(encoding="utf-8")), cut.output()
+        assert re.search(r"[Tt]imed out|[Tt]imeout|Connection", log.read_text(encoding="utf-8")), (
+            cut.output()
+        )
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
 
     ip(hosts[1], "link", "set", "eth0", "up")
     again = Launch(hosts, tmp_path / "cut", cache_dir)
     assert again.ended(240) == [0, 0], again.output()
-    assert any("resumed at step" in log.read_text(encoding="utf-8") for log in again.logs), again.output()
+    assert any("resumed at step" in log.read_text(encoding="utf-8") for log in again.logs), (
+        again.output()
+    )
     adapters = [load_file(tmp_path / name / "lora.safetensors") for name in ("straight", "cut")]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(adapters[1][name].equal(tensor) for name, tensor in adapters[0].items())

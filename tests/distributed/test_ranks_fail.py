@@ -22,7 +22,9 @@ def small(options) -> list[str]:
     return [*options, "--batch_size=1", "--steps=12"]
 
 
-def with_fault(fault: str, tmp_path: Path, argv: list[str], **environment: str) -> subprocess.CompletedProcess:
+def with_fault(
+    fault: str, tmp_path: Path, argv: list[str], **environment: str
+) -> subprocess.CompletedProcess:
     (tmp_path / "runs.json").write_text(json.dumps([argv]))
     return launched("ddp", 2, str(tmp_path / "runs.json"), fault, **environment)
 
@@ -71,10 +73,14 @@ def test_a_step_takes_one_collective_of_the_gradients_and_one_number(small, tmp_
     assert calls.count(f"all_reduce {gradients}") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
+)
 def test_a_signal_on_one_rank_is_known_to_all(number, small, tmp_path):
     more = [*small, "--checkpoint.every=0"]
-    result = with_fault("gets_signal", tmp_path, more, TEST_SIGNAL=str(int(number)), SLURM_JOB_ID="")
+    result = with_fault(
+        "gets_signal", tmp_path, more, TEST_SIGNAL=str(int(number)), SLURM_JOB_ID=""
+    )
     saved = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     if number == signal.SIGUSR1:
         assert result.returncode == 0, result.stderr
@@ -86,16 +92,22 @@ def test_a_signal_on_one_rank_is_known_to_all(number, small, tmp_path):
 
 
 def test_a_dead_rank_restarts_the_group_which_goes_on_by_itself(small, tmp_path):
-    straight = launched("ddp", 2, runs_file(tmp_path, [*small, f"--output_dir={tmp_path / 'straight'}"]))
+    straight = launched(
+        "ddp", 2, runs_file(tmp_path, [*small, f"--output_dir={tmp_path / 'straight'}"])
+    )
     assert straight.returncode == 0, straight.stderr
     command = [*accelerate_launch("--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0",
                "--max_restarts=2", "--rdzv_backend=c10d"), str(RANKS),
                runs_file(tmp_path, [*small, "--checkpoint.every=2", "--overwrite"]), "is_killed_once"]  # fmt: skip
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    refused = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=env
+    )
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in refused.stderr
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=env
+    )
     assert result.returncode == 0, result.stderr
     assert "resumed at step 4 of 12" in result.stdout
     assert_same_adapter(tmp_path / "straight", tmp_path / "out")
@@ -135,7 +147,12 @@ def test_a_storm_of_kills_costs_nothing(tmp_path, cache_dir):
                str(PROJECT / "train_lora.py")]  # fmt: skip
 
     def start(name: str) -> subprocess.Popen:
-        argv = [*command, *common, f"--output_dir={tmp_path / name}", f"--data.cache_dir={tmp_path / name / 'cache'}"]
+        argv = [
+            *command,
+            *common,
+            f"--output_dir={tmp_path / name}",
+            f"--data.cache_dir={tmp_path / name / 'cache'}",
+        ]
         log = (tmp_path / f"{name}.log").open("ab")
         env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         return subprocess.Popen(argv, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -161,7 +178,9 @@ def test_a_storm_of_kills_costs_nothing(tmp_path, cache_dir):
             process.wait(120)
         assert_same_adapter(tmp_path / "straight", tmp_path / name)
         assert done.read_bytes() == (tmp_path / "straight" / "preview.png").read_bytes()
-        one, two = (json.loads((tmp_path / n / "loss.json").read_text()) for n in ("straight", name))
+        one, two = (
+            json.loads((tmp_path / n / "loss.json").read_text()) for n in ("straight", name)
+        )
         assert one == two
         whole += 1
     print(f"{killed} kills in {whole} runs: {moments}")

@@ -18,7 +18,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=f"no SL
 SCRIPTS = PROJECT / "accelerate_configs" / "slurm"
 STEPS = 120
 ONE_NODE = ["--gpus-per-node=2", "--cpus-per-task=2", str(SCRIPTS / "one_node.sbatch")]
-TWO_NODES = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", str(SCRIPTS / "multi_node.sbatch")]
+TWO_NODES = [
+    "--nodes=2",
+    "--gpus-per-node=1",
+    "--cpus-per-task=1",
+    str(SCRIPTS / "multi_node.sbatch"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,12 @@ def settings(cache_dir: Path) -> list[str]:
 
 def submit(cluster: SlurmCluster, folder: Path, *words: str, **more: str) -> "Job":
     """Hands in a batch script, with options of sbatch before and options of train_lora.py behind it."""
-    environment = {"ACCELERATE_USE_CPU": "true", "VENV": sys.prefix, "TQDM_MININTERVAL": "0", "OUTPUT": str(folder)}
+    environment = {
+        "ACCELERATE_USE_CPU": "true",
+        "VENV": sys.prefix,
+        "TQDM_MININTERVAL": "0",
+        "OUTPUT": str(folder),
+    }
     environment |= more
     job = cluster.submit(f"--output={folder}/%a.log", *words, cwd=PROJECT, **environment)
     return Job(cluster, job, folder, folder / "4294967294.log")  # the %a of what is not an array
@@ -71,7 +81,9 @@ class Job:
 
     def saved(self) -> int:
         """The step of the newest checkpoint."""
-        return max((int(path.name[5:]) for path in self.folder.glob("checkpoints/step_*")), default=0)
+        return max(
+            (int(path.name[5:]) for path in self.folder.glob("checkpoints/step_*")), default=0
+        )
 
     def resumed(self) -> int:
         """How often the job went on from a checkpoint."""
@@ -94,13 +106,17 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def straight(cluster: SlurmCluster, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
+def straight(
+    cluster: SlurmCluster, settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict:
     """The adapter of a job on one node to which nothing happens."""
     folder = tmp_path_factory.mktemp("straight")
     return submit(cluster, folder, *ONE_NODE, *settings, f"--output_dir={folder}").adapter()
 
 
-def assert_equal(adapter: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+def assert_equal(
+    adapter: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0.0
+) -> None:
     assert adapter.keys() == expected.keys()
     for name, tensor in adapter.items():
         difference = (tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
@@ -110,19 +126,29 @@ def assert_equal(adapter: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def test_two_nodes_train_the_adapter_of_one(cluster, settings, straight, tmp_path):
     job = submit(cluster, tmp_path, *TWO_NODES, *settings, f"--output_dir={tmp_path}")
     assert_equal(job.adapter(), straight, tolerance=1e-5)
-    assert {path.name for path in (tmp_path / "logs" / f"{job.id}.0").iterdir()} == {"n1", "n2", "started"}
+    assert {path.name for path in (tmp_path / "logs" / f"{job.id}.0").iterdir()} == {
+        "n1",
+        "n2",
+        "started",
+    }
     assert "n1 n2, 1 processes each" in job.log
 
 
-def test_a_job_goes_on_after_a_warning_a_requeue_and_a_killed_rank(cluster, settings, straight, tmp_path):
-    job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path}", "--checkpoint.every=60")
+def test_a_job_goes_on_after_a_warning_a_requeue_and_a_killed_rank(
+    cluster, settings, straight, tmp_path
+):
+    job = submit(
+        cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path}", "--checkpoint.every=60"
+    )
     for restarts, words in enumerate((["scancel", "--signal=USR1"], ["scontrol", "requeue"]), 1):
         before = job.saved()
         job.wait(lambda: job.step() >= before + 10, "the job trains")  # noqa: B023
         seen = job.step()
         cluster.run(*words, job.id)
         job.goes_on(restarts)
-        assert seen <= job.saved() < 60, f"{' '.join(words)} saves at once, not when the next checkpoint is due"
+        assert seen <= job.saved() < 60, (
+            f"{' '.join(words)} saves at once, not when the next checkpoint is due"
+        )
     job.wait(lambda: job.saved() >= 60, "a checkpoint is written")
     cluster.ranks()[1].kill()
     job.goes_on(3)
@@ -138,7 +164,10 @@ def test_a_job_goes_on_after_a_killed_rank_and_a_dead_node(cluster, settings, st
     job = submit(cluster, tmp_path, *options, ACCELERATE_OPTIONS=restarts)
     job.wait(lambda: job.saved() >= 20, "a checkpoint is written")
     cluster.ranks()[1].kill()
-    job.wait(lambda: job.resumed() == 1 and job.saved() >= 60, "the launchers have started the ranks again")
+    job.wait(
+        lambda: job.resumed() == 1 and job.saved() >= 60,
+        "the launchers have started the ranks again",
+    )
     assert cluster.job(job.id)["Restarts"] == "0"
     cluster.machines["n1"].crash()  # the node of the batch script and of rank 0
     job.wait(lambda: cluster.requeued(job.id, 1), "SLURM notices")
@@ -150,7 +179,10 @@ def test_a_job_goes_on_after_a_killed_rank_and_a_dead_node(cluster, settings, st
 
 def test_a_warning_before_the_first_step_requeues(cluster, settings, tmp_path):
     job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path}")
-    job.wait(lambda: [handles_usr1(rank.pid) for rank in cluster.ranks()] == [True, True], "the ranks are starting")
+    job.wait(
+        lambda: [handles_usr1(rank.pid) for rank in cluster.ranks()] == [True, True],
+        "the ranks are starting",
+    )
     cluster.run("scancel", "--signal=USR1", job.id)
     job.wait(lambda: cluster.requeued(job.id, 1), "the job is requeued")
     assert job.step() == 0
@@ -180,7 +212,13 @@ def test_tasks_of_an_array_train_a_recipe_each_and_fail_alone(cluster, settings,
     for rank, recipe in enumerate(recipes, 4):
         recipe.write_text(f"rank: {rank}\noutput_dir: output/not_here\n", encoding="utf-8")
     options = [option for option in settings if "--rank" not in option]
-    words = ["--array=0-1", "--gpus-per-node=1", "--cpus-per-task=2", str(SCRIPTS / "array.sbatch"), *map(str, recipes)]
+    words = [
+        "--array=0-1",
+        "--gpus-per-node=1",
+        "--cpus-per-task=2",
+        str(SCRIPTS / "array.sbatch"),
+        *map(str, recipes),
+    ]
     array = submit(cluster, tmp_path, *words, "--", *options, "--checkpoint.every=20")
     tasks = [replace(array, id=f"{array.id}_{i}", folder=tmp_path / recipe.stem, log_file=tmp_path / f"{i}.log")
              for i, recipe in enumerate(recipes)]  # fmt: skip
@@ -188,14 +226,20 @@ def test_tasks_of_an_array_train_a_recipe_each_and_fail_alone(cluster, settings,
     # the id of one task is that of the array too: what is done to it must not be done to the others
     same = next(task for task in tasks if cluster.job(task.id)["JobId"] == array.id)
     other = next(task for task in tasks if task is not same)
-    [rank] = [rank for rank in cluster.ranks() if f"--output_dir {same.folder}" in " ".join(rank.cmdline())]
+    [rank] = [
+        rank
+        for rank in cluster.ranks()
+        if f"--output_dir {same.folder}" in " ".join(rank.cmdline())
+    ]
     rank.kill()
     same.goes_on(1)
     same.wait(lambda: same.resumed() == 1 and same.step() < STEPS, "it has gone on")
     cluster.run("scancel", "--signal=USR1", same.id)
     same.goes_on(2)
     assert cluster.job(other.id)["Restarts"] == "0"
-    ranks = [{t.shape[0] for name, t in task.adapter().items() if "lora_down" in name} for task in tasks]
+    ranks = [
+        {t.shape[0] for name, t in task.adapter().items() if "lora_down" in name} for task in tasks
+    ]
     assert ranks == [{4}, {5}]
     assert (same.resumed(), other.resumed()) == (2, 0)
 
@@ -204,10 +248,20 @@ def test_a_mistake_is_not_requeued(cluster, settings, tmp_path):
     (tmp_path / "empty").mkdir()
     for mistake, exit_code, message in (
         ("--stepz=3", "2:0", "Unrecognized options"),
-        (f"--data.path={tmp_path / 'empty'}", "1:0", "failed without a new checkpoint: not requeued"),
+        (
+            f"--data.path={tmp_path / 'empty'}",
+            "1:0",
+            "failed without a new checkpoint: not requeued",
+        ),
     ):
-        job = submit(cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path / 'out'}", mistake)
+        job = submit(
+            cluster, tmp_path, *ONE_NODE, *settings, f"--output_dir={tmp_path / 'out'}", mistake
+        )
         until(lambda: cluster.ended(job.id), 240, "the job ends")  # noqa: B023
         known = cluster.job(job.id)
-        assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", exit_code, "0"), job.log
+        assert (known["JobState"], known["ExitCode"], known["Restarts"]) == (
+            "FAILED",
+            exit_code,
+            "0",
+        ), job.log
         assert message in job.log

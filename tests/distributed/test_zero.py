@@ -27,10 +27,19 @@ def zero(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     inside = next((folder / "venv" / "lib").iterdir()) / "site-packages"
     (inside / "here.pth").write_text(sysconfig.get_paths()["purelib"])
-    install = [folder / "venv" / "bin" / "pip", "install", "-q", "--no-deps", "-c", PROJECT / "constraints.txt"]
+    install = [
+        folder / "venv" / "bin" / "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "-c",
+        PROJECT / "constraints.txt",
+    ]
     installed = subprocess.run([*install, *PACKAGES], capture_output=True, text=True, check=False)
     if installed.returncode:
-        pytest.skip(f"DeepSpeed cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"DeepSpeed cannot be installed here: {installed.stderr.strip().splitlines()[-1]}"
+        )
     python = folder / "venv" / "bin" / "python"
     environment = {
         **os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{python.parent}:{os.environ['PATH']}",
@@ -40,7 +49,9 @@ def zero(tmp_path_factory):
     def run(*runs: list[str]) -> None:
         command = [python, "-m", "accelerate.commands.launch", f"--config_file={CONFIGS / 'deepspeed_zero2.yaml'}",
                    RANKS, runs_file(folder, *runs)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=500, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "resumed at step 2" in done.stdout or len(runs) == 1
 

@@ -24,13 +24,25 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv2d": (lambda: nn.Conv2d(12, 16, 3, stride=2, padding=1), (2, 12, 7, 6)),
     "Conv2d without bias": (lambda: nn.Conv2d(6, 8, 3, bias=False), (2, 6, 5, 5)),
     "Conv2d 1x1": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 5, 4)),
-    "Conv2d 3x5 dilated": (lambda: nn.Conv2d(6, 8, (3, 5), padding=(1, 2), dilation=(2, 1)), (2, 6, 7, 8)),
+    "Conv2d 3x5 dilated": (
+        lambda: nn.Conv2d(6, 8, (3, 5), padding=(1, 2), dilation=(2, 1)),
+        (2, 6, 7, 8),
+    ),
     "Conv2d same": (lambda: nn.Conv2d(6, 8, (2, 4), padding="same"), (2, 6, 5, 6)),
-    "Conv2d circular": (lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"), (2, 6, 5, 6)),
-    "Conv2d reflect same": (lambda: nn.Conv2d(6, 8, 2, padding="same", padding_mode="reflect"), (2, 6, 5, 6)),
+    "Conv2d circular": (
+        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"),
+        (2, 6, 5, 6),
+    ),
+    "Conv2d reflect same": (
+        lambda: nn.Conv2d(6, 8, 2, padding="same", padding_mode="reflect"),
+        (2, 6, 5, 6),
+    ),
     "Conv2d groups": (lambda: nn.Conv2d(8, 16, 3, padding=1, dilation=2, groups=2), (2, 8, 6, 7)),
     "Conv2d 3 rows a group": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4), (2, 8, 5, 5)),
-    "Conv3d": (lambda: nn.Conv3d(4, 8, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)), (2, 4, 3, 6, 5)),
+    "Conv3d": (
+        lambda: nn.Conv3d(4, 8, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+        (2, 4, 3, 6, 5),
+    ),
     "Conv3d groups": (lambda: nn.Conv3d(4, 8, 2, groups=2, bias=False), (2, 4, 3, 4, 4)),
 }
 TWO_KINDS = ("Linear", "Conv2d")
@@ -62,13 +74,19 @@ VARIANTS: dict[str, LayerSpec] = {
     "GLoRA rslora": spec_of("GLoRA", rslora=True),
 }
 ALL_SPECS = {**SPECS, **VARIANTS}
-TAKEN_OUT = ("pissa", "olora", "orthogonal")  # what these take out of the base is subtracted in the adapter
+TAKEN_OUT = (
+    "pissa",
+    "olora",
+    "orthogonal",
+)  # what these take out of the base is subtracted in the adapter
 
 every_kind = pytest.mark.parametrize("kind", LAYERS)
 two_kinds = pytest.mark.parametrize("kind", TWO_KINDS)
 every_spec = pytest.mark.parametrize("spec", ALL_SPECS.values(), ids=ALL_SPECS.keys())
 every_algorithm = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"]
+)
 every_mode = pytest.mark.parametrize("mode", ["true", "false", "auto"])
 
 
@@ -85,7 +103,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
 
 
 @torch.no_grad()
-def randomised(adapted: AdaptedModel, size: float = 0.3) -> AdaptedModel:
+def randomized(adapted: AdaptedModel, size: float = 0.3) -> AdaptedModel:
     """As after training: the update is no longer zero. Each tensor moves by `size` from where it started."""
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.named_parameters().values():
@@ -100,14 +118,14 @@ def in_double(kind: str, spec: LayerSpec) -> tuple[AdaptedModel, Adapter, Tensor
     model, x = model_of(kind, torch.float32 if taken_out else torch.float64)
     adapted = attach(model, {"layer": spec}, seed=0)
     model.double()
-    return randomised(adapted), adapted.layers()["layer"], x.double()
+    return randomized(adapted), adapted.layers()["layer"], x.double()
 
 
 @torch.no_grad()
 def scaled_update(adapted: AdaptedModel, ratio: float) -> None:
     """Trained adapters whose update is `ratio` times as large as the weight, by shrinking how far they have moved."""
     start = {name: parameter.clone() for name, parameter in adapted.named_parameters().items()}
-    moved = {n: p - start[n] for n, p in randomised(adapted).named_parameters().items()}
+    moved = {n: p - start[n] for n, p in randomized(adapted).named_parameters().items()}
     (layer,) = adapted.layers().values()
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -120,7 +138,9 @@ def scaled_update(adapted: AdaptedModel, ratio: float) -> None:
 
 def closed_form(tensors: dict[str, Tensor], spec: LayerSpec, weight: Tensor) -> Tensor:
     """The update of `weight` by its definition, from the tensors by their names in a file (and the constants)."""
-    assert spec.algorithm in CLOSED_FORMS, "a new algorithm needs its closed form in tests/adapter_cases.py"
+    assert spec.algorithm in CLOSED_FORMS, (
+        "a new algorithm needs its closed form in tests/adapter_cases.py"
+    )
     return CLOSED_FORMS[spec.algorithm](tensors, spec, weight)
 
 
@@ -189,7 +209,12 @@ def boft(t: dict[str, Tensor], spec: LayerSpec, weight: Tensor) -> Tensor:
     for stage, blocks in enumerate(t["oft_blocks"]):
         half = 2**stage * blocks.shape[-1] // 2
         # a block takes channels from both halves of every run of 2 * half channels in turn
-        order = [run + side * half + i for run in range(0, channels, 2 * half) for i in range(half) for side in (0, 1)]
+        order = [
+            run + side * half + i
+            for run in range(0, channels, 2 * half)
+            for i in range(half)
+            for side in (0, 1)
+        ]
         permutation = torch.eye(channels, dtype=weight.dtype)[order]
         rotation = permutation.T @ torch.block_diag(*rotations(blocks)) @ permutation
         turned = torch.einsum("ok,ki...->oi...", rotation, turned)
@@ -197,7 +222,9 @@ def boft(t: dict[str, Tensor], spec: LayerSpec, weight: Tensor) -> Tensor:
 
 
 def glora(t: dict[str, Tensor], spec: LayerSpec, weight: Tensor) -> Tensor:
-    on_input = torch.einsum("oi...,ir,rj->oj...", weight, t["a1.weight"].flatten(1), t["a2.weight"].flatten(1))
+    on_input = torch.einsum(
+        "oi...,ir,rj->oj...", weight, t["a1.weight"].flatten(1), t["a2.weight"].flatten(1)
+    )
     return scale(spec) * (on_input + outer(t["b1.weight"], t["b2.weight"]))
 
 

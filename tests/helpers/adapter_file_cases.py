@@ -14,7 +14,10 @@ from lora_algos.attach import AdaptedModel, adaptable_layers, attach, norm_layer
 from lora_algos.config import AdapterOptions, LayerSpec
 from models.layer_names.unet import native_names
 
-CONV, LINEAR = "down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV, LINEAR = (
+    "down_blocks.0.resnets.0.conv1",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+)
 SPECS = {
     "LoRA": LayerSpec(4, 6.0),
     "LoRA rslora": LayerSpec(4, 6.0, options=AdapterOptions(rslora=True)),
@@ -26,7 +29,9 @@ SPECS = {
     "LoKr both": LayerSpec(1, 0.5, "LoKr", AdapterOptions(decompose_both=True)),
     "LoKr full": LayerSpec(2, 1.0, "LoKr", AdapterOptions(full_matrix=True)),
     "OFT": LayerSpec(algorithm="OFT", options=AdapterOptions(block_size=16)),
-    "OFT constraint": LayerSpec(algorithm="OFT", options=AdapterOptions(block_size=16, constraint=0.5)),
+    "OFT constraint": LayerSpec(
+        algorithm="OFT", options=AdapterOptions(block_size=16, constraint=0.5)
+    ),
     "BOFT": LayerSpec(algorithm="BOFT", options=AdapterOptions(block_size=28)),
     "GLoRA": LayerSpec(2, 1.0, "GLoRA"),
     "Full": LayerSpec(algorithm="Full"),
@@ -79,18 +84,29 @@ def on_layers(case: str, layers: Iterable[str] = LAYERS) -> AdaptedModel:
 def with_norms() -> AdaptedModel:
     """LoRA on all layers, of several ranks and alphas, and the norms and biases: what ComfyUI's node trains."""
     ranks, alphas = (2, 5, 3), (3.0, 0.5, 8.0, 1.0)
-    specs = {name: LayerSpec(ranks[i % 3], alphas[i % 4], bias=True) for i, name in enumerate(adaptable_layers(base()))}
-    return trained(specs | dict.fromkeys(norm_layers(base()), LayerSpec(algorithm="Full", bias=True)), scale=0.02)
+    specs = {
+        name: LayerSpec(ranks[i % 3], alphas[i % 4], bias=True)
+        for i, name in enumerate(adaptable_layers(base()))
+    }
+    return trained(
+        specs | dict.fromkeys(norm_layers(base()), LayerSpec(algorithm="Full", bias=True)),
+        scale=0.02,
+    )
 
 
 @torch.no_grad()
 def output(denoiser: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    noisy, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 24, 96, generator=generator)
+    noisy, text = (
+        torch.randn(2, 4, 16, 16, generator=generator),
+        torch.randn(2, 24, 96, generator=generator),
+    )
     return denoiser(noisy, torch.tensor([10, 700]), text).sample
 
 
-def written(adapted: AdaptedModel, file_format: str, dtype: torch.dtype = torch.float32) -> files.FileContent:
+def written(
+    adapted: AdaptedModel, file_format: str, dtype: torch.dtype = torch.float32
+) -> files.FileContent:
     """The adapter as a file's content."""
     layers = files.layers_of_adapted(adapted)
     content = files.to_file(layers, adapted.model, names(), file_format, dtype)

@@ -19,7 +19,9 @@ SUFFIXES = (
 )  # fmt: skip
 
 
-def applied(file: Mapping[str, Tensor], table: Mapping[str, Place], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def applied(
+    file: Mapping[str, Tensor], table: Mapping[str, Place], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """`base` (name -> weight or bias, fp64) with the file applied. AssertionError for a key that is not loaded."""
     result = {name: tensor.clone() for name, tensor in base.items()}
     left = set(file)
@@ -54,7 +56,9 @@ def update_of(weight: Tensor, parts: dict[str, Tensor]) -> tuple[float, Tensor]:
     alpha = float(parts["alpha"]) if "alpha" in parts else None
     for up, down in SIDES:
         if up in parts:
-            return scaled(alpha, parts[down].shape[0]), parts[up].flatten(1) @ parts[down].flatten(1)
+            return scaled(alpha, parts[down].shape[0]), parts[up].flatten(1) @ parts[down].flatten(
+                1
+            )
     if "hada_w1_a" in parts:
         first, second = (parts[f"hada_w{i}_a"] @ parts[f"hada_w{i}_b"] for i in (1, 2))
         return scaled(alpha, parts["hada_w1_b"].shape[0]), first * second
@@ -66,7 +70,9 @@ def update_of(weight: Tensor, parts: dict[str, Tensor]) -> tuple[float, Tensor]:
         return 1.0, turned(weight, stages, alpha, butterfly=parts["oft_blocks"].ndim == 4) - weight
     if "a1.weight" in parts:
         on_input = weight @ parts["a1.weight"] @ parts["a2.weight"]
-        return scaled(alpha, parts["a2.weight"].shape[0]), on_input + parts["b1.weight"] @ parts["b2.weight"]
+        return scaled(alpha, parts["a2.weight"].shape[0]), on_input + parts["b1.weight"] @ parts[
+            "b2.weight"
+        ]
     assert parts.keys() == {"diff"}, sorted(parts)
     return 1.0, parts["diff"]
 
@@ -94,12 +100,17 @@ def turned(weight: Tensor, stages: Tensor, alpha: float, butterfly: bool) -> Ten
     eye, side = torch.eye(q.shape[-1], dtype=q.dtype), q.shape[-1]
     rotations = (eye + q) @ torch.linalg.inv(eye - q)
     if not butterfly:
-        return torch.einsum("knm,knc->kmc", rotations[0], weight.reshape(-1, side, weight.shape[1])).reshape(
-            weight.shape
-        )
+        return torch.einsum(
+            "knm,knc->kmc", rotations[0], weight.reshape(-1, side, weight.shape[1])
+        ).reshape(weight.shape)
     for i, rotation in enumerate(rotations):
         half = 2**i * side // 2
-        taken = weight.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, side))
+        taken = (
+            weight.unflatten(0, (-1, 2, half))
+            .transpose(1, 2)
+            .flatten(0, 2)
+            .unflatten(0, (-1, side))
+        )
         taken = torch.einsum("bij,bjc->bic", rotation, taken).flatten(0, 1)
         weight = taken.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
     return weight

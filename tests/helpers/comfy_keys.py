@@ -22,7 +22,12 @@ ARCHITECTURES = sorted(path.name.removesuffix(".json.gz") for path in KEYS.glob(
 # which spellings of diffusers' names ComfyUI has in its table, {n}: the name, {n_}: with _ for .
 DIFFUSERS_FORMS = {
     "UNet2DConditionModel": ("lora_unet_{n_}", "lycoris_{n_}"),
-    "SD3Transformer2DModel": ("transformer.{n}", "base_model.model.{n}", "lycoris_{n_}", "lora_transformer_{n_}"),
+    "SD3Transformer2DModel": (
+        "transformer.{n}",
+        "base_model.model.{n}",
+        "lycoris_{n_}",
+        "lora_transformer_{n_}",
+    ),
     "QwenImageTransformer2DModel": ("{n}", "transformer.{n}", "lycoris_{n_}"),
     "ZImageTransformer2DModel": ("{n}", "transformer.{n}", "diffusion_model.{n}", "lycoris_{n_}"),
     "WanTransformer3DModel": (),
@@ -84,13 +89,18 @@ def spellings(architecture: str) -> dict[str, Place]:
     for weight in there["weights"]:
         name = weight.removesuffix(".weight")
         if name != weight:
-            found |= {f"diffusion_model.{name}": Place(weight), f"lora_unet_{name.replace('.', '_')}": Place(weight)}
+            found |= {
+                f"diffusion_model.{name}": Place(weight),
+                f"lora_unet_{name.replace('.', '_')}": Place(weight),
+            }
         else:
             found[f"diffusion_model.{name}"] = Place(weight)
     forms = DIFFUSERS_FORMS.get(there["class"], FLUX_FORMS)
     for module in there["modules"]:
         for form in forms:
-            found.setdefault(form.format(n=module, n_=module.replace(".", "_")), place_of(there, module))
+            found.setdefault(
+                form.format(n=module, n_=module.replace(".", "_")), place_of(there, module)
+            )
     return found
 
 
@@ -118,7 +128,9 @@ def resolve(tensors: Mapping[str, Any], architecture: str) -> list[str]:
     return faults
 
 
-def faults_at(place: Place, parts: dict[str, tuple[int, ...]], shapes: Mapping[str, list[int]]) -> Iterable[str]:
+def faults_at(
+    place: Place, parts: dict[str, tuple[int, ...]], shapes: Mapping[str, list[int]]
+) -> Iterable[str]:
     """What does not fit the weight, its rows or its bias there."""
     total, *rest = shapes[place.weight]
     yield from part_faults(parts, (place.rows[1] if place.rows else total, *rest))
@@ -132,7 +144,7 @@ def faults_at(place: Place, parts: dict[str, tuple[int, ...]], shapes: Mapping[s
 
 
 def row_range(place: Place, shapes: Mapping[str, list[int]]) -> Iterable[tuple[str, int]]:
-    """One row in 64 stands for its neighbours."""
+    """One row in 64 stands for its neighbors."""
     first, count = place.rows or (0, shapes[place.weight][0])
     return ((place.weight, row) for row in range(first, first + count, 64))
 
@@ -140,10 +152,16 @@ def row_range(place: Place, shapes: Mapping[str, list[int]]) -> Iterable[tuple[s
 def part_faults(parts: dict[str, tuple[int, ...]], weight: tuple[int, ...]) -> list[str]:
     """What does not fit a weight of that shape."""
     rows, columns = weight[0], math.prod(weight[1:])
-    adapters = [made for made in (lora(parts), loha(parts), lokr(parts), oft(parts, columns), glora(parts)) if made]
+    adapters = [
+        made
+        for made in (lora(parts), loha(parts), lokr(parts), oft(parts, columns), glora(parts))
+        if made
+    ]
     if "diff" in parts:
         adapters.append((parts["diff"][0], math.prod(parts["diff"][1:])))
-    faults = [f"makes {made} for a weight of {weight}" for made in adapters if made != (rows, columns)]
+    faults = [
+        f"makes {made} for a weight of {weight}" for made in adapters if made != (rows, columns)
+    ]
     if len(adapters) > 1:
         faults.append(f"{sorted(parts)}: several adapters, of which one replaces the others")
     if not adapters and parts.keys() - {"diff_b"}:
@@ -165,7 +183,9 @@ def product(up: tuple[int, ...] | None, down: tuple[int, ...] | None) -> tuple[i
 
 
 def lora(parts: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    return next((made for up, down in LORA_SIDES if (made := product(parts.get(up), parts.get(down)))), None)
+    return next(
+        (made for up, down in LORA_SIDES if (made := product(parts.get(up), parts.get(down)))), None
+    )
 
 
 def loha(parts: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:
@@ -174,7 +194,10 @@ def loha(parts: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:
 
 
 def lokr(parts: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    sides = [parts.get(f"lokr_w{i}") or product(parts.get(f"lokr_w{i}_a"), parts.get(f"lokr_w{i}_b")) for i in (1, 2)]
+    sides = [
+        parts.get(f"lokr_w{i}") or product(parts.get(f"lokr_w{i}_a"), parts.get(f"lokr_w{i}_b"))
+        for i in (1, 2)
+    ]
     if not any(sides):
         return None
     if not all(sides):

@@ -35,7 +35,11 @@ def dataset_of(folder: Path, count: int, rows: list[dict] | None = None) -> Late
     """A data set of `count` rows, or of `rows`; latents (4, side / 8, side / 8) are full of the row's number."""
     rows = rows if rows is not None else [row_of(i) for i in range(count)]
     media = {
-        key: {"latents": torch.full((4, row["crop"][7] // 8, row["crop"][6] // 8), row["entry"] + 0.5 * flip)}
+        key: {
+            "latents": torch.full(
+                (4, row["crop"][7] // 8, row["crop"][6] // 8), row["entry"] + 0.5 * flip
+            )
+        }
         for row in rows
         for flip, key in enumerate(row["media"])
     }
@@ -55,7 +59,10 @@ def dataset_with(
     stores.text.reload()
     with tables.writing(folder / "index" / "listing.arrow", tables.LISTING) as listing:
         for i in range(max(row["entry"] for row in rows) + 1):
-            listing.add({name: None for name in tables.LISTING.names} | {"name": f"image {i}", "captions": [f"{i}"]})
+            listing.add(
+                {name: None for name in tables.LISTING.names}
+                | {"name": f"image {i}", "captions": [f"{i}"]}
+            )
     table = pa.Table.from_pylist(rows, tables.ROWS)
     write_index(folder / "index", table, np.arange(len(rows)), stores)
     return LatentDataset(folder / "index", stores)

@@ -15,9 +15,14 @@ class Ragged(StableDiffusion):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         counts, most = self.token_counts(captions)
         conds = super().encode_prompt(encoders, captions)
-        return [{"prompt_embeds": c["prompt_embeds"][: min(n, most) + 2]} for c, n in zip(conds, counts, strict=True)]
+        return [
+            {"prompt_embeds": c["prompt_embeds"][: min(n, most) + 2]}
+            for c, n in zip(conds, counts, strict=True)
+        ]
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         embeds, mask = cond["prompt_embeds"], cond["attention_mask"]
         return denoiser(noisy, timestep, embeds, encoder_attention_mask=mask, return_dict=False)[0]
 
@@ -32,7 +37,9 @@ class Video(StableDiffusion):
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         frames = (pixels if pixels.ndim == 5 else pixels.unsqueeze(2))[:, :, ::4]
         mean, deviation = super().encode_media(encoders, frames.transpose(1, 2).flatten(0, 1))
-        mean, deviation = (of.unflatten(0, (len(pixels), -1)).transpose(1, 2) for of in (mean, deviation))
+        mean, deviation = (
+            of.unflatten(0, (len(pixels), -1)).transpose(1, 2) for of in (mean, deviation)
+        )
         return mean, deviation
 
     def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -44,14 +51,20 @@ class Video(StableDiffusion):
         return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
     def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        first = {"first_frame": extras["concat_latent_image"][0, :, 0]} if "concat_latent_image" in extras else {}
+        first = (
+            {"first_frame": extras["concat_latent_image"][0, :, 0]}
+            if "concat_latent_image" in extras
+            else {}
+        )
         return super().cond_from_comfy(cond, extras) | first
 
     def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         embeds, extras = super().cond_to_comfy(cond)
         return embeds, extras | {"concat_latent_image": cond["first_frame"][None, :, None]}
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         count = noisy.shape[2]
         frames = (noisy + cond["first_frame"].unsqueeze(2)).transpose(1, 2).flatten(0, 1)
         embeds = {"prompt_embeds": cond["prompt_embeds"].repeat_interleave(count, 0)}

@@ -38,7 +38,9 @@ class DeviceReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        masked = name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        masked = name in INDEXING and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
         # with its output size given, repeat_interleave needs no value
         sized = name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is not None
         if masked or (name in READS and not sized):

@@ -12,7 +12,9 @@ from lora_algos.config import AdapterOptions, LayerSpec
 
 def spec_for(algorithm: str) -> LayerSpec:
     """One that fits the layers of large models, whose channels BOFT divides in larger blocks than others do."""
-    return LayerSpec(4, 2.0, algorithm, AdapterOptions(block_size=256 if algorithm == "BOFT" else 32))
+    return LayerSpec(
+        4, 2.0, algorithm, AdapterOptions(block_size=256 if algorithm == "BOFT" else 32)
+    )
 
 
 def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) -> files.Layers:
@@ -27,7 +29,9 @@ def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) 
             shapes = get_algorithm(spec.algorithm).shapes(spec, layer.weight.shape)
         except AdapterError:
             continue
-        tensors: dict[str, Tensor] = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        tensors: dict[str, Tensor] = {
+            key: torch.empty(shape, device="meta") for key, shape in shapes.items()
+        }
         if biases and getattr(layer, "bias", None) is not None:
             tensors["diff_b"] = torch.empty(layer.weight.shape[0], device="meta")
         alpha = 0.0 if "oft_blocks" in tensors else spec.alpha
@@ -36,7 +40,11 @@ def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) 
 
 
 def exported(
-    denoiser: nn.Module, names: files.Names, algorithms: dict[str, str], file_format: str, biases: bool = True
+    denoiser: nn.Module,
+    names: files.Names,
+    algorithms: dict[str, str],
+    file_format: str,
+    biases: bool = True,
 ) -> dict[str, Tensor]:
     """Key -> tensor without values. `algorithms`: layer -> algorithm, of those that are adapted."""
     layers = empty_layers(denoiser, algorithms, biases)

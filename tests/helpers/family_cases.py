@@ -113,7 +113,9 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray((pixels * 255).to(torch.uint8).numpy())
 
 
-def seen_in(family: ModelFamily, shape: tuple[int, int], frames: int, count: int) -> dict[str, Tensor]:
+def seen_in(
+    family: ModelFamily, shape: tuple[int, int], frames: int, count: int
+) -> dict[str, Tensor]:
     """What `count` videos that begin with the picture tell the denoiser of themselves."""
     first = torch.from_numpy(np.array(picture(*shape))).permute(2, 0, 1) / 127.5 - 1
     video = torch.rand(count, 3, frames, *shape) * 2 - 1
@@ -127,7 +129,9 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
     absent = {name: None for name, part in index.items() if part == [None, None]}
-    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder_of(case), dtype=torch.float32, **absent)
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+        folder_of(case), dtype=torch.float32, **absent
+    )
     pipeline.set_progress_bar_config(disable=True)
     if case.repair:
         case.repair(pipeline)
@@ -135,7 +139,9 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     step, decode = pipeline.scheduler.step, pipeline.vae.decode
     decoded: list[Tensor] = []
 
-    def watched_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def watched_step(
+        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         result = step(model_output, timestep, sample, *args, **kwargs)
         steps.append((sample.clone(), timestep, model_output.clone(), result[0].clone()))
         return result
@@ -152,7 +158,9 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     )  # fmt: skip
     noisy, timestep, prediction, _ = steps[case.step]
     unpack = case.unpack or (lambda _, latents, *__: latents)
-    noisy, prediction, final = (unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3]))
+    noisy, prediction, final = (
+        unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3])
+    )
     raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
     return Call(noisy, torch.as_tensor(timestep), prediction, final, raw)
 
@@ -163,7 +171,9 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         store = Store(Path(folder))
         store.write((key_of(str(i)), row) for i, row in enumerate(rows))
         store.reload()
-        return store.rows(store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged)
+        return store.rows(
+            store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged
+        )
 
 
 def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[str, Tensor]:

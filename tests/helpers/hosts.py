@@ -29,14 +29,30 @@ def missing(*programs: str) -> str | None:
 class Machine:
     """`command` as the first process of a machine called `name`, whose /etc/hosts is the file `hosts`."""
 
-    def __init__(self, name: str, hosts: Path, command: list[str], log: Path, network: bool = False):
+    def __init__(
+        self, name: str, hosts: Path, command: list[str], log: Path, network: bool = False
+    ):
         prepare = 'echo "$1" > /proc/sys/kernel/hostname; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
         spaces = ["--uts", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
         spaces += ["--net"] if network else []
-        words = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "sh", "-ec", prepare, "sh", name, str(hosts)]
+        words = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            *spaces,
+            "sh",
+            "-ec",
+            prepare,
+            "sh",
+            name,
+            str(hosts),
+        ]
         self.name = name
         with log.open("a") as out:
-            self.process = subprocess.Popen([*words, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                [*words, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
 
         deadline = time.monotonic() + 10
         while not self._ready():
@@ -60,7 +76,12 @@ class Machine:
                 line = process.cmdline()
             except psutil.Error:
                 continue
-            if line and "python" in Path(line[0]).name and words in " ".join(line) and "launch" not in line:
+            if (
+                line
+                and "python" in Path(line[0]).name
+                and words in " ".join(line)
+                and "launch" not in line
+            ):
                 found.append(process)
         return found
 

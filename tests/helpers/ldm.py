@@ -22,13 +22,21 @@ VAE = {
     "upsamplers.0": "upsample",
     "resnets": "block",
 }
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 
 
 def save_single_file(folder: Path, path: Path, dtype: torch.dtype) -> None:
     """Writes the model in the diffusers folder `folder` to the file `path`, its weights in `dtype`."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
-    save_file({name: tensor.contiguous() for name, tensor in ldm_state_dict(pipeline).items()}, path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in ldm_state_dict(pipeline).items()}, path
+    )
 
 
 def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
@@ -37,13 +45,24 @@ def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
     levels, native = len(vae.config.block_out_channels), native_names(unet)
     unet_state = {name.rpartition("."): tensor for name, tensor in unet.state_dict().items()}
-    text_state = {name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()}
+    text_state = {
+        name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()
+    }
     text_state["embeddings.position_ids"] = torch.arange(text.config.max_position_embeddings)[None]
     return {
         "alphas_cumprod": pipeline.scheduler.alphas_cumprod,
-        **{f"model.diffusion_model.{native[layer]}.{kind}": t for (layer, _, kind), t in unet_state.items()},
-        **{f"first_stage_model.{vae_name(n, levels)}": vae_tensor(n, t) for n, t in vae.state_dict().items()},
-        **{f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text_state.items()},
+        **{
+            f"model.diffusion_model.{native[layer]}.{kind}": t
+            for (layer, _, kind), t in unet_state.items()
+        },
+        **{
+            f"first_stage_model.{vae_name(n, levels)}": vae_tensor(n, t)
+            for n, t in vae.state_dict().items()
+        },
+        **{
+            f"cond_stage_model.transformer.text_model.{name}": tensor
+            for name, tensor in text_state.items()
+        },
     }
 
 

@@ -3,7 +3,12 @@
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from helpers.project import BASE
@@ -28,7 +33,11 @@ PROCESSES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "flow, shift 3": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, {}),
     "flow, shift asked for": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, {"shift": 0.5}),
     "flow, dynamic": (FlowMatchEulerDiscreteScheduler, DYNAMIC, {}),
-    "flow, dynamic, linear": (FlowMatchEulerDiscreteScheduler, {**DYNAMIC, "time_shift_type": "linear"}, {}),
+    "flow, dynamic, linear": (
+        FlowMatchEulerDiscreteScheduler,
+        {**DYNAMIC, "time_shift_type": "linear"},
+        {},
+    ),
     "EDM": (EDMEulerScheduler, {}, {}),
     "EDM, v": (EDMDPMSolverMultistepScheduler, {**V, "sigma_data": 1.0}, {"edm_mean": 0.4}),
 }
@@ -47,7 +56,9 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 
 def process_of(name: str, **options: Any) -> NoiseProcess:
     kind, changes, own = PROCESSES[name]
-    return process_from_scheduler(config_of(sd_schedule(kind, changes)), ObjectiveConfig(**{**own, **options}))
+    return process_from_scheduler(
+        config_of(sd_schedule(kind, changes)), ObjectiveConfig(**{**own, **options})
+    )
 
 
 def objective_of(name: str, **options: Any) -> Objective:

@@ -10,12 +10,12 @@ from objectives.processes import NoiseProcess
 
 
 class Maths:
-    """Stands in for a family where only its arithmetic counts: normalise triples, the prediction is given."""
+    """Stands in for a family where only its arithmetic counts: normalize triples, the prediction is given."""
 
     def __init__(self, prediction: Tensor, process: NoiseProcess | None = None):
         self.prediction, self.own_process = prediction, process
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: Tensor) -> Tensor:
         return latents * 3
 
     def tokens(self, shape: tuple[int, ...]) -> int:
@@ -28,12 +28,19 @@ class Maths:
         self.asked = options
         return self.own_process
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
         self.seen = (noisy, timestep, cond)
         return self.prediction
 
 
 def batch_of(latents: Tensor, noise: Tensor) -> Batch:
-    cond = {"prompt_embeds": torch.ones(len(latents), 3, 2), "attention_mask": torch.ones(len(latents), 3).long()}
+    cond = {
+        "prompt_embeds": torch.ones(len(latents), 3, 2),
+        "attention_mask": torch.ones(len(latents), 3).long(),
+    }
     count = len(latents)
-    return Batch(latents, noise, QUANTILES, cond, torch.ones(count), torch.zeros(count, 8), range(count))
+    return Batch(
+        latents, noise, QUANTILES, cond, torch.ones(count), torch.zeros(count, 8), range(count)
+    )

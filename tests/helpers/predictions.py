@@ -14,12 +14,16 @@ def rows_of(case: Case, captions: list[str] = PROMPTS) -> list[dict[str, Tensor]
         return family.encode_prompt(family.load_encoders("text"), captions)
 
 
-def prediction(case: Case, rows: list[dict[str, Tensor]], noisy: Tensor, **options: float) -> Tensor:
+def prediction(
+    case: Case, rows: list[dict[str, Tensor]], noisy: Tensor, **options: float
+) -> Tensor:
     """At timestep 700."""
     family = get_family(ModelConfig(path=str(folder_of(case)), **options))
     denoiser = family.load_denoiser(torch.float32).eval()
     with torch.no_grad():
-        return family.predict(denoiser, noisy, torch.full((len(noisy),), 700.0), collate(family, rows))
+        return family.predict(
+            denoiser, noisy, torch.full((len(noisy),), 700.0), collate(family, rows)
+        )
 
 
 def noise(batch: int = 2) -> Tensor:

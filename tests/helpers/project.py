@@ -24,11 +24,18 @@ def reset_accelerate() -> None:
         state._reset_state()
 
 
-def script(argv: list[str], launcher: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
+def script(
+    argv: list[str], launcher: list[str] | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs train_lora.py as a user does: `python train_lora.py` or through `launcher`."""
     command = [*(launcher or [sys.executable]), str(PROJECT / "train_lora.py"), *argv]
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=600,
+        check=False,
     )
 
 

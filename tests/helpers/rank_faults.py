@@ -70,7 +70,9 @@ def leaves_an_adapter_out() -> None:
     original = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
 
     def ignore(module, names):
-        original(module, [*names, next(name for name, p in module.named_parameters() if p.requires_grad)])
+        original(
+            module, [*names, next(name for name, p in module.named_parameters() if p.requires_grad)]
+        )
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model = ignore
 
@@ -122,11 +124,22 @@ def counts_collectives() -> None:
     def counted(name: str, original):
         def call(tensor=None, *args, **kwargs):
             calls.append(f"{name} {getattr(tensor, 'nbytes', 0)}")
-            return original(tensor, *args, **kwargs) if tensor is not None else original(*args, **kwargs)
+            return (
+                original(tensor, *args, **kwargs)
+                if tensor is not None
+                else original(*args, **kwargs)
+            )
 
         return call
 
-    for name in ("all_reduce", "all_gather", "broadcast", "reduce_scatter", "barrier", "all_gather_into_tensor"):
+    for name in (
+        "all_reduce",
+        "all_gather",
+        "broadcast",
+        "reduce_scatter",
+        "barrier",
+        "all_gather_into_tensor",
+    ):
         setattr(dist, name, counted(name, getattr(dist, name)))
     original = EmitMetrics.after_step
 

@@ -35,7 +35,9 @@ def main() -> int:
         reset_accelerate()
         if SHARDED:
             PartialState(cpu=True)
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # then it looks for them
+            PartialState._shared_state["distributed_type"] = (
+                DistributedType.MULTI_GPU
+            )  # then it looks for them
         if ZERO:
             import deepspeed
 

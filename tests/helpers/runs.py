@@ -15,7 +15,7 @@ from helpers.project import BASE, PROJECT, RANKS, TWEMOJI
 
 
 def counted_run(run_here, options: list[str], patch: pytest.MonkeyPatch) -> DeviceReads:
-    """Runs the script; each read is labelled with the step, from 1, that it happened in or loaded a batch for."""
+    """Runs the script; each read is labeled with the step, from 1, that it happened in or loaded a batch for."""
     from training.batch_stream import BatchStream
 
     original = BatchStream.from_step
@@ -37,14 +37,18 @@ def counted_run(run_here, options: list[str], patch: pytest.MonkeyPatch) -> Devi
 CONFIGS = PROJECT / "accelerate_configs"
 
 
-def launched(config: str, processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def launched(
+    config: str, processes: int, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs tests/ranks.py under one of the shipped configs, on CPUs."""
     command = [
         str(Path(sys.executable).parent / "accelerate"), "launch", f"--config_file={CONFIGS / config}.yaml",
         f"--num_processes={processes}", str(RANKS), *arguments,
     ]  # fmt: skip
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=env)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=400, check=False, env=env
+    )
 
 
 def common(cache_dir: Path) -> list[str]:
@@ -62,7 +66,9 @@ def assert_same_run(one: Path, many: Path, tolerance: float = 1e-5) -> None:
     a, b = (json.loads((folder / "loss.json").read_text()) for folder in (one, many))
     for what in ("loss_per_micro_step", "loss_per_step", "gradient_norm_per_step"):
         assert b[what] == pytest.approx(a[what], rel=1e-5), what
-    assert [entry["loss"] for entry in b["validation"]] == pytest.approx([e["loss"] for e in a["validation"]], 1e-5)
+    assert [entry["loss"] for entry in b["validation"]] == pytest.approx(
+        [e["loss"] for e in a["validation"]], 1e-5
+    )
     x, y = (load_file(folder / "lora.safetensors") for folder in (one, many))
     assert x.keys() == y.keys()
     whole, other = (torch.cat([t[key].flatten() for key in sorted(t)]) for t in (x, y))
@@ -91,5 +97,9 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def samples(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for path in folder.glob("samples/*.jsonl") for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for path in folder.glob("samples/*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     return sorted(rows, key=lambda row: row["visit"])

@@ -85,15 +85,23 @@ class SlurmCluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        files = {"key-file": key} | {f"{f}-file": self.folder / f"munge.{f}" for f in ("pid", "seed", "log")}
+        files = {"key-file": key} | {
+            f"{f}-file": self.folder / f"munge.{f}" for f in ("pid", "seed", "log")
+        }
         # --force: the folders above this one may be writable by others, which munged does not like
         munge = [f"--{name}={path}" for name, path in files.items()]
-        self._daemon("munged", "--foreground", "--force", f"--socket={self.folder / 'munge.socket'}", *munge)
+        self._daemon(
+            "munged", "--foreground", "--force", f"--socket={self.folder / 'munge.socket'}", *munge
+        )
         until((self.folder / "munge.socket").exists, 10, "munged is up")
         self._daemon("slurmctld", "-D")
         for name in self.addresses:
             self.start_node(name)
-        until(lambda: self.nodes("idle") == set(self.addresses), 30, f"nodes are up; see {self.folder}/*.log")
+        until(
+            lambda: self.nodes("idle") == set(self.addresses),
+            30,
+            f"nodes are up; see {self.folder}/*.log",
+        )
 
     def _write_config(self) -> None:
         port = free_ports(len(self.addresses) + 1)
@@ -101,22 +109,31 @@ class SlurmCluster:
                   "first_job": random.randint(1, 20000), "node_down_after": NODE_DOWN_AFTER}  # fmt: skip
         nodes = [NODE.format(name=name, address=address, port=port + 1 + i)
                  for i, (name, address) in enumerate(self.addresses.items())]  # fmt: skip
-        (self.folder / "slurm.conf").write_text("\n".join([CONFIG.format(**fields), *nodes, PARTITION, ""]))
+        (self.folder / "slurm.conf").write_text(
+            "\n".join([CONFIG.format(**fields), *nodes, PARTITION, ""])
+        )
         # pretended GPUs: devices that every machine has, and that are only counted
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         (self.folder / "cgroup.conf").touch()
-        hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
+        hosts = [
+            "127.0.0.1 localhost",
+            *(f"{address} {name}" for name, address in self.addresses.items()),
+        ]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
 
     def _daemon(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.log").open("a") as out:
             words = ["setpriv", "--pdeathsig", "KILL", *command]
-            self.daemons.append(subprocess.Popen(words, env=self.environment, stdout=out, stderr=out))
+            self.daemons.append(
+                subprocess.Popen(words, env=self.environment, stdout=out, stderr=out)
+            )
 
     def start_node(self, name: str) -> None:
         """A node whose name gethostname() answers in its jobs, as on a real cluster."""
         words = ["env", f"SLURM_CONF={self.folder / 'slurm.conf'}", "slurmd", "-D", "-N", name]
-        self.machines[name] = Machine(name, self.folder / "hosts", words, self.folder / f"slurmd-{name}.log")
+        self.machines[name] = Machine(
+            name, self.folder / "hosts", words, self.folder / f"slurmd-{name}.log"
+        )
 
     def stop(self) -> None:
         for machine in self.machines.values():
@@ -127,7 +144,9 @@ class SlurmCluster:
 
     def run(self, *command: str) -> str:
         """One of SLURM's commands; returns what it printed."""
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
         assert result.returncode == 0, f"{shlex.join(command)}: {result.stderr}"
         return result.stdout.strip()
 
@@ -170,7 +189,9 @@ class SlurmCluster:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, on any node."""
-        return [rank for machine in self.machines.values() for rank in machine.running("train_lora.py")]
+        return [
+            rank for machine in self.machines.values() for rank in machine.running("train_lora.py")
+        ]
 
 
 def free_ports(count: int) -> int:

@@ -17,7 +17,22 @@ from transformers import (
 
 from helpers.project import BASE
 
-WORDS = ["photo", "of", "cat", "dog", "owl", "red", "blue", "green", "smiling", "sad", "face", "style", "house", "tree"]
+WORDS = [
+    "photo",
+    "of",
+    "cat",
+    "dog",
+    "owl",
+    "red",
+    "blue",
+    "green",
+    "smiling",
+    "sad",
+    "face",
+    "style",
+    "house",
+    "tree",
+]
 CLIP_WIDTH = 16
 
 
@@ -44,7 +59,9 @@ def t5_tokenizer(length: int = 16) -> T5TokenizerFast:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return T5TokenizerFast(tokenizer_object=tokenizer, model_max_length=length, extra_ids=0)
 
 

@@ -14,7 +14,7 @@ from helpers.adapter_cases import (
     every_spec,
     in_mode,
     model_of,
-    randomised,
+    randomized,
     spec_of,
     two_kinds,
 )  # fmt: skip
@@ -38,14 +38,16 @@ def grads_of(adapted: AdaptedModel, y: Tensor, x: Tensor) -> list[Tensor]:
 def test_under_bf16_autocast(spec, kind, mode, base):
     """Output in bf16, gradients in each tensor's own dtype, and all near what fp32 gives."""
     model, x = model_of(kind)
-    adapted = randomised(attach(model, {"layer": in_mode(spec, mode)}, seed=0), size=0.2)
+    adapted = randomized(attach(model, {"layer": in_mode(spec, mode)}, seed=0), size=0.2)
     layer = adapted.layers()["layer"]
     if base == "bf16 base":
         layer.base_layer.bfloat16()
     x.requires_grad_()
     weight = layer.base_layer.weight.float()
     bias = layer.base_layer.bias.float()
-    tensors = {n.removeprefix("layer."): p for n, p in adapted.named_parameters().items()} | layer.constants()
+    tensors = {
+        n.removeprefix("layer."): p for n, p in adapted.named_parameters().items()
+    } | layer.constants()
     changed = {"weight": weight + closed_form(tensors, spec, weight), "bias": bias}
     expected = functional_call(layer.base_layer, changed, (x,))
     with torch.autocast("cpu", torch.bfloat16):
@@ -66,7 +68,7 @@ COMPILED = {**SPECS, "LoKr whole": ALL_SPECS["LoKr whole"]}
 def compiled_matches(spec: LayerSpec, kind: str, backend: str) -> None:
     torch._dynamo.reset()
     model, x = model_of(kind)
-    adapted = randomised(attach(model, {"layer": spec}, seed=0))
+    adapted = randomized(attach(model, {"layer": spec}, seed=0))
     x.requires_grad_()
     expected = model["layer"](x)
     compiled = torch.compile(model["layer"], fullgraph=True, backend=backend)
@@ -114,7 +116,7 @@ def test_query_key_and_value_keep_their_input_once(spec, mode, given):
     if spec.algorithm in ("OFT", "BOFT") and mode != "false":
         pytest.skip("these keep their outputs")
     model = nn.ModuleDict({name: nn.Linear(48, 48) for name in ("to_q", "to_k", "to_v")})
-    randomised(attach(model, dict.fromkeys(model, in_mode(spec, mode)), seed=0))
+    randomized(attach(model, dict.fromkeys(model, in_mode(spec, mode)), seed=0))
     x = torch.randn(2, 64, 48).to(given).requires_grad_()
     outputs: list[Tensor] = []
 
@@ -126,7 +128,9 @@ def test_query_key_and_value_keep_their_input_once(spec, mode, given):
     found = kept(run, model)
     size = x.numel() * 2
     outs = {y.untyped_storage().data_ptr() for y in outputs}
-    inputs = [pointer for pointer, nbytes in found.items() if nbytes == size and pointer not in outs]
+    inputs = [
+        pointer for pointer, nbytes in found.items() if nbytes == size and pointer not in outs
+    ]
     assert len(inputs) == 1
     assert (inputs[0] == x.untyped_storage().data_ptr()) == (given == torch.bfloat16)
     sum(y.float().square().sum() for y in outputs).backward()
@@ -134,7 +138,11 @@ def test_query_key_and_value_keep_their_input_once(spec, mode, given):
     assert x.grad.count_nonzero() > 0.9 * x.grad.numel()
 
 
-SAVED = {**SPECS, "LoRA pissa": ALL_SPECS["LoRA pissa"], "LoKr low rank": spec_of("LoKr", rank=4, factor=8)}
+SAVED = {
+    **SPECS,
+    "LoRA pissa": ALL_SPECS["LoRA pissa"],
+    "LoKr low rank": spec_of("LoKr", rank=4, factor=8),
+}
 OF_OUTPUT = {"OFT": 0, "BOFT": 0, "DoRA": 1}  # how many inputs these keep besides their output
 
 
@@ -144,7 +152,7 @@ def test_little_more_than_the_input_is_kept(spec, grad):
     side, tokens = 640, 2048
     model = nn.ModuleDict({"layer": nn.Linear(side, side)}).bfloat16()
     spec = LayerSpec(2, spec.alpha, spec.algorithm, replace(spec.options, block_size=32))
-    randomised(attach(model, {"layer": spec}, seed=0))
+    randomized(attach(model, {"layer": spec}, seed=0))
     x = torch.randn(tokens, side, dtype=torch.bfloat16).requires_grad_(grad)
     result: list[Tensor] = []
 
@@ -167,7 +175,7 @@ def test_little_more_than_the_input_is_kept(spec, grad):
 def test_the_shared_copy_is_of_the_values_as_they_are():
     """A changed input, another dtype and another tensor get copies of their own."""
     model, x = model_of("Linear")
-    randomised(attach(model, {"layer": spec_of("LoRA")}, seed=0))
+    randomized(attach(model, {"layer": spec_of("LoRA")}, seed=0))
     layer: Adapter = model["layer"]
 
     def run(x: Tensor) -> Tensor:

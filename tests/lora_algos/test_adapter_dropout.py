@@ -12,7 +12,9 @@ from lora_algos import get_algorithm
 from lora_algos.config import LayerSpec
 
 DROPOUTS = ({"dropout": 0.3}, {"rank_dropout": 0.4}, {"module_dropout": 0.5})
-every_dropout = pytest.mark.parametrize("dropout", DROPOUTS, ids=lambda dropout: next(iter(dropout)))
+every_dropout = pytest.mark.parametrize(
+    "dropout", DROPOUTS, ids=lambda dropout: next(iter(dropout))
+)
 every_spec = pytest.mark.parametrize("spec", ALL_SPECS.values(), ids=ALL_SPECS.keys())
 # rank_dropout of these is not unbiased: LoRA's ranks are under a norm, a rotation is no sum over its blocks
 NOT_A_SUM = ("DoRA", "OFT", "BOFT")
@@ -101,8 +103,13 @@ def test_gradients_of_a_draw_are_those_of_its_update(spec, dropout):
         return  # no gradient flows through its norm
     x.requires_grad_()
     inputs = [x, *adapted.named_parameters().values()]
-    directions = [torch.randn(t.shape, generator=torch.Generator().manual_seed(5), dtype=t.dtype) for t in inputs]
-    seed = next(seed for seed in range(20) if drawn(layer, x, seed).sub(layer.base_layer(x)).norm() > 0.01)
+    directions = [
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(5), dtype=t.dtype)
+        for t in inputs
+    ]
+    seed = next(
+        seed for seed in range(20) if drawn(layer, x, seed).sub(layer.base_layer(x)).norm() > 0.01
+    )
     analytic = torch.autograd.grad(drawn(layer, x, seed).sin().sum(), inputs)
     slope = sum((g * d).sum() for g, d in zip(analytic, directions, strict=True))
     values = []

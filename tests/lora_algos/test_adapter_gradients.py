@@ -41,7 +41,9 @@ def dense(adapted: AdaptedModel, layer: Adapter, x: Tensor) -> Tensor:
     """The layer's output with W + dW, dW by the closed form: torch's own layer, and autograd's own gradients."""
     tensors = {**trained(adapted), **layer.constants()}
     weight = layer.base_layer.weight.detach()
-    return functional_call(layer.base_layer, {"weight": weight + closed_form(tensors, layer.spec, weight)}, (x,))
+    return functional_call(
+        layer.base_layer, {"weight": weight + closed_form(tensors, layer.spec, weight)}, (x,)
+    )
 
 
 def gradients(y: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -56,7 +58,13 @@ def compare(actual: list[Tensor], expected: list[Tensor], size: float = 1e-10) -
         assert (mine - other).norm() <= size * other.norm()
 
 
-def check(spec, kind: str, prepare: Callable[[Tensor], Tensor], modes: tuple[str, ...] = MODES, of_grad=None) -> None:
+def check(
+    spec,
+    kind: str,
+    prepare: Callable[[Tensor], Tensor],
+    modes: tuple[str, ...] = MODES,
+    of_grad=None,
+) -> None:
     """Output and all gradients, for the input that `prepare` makes and the output gradient that `of_grad` makes."""
     adapted, layer, x = in_double(kind, spec)
     x = prepare(x).requires_grad_()
@@ -79,7 +87,9 @@ def test_passes_are_those_of_the_closed_form(spec, kind):
 
 
 @every_spec
-@pytest.mark.parametrize("kind", ["Conv2d", "Conv2d 1x1", "Conv2d circular", "Conv2d groups", "Conv3d"])
+@pytest.mark.parametrize(
+    "kind", ["Conv2d", "Conv2d 1x1", "Conv2d circular", "Conv2d groups", "Conv3d"]
+)
 def test_channels_last_input_and_gradient(spec, kind):
     layout = torch.channels_last_3d if kind == "Conv3d" else torch.channels_last
 
@@ -92,7 +102,9 @@ def test_channels_last_input_and_gradient(spec, kind):
 
 
 @every_spec
-@pytest.mark.parametrize("kind", ["Linear", "Linear without bias", "Conv1d", "Conv2d", "Conv2d groups"])
+@pytest.mark.parametrize(
+    "kind", ["Linear", "Linear without bias", "Conv1d", "Conv2d", "Conv2d groups"]
+)
 def test_input_and_gradient_of_any_strides(spec, kind):
     def strided(x: Tensor) -> Tensor:
         """The same values, every other element in memory, the first and the last dimension exchanged."""
@@ -110,7 +122,9 @@ def test_input_and_gradient_of_any_strides(spec, kind):
 
 
 @every_spec
-@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv2d circular", "Conv2d same", "Conv2d groups", "Conv3d"])
+@pytest.mark.parametrize(
+    "kind", ["Conv1d", "Conv2d", "Conv2d circular", "Conv2d same", "Conv2d groups", "Conv3d"]
+)
 def test_input_without_a_batch(spec, kind):
     check(spec, kind, lambda x: x[0].clone())
 
@@ -149,7 +163,11 @@ def test_only_what_needs_a_gradient_gets_one(spec, kind, mode):
     adapted, layer, x = in_double(kind, spec)
     tensors = trained(adapted)
     expected = dict(
-        zip(tensors, gradients(dense(adapted, layer, x).square().sum(), [*tensors.values()], None), strict=True)
+        zip(
+            tensors,
+            gradients(dense(adapted, layer, x).square().sum(), [*tensors.values()], None),
+            strict=True,
+        )
     )
     layer.spec = in_mode(spec, mode)
     # an input that needs none, then all but one factor, then each factor alone
@@ -162,7 +180,10 @@ def test_only_what_needs_a_gradient_gets_one(spec, kind, mode):
         tensor.requires_grad_(False)
     assert not layer(x).requires_grad
     y = layer(x.requires_grad_())
-    compare(gradients(y.square().sum(), [x], None), gradients(dense(adapted, layer, x).square().sum(), [x], None))
+    compare(
+        gradients(y.square().sum(), [x], None),
+        gradients(dense(adapted, layer, x).square().sum(), [x], None),
+    )
 
 
 @every_spec
@@ -190,7 +211,9 @@ def test_under_checkpointing(spec, kind, mode):
     recomputed = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False)
     assert recomputed.equal(plain)
     grad = torch.ones_like(plain)
-    for mine, other in zip(gradients(recomputed, inputs, grad), gradients(plain, inputs, grad), strict=True):
+    for mine, other in zip(
+        gradients(recomputed, inputs, grad), gradients(plain, inputs, grad), strict=True
+    ):
         assert mine.equal(other)
 
 

@@ -29,11 +29,15 @@ def effective(layers: list[Callable[[Tensor], Tensor]], seed: int, dtype: torch.
     return torch.linalg.solve(gram, cross).T
 
 
-def measured(layers: list[Callable[[Tensor], Tensor]], delta: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+def measured(
+    layers: list[Callable[[Tensor], Tensor]], delta: Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
     """Relative error of the update that is computed, and the measurement's own noise, from two measurements."""
     first, second = (effective(layers, seed, dtype) for seed in (1, 2))
     size = delta.norm()
-    return ((first + second) / 2 - delta).norm().item() / size.item(), (first - second).norm().item() / 2 / size.item()
+    return ((first + second) / 2 - delta).norm().item() / size.item(), (
+        first - second
+    ).norm().item() / 2 / size.item()
 
 
 def updated(
@@ -75,7 +79,9 @@ def test_a_small_update_of_a_bf16_layer_is_in_the_sum_that_is_rounded(spec):
 @torch.no_grad()
 def test_a_small_update_of_a_bf16_layer_without_bias_costs_no_precision(algorithm, mode):
     """Factor by factor: the update is computed first, and the base's product is added to it."""
-    layer, base, delta = updated(in_mode(LayerSpec(3, 5.0, algorithm), mode), torch.bfloat16, SMALL, bias=False)
+    layer, base, delta = updated(
+        in_mode(LayerSpec(3, 5.0, algorithm), mode), torch.bfloat16, SMALL, bias=False
+    )
     error, noise = measured([base, layer], delta, torch.bfloat16)
     assert noise < 0.009
     assert error < 0.01 + noise
@@ -116,4 +122,9 @@ def test_the_measurement_tells_right_from_wrong():
 def test_the_larger_update_too_tells_right_from_wrong():
     _, base, delta = updated(LayerSpec(3, 5.0, "LoRA"), torch.bfloat16, LARGE, bias=True)
     weight = (base.weight.double() + delta).bfloat16()
-    assert measured([base, lambda x: nn.functional.linear(x, weight, base.bias)], delta, torch.bfloat16)[0] > 0.02
+    assert (
+        measured(
+            [base, lambda x: nn.functional.linear(x, weight, base.bias)], delta, torch.bfloat16
+        )[0]
+        > 0.02
+    )

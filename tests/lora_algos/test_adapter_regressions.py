@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.adapter_cases import closed_form, in_double, model_of, randomised, spec_of
+from helpers.adapter_cases import closed_form, in_double, model_of, randomized, spec_of
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lora_algos.attach import AdaptedModel, attach
 
 def trained(algorithm: str, **options) -> AdaptedModel:
     model, _ = model_of("Linear")
-    return randomised(attach(model, {"layer": spec_of(algorithm, **options)}, seed=0))
+    return randomized(attach(model, {"layer": spec_of(algorithm, **options)}, seed=0))
 
 
 def first_values(algorithm: str, **options) -> dict[str, Tensor]:
@@ -29,7 +29,11 @@ def test_tucker_loha_gradients_are_not_of_the_other_side():
     tensors = {name.removeprefix("layer."): p for name, p in adapted.named_parameters().items()}
     layer(x).square().sum().backward()
     weight = layer.base_layer.weight
-    expected = layer.op(x, weight + closed_form(tensors, layer.spec, weight), layer.base_layer.bias).square().sum()
+    expected = (
+        layer.op(x, weight + closed_form(tensors, layer.spec, weight), layer.base_layer.bias)
+        .square()
+        .sum()
+    )
     for name in ("hada_w1_a", "hada_w2_a"):
         (right,) = torch.autograd.grad(expected, tensors[name], retain_graph=True)
         torch.testing.assert_close(tensors[name].grad, right, rtol=1e-10, atol=1e-10)
@@ -47,9 +51,14 @@ def test_merging_applies_the_scale_once(algorithm):
 
 def test_alpha_of_lokr_means_nothing_where_no_factor_has_a_rank():
     """PEFT scales these by alpha / rank, and all that load the file do not."""
-    updates = [dict(trained("LoKr", alpha=alpha, full_matrix=True).deltas())["layer"] for alpha in (1.0, 64.0)]
+    updates = [
+        dict(trained("LoKr", alpha=alpha, full_matrix=True).deltas())["layer"]
+        for alpha in (1.0, 64.0)
+    ]
     assert updates[0].equal(updates[1])
-    updates = [dict(trained("LoKr", rank=1, alpha=alpha).deltas())["layer"] for alpha in (1.0, 64.0)]
+    updates = [
+        dict(trained("LoKr", rank=1, alpha=alpha).deltas())["layer"] for alpha in (1.0, 64.0)
+    ]
     torch.testing.assert_close(updates[1], 64 * updates[0])
 
 
@@ -61,7 +70,9 @@ def test_a_rotation_leaves_the_bias_alone(algorithm, mode):
     (layer,) = adapted.layers().values()
     layer.spec = type(layer.spec)(**{**vars(layer.spec), "bypass_mode": mode})
     assert layer.delta_weight().norm() > 0.1
-    torch.testing.assert_close(layer(torch.zeros(2, 12)), layer.base_layer.bias.expand(2, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        layer(torch.zeros(2, 12)), layer.base_layer.bias.expand(2, -1), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["OFT", "BOFT"])
@@ -69,7 +80,9 @@ def test_a_rotation_keeps_norms_and_angles(algorithm):
     """PEFT's five Neumann terms are no rotation."""
     _, layer, _ = in_double("Linear", spec_of(algorithm))
     before, change = layer.base_layer.weight, layer.delta_weight()
-    torch.testing.assert_close((before + change).T @ (before + change), before.T @ before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        (before + change).T @ (before + change), before.T @ before, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "GLoRA"])
@@ -108,8 +121,12 @@ def test_lora_starts_as_peft_and_kohya_start():
 @pytest.mark.parametrize("rslora", [False, True])
 def test_lora_is_pefts_own(rslora):
     base = nn.Linear(12, 24)
-    adapted = randomised(attach(nn.ModuleDict({"layer": base}), {"layer": spec_of("LoRA", rslora=rslora)}, seed=0))
-    peft = PeftLinear(base, "default", config=LoraConfig(r=3, lora_alpha=5, use_rslora=rslora), r=3, lora_alpha=5)
+    adapted = randomized(
+        attach(nn.ModuleDict({"layer": base}), {"layer": spec_of("LoRA", rslora=rslora)}, seed=0)
+    )
+    peft = PeftLinear(
+        base, "default", config=LoraConfig(r=3, lora_alpha=5, use_rslora=rslora), r=3, lora_alpha=5
+    )
     tensors = adapted.named_parameters()
     with torch.no_grad():
         peft.lora_A["default"].weight.copy_(tensors["layer.lora_down.weight"])
@@ -122,14 +139,16 @@ def test_dora_divides_by_the_norm_of_what_it_scales():
     """ComfyUI and Forge divide by that of the base, A1111 takes it over the inputs."""
     _, layer, _ = in_double("Linear", spec_of("DoRA"))
     norms = (layer.base_layer.weight + layer.delta_weight()).norm(dim=1)
-    torch.testing.assert_close(norms, layer.tensors()["lora_magnitude_vector"].flatten().abs(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        norms, layer.tensors()["lora_magnitude_vector"].flatten().abs(), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["DoRA", "OFT", "GLoRA", "Full"])
 def test_a_bf16_base_with_an_fp32_adapter_runs(algorithm):
     """LyCORIS' DoRA and GLoRA fail on the dtypes."""
     model, x = model_of("Linear", torch.bfloat16)
-    adapted = randomised(attach(model, {"layer": spec_of(algorithm)}, seed=0))
+    adapted = randomized(attach(model, {"layer": spec_of(algorithm)}, seed=0))
     model["layer"](x).float().sum().backward()
     assert {p.grad.dtype for p in adapted.named_parameters().values()} == {torch.float32}
 

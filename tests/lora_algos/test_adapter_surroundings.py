@@ -14,7 +14,7 @@ from helpers.adapter_cases import (
     every_spec,
     in_mode,
     model_of,
-    randomised,
+    randomized,
     spec_of,
     two_kinds,
 )  # fmt: skip
@@ -27,9 +27,11 @@ from lora_algos.config import LayerSpec
 FLOAT8 = torch.float8_e4m3fn
 
 
-def trained(kind: str, spec: LayerSpec, dtype: torch.dtype = torch.float32) -> tuple[AdaptedModel, Tensor]:
+def trained(
+    kind: str, spec: LayerSpec, dtype: torch.dtype = torch.float32
+) -> tuple[AdaptedModel, Tensor]:
     model, x = model_of(kind, dtype)
-    return randomised(attach(model, {"layer": spec}, seed=0), size=0.1), x
+    return randomized(attach(model, {"layer": spec}, seed=0), size=0.1), x
 
 
 @every_kind
@@ -41,7 +43,10 @@ def test_an_empty_batch_has_an_empty_answer(spec, kind):
         y = adapted.model["layer"](x)
         assert y.shape == adapted.layers()["layer"].base_layer(x).shape
         y.sum().backward()
-        assert all(p.grad is None or not p.grad.count_nonzero() for p in adapted.named_parameters().values())
+        assert all(
+            p.grad is None or not p.grad.count_nonzero()
+            for p in adapted.named_parameters().values()
+        )
 
 
 @every_spec
@@ -73,7 +78,10 @@ def test_parameters_in_bf16_train(spec, kind, mode):
     assert y.dtype == torch.bfloat16
     assert (y.float() - expected).norm() < 0.03 * expected.norm()
     y.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in adapted.named_parameters().values())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.bfloat16
+        for p in adapted.named_parameters().values()
+    )
 
 
 @every_spec
@@ -107,10 +115,12 @@ def test_a_base_stored_in_float8(spec, kind, mode):
     model.to(FLOAT8)
     wide = copy.deepcopy(model).float()
     if kind == "Linear" and spec.options.init not in ("default", "gaussian"):
-        with pytest.raises(AdapterError, match=r"takes a base in fp32, bf16 or fp16, not in torch.float8"):
+        with pytest.raises(
+            AdapterError, match=r"takes a base in fp32, bf16 or fp16, not in torch.float8"
+        ):
             attach(model, {"layer": in_mode(spec, mode)}, seed=0)
         return
-    adapted = randomised(attach(model, {"layer": in_mode(spec, mode)}, seed=0), size=0.1)
+    adapted = randomized(attach(model, {"layer": in_mode(spec, mode)}, seed=0), size=0.1)
     layer = adapted.layers()["layer"]
     exact = wide["layer"].weight + layer.delta_weight()
     expected = torch.func.functional_call(wide["layer"], {"weight": exact}, (x,))
@@ -157,7 +167,9 @@ def test_other_weights_of_the_base_may_be_loaded_later(spec):
     layer = adapted.layers()["layer"]
     plain = copy.deepcopy(layer.base_layer)
     tensors, alpha = layer.in_file()
-    plain.weight += layer.delta_of_file({**tensors, "alpha": torch.tensor(alpha)}, plain.weight.clone())
+    plain.weight += layer.delta_of_file(
+        {**tensors, "alpha": torch.tensor(alpha)}, plain.weight.clone()
+    )
     for mode in ("true", "false", "auto"):
         layer.spec = in_mode(spec, mode)
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
@@ -168,7 +180,7 @@ def test_other_weights_of_the_base_may_be_loaded_later(spec):
 def test_a_weight_that_two_layers_share_is_restored(spec):
     model = nn.ModuleDict({"a": nn.Linear(12, 24), "b": nn.Linear(12, 24)})
     model["b"].weight = model["a"].weight
-    adapted = randomised(attach(model, dict.fromkeys(model, spec), seed=0))
+    adapted = randomized(attach(model, dict.fromkeys(model, spec), seed=0))
     before = model["a"].base_layer.weight.clone()
     adapted.merge()
     assert not model["a"].base_layer.weight.equal(before)
@@ -250,7 +262,9 @@ def test_module_dropout_drops_a_norms_whole_change():
     model = nn.ModuleDict({"norm": nn.LayerNorm(6)})
     options = copy.copy(SPECS["Full"].options)
     object.__setattr__(options, "module_dropout", 1 - 1e-9)
-    randomised(attach(model, {"norm": LayerSpec(algorithm="Full", options=options, bias=True)}, seed=0))
+    randomized(
+        attach(model, {"norm": LayerSpec(algorithm="Full", options=options, bias=True)}, seed=0)
+    )
     x = torch.randn(4, 6)
     assert model["norm"](x).equal(model["norm"].base_layer(x))
     assert math.isfinite(float(model["norm"].eval()(x).sum()))
@@ -258,7 +272,9 @@ def test_module_dropout_drops_a_norms_whole_change():
 
 def test_a_norm_before_everything_else_is_trained_channels_last():
     """Of an input without a gradient: torch's own backward pass dies of that on CPUs, and the process with it."""
-    model = nn.Sequential(nn.GroupNorm(8, 16), nn.Conv2d(16, 4, 1)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.GroupNorm(8, 16), nn.Conv2d(16, 4, 1)).to(
+        memory_format=torch.channels_last
+    )
     adapted = attach(model, {name: LayerSpec(2, 2.0, "Full") for name in ("0", "1")}, 0)
     x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
     model(x).square().sum().backward()

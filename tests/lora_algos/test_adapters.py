@@ -15,7 +15,7 @@ from helpers.adapter_cases import (
     in_double,
     in_mode,
     model_of,
-    randomised,
+    randomized,
 )  # fmt: skip
 from torch import nn
 
@@ -36,7 +36,9 @@ def test_delta_weight_is_the_closed_form(spec, kind):
     delta, expected = layer.delta_weight(), closed_form(state, spec, weight)
     assert delta.shape == weight.shape
     assert expected.norm() > 0.05 * weight.norm()
-    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12 * max(1.0, expected.abs().max().item()))
+    torch.testing.assert_close(
+        delta, expected, rtol=0, atol=1e-12 * max(1.0, expected.abs().max().item())
+    )
 
 
 @every_kind
@@ -60,7 +62,9 @@ def test_a_new_adapter_changes_nothing(spec, kind, dtype):
     expected, untouched = model["layer"](x), copy.deepcopy(model["layer"].state_dict())
     adapted = attach(model, {"layer": spec}, seed=0)
     layer = adapted.layers()["layer"]
-    assert all(tensor.equal(untouched[name]) for name, tensor in layer.base_layer.state_dict().items())
+    assert all(
+        tensor.equal(untouched[name]) for name, tensor in layer.base_layer.state_dict().items()
+    )
     assert layer.delta_weight().shape == untouched["weight"].shape
     assert layer.delta_weight().count_nonzero() == 0
     # the two products that pissa, olora and orthogonal subtract are summed in another order on activations
@@ -112,7 +116,7 @@ def test_unmerging_restores_weight_and_bias_bit_for_bit(spec, dtype, kind):
     model, _ = model_of(kind, dtype)
     spec = type(spec)(spec.rank, spec.alpha, spec.algorithm, spec.options, bias=True)
     before = copy.deepcopy(model["layer"].state_dict())
-    adapted = randomised(attach(model, {"layer": spec}, seed=0))
+    adapted = randomized(attach(model, {"layer": spec}, seed=0))
     base, delta = model["layer"].base_layer, model["layer"].delta_weight()
     exact = (before["weight"].float() + delta).to(dtype)
     fresh = nn.ModuleDict({"layer": copy.deepcopy(base)})
@@ -145,9 +149,16 @@ def test_first_values_are_those_of_seed_and_name(spec):
     assert all(tensor.equal(together[name]) for name, tensor in alone.items())
     random = {n: t for n, t in alone.items() if t.count_nonzero() and "magnitude" not in n}
     assert all(not tensor.equal(reseeded[name]) for name, tensor in random.items())
-    assert all(not tensor.equal(together[name.replace("b.", "a.", 1)]) for name, tensor in random.items())
+    assert all(
+        not tensor.equal(together[name.replace("b.", "a.", 1)]) for name, tensor in random.items()
+    )
     assert random or spec.algorithm in ("OFT", "BOFT", "Full")
 
 
 def test_every_kind_of_layer_is_adapted_in_the_test():
-    assert {type(make()) for make, _ in LAYERS.values()} == {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
+    assert {type(make()) for make, _ in LAYERS.values()} == {
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+    }

@@ -8,7 +8,15 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
-from helpers.adapter_cases import SPECS, every_algorithm, every_dtype, every_spec, model_of, randomised, spec_of
+from helpers.adapter_cases import (
+    SPECS,
+    every_algorithm,
+    every_dtype,
+    every_spec,
+    model_of,
+    randomized,
+    spec_of,
+)
 from helpers.project import BASE
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +38,9 @@ def unet() -> nn.Module:
 
 
 def block() -> nn.ModuleDict:
-    return nn.ModuleDict({"proj": nn.Linear(6, 6), "projection": nn.Linear(6, 6), "1": nn.Linear(6, 6)})
+    return nn.ModuleDict(
+        {"proj": nn.Linear(6, 6), "projection": nn.Linear(6, 6), "1": nn.Linear(6, 6)}
+    )
 
 
 @every_algorithm
@@ -43,15 +53,22 @@ def test_only_the_adapter_trains_and_in_fp32(spec, dtype):
     assert trained == {id(p) for p in adapted.named_parameters().values()}
     assert {p.dtype for p in adapted.named_parameters().values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
-    prediction = model(torch.randn(1, 4, 8, 8).to(dtype), 5, torch.randn(1, 24, 96).to(dtype)).sample
+    prediction = model(
+        torch.randn(1, 4, 8, 8).to(dtype), 5, torch.randn(1, 24, 96).to(dtype)
+    ).sample
     assert prediction.dtype == dtype
     prediction.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapted.named_parameters().values())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32
+        for p in adapted.named_parameters().values()
+    )
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_a_layer_whose_name_ends_like_anothers_gets_its_own_rank_and_alpha():
-    model = nn.ModuleDict({**block(), "a": nn.ModuleDict({**block(), "a": block()}), "1x": block(), "aXproj": block()})
+    model = nn.ModuleDict(
+        {**block(), "a": nn.ModuleDict({**block(), "a": block()}), "1x": block(), "aXproj": block()}
+    )
     specs = {
         "proj": LayerSpec(1, 1.0),
         "a.proj": LayerSpec(2, 2.0),
@@ -62,9 +79,9 @@ def test_a_layer_whose_name_ends_like_anothers_gets_its_own_rank_and_alpha():
     }
     adapted = attach(model, specs, seed=0)
     assert adapted.specs() == specs
-    assert {name: p.shape[0] for name, p in adapted.named_parameters().items() if "lora_down" in name} == {
-        f"{name}.lora_down.weight": spec.rank for name, spec in specs.items()
-    }
+    assert {
+        name: p.shape[0] for name, p in adapted.named_parameters().items() if "lora_down" in name
+    } == {f"{name}.lora_down.weight": spec.rank for name, spec in specs.items()}
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention-mlp", "all"])
@@ -80,7 +97,9 @@ def test_presets_choose_the_layers_they_are_named_after(preset):
             chosen += [m for m in module.modules() if isinstance(m, nn.Linear)]
     presets = get_family(ModelConfig(path=str(BASE))).targets
     names = select_layers(model, (preset,), presets)
-    assert names == [name for name, module in model.named_modules() if any(module is c for c in chosen)]
+    assert names == [
+        name for name, module in model.named_modules() if any(module is c for c in chosen)
+    ]
     assert len(names) == len(chosen) > 0
 
 
@@ -89,7 +108,10 @@ def test_presets_choose_the_layers_they_are_named_after(preset):
     [
         (("conv_in",), ["conv_in"]),
         ((r"mid_block\..*\.attn2\.to_[kv]",), ["to_k", "to_v"]),
-        ((r"conv_(in|out)", "conv_in", r"time_embedding\..*"), ["conv_in", "linear_1", "linear_2", "conv_out"]),
+        (
+            (r"conv_(in|out)", "conv_in", r"time_embedding\..*"),
+            ["conv_in", "linear_1", "linear_2", "conv_out"],
+        ),
         ((r".*conv_shortcut", "conv_in"), None),
     ],
 )
@@ -126,7 +148,9 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
     config = AdapterConfig(targets=("all",), alpha=7.0, train_biases=True, overrides=overrides)
     presets = {"all": ".*", "fine": r"b\.1"}
     specs = Plan(config, "LoRA", 4, "true").specs(model, presets)
-    assert list(specs) == [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert list(specs) == [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    ]
     found = {name: (s.algorithm, s.rank, s.alpha, s.lr_scale) for name, s in specs.items()}
     assert found == {
         "a.proj": ("LoRA", 2, 7.0, 0.5), "a.projection": ("LoKr", 4, 3.0, 1.0), "a.1": ("LoRA", 2, 7.0, 0.5),
@@ -134,7 +158,11 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
     }  # fmt: skip
     assert {(s.bypass_mode, s.bias) for s in specs.values()} == {("true", True)}
     plain = Plan(replace(config, alpha=None), "LoRA", 4, "true").specs(model, presets)
-    assert [plain[name].scaling for name in ("a.proj", "b.proj", "b.projection")] == [1.0, 1.0, 0.75]
+    assert [plain[name].scaling for name in ("a.proj", "b.proj", "b.projection")] == [
+        1.0,
+        1.0,
+        0.75,
+    ]
     assert attach(model, specs, seed=0).specs() == specs
 
 
@@ -195,7 +223,9 @@ def test_norms_are_trained_in_fp32(make, dtype):
     )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters().items():
-            parameter.add_(0.001 if "some_norm" in name else 0.0)  # less than a digit of a bf16 weight of 1
+            parameter.add_(
+                0.001 if "some_norm" in name else 0.0
+            )  # less than a digit of a bf16 weight of 1
         expected = (wide.weight + 0.001) * (wide(x.float()) / wide.weight)
         expected = expected + 0.001 if getattr(wide, "bias", None) is not None else expected
     assert layer(x).equal(expected.to(dtype)) or (layer(x) - expected).abs().max() < 0.01
@@ -203,7 +233,10 @@ def test_norms_are_trained_in_fp32(make, dtype):
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
     layer(x).float().square().sum().backward()
     names = {name for name, p in adapted.named_parameters().items() if p.grad is not None}
-    assert names == {"some_norm.diff", *(["some_norm.diff_b"] if getattr(wide, "bias", None) is not None else [])}
+    assert names == {
+        "some_norm.diff",
+        *(["some_norm.diff_b"] if getattr(wide, "bias", None) is not None else []),
+    }
     untouched = layer.base_layer.weight.clone()
     adapted.merge()
     assert layer.base_layer.weight.equal((untouched.float() + 0.001).to(dtype))
@@ -221,7 +254,9 @@ def test_a_model_without_values(spec, kind):
     real = attach(model, {"layer": spec}, seed=0).state_dict()
     meta, _ = model_of(kind)
     state = attach(meta.to("meta"), {"layer": spec}, seed=0).state_dict()
-    assert {name: (t.shape, t.dtype) for name, t in state.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
+    assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
+        n: (t.shape, t.dtype) for n, t in real.items()
+    }
     assert all(tensor.is_meta for tensor in state.values())
     with FakeTensorMode() as mode:
         named = {**dict(model["layer"].named_parameters()), **dict(model["layer"].named_buffers())}
@@ -229,7 +264,11 @@ def test_a_model_without_values(spec, kind):
         y = functional_call(model["layer"], fake, (torch.randn(x.shape),))
         y.square().mean().backward()
     assert y.shape == model["layer"](x).shape
-    assert all(fake[name].grad.shape == tensor.shape for name, tensor in named.items() if tensor.requires_grad)
+    assert all(
+        fake[name].grad.shape == tensor.shape
+        for name, tensor in named.items()
+        if tensor.requires_grad
+    )
 
 
 class LargestTensor(TorchDispatchMode):
@@ -239,7 +278,11 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        }
         for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
             if tensor.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, tensor.numel())
@@ -251,13 +294,17 @@ def test_attaching_makes_no_copy_of_a_weight(spec):
     model = nn.ModuleDict({"layer": nn.Linear(256, 256), "conv": nn.Conv2d(64, 64, 3)})
     with LargestTensor() as largest:
         attach(model, dict.fromkeys(model, spec), seed=0)
-    assert largest.elements < 64 * 64 * 9 if spec.algorithm != "Full" else largest.elements == 256 * 256
+    assert (
+        largest.elements < 64 * 64 * 9
+        if spec.algorithm != "Full"
+        else largest.elements == 256 * 256
+    )
 
 
 @every_spec
 def test_state_goes_round(spec):
     model, x = model_of("Conv2d")
-    state = randomised(attach(model, {"layer": spec}, seed=0)).state_dict()
+    state = randomized(attach(model, {"layer": spec}, seed=0)).state_dict()
     other, _ = model_of("Conv2d")
     adapted = attach(other, {"layer": spec}, seed=1)
     adapted.load_state_dict(state)
@@ -269,7 +316,10 @@ def test_loading_weights_that_do_not_fit_lists_every_fault():
     model, _ = model_of("Linear")
     adapted = attach(model, {"layer": SPEC}, seed=0)
     state = adapted.state_dict()
-    wrong = {"layer.lora_down.weight": torch.zeros(3, 12), "other.lora_up.weight": torch.zeros(20, 4)}
+    wrong = {
+        "layer.lora_down.weight": torch.zeros(3, 12),
+        "other.lora_up.weight": torch.zeros(20, 4),
+    }
     with pytest.raises(AdapterError) as caught:
         adapted.load_state_dict(wrong)
     text = str(caught.value)
@@ -280,9 +330,15 @@ def test_loading_weights_that_do_not_fit_lists_every_fault():
 
 
 def test_every_layer_that_an_algorithm_does_not_fit_is_named():
-    model = nn.ModuleDict({"prime": nn.Linear(4, 7), "fits": nn.Linear(4, 8), "odd": nn.Linear(4, 9)})
+    model = nn.ModuleDict(
+        {"prime": nn.Linear(4, 7), "fits": nn.Linear(4, 8), "odd": nn.Linear(4, 9)}
+    )
     with pytest.raises(AdapterError) as caught:
-        attach(model, {name: SPECS["OFT"] if name != "odd" else SPECS["BOFT"] for name in model}, seed=0)
+        attach(
+            model,
+            {name: SPECS["OFT"] if name != "odd" else SPECS["BOFT"] for name in model},
+            seed=0,
+        )
     assert "prime: no block_size up to 6" in str(caught.value)
     assert "odd: " in str(caught.value)
     assert "fits" not in str(caught.value).replace("that fits", "").replace("fits its", "")
@@ -323,13 +379,18 @@ def test_options_that_no_layer_has_a_use_for_are_refused_together(spec):
     with pytest.raises(AdapterError) as caught:
         Plan(config, spec.algorithm, 2).specs(both_kinds(), {})
     faults = str(caught.value).splitlines()[1:]
-    assert {fault.strip() for fault in faults} == {f"{name} = {value}" for name, value in useless.items()}
-    config = AdapterConfig(targets=(".*",), dropout=0.1, rank_dropout=0.1, module_dropout=0.1, **useful)
+    assert {fault.strip() for fault in faults} == {
+        f"{name} = {value}" for name, value in useless.items()
+    }
+    config = AdapterConfig(
+        targets=(".*",), dropout=0.1, rank_dropout=0.1, module_dropout=0.1, **useful
+    )
     assert attach(both_kinds(), Plan(config, spec.algorithm, 2).specs(both_kinds(), {}), seed=0)
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options", "layer"), [("LoRA", {"init": "pissa"}, "conv"), ("LoHa", {"tucker": True}, "linear")]
+    ("algorithm", "options", "layer"),
+    [("LoRA", {"init": "pissa"}, "conv"), ("LoHa", {"tucker": True}, "linear")],
 )
 def test_an_option_that_fits_none_of_the_chosen_layers_is_refused(algorithm, options, layer):
     with pytest.raises(AdapterError, match="no adapted layer"):
@@ -337,9 +398,14 @@ def test_an_option_that_fits_none_of_the_chosen_layers_is_refused(algorithm, opt
 
 
 def test_an_override_may_be_the_one_that_has_a_use_for_an_option():
-    config = AdapterConfig(targets=(".*",), block_size=8, overrides=(Override("linear", algorithm="OFT"),))
+    config = AdapterConfig(
+        targets=(".*",), block_size=8, overrides=(Override("linear", algorithm="OFT"),)
+    )
     specs = Plan(config, "LoRA", 2).specs(both_kinds(), {})
-    assert {name: spec.algorithm for name, spec in specs.items()} == {"linear": "OFT", "conv": "LoRA"}
+    assert {name: spec.algorithm for name, spec in specs.items()} == {
+        "linear": "OFT",
+        "conv": "LoRA",
+    }
 
 
 def continued(overrides: tuple[Override, ...], **options) -> AdaptedModel:
@@ -353,7 +419,9 @@ def continued(overrides: tuple[Override, ...], **options) -> AdaptedModel:
 
 
 def test_a_continued_adapter_takes_the_dropouts_and_the_learning_rates_of_the_config():
-    adapted = continued((Override(".*", lr_scale=3.0), Override("convolutions", lr_scale=0.5)), dropout=0.2)
+    adapted = continued(
+        (Override(".*", lr_scale=3.0), Override("convolutions", lr_scale=0.5)), dropout=0.2
+    )
     assert {n: (s.algorithm, s.rank, s.lr_scale, s.options.dropout) for n, s in adapted.specs().items()} == {
         "linear": ("LoRA", 2, 3.0, 0.2), "conv": ("LoRA", 3, 0.5, 0.2),
     }  # fmt: skip
@@ -361,5 +429,8 @@ def test_a_continued_adapter_takes_the_dropouts_and_the_learning_rates_of_the_co
 
 
 def test_overrides_that_match_nothing_of_a_continued_adapter_are_listed():
-    with pytest.raises(AdapterError, match=r"0.pattern = norm: matches no layer(.|\n)*1.pattern = \(: not a regular"):
+    with pytest.raises(
+        AdapterError,
+        match=r"0.pattern = norm: matches no layer(.|\n)*1.pattern = \(: not a regular",
+    ):
         continued((Override("norm", lr_scale=1.0), Override("(", lr_scale=1.0)))

@@ -16,7 +16,15 @@ from lora_algos.config import LayerSpec
 from lora_algos.lokr import factorization
 
 # kinds whose weights cover what the functional forms know: they have no operation
-KINDS = ["Linear", "Conv1d", "Conv2d", "Conv2d 1x1", "Conv2d 3x5 dilated", "Conv3d", "Conv2d 3 rows a group"]
+KINDS = [
+    "Linear",
+    "Conv1d",
+    "Conv2d",
+    "Conv2d 1x1",
+    "Conv2d 3x5 dilated",
+    "Conv3d",
+    "Conv2d 3 rows a group",
+]
 Tensors = dict[str, Tensor]
 
 
@@ -41,12 +49,16 @@ def of_lokr(t: Tensors, spec: LayerSpec, weight: Tensor) -> Tensor:
     if "lokr_w2_b" in t and weight.ndim > 2:
         # (rank, channels, *kernel) there
         columns = t.get("lokr_w1", t.get("lokr_w1_b")).shape[1]
-        given["lokr_w2_b"] = t["lokr_w2_b"].reshape(spec.rank, weight.shape[1] // columns, *weight.shape[2:])
+        given["lokr_w2_b"] = t["lokr_w2_b"].reshape(
+            spec.rank, weight.shape[1] // columns, *weight.shape[2:]
+        )
     return lokr.diff_weight(*given.values(), None, gamma=scale(spec) * spec.rank)
 
 
 def of_oft(t: Tensors, spec: LayerSpec, weight: Tensor) -> Tensor:
-    return diag_oft.diff_weight(weight.float(), t["oft_blocks"].float(), None, constraint=spec.options.constraint)
+    return diag_oft.diff_weight(
+        weight.float(), t["oft_blocks"].float(), None, constraint=spec.options.constraint
+    )
 
 
 def of_boft(t: Tensors, spec: LayerSpec, weight: Tensor) -> Tensor:
@@ -62,7 +74,7 @@ THEIRS: dict[str, Callable[[Tensors, LayerSpec, Tensor], Tensor]] = {
     "LoRA": of_lora, "DoRA": of_dora, "LoHa": of_loha, "LoKr": of_lokr, "OFT": of_oft, "BOFT": of_boft,
     "GLoRA": of_glora,
 }  # fmt: skip
-# what an initialisation takes out of the base is not in their forms; Full has none
+# what an initialization takes out of the base is not in their forms; Full has none
 SHARED = {
     name: spec
     for name, spec in ALL_SPECS.items()
@@ -81,7 +93,9 @@ def test_update_and_gradients_are_those_of_lycoris(spec, kind):
     named = {name.removeprefix("layer."): p for name, p in adapted.named_parameters().items()}
     theirs = THEIRS[spec.algorithm](named, spec, weight)
     assert ours.norm() > 0.05 * weight.norm()
-    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=size * max(1, ours.abs().max().item()))
+    torch.testing.assert_close(
+        ours, theirs.double(), rtol=0, atol=size * max(1, ours.abs().max().item())
+    )
     if spec.algorithm == "DoRA":
         return  # through the norm they let the gradient flow
     grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -94,11 +108,29 @@ def test_update_and_gradients_are_those_of_lycoris(spec, kind):
 
 @pytest.mark.parametrize("factor", [-1, 1, 2, 3, 4, 7, 8, 12, 16])
 def test_lokr_splits_channels_as_lycoris_does(factor):
-    for channels in [*range(1, 130), 250, 320, 360, 512, 640, 960, 1024, 1280, 1920, 2560, 3072, 3840, 5120, 10240]:
+    for channels in [
+        *range(1, 130),
+        250,
+        320,
+        360,
+        512,
+        640,
+        960,
+        1024,
+        1280,
+        1920,
+        2560,
+        3072,
+        3840,
+        5120,
+        10240,
+    ]:
         assert factorization(channels, factor) == lycoris_factorization(channels, factor), channels
 
 
-@pytest.mark.parametrize("name", [name for name, spec in SHARED.items() if spec.algorithm == "LoKr"])
+@pytest.mark.parametrize(
+    "name", [name for name, spec in SHARED.items() if spec.algorithm == "LoKr"]
+)
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
 def test_lokr_decomposes_what_lycoris_decomposes(name, kind):
     adapted, layer, _ = in_double(kind, SHARED[name])
@@ -110,5 +142,11 @@ def test_lokr_decomposes_what_lycoris_decomposes(name, kind):
         decompose_both=options.decompose_both, full_matrix=options.full_matrix,
     )  # fmt: skip
     names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-    expected = {key: tensor.numel() for key, tensor in zip(names, theirs, strict=False) if tensor is not None}
-    assert {key.removeprefix("layer."): t.numel() for key, t in adapted.state_dict().items()} == expected
+    expected = {
+        key: tensor.numel()
+        for key, tensor in zip(names, theirs, strict=False)
+        if tensor is not None
+    }
+    assert {
+        key.removeprefix("layer."): t.numel() for key, t in adapted.state_dict().items()
+    } == expected

@@ -27,7 +27,9 @@ TABLES = {
     "WanTransformer3DModel": (transformers.WAN, transformers.WAN_NATIVE_ONLY),
 }
 NOT_IN_DIFFUSERS = {"pos_embed"}  # a table of sines, which diffusers makes anew
-TRANSFORMERS = [name for name in comfy_keys.ARCHITECTURES if comfy_keys.key_map(name)["class"] in TABLES]
+TRANSFORMERS = [
+    name for name in comfy_keys.ARCHITECTURES if comfy_keys.key_map(name)["class"] in TABLES
+]
 
 
 @functools.lru_cache(1)
@@ -36,7 +38,9 @@ def denoiser_of(architecture: str) -> nn.Module:
 
 
 def natives(architecture: str) -> dict[str, Native]:
-    return transformers.renamed(denoiser_of(architecture), *TABLES[comfy_keys.key_map(architecture)["class"]])
+    return transformers.renamed(
+        denoiser_of(architecture), *TABLES[comfy_keys.key_map(architecture)["class"]]
+    )
 
 
 def names(architecture: str, by_diffusers: str) -> files.Names:
@@ -65,7 +69,9 @@ def test_every_layer_is_where_comfyui_has_it(architecture):
         layer = denoiser.get_submodule(name)
         key, shape = f"{native.name}.weight", tuple(layer.weight.shape)
         if name in there["modules"]:
-            assert comfy_keys.place_of(there, name) == comfy_keys.Place(key, native.rows, native.swapped)
+            assert comfy_keys.place_of(there, name) == comfy_keys.Place(
+                key, native.rows, native.swapped
+            )
         assert native.by_diffusers == (f"transformer.{name}" in comfy_keys.spellings(architecture))
         first, count = native.rows or (0, there["weights"][key][0])
         assert shape == (count, *there["weights"][key][1:])
@@ -79,7 +85,11 @@ def test_every_layer_is_where_comfyui_has_it(architecture):
     left = {key for key in there["weights"].keys() - covered.keys() if key.endswith(".weight")}
     assert not left
     parameters = {name for name, _ in denoiser.named_parameters()}
-    assert not {n for n in parameters if re.search(r"\.(weight|bias)$", n) and n.rpartition(".")[0] not in found}
+    assert not {
+        n
+        for n in parameters
+        if re.search(r"\.(weight|bias)$", n) and n.rpartition(".")[0] not in found
+    }
 
 
 @pytest.mark.parametrize("architecture", TRANSFORMERS)
@@ -106,7 +116,9 @@ NUMBER = re.compile(r"\d+")
 def mixed(architecture: str) -> dict[str, str]:
     """Every algorithm somewhere: in a model's blocks in turn, the parts of a fused weight alike."""
     algorithms, found = [*ALGORITHMS], natives(architecture)
-    block = {layer: int((NUMBER.findall(native.name) or ["0"])[0]) for layer, native in found.items()}
+    block = {
+        layer: int((NUMBER.findall(native.name) or ["0"])[0]) for layer, native in found.items()
+    }
     return {layer: algorithms[number % len(algorithms)] for layer, number in block.items()}
 
 
@@ -117,7 +129,9 @@ def test_comfyui_loads_every_key_of_every_file(architecture, form):
     tensors = exported(denoiser, spelt, mixed(architecture), form.split()[0])
     assert not comfy_keys.resolve(tensors, architecture)
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
-    _, unknown = files.names.group_keys({key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers))
+    _, unknown = files.names.group_keys(
+        {key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers)
+    )
     assert not unknown
 
 

@@ -12,7 +12,10 @@ from objectives.config import ObjectiveConfig
 from objectives.objective import Objective
 
 BORDER = 0.875
-PAIR = {name: next(case for case in cases() if case.name == f"wan2.2-{name}") for name in ("high", "low")}
+PAIR = {
+    name: next(case for case in cases() if case.name == f"wan2.2-{name}")
+    for name in ("high", "low")
+}
 EXPERTS = pytest.mark.parametrize("expert", ["high", "low"])
 
 
@@ -43,7 +46,9 @@ def test_the_two_share_all_levels_as_one_denoiser_would_have_them():
 
 
 def test_levels_of_the_other_expert_are_refused():
-    with pytest.raises(ModelError, match=r"level_range = 0 0\.3: this denoiser is for levels from 0\.583 to 1"):
+    with pytest.raises(
+        ModelError, match=r"level_range = 0 0\.3: this denoiser is for levels from 0\.583 to 1"
+    ):
         sigmas("high", timestep_range=(0.0, 0.3))
 
 
@@ -83,7 +88,10 @@ def test_an_expert_of_a_file_that_is_taken_for_wan_2_1_is_told_how_to_be_one(tmp
 
 def test_a_file_that_is_an_expert_by_its_name_is_not_trained_as_wan_2_1(tmp_path):
     path = tmp_path / "wan2.2_t2v_low_noise_14B.safetensors"
-    assert of_file(path, ONE).process(ObjectiveConfig()).span == (0.0, 1.0)  # whose config says what it is
+    assert of_file(path, ONE).process(ObjectiveConfig()).span == (
+        0.0,
+        1.0,
+    )  # whose config says what it is
     words = r"--model\.config Wan-AI/Wan2\.2-T2V-A14B-Diffusers --model\.expert low"
     with pytest.raises(ModelError, match=words):
         get_family(ModelConfig(path=str(path))).process(ObjectiveConfig())
@@ -92,10 +100,15 @@ def test_a_file_that_is_an_expert_by_its_name_is_not_trained_as_wan_2_1(tmp_path
 @pytest.mark.parametrize("case", [PAIR["high"], I2V], ids=str)
 def test_a_single_file_of_a_pair_must_be_said_to_be_one_of_them(case, tmp_path):
     plain, named = tmp_path / "model.safetensors", tmp_path / "wan2.2_Low_Noise_14B.safetensors"
-    with pytest.raises(ModelError, match=r"model\.safetensors is one of two .* high or --model\.expert low$"):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors is one of two .* high or --model\.expert low$"
+    ):
         of_file(plain, case).process(ObjectiveConfig())
     with pytest.raises(ModelError, match=r"--model\.expert low; by its name it looks like low$"):
         of_file(named, case).process(ObjectiveConfig())
-    low, high = (of_file(plain, case, expert=expert).process(ObjectiveConfig()).span for expert in ("low", "high"))
+    low, high = (
+        of_file(plain, case, expert=expert).process(ObjectiveConfig()).span
+        for expert in ("low", "high")
+    )
     assert (low[0], high[1]) == (0.0, 1.0)
     assert low[1] == high[0]

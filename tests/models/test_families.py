@@ -4,7 +4,18 @@ import json
 
 import pytest
 import torch
-from helpers.family_cases import PROMPTS, SIDE, Call, Case, cases, collate, family_of, folder_of, run_pipeline, seen_in
+from helpers.family_cases import (
+    PROMPTS,
+    SIDE,
+    Call,
+    Case,
+    cases,
+    collate,
+    family_of,
+    folder_of,
+    run_pipeline,
+    seen_in,
+)
 from safetensors import safe_open
 
 from adapter_files.keys import file_names
@@ -34,19 +45,27 @@ def call_of(case: Case, calls: Calls, shape: tuple[int, int] = (SIDE, SIDE)) -> 
     return calls[case, shape]
 
 
-def conditioning(case: Case, captions: list[str], shape: tuple[int, int] = (SIDE, SIDE)) -> dict[str, torch.Tensor]:
+def conditioning(
+    case: Case, captions: list[str], shape: tuple[int, int] = (SIDE, SIDE)
+) -> dict[str, torch.Tensor]:
     """What training would give the denoiser for images of that height and width with those captions."""
     family = family_of(case)
     with torch.no_grad():
         rows = family.encode_prompt(family.load_encoders("text"), captions)
-        of_media = seen_in(family, shape, case.guidance["num_frames"], len(captions)) if case.first_frame else {}
+        of_media = (
+            seen_in(family, shape, case.guidance["num_frames"], len(captions))
+            if case.first_frame
+            else {}
+        )
     height, width = shape
-    crop = torch.tensor([[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32)
+    crop = torch.tensor(
+        [[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32
+    )
     return {**family.size_cond(crop), **collate(family, rows), **of_media}
 
 
 @CASES
-def test_the_family_is_recognised_and_a_wrong_name_is_refused(case):
+def test_the_family_is_recognized_and_a_wrong_name_is_refused(case):
     path = str(folder_of(case))
     assert get_family(ModelConfig(path=path)).name == case.family
     with pytest.raises(ModelError, match=f"is {case.family}, not sd15"):
@@ -63,7 +82,9 @@ def test_predict_equals_the_pipelines_own_denoising_call(case, shape, calls):
         found = family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS, shape))
     assert found.shape == call.noisy.shape
     assert call.prediction.std() > 1e-3
-    torch.testing.assert_close(found, call.prediction, rtol=1e-5, atol=1e-5 * float(call.prediction.abs().max()))
+    torch.testing.assert_close(
+        found, call.prediction, rtol=1e-5, atol=1e-5 * float(call.prediction.abs().max())
+    )
 
 
 @CASES
@@ -74,7 +95,9 @@ def test_every_sample_of_a_batch_has_its_own_prediction(case, calls):
         for i, prompt in enumerate(PROMPTS):
             here = slice(i, i + 1)
             timestep = call.timestep.reshape(1).to(torch.float32)
-            found = family.predict(denoiser, call.noisy[here], timestep, conditioning(case, [prompt]))
+            found = family.predict(
+                denoiser, call.noisy[here], timestep, conditioning(case, [prompt])
+            )
             torch.testing.assert_close(found, call.prediction[here], rtol=1e-4, atol=1e-5)
 
 
@@ -82,17 +105,22 @@ def test_every_sample_of_a_batch_has_its_own_prediction(case, calls):
 def test_predict_reads_no_value_from_the_device(case, calls):
     """On the meta device there are none."""
     call, family = call_of(case, calls), family_of(case)
-    cond = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in conditioning(case, PROMPTS).items()}
-    noisy = family.normalise(torch.empty_like(call.noisy, device="meta"))
-    found = family.predict(family.empty_denoiser(), noisy, torch.empty(len(PROMPTS), device="meta"), cond)
+    cond = {
+        name: t.to("meta") if isinstance(t, torch.Tensor) else t
+        for name, t in conditioning(case, PROMPTS).items()
+    }
+    noisy = family.normalize(torch.empty_like(call.noisy, device="meta"))
+    found = family.predict(
+        family.empty_denoiser(), noisy, torch.empty(len(PROMPTS), device="meta"), cond
+    )
     assert found.is_meta
     assert found.shape == call.noisy.shape
 
 
 @CASES
-def test_normalised_latents_are_what_the_pipeline_denoises(case, calls):
+def test_normalized_latents_are_what_the_pipeline_denoises(case, calls):
     call, family = call_of(case, calls), family_of(case)
-    torch.testing.assert_close(family.normalise(call.decoded.reshape(call.final.shape)), call.final)
+    torch.testing.assert_close(family.normalize(call.decoded.reshape(call.final.shape)), call.final)
 
 
 @CASES
@@ -141,13 +169,19 @@ def test_captions_of_other_lengths_do_not_see_each_other(case, calls):
     with torch.no_grad():
         tokens, extras = case.comfy(family.load_encoders("text"), PROMPTS[0])
         masks = {name: extra[:, :-7] for name, extra in extras.items() if name == "attention_mask"}
-        conds = [take_comfy_cond(family, tokens[:, :-7], {**extras, **masks}), take_comfy_cond(family, tokens, extras)]
+        conds = [
+            take_comfy_cond(family, tokens[:, :-7], {**extras, **masks}),
+            take_comfy_cond(family, tokens, extras),
+        ]
         if not family.ragged:
             with pytest.raises(ValueError, match="of one batch differ"):
                 collate(family, conds)
             return
         denoiser = family.load_denoiser(torch.float32).eval()
-        timestep, noisy = call.timestep.expand(2).to(torch.float32), call.noisy[:1].expand(2, *call.noisy.shape[1:])
+        timestep, noisy = (
+            call.timestep.expand(2).to(torch.float32),
+            call.noisy[:1].expand(2, *call.noisy.shape[1:]),
+        )
         together = family.predict(denoiser, noisy, timestep, collate(family, conds))
         alone = family.predict(denoiser, noisy[:1], timestep[:1], collate(family, conds[:1]))
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
@@ -168,7 +202,11 @@ def flags(options, videos):
     """Case -> a run of three steps of every layer."""
 
     def of_case(case: Case) -> list[str]:
-        other = ("--model.path", "--adapter.targets", *(["--data.path"] if case.first_frame else []))
+        other = (
+            "--model.path",
+            "--adapter.targets",
+            *(["--data.path"] if case.first_frame else []),
+        )
         return [
             *(option for option in options if not option.startswith(other)),
             f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
@@ -179,11 +217,18 @@ def flags(options, videos):
 
 
 @CASES
-def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, flags, run_here, tmp_path, capsys):
+def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(
+    case, flags, run_here, tmp_path, capsys
+):
     losses = {}
     for dtype in ("fp32", "bf16"):
         out = tmp_path / dtype
-        mine = [*flags(case), "--gradient_checkpointing", f"--training_dtype={dtype}", f"--output_dir={out}"]
+        mine = [
+            *flags(case),
+            "--gradient_checkpointing",
+            f"--training_dtype={dtype}",
+            f"--output_dir={out}",
+        ]
         assert run_here(mine) == 0, capsys.readouterr().err
         losses[dtype] = json.loads((out / "loss.json").read_text())["loss_per_step"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
@@ -194,18 +239,24 @@ def test_training_in_bf16_with_checkpoints_is_near_that_in_fp32(case, flags, run
 def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, flags):
     call, family = call_of(case, calls), family_of(case)
     denoiser = family.load_denoiser(torch.float32)
-    adapted, _ = attach_adapters(load_config(flags(case)), family, denoiser, file_names(family, denoiser))
+    adapted, _ = attach_adapters(
+        load_config(flags(case)), family, denoiser, file_names(family, denoiser)
+    )
     trained = adapted.named_parameters().keys()
     denoiser.requires_grad_(True)
     parameters = adapted.named_parameters()
     timestep = call.timestep.expand(len(PROMPTS)).to(torch.float32)
-    family.predict(denoiser, call.noisy, timestep, conditioning(case, PROMPTS)).square().mean().backward()
+    family.predict(
+        denoiser, call.noisy, timestep, conditioning(case, PROMPTS)
+    ).square().mean().backward()
     assert {name for name, parameter in parameters.items() if parameter.grad is not None} == trained
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @CASES
-def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, flags, run_here, tmp_path, capsys):
+def test_training_writes_a_file_that_training_goes_on_from(
+    case, algorithm, flags, run_here, tmp_path, capsys
+):
     """Images in, three steps, previews, a file of every tensor's own name; and three steps more from that file."""
     mine = [
         *flags(case), f"--algorithm={algorithm}", "--preview", "--sample.num_inference_steps=2"
@@ -215,6 +266,10 @@ def test_training_writes_a_file_that_training_goes_on_from(case, algorithm, flag
     assert (out / "preview.png").is_file()
     with safe_open(out / "lora.safetensors", framework="pt") as file:
         assert any(file.get_tensor(key).any() for key in file.keys())  # noqa: SIM118
-    more = [f"--existing_lora={out / 'lora.safetensors'}", f"--output_dir={tmp_path / 'more'}", "--no_preview"]
+    more = [
+        f"--existing_lora={out / 'lora.safetensors'}",
+        f"--output_dir={tmp_path / 'more'}",
+        "--no_preview",
+    ]
     assert run_here([*mine, *more]) == 0, capsys.readouterr().err
     assert "total steps: 3 + 3 = 6" in capsys.readouterr().out

@@ -58,7 +58,11 @@ def check_loads(case: Case, adapted: AdaptedModel, file_format: str, folder) -> 
     base = family.load_denoiser(torch.float32).state_dict()
     changed = [name for name, tensor in expected.items() if not torch.equal(tensor, base[name])]
     assert len(changed) == len(layers)
-    assert not [name for name in changed if not torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)]
+    assert not [
+        name
+        for name in changed
+        if not torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    ]
 
 
 @pytest.mark.parametrize("preset", ["attention-mlp", "all"])
@@ -79,5 +83,7 @@ def test_diffusers_loads_its_own_format_with_all_layers(case, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["DoRA", "LoHa", "LoKr", "OFT"])
 @pytest.mark.parametrize("case", [case for case in cases() if case.family != "sdxl"], ids=str)
-def test_what_diffusers_format_does_not_hold_for_comfyui_is_written_by_comfyuis_names(case, algorithm):
+def test_what_diffusers_format_does_not_hold_for_comfyui_is_written_by_comfyuis_names(
+    case, algorithm
+):
     assert default_of(case, adapter(case, "attention-mlp", algorithm)) == "comfyui"

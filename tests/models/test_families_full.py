@@ -48,8 +48,14 @@ def found(architecture: str) -> dict[str, dict[str, int | None]]:
     presets = family_classes()[FAMILIES[architecture]].targets
     denoiser = comfy_keys.empty_denoiser(architecture)
     layers = {preset: select_layers(denoiser, (preset,), presets) for preset in presets}
-    counts = {algorithm: parameters(architecture, layers["attention"], algorithm) for algorithm in ALGORITHMS}
-    return {"layers": {preset: len(names) for preset, names in layers.items()}, "parameters": counts}
+    counts = {
+        algorithm: parameters(architecture, layers["attention"], algorithm)
+        for algorithm in ALGORITHMS
+    }
+    return {
+        "layers": {preset: len(names) for preset, names in layers.items()},
+        "parameters": counts,
+    }
 
 
 def parameters(architecture: str, layers: list[str], algorithm: str) -> int | None:
@@ -59,7 +65,9 @@ def parameters(architecture: str, layers: list[str], algorithm: str) -> int | No
         adapted = attach(denoiser, dict.fromkeys(layers, spec), 0)
     except AdapterError:
         return None
-    return sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
+    return sum(
+        parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad
+    )
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -74,7 +82,10 @@ def full_size(tmp_path_factory):
 
     def family_and_denoiser(architecture: str):
         if architecture not in found:
-            folder, family = tmp_path_factory.mktemp(architecture), family_classes()[FAMILIES[architecture]]
+            folder, family = (
+                tmp_path_factory.mktemp(architecture),
+                family_classes()[FAMILIES[architecture]],
+            )
             index = {"_class_name": family.pipelines[0]}
             (folder / "model_index.json").write_text(json.dumps(index))
             comfy_keys.empty_denoiser(architecture).save_config(folder / family.component)
@@ -95,7 +106,11 @@ def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, ful
         plain = file_format == "diffusers"
         if plain and algorithm != "LoRA":
             continue
-        known = {name: algorithm for name in layers if name not in names.native_only} if plain else layers
+        known = (
+            {name: algorithm for name in layers if name not in names.native_only}
+            if plain
+            else layers
+        )
         tensors = exported(denoiser, names, known, file_format, biases=not plain)
         assert len(tensors) > len(known) / 2
         assert comfy_keys.resolve(tensors, architecture) == []
@@ -107,7 +122,9 @@ BY_COMFYUIS_NAMES = {("chroma", "all"), ("flux2", "all"), ("flux2_klein", "all")
 
 @pytest.mark.parametrize("preset", ["attention", "attention-mlp", "all"])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(architecture, preset, full_size):
+def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(
+    architecture, preset, full_size
+):
     family, denoiser = full_size(architecture)
     names = file_names(family, denoiser)
     lora = dict.fromkeys(select_layers(denoiser, (preset,), family.targets), "LoRA")

@@ -12,7 +12,14 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from helpers.data_cases import data_config
 from helpers.families import chroma as family_chroma
 from helpers.families import flux1 as family_flux1
-from helpers.family_cases import PROMPTS, collate, family_of, folder_of, native_tensors, run_pipeline
+from helpers.family_cases import (
+    PROMPTS,
+    collate,
+    family_of,
+    folder_of,
+    native_tensors,
+    run_pipeline,
+)
 from helpers.predictions import noise, prediction, rows_of
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,7 +50,9 @@ def test_the_guidance_of_the_config_is_what_the_pipeline_is_told():
 @pytest.mark.parametrize("case", [SCHNELL, CHROMA], ids=str)
 def test_guidance_is_refused_by_models_that_are_told_none(case):
     with pytest.raises(ModelError, match=r"--model.guidance_scale 3\.5: .* told none"):
-        get_family(ModelConfig(path=str(folder_of(case)), guidance_scale=3.5)).load_denoiser(torch.float32)
+        get_family(ModelConfig(path=str(folder_of(case)), guidance_scale=3.5)).load_denoiser(
+            torch.float32
+        )
 
 
 @pytest.mark.parametrize("tokens", [256, 300])
@@ -53,7 +62,10 @@ def test_comfyuis_shorter_text_gives_what_the_pipeline_makes_of_as_many_tokens(t
     encoders = family.load_encoders("text")
     denoiser = family.load_denoiser(torch.float32).eval()
     with torch.no_grad():
-        rows = [take_comfy_cond(family, *family_flux1.comfy(encoders, caption, tokens)) for caption in PROMPTS]
+        rows = [
+            take_comfy_cond(family, *family_flux1.comfy(encoders, caption, tokens))
+            for caption in PROMPTS
+        ]
         found = family.predict(denoiser, call.noisy, call.timestep.expand(2), collate(family, rows))
     torch.testing.assert_close(found, call.prediction, rtol=1e-4, atol=1e-5)
 
@@ -64,18 +76,24 @@ def test_a_caption_has_as_many_tokens_as_the_model_was_trained_with(case, tokens
     assert {len(row["prompt_embeds"]) for row in rows_of(case, ["cat " * 600])} == {tokens}
     assert family.token_counts(["cat"])[1] == tokens - 1
     assert family.preview_options(1.0).get("max_sequence_length", 512) == tokens
-    assert case is CHROMA or {len(row["prompt_embeds"]) for row in rows_of(case, ["cat"])} == {tokens}
+    assert case is CHROMA or {len(row["prompt_embeds"]) for row in rows_of(case, ["cat"])} == {
+        tokens
+    }
 
 
 def test_dev_and_schnell_do_not_share_captions_though_they_share_encoders(images, tmp_path):
     other = tmp_path / "schnell"
     shutil.copytree(folder_of(DEV), other)
     config = json.loads((other / "transformer" / "config.json").read_text())
-    (other / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": False}))
+    (other / "transformer" / "config.json").write_text(
+        json.dumps({**config, "guidance_embeds": False})
+    )
     data = data_config(path=str(images), resolution=32, cache_dir=str(tmp_path / "cache"))
     lengths, encoded = [], []
     for folder in (folder_of(DEV), other, folder_of(DEV)):
-        built = build_datasets(data, get_family(ModelConfig(path=str(folder))), Accelerator(cpu=True))
+        built = build_datasets(
+            data, get_family(ModelConfig(path=str(folder))), Accelerator(cpu=True)
+        )
         lengths.append(len(built.train.cond(0)["prompt_embeds"]))
         encoded.append((built.encoded_images > 0, built.encoded_captions > 0))
     assert lengths == [512, 256, 512]
@@ -88,7 +106,9 @@ def test_texts_of_two_lengths_in_a_batch_are_seen_as_alone(case):
     short = {**short, "prompt_embeds": short["prompt_embeds"][:2]}
     noisy = noise()
     together = prediction(case, [long, short], noisy)
-    alone = torch.cat([prediction(case, [row], noisy[i : i + 1]) for i, row in enumerate((long, short))])
+    alone = torch.cat(
+        [prediction(case, [row], noisy[i : i + 1]) for i, row in enumerate((long, short))]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +123,9 @@ def test_gradients_through_padding_are_finite(case, dtype):
             for name, t in collate(family, [long, short]).items()}  # fmt: skip
     found = family.predict(denoiser, noise().to(dtype), torch.tensor([3.0, 997.0]), cond)
     found.float().square().mean().backward()
-    gradients = [parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None]
+    gradients = [
+        parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None
+    ]
     assert len(gradients) > 50
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -121,7 +143,9 @@ def test_chroma_is_what_diffusers_unmended_pipeline_makes_of_captions_without_pa
     denoiser = family.load_denoiser(torch.float32).eval()
     pipeline = ChromaPipeline.from_pretrained(folder_of(CHROMA), dtype=torch.float32)
     with torch.no_grad():
-        embeds = pipeline.encode_prompt([*PROMPTS], do_classifier_free_guidance=False, max_sequence_length=2)[0]
+        embeds = pipeline.encode_prompt(
+            [*PROMPTS], do_classifier_free_guidance=False, max_sequence_length=2
+        )[0]
         cond = collate(family, [{"prompt_embeds": embed} for embed in embeds])
         found = family.predict(denoiser, call.noisy, call.timestep.expand(2), cond)
     torch.testing.assert_close(found, call.prediction, rtol=1e-4, atol=1e-5)
@@ -139,7 +163,9 @@ def test_noise_levels_are_shifted_as_the_pipeline_shifts_them(side):
     family = family_of(DEV)
     shape = (1, 16, side // 8, side // 8)
     sigmas = torch.linspace(0.05, 0.95, 7)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder_of(DEV), subfolder="scheduler")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folder_of(DEV), subfolder="scheduler"
+    )
     tokens = FluxPipeline._pack_latents(torch.empty(shape), *shape).shape[1]
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=calculate_shift(tokens))
     levels = family.process(ObjectiveConfig()).levels(sigmas, family.tokens(shape))
@@ -164,7 +190,7 @@ def test_single_files_of_the_original_names_are_the_same_model(case, spelt, tmp_
     assert family.load_denoiser(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_files_that_lack_tensors_or_are_quantised_or_are_of_another_config_are_refused(tmp_path):
+def test_files_that_lack_tensors_or_are_quantized_or_are_of_another_config_are_refused(tmp_path):
     path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV, *SPELT["BFL"])
     scaled = {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(())}
     cut = {name: tensor for name, tensor in tensors.items() if name != "final_layer.linear.bias"}

@@ -31,7 +31,11 @@ def encoded() -> dict:
         family = family_of(case)
         pipeline = family.load_encoders("text")
         with torch.no_grad():
-            found[name] = family.encode_prompt(pipeline, PROMPTS), pipeline.encode_prompt(PROMPTS)[0], pipeline
+            found[name] = (
+                family.encode_prompt(pipeline, PROMPTS),
+                pipeline.encode_prompt(PROMPTS)[0],
+                pipeline,
+            )
     return found
 
 
@@ -55,13 +59,23 @@ def test_raw_latents_are_comfyuis(case):
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape)
         of_vae = [posterior.mean, posterior.mean + posterior.std * noise]
-        cells = [z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3) for z in of_vae]
+        cells = [
+            z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+            for z in of_vae
+        ]
         wanted = [F.batch_norm(z, vae.bn.running_mean, vae.bn.running_var, eps=1e-4) for z in cells]
-        spread = noise.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        spread = (
+            noise.unflatten(3, (-1, 2))
+            .unflatten(2, (-1, 2))
+            .permute(0, 1, 3, 5, 2, 4)
+            .flatten(1, 3)
+        )
         torch.testing.assert_close(mean, wanted[0])
         torch.testing.assert_close(mean + deviation * spread, wanted[1])
         decoded = family.decode_media(pipeline, mean)
-        torch.testing.assert_close(decoded, vae.decode(posterior.mean).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            decoded, vae.decode(posterior.mean).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5
+        )
 
 
 @both
@@ -83,7 +97,10 @@ def test_mistrals_padding_is_stored_once_and_qwens_has_no_two_tokens_alike(encod
         alone = torch.cat([states[layer] for layer in (10, 20, 30)], -1)[0]
         torch.testing.assert_close(row["prompt_embeds"], alone, rtol=1e-4, atol=1e-5)
         assert row["pad_embeds"].any()
-    assert all(len(row["prompt_embeds"]) == TOKENS and not row["pad_embeds"].any() for row in encoded["flux2_klein"][0])
+    assert all(
+        len(row["prompt_embeds"]) == TOKENS and not row["pad_embeds"].any()
+        for row in encoded["flux2_klein"][0]
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 511, 512])
@@ -97,7 +114,9 @@ def test_comfyuis_short_conditioning_is_padded_with_zeros_on_the_left(case, toke
     assert short.equal(predicted(case, take_comfy_cond(family, whole, {"pooled_output": None})))
     direct = {"prompt_embeds": whole[0], "pad_embeds": torch.zeros(family.cond_width)}
     torch.testing.assert_close(short, predicted(case, direct))
-    assert not torch.allclose(short, predicted(case, {**direct, "prompt_embeds": whole[0].flip(0)}), atol=1e-4)
+    assert not torch.allclose(
+        short, predicted(case, {**direct, "prompt_embeds": whole[0].flip(0)}), atol=1e-4
+    )
 
 
 @both
@@ -130,7 +149,9 @@ def test_the_shift_is_the_pipelines_at_its_default_number_of_steps(case, tokens)
     levels = family.process(ObjectiveConfig()).levels(plain, tokens)
     torch.testing.assert_close(levels.sigma, scheduler.sigmas[1:-1])
     torch.testing.assert_close(levels.timestep, scheduler.timesteps[1:])
-    torch.testing.assert_close(family.process(ObjectiveConfig(shift=1.0)).levels(plain, tokens).sigma, plain)
+    torch.testing.assert_close(
+        family.process(ObjectiveConfig(shift=1.0)).levels(plain, tokens).sigma, plain
+    )
 
 
 def test_at_a_megapixel_the_shift_is_comfyuis():
@@ -170,7 +191,10 @@ def test_a_single_file_with_native_names_holds_the_same_weights(case, prefix, no
         kind = norm if place.name.endswith("_norm") else "weight"
         parts.setdefault(f"{prefix}{place.name}.{kind}", []).append((place.rows or (0, 0), stored))
     # by the first row only: no two parts begin at the same
-    tensors = {key: torch.cat([t for _, t in sorted(of, key=lambda part: part[0])]) for key, of in parts.items()}
+    tensors = {
+        key: torch.cat([t for _, t in sorted(of, key=lambda part: part[0])])
+        for key, of in parts.items()
+    }
     save_file(tensors, file)
     alone = get_family(ModelConfig(path=str(file), config=str(folder_of(case))))
     assert alone.name == case.family

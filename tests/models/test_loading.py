@@ -40,7 +40,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
     """The embedded model's folder without any weights."""
-    return Path(shutil.copytree(BASE, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")))
+    return Path(
+        shutil.copytree(BASE, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
 
 
 def family_of_file(file: Path, tensors: dict[str, Tensor], config: Path | None) -> ModelFamily:
@@ -52,7 +54,11 @@ def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A .safetensors file of zeros that takes no room on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * prod(shape)]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [end, end := end + 4 * prod(shape)],
+        }
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -72,7 +78,9 @@ def edited(folder: Path, part: str, **changes: object) -> Path:
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     states = one.state_dict(), other.state_dict()
-    return states[0].keys() == states[1].keys() and all(t.equal(states[1][name]) for name, t in states[0].items())
+    return states[0].keys() == states[1].keys() and all(
+        t.equal(states[1][name]) for name, t in states[0].items()
+    )
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
@@ -83,7 +91,9 @@ def test_a_file_with_the_vae_takes_its_text_encoders_from_the_config(file, prefi
     with torch.no_grad():
         vae.decoder.conv_out.bias += 1  # another than the folder's
     levels = len(vae.config.block_out_channels)
-    in_file = {prefix + vae_name(name, levels): vae_tensor(name, t) for name, t in vae.state_dict().items()}
+    in_file = {
+        prefix + vae_name(name, levels): vae_tensor(name, t) for name, t in vae.state_dict().items()
+    }
     family = family_of_file(file, native_tensors(SD3, "model.diffusion_model.") | in_file, folder)
     assert same(family.load_encoders("media").vae, vae)
     loaded, expected = (each.load_encoders("text") for each in (family, source))
@@ -103,7 +113,10 @@ def test_a_file_with_one_of_the_text_encoders_takes_the_others_from_the_config(f
     expected = source.load_encoders("text")
     with torch.no_grad():
         expected.text_encoder_3.shared.weight += 1
-    in_file = {f"text_encoders.t5xxl.transformer.{n}": t for n, t in expected.text_encoder_3.state_dict().items()}
+    in_file = {
+        f"text_encoders.t5xxl.transformer.{n}": t
+        for n, t in expected.text_encoder_3.state_dict().items()
+    }
     in_file = {name: tensor.clone() for name, tensor in in_file.items()}
     family = family_of_file(file, native_tensors(SD3, "model.diffusion_model.") | in_file, folder)
     found = family.load_encoders("text")
@@ -139,7 +152,9 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["plain", "ComfyUI"])
-@pytest.mark.parametrize(("patches", "more", "name", "wanted"), WIDTHS, ids=[row[-1] for row in WIDTHS])
+@pytest.mark.parametrize(
+    ("patches", "more", "name", "wanted"), WIDTHS, ids=[row[-1] for row in WIDTHS]
+)
 def test_files_of_wan_are_told_apart_by_their_shapes(file, prefix, patches, more, name, wanted):
     names = ("head.modulation", "blocks.0.self_attn.q.weight", *more)
     shapes = {"patch_embedding.weight": patches, **dict.fromkeys(names, (2, 2))}
@@ -150,33 +165,48 @@ def test_files_of_wan_are_told_apart_by_their_shapes(file, prefix, patches, more
 
 
 def test_no_memory_is_taken_to_tell_which_model_a_file_is():
-    shapes = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "large": (1 << 20, 1 << 20)}  # 4 TiB
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "large": (1 << 20, 1 << 20),
+    }  # 4 TiB
     assert "stable-diffusion" in hub_id_by_shapes(shapes)
 
 
-def test_latents_are_normalised_by_the_statistics_of_the_vae(tmp_path):
+def test_latents_are_normalized_by_the_statistics_of_the_vae(tmp_path):
     """As Playground v2.5's, which diffusers decodes as latents * std / scaling_factor + mean."""
     mean, std = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]
     changes = {"latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
-    family = get_family(ModelConfig(path=str(folder_with(SDXL, tmp_path / "playground", "vae", **changes))))
+    family = get_family(
+        ModelConfig(path=str(folder_with(SDXL, tmp_path / "playground", "vae", **changes)))
+    )
     latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     shift, spread = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
     for _ in range(2):
-        torch.testing.assert_close(family.normalise(latents) * spread / 0.5 + shift, latents)
+        torch.testing.assert_close(family.normalize(latents) * spread / 0.5 + shift, latents)
 
 
 REFUSED = [
     pytest.param("sdxl", "unet", {"in_channels": 9}, "9 channels, not the 4", id="SDXL inpainting"),
-    pytest.param("sdxl", "unet", {"in_channels": 8}, "8 channels, not the 4", id="SDXL instruct-pix2pix"),
+    pytest.param(
+        "sdxl", "unet", {"in_channels": 8}, "8 channels, not the 4", id="SDXL instruct-pix2pix"
+    ),
     pytest.param("sdxl", "unet", {"cross_attention_dim": 1280}, "refiner", id="SDXL refiner"),
-    pytest.param("sdxl", "unet", {"addition_embed_type": None}, "size conditioning", id="SD1.5 named SDXL"),
-    pytest.param("flux1-dev", "transformer", {"in_channels": 384}, "384 channels", id="FLUX.1 Fill"),
-    pytest.param("wan", "transformer", {"in_channels": 36}, "36 channels", id="Wan, image to video"),
+    pytest.param(
+        "sdxl", "unet", {"addition_embed_type": None}, "size conditioning", id="SD1.5 named SDXL"
+    ),
+    pytest.param(
+        "flux1-dev", "transformer", {"in_channels": 384}, "384 channels", id="FLUX.1 Fill"
+    ),
+    pytest.param(
+        "wan", "transformer", {"in_channels": 36}, "36 channels", id="Wan, image to video"
+    ),
 ]
 
 
 @pytest.mark.parametrize(("case", "part", "changes", "words"), REFUSED)
-def test_a_denoiser_that_cannot_be_trained_is_refused_first_of_all(tmp_path, case, part, changes, words):
+def test_a_denoiser_that_cannot_be_trained_is_refused_first_of_all(
+    tmp_path, case, part, changes, words
+):
     folder = folder_with(CASES[case], tmp_path / "other", part, **changes)
     with pytest.raises(ModelError, match=words):
         get_family(ModelConfig(path=str(folder)))

@@ -24,7 +24,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def save_folder(path: Path, dtype: torch.dtype, variant: str | None = None) -> None:
-    StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=dtype).save_pretrained(path, variant=variant)
+    StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=dtype).save_pretrained(
+        path, variant=variant
+    )
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -39,7 +41,9 @@ def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forms(single_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ModelConfig]]:
+def forms(
+    single_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, ModelConfig]]:
     """The embedded base model in every form that a model comes in."""
     root = tmp_path_factory.mktemp("forms")
     save_folder(root / "variant", torch.float16, "fp16")
@@ -48,7 +52,9 @@ def forms(single_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123456789abcdef")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))  # read from the environment once
+        patch.setattr(
+            huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub")
+        )  # read from the environment once
         yield {
             "folder": ModelConfig(path=str(BASE)),
             "variant": ModelConfig(path=str(root / "variant"), variant="fp16"),
@@ -71,21 +77,27 @@ def configs_of(folder: Path, single_file: Path) -> list[ModelConfig]:
 @pytest.mark.parametrize("form", ["variant", "file", "hub id"])
 def test_every_form_gives_the_model_of_the_folder(forms, form):
     expected, family = get_family(forms["folder"]), get_family(forms[form])
-    weights, expected_weights = (f.load_denoiser(torch.float32).state_dict() for f in (family, expected))
+    weights, expected_weights = (
+        f.load_denoiser(torch.float32).state_dict() for f in (family, expected)
+    )
     assert weights.keys() == expected_weights.keys()
     assert not [name for name in weights if not weights[name].equal(expected_weights[name])]
 
     encoders, expected_encoders = family.load_encoders("text"), expected.load_encoders("text")
-    prompts = [f.encode_prompt(e, CAPTIONS) for f, e in ((family, encoders), (expected, expected_encoders))]
+    prompts = [
+        f.encode_prompt(e, CAPTIONS) for f, e in ((family, encoders), (expected, expected_encoders))
+    ]
     assert all(a["prompt_embeds"].equal(b["prompt_embeds"]) for a, b in zip(*prompts, strict=True))
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         latents, deviation = family.encode_media(family.load_encoders("media"), pixels)
-        expected_latents, expected_deviation = expected.encode_media(expected.load_encoders("media"), pixels)
+        expected_latents, expected_deviation = expected.encode_media(
+            expected.load_encoders("media"), pixels
+        )
     assert latents.equal(expected_latents)
     assert deviation.equal(expected_deviation)
     assert latents.shape[-1] == 64 // family.latent_step()
-    assert family.normalise(latents).equal(expected.normalise(expected_latents))
+    assert family.normalize(latents).equal(expected.normalize(expected_latents))
 
     process, expected_process = (f.process(ObjectiveConfig()) for f in (family, expected))
     assert process.prediction_type == expected_process.prediction_type == "epsilon"
@@ -119,17 +131,22 @@ def test_predict_equals_the_denoiser():
     family = get_family(ModelConfig(path=str(BASE)))
     denoiser = family.load_denoiser(torch.float32)
     generator = torch.Generator().manual_seed(0)
-    noisy, prompt_embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, 96, generator=generator)
+    noisy, prompt_embeds = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.randn(2, 24, 96, generator=generator),
+    )
     timestep = torch.tensor([3, 900])
     with torch.no_grad():
         expected = denoiser(noisy, timestep, prompt_embeds).sample
-        assert family.predict(denoiser, noisy, timestep, {"prompt_embeds": prompt_embeds}).equal(expected)
+        assert family.predict(denoiser, noisy, timestep, {"prompt_embeds": prompt_embeds}).equal(
+            expected
+        )
 
 
-def test_normalise_uses_the_scaling_factor_of_the_vae(copy, single_file):
+def test_normalize_uses_the_scaling_factor_of_the_vae(copy, single_file):
     edit_json(copy / "vae" / "config.json", scaling_factor=0.5)
     for config in configs_of(copy, single_file):
-        assert get_family(config).normalise(torch.tensor([3.0])).item() == 1.5
+        assert get_family(config).normalize(torch.tensor([3.0])).item() == 1.5
 
 
 def test_v_prediction_is_read_from_the_scheduler(copy, single_file):
@@ -152,7 +169,10 @@ def test_v_prediction_is_read_from_the_scheduler(copy, single_file):
 )
 def test_file_metadata_tells_the_base_version(copy, width, prediction_type, version, architecture):
     edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type=prediction_type)
-    config = {**UNet2DConditionModel.load_config(BASE, subfolder="unet"), "cross_attention_dim": width}
+    config = {
+        **UNet2DConditionModel.load_config(BASE, subfolder="unet"),
+        "cross_attention_dim": width,
+    }
     with torch.device("meta"):
         denoiser = UNet2DConditionModel.from_config(config)
     metadata = get_family(ModelConfig(path=str(copy))).file_metadata(denoiser)
@@ -172,7 +192,9 @@ def test_weights_load_as_they_are_stored_but_fp16_as_fp32(tmp_path, form, stored
         config = ModelConfig(path=str(tmp_path / "model.safetensors"), config=str(BASE))
     family = get_family(config)
     assert family.stored_dtype() == stored
-    assert family.load_denoiser(None).dtype == (torch.float32 if stored == torch.float16 else stored)
+    assert family.load_denoiser(None).dtype == (
+        torch.float32 if stored == torch.float16 else stored
+    )
     assert family.load_denoiser(torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -190,7 +212,9 @@ def test_a_variant_beside_the_weights_is_not_mixed_up_with_them(tmp_path):
 
 
 def without(name: str) -> Callable[[Path], None]:
-    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    return lambda folder: (
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    )
 
 
 def corrupted(name: str) -> Callable[[Path], object]:
@@ -203,13 +227,17 @@ def edited(name: str, **changes: object) -> Callable[[Path], None]:
 
 UNET, UNET_CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
-SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16}
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 16,
+}
 ASK: dict[str, Callable[[ModelFamily], object]] = {
     "denoiser": lambda family: family.load_denoiser(None),
     "denoiser, dtype given": lambda family: family.load_denoiser(torch.bfloat16),
     "encoders": lambda family: [family.load_encoders(what) for what in ("text", "media")],
     "text encoders": lambda family: family.load_encoders("text"),
-    "normalise": lambda family: family.normalise(torch.ones(1)),
+    "normalize": lambda family: family.normalize(torch.ones(1)),
     "process": lambda family: family.process(ObjectiveConfig()),
 }
 
@@ -218,19 +246,35 @@ ASK: dict[str, Callable[[ModelFamily], object]] = {
     ("breaks", "ask", "words"),
     [
         pytest.param(without("unet"), "denoiser", "unet", id="no unet"),
-        pytest.param(without("unet"), "denoiser, dtype given", "config.json", id="no unet, dtype given"),
+        pytest.param(
+            without("unet"), "denoiser, dtype given", "config.json", id="no unet, dtype given"
+        ),
         pytest.param(without(UNET), "denoiser", "unet", id="no unet weights"),
         pytest.param(corrupted(UNET), "denoiser", "safetensors", id="corrupt unet"),
-        pytest.param(corrupted(UNET), "denoiser, dtype given", "safetensors", id="corrupt unet, dtype given"),
+        pytest.param(
+            corrupted(UNET), "denoiser, dtype given", "safetensors", id="corrupt unet, dtype given"
+        ),
         pytest.param(corrupted(UNET_CONFIG), "denoiser", "JSON", id="corrupt unet config"),
-        pytest.param(edited(UNET_CONFIG, block_out_channels=[64, 96, 128]), "denoiser", "conv_in", id="other sizes"),
-        pytest.param(edited(UNET_CONFIG, **SDXL), "denoiser", "size conditioning", id="unet of SDXL"),
+        pytest.param(
+            edited(UNET_CONFIG, block_out_channels=[64, 96, 128]),
+            "denoiser",
+            "conv_in",
+            id="other sizes",
+        ),
+        pytest.param(
+            edited(UNET_CONFIG, **SDXL), "denoiser", "size conditioning", id="unet of SDXL"
+        ),
         pytest.param(corrupted("model_index.json"), "encoders", "JSON", id="corrupt index"),
         pytest.param(without("vae"), "encoders", "config.json", id="no vae"),
-        pytest.param(without("vae"), "normalise", "config.json", id="no vae, all encoded before"),
+        pytest.param(without("vae"), "normalize", "config.json", id="no vae, all encoded before"),
         pytest.param(without("tokenizer"), "encoders", "tokenizer", id="no tokenizer"),
         pytest.param(without("scheduler"), "process", "scheduler_config", id="no scheduler"),
-        pytest.param(edited(SCHEDULER, prediction_type="sample"), "process", "sample", id="scheduler predicts x0"),
+        pytest.param(
+            edited(SCHEDULER, prediction_type="sample"),
+            "process",
+            "sample",
+            id="scheduler predicts x0",
+        ),
     ],
 )
 def test_a_broken_folder_is_a_message(copy, breaks, ask, words):

@@ -16,7 +16,9 @@ def test_cells_are_packed_as_flux_packs_them_and_come_back(shape):
     tokens = pack(latents)
     assert tokens.equal(FluxPipeline._pack_latents(latents, *shape))
     assert unpack(tokens, *shape[2:]).equal(latents)
-    assert unpack(tokens, *shape[2:]).equal(FluxPipeline._unpack_latents(tokens, shape[2], shape[3], 1))
+    assert unpack(tokens, *shape[2:]).equal(
+        FluxPipeline._unpack_latents(tokens, shape[2], shape[3], 1)
+    )
 
 
 @SHAPES

@@ -56,7 +56,10 @@ def test_a_marked_file_is_trained_drawn_and_described_as_it_predicts(tmp_path, m
 
 def test_a_file_marked_as_edm_is_one_that_predicts_v(tmp_path):
     """As CosXL, whose scheduler has these numbers."""
-    limits = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor([0.002])}
+    limits = {
+        "edm_vpred.sigma_max": torch.tensor(120.0),
+        "edm_vpred.sigma_min": torch.tensor([0.002]),
+    }
     family = sdxl_with(tmp_path / "model.safetensors", **limits)
     process = family.process(ObjectiveConfig())
     assert process.describe() == "EDM, v_prediction"
@@ -68,29 +71,42 @@ def test_a_file_marked_as_edm_is_one_that_predicts_v(tmp_path):
     sigma = (4 * levels.timestep).exp()
     sample, prediction = torch.randn(2, 1)
     wanted = scheduler.precondition_outputs(sample, prediction, sigma)
-    seen = scheduler.precondition_inputs(sample, sigma)  # F of the wanted image, by the project's own formula
+    seen = scheduler.precondition_inputs(
+        sample, sigma
+    )  # F of the wanted image, by the project's own formula
     noise = (sample - wanted) / sigma
     torch.testing.assert_close(levels.signal * wanted + levels.sigma * noise, seen)
-    torch.testing.assert_close(levels.target_signal * wanted + levels.target_sigma * noise, prediction[None][0])
+    torch.testing.assert_close(
+        levels.target_signal * wanted + levels.target_sigma * noise, prediction[None][0]
+    )
 
 
 @pytest.mark.parametrize(("spread", "wanted"), [(0.05, "epsilon"), (0.12, "v_prediction")])
 def test_files_of_stable_diffusion_2_are_told_apart_as_comfyui_does(tmp_path, spread, wanted):
     bias = torch.tensor([-spread, spread] * 4)  # whose deviation is that
-    tensors = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3), SD2_BIAS: bias}
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
+        SD2_BIAS: bias,
+    }
     path = tmp_path / "model.safetensors"
     save_file({**tensors, SD2_TEXT: torch.zeros(2, 1024)}, path)
     family = get_family(ModelConfig(path=str(path)))
     assert family.told_by_file == {"prediction_type": wanted}
-    assert get_family(ModelConfig(path=str(path), config=str(BASE))).told_by_file == {}, "the given one says it"
+    assert get_family(ModelConfig(path=str(path), config=str(BASE))).told_by_file == {}, (
+        "the given one says it"
+    )
     save_file({**tensors, SD2_TEXT: torch.zeros(2, 768)}, path)
-    assert get_family(ModelConfig(path=str(path))).told_by_file == {}, "as Stable Diffusion 1 has it"
+    assert get_family(ModelConfig(path=str(path))).told_by_file == {}, (
+        "as Stable Diffusion 1 has it"
+    )
 
 
 def test_a_scheduler_without_zero_terminal_snr_is_replaced_where_it_is_asked_for():
     asked = {**PNDMScheduler(beta_schedule="scaled_linear").config, "_class_name": "PNDMScheduler"}
     assert isinstance(sampler_of(asked), PNDMScheduler)
-    scheduler = sampler_of({**asked, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    scheduler = sampler_of(
+        {**asked, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    )
     assert isinstance(scheduler, DDIMScheduler)
     assert scheduler.alphas_cumprod[-1] == 0
     assert scheduler.config.beta_schedule == "scaled_linear"
@@ -105,6 +121,12 @@ def test_a_whole_run_says_what_its_base_predicts(options, run_here, capsys, tmp_
     assert "\nobjective   DDPM, v_prediction, zero terminal SNR\n" in capsys.readouterr().out
     with safe_open(next(out.glob("*.safetensors")), framework="pt") as adapter:
         assert adapter.metadata()["modelspec.prediction_type"] == "v"
-    merged = json.loads((out / "model_with_lora" / "scheduler" / "scheduler_config.json").read_text())
-    expected = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    merged = json.loads(
+        (out / "model_with_lora" / "scheduler" / "scheduler_config.json").read_text()
+    )
+    expected = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
     assert {name: merged[name] for name in expected} == expected

@@ -9,7 +9,15 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from helpers.device_reads import device_reads
 from helpers.families import qwen_image as family_qwen_image
 from helpers.families import z_image as family_z_image
-from helpers.family_cases import PROMPTS, Case, collate, family_of, folder_of, native_tensors, run_pipeline
+from helpers.family_cases import (
+    PROMPTS,
+    Case,
+    collate,
+    family_of,
+    folder_of,
+    native_tensors,
+    run_pipeline,
+)
 from helpers.predictions import noise, prediction, rows_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,12 +59,16 @@ def test_no_value_is_read_and_gradients_are_finite(case, dtype, lengths):
     cond = collate(family, cut(case, lengths))
     cond["prompt_embeds"] = cond["prompt_embeds"].to(dtype)
     latents = noise().to(dtype)
-    family.normalise(latents)
+    family.normalize(latents)
     with device_reads() as reads:
-        found = family.predict(denoiser, family.normalise(latents), torch.tensor([3.0, 997.0]), cond)
+        found = family.predict(
+            denoiser, family.normalize(latents), torch.tensor([3.0, 997.0]), cond
+        )
         found.float().square().mean().backward()
     assert not reads.reads
-    gradients = [parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None]
+    gradients = [
+        parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None
+    ]
     assert len(gradients) > 50
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -64,7 +76,9 @@ def test_no_value_is_read_and_gradients_are_finite(case, dtype, lengths):
 def test_the_tiny_tokenizer_has_as_many_tokens_before_the_caption_as_the_pipeline_cuts_off():
     encoders = family_of(QWEN).load_encoders("text")
     before = encoders.prompt_template_encode.partition("{}")[0]
-    assert len(encoders.tokenizer(before).input_ids) == encoders.prompt_template_encode_start_idx == 34
+    assert (
+        len(encoders.tokenizer(before).input_ids) == encoders.prompt_template_encode_start_idx == 34
+    )
 
 
 @ALL
@@ -74,8 +88,14 @@ def test_captions_are_told_to_be_cut_where_they_are(case):
     captions = [" owl" * count for count in (limit - 1, limit, limit + 1)]
     assert family.token_counts(captions)[0] == [limit - 1, limit, limit + 1]
     less, fits, over = (row["prompt_embeds"] for row in rows_of(case, captions))
-    assert [len(less), len(fits), len(over)] == [family.most_tokens - 1, family.most_tokens, family.most_tokens]
-    assert torch.dist(fits[-1], less[-1]) < 0.2 * torch.dist(fits[-1], over[-1]), "the last mark is seen, or cut off"
+    assert [len(less), len(fits), len(over)] == [
+        family.most_tokens - 1,
+        family.most_tokens,
+        family.most_tokens,
+    ]
+    assert torch.dist(fits[-1], less[-1]) < 0.2 * torch.dist(fits[-1], over[-1]), (
+        "the last mark is seen, or cut off"
+    )
 
 
 @ALL
@@ -96,26 +116,40 @@ def test_comfyuis_padding_is_left_out_by_its_mask(case):
 @ALL
 def test_noise_levels_are_shifted_as_the_pipeline_shifts_them(case, side):
     family, sigmas = family_of(case), torch.linspace(0.05, 0.95, 7)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder_of(case), subfolder="scheduler")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folder_of(case), subfolder="scheduler"
+    )
     config = scheduler.config
     mu = calculate_shift(
-        (side // 16) ** 2, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        (side // 16) ** 2,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
     )
-    scheduler.register_to_config(shift_terminal=None)  # this moves the steps of a drawing, and no level of training
+    scheduler.register_to_config(
+        shift_terminal=None
+    )  # this moves the steps of a drawing, and no level of training
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu)
-    levels = family.process(ObjectiveConfig()).levels(sigmas, family.tokens((1, 16, side // 8, side // 8)))
+    levels = family.process(ObjectiveConfig()).levels(
+        sigmas, family.tokens((1, 16, side // 8, side // 8))
+    )
     torch.testing.assert_close(levels.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [(QWEN, "true_cfg_scale"), (Z_IMAGE, "guidance_scale")], ids=["qwen", "z_image"]
+    ("case", "name"),
+    [(QWEN, "true_cfg_scale"), (Z_IMAGE, "guidance_scale")],
+    ids=["qwen", "z_image"],
 )
 def test_previews_are_guided(case, name):
     options = family_of(case).preview_options(4.0)
     assert options[name] == 4.0
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * len(PROMPTS)
-    guided, plain = (run_pipeline(replace(case, guidance=given)) for given in (options, {**options, name: 0.0}))
+    guided, plain = (
+        run_pipeline(replace(case, guidance=given)) for given in (options, {**options, name: 0.0})
+    )
     assert guided.noisy.equal(plain.noisy)
     assert not torch.allclose(guided.prediction, plain.prediction, atol=1e-3)
 
@@ -140,15 +174,28 @@ def test_single_files_of_the_original_names_are_the_same_model(case, prefix, tmp
     torch.testing.assert_close(together, prediction(case, rows_of(case), latents))
 
 
-def test_a_run_in_which_some_adapters_are_frozen_goes_on_as_if_it_had_not_stopped(options, run_here, tmp_path):
+def test_a_run_in_which_some_adapters_are_frozen_goes_on_as_if_it_had_not_stopped(
+    options, run_here, tmp_path
+):
     """What the last block makes of the text goes nowhere: no optimizer has a state for it."""
     mine = [
-        option for option in options if not option.startswith(("--model.path", "--adapter.targets", "--output_dir"))
+        option
+        for option in options
+        if not option.startswith(("--model.path", "--adapter.targets", "--output_dir"))
     ]
-    mine += [f"--model.path={folder_of(QWEN)}", "--adapter.targets=all", "--data.resolution=32", "--checkpoint.every=2"]
+    mine += [
+        f"--model.path={folder_of(QWEN)}",
+        "--adapter.targets=all",
+        "--data.resolution=32",
+        "--checkpoint.every=2",
+    ]
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         assert run_here([*mine, f"--steps={steps}", f"--output_dir={tmp_path / folder}"]) == 0
-    whole, parts = (load_file(tmp_path / folder / "lora.safetensors") for folder in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / folder / "lora.safetensors") for folder in ("whole", "parts")
+    )
     assert whole.keys() == parts.keys()
     assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
-    assert any("transformer_blocks.1.txt_mlp" in name for name in whole), "other trainers' files have them too"
+    assert any("transformer_blocks.1.txt_mlp" in name for name in whole), (
+        "other trainers' files have them too"
+    )

@@ -29,7 +29,9 @@ def test_single_files_of_the_original_names_are_the_same_model(case, prefix, tmp
     assert family.name == case.family
     wanted, found = (of.load_denoiser(torch.float32) for of in (family_of(case), family))
     assert found.state_dict().keys() == wanted.state_dict().keys()
-    assert all(tensor.equal(wanted.state_dict()[name]) for name, tensor in found.state_dict().items())
+    assert all(
+        tensor.equal(wanted.state_dict()[name]) for name, tensor in found.state_dict().items()
+    )
     assert all(not buffer.is_meta for buffer in found.buffers())
 
 

@@ -38,17 +38,24 @@ def test_videos_and_images_are_trained_on_together(videos, options, run_here, ca
     assert "32x32 of 3 latent frames: 2, 32x32: 1" in capsys.readouterr().out
 
 
-def test_an_image_teaches_a_model_nothing_that_is_given_the_first_frame(videos, options, run_here, capsys):
+def test_an_image_teaches_a_model_nothing_that_is_given_the_first_frame(
+    videos, options, run_here, capsys
+):
     add_image(videos)
     short = [Image.new("RGB", (SIDE, SIDE), (90 * i, 0, 0)) for i in range(2)]
-    short[0].save(videos / "short.webp", save_all=True, append_images=short[1:], duration=63, lossless=True)
+    short[0].save(
+        videos / "short.webp", save_all=True, append_images=short[1:], duration=63, lossless=True
+    )
     (videos / "short.txt").write_text("short")
     run = of_videos(SEEN, videos, options)
     for _ in range(2):  # also when the images are known
         assert run_here(run) == 2
         said = capsys.readouterr().err
         assert "the training data: 2 errors" in said
-        assert "image.png: an image; the model is given the first frame, so one alone teaches it nothing" in said
+        assert (
+            "image.png: an image; the model is given the first frame, so one alone teaches it nothing"
+            in said
+        )
         assert "short.webp: too short; the model is given the first frame" in said
     assert run_here([*run, "--data.on_error=skip"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
@@ -63,10 +70,20 @@ def test_one_frame_is_refused_by_a_model_that_is_given_the_first(videos, options
 
 def test_comfyuis_latents_of_one_frame_are_refused_by_it_too(tmp_path):
     family = family_of(SEEN)
-    for latents, wrong in (((1, 16, 1, 4, 4), True), ((1, 16, 4, 4), True), ((1, 16, 3, 4, 4), False)):
+    for latents, wrong in (
+        ((1, 16, 1, 4, 4), True),
+        ((1, 16, 4, 4), True),
+        ((1, 16, 3, 4, 4), False),
+    ):
         pairs = [[[torch.ones(1, 5, 24), {}]]]
-        torch.save({"latents": [{"samples": torch.ones(latents)}], "conditioning": pairs}, tmp_path / "shard_0000.pkl")
-        assert any("so one alone teaches it nothing" in fault for fault in scan(tmp_path, family)[1]) == wrong
+        torch.save(
+            {"latents": [{"samples": torch.ones(latents)}], "conditioning": pairs},
+            tmp_path / "shard_0000.pkl",
+        )
+        assert (
+            any("so one alone teaches it nothing" in fault for fault in scan(tmp_path, family)[1])
+            == wrong
+        )
 
 
 def test_a_videos_latents_are_as_many_as_its_frames_and_come_back():
@@ -75,10 +92,16 @@ def test_a_videos_latents_are_as_many_as_its_frames_and_come_back():
     pixels = torch.rand(1, 3, FRAMES, SIDE, SIDE) * 2 - 1
     with torch.no_grad():
         mean, deviation = family.encode_media(encoders, pixels)
-        assert mean.shape == deviation.shape == (1, 16, 1 + (FRAMES - 1) // family.frame_step, SIDE // 8, SIDE // 8)
+        assert (
+            mean.shape
+            == deviation.shape
+            == (1, 16, 1 + (FRAMES - 1) // family.frame_step, SIDE // 8, SIDE // 8)
+        )
         assert family.decode_media(encoders, mean).shape == pixels.shape
         first, _ = family.encode_media(encoders, pixels[:, :, 0])
-    torch.testing.assert_close(first, mean[:, :, :1])  # causal: an image is the beginning of a video
+    torch.testing.assert_close(
+        first, mean[:, :, :1]
+    )  # causal: an image is the beginning of a video
 
 
 def test_a_caption_may_have_512_tokens_and_no_more():
@@ -102,7 +125,8 @@ def test_comfyuis_first_frame_is_taken_and_its_lack_is_told():
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [("wan", {"vae"}), ("wan2.1-i2v", {"vae", "image_encoder", "image_processor"})]
+    ("name", "parts"),
+    [("wan", {"vae"}), ("wan2.1-i2v", {"vae", "image_encoder", "image_processor"})],
 )
 def test_what_encodes_a_video_is_what_its_store_is_known_by(name, parts):
     family = family_of(next(case for case in cases() if str(case) == name))
@@ -117,6 +141,9 @@ def test_previews_of_image_to_video_go_on_from_a_clips_first_frame():
     images = [first_frame(family, latents, pipeline, SIDE) for latents in (clip, clip.roll(1, 1))]
     other_end = first_frame(family, torch.stack([clip[:, 0], clip[:, 0]], 1), pipeline, SIDE)
     assert np.array_equal(images[0], other_end), "the rest of the clip is not looked at"
-    drawn = [draw(pipeline, "owl", 0, SampleConfig(num_inference_steps=2), {**options, "image": i}) for i in images]
+    drawn = [
+        draw(pipeline, "owl", 0, SampleConfig(num_inference_steps=2), {**options, "image": i})
+        for i in images
+    ]
     assert drawn[0].shape == (SIDE, SIDE, 3)
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01

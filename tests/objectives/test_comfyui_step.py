@@ -50,7 +50,10 @@ def kaiming(shape: tuple[int, ...]) -> Tensor:
 
 
 def new_lora(w: Tensor) -> Tensors:
-    return {"lora_up.weight": kaiming((len(w), RANK)), "lora_down.weight": torch.zeros(RANK, w[0].numel())}
+    return {
+        "lora_up.weight": kaiming((len(w), RANK)),
+        "lora_down.weight": torch.zeros(RANK, w[0].numel()),
+    }
 
 
 def new_loha(w: Tensor) -> Tensors:
@@ -117,7 +120,9 @@ class NodeStep:
 
     def __init__(self, algorithm: str, latents: Tensor, prompts: Tensor):
         self.make, self.apply = NODE[algorithm]
-        self.unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
+        self.unet = UNet2DConditionModel.from_pretrained(
+            BASE, subfolder="unet", torch_dtype=torch.float32
+        )
         self.unet.requires_grad_(False)
         self.weights = dict(self.unet.named_parameters())
         torch.manual_seed(1)
@@ -126,7 +131,9 @@ class NodeStep:
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             if weight is None:
                 continue
-            self.adapters[name] = self.make(weight) if weight.ndim > 1 else {"diff": torch.zeros_like(weight)}
+            self.adapters[name] = (
+                self.make(weight) if weight.ndim > 1 else {"diff": torch.zeros_like(weight)}
+            )
             if bias is not None:
                 self.adapters[name]["diff_b"] = torch.zeros_like(bias)
         self.latents, self.prompts = latents, prompts
@@ -136,7 +143,9 @@ class NodeStep:
         for name, tensors in self.adapters.items():
             weight = self.weights[f"{name}.weight"]
             difference = tensors.get("diff")
-            changed[f"{name}.weight"] = self.apply(weight, tensors) if difference is None else weight + difference
+            changed[f"{name}.weight"] = (
+                self.apply(weight, tensors) if difference is None else weight + difference
+            )
             if "diff_b" in tensors:
                 changed[f"{name}.bias"] = self.weights[f"{name}.bias"] + tensors["diff_b"]
         return changed
@@ -150,16 +159,26 @@ class NodeStep:
         low, high, w = t.floor().long(), t.ceil().long(), t.frac()
         sigma = ((1 - w) * log_sigmas[low] + w * log_sigmas[high]).exp()
         timestep = (sigma.log() - log_sigmas).abs().argmin()
-        x = self.latents[index : index + 1] * AutoencoderKL.load_config(BASE, subfolder="vae")["scaling_factor"]
+        x = (
+            self.latents[index : index + 1]
+            * AutoencoderKL.load_config(BASE, subfolder="vae")["scaling_factor"]
+        )
         xt = x + sigma * noise
         cond = {"encoder_hidden_states": self.prompts[index : index + 1]}
-        eps = functional_call(self.unet, self.changed(), (xt / (sigma**2 + 1).sqrt(), timestep[None]), cond).sample
+        eps = functional_call(
+            self.unet, self.changed(), (xt / (sigma**2 + 1).sqrt(), timestep[None]), cond
+        ).sample
         return F.mse_loss((xt - sigma * eps).float(), x.float())
 
     def step(self) -> tuple[float, dict[str, Tensors]]:
         """The loss and the trained tensors after AdamW's step."""
-        before = {name: {key: t.clone() for key, t in tensors.items()} for name, tensors in self.adapters.items()}
-        trained = [t.requires_grad_() for tensors in self.adapters.values() for t in tensors.values()]
+        before = {
+            name: {key: t.clone() for key, t in tensors.items()}
+            for name, tensors in self.adapters.items()
+        }
+        trained = [
+            t.requires_grad_() for tensors in self.adapters.values() for t in tensors.values()
+        ]
         optimizer = torch.optim.AdamW(trained, lr=5e-4)
         loss = self.loss()
         loss.backward()
@@ -175,7 +194,9 @@ def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]
     config = load_config(options)
     family = get_family(config.model)
     denoiser = family.load_denoiser(torch.float32)
-    layers = {name: {**tensors, "alpha": torch.tensor(1.0)} for name, tensors in node.adapters.items()}
+    layers = {
+        name: {**tensors, "alpha": torch.tensor(1.0)} for name, tensors in node.adapters.items()
+    }
     for tensors in layers.values():
         if "diff" in tensors:
             del tensors["alpha"]
@@ -188,11 +209,16 @@ def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]
         node.latents[index : index + 1], noise, torch.tensor([1 - u]),
         {"prompt_embeds": node.prompts[index : index + 1]}, one, torch.zeros(1, 8), range(1),
     )  # fmt: skip
-    loss = build_loss(family, config.objective, config.loss_function, torch.float32)(denoiser.train(), batch).mean()
+    loss = build_loss(family, config.objective, config.loss_function, torch.float32)(
+        denoiser.train(), batch
+    ).mean()
     loss.backward()
     assert config.optim == OptimConfig(max_grad_norm=0.0)
     optimizer.step()
-    found = {name: {key: t.detach() for key, t in layer.trained().items()} for name, layer in adapted.layers().items()}
+    found = {
+        name: {key: t.detach() for key, t in layer.trained().items()}
+        for name, layer in adapted.layers().items()
+    }
     return loss.item(), found
 
 
@@ -209,10 +235,15 @@ def test_one_step_is_the_nodes(algorithm):
     for name, tensors in expected.items():
         assert updated[name].keys() == tensors.keys()
         for key, tensor in tensors.items():
-            apart, gradient = (updated[name][key].reshape(tensor.shape) - tensor).abs(), tensor.grad.abs()
+            apart, gradient = (
+                (updated[name][key].reshape(tensor.shape) - tensor).abs(),
+                tensor.grad.abs(),
+            )
             # AdamW's first step is nearly lr x sign: of gradients that are nothing but rounding it makes whole steps
             sure = (gradient > 1e-5 * gradient.max()) | (gradient == 0)
             assert apart[sure].max() < 1e-5, (name, key)
             count, unsure = count + tensor.numel(), unsure + int((~sure).sum())
     assert unsure < 1e-3 * count
-    assert any((tensors["diff_b"] != 0).any() for tensors in updated.values() if "diff_b" in tensors)
+    assert any(
+        (tensors["diff_b"] != 0).any() for tensors in updated.values() if "diff_b" in tensors
+    )

@@ -67,7 +67,9 @@ def test_levels_rise_with_the_quantile_inside_the_range(name, level_range):
 def test_each_is_the_inverse_of_its_distribution_function(name, level_range):
     cdf, quantile = DENSITIES[name][1], even(5001, torch.float64)
     levels = density(name, timestep_range=level_range)(quantile)
-    first, last = (cdf(torch.tensor(end, dtype=torch.float64).clamp(1e-300, 1 - 1e-16)) for end in level_range)
+    first, last = (
+        cdf(torch.tensor(end, dtype=torch.float64).clamp(1e-300, 1 - 1e-16)) for end in level_range
+    )
     inside = (levels > EPS) & (levels < 1 - EPS)
     assert inside.float().mean() > 0.99
     found = (cdf(levels) - first) / (last - first)
@@ -82,7 +84,8 @@ def test_mode_is_the_papers_map_as_in_diffusers(scale):
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [(a, b) for a in (0.1, 0.5, 1, 3, 30, 100) for b in (0.1, 1, 2.5, 100) if (a, b) != (100, 0.1)]
+    ("a", "b"),
+    [(a, b) for a in (0.1, 0.5, 1, 3, 30, 100) for b in (0.1, 1, 2.5, 100) if (a, b) != (100, 0.1)],
 )
 def test_moments_of_beta(a, b):
     levels = Beta(a, b)(even(400000, torch.float64))
@@ -98,7 +101,9 @@ def test_the_error_of_beta_is_as_documented(a):
     edge = torch.logspace(-7.2, -1, 2000, dtype=torch.float64)
     quantile = torch.cat([edge, even(20000, torch.float64), 1 - edge])
     torch.testing.assert_close(Beta(a, 1)(quantile), quantile ** (1 / a), rtol=0, atol=1e-7)
-    torch.testing.assert_close(Beta(1, a)(quantile), 1 - (1 - quantile) ** (1 / a), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        Beta(1, a)(quantile), 1 - (1 - quantile) ** (1 / a), rtol=0, atol=1e-7
+    )
 
 
 def test_moments_of_logit_normal():
@@ -114,7 +119,9 @@ def test_every_density_goes_with_every_process(process, drawn, level_range):
     levels_of, quantile = density(drawn, timestep_range=level_range), even(500)
     made = process_of(process)
     levels = made.levels(levels_of(quantile), TOKENS)
-    lowest, highest = (made.levels(torch.tensor([end]).clamp(EPS, 1 - EPS), TOKENS) for end in level_range)
+    lowest, highest = (
+        made.levels(torch.tensor([end]).clamp(EPS, 1 - EPS), TOKENS) for end in level_range
+    )
     assert (levels.share.diff() >= 0).all()
     assert levels.to_x0.isfinite().all()
     assert (levels.share >= lowest.share * (1 - 1e-5)).all()

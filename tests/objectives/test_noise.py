@@ -50,7 +50,9 @@ def test_an_offset_is_one_number_per_channel(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("iterations", "discount"), [(1, 0.4), (6, 0.3), (6, 0.9), (16, 1.0)])
-def test_multi_resolution_noise_has_variance_1_and_neighbours_that_agree(shape, iterations, discount):
+def test_multi_resolution_noise_has_variance_1_and_neighbors_that_agree(
+    shape, iterations, discount
+):
     noise = torch.stack([
         drawn(shape, seed, multires_noise_iterations=iterations, multires_noise_discount=discount)[1] for seed in range(1500)
     ])  # fmt: skip
@@ -123,7 +125,9 @@ def test_validation_has_plain_noise(dataset):
     assert batch.noise[0].equal(torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(7)))
 
 
-def quantiles_of_step(dataset, step: int, ranks: int, accumulation: int, **more) -> dict[int, float]:
+def quantiles_of_step(
+    dataset, step: int, ranks: int, accumulation: int, **more
+) -> dict[int, float]:
     """visit -> quantile of all samples of a step, as each rank's loader makes them."""
     per_step = ranks * accumulation
     found: dict[int, float] = {}
@@ -146,7 +150,10 @@ def test_a_step_has_one_sample_in_each_stratum_on_any_number_of_ranks(dataset, s
 
 
 def test_strata_are_permuted_anew_in_every_step_and_the_place_in_one_is_the_samples_own(dataset):
-    orders = {tuple(int(8 * q) for q in quantiles_of_step(dataset, step, 1, 4).values()) for step in range(20)}
+    orders = {
+        tuple(int(8 * q) for q in quantiles_of_step(dataset, step, 1, 4).values())
+        for step in range(20)
+    }
     assert len(orders) == 20
     plain = source(dataset, 2)[5].quantile
     found = source(dataset, 2, 4, stratified_timesteps=True)[5].quantile.double()
@@ -154,7 +161,9 @@ def test_strata_are_permuted_anew_in_every_step_and_the_place_in_one_is_the_samp
 
 
 def test_each_samples_stratified_quantile_is_uniform_over_the_steps(dataset):
-    firsts = torch.tensor([quantiles_of_step(dataset, step, 1, 4)[step * 8] for step in range(1500)])
+    firsts = torch.tensor(
+        [quantiles_of_step(dataset, step, 1, 4)[step * 8] for step in range(1500)]
+    )
     counts = torch.histc(firsts, 10, 0, 1)
     assert ((counts - 150) ** 2 / 150).sum() < 27.9  # chi-square, 9 degrees of freedom, 0.1 %
 
@@ -175,7 +184,10 @@ def test_a_stratified_run_goes_on_where_it_stopped(options, run_here, tmp_path):
             reset_accelerate()
             assert run_here([*more, f"--steps={steps}", f"--output_dir={tmp_path / name}"]) == 0
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
-    logs = [[json.loads(row) for row in (run / "samples" / "rank_0.jsonl").open()] for run in (whole, parts)]
+    logs = [
+        [json.loads(row) for row in (run / "samples" / "rank_0.jsonl").open()]
+        for run in (whole, parts)
+    ]
     assert logs[0] == logs[1]
     for step in range(1, 7):
         strata = sorted(int(row["quantile"] * 4) for row in logs[0] if row["step"] == step)

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.objective_cases import PROCESSES, QUANTILES, TOKENS, even, normal, objective_of, process_of
+from helpers.objective_cases import (
+    PROCESSES,
+    QUANTILES,
+    TOKENS,
+    even,
+    normal,
+    objective_of,
+    process_of,
+)
 from helpers.objective_maths import Maths, batch_of
 from torch import Tensor, nn
 
@@ -20,7 +28,9 @@ from training.loss import LossFunction
 DIFFUSION = ["epsilon", "v"]
 
 
-def losses_of(name: str, loss: str = "MSE", prediction: Tensor | None = None, **options: Any) -> Tensor:
+def losses_of(
+    name: str, loss: str = "MSE", prediction: Tensor | None = None, **options: Any
+) -> Tensor:
     """The losses of one random batch."""
     family = Maths(normal(2) if prediction is None else prediction)
     function = LossFunction(family, objective_of(name, **options), loss, torch.float32)
@@ -74,8 +84,12 @@ def test_masks_and_weights_scale_the_loss_of_their_samples():
 
 def test_latents_that_are_stored_in_bf16_are_noised_in_fp32():
     family, latents, objective = Maths(normal(2)), normal(0).bfloat16(), objective_of("epsilon")
-    LossFunction(family, objective, "MSE", torch.float32)(nn.Identity(), batch_of(latents, normal(1)))
-    assert family.seen[0].equal(objective.noised(latents.float() * 3, normal(1), QUANTILES, TOKENS).noisy)
+    LossFunction(family, objective, "MSE", torch.float32)(
+        nn.Identity(), batch_of(latents, normal(1))
+    )
+    assert family.seen[0].equal(
+        objective.noised(latents.float() * 3, normal(1), QUANTILES, TOKENS).noisy
+    )
 
 
 def test_the_denoiser_may_see_other_noise_than_the_target_has():
@@ -100,7 +114,12 @@ def definition(name: str, e: Tensor, delta: Tensor) -> Tensor:
     }[name]
 
 
-TORCH_LOSSES = {"MSE": nn.MSELoss, "L1": nn.L1Loss, "Huber": nn.HuberLoss, "SmoothL1": nn.SmoothL1Loss}
+TORCH_LOSSES = {
+    "MSE": nn.MSELoss,
+    "L1": nn.L1Loss,
+    "Huber": nn.HuberLoss,
+    "SmoothL1": nn.SmoothL1Loss,
+}
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
@@ -123,7 +142,9 @@ def test_every_loss_is_its_definition_of_the_scaled_error(loss, name, space):
     error = (normal(2) - found.target).double() * per_sample(found.error_scale)
     one = torch.ones_like(error)
     expected = definition(loss, error, one).mean((1, 2, 3)).float()
-    torch.testing.assert_close(losses_of(name, loss, loss_space=space), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        losses_of(name, loss, loss_space=space), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
@@ -131,7 +152,9 @@ def test_every_loss_is_its_definition_of_the_scaled_error(loss, name, space):
 def test_the_x0_loss_equals_torchs_over_the_denoised_latents(loss, name):
     answer, x0 = denoised(name, normal(2))
     losses = losses_of(name, loss, loss_space="x0")
-    torch.testing.assert_close(losses.mean(), TORCH_LOSSES[loss]()(answer, x0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        losses.mean(), TORCH_LOSSES[loss]()(answer, x0), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
@@ -143,7 +166,11 @@ def test_the_delta_follows_the_noise_level_as_in_kohyas_scripts(loss, name, sche
     deltas = torch.full_like(levels.sigma, delta)
     if schedule == "exponential":
         # their timestep of 1000; EDM, which they have not, by the sigma of flow matching
-        time = levels.sigma / (levels.sigma + levels.signal) if name == "EDM" else levels.timestep / 1000
+        time = (
+            levels.sigma / (levels.sigma + levels.signal)
+            if name == "EDM"
+            else levels.timestep / 1000
+        )
         deltas = torch.exp(math.log(delta) * time)
     elif schedule == "snr":
         deltas = (1 - delta) / (1 + levels.sigma / levels.signal) ** 2 + delta
@@ -159,10 +186,17 @@ def test_losses_and_their_gradients_are_exact_at_all_sizes(loss, size):
     error = torch.tensor([size, -size], requires_grad=True)
     wide = error.detach().double().requires_grad_()
     # ln cosh in fp64 overflows beyond 700
-    expected = wide.abs() - math.log(2) if loss == "log-cosh" and size > 30 else definition(loss, wide, torch.ones(2))
+    expected = (
+        wide.abs() - math.log(2)
+        if loss == "log-cosh" and size > 30
+        else definition(loss, wide, torch.ones(2))
+    )
     found = LOSSES[loss](error, torch.zeros(2), reduction="none")
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-12)
-    gradients = torch.autograd.grad(found.sum(), error)[0], torch.autograd.grad(expected.sum(), wide)[0].float()
+    gradients = (
+        torch.autograd.grad(found.sum(), error)[0],
+        torch.autograd.grad(expected.sum(), wide)[0].float(),
+    )
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-12)
 
 
@@ -170,7 +204,9 @@ def test_the_denoiser_works_in_its_own_dtype_and_the_loss_in_fp32():
     objective = objective_of("epsilon")
     family = Maths(normal(2).bfloat16())
     latents, noise = normal(0), normal(1)
-    losses = LossFunction(family, objective, "MSE", torch.bfloat16)(nn.Identity(), batch_of(latents, noise))
+    losses = LossFunction(family, objective, "MSE", torch.bfloat16)(
+        nn.Identity(), batch_of(latents, noise)
+    )
     noisy, timestep, cond = family.seen
     expected = objective.noised(latents * 3, noise, QUANTILES, TOKENS)
     assert noisy.equal(expected.noisy.bfloat16())
@@ -181,7 +217,9 @@ def test_the_denoiser_works_in_its_own_dtype_and_the_loss_in_fp32():
     }
     assert losses.dtype == torch.float32
     # the target is not rounded: only the prediction is in bf16
-    assert math.isclose(losses.mean(), ((family.prediction.double() - noise.double()) ** 2).mean(), rel_tol=1e-6)
+    assert math.isclose(
+        losses.mean(), ((family.prediction.double() - noise.double()) ** 2).mean(), rel_tol=1e-6
+    )
 
 
 # published weights of the squared error of the prediction: weighting -> process -> formula of snr and sigma
@@ -207,7 +245,9 @@ SNR_FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("weighting", "name"), [(w, p) for w, forms in SNR_FORMS.items() for p in forms])
+@pytest.mark.parametrize(
+    ("weighting", "name"), [(w, p) for w, forms in SNR_FORMS.items() for p in forms]
+)
 def test_weightings_are_the_published_ones(weighting, name):
     found = noised(name, loss_weighting=weighting)
     expected = SNR_FORMS[weighting][name](found.levels.snr, found.levels.sigma)
@@ -219,9 +259,13 @@ def test_diffusers_own_functions_agree():
     from helpers.objective_cases import sd_schedule
 
     found = noised("flow, shift 3", loss_weighting="cosmap")
-    torch.testing.assert_close(found.weight, compute_loss_weighting_for_sd3("cosmap", found.levels.sigma))
+    torch.testing.assert_close(
+        found.weight, compute_loss_weighting_for_sd3("cosmap", found.levels.sigma)
+    )
     found = noised("flow, shift 3", loss_weighting="inverse-sigma2")
-    torch.testing.assert_close(found.weight, compute_loss_weighting_for_sd3("sigma_sqrt", found.levels.sigma))
+    torch.testing.assert_close(
+        found.weight, compute_loss_weighting_for_sd3("sigma_sqrt", found.levels.sigma)
+    )
     found = noised("epsilon")
     snr = compute_snr(sd_schedule(*PROCESSES["epsilon"][:2]), found.timestep)
     torch.testing.assert_close(found.levels.snr, snr)
@@ -276,7 +320,9 @@ def test_the_weight_that_rises_without_end_ends_at_the_lowest_level_of_a_thousan
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS])
 def test_the_weighted_mse_does_not_depend_on_the_loss_space(weighting):
-    both = [losses_of("v", loss_weighting=weighting, loss_space=space) for space in ("prediction", "x0")]
+    both = [
+        losses_of("v", loss_weighting=weighting, loss_space=space) for space in ("prediction", "x0")
+    ]
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-7)
 
 
@@ -289,7 +335,9 @@ def test_validation_is_the_plain_squared_error_whatever_is_trained():
     batch = batch_of(normal(0), normal(1))
     assert not torch.allclose(trained(nn.Identity(), batch), plain)
     assert trained.for_validation(nn.Identity(), batch).equal(plain)
-    assert family.asked == ObjectiveConfig(prediction_type="v_prediction"), "what the base predicts stays"
+    assert family.asked == ObjectiveConfig(prediction_type="v_prediction"), (
+        "what the base predicts stays"
+    )
 
 
 FAULTS = {

@@ -17,11 +17,15 @@ from training.loss import LossFunction
 
 def validation_of(run_here: Any, arguments: list[str], folder: Any) -> list[dict[str, float]]:
     held_out = f"--data.validation_path={TWEMOJI / 'validation'}"
-    assert run_here([*arguments, held_out, f"--output_dir={folder}", "--steps=1", "--overwrite"]) == 0
+    assert (
+        run_here([*arguments, held_out, f"--output_dir={folder}", "--steps=1", "--overwrite"]) == 0
+    )
     return json.loads((folder / "loss.json").read_text())["validation"]
 
 
-def test_validation_before_the_first_step_is_one_number_for_all_objectives(options, run_here, tmp_path):
+def test_validation_before_the_first_step_is_one_number_for_all_objectives(
+    options, run_here, tmp_path
+):
     plain = validation_of(run_here, options, tmp_path / "plain")
     others = [
         ["--loss_function=Huber", "--objective.huber_delta=0.1", "--objective.huber_schedule=snr"],
@@ -38,9 +42,18 @@ def test_validation_before_the_first_step_is_one_number_for_all_objectives(optio
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--objective.shift=3", "--objective.edm_std=1"], ["DDPM", "shift = 3.0", "edm_std = 1.0"]),
-        (["--objective.zero_terminal_snr"], ["--objective.zero_terminal_snr", "zero terminal SNR", "v_prediction"]),
-        (["--objective.p2_k=2", "--objective.timestep_range", "0.5", "0.1"], ["p2_k = 2.0", "level_range = 0.5 0.1"]),
+        (
+            ["--objective.shift=3", "--objective.edm_std=1"],
+            ["DDPM", "shift = 3.0", "edm_std = 1.0"],
+        ),
+        (
+            ["--objective.zero_terminal_snr"],
+            ["--objective.zero_terminal_snr", "zero terminal SNR", "v_prediction"],
+        ),
+        (
+            ["--objective.p2_k=2", "--objective.timestep_range", "0.5", "0.1"],
+            ["p2_k = 2.0", "level_range = 0.5 0.1"],
+        ),
     ],
 )
 def test_an_objective_that_the_model_cannot_have_is_refused_before_anything_is_encoded(
@@ -73,9 +86,9 @@ def test_videos_are_noised_like_images(name):
     noise, prediction = frames.roll(1, 0), frames.roll(2, 0)
     flat = [tensor.flatten(2, 3) for tensor in (frames, noise, prediction)]
     losses = [
-        LossFunction(Maths(answer), objective_of(name, loss_weighting="min-snr"), "MSE", torch.float32)(
-            torch.nn.Identity(), batch_of(latents, mixed)
-        )
+        LossFunction(
+            Maths(answer), objective_of(name, loss_weighting="min-snr"), "MSE", torch.float32
+        )(torch.nn.Identity(), batch_of(latents, mixed))
         for latents, mixed, answer in ((frames, noise, prediction), flat)
     ]
     torch.testing.assert_close(*losses)

@@ -33,7 +33,16 @@ PREDICTION_TYPES = ["epsilon", "v_prediction"]
 
 @pytest.mark.parametrize(
     ("quantile", "timestep"),
-    [(0.0, 0), (0.0005, 0), (0.001, 1), (0.0010001, 1), (0.4999, 499), (0.5, 500), (0.9989, 998), (0.99999994, 999)],
+    [
+        (0.0, 0),
+        (0.0005, 0),
+        (0.001, 1),
+        (0.0010001, 1),
+        (0.4999, 499),
+        (0.5, 500),
+        (0.9989, 998),
+        (0.99999994, 999),
+    ],
 )
 def test_the_quantile_picks_the_timestep(quantile, timestep):
     one = torch.zeros(1, 4, 2, 2)
@@ -44,13 +53,17 @@ def test_the_quantile_picks_the_timestep(quantile, timestep):
 @pytest.mark.parametrize("count", [1000, 50])
 def test_even_quantiles_pick_every_timestep_once(count):
     alphas = sd_schedule(DDPMScheduler, {"num_train_timesteps": count}).alphas_cumprod
-    assert DDPM(alphas, "epsilon").levels(even(count), TOKENS).timestep.tolist() == list(range(count))
+    assert DDPM(alphas, "epsilon").levels(even(count), TOKENS).timestep.tolist() == list(
+        range(count)
+    )
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_noise_and_target_of_ddpm_equal_diffusers(prediction_type, beta_schedule):
-    reference = sd_schedule(DDPMScheduler, {"prediction_type": prediction_type, "beta_schedule": beta_schedule})
+    reference = sd_schedule(
+        DDPMScheduler, {"prediction_type": prediction_type, "beta_schedule": beta_schedule}
+    )
     process = process_from_scheduler(config_of(reference), ObjectiveConfig())
     x0, noise, levels = normal(0), normal(1), process.levels(QUANTILES, TOKENS)
     assert levels.signal.equal(reference.alphas_cumprod[levels.timestep] ** 0.5)
@@ -58,7 +71,11 @@ def test_noise_and_target_of_ddpm_equal_diffusers(prediction_type, beta_schedule
     noisy, target = (a.view(-1, 1, 1, 1) * x0 + b.view(-1, 1, 1, 1) * noise for a, b in
                      ((levels.signal, levels.sigma), (levels.target_signal, levels.target_sigma)))  # fmt: skip
     assert noisy.equal(reference.add_noise(x0, noise, levels.timestep))
-    expected = noise if prediction_type == "epsilon" else reference.get_velocity(x0, noise, levels.timestep)
+    expected = (
+        noise
+        if prediction_type == "epsilon"
+        else reference.get_velocity(x0, noise, levels.timestep)
+    )
     assert target.equal(expected)
 
 
@@ -71,7 +88,13 @@ def test_levels_rise_with_the_quantile_and_are_finite(name, dtype):
     assert (levels.snr.diff() <= 0).all()
     assert (levels.share.diff() >= 0).all()
     assert (process.time(levels).diff() >= 0).all()
-    for tensor in (levels.signal, levels.sigma, levels.target_signal, levels.target_sigma, levels.to_x0):
+    for tensor in (
+        levels.signal,
+        levels.sigma,
+        levels.target_signal,
+        levels.target_sigma,
+        levels.to_x0,
+    ):
         assert tensor.isfinite().all()
         assert tensor.dtype == dtype
     assert (levels.sigma > 0).all()
@@ -99,7 +122,9 @@ def test_x0_is_read_off_a_prediction_and_an_error_grows_by_to_x0(name):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_right_prediction_denoises_as_diffusers_would(prediction_type):
-    reference = sd_schedule(DDPMScheduler, {"prediction_type": prediction_type, "clip_sample": False})
+    reference = sd_schedule(
+        DDPMScheduler, {"prediction_type": prediction_type, "clip_sample": False}
+    )
     name = {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
     x0, noise = normal(0, torch.float64), normal(1, torch.float64)
     noised = objective_of(name).noised(x0, noise, QUANTILES.double(), TOKENS)
@@ -141,7 +166,9 @@ def test_the_shift_by_size_equals_diffusers(kind, tokens):
     t = torch.tensor([0.999, 0.75, 0.5, 0.001], dtype=torch.float64)
     process = process_from_scheduler(config_of(reference), ObjectiveConfig())
     levels = process.levels(t, tokens)
-    torch.testing.assert_close(levels.sigma, reference.time_shift(mu, 1.0, t))  # shift_terminal is inference's
+    torch.testing.assert_close(
+        levels.sigma, reference.time_shift(mu, 1.0, t)
+    )  # shift_terminal is inference's
 
 
 @pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
@@ -150,9 +177,15 @@ def test_solvers_of_flow_models_are_flow_matching(kind):
     process = process_from_scheduler(config_of(reference), ObjectiveConfig())
     assert isinstance(process, Flow)
     reference.set_timesteps(20)
-    first, last = (sigma / (8 - 7 * sigma) for sigma in reference.sigmas[[0, -2]].double())  # the shift, inverted
-    levels = process.levels(torch.lerp(first, last, torch.arange(20).double() / 19), TOKENS)  # even before the shift
-    torch.testing.assert_close(levels.sigma.float()[1:], reference.sigmas[1:-1], rtol=1e-4, atol=1e-5)
+    first, last = (
+        sigma / (8 - 7 * sigma) for sigma in reference.sigmas[[0, -2]].double()
+    )  # the shift, inverted
+    levels = process.levels(
+        torch.lerp(first, last, torch.arange(20).double() / 19), TOKENS
+    )  # even before the shift
+    torch.testing.assert_close(
+        levels.sigma.float()[1:], reference.sigmas[1:-1], rtol=1e-4, atol=1e-5
+    )
     assert (levels.timestep.long() - reference.timesteps)[1:].abs().max() <= 1
 
 
@@ -162,24 +195,35 @@ def test_inverted_timesteps_are_those_of_the_loop():
     process = process_from_scheduler(config_of(reference), ObjectiveConfig())
     # the loop's sigma counts the signal
     levels = process.levels((1 - reference.sigmas[1:-1]).double(), TOKENS)
-    torch.testing.assert_close(levels.timestep.float(), reference.timesteps[1:], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        levels.timestep.float(), reference.timesteps[1:], rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
 def test_edm_equals_diffusers_preconditioning(kind, prediction_type):
     reference = kind(prediction_type=prediction_type, sigma_data=0.7)
-    process = process_from_scheduler(config_of(reference), ObjectiveConfig(edm_mean=-0.6, edm_std=1.4))
+    process = process_from_scheduler(
+        config_of(reference), ObjectiveConfig(edm_mean=-0.6, edm_std=1.4)
+    )
     x0, noise, quantile = (normal(seed, torch.float64, (len(QUANTILES),)) for seed in (0, 1, 2))
     quantile = QUANTILES.double()
     levels = process.levels(quantile, TOKENS)
     sigma = torch.exp(-0.6 + 1.4 * torch.special.ndtri(quantile))
-    noisy, target = levels.signal * x0 + levels.sigma * noise, levels.target_signal * x0 + levels.target_sigma * noise
+    noisy, target = (
+        levels.signal * x0 + levels.sigma * noise,
+        levels.target_signal * x0 + levels.target_sigma * noise,
+    )
     torch.testing.assert_close(noisy, reference.precondition_inputs(x0 + sigma * noise, sigma))
     torch.testing.assert_close(levels.timestep, reference.precondition_noise(sigma))
-    torch.testing.assert_close(reference.precondition_outputs(x0 + sigma * noise, target, sigma), x0)
+    torch.testing.assert_close(
+        reference.precondition_outputs(x0 + sigma * noise, target, sigma), x0
+    )
     # a network's target has unit variance on data of deviation sigma_data
-    torch.testing.assert_close(levels.target_signal**2 * 0.49 + levels.target_sigma**2, torch.ones_like(sigma))
+    torch.testing.assert_close(
+        levels.target_signal**2 * 0.49 + levels.target_sigma**2, torch.ones_like(sigma)
+    )
     torch.testing.assert_close(levels.to_x0, sigma * 0.7 / (sigma**2 + 0.49).sqrt())
 
 
@@ -196,7 +240,9 @@ def test_continuous_levels_are_those_of_comfyuis_node():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = (1 - betas).cumprod(0)
     process = process_of("epsilon, continuous")
-    for u in torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist():
+    for u in torch.rand(
+        200, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).tolist():
         levels = process.levels(torch.tensor([1 - u], dtype=torch.float64), TOKENS)
         sigma, timestep = comfy_levels(alphas, u)
         assert math.isclose((levels.sigma / levels.signal).item(), sigma, rel_tol=2e-6)
@@ -242,6 +288,6 @@ def test_an_unknown_prediction_type_is_refused(kind):
 
 def test_the_prediction_type_can_be_overridden():
     config = config_of(sd_schedule(DDPMScheduler, {}))
-    assert process_from_scheduler(config, ObjectiveConfig(prediction_type="v_prediction")).prediction_type == (
-        "v_prediction"
-    )
+    assert process_from_scheduler(
+        config, ObjectiveConfig(prediction_type="v_prediction")
+    ).prediction_type == ("v_prediction")

@@ -22,13 +22,19 @@ def test_the_tables_have_a_row_for_every_algorithm(capsys):
     tables = capsys.readouterr().out.split("\n\n")[:-1]
     assert len(tables) == len(adapters.TINY) + 3  # and those of bf16
     for table in tables:
-        ours = {line.split()[0]: line[14:38].split() for line in table.splitlines() if line[:1].isalpha()}
+        ours = {
+            line.split()[0]: line[14:38].split()
+            for line in table.splitlines()
+            if line[:1].isalpha()
+        }
         assert ours.keys() >= ALGORITHMS.keys(), table
         assert all(ours[name] and ours[name][0] != "-" for name in ALGORITHMS), table
 
 
 def test_an_algorithm_without_a_setting_gets_a_row(monkeypatch):
-    monkeypatch.setattr(adapters, "SETTINGS", [s for s in adapters.SETTINGS if s.spec.algorithm != "GLoRA"])
+    monkeypatch.setattr(
+        adapters, "SETTINGS", [s for s in adapters.SETTINGS if s.spec.algorithm != "GLoRA"]
+    )
     assert [setting.name for setting in adapters.chosen_settings("GLoRA")] == ["GLoRA"]
 
 
@@ -50,7 +56,9 @@ def test_what_is_unknown_is_named():
 def test_saved_bytes_are_storages_that_are_no_parameters():
     layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
     assert adapters.saved_bytes(lambda: layer(x), [layer]) == x.nbytes
-    assert adapters.saved_bytes(lambda: (layer(x), layer(x[:2])), [layer]) == x.nbytes  # a view is no second storage
+    assert (
+        adapters.saved_bytes(lambda: (layer(x), layer(x[:2])), [layer]) == x.nbytes
+    )  # a view is no second storage
     assert adapters.saved_bytes(lambda: layer(x).exp(), [layer]) == 2 * x.nbytes
 
 

@@ -25,7 +25,9 @@ def test_a_tiny_run_prints_every_figure(capsys):
     assert all(row["forward+backward"] > 0 and row["optimizer"] > 0 for row in parts.values())
     assert "1 per step: gloo:all_reduce, 970,752 bytes, group 0" in printed
     assert "1 per step: gloo:all_reduce, 8 bytes, group 1" in printed
-    assert "per step one all-reduce of the adapters' 970,752 bytes, one of 8, no more: ok" in printed
+    assert (
+        "per step one all-reduce of the adapters' 970,752 bytes, one of 8, no more: ok" in printed
+    )
     assert re.search(r"checkpoint: \d+ ms, [\d,]+ bytes: adapter.safetensors [\d,]+, ", printed)
     assert re.search(r"SIGTERM to saved: \d+\.\d\d s at most, bar 10: ok", printed)
 
@@ -42,7 +44,9 @@ def test_times_of_a_ring_are_the_ones_reckoned_by_hand():
     assert on_paper.gathering(work, 16, link) == pytest.approx(0.07125 + 21 * around)
     assert work.seconds == pytest.approx(1)
     assert on_paper.ddp(work, 16, link)[1] == pytest.approx(1 / 1.015, rel=1e-3)
-    assert on_paper.fsdp(work, 16, link)[1] == pytest.approx(1 / 1.015, rel=1e-3)  # the gathers are hidden
+    assert on_paper.fsdp(work, 16, link)[1] == pytest.approx(
+        1 / 1.015, rel=1e-3
+    )  # the gathers are hidden
     assert on_paper.hops(8, link) == pytest.approx(35e-6)
 
 

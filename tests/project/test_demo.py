@@ -13,11 +13,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path):
-    result = script([f"--output_dir={tmp_path}", f"--data.cache_dir={tmp_path / 'cache'}"], accelerate_launch())
+    result = script(
+        [f"--output_dir={tmp_path}", f"--data.cache_dir={tmp_path / 'cache'}"], accelerate_launch()
+    )
     assert result.returncode == 0, result.stderr
     validation = json.loads((tmp_path / "loss.json").read_text())["validation"]
     fall = 1 - validation[-1]["loss"] / validation[0]["loss"]
-    print(f"validation loss {validation[0]['loss']:.4f} -> {validation[-1]['loss']:.4f}: {100 * fall:.1f} % lower")
+    print(
+        f"validation loss {validation[0]['loss']:.4f} -> {validation[-1]['loss']:.4f}: {100 * fall:.1f} % lower"
+    )
     assert fall >= 0.15
     assert f"({-100 * fall:+.1f} %)" in result.stdout, "the number is printed"
     grid = np.asarray(Image.open(tmp_path / "preview.png"), dtype=float)
@@ -30,11 +34,15 @@ def test_the_base_is_a_real_and_small_pipeline():
     assert all(isinstance(getattr(pipeline, name), kind)
                for name, kind in zip(("unet", "vae", "text_encoder", "scheduler"), kinds, strict=True))  # fmt: skip
     assert isinstance(pipeline.tokenizer, CLIPTokenizer)
-    files = [f for f in (PROJECT / "examples" / "emoji").rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    files = [
+        f
+        for f in (PROJECT / "examples" / "emoji").rglob("*")
+        if f.is_file() and "__pycache__" not in f.parts
+    ]
     assert sum(f.stat().st_size for f in files) <= 14_000_000
 
 
-def test_latents_are_normalised_by_the_scaling_factor_alone():
+def test_latents_are_normalized_by_the_scaling_factor_alone():
     vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", dtype=torch.float32)
     pixels = torch.stack([
         torch.from_numpy(np.asarray(Image.open(f).convert("RGB")).copy()).permute(2, 0, 1) / 127.5 - 1
@@ -49,7 +57,9 @@ def test_latents_are_normalised_by_the_scaling_factor_alone():
 
 
 def test_the_demo_trains_and_validates_on_different_captioned_faces():
-    sets = {name: {f.stem for f in (TWEMOJI / name).glob("*.png")} for name in ("train", "validation")}
+    sets = {
+        name: {f.stem for f in (TWEMOJI / name).glob("*.png")} for name in ("train", "validation")
+    }
     assert (len(sets["train"]), len(sets["validation"])) == (32, 8)
     assert not sets["train"] & sets["validation"]
     for name, stems in sets.items():

@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "tools": {"training", "adapter_files", "data", "models", "objectives", "lora_algos", "common"},
 }
 FOLDERS = (*MAY_IMPORT, "benchmarks", "examples", "docs")
-SOURCES = [*sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py")), PROJECT / "train_lora.py"]
+SOURCES = [
+    *sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py")),
+    PROJECT / "train_lora.py",
+]
 TESTS = sorted((PROJECT / "tests").rglob("*.py"))
 
 
@@ -36,7 +39,9 @@ def relative(path: Path) -> str:
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if package_of(p) in MAY_IMPORT], ids=relative)
@@ -67,7 +72,9 @@ def test_sources_are_ascii_without_leftovers(path):
     assert text.isascii()
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text.replace("(TODO|FIXME|XXX|HACK)", ""))
     for node in ast.walk(ast.parse(text)):
-        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except, line {node.lineno}"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), (
+            f"bare except, line {node.lineno}"
+        )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -80,7 +87,9 @@ def test_only_the_family_files_name_a_family(path):
     if path.parent.name == "families" or path.name == "__init__.py":
         return
     text = path.read_text(encoding="utf-8")
-    assert not [name for name in FAMILIES if f'"{name}"' in text], "a family is named outside its own file"
+    assert not [name for name in FAMILIES if f'"{name}"' in text], (
+        "a family is named outside its own file"
+    )
 
 
 def test_every_algorithm_is_one_file_under_its_name():
@@ -97,13 +106,25 @@ def test_every_family_is_one_file_and_a_recipe():
 
 
 def test_no_root_folder_shadows_a_library():
-    libraries = {"datasets", "accelerate", "peft", "diffusers", "torch", "transformers", "safetensors", "wandb"}
+    libraries = {
+        "datasets",
+        "accelerate",
+        "peft",
+        "diffusers",
+        "torch",
+        "transformers",
+        "safetensors",
+        "wandb",
+    }
     assert not libraries & {path.name for path in PROJECT.iterdir()}
 
 
 def test_public_functions_say_what_they_are_for():
     missing = []  # but of the one class that a file is about, and says so at its top
-    about_one = {PROJECT / (module.replace(".", "/") + ".py") for module in (*FAMILIES.values(), ALGORITHMS["LoRA"])}
+    about_one = {
+        PROJECT / (module.replace(".", "/") + ".py")
+        for module in (*FAMILIES.values(), ALGORITHMS["LoRA"])
+    }
     for path in SOURCES:
         if package_of(path) not in MAY_IMPORT:
             continue

@@ -19,7 +19,9 @@ RECIPES = {path.stem: path for path in sorted((PROJECT / "recipes").glob("*.yaml
 
 
 def config_of(family: str) -> TrainConfig:
-    return validate(yaml.safe_load(RECIPES[family].read_text(encoding="utf-8")), RECIPES[family].name, "")
+    return validate(
+        yaml.safe_load(RECIPES[family].read_text(encoding="utf-8")), RECIPES[family].name, ""
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +45,11 @@ def test_z_image_is_trained_alike_whatever_its_scheduler_says(tmp_path):
         folder = tmp_path / str(shift)
         shutil.copytree(folder_of(case), folder)
         path = folder / "scheduler" / "scheduler_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "shift": shift, "use_dynamic_shifting": False}))
+        path.write_text(
+            json.dumps(
+                {**json.loads(path.read_text()), "shift": shift, "use_dynamic_shifting": False}
+            )
+        )
         process = get_family(ModelConfig(path=str(folder))).process(config_of("z_image").objective)
         levels.append(process.levels(torch.linspace(0.1, 0.9, 5), tokens=4096).sigma)
     assert levels[0].equal(levels[1])

@@ -23,10 +23,22 @@ def test_a_run_writes_what_it_promises(options, run_here, tmp_path):
             f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.every=3"]  # fmt: skip
     assert run_here([*options, *more]) == 0
     losses = json.loads((out / "loss.json").read_text())
-    assert len(losses["loss_per_step"]) == len(losses["loss_per_micro_step"]) == losses["total_steps"] == 6
+    assert (
+        len(losses["loss_per_step"])
+        == len(losses["loss_per_micro_step"])
+        == losses["total_steps"]
+        == 6
+    )
     assert [v["step"] for v in losses["validation"]] == [0, 3, 6]
-    assert set(losses["validation"][0]) == {"step", "loss", *(f"quantile_0.{i}" for i in range(1, 10))}
-    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    assert set(losses["validation"][0]) == {
+        "step",
+        "loss",
+        *(f"quantile_0.{i}" for i in range(1, 10)),
+    }
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
+        "step_00000004",
+        "step_00000006",
+    ]
     assert Image.open(out / "loss.png").size == (990, 550)
     assert np.asarray(Image.open(out / "preview.png")).std() > 10
     assert (out / "model_with_lora" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
@@ -48,16 +60,28 @@ def test_the_resolved_config_repeats_the_run(options, run_here, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
 def test_twelve_steps_equal_five_and_seven(options, run_here, tmp_path, optimizer):
-    cosine = ["--optim.lr_scheduler=cosine", "--optim.lr_warmup_steps=2", f"--optimizer={optimizer}"]
+    cosine = [
+        "--optim.lr_scheduler=cosine",
+        "--optim.lr_warmup_steps=2",
+        f"--optimizer={optimizer}",
+    ]
     straight = [*options, *cosine, "--steps=12", f"--output_dir={tmp_path / 'straight'}"]
     assert run_here(straight) == 0
-    halves = [*options, *cosine, "--steps=12", "--checkpoint.every=5", f"--output_dir={tmp_path / 'halves'}"]
+    halves = [
+        *options,
+        *cosine,
+        "--steps=12",
+        "--checkpoint.every=5",
+        f"--output_dir={tmp_path / 'halves'}",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 5)
         assert run_here(halves) == 130
     assert run_here(halves) == 0
     assert_same(adapter(tmp_path / "straight"), adapter(tmp_path / "halves"))
-    one, two = (json.loads((tmp_path / name / "loss.json").read_text()) for name in ("straight", "halves"))
+    one, two = (
+        json.loads((tmp_path / name / "loss.json").read_text()) for name in ("straight", "halves")
+    )
     assert one == two
 
 
@@ -104,14 +128,23 @@ def test_validation_changes_no_training_loss(options, run_here, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(options, run_here, tmp_path):
     assert run_here(options) == 0
-    assert run_here([*options, "--gradient_checkpointing", f"--output_dir={tmp_path / 'saving'}"]) == 0
+    assert (
+        run_here([*options, "--gradient_checkpointing", f"--output_dir={tmp_path / 'saving'}"]) == 0
+    )
     one, two = adapter(tmp_path / "out"), adapter(tmp_path / "saving")
     assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_existing_lora_is_continued_bit_for_bit(options, run_here, tmp_path, dtype):
-    first = [*options, f"--lora_dtype={dtype}", "--adapter.alpha=3", "--adapter.targets", "attention", "conv_in"]
+    first = [
+        *options,
+        f"--lora_dtype={dtype}",
+        "--adapter.alpha=3",
+        "--adapter.targets",
+        "attention",
+        "conv_in",
+    ]
     assert run_here(first) == 0
     saved = tmp_path / "out" / "lora.safetensors"
     # a rate that moves nothing: what comes out is what the run began with
@@ -130,7 +163,9 @@ def test_two_processes_train_what_one_does(options, tmp_path):
     single = [*options, "--grad_accumulation_steps=4", f"--output_dir={tmp_path / 'one'}"]
     double = [*options, "--grad_accumulation_steps=2", f"--output_dir={tmp_path / 'two'}"]
     assert script(single).returncode == 0
-    launcher = accelerate_launch("--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0")
+    launcher = accelerate_launch(
+        "--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0"
+    )
     result = script(double, launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     assert "2 x 2 x 2 = 8 samples per step" in result.stdout
@@ -150,7 +185,10 @@ def test_accelerate_launch_runs_the_script(options, tmp_path):
 
 def test_bf16_and_none_train_on_the_stored_weights(options, run_here, tmp_path):
     for dtype in ("bf16", "none"):
-        assert run_here([*options, f"--training_dtype={dtype}", f"--output_dir={tmp_path / dtype}"]) == 0
+        assert (
+            run_here([*options, f"--training_dtype={dtype}", f"--output_dir={tmp_path / dtype}"])
+            == 0
+        )
         losses = json.loads((tmp_path / dtype / "loss.json").read_text())["loss_per_step"]
         assert all(0 < loss < 2 for loss in losses)
 
@@ -159,7 +197,9 @@ def test_a_bf16_base_without_autocast(options, run_here, tmp_path):
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.bfloat16, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        BASE, torch_dtype=torch.bfloat16, safety_checker=None
+    )
     pipeline.save_pretrained(tmp_path / "bf16_base")
     more = ["--training_dtype=none", "--preview", "--sample.num_inference_steps=2"]
     assert run_here([*options, *more, f"--model.path={tmp_path / 'bf16_base'}"]) == 0
@@ -175,7 +215,9 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
     assert b"hf_not_to_be_seen" not in log.read_bytes()
     read = list(records(log))
-    seen = {item.key or ".".join(item.nested_key) for record in read for item in record.history.item}
+    seen = {
+        item.key or ".".join(item.nested_key) for record in read for item in record.history.item
+    }
     config = {item.key for record in read for item in record.config.update}
     assert {"train/loss", "train/lr", "train/grad_norm", "train/samples_per_second", "validation/loss",
             "validation/quantile_0.5", "preview/after.filenames"} <= seen  # fmt: skip
@@ -191,7 +233,9 @@ def test_tensorboard_gets_the_losses(options, run_here, tmp_path):
     assert [event.step for event in log.Scalars("train/loss")] == [3, 6]
 
 
-def test_the_second_run_encodes_nothing_and_a_new_caption_one_row(options, run_here, images, tmp_path, capsys):
+def test_the_second_run_encodes_nothing_and_a_new_caption_one_row(
+    options, run_here, images, tmp_path, capsys
+):
     fresh = [*options, f"--data.cache_dir={tmp_path / 'cache'}"]
     assert run_here(fresh) == 0
     assert "encoded now: 4 images, 4 captions" in capsys.readouterr().out

@@ -27,11 +27,13 @@ LONG = " ".join(["face"] * 40)
 PAGE = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
-def image(path, size=(64, 64), colour=(200, 30, 30), caption: str | None = "a face"):
+def image(path, size=(64, 64), color=(200, 30, 30), caption: str | None = "a face"):
     """An image whose content no other has, with its caption."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", size, colour)
-    picture.putpixel((0, 0), tuple(np.random.default_rng(list(path.name.encode())).integers(0, 255, 3).tolist()))
+    picture = Image.new("RGB", size, color)
+    picture.putpixel(
+        (0, 0), tuple(np.random.default_rng(list(path.name.encode())).integers(0, 255, 3).tolist())
+    )
     picture.save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
@@ -46,7 +48,12 @@ def odd(tmp_path):
     (folder / "again.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "again.txt").write_text("another face")
     image(folder / "small.png", (32, 40), caption="sks")
-    image(folder / "3_wide" / "wide.png", (160, 64), (30, 30, 200), caption="\u9854 \U0001f600 \u0643 sks")
+    image(
+        folder / "3_wide" / "wide.png",
+        (160, 64),
+        (30, 30, 200),
+        caption="\u9854 \U0001f600 \u0643 sks",
+    )
     image(folder / "long.png", caption=f"sks {LONG}")
     image(folder / "nothing.png", caption="")
     return folder
@@ -86,14 +93,28 @@ def fact(report: str, name: str) -> list[str]:
 
 def table(report: str, section: str) -> list[list[str]]:
     """The cells of a section's table."""
-    lines = report.split(f"\n{section}\n" if section != "sources" else "sources\n")[1].split("\n\n")[0].splitlines()
+    lines = (
+        report.split(f"\n{section}\n" if section != "sources" else "sources\n")[1]
+        .split("\n\n")[0]
+        .splitlines()
+    )
     return [re.split(r"  +", line.strip()) for line in lines]
 
 
 def test_everything_odd_is_counted_and_named(odd, told):
     code, report, _ = told("--data.captions.trigger=sks", "--export.trigger_words=sks", images=odd)
     assert code == 0
-    assert table(report, "sources")[1] == [str(odd), "images", "training", "7", "0", "7", "1 to 3", "1", "9"]
+    assert table(report, "sources")[1] == [
+        str(odd),
+        "images",
+        "training",
+        "7",
+        "0",
+        "7",
+        "1 to 3",
+        "1",
+        "9",
+    ]
     assert fact(report, "in all") == ["7"]
     assert fact(report, "smaller than their bucket")[1:] == ["small.png  32x40, x 2.00"]
     assert fact(report, "the same file more than once") == ["1 group", "a.png = again.png"]
@@ -136,23 +157,40 @@ def test_several_sources_from_a_recipe(odd, tmp_path, told):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"images": str(odd), "validation_images": str(TWEMOJI / "validation"),
         "prior_weight": 0.5, "caption_trigger": "sks", "caption_shuffle": True, "caption_dropout": 0.1,
-        "sources": [{"path": str(tmp_path / "class"), "regularisation": True, "repeats": 2}]}}))  # fmt: skip
+        "sources": [{"path": str(tmp_path / "class"), "regularization": True, "repeats": 2}]}}))  # fmt: skip
     code, report, _ = told(recipe=[str(recipe)])
     assert code == 0
     rows = table(report, "sources")
     held_out = len(list((TWEMOJI / "validation").glob("*.png")))
-    assert rows[2] == [str(tmp_path / "class"), "images", "regularisation", "2", "0", "2", "2", "0.5", "4"]
+    assert rows[2] == [
+        str(tmp_path / "class"),
+        "images",
+        "regularization",
+        "2",
+        "0",
+        "2",
+        "2",
+        "0.5",
+        "4",
+    ]
     assert rows[3][2:5] == ["validation", str(held_out), str(held_out)]
     assert rows[4] == ["all", str(9 + held_out), str(held_out), str(9 + held_out), "13"]
     assert fact(report, "the same file more than once")[1:] == [
         f"{odd}/a.png = {odd}/again.png", f"{odd}/b.png = {tmp_path}/class/y.png"
     ]  # fmt: skip
     assert f"{held_out} of {9 + held_out} images: those of {TWEMOJI / 'validation'}" in report
-    assert len(fact(report, "without 'sks'")) == 4, "neither regularisation nor validation is asked for it"
+    assert len(fact(report, "without 'sks'")) == 4, (
+        "neither regularization nor validation is asked for it"
+    )
 
 
 def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
-    options = ["--data.random_flip", "--data.vae_sampling=sample", "--data.masks=alpha", "--data.captions.dropout=0.2"]
+    options = [
+        "--data.random_flip",
+        "--data.vae_sampling=sample",
+        "--data.masks=alpha",
+        "--data.captions.dropout=0.2",
+    ]
     _, before, _ = told(*options, images=odd)
     data = data_config(path=str(odd), cache_dir=str(tmp_path / "cache"), resolution=64, random_flip=True,
                       vae_sampling="sample", masks="alpha", caption_dropout=0.2)  # fmt: skip
@@ -163,7 +201,9 @@ def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
     texts = [text.row(int(place)) for place in text.places]
     sizes = [sum(t.nbytes for row in rows for t in row.values()) for rows in (latents, texts)]
     made = {row[0]: row[1:] for row in table(before, "encoding") if len(row) == 5}
-    assert made["latents, with mirrored ones"] == ["12", "0", "12", data_size(sizes[0])], "two images are alike"
+    assert made["latents, with mirrored ones"] == ["12", "0", "12", data_size(sizes[0])], (
+        "two images are alike"
+    )
     assert made["conditionings"] == [str(len(texts)), "0", str(len(texts)), data_size(sizes[1])]
     _, after, _ = told(*options, images=odd)
     stored = {row[0]: row[1:] for row in table(after, "encoding") if len(row) == 5}
@@ -199,7 +239,9 @@ def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
     code, _, err = told(f"--sheets={odd / 'sheets'}", images=odd)
     assert (code, "would be training images" in err) == (2, True)
     (tmp_path / "file").write_text("")
-    code, _, err = told(f"--sheets={tmp_path / 'file'}", f"--output_dir={tmp_path / 'file'}", images=tmp_path / "no")
+    code, _, err = told(
+        f"--sheets={tmp_path / 'file'}", f"--output_dir={tmp_path / 'file'}", images=tmp_path / "no"
+    )
     assert code == 2
     assert "2 errors" in err
     assert "exists and is not a folder" in err
@@ -211,14 +253,21 @@ def test_sheets_show_the_crops_with_captions(odd, told, tmp_path, monkeypatch):
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", images=odd)
     assert code == 0
     files = sorted((tmp_path / "sheets").iterdir())
-    assert [f"wrote {file}" for file in files] == sorted(line for line in out.splitlines() if line.startswith("wrote"))
+    assert [f"wrote {file}" for file in files] == sorted(
+        line for line in out.splitlines() if line.startswith("wrote")
+    )
     assert [file.name for file in files] == ["bucket_64x64.png", "bucket_96x32.png"]
     sheet = np.asarray(Image.open(files[1]), np.float32)
     crop = Crop(160, 64, 96, 38, 0, 3, 96, 32)
-    seen = (pixels((odd / "3_wide" / "wide.png").read_bytes(), crop, "white").permute(1, 2, 0).numpy() + 1) * 127.5
+    seen = (
+        pixels((odd / "3_wide" / "wide.png").read_bytes(), crop, "white").permute(1, 2, 0).numpy()
+        + 1
+    ) * 127.5
     left = (sheet.shape[1] - 96) // 2
     tiles = [sheet[30:62, x : x + 96] for x in range(left - 40, left + 40)]
-    assert min(np.abs(tile - seen).max() for tile in tiles if tile.shape == seen.shape) <= 0.5, "as training sees it"
+    assert min(np.abs(tile - seen).max() for tile in tiles if tile.shape == seen.shape) <= 0.5, (
+        "as training sees it"
+    )
     assert (sheet[64:] < 50).all(-1).any(), "and text"
     written = {path for path in tmp_path.rglob("*") if path.is_file()} - before.keys()
     assert all(path.is_relative_to(tmp_path / "cache") or path in files for path in written)
@@ -233,7 +282,10 @@ def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path
     words = [f"--sheets={tmp_path / 'sheets'}", "--decode"]
     code, out, _ = told(*words, images=images)
     assert code == 1
-    assert "bucket_64x64.png not drawn: nothing is encoded yet. For all, run the training with these options" in out
+    assert (
+        "bucket_64x64.png not drawn: nothing is encoded yet. For all, run the training with these options"
+        in out
+    )
     assert not (tmp_path / "sheets").exists()
     reset_accelerate()
     data = data_config(path=str(images), cache_dir=str(tmp_path / "cache"), resolution=64)
@@ -258,7 +310,9 @@ def test_data_of_comfyui_need_decode(told, tmp_path):
     items = [{"samples": torch.randn(1, 4, 32, 32)} for _ in range(2)]
     conds = [[[torch.randn(1, 24, 96), {"pooled_output": None}]]] * 2
     torch.save({"latents": items, "conditioning": conds}, folder / "shard_0000.pkl")
-    (folder / "metadata.json").write_text(json.dumps({"num_samples": 2, "num_shards": 1, "shard_size": 1000}))
+    (folder / "metadata.json").write_text(
+        json.dumps({"num_samples": 2, "num_shards": 1, "shard_size": 1000})
+    )
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", images=folder)
     assert code == 1
     assert "none: what was encoded elsewhere keeps no captions" in out
@@ -271,7 +325,9 @@ def test_data_of_comfyui_need_decode(told, tmp_path):
 def test_data_that_are_encoded_already(told, images, tmp_path):
     data = data_config(path=str(images), cache_dir=str(tmp_path / "elsewhere"), resolution=64)
     reset_accelerate()
-    with Build.opened(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True)) as build:
+    with Build.opened(
+        data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True)
+    ) as build:
         write_dataset(build, build.run(False), tmp_path / "encoded", "encoded")
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", "--decode", images=tmp_path / "encoded")
     assert code == 0
@@ -291,7 +347,9 @@ def test_sheets_of_a_streamed_dataset(told, tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "set" / "0.parquet")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"data": {"sources": [{"path": str(tmp_path / "set"), "streaming": True}]}}))
+    recipe.write_text(
+        yaml.safe_dump({"data": {"sources": [{"path": str(tmp_path / "set"), "streaming": True}]}})
+    )
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", recipe=[str(recipe)])
     assert code == 0
     assert table(out, "sources")[1][1:4] == ["dataset", "training", "5"]
@@ -327,7 +385,11 @@ def test_the_page_shows_commands_that_run(tmp_path, run_here, capsys, monkeypatc
         words = shlex.split(command)
         assert words[:3] == ["python", "train_lora.py", "data"]
         assert run_here(words[2:]) == 0
-        there = [line for line in capsys.readouterr().out.replace(f"{PROJECT}/", "").splitlines() if "free" not in line]
+        there = [
+            line
+            for line in capsys.readouterr().out.replace(f"{PROJECT}/", "").splitlines()
+            if "free" not in line
+        ]
         here = [line for line in shown.splitlines() if "free" not in line]
         assert [line.split() for line in there] == [line.split() for line in here]
     assert (tmp_path / "output" / "sheets" / "bucket_64x64.png").is_file()

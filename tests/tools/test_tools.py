@@ -56,7 +56,10 @@ def test_inspect_without_a_model_has_the_norms_that_need_none(case, tmp_path, ca
 
 
 def test_inspect_names_the_keys_that_fit_nothing(tmp_path, capsys):
-    content = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2), "junk": torch.ones(1)}
+    content = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2),
+        "junk": torch.ones(1),
+    }
     path, _ = of_case(tmp_path, "LoRA")
     save_file({**load_file(path), **content}, path)
     assert run("inspect", path, "--model", BASE) == 1
@@ -110,23 +113,53 @@ def test_convert_keeps_mixed_ranks_and_alphas_norms_and_biases(tmp_path):
 def test_convert_lora_exact_is_exact(case, tmp_path):
     path, adapted = of_case(tmp_path, case)
     out = tmp_path / "out.safetensors"
-    assert run("convert", path, out, "--format", "diffusers", "--convert", "lora-exact", "--model", BASE) == 0
+    assert (
+        run(
+            "convert",
+            path,
+            out,
+            "--format",
+            "diffusers",
+            "--convert",
+            "lora-exact",
+            "--model",
+            BASE,
+        )
+        == 0
+    )
     assert_same_updates(out, adapted)
 
 
 def test_convert_full_and_lora_svd(tmp_path, capsys):
     path, adapted = of_case(tmp_path, "OFT")
     full, svd = tmp_path / "full.safetensors", tmp_path / "svd.safetensors"
-    assert run("convert", path, full, "--format", "kohya", "--convert", "full", "--model", BASE) == 0
+    assert (
+        run("convert", path, full, "--format", "kohya", "--convert", "full", "--model", BASE) == 0
+    )
     assert_same_updates(full, adapted)
     capsys.readouterr()
-    command = ("convert", path, svd, "--format", "kohya", "--convert", "lora-svd", "--rank", 8, "--model", BASE)
+    command = (
+        "convert",
+        path,
+        svd,
+        "--format",
+        "kohya",
+        "--convert",
+        "lora-svd",
+        "--rank",
+        8,
+        "--model",
+        BASE,
+    )
     assert run(*command) == 0
     there, here = deltas(svd), dict(adapted.deltas())
     error = sum(float((there[n] - here[n]).square().sum()) for n in here) ** 0.5
     whole = sum(float(here[n].square().sum()) for n in here) ** 0.5
     assert re.search(rf"all .* {error / whole:.2%}$", capsys.readouterr().out, re.M)
-    best = sum(float(torch.linalg.svdvals(d.flatten(1))[8:].square().sum()) for d in here.values()) ** 0.5
+    best = (
+        sum(float(torch.linalg.svdvals(d.flatten(1))[8:].square().sum()) for d in here.values())
+        ** 0.5
+    )
     assert error == pytest.approx(best, rel=1e-4)
 
 
@@ -151,7 +184,10 @@ def test_merge_equals_attach_and_merge(shards, tmp_path, capsys):
     source, out = base_folder(tmp_path / "base", shards), tmp_path / "out"
     lora, first = of_case(tmp_path, "LoRA with biases")
     oft, second = of_case(tmp_path, "OFT")
-    assert run("merge", source, out, "--lora", f"{lora}:0.5", "--lora", f"{oft}:-2", "--overwrite") == 0
+    assert (
+        run("merge", source, out, "--lora", f"{lora}:0.5", "--lora", f"{oft}:-2", "--overwrite")
+        == 0
+    )
     assert "each dW being made of the original W" in capsys.readouterr().out
     there, before = unet_weights(out), unet_weights(source)
     moved = dict(first.deltas()), dict(second.deltas())
@@ -164,7 +200,9 @@ def test_merge_equals_attach_and_merge(shards, tmp_path, capsys):
         assert (there[name] - weight).abs().max() < 1e-6, name
     files = {p.relative_to(source) for p in source.rglob("*")}
     assert files == {p.relative_to(out) for p in out.rglob("*")}
-    pipeline = StableDiffusionPipeline.from_pretrained(out, safety_checker=None, feature_extractor=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        out, safety_checker=None, feature_extractor=None
+    )
     assert torch.equal(pipeline.unet.state_dict()["conv_in.weight"], there["conv_in.weight"])
 
 
@@ -179,12 +217,17 @@ def test_merge_of_strength_one_is_the_trainers_own(fp32_model, tmp_path):
 
 
 def test_merge_into_a_single_file_leaves_all_else_as_it_is(tmp_path):
-    source, out = base_file(tmp_path / "base.safetensors", torch.float16), tmp_path / "out.safetensors"
+    source, out = (
+        base_file(tmp_path / "base.safetensors", torch.float16),
+        tmp_path / "out.safetensors",
+    )
     path, adapted = of_case(tmp_path, "LoRA")
     assert run("merge", source, out, "--lora", path, "--config", BASE) == 0
     before, there = load_file(source), load_file(out)
     native = names().native
-    changed = {f"model.diffusion_model.{native[name]}.weight": delta for name, delta in adapted.deltas()}
+    changed = {
+        f"model.diffusion_model.{native[name]}.weight": delta for name, delta in adapted.deltas()
+    }
     assert list(before) == list(there)
     for key, tensor in before.items():
         wanted = (tensor.float() + changed[key]).half() if key in changed else tensor

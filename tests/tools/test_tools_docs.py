@@ -36,4 +36,8 @@ def test_the_commands_run_and_print_tables_of_that_kind(tmp_path, monkeypatch, c
             table = shown[shown.index("block ") :].splitlines()
             assert table[0].split() in [line.split() for line in lines], command
             assert {line.split()[0] for line in table} <= {line.split()[0] for line in lines}
-    assert {path.name for path in (tmp_path / "output").iterdir()} >= {"merged", "small.safetensors", "lora.peft"}
+    assert {path.name for path in (tmp_path / "output").iterdir()} >= {
+        "merged",
+        "small.safetensors",
+        "lora.peft",
+    }

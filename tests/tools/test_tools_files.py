@@ -20,7 +20,9 @@ from tools.options import OPTIONS
 @pytest.mark.parametrize("single", [False, True])
 def test_a_model_is_seen_without_its_weights(single, tmp_path):
     config = (
-        ModelConfig(str(base_file(tmp_path / "a.safetensors")), config=str(BASE)) if single else ModelConfig(str(BASE))
+        ModelConfig(str(base_file(tmp_path / "a.safetensors")), config=str(BASE))
+        if single
+        else ModelConfig(str(BASE))
     )
     model = Model(config)
     assert {p.device.type for p in model.skeleton.parameters()} == {"meta"}
@@ -64,7 +66,10 @@ def damaged(kind: str, good: Path) -> Path:
             tensors[key] = torch.ones(7, 4)
         if kind == "foreign":
             tensors = {
-                f"transformer.single_transformer_blocks.{i}.attn.to_q.lora_A.weight": torch.ones(4, 8) for i in (1, 2)
+                f"transformer.single_transformer_blocks.{i}.attn.to_q.lora_A.weight": torch.ones(
+                    4, 8
+                )
+                for i in (1, 2)
             }
         save_file(tensors, path)
     return path
@@ -112,7 +117,9 @@ def test_a_model_without_all_its_weights_is_refused(lora_file, tmp_path, capsys)
     tensors = load_file(path)
     del tensors["model.diffusion_model.out.2.weight"]
     save_file(tensors, path)
-    assert run("merge", path, tmp_path / "out.safetensors", "--lora", lora_file, "--config", BASE) == 2
+    assert (
+        run("merge", path, tmp_path / "out.safetensors", "--lora", lora_file, "--config", BASE) == 2
+    )
     assert "model.diffusion_model.out.2.weight: missing" in capsys.readouterr().err
 
 
@@ -136,10 +143,26 @@ def test_nothing_that_exists_is_overwritten_unasked(lora_file, tmp_path, capsys)
 
 
 def test_all_faults_are_said_at_once(tmp_path, capsys):
-    words = ["--format", "kohya", "--model", "no/such/model", "--convert", "lora-svd", "--drop", "("]
+    words = [
+        "--format",
+        "kohya",
+        "--model",
+        "no/such/model",
+        "--convert",
+        "lora-svd",
+        "--drop",
+        "(",
+    ]
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.txt", *words) == 2
     said = capsys.readouterr().err
-    for fault in ("convert: 5 errors", "a.safetensors: does not exist", "no/such/model", "--rank", "--drop (", "b.txt"):
+    for fault in (
+        "convert: 5 errors",
+        "a.safetensors: does not exist",
+        "no/such/model",
+        "--rank",
+        "--drop (",
+        "b.txt",
+    ):
         assert fault in said
     assert run("merge", BASE, tmp_path / "out", "--lora", "nowhere.safetensors:much") == 2
     assert run("resize", tmp_path, tmp_path / "b.safetensors", "--rank", 0, "--energy", 2) == 2
@@ -149,7 +172,10 @@ def test_all_faults_are_said_at_once(tmp_path, capsys):
 def test_what_a_format_cannot_hold_is_said(tmp_path, capsys):
     path, _ = of_case(tmp_path, "OFT")
     before = sorted(tmp_path.iterdir())
-    assert run("convert", path, tmp_path / "out.safetensors", "--format", "diffusers", "--model", BASE) == 2
+    assert (
+        run("convert", path, tmp_path / "out.safetensors", "--format", "diffusers", "--model", BASE)
+        == 2
+    )
     assert run("resize", path, tmp_path / "out.safetensors", "--rank", 4) == 2
     said = capsys.readouterr().err
     assert "OFT needs --model" in said
@@ -162,10 +188,24 @@ def test_too_large_for_fp16_is_said_not_written(tmp_path, capsys):
     stem = "lora_unet_conv_in"
     shape = on_layers("LoRA", ["conv_in"]).layers()["conv_in"].base_layer.weight.shape
     down = torch.full((1, *shape[1:]), 1e5)
-    save_file({f"{stem}.lora_up.weight": torch.ones(shape[0], 1, 1, 1), f"{stem}.lora_down.weight": down}, path)
+    save_file(
+        {f"{stem}.lora_up.weight": torch.ones(shape[0], 1, 1, 1), f"{stem}.lora_down.weight": down},
+        path,
+    )
     assert run("resize", path, tmp_path / "out.safetensors", "--rank", 1, "--dtype", "fp16") == 0
     assert (
-        run("convert", path, tmp_path / "b.safetensors", "--format", "kohya", "--dtype", "fp16", "--model", BASE) == 1
+        run(
+            "convert",
+            path,
+            tmp_path / "b.safetensors",
+            "--format",
+            "kohya",
+            "--dtype",
+            "fp16",
+            "--model",
+            BASE,
+        )
+        == 1
     )
     assert run("merge", BASE, tmp_path / "merged", "--lora", path) == 1
     assert capsys.readouterr().err.count("too large for") == 2
@@ -198,7 +238,10 @@ def test_a_full_disk_leaves_nothing_behind(name, place, lora_file, tmp_path, cap
 
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(place, full)
-    assert run(*command(name, lora_file, tmp_path / ("out" if name == "merge" else "out.safetensors"))) == 1
+    assert (
+        run(*command(name, lora_file, tmp_path / ("out" if name == "merge" else "out.safetensors")))
+        == 1
+    )
     assert "No space left" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
@@ -206,7 +249,9 @@ def test_a_full_disk_leaves_nothing_behind(name, place, lora_file, tmp_path, cap
 def test_messages_name_the_flags_of_the_tools(lora_file, tmp_path, capsys):
     model = base_file(tmp_path / "base.safetensors")
     assert run("merge", model, tmp_path / "out.safetensors", "--lora", lora_file) == 2
-    assert re.search(r"^(?!.*--model\.).* as --config$", capsys.readouterr().err.replace("\n", " ").strip())
+    assert re.search(
+        r"^(?!.*--model\.).* as --config$", capsys.readouterr().err.replace("\n", " ").strip()
+    )
 
 
 @pytest.mark.parametrize("name", OPTIONS)

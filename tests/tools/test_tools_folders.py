@@ -75,7 +75,11 @@ def with_weights(source: Path, change) -> Path:
 
 
 def files(folder: Path) -> set[Path]:
-    return {Path(at, name).relative_to(folder) for at, _, there in os.walk(folder, followlinks=True) for name in there}
+    return {
+        Path(at, name).relative_to(folder)
+        for at, _, there in os.walk(folder, followlinks=True)
+        for name in there
+    }
 
 
 @pytest.mark.parametrize("parts", [["vae"], ["unet", "text_encoder"]])
@@ -88,7 +92,9 @@ def test_parts_of_a_model_that_are_links_are_merged_and_copied(parts, source, lo
     assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 0
     assert files(tmp_path / "out") == files(BASE)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
-    StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None, feature_extractor=None)
+    StableDiffusionPipeline.from_pretrained(
+        tmp_path / "out", safety_checker=None, feature_extractor=None
+    )
 
 
 def test_links_to_each_other_have_an_end(source, lora_file, tmp_path):
@@ -149,7 +155,9 @@ def test_out_may_be_a_link_or_the_folder_one_is_in(source, lora_file, tmp_path, 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_merge_into_fp8(dtype, source, lora_file, tmp_path, capsys):
-    with_weights(source, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
+    with_weights(
+        source, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()}
+    )
     assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 0
     assert {tensor.dtype for tensor in unet_weights(tmp_path / "out").values()} == {dtype}
     assert run("merge", source, tmp_path / "more", "--lora", f"{lora_file}:1e8") == 1
@@ -159,15 +167,25 @@ def test_merge_into_fp8(dtype, source, lora_file, tmp_path, capsys):
 def test_merge_says_what_is_not_finite(source, lora_file, tmp_path, capsys):
     assert run("merge", source, tmp_path / "out", "--lora", f"{lora_file}:1e39") == 1
     assert "what the adapters add to it is not finite" in capsys.readouterr().err
-    with_weights(source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan})
+    with_weights(
+        source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan}
+    )
     assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 2
-    assert "conv_in.weight: not finite (NaN or infinite values) in the model" in capsys.readouterr().err
+    assert (
+        "conv_in.weight: not finite (NaN or infinite values) in the model"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("case", ["DoRA", "OFT", "GLoRA"])
 def test_an_update_of_a_model_that_is_not_finite_is_named(case, source, tmp_path, capsys):
-    path, fault = of_case(tmp_path, case)[0], "conv_in: the model's weight is not finite (NaN or infinite values)"
-    with_weights(source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan})
+    path, fault = (
+        of_case(tmp_path, case)[0],
+        "conv_in: the model's weight is not finite (NaN or infinite values)",
+    )
+    with_weights(
+        source, lambda weights: {**weights, "conv_in.weight": weights["conv_in.weight"] * torch.nan}
+    )
     assert run("inspect", path, "--model", source) == 1
     said = capsys.readouterr().out
     assert fault in said
@@ -189,7 +207,12 @@ def test_a_bias_that_does_not_fit_is_named(case, lora_file, tmp_path, capsys):
     layer, size, fault = BIASES[case]
     save_file({**load_file(lora_file), f"lora_unet_{layer}.diff_b": torch.ones(size)}, lora_file)
     assert run("merge", BASE, tmp_path / "out", "--lora", lora_file) == 2
-    assert run("convert", lora_file, tmp_path / "out.safetensors", "--format", "kohya", "--model", BASE) == 2
+    assert (
+        run(
+            "convert", lora_file, tmp_path / "out.safetensors", "--format", "kohya", "--model", BASE
+        )
+        == 2
+    )
     assert capsys.readouterr().err.count(fault) == 2
     assert run("inspect", lora_file, "--model", BASE) == 1
     assert fault in capsys.readouterr().out

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
-from helpers.adapter_cases import SPECS, randomised
+from helpers.adapter_cases import SPECS, randomized
 from helpers.tool_cases import relative_error, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -96,14 +96,24 @@ def native_state(model: nn.Module) -> dict[str, Tensor]:
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for layer, native in transformers.renamed(model, transformers.FLUX).items():
         for kind, tensor in model.get_submodule(layer).named_parameters():
-            tensor = torch.cat(tensor.detach().chunk(2)[::-1]) if native.swapped else tensor.detach()
+            tensor = (
+                torch.cat(tensor.detach().chunk(2)[::-1]) if native.swapped else tensor.detach()
+            )
             kind = "scale" if native.name.endswith("_norm") else kind
-            parts.setdefault(f"{PREFIX}{native.name}.{kind}", []).append((native.rows[0] if native.rows else 0, tensor))
-    return {key: torch.cat([t for _, t in sorted(found, key=lambda part: part[0])]) for key, found in parts.items()}
+            parts.setdefault(f"{PREFIX}{native.name}.{kind}", []).append(
+                (native.rows[0] if native.rows else 0, tensor)
+            )
+    return {
+        key: torch.cat([t for _, t in sorted(found, key=lambda part: part[0])])
+        for key, found in parts.items()
+    }
 
 
 def model_file(path: Path, model: nn.Module, dtype: torch.dtype = torch.float32) -> Path:
-    save_file({**{key: t.to(dtype) for key, t in native_state(model).items()}, "vae.x": torch.ones(3)}, path)
+    save_file(
+        {**{key: t.to(dtype) for key, t in native_state(model).items()}, "vae.x": torch.ones(3)},
+        path,
+    )
     return path
 
 
@@ -112,7 +122,7 @@ def spelt(path: Path) -> files.Names:
 
 
 def trained(specs: dict[str, LayerSpec]) -> AdaptedModel:
-    return randomised(attach(denoiser(), specs, seed=0), 0.1)
+    return randomized(attach(denoiser(), specs, seed=0), 0.1)
 
 
 def everywhere(algorithm: str) -> AdaptedModel:
@@ -146,7 +156,10 @@ def assert_same(there: AdaptedModel, here: AdaptedModel) -> None:
 @pytest.mark.parametrize("algorithm", SPECS)
 def test_merge_writes_into_the_parts(algorithm, file_format, tmp_path):
     base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere(algorithm)
-    lora, out = saved(tmp_path / "lora.safetensors", adapted, base, file_format), tmp_path / "out.safetensors"
+    lora, out = (
+        saved(tmp_path / "lora.safetensors", adapted, base, file_format),
+        tmp_path / "out.safetensors",
+    )
     assert run("merge", base, out, "--lora", lora) == 0
     expected = denoiser()
     adapted.merge_into(expected)
@@ -162,7 +175,10 @@ def test_merge_writes_into_the_parts(algorithm, file_format, tmp_path):
 
 def test_merge_rounds_only_what_it_changes(tmp_path):
     base = model_file(tmp_path / "base.safetensors", denoiser(), torch.bfloat16)
-    lora, out = saved(tmp_path / "lora.safetensors", everywhere("LoRA"), base), tmp_path / "out.safetensors"
+    lora, out = (
+        saved(tmp_path / "lora.safetensors", everywhere("LoRA"), base),
+        tmp_path / "out.safetensors",
+    )
     assert run("merge", base, out, "--lora", lora) == 0
     merged, plain = load_file(out), load_file(base)
     qkv = f"{PREFIX}double_blocks.0.img_attn.qkv.weight"
@@ -206,7 +222,10 @@ def test_extract_finds_the_parts(algorithm, tmp_path):
 
 def test_resize_keeps_the_parts(tmp_path):
     base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere("LoRA")
-    lora, out = saved(tmp_path / "lora.safetensors", adapted, base, "kohya"), tmp_path / "out.safetensors"
+    lora, out = (
+        saved(tmp_path / "lora.safetensors", adapted, base, "kohya"),
+        tmp_path / "out.safetensors",
+    )
     assert run("resize", lora, out, "--rank", 2, "--model", base) == 0
     assert_same(reread(out, base), adapted)
 

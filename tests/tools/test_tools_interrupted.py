@@ -21,7 +21,9 @@ def handler():
         raise AssertionError("SIGTERM was not caught")
 
     before = signal.signal(signal.SIGTERM, failing)
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    interrupt = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it
     yield failing
     signal.signal(signal.SIGTERM, before)
     signal.signal(signal.SIGINT, interrupt)
@@ -53,12 +55,17 @@ def test_a_signal_leaves_nothing_behind(when, number, lora_file, handler, tmp_pa
 def test_what_a_killed_run_left_is_removed_and_nothing_else(lora_file, tmp_path):
     out = tmp_path / "out.safetensors"
     stale = [tmp_path / f".out.safetensors.{pid}.spool" for pid in (ENDED.pid, os.getpid())]
-    others = [tmp_path / name for name in (".out.safetensors.1.spool", f".other.{ENDED.pid}.spool", ".out.partial")]
+    others = [
+        tmp_path / name
+        for name in (".out.safetensors.1.spool", f".other.{ENDED.pid}.spool", ".out.partial")
+    ]
     for folder in (*stale, *others):
         folder.mkdir()
         (folder / "0.safetensors").write_bytes(b"x")
     assert run(*commands(lora_file, out)["resize"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (lora_file, out, *others)}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (lora_file, out, *others)
+    }
 
 
 STOPPED = """

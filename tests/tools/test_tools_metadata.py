@@ -23,7 +23,9 @@ def network_of(case: str) -> tuple[str, dict]:
     return "networks.lora" if algorithm in ("LoRA", "DoRA") else "lycoris.kohya", args
 
 
-@pytest.mark.parametrize("case", ["LoRA", "DoRA", "LoHa", "LoKr full", "OFT constraint", "BOFT", "GLoRA", "Full"])
+@pytest.mark.parametrize(
+    "case", ["LoRA", "DoRA", "LoHa", "LoKr full", "OFT constraint", "BOFT", "GLoRA", "Full"]
+)
 def test_convert_names_the_algorithm(case, tmp_path):
     path, adapted = of_case(tmp_path, case)
     save_file(load_file(path), path, {**metadata_of(path), **STALE})
@@ -34,17 +36,28 @@ def test_convert_names_the_algorithm(case, tmp_path):
     assert there["ss_network_dim"] != "99"
     assert there["note"] == "kept"
     assert "modelspec.hash_sha256" not in there
-    assert_same_updates(out, adapted, 2e-5)  # read with this metadata, of which a rotation's alpha depends
+    assert_same_updates(
+        out, adapted, 2e-5
+    )  # read with this metadata, of which a rotation's alpha depends
 
 
 @pytest.mark.parametrize("case", ["LoHa", "OFT constraint"])
 def test_resize_and_extract_name_theirs(case, tmp_path):
     path, _ = of_case(tmp_path, case)
-    lora, lokr, merged = tmp_path / "lora.safetensors", tmp_path / "lokr.safetensors", tmp_path / "merged"
+    lora, lokr, merged = (
+        tmp_path / "lora.safetensors",
+        tmp_path / "lokr.safetensors",
+        tmp_path / "merged",
+    )
     assert run("resize", path, lora, "--rank", 3, "--model", BASE) == 0
     assert run("merge", BASE, merged, "--lora", path) == 0
-    assert run("extract", BASE, merged, lokr, "--algorithm", "LoKr", "--factor", 4, "--rank", 2) == 0
-    assert (metadata_of(lora)["ss_network_module"], metadata_of(lora)["ss_network_args"]) == ("networks.lora", "{}")
+    assert (
+        run("extract", BASE, merged, lokr, "--algorithm", "LoKr", "--factor", 4, "--rank", 2) == 0
+    )
+    assert (metadata_of(lora)["ss_network_module"], metadata_of(lora)["ss_network_args"]) == (
+        "networks.lora",
+        "{}",
+    )
     assert (metadata_of(lokr)["ss_network_module"], metadata_of(lokr)["ss_network_args"]) == (
         "lycoris.kohya",
         '{"algo": "lokr"}',

@@ -40,7 +40,9 @@ def test_resize_of_a_lora_needs_no_model(file_format, tmp_path, capsys):
     there, here = deltas(out), dict(adapted.deltas())
     for name, delta in here.items():
         values = torch.linalg.svdvals(delta.flatten(1))
-        assert relative_error(there[name], delta) == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-3)
+        assert relative_error(there[name], delta) == pytest.approx(
+            float(values[2:].norm() / values.norm()), rel=1e-3
+        )
     again = tmp_path / ("again" if file_format == "peft" else "again.safetensors")
     assert run("resize", path, again, "--rank", 2, "--model", BASE) == 0
     other = deltas(again)
@@ -66,7 +68,9 @@ def test_extract_gives_back_what_was_merged(fp32_model, tmp_path):
     path = adapter_file(tmp_path / "a.safetensors", adapted)
     assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
     out = tmp_path / "out.safetensors"
-    assert run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "LoRA", "--rank", 4) == 0
+    assert (
+        run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "LoRA", "--rank", 4) == 0
+    )
     assert_same_updates(out, adapted, 1e-5)
     assert "ss_base_model_version" in metadata_of(out)
 
@@ -116,9 +120,13 @@ def test_extract_of_any_difference_is_the_nearest_kronecker_product(fp32_model, 
     there = deltas(out)
     for name, delta in adapted.deltas():
         (a, c), (o, i) = layers[name]["lokr_w1"].shape, delta.shape[:2]
-        blocks = torch.stack([part.flatten() for row in delta.split(o // a) for part in row.split(i // c, dim=1)])
+        blocks = torch.stack(
+            [part.flatten() for row in delta.split(o // a) for part in row.split(i // c, dim=1)]
+        )
         values = torch.linalg.svdvals(blocks.double())
-        assert relative_error(there[name], delta) == pytest.approx(float(values[1:].norm() / values.norm()), rel=1e-3)
+        assert relative_error(there[name], delta) == pytest.approx(
+            float(values[1:].norm() / values.norm()), rel=1e-3
+        )
 
 
 def test_a_resized_adapter_says_its_new_rank(tmp_path):

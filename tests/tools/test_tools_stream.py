@@ -29,7 +29,12 @@ MB = 1 << 20
 
 def every_dtype() -> dict[str, torch.Tensor]:
     tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
-    return {**tensors, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), '\u00e9 "name"': torch.ones(5)}
+    return {
+        **tensors,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        '\u00e9 "name"': torch.ones(5),
+    }
 
 
 @pytest.mark.parametrize("metadata", [{}, {"b": 'x\n"\u00e9' * 99}])
@@ -41,7 +46,9 @@ def test_the_writer_writes_what_safetensors_writes(metadata, tmp_path):
     store = TensorStore([tmp_path / "a"])
     assert store.infos == infos
     for name, tensor in tensors.items():
-        assert torch.equal(store.get(name).view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+        assert torch.equal(
+            store.get(name).view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)
+        )
 
 
 @pytest.mark.parametrize("size", [1, 300_000])
@@ -89,20 +96,35 @@ print("PEAK", peak_memory() - before, small, code)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_merging_takes_the_memory_of_a_tensor_not_of_the_model(tmp_path):
-    small, large = base_file(tmp_path / "small.safetensors", torch.float16), tmp_path / "large.safetensors"
+    small, large = (
+        base_file(tmp_path / "small.safetensors", torch.float16),
+        tmp_path / "large.safetensors",
+    )
     more = {f"first_stage_model.more.{i}": torch.full((MB // 4,), float(i)) for i in range(100)}
     save_file({**load_file(small), **more}, large)
     del more
     lora, _ = of_case(tmp_path, "LoRA")
-    words = {"small": small, "large": large, "lora": lora, "base": BASE, "out": tmp_path / "out", "project": PROJECT}
+    words = {
+        "small": small,
+        "large": large,
+        "lora": lora,
+        "base": BASE,
+        "out": tmp_path / "out",
+        "project": PROJECT,
+    }
     code = PEAK.format(**{name: str(path) for name, path in words.items()})
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     grown, *codes = map(int, done.stdout.split("PEAK")[1].split())
     assert codes == [0, 0]
     assert grown < 30 * MB  # of 100 MB more; what is read of a mapped file is let go every 16 MB
     assert torch.equal(
-        load_file(tmp_path / "out2.safetensors")["first_stage_model.more.7"], torch.full((MB // 4,), 7.0)
+        load_file(tmp_path / "out2.safetensors")["first_stage_model.more.7"],
+        torch.full((MB // 4,), 7.0),
     )

@@ -14,7 +14,10 @@ TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 def halves(spelling: str, down: str, up: str) -> dict[str, torch.Tensor]:
     """A LoRA of rank 4 on a text encoder's layer."""
     torch.manual_seed(0)
-    return {f"{spelling}.{down}": torch.randn(4, 96) * 0.05, f"{spelling}.{up}": torch.randn(96, 4) * 0.05}
+    return {
+        f"{spelling}.{down}": torch.randn(4, 96) * 0.05,
+        f"{spelling}.{up}": torch.randn(96, 4) * 0.05,
+    }
 
 
 def test_a_file_of_diffusers_with_a_text_encoder_stays_one(tmp_path):
@@ -25,7 +28,10 @@ def test_a_file_of_diffusers_with_a_text_encoder_stays_one(tmp_path):
     before, after = load_file(path), load_file(out)
     assert before.keys() == after.keys()
     for key in (key for key in before if "lora_A" in key):
-        (a, b), (c, d) = ([x[k].flatten(1) for k in (key.replace("lora_A", "lora_B"), key)] for x in (before, after))
+        (a, b), (c, d) = (
+            [x[k].flatten(1) for k in (key.replace("lora_A", "lora_B"), key)]
+            for x in (before, after)
+        )
         assert relative_error(c @ d, a @ b) < 1e-5
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     pipeline.load_lora_weights(out)
@@ -51,7 +57,9 @@ def test_resize_keeps_kohyas_text_encoder(tmp_path):
     text = halves("lora_te_" + TEXT.replace(".", "_"), "lora_down.weight", "lora_up.weight")
     save_file({**load_file(path), **text}, path)
     assert run("resize", path, out, "--rank", 2) == 0
-    assert load_file(out).keys() == load_file(path).keys() | {"lora_te_" + TEXT.replace(".", "_") + ".alpha"}
+    assert load_file(out).keys() == load_file(path).keys() | {
+        "lora_te_" + TEXT.replace(".", "_") + ".alpha"
+    }
 
 
 PARTS = {"LoRA": "lora_down.weight", "LoHa": "hada_w1_b", "LoKr": "lokr_w2_b", "DoRA": "lora_up.weight",
@@ -72,10 +80,16 @@ def test_a_layer_without_one_of_its_tensors_is_damaged(case, tmp_path, capsys):
     assert "lora_unet_conv_in: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", [case for case in CASES if case.split()[0] in ("LoHa", "LoKr", "GLoRA", "OFT")])
+@pytest.mark.parametrize(
+    "other", [case for case in CASES if case.split()[0] in ("LoHa", "LoKr", "GLoRA", "OFT")]
+)
 def test_a_layer_of_two_algorithms_is_damaged(other, tmp_path, capsys):
     path, second = of_case(tmp_path, "LoRA")[0], of_case(tmp_path, other)[0]
-    more = {key: tensor for key, tensor in load_file(second).items() if "conv_in" in key and "alpha" not in key}
+    more = {
+        key: tensor
+        for key, tensor in load_file(second).items()
+        if "conv_in" in key and "alpha" not in key
+    }
     save_file({**load_file(path), **more}, path)
     assert run("inspect", path) == 1
     assert "does not belong there" in capsys.readouterr().out
@@ -92,7 +106,10 @@ def test_blocks_that_are_no_rotation_are_damaged(blocks, tmp_path, capsys):
 
 def test_an_update_that_is_not_finite_needs_no_model_to_be_named(tmp_path, capsys):
     path, _ = of_case(tmp_path, "LoRA")
-    tensors = {key: t * (1e30 if "conv_in" in key and "alpha" not in key else 1) for key, t in load_file(path).items()}
+    tensors = {
+        key: t * (1e30 if "conv_in" in key and "alpha" not in key else 1)
+        for key, t in load_file(path).items()
+    }
     save_file(tensors, path)
     assert run("inspect", path) == 1
     said = capsys.readouterr().out

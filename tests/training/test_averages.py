@@ -63,11 +63,16 @@ def test_average_and_trained_weights_are_both_exported(options, run_here, tmp_pa
     raw = load_file(out / "lora.raw.safetensors")
     assert_same(raw, adapter(plain))  # an average changes nothing of the training
     assert any(not tensor.equal(raw[name]) for name, tensor in adapter(out).items())
-    assert metadata(out / "lora.safetensors")["train_lora.weights"] == "EMA of decay 0.7, after step 6"
+    assert (
+        metadata(out / "lora.safetensors")["train_lora.weights"] == "EMA of decay 0.7, after step 6"
+    )
     assert metadata(out / "lora.raw.safetensors")["train_lora.weights"] == "after step 6"
     assert validation(out)[0] == validation(plain)[0]
     assert validation(out)[6] != validation(plain)[6]  # it is the average that is validated
-    assert run_here([*options, *EMA, *VALIDATED, "--ema.evaluate_with=raw", "--export.name=other"]) == 0
+    assert (
+        run_here([*options, *EMA, *VALIDATED, "--ema.evaluate_with=raw", "--export.name=other"])
+        == 0
+    )
     assert_same(load_file(out / "other.safetensors"), raw)
     assert_same(load_file(out / "other.ema.safetensors"), adapter(out))
 
@@ -78,7 +83,10 @@ def test_an_averaged_run_goes_on_bit_for_bit(options, run_here, tmp_path):
     assert run_here([*options, *EMA, "--steps=4"]) == 0
     assert run_here([*options, *EMA]) == 0
     assert_same_adapter(whole, tmp_path / "out")
-    assert_same(load_file(whole / "lora.raw.safetensors"), load_file(tmp_path / "out" / "lora.raw.safetensors"))
+    assert_same(
+        load_file(whole / "lora.raw.safetensors"),
+        load_file(tmp_path / "out" / "lora.raw.safetensors"),
+    )
 
 
 HISTORIES = {  # losses at steps 0, 2, 4, ...: patience, least improvement, the best step, whether it is over
@@ -138,7 +146,9 @@ def test_the_best_weights_are_exported(options, run_here, tmp_path, capsys, case
     assert (tmp_path / "out" / "preview.png").is_file()
 
 
-def test_the_best_weights_may_be_asked_for_later_if_they_were_kept(options, run_here, tmp_path, capsys):
+def test_the_best_weights_may_be_asked_for_later_if_they_were_kept(
+    options, run_here, tmp_path, capsys
+):
     rising = [*options, *VALIDATED, "--learning_rate=0.1", "--steps=10"]
     assert run_here(rising) == 0
     assert run_here([*rising, "--export.weights=best"]) == 2
@@ -176,15 +186,33 @@ def test_a_run_that_brings_nothing_ends_and_stays_at_its_end(options, run_here, 
     assert said in again
     assert_same(ended, adapter(out))
     assert run_here([*options, *NOTHING_BETTER, "--validation.patience=9"]) == 0
-    assert run_here([*options, *NOTHING_BETTER, "--validation.patience=9", f"--output_dir={tmp_path / 'whole'}"]) == 0
+    assert (
+        run_here(
+            [
+                *options,
+                *NOTHING_BETTER,
+                "--validation.patience=9",
+                f"--output_dir={tmp_path / 'whole'}",
+            ]
+        )
+        == 0
+    )
     assert sorted(validation(out)) == [0, 2, 4, 6, 8, 10, 12]
     assert_same_adapter(out, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
-    best = [*options, *NOTHING_BETTER, "--ema.decay=0.7", "--export.weights=best", "--distributed.rank_check_every=4"]
-    launcher = accelerate_launch("--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0")
+    best = [
+        *options,
+        *NOTHING_BETTER,
+        "--ema.decay=0.7",
+        "--export.weights=best",
+        "--distributed.rank_check_every=4",
+    ]
+    launcher = accelerate_launch(
+        "--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0"
+    )
     result = script(best, launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("stops early at step 6 of 12") == 1
@@ -194,7 +222,10 @@ def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
 
 
 NOT_THERE = {
-    "patience": ("--validation.patience=2 --validation.every=2", "--validation.patience: there are no images"),
+    "patience": (
+        "--validation.patience=2 --validation.every=2",
+        "--validation.patience: there are no images",
+    ),
     "best": (
         "--checkpoint.keep_best",
         "--checkpoint.keep_best: there are no images to validate on. Give --data.validation_",

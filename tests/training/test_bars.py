@@ -10,7 +10,13 @@ from helpers.runs import counted_run
 
 from benchmarks import loop
 
-FOR_LATER = {"diffusers.models.autoencoders", "diffusers.pipelines", "matplotlib", "tensorboard", "wandb"}
+FOR_LATER = {
+    "diffusers.models.autoencoders",
+    "diffusers.pipelines",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+}
 
 
 @pytest.mark.parametrize(
@@ -47,21 +53,31 @@ def test_what_stays_on_the_device_is_no_read():
     with device_reads() as counter:
         t = torch.ones(4, requires_grad=True)
         t.long().repeat_interleave(t.long(), output_size=4)
-        (torch.where(t > 0, t, 0)[torch.tensor([0, 1])].to(torch.device("cpu"), torch.float64).sum() / 2).backward()
+        (
+            torch.where(t > 0, t, 0)[torch.tensor([0, 1])]
+            .to(torch.device("cpu"), torch.float64)
+            .sum()
+            / 2
+        ).backward()
         torch.nn.utils.clip_grad_norm_([t], 1.0)
     assert counter.reads == []
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
-def test_a_step_reads_the_device_only_where_it_reports(options, run_here, monkeypatch, optimizer, accumulation):
+def test_a_step_reads_the_device_only_where_it_reports(
+    options, run_here, monkeypatch, optimizer, accumulation
+):
     """No read of an optimizer is left out: the fused ones have none, and RMSprop adds to its counters unread."""
     more = ["--steps=8", "--tracking.log_every=3", "--checkpoint.every=5", "--validation.every=7",
             f"--data.validation_path={TWEMOJI / 'validation'}", f"--optimizer={optimizer}",
             f"--grad_accumulation_steps={accumulation}"]  # fmt: skip
     counter = counted_run(run_here, [*options, *more], monkeypatch)
     assert [counter.of(step) for step in (1, 2, 4)] == [[], [], []]
-    assert [len(counter.of(step)) for step in (3, 6)] == [1, 1]  # all losses and norms since the last log at once
+    assert [len(counter.of(step)) for step in (3, 6)] == [
+        1,
+        1,
+    ]  # all losses and norms since the last log at once
     assert all("metrics.py" in read.where for step in (3, 6) for read in counter.of(step))
     assert all(counter.of(step) for step in (5, 7, 8))  # checkpoint, validation, the end
 
@@ -94,7 +110,9 @@ def test_the_loop_costs_little_over_a_bare_one(tmp_path, cache_dir):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_start_costs_little_over_the_imports(tmp_path, cache_dir):
-    assert_within_bar(lambda: loop.compare_starts(tmp_path, 3, [f"--data.cache_dir={cache_dir}"]), 1.5)
+    assert_within_bar(
+        lambda: loop.compare_starts(tmp_path, 3, [f"--data.cache_dir={cache_dir}"]), 1.5
+    )
 
 
 def test_the_start_imports_nothing_that_only_the_end_needs(tmp_path, cache_dir):

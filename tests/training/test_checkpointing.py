@@ -35,9 +35,18 @@ def unet() -> nn.Module:
 
 def flux() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes = {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     return FluxTransformer2DModel(
-        **sizes, in_channels=4, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8)
+        **sizes,
+        in_channels=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
     ).train()
 
 
@@ -53,7 +62,9 @@ def forward(model: nn.Module, run: nn.Module | None = None) -> torch.Tensor:
     if isinstance(model, FluxTransformer2DModel):
         given = {"encoder_hidden_states": randn(2, 5, 32), "pooled_projections": randn(2, 32)}
         ids = {"img_ids": torch.arange(48.0).view(16, 3), "txt_ids": torch.zeros(5, 3)}
-        out = run(randn(2, 16, 4), timestep=torch.tensor([0.3, 0.8]), **given, **ids, return_dict=False)
+        out = run(
+            randn(2, 16, 4), timestep=torch.tensor([0.3, 0.8]), **given, **ids, return_dict=False
+        )
     else:
         out = run(randn(2, 4, 8, 8), torch.tensor([5, 500]), randn(2, 7, 96), return_dict=False)
     return out[0].square().mean()
@@ -128,7 +139,9 @@ def attentions(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("make", [unet, flux])
-@pytest.mark.parametrize("change", [lambda m: m, with_lora, with_dropout], ids=["trained whole", "adapter", "dropout"])
+@pytest.mark.parametrize(
+    "change", [lambda m: m, with_lora, with_dropout], ids=["trained whole", "adapter", "dropout"]
+)
 def test_gradients_are_the_same_bit_for_bit(make, change):
     model = change(make())
     wanted = gradients(model)
@@ -146,7 +159,9 @@ def test_dropout_draws_anew_in_every_step():
         torch.manual_seed(77)
         state = torch.get_rng_state()
         first.backward()
-        assert torch.equal(state, torch.get_rng_state())  # the backward pass leaves the generator alone
+        assert torch.equal(
+            state, torch.get_rng_state()
+        )  # the backward pass leaves the generator alone
 
 
 @pytest.mark.parametrize("make", [unet, flux])
@@ -155,7 +170,9 @@ def test_adapters_attach_before_and_after(make):
     gradient_checkpointing.apply(before, 3)
     names = gradient_checkpointing.apply(with_lora(after), 3)
     with_lora(before)
-    assert names == [n for n, m in before.named_modules() if isinstance(m, gradient_checkpointing.Checkpointed)]
+    assert names == [
+        n for n, m in before.named_modules() if isinstance(m, gradient_checkpointing.Checkpointed)
+    ]
     assert equal(gradients(before), gradients(after))
 
 
@@ -168,9 +185,13 @@ def test_memory_falls_and_attention_outputs_cost_little():
         assert saved_bytes(model) < saved / 2
         lives[depth, policy] = live_bytes(model)
     for depth in range(1, 6):
-        assert lives[depth, FULL] < lives[depth, KEPT] < lives[depth, FULL] + 0.1 * live < 0.6 * live
+        assert (
+            lives[depth, FULL] < lives[depth, KEPT] < lives[depth, FULL] + 0.1 * live < 0.6 * live
+        )
     assert lives[1, FULL] < 0.15 * live
-    assert [lives[depth, FULL] for depth in range(1, 6)] == sorted(lives[depth, FULL] for depth in range(1, 6))
+    assert [lives[depth, FULL] for depth in range(1, 6)] == sorted(
+        lives[depth, FULL] for depth in range(1, 6)
+    )
 
 
 @pytest.mark.parametrize("make", [unet, flux])
@@ -203,17 +224,27 @@ def test_the_module_tree_stays_as_it_was(make, depth):
     assert list(plain.state_dict()) == list(model.state_dict())
     assert list(adaptable_layers(plain)) == list(adaptable_layers(model))
     pairs = list(zip(plain.named_modules(), model.named_modules(), strict=True))
-    assert all(a == b and isinstance(n, type(m)) and type(n).__name__ == type(m).__name__ for (a, m), (b, n) in pairs)
-    assert not any(a != b and b.startswith(f"{a}.") for a in names for b in names), "one inside another"
+    assert all(
+        a == b and isinstance(n, type(m)) and type(n).__name__ == type(m).__name__
+        for (a, m), (b, n) in pairs
+    )
+    assert not any(a != b and b.startswith(f"{a}.") for a in names for b in names), (
+        "one inside another"
+    )
     classes = {type(model.get_submodule(name)) for name in names}
-    assert len(classes) == len({cls.original for cls in classes})  # equal blocks still have one class
+    assert len(classes) == len(
+        {cls.original for cls in classes}
+    )  # equal blocks still have one class
     gradient_checkpointing.remove(model)
     assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
 
 
 def test_depth_counts_blocks_and_ends_at_the_deepest():
     def kinds(model: nn.Module, depth: int) -> set[str]:
-        return {type(model.get_submodule(name)).__name__ for name in gradient_checkpointing.apply(model, depth)}
+        return {
+            type(model.get_submodule(name)).__name__
+            for name in gradient_checkpointing.apply(model, depth)
+        }
 
     model = unet()
     ever = {"TimestepEmbedding"}
@@ -221,7 +252,9 @@ def test_depth_counts_blocks_and_ends_at_the_deepest():
     assert kinds(model, 1) == down_and_up | ever | {"UNetMidBlock2DCrossAttn"}
     assert kinds(model, 2) == {"ResnetBlock2D", "Transformer2DModel"} | ever
     assert kinds(model, 3) == {"ResnetBlock2D", "BasicTransformerBlock"} | ever
-    assert kinds(model, 4) == kinds(model, 5) == {"ResnetBlock2D", "Attention", "FeedForward"} | ever
+    assert (
+        kinds(model, 4) == kinds(model, 5) == {"ResnetBlock2D", "Attention", "FeedForward"} | ever
+    )
     assert {"FluxTransformerBlock", "FluxSingleTransformerBlock"} <= kinds(flux(), 1)
 
 
@@ -260,7 +293,9 @@ def test_any_inputs_and_outputs_pass():
     wanted = []
     for _ in range(2):
         x.grad = None
-        out, (total, nothing) = model["odd"]((x, None), True, extra={"y": x * 2}, scale=3.0, name="z")
+        out, (total, nothing) = model["odd"](
+            (x, None), True, extra={"y": x * 2}, scale=3.0, name="z"
+        )
         total.backward()
         assert (out["name"], out["debug"], nothing) == ("z", True, None)
         wanted.append((out["y"].detach(), x.grad))
@@ -297,7 +332,9 @@ def test_pipelines_and_saving_work(tmp_path):
     parts = {"safety_checker": None, "requires_safety_checker": False, "torch_dtype": torch.float32}
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, unet=model, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images.shape == (
+    assert pipeline(
+        "a cat", num_inference_steps=1, height=64, width=64, output_type="np"
+    ).images.shape == (
         1,
         64,
         64,

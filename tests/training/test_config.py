@@ -66,13 +66,24 @@ def test_no_arguments_mean_the_demo():
     assert load_config(NEEDED).steps == TrainConfig().steps
 
 
-@pytest.mark.parametrize("recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_recipe_loads(recipe):
     assert load_config([str(recipe), *NEEDED]).model.path == str(BASE)
 
 
 def test_the_resolved_config_reads_back(tmp_path):
-    config = load_config([*NEEDED, "--adapter.targets", "attention", "conv_in", "--export.merged_model", "--overwrite"])
+    config = load_config(
+        [
+            *NEEDED,
+            "--adapter.targets",
+            "attention",
+            "conv_in",
+            "--export.merged_model",
+            "--overwrite",
+        ]
+    )
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     again = load_config([str(file)])
@@ -83,13 +94,17 @@ def test_the_resolved_config_reads_back(tmp_path):
 @pytest.mark.parametrize("value", ["true", "True", "false"])
 def test_flags_take_a_value_too(value):
     expected = value.lower() == "true"
-    config = load_config([*NEEDED, "--export.merged_model", value, f"--gradient_checkpointing={value}"])
+    config = load_config(
+        [*NEEDED, "--export.merged_model", value, f"--gradient_checkpointing={value}"]
+    )
     assert (config.export.merged_model, config.gradient_checkpointing) == (expected, expected)
 
 
 def test_all_faults_of_a_recipe_are_listed_with_their_names(tmp_path):
     recipe = tmp_path / "bad.yaml"
-    recipe.write_text("optimzer: adam\nbatch_size: 0\nmodel: {pth: x}\noptim: {betas: [1, 2]}\nadapter: {targets: []}")
+    recipe.write_text(
+        "optimzer: adam\nbatch_size: 0\nmodel: {pth: x}\noptim: {betas: [1, 2]}\nadapter: {targets: []}"
+    )
     with pytest.raises(ConfigError) as error:
         load_config([str(recipe)])
     message = str(error.value)
@@ -116,12 +131,27 @@ BAD_COMMAND_LINES = {
     "no model": (["--data.path", "."], "--model.path: no model given"),
     "no images": (["--model.path", str(BASE)], "--data.path: no training images given"),
     "model is no model": (["--model.path", str(TWEMOJI), "--data.path", "."], "model_index.json"),
-    "model is a pickle": (["--model.path", str(PROJECT / "LICENSE"), "--data.path", "."], "only .safetensors"),
+    "model is a pickle": (
+        ["--model.path", str(PROJECT / "LICENSE"), "--data.path", "."],
+        "only .safetensors",
+    ),
     "images are no folder": ([NEEDED[0], "--data.path", "/nowhere"], "/nowhere is not a folder"),
-    "output_dir is a file": ([*NEEDED, "--output_dir", str(PROJECT / "LICENSE")], "exists and is not a folder"),
-    "a list of sources": ([*NEEDED, "--data.sources=x"], "--data.sources: a list of several options"),
-    "a list's option": ([*NEEDED, "--adapter.overrides.0.rank", "4"], "--adapter.overrides: a list of several options"),
-    "existing LoRA is no file": ([*NEEDED, "--existing_lora", "/nowhere"], "/nowhere does not exist"),
+    "output_dir is a file": (
+        [*NEEDED, "--output_dir", str(PROJECT / "LICENSE")],
+        "exists and is not a folder",
+    ),
+    "a list of sources": (
+        [*NEEDED, "--data.sources=x"],
+        "--data.sources: a list of several options",
+    ),
+    "a list's option": (
+        [*NEEDED, "--adapter.overrides.0.rank", "4"],
+        "--adapter.overrides: a list of several options",
+    ),
+    "existing LoRA is no file": (
+        [*NEEDED, "--existing_lora", "/nowhere"],
+        "/nowhere does not exist",
+    ),
 }
 
 
@@ -169,7 +199,9 @@ def test_asdict_is_what_pydantic_validates():
 
 
 def test_paths_beside_the_models_are_looked_at_before_anything_loads(options, run_here, capsys):
-    assert run_here([*options, "--model.vae=nope.safetensors", "--model.config=nowhere/at/all"]) == 2
+    assert (
+        run_here([*options, "--model.vae=nope.safetensors", "--model.config=nowhere/at/all"]) == 2
+    )
     said = capsys.readouterr().err
     assert "--model.vae: nope.safetensors does not exist" in said
     assert "--model.config: nowhere/at/all does not exist" in said

@@ -30,7 +30,9 @@ def test_one_owner_for_each_option(setting, said, options, run_here, monkeypatch
     assert said in capsys.readouterr().err
 
 
-def test_sharding_that_accelerate_does_not_do_on_cpus_is_refused(options, run_here, monkeypatch, capsys):
+def test_sharding_that_accelerate_does_not_do_on_cpus_is_refused(
+    options, run_here, monkeypatch, capsys
+):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert run_here(options) == 2
@@ -38,7 +40,9 @@ def test_sharding_that_accelerate_does_not_do_on_cpus_is_refused(options, run_he
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_text_encoders_are_not_trained_where_nobody_tried_it(engine, options, run_here, monkeypatch, capsys):
+def test_text_encoders_are_not_trained_where_nobody_tried_it(
+    engine, options, run_here, monkeypatch, capsys
+):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     assert run_here([*options, "--model.train_text_encoder"]) == 2
     assert f"{engine}, with --model.train_text_encoder" in capsys.readouterr().err

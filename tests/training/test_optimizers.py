@@ -38,7 +38,12 @@ TOLD = {
 }
 HERE = [name for name, source in OPTIMIZERS.items() if source.extra != "bitsandbytes"]
 APART = [name for name in OTHER_OPTIMIZERS if name not in HERE]
-VALIDATED = [f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.noise_levels", "0.3", "0.7"]
+VALIDATED = [
+    f"--data.validation_path={TWEMOJI / 'validation'}",
+    "--validation.noise_levels",
+    "0.3",
+    "0.7",
+]
 READS = {"Prodigy"}  # sums over all weights, one by one
 SKIPPED = ("Prodigy", "Lion", "ScheduleFreeAdamW", "ScheduleFreeSGD", "CAME", "Adafactor", "Muon")
 
@@ -52,7 +57,9 @@ def told(name: str) -> list[str]:
 
 def three_runs(options: list[str], folder: Path, name: str) -> list[list[str]]:
     """Twelve steps; five of them, validated on the way, and the other seven."""
-    straight, halves = (f"--output_dir={folder / f'{name}-{which}'}" for which in ("straight", "halves"))
+    straight, halves = (
+        f"--output_dir={folder / f'{name}-{which}'}" for which in ("straight", "halves")
+    )
     more = [*options, "--adapter.targets", "attention", "conv_in", *told(name), "--steps=12"]
     validated = [*more, *VALIDATED, "--validation.every=2", halves]
     return [[*more, straight], [*validated, "--steps=5"], validated]
@@ -64,7 +71,9 @@ def assert_learned_and_resumed(folder: Path, name: str) -> None:
     losses = json.loads((halves / "loss.json").read_text())
     validation = [entry["loss"] for entry in losses["validation"]]
     assert validation[-1] < 0.998 * validation[0]
-    assert losses["loss_per_step"] == json.loads((straight / "loss.json").read_text())["loss_per_step"]
+    assert (
+        losses["loss_per_step"] == json.loads((straight / "loss.json").read_text())["loss_per_step"]
+    )
 
 
 def test_the_table_is_whole():
@@ -84,10 +93,23 @@ def test_it_learns_and_resumes_bit_for_bit(options, run_here, tmp_path, capsys, 
 def bitsandbytes(tmp_path_factory) -> Path:
     """A folder with bitsandbytes, apart: where it is installed PEFT imports it, and all else starts more slowly."""
     folder = tmp_path_factory.mktemp("bitsandbytes")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-c", PROJECT / "constraints.txt"]
-    done = subprocess.run([*command, "--target", folder, "bitsandbytes"], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "-c",
+        PROJECT / "constraints.txt",
+    ]
+    done = subprocess.run(
+        [*command, "--target", folder, "bitsandbytes"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        pytest.skip(f"bitsandbytes cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"bitsandbytes cannot be installed here: {done.stderr.strip().splitlines()[-1]}"
+        )
     return folder
 
 
@@ -97,12 +119,18 @@ def test_bitsandbytes_learns_and_resumes_bit_for_bit(options, tmp_path, bitsandb
     runs = [argv for name in APART for argv in three_runs(options, tmp_path, name)]
     command = [sys.executable, str(RANKS), runs_file(tmp_path, *runs)]
     environment = {**os.environ, "PYTHONPATH": str(bitsandbytes)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
     for name in APART:
         assert_learned_and_resumed(tmp_path, name)
         (newest,) = (tmp_path / f"{name}-halves" / "checkpoints").glob("step_00000012")
-        dtypes = {t.dtype for t in next(iter(torch.load(newest / "optimizer.pt").values())).values() if is_tensor(t)}
+        dtypes = {
+            t.dtype
+            for t in next(iter(torch.load(newest / "optimizer.pt").values())).values()
+            if is_tensor(t)
+        }
         assert (torch.uint8 in dtypes) == ("8bit" in name)
 
 
@@ -111,31 +139,73 @@ def is_tensor(value: object) -> bool:
 
 
 FAULTS = {
-    "two optimizers": ("--optimizer=Lion --optimizer=SGD", "--optimizer SGD: not together with --optimizer Lion"),
-    "unknown": ("--optimizer=Prodigy --optim.args d_coeff=2", "Prodigy has no such argument; did you mean d_coef?"),
+    "two optimizers": (
+        "--optimizer=Lion --optimizer=SGD",
+        "--optimizer SGD: not together with --optimizer Lion",
+    ),
+    "unknown": (
+        "--optimizer=Prodigy --optim.args d_coeff=2",
+        "Prodigy has no such argument; did you mean d_coef?",
+    ),
     "the node's too": ("--optim.args momentun=0.9 --optimizer=SGD", "did you mean momentum?"),
-    "not a number": ("--optimizer=Prodigy --optim.args growth_rate=fast", "growth_rate = 'fast': input should be a"),
-    "not a switch": ("--optimizer=Lion --optim.args use_triton=3", "use_triton = 3: input should be a valid boolean"),
+    "not a number": (
+        "--optimizer=Prodigy --optim.args growth_rate=fast",
+        "growth_rate = 'fast': input should be a",
+    ),
+    "not a switch": (
+        "--optimizer=Lion --optim.args use_triton=3",
+        "use_triton = 3: input should be a valid boolean",
+    ),
     "too many": ("--optimizer=CAME --optim.args eps=[1,2,3]", "CAME's own is (1e-30, 1e-16)"),
     "not two betas": ("--optimizer=CAME --optim.betas 0.9 0.99", "Give it as --optim.args betas="),
-    "two betas": ("--optimizer=Lion --optim.args betas=[0.9,0.9]", "betas: give it as --optim.betas"),
-    "an option": ("--optimizer=Lion --optim.args weight_decay=1", "give it as --optim.weight_decay"),
+    "two betas": (
+        "--optimizer=Lion --optim.args betas=[0.9,0.9]",
+        "betas: give it as --optim.betas",
+    ),
+    "an option": (
+        "--optimizer=Lion --optim.args weight_decay=1",
+        "give it as --optim.weight_decay",
+    ),
     "ours": (
         "--optimizer=Prodigy --optim.args fsdp_in_use=true lr=2",
         "lr: is set by the trainer. Give --learning_ra",
     ),
-    "warm-up": ("--optimizer=ScheduleFreeSGD --optim.args warmup_steps=3", "Give --optim.lr_warmup_steps"),
-    "unused": ("--optimizer=SGD --optim.eps=1e-8", "--optim.eps: SGD has no such argument. It has dampening, momentum"),
-    "unused pair": ("--optimizer=Muon --optim.args nesterov=true", "nesterov: MuonAdamW has no such argument"),
-    "refused": ("--optimizer=SGD --optim.args nesterov=true", "SGD refuses: Nesterov momentum requires a momentum"),
-    "schedule": ("--optimizer=ScheduleFreeAdamW --optim.lr_scheduler=cosine", "--optim.lr_scheduler cosine: Schedule"),
-    "two averages": ("--optimizer=ScheduleFreeAdamW --ema.decay=0.9", "evaluates an average of its own"),
-    "two rates": ("--optimizer=Prodigy --adapter.loraplus_lr_ratio=4", "Prodigy has one learning rate for all layers"),
+    "warm-up": (
+        "--optimizer=ScheduleFreeSGD --optim.args warmup_steps=3",
+        "Give --optim.lr_warmup_steps",
+    ),
+    "unused": (
+        "--optimizer=SGD --optim.eps=1e-8",
+        "--optim.eps: SGD has no such argument. It has dampening, momentum",
+    ),
+    "unused pair": (
+        "--optimizer=Muon --optim.args nesterov=true",
+        "nesterov: MuonAdamW has no such argument",
+    ),
+    "refused": (
+        "--optimizer=SGD --optim.args nesterov=true",
+        "SGD refuses: Nesterov momentum requires a momentum",
+    ),
+    "schedule": (
+        "--optimizer=ScheduleFreeAdamW --optim.lr_scheduler=cosine",
+        "--optim.lr_scheduler cosine: Schedule",
+    ),
+    "two averages": (
+        "--optimizer=ScheduleFreeAdamW --ema.decay=0.9",
+        "evaluates an average of its own",
+    ),
+    "two rates": (
+        "--optimizer=Prodigy --adapter.loraplus_lr_ratio=4",
+        "Prodigy has one learning rate for all layers",
+    ),
     "two rates of text": (
         "--optimizer=Prodigy --model.train_text_encoder --optim.text_encoder_learning_rate=0.1",
         "Prodigy has one learning rate for all layers",
     ),
-    "fails in a step": ("--optimizer=Prodigy --optim.args slice_p=0", "Prodigy refuses: slice step cannot be zero"),
+    "fails in a step": (
+        "--optimizer=Prodigy --optim.args slice_p=0",
+        "Prodigy refuses: slice step cannot be zero",
+    ),
     "fails in its average": (
         "--optimizer=ScheduleFreeAdamW --optim.betas 0 0.99",
         "ScheduleFreeAdamW refuses: float division by zero. It was told betas = (0.0, 0.99)",
@@ -151,8 +221,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_it_is_told_is_checked_before_anything_is_done(options, run_here, tmp_path, monkeypatch, capsys, case):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not to be found, here or with the tests
+def test_what_it_is_told_is_checked_before_anything_is_done(
+    options, run_here, tmp_path, monkeypatch, capsys, case
+):
+    monkeypatch.setitem(
+        sys.modules, "bitsandbytes", None
+    )  # not to be found, here or with the tests
     more, said = FAULTS[case]
     assert run_here([*options, f"--data.cache_dir={tmp_path / 'cache'}", *more.split()]) == 2
     assert said in capsys.readouterr().err
@@ -161,32 +235,50 @@ def test_what_it_is_told_is_checked_before_anything_is_done(options, run_here, t
 
 
 def test_all_faults_are_said_at_once(options, run_here, capsys):
-    more = "--optimizer=Prodigy --optim.args d_coeff=2 growth_rate=fast --adapter.loraplus_lr_ratio=4"
-    assert run_here([*options, *more.split(), "--validation.patience=3", "--export.weights=best"]) == 2
+    more = (
+        "--optimizer=Prodigy --optim.args d_coeff=2 growth_rate=fast --adapter.loraplus_lr_ratio=4"
+    )
+    assert (
+        run_here([*options, *more.split(), "--validation.patience=3", "--export.weights=best"]) == 2
+    )
     assert "cannot train: 5 errors" in capsys.readouterr().err
 
 
 def test_a_recipe_has_arguments_as_a_mapping(options, run_here, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("learning_rate: 1\noptim:\n  name: prodigy\n  args: {d_coef: 2, growth_rate: 1.5}\n")
+    recipe.write_text(
+        "learning_rate: 1\noptim:\n  name: prodigy\n  args: {d_coef: 2, growth_rate: 1.5}\n"
+    )
     assert run_here([str(recipe), *options]) == 0
     out = capsys.readouterr().out
     assert "optimizer   Prodigy of prodigyopt" in out
     assert "d_coef=2, growth_rate=1.5" in out
     assert "note" not in out
-    again = [str(tmp_path / "out" / "config.yaml"), f"--output_dir={tmp_path / 'again'}", "--no_preview"]
+    again = [
+        str(tmp_path / "out" / "config.yaml"),
+        f"--output_dir={tmp_path / 'again'}",
+        "--no_preview",
+    ]
     assert run_here(again) == 0
     assert_same_adapter(tmp_path / "out", tmp_path / "again")
 
 
 def test_whole_numbers_stay_whole(options, run_here):
     """Prodigy slices by slice_p, and has it as an int by its default alone."""
-    assert run_here([*options, "--optimizer=Prodigy", "--learning_rate=1", "--optim.args", "slice_p=11"]) == 0
+    assert (
+        run_here(
+            [*options, "--optimizer=Prodigy", "--learning_rate=1", "--optim.args", "slice_p=11"]
+        )
+        == 0
+    )
 
 
 def test_prodigy_says_which_rate_it_is_made_for(options, run_here, capsys):
     assert run_here([*options, "--optimizer=Prodigy"]) == 0
-    assert "learning_rate is a factor on it: 1 is what it is made for, not 0.0005" in capsys.readouterr().out
+    assert (
+        "learning_rate is a factor on it: 1 is what it is made for, not 0.0005"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", SKIPPED)
@@ -222,7 +314,9 @@ def test_momentum_begins_with_the_first_step_that_is_taken():
 @pytest.mark.parametrize("name", SKIPPED)
 def test_which_of_them_read_the_device_in_a_step(options, run_here, monkeypatch, name):
     averages = [] if OPTIMIZERS[name].is_schedule_free else ["--ema.decay=0.9"]  # never reads
-    counter = counted_run(run_here, [*options, *told(name), *averages, "--tracking.log_every=4"], monkeypatch)
+    counter = counted_run(
+        run_here, [*options, *told(name), *averages, "--tracking.log_every=4"], monkeypatch
+    )
     assert [bool(counter.of(step)) for step in (2, 3)] == [name in READS] * 2
 
 
@@ -244,7 +338,9 @@ def test_muon_updates_matrices_and_adamw_the_rest():
     shapes = ((8, 5), (4, 3, 3, 3), (6,), (1, 7))
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    combined = MuonAdamW([{"params": ours[:2], "lr_scale": 1.0}, {"params": ours[2:], "lr_scale": 2.0}], lr=0.1)
+    combined = MuonAdamW(
+        [{"params": ours[:2], "lr_scale": 1.0}, {"params": ours[2:], "lr_scale": 2.0}], lr=0.1
+    )
     apart = [
         torch.optim.Muon(theirs[:1], 0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(theirs[1:], 0.1, weight_decay=0.1, fused=True),
@@ -272,11 +368,21 @@ def test_zero_takes_what_works_on_shares_of_weights(options, run_here, monkeypat
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(options, tmp_path):
     """And one of them goes on with what two began."""
-    names = ["Prodigy", "ScheduleFreeAdamW", "Adafactor", "Muon"]  # whose steps are not of each number by itself
+    names = [
+        "Prodigy",
+        "ScheduleFreeAdamW",
+        "Adafactor",
+        "Muon",
+    ]  # whose steps are not of each number by itself
     common = {name: [*options, *told(name), "--optim.lr_warmup_steps=2"] for name in names}
-    one = [[*common[name], "--grad_accumulation_steps=2", f"--output_dir={tmp_path / name}"] for name in names]
+    one = [
+        [*common[name], "--grad_accumulation_steps=2", f"--output_dir={tmp_path / name}"]
+        for name in names
+    ]
     two = [[*common[name], f"--output_dir={tmp_path / 'two' / name}"] for name in names]
-    begun = [[*common[name], "--steps=3", f"--output_dir={tmp_path / 'begun' / name}"] for name in names]
+    begun = [
+        [*common[name], "--steps=3", f"--output_dir={tmp_path / 'begun' / name}"] for name in names
+    ]
     result = launched("ddp", 2, runs_file(tmp_path, *two, *begun))
     assert result.returncode == 0, result.stderr
     gone_on = [[*common[name], f"--output_dir={tmp_path / 'begun' / name}"] for name in names]

@@ -13,7 +13,9 @@ def full(*args, **kwargs):
 
 def advice(capsys) -> str:
     said = capsys.readouterr().err
-    after = said.split("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.\n")[-1]
+    after = said.split(
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.\n"
+    )[-1]
     (line,) = [line for line in after.splitlines() if line.startswith("What takes less memory")]
     return line
 
@@ -35,7 +37,9 @@ STEPS = {
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_a_step_that_does_not_fit_says_what_takes_less(case, options, run_here, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_says_what_takes_less(
+    case, options, run_here, monkeypatch, capsys
+):
     more, said, unsaid = STEPS[case]
     monkeypatch.setattr(Engine, "backward", full)
     assert run_here([*options, *more]) == 1

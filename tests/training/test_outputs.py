@@ -26,7 +26,12 @@ def pipeline(path=BASE) -> StableDiffusionPipeline:
 
 def draw(loaded, prompts, side, config) -> np.ndarray:
     options = {"height": side, "width": side, "guidance_scale": config.guidance_scale}
-    return np.stack([preview.draw_sample(loaded, prompt, n, config, options) for n, prompt in enumerate(prompts)])
+    return np.stack(
+        [
+            preview.draw_sample(loaded, prompt, n, config, options)
+            for n, prompt in enumerate(prompts)
+        ]
+    )
 
 
 @pytest.fixture
@@ -37,7 +42,9 @@ def drawn(options, run_here, tmp_path, monkeypatch):
 
     def keep(self, weight_sets):
         drawn = original(self, weight_sets)
-        kept.update(drawn.images, arguments=(drawn.prompts, self.config.data.resolution, self.config.sample))
+        kept.update(
+            drawn.images, arguments=(drawn.prompts, self.config.data.resolution, self.config.sample)
+        )
         return drawn
 
     monkeypatch.setattr(preview.PreviewRenderer, "render", keep)
@@ -62,7 +69,9 @@ def test_the_merged_model_draws_what_the_run_drew(drawn, tmp_path):
 
 def test_the_preview_grid_shows_the_images_under_their_labels(drawn, tmp_path):
     grid = np.asarray(Image.open(tmp_path / "out" / "preview.png"))
-    first = Image.fromarray((drawn["before"][0] * 255).round().astype(np.uint8)).resize((128, 128), Image.LANCZOS)
+    first = Image.fromarray((drawn["before"][0] * 255).round().astype(np.uint8)).resize(
+        (128, 128), Image.LANCZOS
+    )
     assert np.array_equal(grid[8:136, 72:200], np.asarray(first))
 
 
@@ -85,7 +94,7 @@ def test_smoothing_has_no_start_up_bias():
     assert smoothed([1.0, 3.0], 1) == [1.0, 3.0]
 
 
-def test_each_preview_has_its_own_noise_whatever_its_neighbours():
+def test_each_preview_has_its_own_noise_whatever_its_neighbors():
     loaded, config = pipeline(), SampleConfig(num_inference_steps=2, seed=2**64 - 1)
     pair = draw(loaded, ["cat", "cat"], 64, config)
     assert np.abs(pair[0] - pair[1]).max() > 0.1
@@ -108,10 +117,22 @@ def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["size", "memory"])
-def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(fault, options, run_here, tmp_path, monkeypatch, capsys):
+def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(
+    fault, options, run_here, tmp_path, monkeypatch, capsys
+):
     more = ["--preview", "--sample.num_inference_steps=2", "--steps=2"]
     if fault == "memory":
-        assert run_here([*options, "--steps=1", f"--output_dir={tmp_path / 'encoded'}", "--data.resolution=60"]) == 0
+        assert (
+            run_here(
+                [
+                    *options,
+                    "--steps=1",
+                    f"--output_dir={tmp_path / 'encoded'}",
+                    "--data.resolution=60",
+                ]
+            )
+            == 0
+        )
 
         def out_of_memory(*args: object) -> None:
             raise torch.OutOfMemoryError("no memory for text encoders")
@@ -120,5 +141,7 @@ def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(fault, options, ru
     assert run_here([*options, *more, "--data.resolution=60"]) == 0
     assert (tmp_path / "out" / "lora.safetensors").is_file()
     assert (tmp_path / "out" / "loss.json").is_file()
-    assert (tmp_path / "out" / "preview.png").is_file() == (fault == "size"), "sides are those of buckets"
+    assert (tmp_path / "out" / "preview.png").is_file() == (fault == "size"), (
+        "sides are those of buckets"
+    )
     assert ("no memory for text encoders" in capsys.readouterr().out) == (fault == "memory")

@@ -67,7 +67,9 @@ MOMENTS = {  # where, in which call, the step that is saved
 
 
 CASES = [(moment, signal.SIGTERM) for moment in MOMENTS]
-CASES += [(moment, signal.SIGINT) for moment in ("encoding images", "a training step", "the export")]
+CASES += [
+    (moment, signal.SIGINT) for moment in ("encoding images", "a training step", "the export")
+]
 
 
 @pytest.mark.parametrize(("moment", "number"), CASES)
@@ -87,7 +89,9 @@ def test_a_signal_at_any_moment_costs_nothing(moment, number, long, run_here, tm
     assert run_here([*long, *cache, f"--output_dir={stopped}"]) == 0
     assert run_here([*long, *cache, f"--output_dir={straight}"]) == 0
     same(straight, stopped)
-    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps))
     assert steps[0] == 0
     assert steps[-1] == 12
@@ -179,7 +183,12 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
     for optimizer in ("AdamW", "Adam", "SGD", "RMSprop"):
         calls.clear()
         folder = tmp_path / optimizer
-        skip = [*options, f"--output_dir={folder}", f"--optimizer={optimizer}", "--optim.on_non_finite=skip"]
+        skip = [
+            *options,
+            f"--output_dir={folder}",
+            f"--optimizer={optimizer}",
+            "--optim.on_non_finite=skip",
+        ]
         monkeypatch.setattr(LossFunction, "__call__", broken)
         assert run_here(skip) == 0
         out = capsys.readouterr().out
@@ -187,8 +196,13 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
         assert "its samples: " in out
         losses = json.loads((folder / "loss.json").read_text())
         assert losses["skipped_steps"] == [2, 5]
-        assert [step for step, loss in enumerate(losses["loss_per_step"], 1) if loss is None] == [2, 5]
-        assert all(tensor.isfinite().all() for tensor in load_file(folder / "lora.safetensors").values())
+        assert [step for step, loss in enumerate(losses["loss_per_step"], 1) if loss is None] == [
+            2,
+            5,
+        ]
+        assert all(
+            tensor.isfinite().all() for tensor in load_file(folder / "lora.safetensors").values()
+        )
         calls.clear()
         assert run_here([*skip, "--overwrite", "--optim.max_skipped_steps=2"]) == 1
         error = capsys.readouterr().err
@@ -232,4 +246,6 @@ def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, mon
 
 
 def rows_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    ]

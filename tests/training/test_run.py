@@ -85,7 +85,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     files = {"adapter.safetensors": b"a" * 1000, "state.json": b"{}"}
     storage.save(tmp_path, 1, files, keep=1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))  # what a full disk does: write() fails midway
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (5000, limit[1])
+    )  # what a full disk does: write() fails midway
     try:
         with pytest.raises(storage.CheckpointError, match="step_00000001"):
             storage.save(tmp_path, 2, {**files, "optimizer.pt": b"o" * 10000}, keep=1)
@@ -118,7 +120,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_not_finite_stops_the_run(options, run_here, tmp_path, capsys, monkeypatch, value):
+def test_a_loss_that_is_not_finite_stops_the_run(
+    options, run_here, tmp_path, capsys, monkeypatch, value
+):
     from training.loss import LossFunction
 
     original, calls = LossFunction.__call__, []
@@ -138,7 +142,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, run_here, tmp_path, ca
     assert len(names) == 2
     assert {name.split(".")[1] for name in names} == {"png"}
     assert len(calls) <= 6, "within one logging interval"
-    assert [p.name for p in sorted((tmp_path / "out" / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
+    assert [p.name for p in sorted((tmp_path / "out" / "checkpoints").iterdir())] == [
+        "step_00000002",
+        "step_00000004",
+    ]
     assert not (tmp_path / "out" / "lora.safetensors").exists()
 
 
@@ -150,7 +157,11 @@ def test_a_lora_that_does_not_fit_lists_names_and_shapes(options, run_here, tmp_
     down = next(name for name in bad if "down_blocks" in name and name.endswith("lora_down.weight"))
     bad[down] = torch.zeros(4, 7)
     save_file(bad, tmp_path / "bad.safetensors")
-    arguments = [*options, f"--existing_lora={tmp_path / 'bad.safetensors'}", f"--output_dir={tmp_path / 'on'}"]
+    arguments = [
+        *options,
+        f"--existing_lora={tmp_path / 'bad.safetensors'}",
+        f"--output_dir={tmp_path / 'on'}",
+    ]
     assert run_here(arguments) == 2
     error = capsys.readouterr().err
     assert "lora_unet_middle.lora_up.weight" in error
@@ -216,7 +227,11 @@ def test_files_and_folders_are_there_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])],
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.853553, 0.5, 0.146447]),
+    ],
 )
 def test_learning_rates_are_functions_of_the_step(schedule, expected):
     config = OptimConfig(lr_scheduler=schedule, lr_warmup_steps=2)
@@ -226,15 +241,23 @@ def test_learning_rates_are_functions_of_the_step(schedule, expected):
 
 def test_a_rate_for_the_size_of_a_step(options, run_here, tmp_path, capsys):
     for how, rate in (("none", 5e-4), ("linear", 2e-3), ("sqrt", 1e-3)):
-        more = [f"--optim.scale_lr={how}", "--grad_accumulation_steps=2", f"--output_dir={tmp_path / how}"]
+        more = [
+            f"--optim.scale_lr={how}",
+            "--grad_accumulation_steps=2",
+            f"--output_dir={tmp_path / how}",
+        ]
         assert run_here([*options, *more]) == 0
-        rows = [json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [row["train/lr"] for row in rows] == pytest.approx([rate, rate])
         said = "rate        learning_rate x " in capsys.readouterr().out
         assert said == (how != "none")
 
 
-def test_a_checkpoint_of_other_options_is_refused_without_the_config_file_too(options, run_here, tmp_path, capsys):
+def test_a_checkpoint_of_other_options_is_refused_without_the_config_file_too(
+    options, run_here, tmp_path, capsys
+):
     assert run_here(options) == 0
     (tmp_path / "out" / "config.yaml").unlink()
     assert run_here([*options, "--steps=8", "--optim.eps=1e-7"]) == 1
@@ -260,7 +283,10 @@ def test_another_course_of_the_learning_rate_is_said(options, run_here, capsys):
     linear = [*options, "--optim.lr_scheduler=linear"]
     assert run_here(linear) == 0
     assert run_here([*linear, "--steps=8"]) == 0
-    assert "note: --steps was 6 and is 8: from here on the linear learning rate" in capsys.readouterr().out
+    assert (
+        "note: --steps was 6 and is 8: from here on the linear learning rate"
+        in capsys.readouterr().out
+    )
 
 
 def test_broken_records_stop_no_run(options, run_here, tmp_path):
@@ -269,7 +295,9 @@ def test_broken_records_stop_no_run(options, run_here, tmp_path):
         file.write(b'[1]\n{"a": 2}\n\xff\xfe\nnull\n{"step": 9')
     (tmp_path / "out" / "tracker.json").write_text('{"id": "x", "sent": null}')
     assert run_here([*options, "--steps=8"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [3, 6, 8]
 
 

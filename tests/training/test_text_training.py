@@ -14,14 +14,19 @@ from models.config import ModelConfig
 CAPTIONS = ["a smiling cat, 3d style", "", "a " * 30 + "dog"]
 MODELS = {
     "sd15": (lambda: BASE, StableDiffusionPipeline),
-    "sdxl": (lambda: next(folder_of(case) for case in cases() if case.family == "sdxl"), StableDiffusionXLPipeline),
+    "sdxl": (
+        lambda: next(folder_of(case) for case in cases() if case.family == "sdxl"),
+        StableDiffusionXLPipeline,
+    ),
 }
 BOTH = pytest.mark.parametrize("name", MODELS)
 
 
 def families(name: str) -> tuple:
     path = str(MODELS[name][0]())
-    return get_family(ModelConfig(path=path)), get_family(ModelConfig(path=path, train_text_encoder=True))
+    return get_family(ModelConfig(path=path)), get_family(
+        ModelConfig(path=path, train_text_encoder=True)
+    )
 
 
 @BOTH
@@ -46,25 +51,35 @@ def test_presets_take_the_same_layers_of_the_denoiser_and_those_of_the_encoders(
     plain, trained = families(name)
 
     def matched(family) -> set[str]:
-        return {n for n, _ in family.empty_denoiser().named_modules() if re.fullmatch(family.targets[preset], n)}
+        return {
+            n
+            for n, _ in family.empty_denoiser().named_modules()
+            if re.fullmatch(family.targets[preset], n)
+        }
 
     more = matched(trained) - matched(plain)
     assert matched(plain) <= matched(trained)
     layers = {"attention": 4, "attention-mlp": 6, "all": 6}[preset]
-    counts = {"sd15": [trained.part_config("text_encoder")["num_hidden_layers"]], "sdxl": [2, 3]}[name]
+    counts = {"sd15": [trained.part_config("text_encoder")["num_hidden_layers"]], "sdxl": [2, 3]}[
+        name
+    ]
     assert len(more) == layers * sum(counts)
     assert all(n.startswith("text_encoder") for n in more)
 
 
 def arguments(name: str, options: list[str], *more: str) -> list[str]:
     """Options of a run on that model that trains everything."""
-    mine = [option for option in options if not option.startswith(("--model.path", "--data.resolution"))]
+    mine = [
+        option for option in options if not option.startswith(("--model.path", "--data.resolution"))
+    ]
     return [*mine, f"--model.path={MODELS[name][0]()}", "--data.resolution=32", "--model.train_text_encoder",
             "--learning_rate=1e-2", "--adapter.alpha=4", *more]  # fmt: skip
 
 
 @BOTH
-def test_a_run_trains_the_encoders_and_diffusers_draws_what_it_drew(name, options, run_here, tmp_path, monkeypatch):
+def test_a_run_trains_the_encoders_and_diffusers_draws_what_it_drew(
+    name, options, run_here, tmp_path, monkeypatch
+):
     from training import preview
 
     kept = {}
@@ -76,17 +91,28 @@ def test_a_run_trains_the_encoders_and_diffusers_draws_what_it_drew(name, option
         return drawn
 
     monkeypatch.setattr(preview.PreviewRenderer, "render", keep)
-    previews = ["--preview", "--sample.num_inference_steps=3", "--sample.guidance_scale=3", "--export.merged_model"]
+    previews = [
+        "--preview",
+        "--sample.num_inference_steps=3",
+        "--sample.guidance_scale=3",
+        "--export.merged_model",
+    ]
     assert run_here(arguments(name, options, *previews)) == 0
     tensors = load_file(tmp_path / "out" / "lora.safetensors")
     for prefix in {"sd15": ["lora_te_"], "sdxl": ["lora_te1_", "lora_te2_"]}[name]:
-        ups = [t for key, t in tensors.items() if key.startswith(f"{prefix}text_model_encoder") and "lora_up" in key]
+        ups = [
+            t
+            for key, t in tensors.items()
+            if key.startswith(f"{prefix}text_model_encoder") and "lora_up" in key
+        ]
         assert ups
         assert all(up.any() for up in ups)
     merged = MODELS[name][1].from_pretrained(
         tmp_path / "out" / "model_with_lora", dtype=torch.float32, safety_checker=None
     )
-    loaded = MODELS[name][1].from_pretrained(MODELS[name][0](), dtype=torch.float32, safety_checker=None)
+    loaded = MODELS[name][1].from_pretrained(
+        MODELS[name][0](), dtype=torch.float32, safety_checker=None
+    )
     for pipeline, tolerance in ((loaded, 1e-4), (merged, 0.02)):
         if pipeline is loaded:
             pipeline.load_lora_weights(tmp_path / "out" / "lora.safetensors")
@@ -113,7 +139,9 @@ def test_a_run_goes_on_from_the_file(name, algorithm, options, run_here, tmp_pat
 
 
 @pytest.mark.parametrize("targets", [["--adapter.train_norms"], ["--adapter.targets", r".*attn.*"]])
-def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, run_here, monkeypatch):
+def test_layers_that_nothing_is_read_from_are_not_waited_for(
+    targets, options, run_here, monkeypatch
+):
     """Of SDXL's first encoder the last layer: on several ranks DDP would look for its gradients in vain."""
     from training.distributed.engine import Engine
 
@@ -121,7 +149,13 @@ def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, r
     update = Engine.update
 
     def watched(self, learning_rate):
-        found.append([name for name, p in self.denoiser.named_parameters() if p.requires_grad and p.grad is None])
+        found.append(
+            [
+                name
+                for name, p in self.denoiser.named_parameters()
+                if p.requires_grad and p.grad is None
+            ]
+        )
         return update(self, learning_rate)
 
     monkeypatch.setattr(Engine, "update", watched)
@@ -129,15 +163,26 @@ def test_layers_that_nothing_is_read_from_are_not_waited_for(targets, options, r
     assert found == [[], []]
 
 
-def test_a_file_without_text_encoders_is_not_one_to_train_them_with(options, run_here, tmp_path, capsys):
-    plain = [option for option in arguments("sd15", options, "--steps=1") if option != "--model.train_text_encoder"]
+def test_a_file_without_text_encoders_is_not_one_to_train_them_with(
+    options, run_here, tmp_path, capsys
+):
+    plain = [
+        option
+        for option in arguments("sd15", options, "--steps=1")
+        if option != "--model.train_text_encoder"
+    ]
     assert run_here(plain) == 0
     file = f"--existing_lora={tmp_path / 'out' / 'lora.safetensors'}"
-    assert run_here([*plain, file, "--model.train_text_encoder", f"--output_dir={tmp_path / 'more'}"]) == 2
+    assert (
+        run_here([*plain, file, "--model.train_text_encoder", f"--output_dir={tmp_path / 'more'}"])
+        == 2
+    )
     assert "no layer of a text encoder is adapted" in capsys.readouterr().err
 
 
-def test_what_pefts_folders_cannot_hold_is_refused_before_training(options, run_here, tmp_path, capsys):
+def test_what_pefts_folders_cannot_hold_is_refused_before_training(
+    options, run_here, tmp_path, capsys
+):
     assert run_here(arguments("sd15", options, "--export.formats=peft")) == 2
     assert "text encoders are others" in capsys.readouterr().err
     assert not (tmp_path / "out" / "checkpoints").exists()
@@ -155,7 +200,11 @@ def test_the_encoders_have_a_learning_rate_of_their_own(options, run_here, tmp_p
             sizes[start] = max(sizes[start], float(tensor.abs().max()))
     assert sizes["lora_te"] < 1e-9
     assert sizes["lora_unet"] > 1e-3
-    plain = [option for option in arguments("sd15", options, *rates) if option != "--model.train_text_encoder"]
+    plain = [
+        option
+        for option in arguments("sd15", options, *rates)
+        if option != "--model.train_text_encoder"
+    ]
     assert run_here(plain) == 2
     assert "text_encoder_learning_rate: only used with" in capsys.readouterr().err
 

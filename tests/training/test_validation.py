@@ -32,11 +32,20 @@ def held_out(tmp_path) -> Path:
 
 @pytest.fixture
 def validated(options, held_out) -> list[str]:
-    return [*options, *LEVELS, f"--data.validation_path={held_out}", "--steps=4", "--validation.every=2"]
+    return [
+        *options,
+        *LEVELS,
+        f"--data.validation_path={held_out}",
+        "--steps=4",
+        "--validation.every=2",
+    ]
 
 
 def losses(folder: Path, name: str = "validation") -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in json.loads((folder / "loss.json").read_text())[name]}
+    return {
+        entry["step"]: entry["loss"]
+        for entry in json.loads((folder / "loss.json").read_text())[name]
+    }
 
 
 def test_large_latents_are_validated_few_at_a_time(validated, run_here, tmp_path, monkeypatch):
@@ -49,9 +58,15 @@ def test_large_latents_are_validated_few_at_a_time(validated, run_here, tmp_path
 
     monkeypatch.setattr(training.validation, "make_batch", seen)
     found = {}
-    for name, samples, sizes in (("many", None, {8}), ("few", 3, {3, 2}), ("as in training", 0, {2})):
+    for name, samples, sizes in (
+        ("many", None, {8}),
+        ("few", 3, {3, 2}),
+        ("as in training", 0, {2}),
+    ):
         if samples is not None:
-            monkeypatch.setattr(training.validation, "MOST_ELEMENTS", samples * shapes[0].numel() // 8)
+            monkeypatch.setattr(
+                training.validation, "MOST_ELEMENTS", samples * shapes[0].numel() // 8
+            )
         shapes.clear()
         assert run_here([*validated, f"--output_dir={tmp_path / name}"]) == 0
         found[name] = list(losses(tmp_path / name).values())
@@ -96,7 +111,9 @@ def test_a_later_validation_that_is_not_finite_is_said_and_stops_nothing(
     assert losses(tmp_path / "out")[2] is None, "JSON has no NaN"
 
 
-def test_other_held_out_images_begin_another_history(validated, run_here, held_out, tmp_path, capsys):
+def test_other_held_out_images_begin_another_history(
+    validated, run_here, held_out, tmp_path, capsys
+):
     best = [*validated, "--export.weights=best", "--validation.patience=2"]
     assert run_here(best) == 0
     before = losses(tmp_path / "out")
@@ -123,13 +140,18 @@ def test_a_run_without_validation_in_between_forgets_none(validated, run_here, t
 
 def test_loss_json_is_json_whatever_the_losses():
     history = History(
-        1, validation_series=[ValidationSeries("", [{"step": 0, "loss": float("nan"), "quantile_0.5": float("inf")}])]
+        1,
+        validation_series=[
+            ValidationSeries("", [{"step": 0, "loss": float("nan"), "quantile_0.5": float("inf")}])
+        ],
     )
     found = json.loads(loss_json(history, 1), parse_constant=pytest.fail)
     assert found["validation"] == [{"step": 0, "loss": None, "quantile_0.5": None}]
 
 
-def test_files_of_other_weights_of_an_earlier_run_are_pointed_out(options, run_here, tmp_path, capsys):
+def test_files_of_other_weights_of_an_earlier_run_are_pointed_out(
+    options, run_here, tmp_path, capsys
+):
     assert run_here([*options, "--ema.decay=0.7"]) == 0
     assert "is of an earlier run" not in capsys.readouterr().out
     raw = tmp_path / "out" / "lora.raw.safetensors"
@@ -142,5 +164,8 @@ def test_files_of_other_weights_of_an_earlier_run_are_pointed_out(options, run_h
 def test_a_run_that_waited_for_another_looks_again_at_what_that_has_left(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), resume="never")
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="--resume never would lose them"), locked_folder(config, 0, print):
+    with (
+        pytest.raises(ConfigError, match="--resume never would lose them"),
+        locked_folder(config, 0, print),
+    ):
         pytest.fail("it is not its own")

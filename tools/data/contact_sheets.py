@@ -63,7 +63,8 @@ class Drawn:
 
 
 def draw(planned: Planned, survey: Survey, folder: Path, decode: bool) -> Drawn:
-    """Writes a sheet into `folder` for every bucket, of the images or, with `decode`, of their latents."""
+    """Writes a sheet into `folder` for every bucket, of the images or, with `decode`, of their
+    latents."""
     chosen, images_of = chosen_rows(planned, decode)
     tiles: dict[Size, list[Tile]] = {size: [] for size in chosen}
     rows = np.sort(np.concatenate([*chosen.values(), np.empty(0, np.int64)])).astype(np.int64)
@@ -90,17 +91,26 @@ def draw(planned: Planned, survey: Survey, folder: Path, decode: bool) -> Drawn:
 def lack(file: Path, count: int, found: int, decode: bool) -> str:
     """Why a sheet has fewer images than it might."""
     if decode:
-        some = f"shows the {found} of {count} images that are encoded" if found else "not drawn: nothing is encoded yet"
+        some = (
+            f"shows the {found} of {count} images that are encoded"
+            if found
+            else "not drawn: nothing is encoded yet"
+        )
         return f"{file.name} {some}. For all, {BEFORE_IMAGES}, or leave off --decode"
-    some = f"shows the {found} of {count} that are images" if found else "not drawn: it has no images"
+    some = (
+        f"shows the {found} of {count} that are images" if found else "not drawn: it has no images"
+    )
     return f"{file.name} {some}. The others are latents already; --decode draws them"
 
 
 def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray], dict[Size, int]]:
-    """For every bucket the rows to draw, spread evenly over those that can be, and how many rows it has."""
+    """For every bucket the rows to draw, spread evenly over those that can be, and how many rows it
+    has."""
     found = sizes(planned.work.rows).astype(np.int64)
     can = drawable(planned) if decode else planned.work.has_images()
-    codes, of_row, counts = np.unique(found[:, 0] << 32 | found[:, 1], return_inverse=True, return_counts=True)
+    codes, of_row, counts = np.unique(
+        found[:, 0] << 32 | found[:, 1], return_inverse=True, return_counts=True
+    )
     buckets = [(int(code >> 32), int(code & (2**32 - 1))) for code in codes]
     chosen = {}
     for i, size in enumerate(buckets):
@@ -114,7 +124,9 @@ def drawable(planned: Planned) -> np.ndarray:
     """The rows whose latents are stored, or in the source as latents."""
     rows = planned.work.rows
     first = tables.starts(tables.lengths(rows.column("media")))
-    return (planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING) | ~planned.work.has_images()
+    return (
+        planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING
+    ) | ~planned.work.has_images()
 
 
 def cells_of(planned: Planned, rows: np.ndarray) -> list[tuple[int, Cells, Cells]]:
@@ -133,7 +145,9 @@ def pictured(planned: Planned, rows: np.ndarray) -> Iterator[tuple[int, Cells, C
         by_entry.setdefault(cells["entry"], []).append((number, row))
     background = planned.work.config.background
 
-    def thumbnails_of(given: tuple[Cells, bytes | DataError]) -> list[tuple[int, Cells, Cells, Image.Image]]:
+    def thumbnails_of(
+        given: tuple[Cells, bytes | DataError],
+    ) -> list[tuple[int, Cells, Cells, Image.Image]]:
         cells, content = given
         found = []
         try:
@@ -147,12 +161,16 @@ def pictured(planned: Planned, rows: np.ndarray) -> Iterator[tuple[int, Cells, C
             raise DataError(f"{cells['name']}: {error}") from error
         return found
 
-    for found in ahead(thumbnails_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted])):
+    for found in ahead(
+        thumbnails_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted])
+    ):
         yield from found
 
 
 @torch.no_grad()
-def decoded(planned: Planned, survey: Survey, rows: np.ndarray) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
+def decoded(
+    planned: Planned, survey: Survey, rows: np.ndarray
+) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
     """Thumbnails of what the VAE makes of latents, one after another: large ones take gigabytes."""
     if not len(rows):
         return
@@ -166,7 +184,9 @@ def decoded(planned: Planned, survey: Survey, rows: np.ndarray) -> Iterator[tupl
         else:
             of_source.setdefault(cells["source"], {})[cells["row"]] = (number, row, cells)
     for source, found in of_source.items():
-        for row_number, latents, _ in planned.work.planner.sources.opened[source].tensors(sorted(found)):
+        for row_number, latents, _ in planned.work.planner.sources.opened[source].tensors(
+            sorted(found)
+        ):
             yield *found[row_number], picture_of(family, encoders, latents.to(device))
 
 
@@ -176,7 +196,8 @@ def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Ima
 
 
 def thumbnail(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [-1, 1] with a longer side of SIDE; tiny ones are enlarged by a whole number."""
+    """Pixels (3, H, W) in [-1, 1] with a longer side of SIDE; tiny ones are enlarged by a whole
+    number."""
     image = to_image(pixels)
     longest = max(image.size)
     if longest < SIDE:
@@ -202,12 +223,28 @@ def sheet(title: str, tiles: list[Tile]) -> bytes:
         left = x + (width - tile.picture.width) // 2
         page.paste(tile.picture, (left, y))
         edge = (left - 1, y - 1, left + tile.picture.width, y + tile.picture.height)
-        pen.rectangle(edge, outline="#cccccc")  # else white images have no edge, and the crop cannot be seen
+        pen.rectangle(
+            edge, outline="#cccccc"
+        )  # else white images have no edge, and the crop cannot be seen
         y += height + 3
-        pen.text((x, y), ending(drawable_text(tile.name, small), width, small), fill="#777777", font=small)
-        caption = wrapped_text(drawable_text(tile.caption, font), width, font, CAPTION_LINES) if tile.caption else ""
-        pen.multiline_text((x, y + NAME_LINE), caption or "(no caption)", fill="black" if caption else "#bb0000",
-                           font=font, spacing=2)  # fmt: skip
+        pen.text(
+            (x, y),
+            ending(drawable_text(tile.name, small), width, small),
+            fill="#777777",
+            font=small,
+        )
+        caption = (
+            wrapped_text(drawable_text(tile.caption, font), width, font, CAPTION_LINES)
+            if tile.caption
+            else ""
+        )
+        pen.multiline_text(
+            (x, y + NAME_LINE),
+            caption or "(no caption)",
+            fill="black" if caption else "#bb0000",
+            font=font,
+            spacing=2,
+        )
     buffer = io.BytesIO()
     page.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -10,7 +10,8 @@ from training.distributed.accelerator import build_accelerator
 
 
 def run(options: ExportOptions) -> int:
-    """Encodes what is missing, on all ranks, and writes the folder on the main one. Returns the exit code."""
+    """Encodes what is missing, on all ranks, and writes the folder on the main one. Returns the
+    exit code."""
     config, out = options.config, Path(options.out)
     accelerator, family = build_accelerator(config), get_family(config.model)
     with Build.opened(config.data, family, accelerator) as build:
@@ -18,5 +19,7 @@ def run(options: ExportOptions) -> int:
         count = build.turns.main(lambda: write_dataset(build, built, out, options.form))
     accelerator.print(f"wrote {count} samples to {out}")
     if options.form != "encoded" and (built.several_captions or config.data.random_flip):
-        accelerator.print("note: each image once, not mirrored, with its first caption; that is all this form has")
+        accelerator.print(
+            "note: each image once, not mirrored, with its first caption; that is all this form has"
+        )
     return 0

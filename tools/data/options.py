@@ -1,4 +1,5 @@
-"""What the commands `data` and `export-dataset` are told: the options of a run, and some of their own. No torch."""
+"""What the commands `data` and `export-dataset` are told: the options of a run, and some of their
+own. No torch."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,15 +78,20 @@ class DataOptions(RunOptions):
         return faults
 
 
-COMMANDS: dict[str, type[RunOptions]] = {options.command: options for options in (DataOptions, ExportOptions)}
+COMMANDS: dict[str, type[RunOptions]] = {
+    options.command: options for options in (DataOptions, ExportOptions)
+}
 
 
 def read_options(argv: list[str]) -> RunOptions:
-    """The options in `argv`, which begins with the command, checked; ConfigError naming every fault of theirs."""
+    """The options in `argv`, which begins with the command, checked; ConfigError naming every fault
+    of theirs."""
     command = COMMANDS[argv[0]]
     program = f"train_lora.py {command.command} [RECIPE]"
     said = parse_options(argv[1:], lambda config: command(config=config), program)
-    options = replace(said, config=validate_options(asdict(said.config), source="the command line", prefix="--"))
+    options = replace(
+        said, config=validate_options(asdict(said.config), source="the command line", prefix="--")
+    )
     if faults := options.faults():
         raise ConfigError(error_list("cannot start", faults))
     return options

@@ -1,4 +1,5 @@
-"""`data`: what a run would be trained on, told before anything is encoded, and sheets of its images."""
+"""`data`: what a run would be trained on, told before anything is encoded, and sheets of its
+images."""
 
 import shutil
 import sys
@@ -27,16 +28,21 @@ FLOAT_BYTES = 4
 
 
 def run(options: DataOptions) -> int:
-    """Prints the report, then draws the sheets. Returns the exit code: 1 if something could not be drawn."""
+    """Prints the report, then draws the sheets. Returns the exit code: 1 if something could not be
+    drawn."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # captions may have what the terminal does not
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # captions may have what the terminal does not
     config = options.config
     accelerator, family = build_accelerator(config), get_family(config.model)
     with Build.opened(config.data, family, accelerator) as build:
         planned = build.plan(not config.bucket_mode)
         if not accelerator.is_main_process:
             return 0
-        survey = Survey(planned, build.split(planned.work.rows)[1], family, config.export.trigger_words or "")
+        survey = Survey(
+            planned, build.split(planned.work.rows)[1], family, config.export.trigger_words or ""
+        )
         print(report(config, planned, survey))
         if options.sheets is None:
             return 0
@@ -54,10 +60,14 @@ def report(config: TrainConfig, planned: Planned, survey: Survey) -> str:
         "buckets": bucket_table(config.batch_size, survey),
         "images": image_lines(config.data, planned, survey),
         "captions": caption_lines(config, survey),
-        "validation": [validation_line(config.data, f"{held_out} of {len(survey.held_out)} images")],
+        "validation": [
+            validation_line(config.data, f"{held_out} of {len(survey.held_out)} images")
+        ],
         "encoding": encoding_lines(config.data, most),
     }
-    return "\n\n".join("\n".join([name, *(INDENT + line for line in lines)]) for name, lines in sections.items())
+    return "\n\n".join(
+        "\n".join([name, *(INDENT + line for line in lines)]) for name, lines in sections.items()
+    )
 
 
 def aligned(lines: Iterable[list[str]], left: int = 1) -> list[str]:
@@ -66,7 +76,8 @@ def aligned(lines: Iterable[list[str]], left: int = 1) -> list[str]:
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     return [
         "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
     ]
@@ -78,7 +89,10 @@ def facts(found: dict[str, str | list[str]]) -> list[str]:
     lines: list[str] = []
     for name, value in found.items():
         first, *others = [value] if isinstance(value, str) else value
-        lines += [f"{name.ljust(width)}  {first}", *(f"{' ' * width}    {other}" for other in others)]
+        lines += [
+            f"{name.ljust(width)}  {first}",
+            *(f"{' ' * width}    {other}" for other in others),
+        ]
     return lines
 
 
@@ -88,16 +102,40 @@ def counted(found: Named, what: str = "") -> str | list[str]:
 
 
 def source_table(data: DataConfig, survey: Survey) -> list[str]:
-    lines = [["path", "kind", "used for", "images", "held out", "captions", "repeats", "weight", "visits per epoch"]]
+    lines = [
+        [
+            "path",
+            "kind",
+            "used for",
+            "images",
+            "held out",
+            "captions",
+            "repeats",
+            "weight",
+            "visits per epoch",
+        ]
+    ]
     sources = survey.work.planner.sources
     for number, (opened, counts) in enumerate(zip(sources.opened, survey.sources, strict=True)):
         use = "regularization" if opened.config.regularization else "training"
         use = "validation" if number >= sources.held_out_from else use
-        lines.append([
-            opened.config.path, kind(opened.config), use, str(counts.images), str(counts.held_out),
-            str(counts.captions), str(counts.repeats), str(counts.weight), str(counts.visits),
-        ])  # fmt: skip
-    total = [sum(getattr(s, n) for s in survey.sources) for n in ("images", "held_out", "captions", "visits")]
+        lines.append(
+            [
+                opened.config.path,
+                kind(opened.config),
+                use,
+                str(counts.images),
+                str(counts.held_out),
+                str(counts.captions),
+                str(counts.repeats),
+                str(counts.weight),
+                str(counts.visits),
+            ]
+        )
+    total = [
+        sum(getattr(s, n) for s in survey.sources)
+        for n in ("images", "held_out", "captions", "visits")
+    ]
     if len(survey.sources) > 1:
         lines.append(["all", "", "", *map(str, total[:3]), "", "", str(total[3])])
     return aligned(lines, 3)
@@ -119,13 +157,22 @@ def bucket_table(batch_size: int, survey: Survey) -> list[str]:
     for (width, height, frames), counts in sorted(survey.buckets.items()):
         batches = counts.visits / batch_size
         size = f"{width} x {height}" + f", {frames} frames" * (frames > 1)
-        lines.append([
-            size, str(counts.images), str(counts.held_out), str(counts.visits), f"{batches:.4g}",
-            f"{counts.cropped.mean:.1%}", f"{counts.cropped.most:.1%}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                size,
+                str(counts.images),
+                str(counts.held_out),
+                str(counts.visits),
+                f"{batches:.4g}",
+                f"{counts.cropped.mean:.1%}",
+                f"{counts.cropped.most:.1%}",
+            ]
+        )
         if 0 < batches < 1:
-            slow.append(f"{size} has {counts.visits} visits per epoch, and a micro-batch of {batch_size} "
-                        f"every {batch_size / counts.visits:.3g} epochs")  # fmt: skip
+            slow.append(
+                f"{size} has {counts.visits} visits per epoch, and a micro-batch of {batch_size} "
+                f"every {batch_size / counts.visits:.3g} epochs"
+            )
     found = Named()
     for line in slow:
         found.add(line)
@@ -134,7 +181,9 @@ def bucket_table(batch_size: int, survey: Survey) -> list[str]:
 
 def image_lines(data: DataConfig, planned: Planned, survey: Survey) -> list[str]:
     images = len(planned.work.rows)
-    found: dict[str, str | list[str]] = {"in all": f"{images}" + f", {planned.skipped} skipped" * bool(planned.skipped)}
+    found: dict[str, str | list[str]] = {
+        "in all": f"{images}" + f", {planned.skipped} skipped" * bool(planned.skipped)
+    }
     same = alike(survey.work, survey.held_out)
     if survey.enlarged:
         error_list = Named(survey.enlarged, [said for _, _, said in survey.most_enlarged]).lines()
@@ -161,7 +210,8 @@ def caption_lines(config: TrainConfig, survey: Survey) -> list[str]:
     if config.export.trigger_words:
         name = f"trained without {config.export.trigger_words!r}"
         found[name] = counted(
-            captions.without_trigger, " (--export.trigger_words; --data.captions.trigger puts it there)"
+            captions.without_trigger,
+            " (--export.trigger_words; --data.captions.trigger puts it there)",
         )
     return facts(found)
 
@@ -171,14 +221,16 @@ def validation_line(data: DataConfig, held_out: str) -> str:
         return f"{held_out}: those of {data.validation_path}"
     if data.validation_fraction:
         return (
-            f"{held_out}: those with the lowest content hash (--data.validation_fraction {data.validation_fraction:g})"
+            f"{held_out}: those with the lowest content hash (--data.validation_fraction "
+            f"{data.validation_fraction:g})"
         )
     return "no image is held out (--data.validation_fraction, --data.validation_path)"
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Latents and conditionings that differ, how many of them are not stored, and the bytes that these will take."""
+    """Latents and conditionings that differ, how many of them are not stored, and the bytes that
+    these will take."""
 
     latents: int
     new_latents: int
@@ -193,7 +245,9 @@ class Encoding:
         media, texts = tables.keys(rows.column("media")), tables.keys(rows.column("texts"))
         lacking = missing(media, stores.media, np.ones(len(media), bool))
         owners = lists_to_rows(tables.lengths(rows.column("media")))[lacking]
-        numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (config.masks != "none")
+        numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (
+            config.masks != "none"
+        )
         cells = (sizes(rows)[owners].astype(np.int64) // family.latent_step()).prod(axis=1)
         cells *= 1 + (np.maximum(frames_of(rows), 1)[owners] - 1) // family.frame_step
         of_images = planned.work.has_images()[lists_to_rows(tables.lengths(rows.column("texts")))]
@@ -201,24 +255,40 @@ class Encoding:
         empty = planned.missing_captions - len(missing(texts, stores.text, of_images))
         new_texts = len(missing(texts, stores.text, np.ones(len(texts), bool))) + empty
         return cls(
-            len(np.unique(media)), len(lacking), int(cells.sum()) * numbers * FLOAT_BYTES,
-            len(np.unique(texts)) + empty, new_texts, new_texts * family.cond_bytes() if new_texts else 0,
-        )  # fmt: skip
+            len(np.unique(media)),
+            len(lacking),
+            int(cells.sum()) * numbers * FLOAT_BYTES,
+            len(np.unique(texts)) + empty,
+            new_texts,
+            new_texts * family.cond_bytes() if new_texts else 0,
+        )
 
 
 def encoding_lines(data: DataConfig, encoding: Encoding) -> list[str]:
     total = encoding.latent_bytes + encoding.text_bytes
     free = shutil.disk_usage(data.cache_dir).free
     mirrored = ", with mirrored ones" * data.random_flip
-    written = f"{size_of(total)} will be written to {data.cache_dir}, where {size_of(free)} are free"
+    written = (
+        f"{size_of(total)} will be written to {data.cache_dir}, where {size_of(free)} are free"
+    )
     return [
-        *aligned([
-            ["", "in all", "stored", "to be made", "size of these"],
-            ["latents" + mirrored, *amounts(encoding.latents, encoding.new_latents, encoding.latent_bytes)],
-            ["conditionings", *amounts(encoding.texts, encoding.new_texts, encoding.text_bytes)],
-        ]),
-        (written + ": NOT ENOUGH" * (free < total)) if total else f"nothing is left to do for {data.cache_dir}",
-    ]  # fmt: skip
+        *aligned(
+            [
+                ["", "in all", "stored", "to be made", "size of these"],
+                [
+                    "latents" + mirrored,
+                    *amounts(encoding.latents, encoding.new_latents, encoding.latent_bytes),
+                ],
+                [
+                    "conditionings",
+                    *amounts(encoding.texts, encoding.new_texts, encoding.text_bytes),
+                ],
+            ]
+        ),
+        (written + ": NOT ENOUGH" * (free < total))
+        if total
+        else f"nothing is left to do for {data.cache_dir}",
+    ]
 
 
 def amounts(every: int, new: int, size: int) -> list[str]:

@@ -1,4 +1,5 @@
-"""Counts what a run would be trained on, row by row over the tables of the plan: of the rows, only a few are kept."""
+"""Counts what a run would be trained on, row by row over the tables of the plan: of the rows, only
+a few are kept."""
 
 import heapq
 from collections.abc import Iterator
@@ -78,7 +79,8 @@ class SourceCounts:
 
 @dataclass
 class BucketCounts:
-    """The images of one size and number of frames; `cropped`: which share of the scaled image is not seen."""
+    """The images of one size and number of frames; `cropped`: which share of the scaled image is
+    not seen."""
 
     images: int = 0
     held_out: int = 0
@@ -106,7 +108,8 @@ class Captions:
 
 
 class Survey:
-    """One pass over `planned`; `held_out`: rows that are not trained on, `trigger`: export.trigger_words."""
+    """One pass over `planned`; `held_out`: rows that are not trained on, `trigger`:
+    export.trigger_words."""
 
     def __init__(self, planned: Planned, held_out: np.ndarray, family: ModelFamily, trigger: str):
         self.work, self.family, self.trigger = planned.work, family, trigger
@@ -135,7 +138,9 @@ class Survey:
     def _add(self, number: int, row: dict[str, Any], cells: dict[str, Any]) -> None:
         crop, source = Crop(*row["crop"]), self.sources[cells["source"]]
         frames = Clip.of(row["clip"]).frames if row["clip"] else 1
-        bucket = self.buckets.setdefault((crop.crop_width, crop.crop_height, frames), BucketCounts())
+        bucket = self.buckets.setdefault(
+            (crop.crop_width, crop.crop_height, frames), BucketCounts()
+        )
         visits = 0 if self.held_out[number] else row["repeats"]
         for counts in (source, bucket):
             counts.images += 1
@@ -143,7 +148,9 @@ class Survey:
             counts.visits += visits
         source.repeats.add(row["repeats"])
         source.weight.add(round(row["weight"], 4))
-        bucket.cropped.add(1 - crop.crop_width * crop.crop_height / (crop.scaled_width * crop.scaled_height))
+        bucket.cropped.add(
+            1 - crop.crop_width * crop.crop_height / (crop.scaled_width * crop.scaled_height)
+        )
         self.variants.add(len(row["texts"]))
         factor = max(crop.crop_width / crop.width, crop.crop_height / crop.height)
         if factor > 1:
@@ -162,7 +169,9 @@ class Survey:
             if not given.strip():
                 found.empty.add(name)
             if caption != given and not row["held_out"]:
-                found.given_trigger.setdefault(trigger_of(source), Named()).add(f"{name}  {shown(given)}")
+                found.given_trigger.setdefault(trigger_of(source), Named()).add(
+                    f"{name}  {shown(given)}"
+                )
             if self.trigger and self.trigger not in caption and not source.regularization:
                 found.without_trigger.add(f"{name}  {shown(caption)}")
             self._waiting.setdefault(caption, []).append(name)
@@ -181,12 +190,15 @@ class Survey:
             self.captions.tokens.add(count)
             if count > self.captions.limit:
                 more = f" and {len(names) - 1} more" * (len(names) > 1)
-                self.captions.over.add(f"{names[0]}{more}  {count} tokens: {shown(caption)}", len(names))
+                self.captions.over.add(
+                    f"{names[0]}{more}  {count} tokens: {shown(caption)}", len(names)
+                )
         self._waiting = {}
 
 
 def pairs(work: Work) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """Number and cells of each row of the plan, with the cells of its entry in the listing; both ascend."""
+    """Number and cells of each row of the plan, with the cells of its entry in the listing; both
+    ascend."""
     error_list = tables.rows_of(work.listing)
     entry, cells = -1, dict[str, Any]()
     for number, row in tables.rows_of(work.rows):
@@ -213,10 +225,14 @@ def kind(config: SourceConfig) -> str:
 
 def alike(work: Work, held_out: np.ndarray) -> Named:
     """Groups of images whose files are the same."""
-    entries, first_rows = np.unique(work.rows.column("entry").to_numpy(), return_index=True)  # not each of its clips
+    entries, first_rows = np.unique(
+        work.rows.column("entry").to_numpy(), return_index=True
+    )  # not each of its clips
     contents, held_out = tables.keys(work.rows.column("content"))[first_rows], held_out[first_rows]
     order = np.argsort(contents, kind="stable")
-    same = np.concatenate([[False], contents[order][1:] == contents[order][:-1], [False]]).astype(np.int8)
+    same = np.concatenate([[False], contents[order][1:] == contents[order][:-1], [False]]).astype(
+        np.int8
+    )
     starts, ends = np.flatnonzero(np.diff(same) == 1), np.flatnonzero(np.diff(same) == -1) + 1
     first = np.argsort(order[starts], kind="stable")[:MOST_NAMED]
     groups = Named(len(starts))
@@ -235,5 +251,7 @@ def alike(work: Work, held_out: np.ndarray) -> Named:
 
 def sizes(rows: Any) -> np.ndarray:
     """Width and height of each row's bucket."""
-    parts = [chunk.flatten().to_numpy().reshape(-1, 8)[:, 6:] for chunk in rows.column("crop").chunks]
+    parts = [
+        chunk.flatten().to_numpy().reshape(-1, 8)[:, 6:] for chunk in rows.column("crop").chunks
+    ]
     return np.concatenate(parts) if parts else np.empty((0, 2), np.int32)

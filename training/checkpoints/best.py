@@ -17,14 +17,16 @@ class BestWeights:
 
 
 def best_step(validations: list[Validation]) -> int | None:
-    """Return the first step with the lowest finite loss; None if there is none. Step 0 does not count."""
+    """Return the first step with the lowest finite loss; None if there is none. Step 0 does not
+    count."""
     losses = {int(entry["step"]): entry["loss"] for entry in validations if entry["step"]}
     finite_losses = {step: loss for step, loss in losses.items() if is_finite([loss])}
     return min(finite_losses, key=finite_losses.__getitem__, default=None)
 
 
 def stops_early(validations: list[Validation], config: ValidationConfig) -> bool:
-    """Return whether `patience` periodic validations in a row were not lower than the lowest loss before them."""
+    """Return whether `patience` periodic validations in a row were not lower than the lowest loss
+    before them."""
     if not config.patience:
         return False
     lowest, without_improvement = float("inf"), 0
@@ -52,8 +54,10 @@ def validation_errors(config: TrainConfig) -> list[str]:
     has_images = config.data.validation_path is not None or config.data.validation_fraction
     errors = []
     if given_flags and not has_images:
-        errors.append(f"{given_flags}: there are no validation images. Set --data.validation_path or "
-                      "--data.validation_fraction")  # fmt: skip
+        errors.append(
+            f"{given_flags}: there are no validation images. Set --data.validation_path or "
+            "--data.validation_fraction"
+        )
     if config.validation.patience and not config.validation.every:
         errors.append(
             f"--validation.patience {config.validation.patience}: counts periodic validations, and there are none. "

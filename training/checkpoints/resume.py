@@ -1,4 +1,5 @@
-"""Saves a run as a checkpoint, and resumes it from the newest valid one, with any number of processes."""
+"""Saves a run as a checkpoint, and resumes it from the newest valid one, with any number of
+processes."""
 
 import time
 from concurrent.futures import Future
@@ -102,7 +103,8 @@ class RunCheckpoints:
         storage.save(self.folder, state.step, files, self.config.checkpoint.keep)
 
     def identity(self) -> dict[str, object]:
-        """Return facts that must not change, because the next step depends on them. Main process only."""
+        """Return facts that must not change, because the next step depends on them. Main process
+        only."""
         assert self.base_hash is not None
         return {
             "config": config_hash(self.config),
@@ -112,7 +114,8 @@ class RunCheckpoints:
         }
 
     def resume(self) -> TrainState:
-        """Return the state of the newest valid checkpoint and load its weights, or return the state of a new run."""
+        """Return the state of the newest valid checkpoint and load its weights, or return the state
+        of a new run."""
         services = self.services
         if services.process.is_main:
             if self.config.overwrite and not is_restart(services.folder):
@@ -142,7 +145,8 @@ class RunCheckpoints:
         return TrainState(0, micro_batches_per_step, time.time(), history)
 
     def _agreed_checkpoint(self) -> Checkpoint | None:
-        """Return the newest valid checkpoint that the main process sees. The others must see the same one."""
+        """Return the newest valid checkpoint that the main process sees. The others must see the
+        same one."""
         process = self.services.process
         checkpoint: Checkpoint | None = None
         agreed: list[tuple[int, str] | None] = [None]
@@ -175,7 +179,8 @@ class RunCheckpoints:
             time.sleep(0.5)
 
     def _restore(self, checkpoint: Checkpoint, saved: SavedState) -> TrainState:
-        """Load weights and optimizer, and return the state. Raises CheckpointError for another run's checkpoint."""
+        """Load weights and optimizer, and return the state. Raises CheckpointError for another
+        run's checkpoint."""
         say = self.services.reporter.say
         if checkpoint.step > self.config.steps:
             raise ConfigError(
@@ -187,24 +192,35 @@ class RunCheckpoints:
         micro_batches_per_step = self._resumed_micro_batches(saved)
         self._check_same_run(checkpoint, saved, micro_batches_per_step)
         self.engine.load(
-            weights_of(checkpoint, ADAPTER_FILE), storage.optimizer_from_bytes(checkpoint.files[OPTIMIZER_FILE])
+            weights_of(checkpoint, ADAPTER_FILE),
+            storage.optimizer_from_bytes(checkpoint.files[OPTIMIZER_FILE]),
         )
         self.services.ema.load_state_dict(weights_of(checkpoint, EMA_FILE))
         self.services.reporter.tracker_id = saved.tracker_id
         history = History.from_dict(saved.history)
         dataset = self.parts.datasets.validation
         if dataset is not None and history.start_series(validation_kind(dataset, self.config)):
-            say("note: the validation images or options have changed, so a new series of validation losses begins")
+            say(
+                "note: the validation images or options have changed, so a new series of validation losses begins"
+            )
         state = TrainState(
-            checkpoint.step, micro_batches_per_step, saved.started_at, history, saved_step=checkpoint.step
+            checkpoint.step,
+            micro_batches_per_step,
+            saved.started_at,
+            history,
+            saved_step=checkpoint.step,
         )
         if self.config.keeps_best_weights:
             self._restore_best(state, checkpoint, saved)
         return state
 
     def _resumed_micro_batches(self, saved: SavedState) -> int:
-        """Return the micro-batches per step: those of the earlier steps, if the processes can share them."""
-        num_processes, accumulation = self.services.process.count, self.config.grad_accumulation_steps
+        """Return the micro-batches per step: those of the earlier steps, if the processes can share
+        them."""
+        num_processes, accumulation = (
+            self.services.process.count,
+            self.config.grad_accumulation_steps,
+        )
         configured = num_processes * accumulation
         per_step = saved.micro_batches_per_step
         has_same_option = saved.grad_accumulation_steps == accumulation
@@ -216,8 +232,11 @@ class RunCheckpoints:
         )
         return per_step
 
-    def _check_same_run(self, checkpoint: Checkpoint, saved: SavedState, micro_batches_per_step: int) -> None:
-        """Raise CheckpointError, on the main process too, if the checkpoint belongs to a different run."""
+    def _check_same_run(
+        self, checkpoint: Checkpoint, saved: SavedState, micro_batches_per_step: int
+    ) -> None:
+        """Raise CheckpointError, on the main process too, if the checkpoint belongs to a different
+        run."""
         facts = self.identity() if self.services.process.is_main else {}
         differences = [
             f"{name} is {saved.identity.get(name)} there, {value} here"
@@ -234,7 +253,8 @@ class RunCheckpoints:
             raise CheckpointError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
 
     def _restore_best(self, state: TrainState, checkpoint: Checkpoint, saved: SavedState) -> None:
-        """Restore the weights of the best step. Raises ConfigError if the checkpoint does not have them."""
+        """Restore the weights of the best step. Raises ConfigError if the checkpoint does not have
+        them."""
         validations = state.history.validation
         if saved.best_step is not None and validations:
             state.best = BestWeights(saved.best_step, weights_of(checkpoint, BEST_FILE))

@@ -16,7 +16,11 @@ from training.checkpoints.storage import (
     tensors_to_bytes,
 )
 
-ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.pt", "trainer_state.json"
+ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = (
+    "adapter.safetensors",
+    "optimizer.pt",
+    "trainer_state.json",
+)
 EMA_FILE, BEST_FILE = "ema.safetensors", "best.safetensors"
 ALPHA_SUFFIX = ".alpha"
 GROUP_KEY = "group"
@@ -30,7 +34,8 @@ NamedState = dict[str, ParameterState]
 
 @dataclass
 class SavedState:
-    """All of a run's state that is not a tensor. Everything else follows from the step (data/schedule.py)."""
+    """All of a run's state that is not a tensor. Everything else follows from the step
+    (data/schedule.py)."""
 
     step: int
     steps: int
@@ -83,7 +88,8 @@ def weights_of(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def state_of(checkpoint: Checkpoint) -> SavedState:
-    """Return the state in a checkpoint. Raises CheckpointError if another version of the program wrote it."""
+    """Return the state in a checkpoint. Raises CheckpointError if another version of the program
+    wrote it."""
     try:
         return SavedState(**json.loads(checkpoint.files[STATE_FILE]))
     except (KeyError, TypeError, ValueError) as error:
@@ -93,10 +99,14 @@ def state_of(checkpoint: Checkpoint) -> SavedState:
         ) from error
 
 
-def named_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> NamedState:
-    """Return the optimizer's state by parameter name, so that it depends on no order and no process.
+def named_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]
+) -> NamedState:
+    """Return the optimizer's state by parameter name, so that it depends on no order and no
+    process.
 
-    Values of a parameter group that have changed are stored with each of its parameters, under GROUP_KEY."""
+    Values of a parameter group that have changed are stored with each of its parameters, under
+    GROUP_KEY."""
     name_of: dict[Tensor, str] = {parameter: name for name, parameter in names.items()}
     state: NamedState = {}
     for parameter, values in optimizer.state.items():
@@ -126,7 +136,9 @@ def load_named_optimizer_state(
     """Load the optimizer's state. Raises CheckpointError if it belongs to other parameters."""
     check_parameter_names(state, names)
     name_of = {parameter: name for name, parameter in names.items()}
-    order = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    order = [
+        name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]
+    ]
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
         first_name = order[group["params"][0]]
@@ -134,7 +146,9 @@ def load_named_optimizer_state(
     per_parameter = {}
     for index, name in enumerate(order):
         if name in state:
-            per_parameter[index] = {key: value for key, value in state[name].items() if key != GROUP_KEY}
+            per_parameter[index] = {
+                key: value for key, value in state[name].items() if key != GROUP_KEY
+            }
     optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
 
 

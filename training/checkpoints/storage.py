@@ -38,11 +38,16 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
-    """Write the checkpoint of `step` below `folder`, then delete all but the newest `keep` up to this step.
+    """Write the checkpoint of `step` below `folder`, then delete all but the newest `keep` up to
+    this step.
 
-    Checkpoints of later steps stay: they are damaged, or the run would have resumed from them. They do not count."""
+    Checkpoints of later steps stay: they are damaged, or the run would have resumed from them. They
+    do not count."""
     path = checkpoint_path(folder, step)
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    entries = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
     try:
         with new_folder(path) as partial_path:
             for name, data in files.items():
@@ -51,12 +56,20 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
             (partial_path / MANIFEST).write_text(manifest, encoding="utf-8")
     except WriteError as error:
         paths = checkpoint_paths(folder)
-        last = f"The last good checkpoint is {paths[-1]}" if paths else "There is no earlier checkpoint"
-        raise CheckpointError(f"{error}. {last}. Free some space and run the same command again") from error
+        last = (
+            f"The last good checkpoint is {paths[-1]}"
+            if paths
+            else "There is no earlier checkpoint"
+        )
+        raise CheckpointError(
+            f"{error}. {last}. Free some space and run the same command again"
+        ) from error
     outdated = [other for other in checkpoint_paths(folder) if other <= path][:-keep]
     unfinished = folder.glob(".step_*")  # of killed processes
     for old_path in [*outdated, *unfinished]:
-        shutil.rmtree(old_path, ignore_errors=True)  # failures, as on NFS, are retried at the next save
+        shutil.rmtree(
+            old_path, ignore_errors=True
+        )  # failures, as on NFS, are retried at the next save
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -76,16 +89,26 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises DamagedError if it is damaged, and OSError if it may be readable at another time."""
+    """Read a checkpoint. Raises DamagedError if it is damaged, and OSError if it may be readable at
+    another time."""
     try:
         data = (path / MANIFEST).read_bytes()
         manifest = json.loads(data)
         files = {name: (path / name).read_bytes() for name in manifest["files"]}
-        changed = [name for name, entry in manifest["files"].items() if not is_intact(files[name], entry)]
+        changed = [
+            name for name, entry in manifest["files"].items() if not is_intact(files[name], entry)
+        ]
         if changed:
             raise DamagedError(f"{path} is damaged ({', '.join(changed)})")
         return Checkpoint(int(manifest["step"]), files, hashlib.sha256(data).hexdigest())
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise DamagedError(f"{path} is incomplete ({error})") from error
 
 

@@ -1,4 +1,5 @@
-"""The Accelerator of a run. Accelerate's config sets the number of processes, sharding and mixed precision.
+"""The Accelerator of a run. Accelerate's config sets the number of processes, sharding and mixed
+precision.
 
 Options of this trainer that contradict it are errors.
 """
@@ -16,7 +17,10 @@ from training.optim.registry import OPTIMIZERS
 FSDP_SETTINGS = {
     "FSDP_VERSION": ("2", "this trainer supports FSDP2 only"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "--gradient_checkpointing decides"),
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "it would leave the encoders of all processes but one empty"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "false",
+        "it would leave the encoders of all processes but one empty",
+    ),
     "FSDP_AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "the model is sharded by blocks"),
 }
 """Setting -> the supported value, and the reason."""
@@ -27,14 +31,19 @@ class DistributedError(RuntimeError):
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Build the Accelerator. Raises ConfigError if Accelerate's config and the options contradict each other."""
+    """Build the Accelerator. Raises ConfigError if Accelerate's config and the options contradict
+    each other."""
     precision = "bf16" if config.training_dtype == "bf16" else "no"
     errors = launch_errors(config, precision)
     if errors:
-        raise ConfigError(bullet_list("accelerate was launched with settings that do not fit", errors))
+        raise ConfigError(
+            bullet_list("accelerate was launched with settings that do not fit", errors)
+        )
     uses_deepspeed = is_enabled("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        mixed_precision="no" if uses_deepspeed else precision,  # DeepSpeed would convert the adapters to bf16 too
+        mixed_precision="no"
+        if uses_deepspeed
+        else precision,  # DeepSpeed would convert the adapters to bf16 too
         log_with=None if config.tracking.report_to == "none" else config.tracking.report_to,
         project_dir=config.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=collective_timeout(config))],
@@ -44,7 +53,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
-    """Raise ConfigError if Accelerate ignored the number of processes or the engine of the launch command."""
+    """Raise ConfigError if Accelerate ignored the number of processes or the engine of the launch
+    command."""
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != num_launched:
         raise ConfigError(
@@ -69,7 +79,8 @@ def collective_timeout(config: TrainConfig) -> timedelta:
 
 
 def launch_errors(config: TrainConfig, precision: str) -> list[str]:
-    """Return settings of `accelerate launch` that contradict the config, or that this trainer replaces."""
+    """Return settings of `accelerate launch` that contradict the config, or that this trainer
+    replaces."""
     environment = os.environ.get
     errors = []
     launched_precision = environment("ACCELERATE_MIXED_PRECISION", "no")
@@ -79,15 +90,22 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
             "Leave mixed_precision at no: --training_dtype decides"
         )
     if int(environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
-        errors.append("gradient_accumulation_steps. Leave it at 1: --grad_accumulation_steps decides")
-    if int(environment("TORCHELASTIC_MAX_RESTARTS", "0")) and environment("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        errors.append(
+            "gradient_accumulation_steps. Leave it at 1: --grad_accumulation_steps decides"
+        )
+    if (
+        int(environment("TORCHELASTIC_MAX_RESTARTS", "0"))
+        and environment("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
         errors.append(
             "max_restarts. Also set --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without them "
             "restarted processes wait for processes that have ended"
         )
     engines = [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
     if config.model.train_text_encoder and engines:
-        errors.append(f"{engines[0]}, which does not support --model.train_text_encoder. Use ddp.yaml")
+        errors.append(
+            f"{engines[0]}, which does not support --model.train_text_encoder. Use ddp.yaml"
+        )
     if "DEEPSPEED" in engines:
         errors += zero_errors(config)
     if "FSDP" in engines:

@@ -1,4 +1,5 @@
-"""Reductions of small numbers over all processes, on a separate gloo group, so that no device is read."""
+"""Reductions of small numbers over all processes, on a separate gloo group, so that no device is
+read."""
 
 from datetime import timedelta
 
@@ -37,7 +38,8 @@ class Consensus:
         return int(value)
 
     def max_now(self, number: int) -> int:
-        """Return the largest of all numbers, including those of a `start_max` that is not finished. Collective."""
+        """Return the largest of all numbers, including those of a `start_max` that is not finished.
+        Collective."""
         if self.group is None:
             return number
         value = torch.tensor(max(number, self.finish_max()))

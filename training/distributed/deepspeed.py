@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO-2 on the adapters: each process keeps a part of the optimizer's state and of the gradients.
+"""DeepSpeed's ZeRO-2 on the adapters: each process keeps a part of the optimizer's state and of the
+gradients.
 
-The state of a LoRA is small, so DDP is faster. This engine is for adapters of hundreds of millions of parameters (Full,
-LoKr with whole factors, LoHa of high rank), and for clusters that are set up for DeepSpeed. Its checkpoints are those
-of the other engines.
+The state of a LoRA is small, so DDP is faster. This engine is for adapters of hundreds of millions
+of parameters (Full, LoKr with whole factors, LoHa of high rank), and for clusters that are set up
+for DeepSpeed. Its checkpoints are those of the other engines.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +23,18 @@ class ZeroEngine(Engine):
     """DeepSpeed owns the adapters' optimizer, and clips and updates in one call."""
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel,
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        denoiser: nn.Module,
+        adapted: AdaptedModel,
         optimizer: torch.optim.Optimizer,
-    ):  # fmt: skip
-        self.accelerator, self.adapted, self.names = accelerator, adapted, adapted.named_parameters()
+    ):
+        self.accelerator, self.adapted, self.names = (
+            accelerator,
+            adapted,
+            adapted.named_parameters(),
+        )
         self.trained = list(self.names.values())
         plugin = accelerator.state.deepspeed_plugin
         assert plugin is not None
@@ -36,7 +45,9 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,
         }
         if config.training_dtype == "bf16":
-            denoiser.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(denoiser.forward)
+            denoiser.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(
+                denoiser.forward
+            )
         self.denoiser, wrapped = accelerator.prepare(denoiser, optimizer)
         self.optimizer: Any = wrapped.optimizer
         self.inner_optimizer: torch.optim.Optimizer = self.optimizer.optimizer
@@ -64,7 +75,9 @@ class ZeroEngine(Engine):
         state: NamedState = {}
         for name, parameter in self.names.items():
             if tensor_keys or scalars:
-                state[name] = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in tensor_keys}
+                state[name] = {
+                    key: safe_get_full_optimizer_state(parameter, key).cpu() for key in tensor_keys
+                }
                 state[name] |= {key: copied(value, "cpu") for key, value in scalars.items()}
         return state
 
@@ -82,12 +95,15 @@ class ZeroEngine(Engine):
                     safe_set_full_optimizer_state(parameter, value.to(device), key)
 
     def _create_state(self, template: dict[str, Any]) -> None:
-        """Create the optimizer's state with the scalars of `template`. DeepSpeed would do so in the first step."""
+        """Create the optimizer's state with the scalars of `template`. DeepSpeed would do so in the
+        first step."""
         if not template:
             return
         for flat_weights in self.optimizer.single_partition_of_fp32_groups:
             self.inner_optimizer.state[flat_weights] = {
-                key: torch.zeros_like(flat_weights) if has_shape(value) else copied(value, flat_weights.device)
+                key: torch.zeros_like(flat_weights)
+                if has_shape(value)
+                else copied(value, flat_weights.device)
                 for key, value in template.items()
             }
         self.optimizer._lazy_init_hp_params_optimizer_state()

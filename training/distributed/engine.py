@@ -1,8 +1,10 @@
-"""Engines: passes through the denoiser, gradients averaged over all processes, and the update of the weights.
+"""Engines: passes through the denoiser, gradients averaged over all processes, and the update of
+the weights.
 
-In every engine each process holds all adapters, and DDP, which sees nothing but them, sums their gradients once per
-step in one flat bucket. FSDP2 shards the frozen base model alone: its gathers carry no adapter, no gradient is
-scattered, checkpoints need no gathering, and the optimizer works on plain tensors. DeepSpeed is in deepspeed.py.
+In every engine each process holds all adapters, and DDP, which sees nothing but them, sums their
+gradients once per step in one flat bucket. FSDP2 shards the frozen base model alone: its gathers
+carry no adapter, no gradient is scattered, checkpoints need no gathering, and the optimizer works
+on plain tensors. DeepSpeed is in deepspeed.py.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,18 +27,25 @@ class Engine:
     """One process, DDP or FSDP2."""
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel,
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        denoiser: nn.Module,
+        adapted: AdaptedModel,
         optimizer: torch.optim.Optimizer,
-    ):  # fmt: skip
+    ):
         self.accelerator, self.optimizer = accelerator, optimizer
         self.adapted, self.names = adapted, adapted.named_parameters()
         self.trained = list(self.names.values())
         self.max_grad_norm = config.optim.max_grad_norm or float("inf")
-        self.skipping_optimizer = SkipNonFinite(optimizer) if config.optim.on_non_finite == "skip" else None
+        self.skipping_optimizer = (
+            SkipNonFinite(optimizer) if config.optim.on_non_finite == "skip" else None
+        )
         self.denoiser = prepare_denoiser(accelerator, denoiser, adapted)
 
     def accumulating(self, is_last: bool) -> AbstractContextManager:
-        """Return the context of a micro-batch's passes. Gradients are averaged in the last one of a step."""
+        """Return the context of a micro-batch's passes. Gradients are averaged in the last one of a
+        step."""
         if is_last or not isinstance(self.denoiser, DistributedDataParallel):
             return nullcontext()
         return self.denoiser.no_sync()
@@ -67,7 +76,8 @@ class Engine:
         return named_optimizer_state(self.optimizer, self.names)
 
     def load(self, adapter: dict[str, Tensor], optimizer: NamedState) -> None:
-        """Load weights and optimizer state. Raises CheckpointError or AdapterError if they do not fit."""
+        """Load weights and optimizer state. Raises CheckpointError or AdapterError if they do not
+        fit."""
         self.adapted.load_state_dict(adapter)
         load_named_optimizer_state(self.optimizer, optimizer, self.names)
 
@@ -82,8 +92,11 @@ def needs_contiguous_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def prepare_denoiser(accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel) -> nn.Module:
-    """Move the denoiser to its device, with autocast, a sharded base if configured, and averaged gradients."""
+def prepare_denoiser(
+    accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel
+) -> nn.Module:
+    """Move the denoiser to its device, with autocast, a sharded base if configured, and averaged
+    gradients."""
     if is_sharded(accelerator):
         plugin = accelerator.state.fsdp_plugin
         assert plugin is not None
@@ -91,21 +104,29 @@ def prepare_denoiser(accelerator: Accelerator, denoiser: nn.Module, adapted: Ada
         shard_base(denoiser, adapter_parameters, plugin)
         for parameter in adapter_parameters:
             parameter.data = parameter.data.to(accelerator.device)
-    # evaluation mode: only device and autocast. Accelerate's DDP would broadcast the frozen base model
+    # evaluation mode: only device and autocast. Accelerate's DDP would broadcast the frozen base
+    # model
     denoiser = accelerator.prepare_model(denoiser, evaluation_mode=True)
     if accelerator.num_processes == 1:
         return denoiser
     trained = set(adapted.named_parameters().values())
-    frozen_names = [name for name, parameter in denoiser.named_parameters() if parameter not in trained]
+    frozen_names = [
+        name for name, parameter in denoiser.named_parameters() if parameter not in trained
+    ]
     frozen_names += [name for name, _ in denoiser.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen_names)
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return DistributedDataParallel(
-        denoiser, bucket_cap_mb=num_bytes // 2**20 + 1, gradient_as_bucket_view=True, forward_sync_buffers=False
+        denoiser,
+        bucket_cap_mb=num_bytes // 2**20 + 1,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,
     )
 
 
-def shard_base(denoiser: nn.Module, ignored: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin) -> None:
+def shard_base(
+    denoiser: nn.Module, ignored: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin
+) -> None:
     """Shard the weights block by block, except the `ignored` ones."""
     from torch.distributed.fsdp import fully_shard
 
@@ -114,7 +135,9 @@ def shard_base(denoiser: nn.Module, ignored: set[nn.Parameter], plugin: FullySha
         options["offload_policy"] = plugin.cpu_offload
     for block in blocks_to_shard(denoiser, plugin.transformer_cls_names_to_wrap):
         fully_shard(block, **options)
-    fully_shard(denoiser, **{**options, "reshard_after_forward": False})  # the rest is needed at both ends of a step
+    fully_shard(
+        denoiser, **{**options, "reshard_after_forward": False}
+    )  # the rest is needed at both ends of a step
 
 
 def blocks_to_shard(denoiser: nn.Module, class_names: list[str] | None) -> list[nn.Module]:
@@ -123,7 +146,11 @@ def blocks_to_shard(denoiser: nn.Module, class_names: list[str] | None) -> list[
     These are the modules of the given classes, else of the classes that the model names as unsplittable, else the
     top-level blocks."""
     names = class_names or getattr(denoiser, "_no_split_modules", None) or ()
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in names and module is not denoiser]
+    blocks = [
+        module
+        for module in denoiser.modules()
+        if type(module).__name__ in names and module is not denoiser
+    ]
     missing_names = {*(class_names or ())} - {type(module).__name__ for module in blocks}
     if missing_names:
         known_blocks = gradient_checkpointing.blocks_at(denoiser, 2).values()

@@ -1,7 +1,8 @@
 """Stops all processes when one of them fails, and prints the original error last.
 
-A process that waits in a collective for one that has failed cannot do anything, not even on SIGTERM, until a timeout.
-Each process therefore has a thread that watches the store of the process group and ends the process.
+A process that waits in a collective for one that has failed cannot do anything, not even on
+SIGTERM, until a timeout. Each process therefore has a thread that watches the store of the process
+group and ends the process.
 """
 
 import os
@@ -21,12 +22,18 @@ from training.config import TrainConfig
 
 POLL_EVERY = 0.5
 EXIT_DELAY = 1.5
-"""Seconds before the other processes end: torchrun, which counts whole ones, blames the process that ended first."""
+"""Seconds before the other processes end: torchrun, which counts whole ones, blames the process
+that ended first."""
 GRACE_PERIOD = 4.0
 """Seconds in which the others notice a failure."""
 CONNECTION_ERRORS = (
-    "Connection closed by peer", "Timed out waiting", "Connection reset", "Broken pipe", "NCCL", "Read error",
-)  # fmt: skip
+    "Connection closed by peer",
+    "Timed out waiting",
+    "Connection reset",
+    "Broken pipe",
+    "NCCL",
+    "Read error",
+)
 
 
 class FailureWatch:
@@ -37,7 +44,9 @@ class FailureWatch:
         self.store: dist.Store | None = None
         if accelerator.num_processes == 1:
             return
-        token = [f"{time.time()}.{os.getpid()}"]  # the store outlives processes that torchrun restarts
+        token = [
+            f"{time.time()}.{os.getpid()}"
+        ]  # the store outlives processes that torchrun restarts
         broadcast_object_list(token)
         self.key = f"train_lora/failed/{token[0]}"
         self.store = dist.distributed_c10d._get_default_store()
@@ -54,7 +63,11 @@ class FailureWatch:
                     os._exit(1)
         except Exception:  # the store ended with the process or the launcher that held it
             if not self.is_over.wait(GRACE_PERIOD):
-                print(f"error: rank {self.rank}: the launcher or rank 0 has ended", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {self.rank}: the launcher or rank 0 has ended",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)
 
     def report(self, error: BaseException) -> bool:
@@ -73,7 +86,8 @@ class FailureWatch:
         return True
 
     def _first_report(self, store: dist.Store, own_report: str) -> str | None:
-        """Store the report unless there is one; return the report in the store, or None if it does not answer."""
+        """Store the report unless there is one; return the report in the store, or None if it does
+        not answer."""
         answers: list[str] = []
 
         def compare_and_set() -> None:
@@ -100,7 +114,9 @@ class FailureWatch:
 def describe_error(error: BaseException, config: TrainConfig | None = None) -> str:
     """Return an unexpected error with its traceback and advice. `config`: of the run that it ends."""
     text = "".join(traceback.format_exception(error)).rstrip()
-    if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in CONNECTION_ERRORS):
+    if isinstance(error, RuntimeError) and any(
+        phrase in str(error) for phrase in CONNECTION_ERRORS
+    ):
         text += "\n\nAnother process, its node or the network has failed. Its log may contain the reason."
     has_advice = hasattr(error, "__notes__")  # encoding adds its own
     if isinstance(error, torch.OutOfMemoryError) and config is not None and not has_advice:
@@ -109,7 +125,8 @@ def describe_error(error: BaseException, config: TrainConfig | None = None) -> s
 
 
 def memory_advice(config: TrainConfig) -> list[str]:
-    """Return options that need less GPU memory than `config`; those that do not change the result come first."""
+    """Return options that need less GPU memory than `config`; those that do not change the result
+    come first."""
     advice = []
     batch_size, accumulation = config.batch_size, config.grad_accumulation_steps
     if not config.gradient_checkpointing:
@@ -121,7 +138,9 @@ def memory_advice(config: TrainConfig) -> list[str]:
             f"(now {batch_size} and {accumulation})"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
-        advice.append("on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml")
+        advice.append(
+            "on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml"
+        )
     if config.training_dtype == "fp32":
         advice.append("--training_dtype bf16")
     return [*advice, f"a --data.resolution below {config.data.resolution}"]

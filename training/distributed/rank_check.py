@@ -1,6 +1,8 @@
-"""Checks that the processes of a run are in sync; without them a run out of sync would go on, slowly and wrongly.
+"""Checks that the processes of a run are in sync; without them a run out of sync would go on,
+slowly and wrongly.
 
-Gradients must differ before they are averaged and be equal afterwards, and the adapters must stay equal.
+Gradients must differ before they are averaged and be equal afterwards, and the adapters must stay
+equal.
 """
 
 from typing import Any
@@ -15,7 +17,8 @@ from training.distributed.consensus import Consensus
 
 MAX_NAMED = 10
 CHECKED_STEPS = 2
-"""First steps whose gradients are compared. In the first one, half of the factors still have no gradient."""
+"""First steps whose gradients are compared. In the first one, half of the factors still have no
+gradient."""
 
 
 class RankCheck:
@@ -40,7 +43,8 @@ class RankCheck:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     def check_gradients(self) -> None:
-        """Raise DistributedError if the gradients were not averaged, or were the same before. Collective.
+        """Raise DistributedError if the gradients were not averaged, or were the same before.
+        Collective.
 
         WHEN: after the backward pass of a step. Only the first steps are checked."""
         if not self.remaining_steps:
@@ -49,7 +53,9 @@ class RankCheck:
         averaged = checksums(list(gradients.values()))
         unknown = torch.tensor(-1, device=averaged.device)
         local = torch.stack([self.local_checksums.get(name, unknown) for name in gradients])
-        is_finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all().long()
+        is_finite = (
+            torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all().long()
+        )
         gathered = self.consensus.gather(torch.cat([is_finite.view(1), averaged, local]))
         if not gathered[:, 0].all():
             return  # another error, which is reported together with the samples
@@ -57,7 +63,9 @@ class RankCheck:
         is_equal = averaged.eq(averaged[0]).all(0).tolist()
         unequal = [name for name, equal in zip(gradients, is_equal, strict=True) if not equal]
         if unequal:
-            raise DistributedError(f"the processes' gradients differ after they were averaged: {shortened(unequal)}")
+            raise DistributedError(
+                f"the processes' gradients differ after they were averaged: {shortened(unequal)}"
+            )
         self.remaining_steps -= 1
         self.local_checksums = {}
         if averaged.any() and local.eq(local[0]).all():
@@ -67,7 +75,8 @@ class RankCheck:
             )
 
     def start_comparison(self, step: int) -> None:
-        """Send checksums of the adapters to all processes, once per step and without waiting. Collective."""
+        """Send checksums of the adapters to all processes, once per step and without waiting.
+        Collective."""
         if self.consensus.group is None or step == self.compared_step:
             return
         sums = checksums(list(self.trained.values()))
@@ -76,7 +85,8 @@ class RankCheck:
         self.compared_step = step
 
     def finish_comparison(self) -> None:
-        """Raise DistributedError if the adapters were not the same in all processes. Reads the device."""
+        """Raise DistributedError if the adapters were not the same in all processes. Reads the
+        device."""
         if self.pending is None:
             return
         work, extremes = self.pending
@@ -84,7 +94,9 @@ class RankCheck:
         work.wait()
         largest, negated_smallest = extremes.cpu().chunk(2)
         is_different = (largest + negated_smallest != 0).tolist()
-        unequal = [name for name, different in zip(self.trained, is_different, strict=True) if different]
+        unequal = [
+            name for name, different in zip(self.trained, is_different, strict=True) if different
+        ]
         if unequal:
             raise DistributedError(
                 f"at step {self.compared_step} the adapters are not the same in all processes: {shortened(unequal)}"
@@ -100,5 +112,11 @@ def shortened(names: list[str]) -> str:
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:
-    """Return (n,) int64 checksums on the device of the tensors, without reading it. Equal bits have equal checksums."""
-    return torch.stack([tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors])
+    """Return (n,) int64 checksums on the device of the tensors, without reading it. Equal bits have
+    equal checksums."""
+    return torch.stack(
+        [
+            tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+            for tensor in tensors
+        ]
+    )

@@ -1,4 +1,5 @@
-"""Checks of the optimizer's options against the signature of its class, before anything else is done."""
+"""Checks of the optimizer's options against the signature of its class, before anything else is
+done."""
 
 import ast
 import difflib
@@ -23,7 +24,14 @@ SHARED_OPTIONS = ("weight_decay", "betas", "eps")
 REPLACEMENTS = {"lr": "--learning_rate", "warmup_steps": "--optim.lr_warmup_steps"}
 """Arguments that users cannot set -> the option to use instead."""
 CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
-OPTIMIZER_ERRORS = (ValueError, TypeError, AssertionError, NotImplementedError, ZeroDivisionError, SystemExit)
+OPTIMIZER_ERRORS = (
+    ValueError,
+    TypeError,
+    AssertionError,
+    NotImplementedError,
+    ZeroDivisionError,
+    SystemExit,
+)
 """Exceptions of constructors and steps. lion_pytorch ends the process if Triton is missing."""
 
 
@@ -59,18 +67,26 @@ def combination_errors(config: TrainConfig) -> list[str]:
     entry = OPTIMIZERS[name]
     errors = []
     if entry.is_schedule_free and optim.lr_scheduler != "constant":
-        errors.append(f"--optim.lr_scheduler {optim.lr_scheduler}: {name} needs no schedule. Leave it constant; "
-                      "--optim.lr_warmup_steps works")  # fmt: skip
+        errors.append(
+            f"--optim.lr_scheduler {optim.lr_scheduler}: {name} needs no schedule. Leave it constant; "
+            "--optim.lr_warmup_steps works"
+        )
     if entry.is_schedule_free and config.ema.decay:
-        errors.append(f"--ema.decay {config.ema.decay:g}: {name} evaluates its own average. Leave it at 0")
+        errors.append(
+            f"--ema.decay {config.ema.decay:g}: {name} evaluates its own average. Leave it at 0"
+        )
     if entry.needs_single_lr and has_several_learning_rates(config):
-        errors.append(f"--adapter.loraplus_lr_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} has one "
-                      "learning rate for all layers. Leave them out")  # fmt: skip
+        errors.append(
+            f"--adapter.loraplus_lr_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} has one "
+            "learning rate for all layers. Leave them out"
+        )
     return errors
 
 
 def has_several_learning_rates(config: TrainConfig) -> bool:
-    scales = [override.lr_scale for override in config.adapter.overrides] + [config.adapter.loraplus_lr_ratio]
+    scales = [override.lr_scale for override in config.adapter.overrides] + [
+        config.adapter.loraplus_lr_ratio
+    ]
     text_lr = config.optim.text_encoder_learning_rate or config.learning_rate
     return text_lr != config.learning_rate or any(scale not in (None, 1) for scale in scales)
 
@@ -89,7 +105,9 @@ def trial_errors(name: str, arguments: dict[str, Any], lr: float) -> list[str]:
         if entry.is_schedule_free:
             optimizer.eval()
     except OPTIMIZER_ERRORS as error:
-        given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items() if key not in entry.fixed_args)
+        given = ", ".join(
+            f"{key} = {value!r}" for key, value in arguments.items() if key not in entry.fixed_args
+        )
         message = f"--optim: {name} raises: {error or type(error).__name__}"
         return [f"{message}. Its arguments are {given}" if given else message]
     return []
@@ -108,7 +126,8 @@ def optimizer_class(name: str) -> Any:
 
 
 def optimizer_arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments of the optimizer besides parameters and learning rate, and all errors in them."""
+    """Return the arguments of the optimizer besides parameters and learning rate, and all errors in
+    them."""
     entry, class_ = OPTIMIZERS[config.optimizer], optimizer_class(config.optimizer)
     parameters = dict(inspect.signature(class_.__init__).parameters)
     del parameters["self"]
@@ -121,9 +140,13 @@ def optimizer_arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]
         if error is None:
             parameter = parameters[argument.name]
             try:
-                arguments[argument.name] = converted(argument.value, parameter, hints.get(argument.name))
+                arguments[argument.name] = converted(
+                    argument.value, parameter, hints.get(argument.name)
+                )
             except ValidationError as failure:
-                error = value_error(argument, failure, f"{config.optimizer}'s default is {parameter.default!r}")
+                error = value_error(
+                    argument, failure, f"{config.optimizer}'s default is {parameter.default!r}"
+                )
         if error is not None:
             errors.append(error)
     return arguments, errors
@@ -140,7 +163,9 @@ def given_arguments(config: TrainConfig) -> Iterator[Argument]:
         yield Argument(name, f"--optim.args {name}", parsed_value(text))
 
 
-def name_error(argument: Argument, parameters: dict[str, inspect.Parameter], entry: OptimizerEntry) -> str | None:
+def name_error(
+    argument: Argument, parameters: dict[str, inspect.Parameter], entry: OptimizerEntry
+) -> str | None:
     """Return why an optimizer with these parameters cannot have the argument, or None."""
     name = argument.name
     if name in entry.reserved_args and name in parameters:
@@ -154,7 +179,11 @@ def name_error(argument: Argument, parameters: dict[str, inspect.Parameter], ent
         else:
             hint = f". It has {', '.join(usable_names)}"
         return f"{argument.flag}: {entry.class_name} has no such argument{hint}"
-    if not argument.is_shared_option and name in SHARED_OPTIONS and fits_option(name, parameters[name].default):
+    if (
+        not argument.is_shared_option
+        and name in SHARED_OPTIONS
+        and fits_option(name, parameters[name].default)
+    ):
         return f"{argument.flag}: use --optim.{name} instead"
     return None
 
@@ -169,7 +198,8 @@ def value_error(argument: Argument, failure: ValidationError, default: str) -> s
 
 
 def fits_option(name: str, default: Any) -> bool:
-    """Return whether an argument has the form of the shared option: two betas, one eps, one weight_decay."""
+    """Return whether an argument has the form of the shared option: two betas, one eps, one
+    weight_decay."""
     is_pair = isinstance(default, tuple | list) and len(default) == 2
     return is_pair == (name == "betas")
 
@@ -181,7 +211,9 @@ def converted(value: Any, parameter: inspect.Parameter, hint: Any) -> Any:
     if hint is None:
         hint = type_of_default(parameter.default)
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+            value
+        )
     except PydanticSchemaGenerationError:
         return value
 

@@ -1,4 +1,5 @@
-"""EMA and schedule-free weights, which validation, samples and export use instead of the trained weights."""
+"""EMA and schedule-free weights, which validation, samples and export use instead of the trained
+weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from training.optim.registry import OPTIMIZERS
 
 
 def decay_at(step: int, config: EmaConfig) -> float:
-    """Return the decay after optimizer step number `step`, counted from 1. It rises to `config.decay`."""
+    """Return the decay after optimizer step number `step`, counted from 1. It rises to
+    `config.decay`."""
     return min(config.decay, (1 + step) / (10 + step))
 
 
 class EmaWeights:
-    """The EMA of the trained weights in fp32 on their device, or the average of a schedule-free optimizer."""
+    """The EMA of the trained weights in fp32 on their device, or the average of a schedule-free
+    optimizer."""
 
     def __init__(self, config: TrainConfig, engine: Engine):
         self.config, self.engine = config.ema, engine
@@ -31,13 +34,15 @@ class EmaWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the EMA after optimizer step number `step`, counted from 1. Reads nothing from the device."""
+        """Update the EMA after optimizer step number `step`, counted from 1. Reads nothing from the
+        device."""
         if self.ema:
             torch._foreach_lerp_(self.ema, self._weights(), 1 - decay_at(step, self.config))
 
     @contextmanager
     def applied(self, kind: str | None = None) -> Iterator[None]:
-        """Put the evaluation weights into the model for a block, then restore the trained weights bit for bit.
+        """Put the evaluation weights into the model for a block, then restore the trained weights
+        bit for bit.
 
         `kind`: ema or raw; None: ema.evaluate_with."""
         uses_ema = self.ema and (kind or self.config.evaluate_with) == "ema"
@@ -59,7 +64,8 @@ class EmaWeights:
             torch._foreach_copy_(weights, trained)
 
     def evaluation_state(self, kind: str | None = None) -> dict[str, Tensor]:
-        """Return a copy of the adapters with their evaluation weights, on the CPU. `kind`: as for `applied`."""
+        """Return a copy of the adapters with their evaluation weights, on the CPU. `kind`: as for
+        `applied`."""
         with self.applied(kind):
             return self.engine.adapted.state_dict()
 

@@ -11,7 +11,8 @@ from training.optim.arguments import optimizer_arguments, optimizer_class
 
 
 def parameter_groups(adapted: AdaptedModel, config: TrainConfig) -> list[dict]:
-    """Group the trained parameters by the factor on their learning rate, which each group has as `lr_scale`."""
+    """Group the trained parameters by the factor on their learning rate, which each group has as
+    `lr_scale`."""
     parameters = adapted.named_parameters()
     text_lr = config.optim.text_encoder_learning_rate or config.learning_rate
     groups: dict[float, list[nn.Parameter]] = {}

@@ -1,4 +1,5 @@
-"""Losses of a run: buffered on the device, then kept as numbers in the history that checkpoints and loss.json hold."""
+"""Losses of a run: buffered on the device, then kept as numbers in the history that checkpoints and
+loss.json hold."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 MAX_MICRO_LOSSES = 1_000_000
-"""Losses of micro-batches that a history holds; a thousand processes make this many in a thousand steps."""
+"""Losses of micro-batches that a history holds; a thousand processes make this many in a thousand
+steps."""
 
 Validation = dict[str, float]
 """One validation: its `step`, the mean `loss`, and the loss at each noise level."""
@@ -36,7 +38,8 @@ class History:
     micro_batches_per_step: int
     step_losses: list[float] = field(default_factory=list)
     micro_losses: list[float] = field(default_factory=list)
-    """Losses of all micro-batches of all processes, in schedule order. Empty beyond MAX_MICRO_LOSSES."""
+    """Losses of all micro-batches of all processes, in schedule order. Empty beyond
+    MAX_MICRO_LOSSES."""
     grad_norms: list[float] = field(default_factory=list)
     validation_series: list[ValidationSeries] = field(default_factory=list)
     """The last one is the current series; the earlier ones are not comparable with it."""
@@ -60,7 +63,8 @@ class History:
         return [entry for series in self.validation_series[:-1] for entry in series.entries]
 
     def start_series(self, kind: str) -> bool:
-        """Continue the current series if it is of this kind, else start one. Return whether it ended an earlier one."""
+        """Continue the current series if it is of this kind, else start one. Return whether it
+        ended an earlier one."""
         if not self.validation_series:
             self.validation_series.append(ValidationSeries(kind))
             return False
@@ -110,7 +114,9 @@ class LossBuffer:
         Reads the device once. Collective."""
         if not self.norms:
             return [], []
-        gathered = accelerator.gather(torch.stack(self.losses))  # (processes * micro-batches,), process by process
+        gathered = accelerator.gather(
+            torch.stack(self.losses)
+        )  # (processes * micro-batches,), process by process
         losses = gathered.view(accelerator.num_processes, -1).T.reshape(-1)
         values = torch.cat([losses, torch.stack(self.norms)]).tolist()
         num_losses = len(losses)
@@ -128,7 +134,8 @@ class DataTimer:
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Measure a block that waits for a batch; the time since the previous block counts as computing."""
+        """Measure a block that waits for a batch; the time since the previous block counts as
+        computing."""
         start = time.perf_counter()
         yield
         end = time.perf_counter()

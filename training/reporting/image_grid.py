@@ -1,4 +1,4 @@
-"""Grids of labelled images as a PNG."""
+"""Grids of labeled images as a PNG."""
 
 import io
 from typing import Any
@@ -20,7 +20,8 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:
-    """Return rows of images (N, H, W, 3) in [0, 1], each with its label, above the captions, as a PNG."""
+    """Return rows of images (N, H, W, 3) in [0, 1], each with its label, above the captions, as a
+    PNG."""
     height, width = next(iter(rows.values())).shape[1:3]
     zoom = max(1, -(-MIN_SIDE // width))
     width, height = width * zoom, height * zoom

@@ -45,7 +45,9 @@ def smoothed(values: list[float], span: int) -> list[float]:
 
 def loss_png(history: History) -> bytes:
     """Return a chart of the losses as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a slow import that only the end of a run needs
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # a slow import that only the end of a run needs
     from matplotlib.figure import Figure
 
     losses = history.step_losses
@@ -54,9 +56,21 @@ def loss_png(history: History) -> bytes:
     figure = Figure(figsize=(9, 5), dpi=110)  # no layout engine: it would draw the figure twice
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.095, 0.1, 0.885, 0.83))
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(losses) < 3 else None,
-              label="training, raw")  # fmt: skip
-    axes.plot(steps, smoothed(losses, span), color="tab:blue", label=f"training, smoothed over {span} steps")
+    axes.plot(
+        steps,
+        losses,
+        color="tab:blue",
+        alpha=0.3,
+        linewidth=1,
+        marker="." if len(losses) < 3 else None,
+        label="training, raw",
+    )
+    axes.plot(
+        steps,
+        smoothed(losses, span),
+        color="tab:blue",
+        label=f"training, smoothed over {span} steps",
+    )
     if history.validation:
         points = [(entry["step"], entry["loss"]) for entry in history.validation]
         axes.plot(*zip(*points, strict=True), color="tab:orange", marker="o", label="validation")

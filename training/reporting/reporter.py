@@ -68,7 +68,8 @@ class Reporter:
         self.progress: tqdm | None = None
 
     def resume(self, step: int, row: dict[str, float]) -> None:
-        """Continue after `step`. `row`: metrics of this step that were not reported. Called on all processes."""
+        """Continue after `step`. `row`: metrics of this step that were not reported. Called on all
+        processes."""
         self.row = dict(row)
         if not self.accelerator.is_main_process:
             return
@@ -77,7 +78,9 @@ class Reporter:
             self.tracker_id, self.sent_step = str(saved["id"]), int(saved["sent"])
         last_complete_step = step - 1 if row else step
         self.sent_step = max(self.sent_step, self.lines.truncate(last_complete_step))
-        write_file(self.folder / TRACKER_FILE, json.dumps({"id": self.tracker_id, "sent": self.sent_step}))
+        write_file(
+            self.folder / TRACKER_FILE, json.dumps({"id": self.tracker_id, "sent": self.sent_step})
+        )
 
     def show_progress(self, steps: int, step: int) -> None:
         """Show the progress bar."""

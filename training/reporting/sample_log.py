@@ -20,7 +20,13 @@ class SampleLog:
         """Add the samples of a batch. `step`: the step that it is part of, counted from 1."""
         samples = zip(batch.visits, rows, batch.quantile.tolist(), batch.noise, strict=True)
         lines = [
-            {"step": step, "visit": visit, "row": row, "quantile": quantile, "noise": tensor_hash(noise)}
+            {
+                "step": step,
+                "visit": visit,
+                "row": row,
+                "quantile": quantile,
+                "noise": tensor_hash(noise),
+            }
             for visit, row, quantile, noise in samples
         ]
         self.lines.append(*lines)

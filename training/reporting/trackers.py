@@ -13,7 +13,8 @@ from training.config import TrainConfig, to_dict
 
 
 def new_tracker_id() -> str:
-    """Return an id for a new run in the tracker. Checkpoints keep it, so that a resumed run stays one run."""
+    """Return an id for a new run in the tracker. Checkpoints keep it, so that a resumed run stays
+    one run."""
     return uuid.uuid4().hex[:12]
 
 
@@ -28,7 +29,8 @@ def has_wandb_key() -> bool:
 
 
 def start_tracker(accelerator: Accelerator, config: TrainConfig, tracker_id: str) -> None:
-    """Start the tracker of the config. Without a key, wandb runs offline and writes into output_dir."""
+    """Start the tracker of the config. Without a key, wandb runs offline and writes into
+    output_dir."""
     name = config.tracking.report_to
     if name == "none":
         return
@@ -38,8 +40,15 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, tracker_id: str
             os.environ["WANDB_MODE"] = "offline"
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         run_name = Path(config.output_dir).name
-        options["wandb"] = {"id": tracker_id, "resume": "allow", "dir": config.output_dir, "name": run_name}
-    accelerator.init_trackers(config.tracking.project, config=flatten(to_dict(config)), init_kwargs=options)
+        options["wandb"] = {
+            "id": tracker_id,
+            "resume": "allow",
+            "dir": config.output_dir,
+            "name": run_name,
+        }
+    accelerator.init_trackers(
+        config.tracking.project, config=flatten(to_dict(config)), init_kwargs=options
+    )
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
@@ -48,7 +57,9 @@ def finish_trackers(accelerator: Accelerator) -> None:
         try:
             tracker.finish()
         except Exception as error:  # a tracker may raise anything
-            accelerator.print(f"note: {tracker.name} did not finish properly: {type(error).__name__}: {error}")
+            accelerator.print(
+                f"note: {tracker.name} did not finish properly: {type(error).__name__}: {error}"
+            )
 
 
 def log_images(accelerator: Accelerator, images: dict[str, np.ndarray], step: int) -> None:

@@ -14,7 +14,14 @@ POLL_FILE_EVERY = 1.0
 class Requests:
     """Collects the requests of all processes, and agrees on them once per step."""
 
-    def __init__(self, consensus: Consensus, signals: SignalHandler, folder: Path, every_minutes: float, is_main: bool):
+    def __init__(
+        self,
+        consensus: Consensus,
+        signals: SignalHandler,
+        folder: Path,
+        every_minutes: float,
+        is_main: bool,
+    ):
         self.consensus, self.signals, self.is_main = consensus, signals, is_main
         self.save_file = folder / SAVE_FILE
         self.save_every = 60 * every_minutes
@@ -48,7 +55,8 @@ class Requests:
         return self.agreed.stops
 
     def _own_request(self) -> StopRequest:
-        """Return this process's request. SAVE is returned once; requests to stop are returned again and again."""
+        """Return this process's request. SAVE is returned once; requests to stop are returned again
+        and again."""
         request = self.signals.take_request()
         if self.is_main and self._is_save_due():
             return max(request, StopRequest.SAVE)

@@ -1,9 +1,10 @@
-"""Signals that ask a run to save, to stop, or both. Imports no torch, so that handlers exist before it loads.
+"""Signals that ask a run to save, to stop, or both. Imports no torch, so that handlers exist before
+it loads.
 
-A handler only records the request, so that signals may arrive at any time and any number of times: under torchrun a
-process gets one SIGTERM two to four times. While there is nothing to save (before the first step, after the last
-checkpoint) a handler raises RunStopped at once. Inside `deferred` the training loop reads the request instead, and
-decides together with the other processes.
+A handler only records the request, so that signals may arrive at any time and any number of times:
+under torchrun a process gets one SIGTERM two to four times. While there is nothing to save (before
+the first step, after the last checkpoint) a handler raises RunStopped at once. Inside `deferred`
+the training loop reads the request instead, and decides together with the other processes.
 """
 
 import ctypes
@@ -18,10 +19,13 @@ from contextlib import contextmanager
 from enum import IntEnum
 
 REPEAT_AFTER = 2.0
-"""Seconds after which a Ctrl-C counts as a second one; launchers pass on the one that the terminal sent."""
+"""Seconds after which a Ctrl-C counts as a second one; launchers pass on the one that the terminal
+sent."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
+SIGNALS = tuple(
+    getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)
+)  # Windows has no SIGUSR1
 
 
 class StopRequest(IntEnum):
@@ -39,7 +43,11 @@ class StopRequest(IntEnum):
         return self > StopRequest.SAVE
 
 
-SENDERS = {StopRequest.REQUEUE: "SIGUSR1", StopRequest.TERMINATE: "SIGTERM", StopRequest.INTERRUPT: "SIGINT"}
+SENDERS = {
+    StopRequest.REQUEUE: "SIGUSR1",
+    StopRequest.TERMINATE: "SIGTERM",
+    StopRequest.INTERRUPT: "SIGINT",
+}
 EXIT_CODES = {
     StopRequest.REQUEUE: 0,
     StopRequest.TERMINATE: 128 + signal.SIGTERM,
@@ -106,7 +114,9 @@ class SignalHandler:
             self._leave_at_once_if_repeated()
         self.request = max(self.request, request_of(number))
         if self.request.stops and not self.is_deferred:
-            self.is_deferred = True  # launchers repeat signals, and the cleanup must not be interrupted
+            self.is_deferred = (
+                True  # launchers repeat signals, and the cleanup must not be interrupted
+            )
             raise RunStopped(self.request, self.outcome)
 
     def _leave_at_once_if_repeated(self) -> None:
@@ -117,7 +127,8 @@ class SignalHandler:
 
 
 def request_of(number: int) -> StopRequest:
-    """Return the request that a signal stands for. Under SLURM, SIGUSR1 warns that the job's time is nearly up."""
+    """Return the request that a signal stands for. Under SLURM, SIGUSR1 warns that the job's time
+    is nearly up."""
     if number == signal.SIGINT:
         return StopRequest.INTERRUPT
     if number == signal.SIGTERM:

@@ -7,13 +7,25 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import Tensor
 
 from helpers.family_cases import Case
-from helpers.tiny_models import CLIP_WIDTH, clip_encoder, clip_tokenizer, image_vae, t5_encoder, t5_tokenizer
+from helpers.tiny_models import (
+    CLIP_WIDTH,
+    clip_encoder,
+    clip_tokenizer,
+    image_vae,
+    t5_encoder,
+    t5_tokenizer,
+)
 
 WIDTHS = {
     "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
     "joint_attention_dim": 32, "axes_dims_rope": (4, 2, 2),
 }  # fmt: skip
-VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+VAE = {
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 
 def make(guided: bool, **scheduler: object) -> FluxPipeline:
@@ -31,8 +43,12 @@ def unpack(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
 
 def comfy(pipeline: Any, caption: str, tokens: int = 512) -> tuple[Tensor, dict[str, Any]]:
     """T5's tokens, as many as ComfyUI is told to fill them up to, and CLIP's pooled vector (text_encoders/flux.py)."""
-    ids = pipeline.tokenizer_2(caption, padding="max_length", max_length=tokens, return_tensors="pt").input_ids
-    pooled = pipeline.text_encoder(pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids)
+    ids = pipeline.tokenizer_2(
+        caption, padding="max_length", max_length=tokens, return_tensors="pt"
+    ).input_ids
+    pooled = pipeline.text_encoder(
+        pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
+    )
     return pipeline.text_encoder_2(ids)[0], {"pooled_output": pooled.pooler_output, "guidance": 3.5}
 
 

@@ -17,7 +17,12 @@ def make() -> Flux2KleinPipeline:
 
 def comfy(pipeline: Flux2KleinPipeline, caption: str) -> tuple[Tensor, dict]:
     """ComfyUI's tokenizer too pads to 512 tokens on the right, and its encoder hides the padding from the caption."""
-    return pipeline.encode_prompt(caption)[0], {"pooled_output": None, "attention_mask": torch.ones(1, 512)}
+    return pipeline.encode_prompt(caption)[0], {
+        "pooled_output": None,
+        "attention_mask": torch.ones(1, 512),
+    }
 
 
-CASE = Case("flux2_klein", make, {"guidance_scale": 1.0}, tiny_flux2.unpack, comfy, stored=tiny_flux2.stored)
+CASE = Case(
+    "flux2_klein", make, {"guidance_scale": 1.0}, tiny_flux2.unpack, comfy, stored=tiny_flux2.stored
+)

@@ -16,13 +16,19 @@ from helpers.family_cases import Case
 
 def make() -> QwenImagePipeline:
     transformer = QwenImageTransformer2DModel(
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6)
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, shift=1.0, shift_terminal=0.02,
         use_dynamic_shifting=True,
     )  # fmt: skip
-    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True])
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True]
+    )
     return QwenImagePipeline(
         scheduler=scheduler, vae=vae.eval(), text_encoder=qwen25_vl(), tokenizer=qwen_tokenizer(),
         transformer=transformer,

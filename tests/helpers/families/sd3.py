@@ -4,11 +4,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 
 from helpers.family_cases import Case
-from helpers.tiny_models import CLIP_WIDTH, clip_encoder, clip_tokenizer, image_vae, t5_encoder, t5_tokenizer
+from helpers.tiny_models import (
+    CLIP_WIDTH,
+    clip_encoder,
+    clip_tokenizer,
+    image_vae,
+    t5_encoder,
+    t5_tokenizer,
+)
 
 T5_WIDTH = 48  # more than both CLIPs have
 
@@ -32,15 +43,21 @@ def comfy(pipeline: Any, caption: str) -> tuple[Tensor, dict[str, Any]]:
     """cat(l, g) in T5's width, then T5's tokens; pooled l + g (comfy/text_encoders/sd3_clip.py)."""
     hidden, pooled = [], []
     for name in ("", "_2"):
-        tokens = getattr(pipeline, f"tokenizer{name}")(caption, padding="max_length", return_tensors="pt").input_ids
+        tokens = getattr(pipeline, f"tokenizer{name}")(
+            caption, padding="max_length", return_tensors="pt"
+        ).input_ids
         found = getattr(pipeline, f"text_encoder{name}")(tokens, output_hidden_states=True)
         hidden.append(found.hidden_states[-2])
         pooled.append(found.text_embeds)
     both = torch.cat(hidden, -1)
     cond = torch.zeros(1, both.shape[1], T5_WIDTH)
     cond[..., : both.shape[2]] = both
-    tokens = pipeline.tokenizer_3(caption, padding="max_length", max_length=256, return_tensors="pt").input_ids
-    return torch.cat([cond, pipeline.text_encoder_3(tokens)[0]], 1), {"pooled_output": torch.cat(pooled, -1)}
+    tokens = pipeline.tokenizer_3(
+        caption, padding="max_length", max_length=256, return_tensors="pt"
+    ).input_ids
+    return torch.cat([cond, pipeline.text_encoder_3(tokens)[0]], 1), {
+        "pooled_output": torch.cat(pooled, -1)
+    }
 
 
 def bare(name: str) -> str:
@@ -51,7 +68,11 @@ UNGUIDED = {"guidance_scale": 1.0}
 CASES = [
     Case("sd3", make, UNGUIDED, comfy=comfy, bare=bare),
     Case(
-        "sd3", partial(make, qk_norm="rms_norm", dual_attention_layers=(0, 1)), UNGUIDED, name="sd3.5-medium", bare=bare
+        "sd3",
+        partial(make, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+        UNGUIDED,
+        name="sd3.5-medium",
+        bare=bare,
     ),
     Case("sd3", partial(make, with_t5=False), UNGUIDED, name="sd3-without-t5"),
 ]

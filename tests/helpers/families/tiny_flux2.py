@@ -14,8 +14,20 @@ from transformers import (
 )
 
 WIDTH = 16
-MISTRAL_LAYERS, QWEN_LAYERS = 31, 28  # the last state that the pipelines take is the 30th, the 27th; none is the last
-MISTRAL_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<pad>"]
+MISTRAL_LAYERS, QWEN_LAYERS = (
+    31,
+    28,
+)  # the last state that the pipelines take is the 30th, the 27th; none is the last
+MISTRAL_SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "<pad>",
+]
 MISTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% set text = message['content'][0]['text'] %}"
     "{% if message['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
@@ -34,7 +46,9 @@ TEXT = {
 
 
 def byte_vocabulary(special: list[str]) -> dict[str, int]:
-    return {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    return {
+        token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,11 +80,15 @@ def mistral() -> Mistral3ForConditionalGeneration:
         "num_hidden_layers": MISTRAL_LAYERS,
         **TEXT,
     }
-    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=vision)
+    ).eval()
 
 
 def qwen() -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(qwen_tokenizer()), num_hidden_layers=QWEN_LAYERS, **TEXT)).eval()
+    return Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=len(qwen_tokenizer()), num_hidden_layers=QWEN_LAYERS, **TEXT)
+    ).eval()
 
 
 def vae() -> AutoencoderKLFlux2:
@@ -105,4 +123,6 @@ def stored(pipeline: object, latents: torch.Tensor) -> torch.Tensor:
     """What a data set has of the latents that the pipeline decodes: what the pipeline would make of an image's."""
     center, variance = pipeline.vae.bn.running_mean, pipeline.vae.bn.running_var
     spread = (variance + pipeline.vae.config.batch_norm_eps).sqrt()
-    return (pipeline._patchify_latents(latents) - center.view(1, -1, 1, 1)) / spread.view(1, -1, 1, 1)
+    return (pipeline._patchify_latents(latents) - center.view(1, -1, 1, 1)) / spread.view(
+        1, -1, 1, 1
+    )

@@ -39,14 +39,20 @@ TEXT = {
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Byte-level pairs, trained until every word is one token."""
     empty = Qwen2Tokenizer(extra_special_tokens=MARKS, model_max_length=32768)
-    tokenizer = empty.train_new_from_iterator([SEEN, *(f" {word}" for word in WORDS)], 2000, show_progress=False)
+    tokenizer = empty.train_new_from_iterator(
+        [SEEN, *(f" {word}" for word in WORDS)], 2000, show_progress=False
+    )
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
 def special_tokens() -> dict[str, int]:
     tokenizer = qwen_tokenizer()
-    return {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    return {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
 
 
 def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
@@ -56,7 +62,9 @@ def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {**TEXT, **special_tokens(), "rope_parameters": rope}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    ).eval()
 
 
 def qwen3() -> Qwen3Model:

@@ -23,7 +23,9 @@ def transformer(channels: int = 16, seen: int | None = None, **more: Any) -> Wan
 
 
 def scheduler() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
 
 
 def make(vae: dict[str, Any] | None = None, channels: int = 16, **options: Any) -> WanPipeline:
@@ -70,5 +72,11 @@ CASES = [
         step=1,
         bare=bare,
     ),
-    Case("wan", partial(make, OF_5B, CHANNELS, expand_timesteps=True), CALL, name="wan2.2-5b", bare=bare),
+    Case(
+        "wan",
+        partial(make, OF_5B, CHANNELS, expand_timesteps=True),
+        CALL,
+        name="wan2.2-5b",
+        bare=bare,
+    ),
 ]

@@ -35,11 +35,18 @@ NEEDS = {
     "lokr_t2": "lokr_w2_a",
     "initial_up": "lora_down.weight",
 }
-ANY_SHAPE = ("alpha", "diff", "diff_b", "dora_scale", "lora_magnitude_vector")  # all others are matrices at least
+ANY_SHAPE = (
+    "alpha",
+    "diff",
+    "diff_b",
+    "dora_scale",
+    "lora_magnitude_vector",
+)  # all others are matrices at least
 
 
 def faults_of(tensors: dict[str, Tensor], weight: Tensor, has_bias: bool | None) -> list[str]:
-    """All that is wrong with one layer's tensors in a file, whatever its algorithm; `has_bias` None: not known."""
+    """All that is wrong with one layer's tensors in a file, whatever its algorithm; `has_bias`
+    None: not known."""
     faults = [reason for name, reason in NOT_READ.items() if name in tensors]
     for name, tensor in sorted(tensors.items()):
         shape = tuple(tensor.shape)
@@ -57,7 +64,9 @@ def faults_of(tensors: dict[str, Tensor], weight: Tensor, has_bias: bool | None)
     if {"dora_scale", "lora_magnitude_vector"} <= tensors.keys():
         faults.append("dora_scale and lora_magnitude_vector: two magnitudes")
     if weight.ndim < 2 and (strange := tensors.keys() - {"alpha", "diff", "diff_b"}):
-        faults.append(f"{', '.join(sorted(strange))}: the layer is a normalisation, which has diff and diff_b alone")
+        faults.append(
+            f"{', '.join(sorted(strange))}: the layer is a normalization, which has diff and diff_b alone"
+        )
     if has_bias is not None or not weight.is_meta:  # else the shape may be a guess
         faults += bias_faults(tensors, weight.shape[0], has_bias)
     return faults
@@ -65,7 +74,10 @@ def faults_of(tensors: dict[str, Tensor], weight: Tensor, has_bias: bool | None)
 
 def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """In fp32, or in fp64 what is that."""
-    return {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
+    return {
+        name: tensor if tensor.dtype == torch.float64 else tensor.float()
+        for name, tensor in tensors.items()
+    }
 
 
 def without_cores(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,44 +93,60 @@ def without_cores(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def with_magnitude(tensors: dict[str, Tensor], weight: Tensor, precompensated: bool) -> dict[str, Tensor]:
+def with_magnitude(
+    tensors: dict[str, Tensor], weight: Tensor, precompensated: bool
+) -> dict[str, Tensor]:
     """With DoRA's magnitude as the adapters want it. AdapterError if that cannot be.
 
-    `precompensated`: a dora_scale that is meant for programs that divide by the norm of the base weight alone.
+    `precompensated`: a dora_scale that is meant for programs that divide by the norm of the base
+    weight alone.
     """
     found = dict(tensors)
     if "dora_scale" in found:
-        found["lora_magnitude_vector"] = magnitude_of(found.pop("dora_scale"), found, weight, precompensated)
+        found["lora_magnitude_vector"] = magnitude_of(
+            found.pop("dora_scale"), found, weight, precompensated
+        )
     elif "lora_magnitude_vector" in found:
         found["lora_magnitude_vector"] = found["lora_magnitude_vector"].flatten()
     return found
 
 
 def fold_mid(tensors: dict[str, Tensor]) -> None:
-    """A LoRA in Tucker form (up, mid, down) as one of the same rank with a whole kernel: mid is worked into down."""
+    """A LoRA in Tucker form (up, mid, down) as one of the same rank with a whole kernel: mid is
+    worked into down."""
     mid, down = tensors.pop("lora_mid.weight"), tensors["lora_down.weight"].flatten(1)
     tensors["lora_down.weight"] = torch.einsum("rj...,ji->ri...", mid, down)
 
 
 def rebuild_lokr(tensors: dict[str, Tensor]) -> None:
-    """A LoKr whose w2 is in Tucker form with an undivided w2, the scaling moved into it where it was w2's alone."""
+    """A LoKr whose w2 is in Tucker form with an undivided w2, the scaling moved into it where it
+    was w2's alone."""
     scaling = scaling_of(tensors)
     core, w2_a, w2_b = (tensors.pop(name) for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
     w2 = torch.einsum("ij...,jr->ir...", torch.einsum("ij...,ip->pj...", core, w2_a), w2_b)
     if "lokr_w1" in tensors:  # then nothing with a rank is left, and alpha means nothing
         w2 = w2 * scaling
-    tensors["lokr_w2"] = w2.contiguous()  # torch.kron fails on what einsum makes, which ComfyUI takes for no change
+    tensors["lokr_w2"] = (
+        w2.contiguous()
+    )  # torch.kron fails on what einsum makes, which ComfyUI takes for no change
 
 
 def subtract_start(tensors: dict[str, Tensor]) -> None:
     """A LoRA that did not start from zero, of a checkpoint of ours, as one that did."""
     down = tensors["lora_down.weight"]
-    given = (tensors["lora_up.weight"], down, tensors.pop("initial_up"), tensors.pop("initial_down"))
+    given = (
+        tensors["lora_up.weight"],
+        down,
+        tensors.pop("initial_up"),
+        tensors.pop("initial_down"),
+    )
     tensors["lora_up.weight"], tensors["lora_down.weight"] = difference(*given)
     tensors["alpha"] = tensors["alpha"] * (len(tensors["lora_down.weight"]) / len(down))
 
 
-def magnitude_of(scale: Tensor, tensors: dict[str, Tensor], weight: Tensor, precompensated: bool) -> Tensor:
+def magnitude_of(
+    scale: Tensor, tensors: dict[str, Tensor], weight: Tensor, precompensated: bool
+) -> Tensor:
     """DoRA's magnitude (out) from a dora_scale (out, 1...)."""
     out = weight.shape[0]
     if scale.numel() != out or (scale.ndim > 1 and scale.shape[0] != out):
