@@ -113,8 +113,15 @@ def describe_option_error(entry: Any, prefix: str) -> str:
         return f"{prefix}{name}: no such option" + (
             f"; did you mean {similar_name}?" if similar_name else ""
         )
-    message = entry["msg"]
-    return f"{prefix}{name} {entry['input']!r}: {message[0].lower()}{message[1:]}"
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"{prefix}{name} {as_typed(entry['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def as_typed(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "(empty)"
+    return repr(value)
 
 
 def similar_option(name: str) -> str | None:

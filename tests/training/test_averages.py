@@ -58,7 +58,7 @@ def test_the_average_is_that_of_the_weights_of_every_step(options, run_here, tmp
 def test_average_and_trained_weights_are_both_exported(options, run_here, tmp_path, capsys):
     out, plain = tmp_path / "out", tmp_path / "plain"
     assert run_here([*options, *EMA, *VALIDATED]) == 0
-    assert "the adapter: EMA of decay 0.7, after step 6" in capsys.readouterr().out
+    assert "the adapter has the weights EMA of decay 0.7, after step 6" in capsys.readouterr().out
     assert run_here([*options, *VALIDATED, f"--output_dir={plain}"]) == 0
     raw = load_file(out / "lora.raw.safetensors")
     assert_same(raw, adapter(plain))  # an average changes nothing of the training
@@ -137,7 +137,7 @@ def test_the_best_weights_are_exported(options, run_here, tmp_path, capsys, case
     about = metadata(out / "lora.safetensors")
     assert about["train_lora.total_steps"] == str(step)
     assert (
-        f"after step {step} of {steps}, whose validation loss {losses[step]:.5f} is the lowest"
+        f"after step {step} of {steps}, which has the lowest validation loss, {losses[step]:.5f}"
         in capsys.readouterr().out
     )
     assert f"after step {step} of {steps}" in about["train_lora.weights"]
@@ -152,7 +152,7 @@ def test_the_best_weights_may_be_asked_for_later_if_they_were_kept(
     rising = [*options, *VALIDATED, "--learning_rate=0.1", "--steps=10"]
     assert run_here(rising) == 0
     assert run_here([*rising, "--export.weights=best"]) == 2
-    assert "whose validation loss is the lowest so far, were not kept" in capsys.readouterr().err
+    assert "which has the lowest validation loss so far, were not kept" in capsys.readouterr().err
     kept = [*rising, "--checkpoint.keep_best", f"--output_dir={tmp_path / 'kept'}"]
     assert run_here(kept) == 0
     assert_same_adapter(tmp_path / "out", tmp_path / "kept")
@@ -166,7 +166,7 @@ def test_losses_of_two_kinds_tell_no_best_step(options, run_here, capsys, other)
     kept = [*options, *VALIDATED, "--ema.decay=0.7", "--checkpoint.keep_best", "--steps=4"]
     assert run_here(kept) == 0
     assert run_here([*kept, other, "--steps=6"]) == 2
-    assert "where the best step is told by validation losses" in capsys.readouterr().err
+    assert "and the best step depends on it" in capsys.readouterr().err
     free = [option for option in kept if option != "--checkpoint.keep_best"]
     assert run_here([*free, "--overwrite"]) == 0
     assert run_here([*free, other, "--steps=6"]) == 0
@@ -175,7 +175,7 @@ def test_losses_of_two_kinds_tell_no_best_step(options, run_here, capsys, other)
 def test_a_run_that_brings_nothing_ends_and_stays_at_its_end(options, run_here, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_here([*options, *NOTHING_BETTER]) == 0
-    said = "stops early at step 6 of 12: 2 validations without improvement"
+    said = "stopped early at step 6 of 12: 2 validations without improvement"
     assert said in capsys.readouterr().out
     assert [path.name for path in checkpoints(out)] == ["step_00000006"]
     assert json.loads((out / "loss.json").read_text())["total_steps"] == 6
@@ -215,7 +215,7 @@ def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
     )
     result = script(best, launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("stops early at step 6 of 12") == 1
+    assert result.stdout.count("stopped early at step 6 of 12") == 1
     one = [*best, "--grad_accumulation_steps=2", f"--output_dir={tmp_path / 'one'}"]
     assert script(one).returncode == 0
     assert_same_adapter(tmp_path / "one", tmp_path / "out")
@@ -224,14 +224,14 @@ def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
 NOT_THERE = {
     "patience": (
         "--validation.patience=2 --validation.every=2",
-        "--validation.patience: there are no images",
+        "--validation.patience: there are no validation images",
     ),
     "best": (
         "--checkpoint.keep_best",
-        "--checkpoint.keep_best: there are no images to validate on. Give --data.validation_",
+        "--checkpoint.keep_best: there are no validation images. Set --data.validation_",
     ),
-    "which": ("--export.weights=best", "--export.weights best: there are no images"),
-    "every": ("--validation.patience=2 --data.validation_fraction=0.5", "Give --validation.every"),
+    "which": ("--export.weights=best", "--export.weights best: there are no validation images"),
+    "every": ("--validation.patience=2 --data.validation_fraction=0.5", "Set --validation.every"),
 }
 
 

@@ -108,9 +108,9 @@ def test_all_faults_of_a_recipe_are_listed_with_their_names(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config([str(recipe)])
     message = str(error.value)
-    for part in ("bad.yaml: 6 errors", "optimzer: no such option; did you mean optimizer?", "batch_size = 0",
-                 "model.pth: no such option; did you mean model.path?", "optim.betas.0 = 1", "optim.betas.1 = 2",
-                 "adapter.targets = []"):  # fmt: skip
+    for part in ("bad.yaml: 6 errors", "optimzer: no such option; did you mean optimizer?", "batch_size 0: ",
+                 "model.pth: no such option; did you mean model.path?", "optim.betas.0 1: ", "optim.betas.1 2: ",
+                 "adapter.targets (empty): "):  # fmt: skip
         assert part in message
 
 
@@ -125,32 +125,32 @@ def test_a_broken_recipe_is_a_config_error(tmp_path, content):
 BAD_COMMAND_LINES = {
     "near miss": (["--bach_size", "3"], "--batch_size"),
     "not a number": (["--steps", "many"], "--steps"),
-    "wrong choice": (["--optimizer", "lion"], "AdamW"),
-    "out of range": (["--rank", "129"], "--rank = 129"),
+    "wrong choice": (["--optimizer", "lyon"], "AdamW"),
+    "out of range": (["--rank", "129"], "--rank 129: "),
     "missing recipe": (["nowhere.yaml"], "nowhere.yaml is not a file"),
     "no model": (["--data.path", "."], "--model.path: no model given"),
     "no images": (["--model.path", str(BASE)], "--data.path: no training images given"),
     "model is no model": (["--model.path", str(TWEMOJI), "--data.path", "."], "model_index.json"),
     "model is a pickle": (
         ["--model.path", str(PROJECT / "LICENSE"), "--data.path", "."],
-        "only .safetensors",
+        "expected a .safetensors file",
     ),
-    "images are no folder": ([NEEDED[0], "--data.path", "/nowhere"], "/nowhere is not a folder"),
+    "images are no folder": ([NEEDED[0], "--data.path", "/nowhere"], "--data.path /nowhere: is not a folder"),
     "output_dir is a file": (
         [*NEEDED, "--output_dir", str(PROJECT / "LICENSE")],
         "exists and is not a folder",
     ),
     "a list of sources": (
         [*NEEDED, "--data.sources=x"],
-        "--data.sources: a list of several options",
+        "--data.sources: is a list of structured entries",
     ),
     "a list's option": (
         [*NEEDED, "--adapter.overrides.0.rank", "4"],
-        "--adapter.overrides: a list of several options",
+        "--adapter.overrides: is a list of structured entries",
     ),
     "existing LoRA is no file": (
         [*NEEDED, "--existing_lora", "/nowhere"],
-        "/nowhere does not exist",
+        "--existing_lora /nowhere: does not exist",
     ),
 }
 
@@ -203,5 +203,5 @@ def test_paths_beside_the_models_are_looked_at_before_anything_loads(options, ru
         run_here([*options, "--model.vae=nope.safetensors", "--model.config=nowhere/at/all"]) == 2
     )
     said = capsys.readouterr().err
-    assert "--model.vae: nope.safetensors does not exist" in said
+    assert "--model.vae nope.safetensors: does not exist" in said
     assert "--model.config: nowhere/at/all does not exist" in said

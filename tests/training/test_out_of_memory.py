@@ -16,7 +16,7 @@ def advice(capsys) -> str:
     after = said.split(
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.\n"
     )[-1]
-    (line,) = [line for line in after.splitlines() if line.startswith("What takes less memory")]
+    (line,) = [line for line in after.splitlines() if line.startswith("To use less memory, try")]
     return line
 
 

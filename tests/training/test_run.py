@@ -22,8 +22,8 @@ def test_an_output_dir_of_a_different_run_is_refused(options, run_here, tmp_path
     before = (tmp_path / "out" / "lora.safetensors").read_bytes()
     assert run_here([*options, "--rank=2", "--optim.eps=1e-7"]) == 2
     error = capsys.readouterr().err
-    assert "rank: 4 there, 2 here" in error
-    assert "optim.eps: None there, 1e-07 here" in error
+    assert "rank is 4 there, 2 here" in error
+    assert "optim.eps is None there, 1e-07 here" in error
     assert "--overwrite" in error
     assert (tmp_path / "out" / "lora.safetensors").read_bytes() == before
     assert run_here([*options, "--rank=2", "--optim.eps=1e-7", "--overwrite"]) == 0
@@ -53,7 +53,7 @@ def test_changed_data_or_total_batch_is_refused_on_resume(options, run_here, ima
     assert "micro-batches per step" in capsys.readouterr().err
     (images / "cat.txt").write_text("changed")
     assert run_here([*options, "--steps=8"]) == 1
-    assert "dataset: " in capsys.readouterr().err
+    assert "dataset is " in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over(options, run_here, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_passed_over(options, run_here, tmp_path, capsys
     (middle / "optimizer.pt").write_bytes(data)
     assert run_here(options) == 0
     out = capsys.readouterr().out
-    assert "step_00000006 is not complete" in out
+    assert "step_00000006 is incomplete" in out
     assert "step_00000004 is damaged (optimizer.pt)" in out
     assert "resumed at step 2 of 6" in out
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_other_options_is_refused_without_the_config_file_too(
     assert run_here(options) == 0
     (tmp_path / "out" / "config.yaml").unlink()
     assert run_here([*options, "--steps=8", "--optim.eps=1e-7"]) == 1
-    assert "config: " in capsys.readouterr().err
+    assert "config is " in capsys.readouterr().err
     assert run_here([*options, "--steps=8", "--tracking.log_every=2"]) == 0
 
 
@@ -276,7 +276,7 @@ def test_loss_json_holds_numbers_only(options, run_here, tmp_path):
 def test_fewer_steps_than_there_are_is_a_mistake(options, run_here, capsys):
     assert run_here(options) == 0
     assert run_here([*options, "--steps=5"]) == 2
-    assert "is at step 6 already" in capsys.readouterr().err
+    assert "is already at step 6" in capsys.readouterr().err
 
 
 def test_another_course_of_the_learning_rate_is_said(options, run_here, capsys):
@@ -284,7 +284,7 @@ def test_another_course_of_the_learning_rate_is_said(options, run_here, capsys):
     assert run_here(linear) == 0
     assert run_here([*linear, "--steps=8"]) == 0
     assert (
-        "note: --steps was 6 and is 8: from here on the linear learning rate"
+        "note: --steps was 6 and is 8: the linear learning rate is that of 8 steps from here on"
         in capsys.readouterr().out
     )
 

@@ -65,7 +65,7 @@ def test_large_latents_are_validated_few_at_a_time(validated, run_here, tmp_path
     ):
         if samples is not None:
             monkeypatch.setattr(
-                training.validation, "MOST_ELEMENTS", samples * shapes[0].numel() // 8
+                training.validation, "MAX_ELEMENTS", samples * shapes[0].numel() // 8
             )
         shapes.clear()
         assert run_here([*validated, f"--output_dir={tmp_path / name}"]) == 0
@@ -95,7 +95,7 @@ def test_a_held_out_image_that_is_not_finite_is_named_before_the_first_step(
     poisoned(monkeypatch, 1)
     assert run_here(validated) == 1
     error = capsys.readouterr().err
-    assert "the validation loss at step 0 is not finite, of " in error
+    assert "the validation loss at step 0 is not finite for " in error
     assert sum(path.name in error for path in held_out.glob("*.png")) == 1
 
 
@@ -105,8 +105,8 @@ def test_a_later_validation_that_is_not_finite_is_said_and_stops_nothing(
     poisoned(monkeypatch, 2)
     assert run_here([*validated, "--export.weights=best"]) == 0
     out = capsys.readouterr().out
-    assert "the validation loss at step 2 is not finite, of " in out
-    assert "no validation loss was finite: the adapter is that after step 4" in out
+    assert "the validation loss at step 2 is not finite for " in out
+    assert "no validation loss was finite: the weights after step 4 are exported" in out
     assert losses(tmp_path / "out").keys() == {0, 2, 4}
     assert losses(tmp_path / "out")[2] is None, "JSON has no NaN"
 
@@ -121,17 +121,17 @@ def test_other_held_out_images_begin_another_history(
     image.unlink()
     image.with_suffix(".txt").unlink()
     assert run_here([*best, "--steps=8"]) == 0
-    assert "validation losses begin anew" in capsys.readouterr().out
+    assert "a new series of validation losses begins" in capsys.readouterr().out
     assert losses(tmp_path / "out").keys() == {4, 6, 8}
-    assert losses(tmp_path / "out", "other_validation") == before
+    assert losses(tmp_path / "out", "earlier_validation") == before
     assert run_here([*best, "--steps=10"]) == 0
-    assert "begin anew" not in capsys.readouterr().out
+    assert "a new series" not in capsys.readouterr().out
     assert losses(tmp_path / "out").keys() == {4, 6, 8, 10}
 
 
 def test_a_run_without_validation_in_between_forgets_none(validated, run_here, tmp_path):
     assert run_here(validated) == 0
-    without = [option for option in validated if "validation_images" not in option]
+    without = [option for option in validated if "validation_path" not in option]
     assert run_here([*without, "--steps=6"]) == 0
     assert losses(tmp_path / "out").keys() == {0, 2, 4}
     assert run_here([*validated, "--steps=8"]) == 0
@@ -153,11 +153,11 @@ def test_files_of_other_weights_of_an_earlier_run_are_pointed_out(
     options, run_here, tmp_path, capsys
 ):
     assert run_here([*options, "--ema.decay=0.7"]) == 0
-    assert "is of an earlier run" not in capsys.readouterr().out
+    assert "is from an earlier run" not in capsys.readouterr().out
     raw = tmp_path / "out" / "lora.raw.safetensors"
     before = load_file(raw)
     assert run_here([*options, "--ema.decay=0.7", "--ema.evaluate_with=raw", "--steps=8"]) == 0
-    assert f"note: {raw} is of an earlier run" in capsys.readouterr().out
+    assert f"note: {raw} is from an earlier run" in capsys.readouterr().out
     assert all(tensor.equal(before[name]) for name, tensor in load_file(raw).items())
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_waited_for_another_looks_again_at_what_that_has_left(tmp_pat
     config = TrainConfig(output_dir=str(tmp_path), resume="never")
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     with (
-        pytest.raises(ConfigError, match="--resume never would lose them"),
+        pytest.raises(ConfigError, match="--resume never would lose"),
         locked_folder(config, 0, print),
     ):
         pytest.fail("it is not its own")

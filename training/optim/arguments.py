@@ -108,9 +108,15 @@ def trial_errors(name: str, arguments: dict[str, Any], lr: float) -> list[str]:
         given = ", ".join(
             f"{key} = {value!r}" for key, value in arguments.items() if key not in entry.fixed_args
         )
-        message = f"--optim: {name} raises: {error or type(error).__name__}"
+        message = f"--optim: {name} raises: {describe_trial_error(error)}"
         return [f"{message}. Its arguments are {given}" if given else message]
     return []
+
+
+def describe_trial_error(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "it ends the program, perhaps because a package that it needs is missing"
+    return str(error) or type(error).__name__
 
 
 def optimizer_class(name: str) -> Any:
