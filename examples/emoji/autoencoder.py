@@ -1,0 +1,155 @@
+"""The autoencoders of the two base models: trained on all emoji, and on prints of them in random colors.
+
+Like the autoencoders of real models, they have seen more than the denoisers draw. The inks and colors of the demos'
+styles are not among the random ones except by chance.
+"""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from emoji_source import Emoji, load_pixels, to_tensor
+from pretraining import MovingAverage, TrainingLog, cosine, take_step
+from restyle import Color, blueprint, over_white, screen_print
+from torch import Tensor
+
+BATCH_SIZE = 16
+PEAK_RATE = 1.5e-3
+MIN_RATE = 1e-6
+PRINTED_SHARE, DRAWN_SHARE = 0.35, 0.25
+"""Share of the emoji that are added as screen prints and as blueprints."""
+
+
+def small_autoencoder(scaling_factor: float) -> AutoencoderKL:
+    """Return an autoencoder with 4 latent channels, as Stable Diffusion has it, at 1/4 of the size."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 80), latent_channels=4, scaling_factor=scaling_factor, **LAYOUT
+    )
+
+
+def wide_autoencoder(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """Return an autoencoder with 16 latent channels, as FLUX and Z-Image have it, at 1/4 of the size."""
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 64), latent_channels=16, scaling_factor=scaling_factor,
+        shift_factor=shift_factor, **LAYOUT,
+    )  # fmt: skip
+
+
+LAYOUT = {
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 64,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+}
+
+
+def autoencoder_images(emoji: list[Emoji]) -> Tensor:
+    """Return (N, 3, 64, 64): each emoji on white, and some of them printed in random colors."""
+    random = np.random.default_rng(0)
+
+    def color(low: int = 0, high: int = 256) -> Color:
+        red, green, blue = (int(value) for value in random.integers(low, high, 3))
+        return red, green, blue
+
+    images = []
+    for item in emoji:
+        image = item.image()
+        images.append(over_white(image))
+        draw = random.random()
+        if draw < PRINTED_SHARE:
+            inks = sorted((color() for _ in range(int(random.integers(2, 6)))), key=luminance)
+            images.append(screen_print(image, tuple(inks), color()))
+        elif draw < PRINTED_SHARE + DRAWN_SHARE:
+            images.append(blueprint(image, (color(150), color(), color(0, 160))))
+    return torch.stack([to_tensor(image) for image in images])
+
+
+def luminance(color: Color) -> float:
+    red, green, blue = color
+    return 0.3 * red + 0.59 * green + 0.11 * blue
+
+
+def train_autoencoder(
+    autoencoder: AutoencoderKL, pixels: Tensor, steps: int, kl_weight: float
+) -> None:
+    """Train an autoencoder in place: L1 + L2 + L1 of the gradients, and a small KL term."""
+    autoencoder.to(memory_format=torch.channels_last)
+    parameters = list(autoencoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    average = MovingAverage(parameters, decay=0.998)
+    log = TrainingLog("autoencoder", steps)
+    for step in range(steps):
+        batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,))]
+        is_flipped = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
+        batch = torch.where(is_flipped, batch.flip(3), batch)
+        posterior = autoencoder.encode(batch).latent_dist
+        decoded = autoencoder.decode(posterior.sample()).sample
+        error = decoded - batch
+        reconstruction = error.abs().mean() + error.square().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction + 0.5 * gradient_error(decoded, batch) + kl_weight * kl
+        take_step(loss, optimizer, max(MIN_RATE, PEAK_RATE * cosine(step, steps, warmup=200)))
+        average.update(step)
+        log.add(step, reconstruction)
+    average.copy_to_parameters()
+
+
+def gradient_error(decoded: Tensor, target: Tensor) -> Tensor:
+    """Return the L1 error of the differences of neighboring pixels, which keeps edges sharp."""
+    error = decoded - target
+    across = error[..., :, 1:] - error[..., :, :-1]
+    down = error[..., 1:, :] - error[..., :-1, :]
+    return across.abs().mean() + down.abs().mean()
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Encode (N, 3, 64, 64) pixels to the mean of their latents, (N, C, 16, 16), not scaled."""
+    return torch.cat([autoencoder.encode(part).latent_dist.mean for part in pixels.split(64)])
+
+
+@torch.no_grad()
+def psnr(autoencoder: AutoencoderKL, pixels: Tensor) -> float:
+    """Return the mean peak signal-to-noise ratio of decoded images in dB."""
+    ratios = []
+    for part in pixels.split(64):
+        decoded = autoencoder.decode(autoencoder.encode(part).latent_dist.mean).sample
+        squared_error = (decoded.clamp(-1, 1) - part).square().mean((1, 2, 3))
+        ratios.append(10 * (4 / squared_error).log10())
+    return torch.cat(ratios).mean().item()
+
+
+@torch.no_grad()
+def normalize_latents(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
+    """Change quant_conv and post_quant_conv so that each scaled channel has mean 0 and deviation 1.
+
+    Pipelines know one shift and one scale for all channels: scaled = (latents - shift) * scale."""
+    config = autoencoder.config
+    latents = encode(autoencoder, pixels)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    gain = 1 / (config.scaling_factor * std)
+    shift = config.shift_factor or 0.0
+    channels = config.latent_channels
+    quant, post_quant = autoencoder.quant_conv, autoencoder.post_quant_conv
+    # first the decoder's side, which must see the old latents: old = (new - shift) / gain + mean
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ (mean - shift / gain)
+    post_quant.weight /= gain[None, :, None, None]
+    quant.weight[:channels] *= gain[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) * gain + shift
+    quant.bias[channels:] += 2 * gain.log()  # the other half of the moments is the log variance
+
+
+def prepare_autoencoder(
+    autoencoder: AutoencoderKL, emoji: list[Emoji], shown: list[Emoji], steps: int, kl_weight: float
+) -> None:
+    """Train an autoencoder on `emoji` and normalize its latents for those in `shown`."""
+    print(
+        f"autoencoder: {sum(p.numel() for p in autoencoder.parameters()):,} parameters", flush=True
+    )
+    train_autoencoder(autoencoder, autoencoder_images(emoji), steps, kl_weight)
+    pixels = load_pixels(shown)
+    print(f"autoencoder: PSNR {psnr(autoencoder, pixels):.2f} dB", flush=True)
+    normalize_latents(autoencoder, pixels)
+    print(
+        f"autoencoder: PSNR {psnr(autoencoder, pixels):.2f} dB with normalized latents", flush=True
+    )

@@ -1,0 +1,76 @@
+"""Parts that the training scripts of the two base models share."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class MovingAverage:
+    """Exponential moving average of parameters. Its decay rises to `decay` in the first steps."""
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float):
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def update(self, step: int) -> None:
+        """Update the average after step number `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = [parameter.detach() for parameter in self.parameters]
+        torch._foreach_lerp_(self.values, weights, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the parameters for a block."""
+        own_values = [parameter.detach().clone() for parameter in self.parameters]
+        self._copy(self.values)
+        yield
+        self._copy(own_values)
+
+    def copy_to_parameters(self) -> None:
+        """Replace the parameters by their average."""
+        self._copy(self.values)
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+class TrainingLog:
+    """Prints the mean loss and the seconds per step every 250 steps."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps = name, steps
+        self.losses: list[float] = []
+        self.start = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor) -> None:
+        self.losses.append(loss.item())
+        if (step + 1) % 250 == 0 or step + 1 == self.steps:
+            seconds = (time.perf_counter() - self.start) / (step + 1)
+            mean = sum(self.losses) / len(self.losses)
+            print(
+                f"{self.name} step {step + 1}/{self.steps} loss {mean:.5f} {seconds:.3f} s/step",
+                flush=True,
+            )
+            self.losses.clear()
+
+
+def take_step(loss: Tensor, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Take a step with gradient clipping at the given learning rate."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Return the factor of a cosine schedule with linear warm-up."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
