@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict
 
@@ -21,13 +21,27 @@ def changeable_options(section: type, prefix: str = "") -> Iterable[str]:
     """Yield the dotted names of the options and sections that are marked CHANGEABLE."""
     hints = get_type_hints(section, include_extras=True)
     for item in fields(section):
-        hint, name = hints[item.name], f"{prefix}{item.name}"
-        if get_origin(hint) is Annotated and CHANGEABLE in get_args(hint)[1:]:
+        name = prefix + item.name
+        hint = hints[item.name]
+        if is_changeable(hint):
             yield name
-        elif is_dataclass(plain_type(hint)):
-            yield from changeable_options(plain_type(hint), f"{name}.")
+            continue
+        option_type = plain_type(hint)
+        if is_dataclass(option_type):
+            yield from changeable_options(cast(type, option_type), f"{name}.")
+
+
+def is_changeable(hint: Any) -> bool:
+    """Return whether a type is annotated as CHANGEABLE."""
+    if get_origin(hint) is not Annotated:
+        return False
+    _, *annotations = get_args(hint)
+    return CHANGEABLE in annotations
 
 
 def plain_type(hint: Any) -> Any:
     """Return the type without its annotations."""
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(hint) is not Annotated:
+        return hint
+    own_type, *_ = get_args(hint)
+    return own_type

@@ -30,13 +30,19 @@ class AdapterError(UserError):
 def error_list(heading: str, errors: list[str], limit: int = MAX_LISTED) -> str:
     """Join many errors into one message: a heading with their number, and a line for each of the
     first `limit`."""
-    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+    count = f"{len(errors)} errors"
+    if len(errors) == 1:
+        count = "1 error"
     return bullet_list(f"{heading}: {count}", errors, limit)
 
 
 def bullet_list(heading: str, lines: list[str], limit: int = MAX_LISTED) -> str:
     """Join a heading and indented lines; lines after the first `limit` are counted."""
-    shown = lines[:limit]
-    if len(lines) > limit:
-        shown = [*shown, f"... and {len(lines) - limit} more"]
-    return "\n  ".join([heading, *shown])
+    rows = [heading]
+    rows += lines[:limit]
+    num_hidden = len(lines) - limit
+    if num_hidden > 0:
+        hint = f"... and {num_hidden} more"
+        rows.append(hint)
+    text = "\n  ".join(rows)
+    return text

@@ -1,1 +1,1 @@
-"""What the loop needs that is none of the other packages."""
+"""A training run: its loop, checkpoints, distribution, optimizers, reports and exported files."""

@@ -20,37 +20,56 @@ class BatchStream:
     step."""
 
     def __init__(self, config: TrainConfig, dataset: LatentDataset, process: ProcessInfo):
-        self.config, self.dataset, self.process = config, dataset, process
+        self.config = config
+        self.dataset = dataset
+        self.process = process
         self.schedule = Schedule(
-            dataset.buckets, dataset.fingerprint, config.seed, config.batch_size
+            dataset.buckets,
+            dataset.fingerprint,
+            config.seed,
+            config.batch_size,
         )
         self.timer = DataTimer()
-        self.sample_log = None
+        self.sample_log: SampleLog | None = None
         if config.tracking.log_samples:
             self.sample_log = SampleLog(Path(config.output_dir), process.index)
-        options = config.adapter
-        self.has_dropout = bool(options.dropout or options.rank_dropout or options.module_dropout)
+        adapter = config.adapter
+        self.has_dropout = adapter.dropout + adapter.rank_dropout + adapter.module_dropout > 0
 
     def from_step(self, step: int, micro_batches_per_step: int) -> Iterator[Batch]:
         """Yield this process's batches from `step`, counted from 0, to the last step."""
+        config, device = self.config, self.process.device
         first = step * micro_batches_per_step + self.process.index
-        numbers = range(first, self.config.steps * micro_batches_per_step, self.process.count)
+        end = config.steps * micro_batches_per_step
+        numbers = range(first, end, self.process.count)
         source = MicroBatches(
-            self.dataset, self.schedule, self.config.objective, micro_batches_per_step
+            self.dataset,
+            self.schedule,
+            config.objective,
+            micro_batches_per_step,
         )
-        pin_memory = self.process.device.type == "cuda"
-        loader = load_micro_batches(source, numbers, self.config.data.num_workers, pin_memory)
+        loader = load_micro_batches(
+            source,
+            numbers,
+            config.data.num_workers,
+            pin_memory=device.type == "cuda",
+        )
         for number in numbers:
             with self.timer.measure():
                 batch = next(loader)
             if self.sample_log is not None:
+                rows = self.schedule.rows(number)
                 step_number = number // micro_batches_per_step + 1
-                self.sample_log.add(step_number, self.schedule.rows(number), batch)
+                self.sample_log.add(step_number, rows, batch)
             if self.has_dropout:
-                torch.manual_seed(key("dropout", self.config.seed, number))
-            yield batch.to(self.process.device)
+                torch.manual_seed(key("dropout", config.seed, number))
+            yield batch.to(device)
 
     def sample_names(self, step: int, micro_batches_per_step: int) -> list[str]:
         """Return the names of all samples of a step, of all processes."""
-        numbers = range(step * micro_batches_per_step, (step + 1) * micro_batches_per_step)
-        return [self.dataset.name(row) for number in numbers for row in self.schedule.rows(number)]
+        names = []
+        first = step * micro_batches_per_step
+        for number in range(first, first + micro_batches_per_step):
+            for row in self.schedule.rows(number):
+                names.append(self.dataset.name(row))
+        return names

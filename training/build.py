@@ -18,12 +18,12 @@ from models.base import ModelFamily
 from objectives.objective import Objective
 from training import gradient_checkpointing
 from training.checkpoints.best import validation_errors
+from training.components import RunComponents
 from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.metadata import total_steps_of
 from training.optim.arguments import optimizer_errors
 from training.optim.schedule import build_optimizer
-from training.parts import RunParts
 
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
 """First part of the keys of text encoders in adapter files."""
@@ -124,11 +124,11 @@ def build_engine(
     return Engine(config, accelerator, denoiser, adapted, optimizer)
 
 
-def on_one_process(config: TrainConfig, parts: RunParts) -> RunParts:
-    """Return the parts with the adapters on a whole copy of the base model, on the CPU.
+def on_one_process(config: TrainConfig, components: RunComponents) -> RunComponents:
+    """Return the components with the adapters on a whole copy of the base model, on the CPU.
 
     Each process holds a part of a sharded base model, but some files depend on whole weights."""
-    denoiser, _ = load_denoiser(config, parts.family)
-    adapted, _ = attach_adapters(config, parts.family, denoiser, parts.names)
-    adapted.load_state_dict(parts.adapted.state_dict())
-    return replace(parts, adapted=adapted)
+    denoiser, _ = load_denoiser(config, components.family)
+    adapted, _ = attach_adapters(config, components.family, denoiser, components.names)
+    adapted.load_state_dict(components.adapted.state_dict())
+    return replace(components, adapted=adapted)

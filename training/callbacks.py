@@ -1,12 +1,14 @@
-"""What happens after a step, in the order of `step_callbacks`."""
+"""The callbacks of a training step; `step_callbacks` has their order."""
+
+from pathlib import Path
 
 from training.batch_stream import BatchStream
 from training.checkpoints.best import BestWeights, best_step, stops_early
 from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
+from training.components import RunComponents
 from training.config import TrainConfig
 from training.optim.schedule import scheduled_learning_rate
-from training.parts import RunParts
 from training.reporting.history import LossBuffer, TrainingDiverged, finite_mean, is_finite
 from training.reporting.trackers import finish_trackers
 from training.run_folder import CHECKPOINTS
@@ -20,7 +22,7 @@ MAX_NAMED_IMAGES = 5
 
 
 def step_callbacks(
-    trainer: Trainer, parts: RunParts, checkpoints: RunCheckpoints
+    trainer: Trainer, components: RunComponents, checkpoints: RunCheckpoints
 ) -> list[StepCallback]:
     """Return the callbacks of a run, in the order in which they are called after each step."""
     config, state, services = trainer.config, trainer.state, trainer.services
@@ -29,16 +31,21 @@ def step_callbacks(
     return [
         CompareRanks(config, state, services),
         log_metrics,
-        Validate(trainer, parts),
+        Validate(trainer, components),
         save_checkpoint,
         HandleRequests(config, state, services, save_checkpoint),
-        EmitMetrics(state, services, parts.previous_steps),
+        EmitMetrics(state, services, components.previous_steps),
     ]
 
 
 def is_last_step(state: TrainState, config: TrainConfig) -> bool:
     """Return whether the run ends after this step, as planned or early."""
     return state.step == config.steps or stops_early(state.history.validation, config.validation)
+
+
+def is_multiple(step: int, interval: int) -> bool:
+    """Return whether something is due that happens every `interval` steps; 0 means never."""
+    return interval > 0 and step % interval == 0
 
 
 class CompareRanks:
@@ -51,8 +58,7 @@ class CompareRanks:
         """Nothing was trained yet."""
 
     def after_step(self) -> None:
-        every = self.config.distributed.rank_check_every
-        if every and self.state.step % every == 0:
+        if is_multiple(self.state.step, self.config.distributed.rank_check_every):
             self.rank_check.start_comparison(self.state.step)
 
 
@@ -75,10 +81,8 @@ class LogMetrics:
         """There are no losses yet."""
 
     def after_step(self) -> None:
-        if (
-            self.state.step == self.config.steps
-            or self.state.step % self.config.tracking.log_every == 0
-        ):
+        step, config = self.state.step, self.config
+        if step == config.steps or step % config.tracking.log_every == 0:
             self.log()
 
     def log(self) -> None:
@@ -92,6 +96,7 @@ class LogMetrics:
             return
         state.history.add_steps(losses, norms)
         loss = finite_mean(losses)
+        samples_per_step = self.config.batch_size * state.micro_batches_per_step
         learning_rate = scheduled_learning_rate(
             self.config, state.step - 1, state.micro_batches_per_step
         )
@@ -101,21 +106,18 @@ class LogMetrics:
             "train/grad_norm": norms[-1],
             "train/data_wait": self.batches.timer.share,
             "train/steps_per_second": reporter.speed,
-            "train/samples_per_second": reporter.speed
-            * self.config.batch_size
-            * state.micro_batches_per_step,
+            "train/samples_per_second": reporter.speed * samples_per_step,
             "train/skipped_steps": len(state.history.skipped_steps),
         }
         reporter.show(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}")
 
     def _check_finite(self, losses: list[float], norms: list[float], first_step: int) -> None:
-        per_step, skips = (
-            self.state.micro_batches_per_step,
-            self.config.optim.on_non_finite == "skip",
-        )
+        per_step = self.state.micro_batches_per_step
         for index, norm in enumerate(norms):
             step_losses = losses[index * per_step : (index + 1) * per_step]
-            checked_values = [norm] if skips else [*step_losses, norm]
+            checked_values = [norm]
+            if self.config.optim.on_non_finite != "skip":
+                checked_values += step_losses
             if not is_finite(checked_values):
                 self._handle_non_finite(first_step + index, step_losses, norm)
 
@@ -124,9 +126,9 @@ class LogMetrics:
         from 0."""
         names = self.batches.sample_names(step, self.state.micro_batches_per_step)
         message = (
-            f"step {step + 1} is not finite: losses {losses}, gradient norm {norm}\n  its samples: "
+            f"step {step + 1} is not finite: losses {losses}, gradient norm {norm}\n"
+            f"  its samples: {', '.join(names)}"
         )
-        message += ", ".join(names)
         skipped_steps, optim = self.state.history.skipped_steps, self.config.optim
         skipped_steps.append(step + 1)
         if optim.on_non_finite == "skip":
@@ -134,9 +136,12 @@ class LogMetrics:
                 self.services.reporter.say(f"skipped: {message}")
                 return
             message += f"\n  {len(skipped_steps)} steps were skipped, the limit of --optim.max_skipped_steps"
+        last_checkpoint: Path | str = "none"
         paths = checkpoint_paths(self.services.folder / CHECKPOINTS)
+        if paths:
+            last_checkpoint = paths[-1]
         raise TrainingDiverged(
-            f"{message}\n  last good checkpoint: {paths[-1] if paths else 'none'}\n"
+            f"{message}\n  last good checkpoint: {last_checkpoint}\n"
             "  A lower --learning_rate, warm-up, or --training_dtype fp32 usually helps"
         )
 
@@ -145,10 +150,10 @@ class Validate:
     """Validates before the first step, periodically, and after the last step, if there are held-out
     images."""
 
-    def __init__(self, trainer: Trainer, parts: RunParts):
+    def __init__(self, trainer: Trainer, components: RunComponents):
         self.config, self.state, self.services = trainer.config, trainer.state, trainer.services
-        self.loss_function, self.parts = trainer.loss_function, parts
-        self.dataset = parts.datasets.validation
+        self.loss_function, self.components = trainer.loss_function, components
+        self.dataset = components.datasets.validation
 
     def before_first_step(self) -> None:
         self.after_step()
@@ -160,7 +165,7 @@ class Validate:
         with self.services.ema.applied():
             result = validate(
                 self.services.accelerator,
-                self.parts.adapted.model,
+                self.components.adapted.model,
                 self.loss_function.for_validation,
                 self.dataset,
                 self.config,
@@ -178,11 +183,12 @@ class Validate:
         reporter.say(f"validation loss at step {state.step}: {result.losses['loss']:.5f}")
 
     def _is_due(self) -> bool:
-        step, every = self.state.step, self.config.validation.every
-        is_due = step in (0, self.config.steps) or (every and step % every == 0)
-        return bool(is_due) and step not in [
-            entry["step"] for entry in self.state.history.validation
-        ]
+        step, interval = self.state.step, self.config.validation.every
+        validated_steps = [entry["step"] for entry in self.state.history.validation]
+        if step in validated_steps:
+            return False
+        is_first_or_last = step in (0, self.config.steps)
+        return is_first_or_last or is_multiple(step, interval)
 
     def _report_non_finite(self, names: list[str]) -> None:
         """Print the images. Raises TrainingDiverged before the first step, because training cannot
@@ -217,27 +223,29 @@ class SaveCheckpoint:
         """Nothing was trained yet."""
 
     def after_step(self) -> None:
-        every = self.config.checkpoint.every
-        is_last = is_last_step(self.state, self.config)
-        if is_last and self.config.distributed.rank_check_every:
-            self.services.rank_check.start_comparison(self.state.step)
-        if is_last or (every and self.state.step % every == 0):
+        config, step = self.config, self.state.step
+        is_last = is_last_step(self.state, config)
+        if is_last and config.distributed.rank_check_every:
+            self.services.rank_check.start_comparison(step)
+        if is_last or is_multiple(step, config.checkpoint.every):
             self.save()
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one. Collective.
 
         Losses are read first, so that weights that are not finite are never saved."""
-        is_saved = self.state.saved_step == self.state.step
+        state, services = self.state, self.services
+        is_saved = state.saved_step == state.step
         if not is_saved:
             self.log_metrics.log()
-        if not self.state.validation_interrupted:
-            self.services.reporter.emit(self.checkpoints.parts.previous_steps + self.state.step)
+        if not state.validation_interrupted:
+            previous_steps = self.checkpoints.components.previous_steps
+            services.reporter.emit(previous_steps + state.step)
         if is_saved:
             return
-        self.checkpoints.save(self.state)
-        self.state.saved_step = self.state.step
-        self.services.requests.note_checkpoint()
+        self.checkpoints.save(state)
+        state.saved_step = state.step
+        services.requests.note_checkpoint()
 
 
 class HandleRequests:

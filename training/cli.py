@@ -34,9 +34,8 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
 
     Raises ConfigError naming all errors. tyro ends the program with exit code 2 for wrong names and types on the
     command line."""
-    config = parse_options(
-        list(sys.argv[1:] if argv is None else argv), lambda config: config, PROGRAM
-    )
+    arguments = sys.argv[1:] if argv is None else argv
+    config = parse_options(list(arguments), lambda config: config, PROGRAM)
     config = validate_options(asdict(config), source="the command line", prefix="--")
     errors = path_errors(config) + objective_errors(config.objective, config.loss_function)
     if errors:
@@ -49,8 +48,12 @@ def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], progra
 
     Without a recipe, a model and data, the demo's recipe is used. `--help`, and tyro's messages about mistakes, then
     still show the options' own defaults."""
-    recipe = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    arguments = normalized_arguments(argv if recipe is None else argv[1:])
+    recipe: Path | None = None
+    options = argv
+    if argv and not argv[0].startswith("-"):
+        recipe = Path(argv[0])
+        options = argv[1:]
+    arguments = normalized_arguments(options)
     errors = list_option_errors(arguments)
     if errors:
         raise ConfigError(error_list("the command line", errors, MAX_ERRORS))
@@ -64,15 +67,14 @@ def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], progra
     if recipe is not None:
         return parse_over(read_recipe(recipe))
     parsed = parse_over(TrainConfig())
-    names_model_or_data = any(
-        argument.startswith(("--model.path", "--data.path")) for argument in arguments
-    )
-    return parsed if names_model_or_data else parse_over(read_recipe(DEMO_RECIPE))
+    names_input = [arg for arg in arguments if arg.startswith(("--model.path", "--data.path"))]
+    if names_input:
+        return parsed
+    return parse_over(read_recipe(DEMO_RECIPE))
 
 
 def read_recipe(path: Path) -> TrainConfig:
-    """Return the config in a YAML file. `{project}` in a text stands for the folder of
-    train_lora.py."""
+    """Return the config in a YAML file. `{project}` in a text is the folder of train_lora.py."""
     if not path.is_file():
         recipes = ", ".join(sorted(file.name for file in DEMO_RECIPE.parent.glob("*.yaml")))
         raise ConfigError(
@@ -102,42 +104,52 @@ def validate_options(values: dict, source: str, prefix: str) -> TrainConfig:
 
 def describe_option_error(entry: Any, prefix: str) -> str:
     """Return a pydantic error as `--option value: what is wrong`."""
-    location = [
-        str(part)
-        for part in entry["loc"]
-        if not str(part).startswith(("function-", "constrained-"))
-    ]
-    name = ".".join(location)
-    if entry["type"] == "unexpected_keyword_argument":
-        similar_name = similar_option(name)
-        return f"{prefix}{name}: no such option" + (
-            f"; did you mean {similar_name}?" if similar_name else ""
-        )
-    message = entry["msg"].removeprefix("Value error, ")
-    return f"{prefix}{name} {as_typed(entry['input'])}: {message[0].lower()}{message[1:]}"
+    keys = [str(key) for key in entry["loc"]]
+    name = ".".join(key for key in keys if not key.startswith(("function-", "constrained-")))
+    flag = prefix + name
+    if entry["type"] != "unexpected_keyword_argument":
+        reason = entry["msg"].removeprefix("Value error, ")
+        value = as_typed(entry["input"])
+        return f"{flag} {value}: {lower_first(reason)}"
+    similar_name = similar_option(name)
+    if similar_name is None:
+        return f"{flag}: no such option"
+    return f"{flag}: no such option; did you mean {similar_name}?"
 
 
 def as_typed(value: Any) -> str:
-    """Return a value as it is written on the command line."""
+    """Return a value in the form of the command line."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "(empty)"
     return repr(value)
 
 
+def lower_first(sentence: str) -> str:
+    """Return a sentence with a lower-case first letter."""
+    return sentence[0].lower() + sentence[1:]
+
+
 def similar_option(name: str) -> str | None:
     """Return the option that a misspelled or misplaced name probably means."""
-    names = list(dict(option_types())) + [item.name for item in fields(TrainConfig)]
-    similar_names = difflib.get_close_matches(name, names, n=1)
-    similar_names += [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
-    return similar_names[0] if similar_names else None
+    option_names = [option for option, _ in option_types()]
+    option_names += [item.name for item in fields(TrainConfig)]
+    close_matches = difflib.get_close_matches(name, option_names, n=1)
+    if close_matches:
+        return close_matches[0]
+    last_word = name.split(".")[-1]
+    for option in option_names:
+        if option.split(".")[-1] == last_word:
+            return option
+    return None
 
 
 def path_errors(config: TrainConfig) -> list[str]:
     """Return the errors in the paths of a config. No file is opened."""
-    errors = [*input_errors(config), *folder_errors("output_dir", config.output_dir)]
-    if config.existing_lora is not None and not Path(config.existing_lora).exists():
-        errors.append(f"--existing_lora {config.existing_lora}: does not exist")
-    if config.optim.text_encoder_learning_rate is not None and not config.model.train_text_encoder:
+    errors = input_errors(config)
+    errors += folder_errors("output_dir", config.output_dir)
+    errors += missing_path_errors("existing_lora", config.existing_lora)
+    has_text_rate = config.optim.text_encoder_learning_rate is not None
+    if has_text_rate and not config.model.train_text_encoder:
         errors.append(
             "--optim.text_encoder_learning_rate: has no effect without --model.train_text_encoder"
         )
@@ -146,27 +158,38 @@ def path_errors(config: TrainConfig) -> list[str]:
 
 def input_errors(config: TrainConfig) -> list[str]:
     """Return the errors in the paths of the model and of the data."""
-    model = config.model
+    model, data = config.model, config.data
+    errors = []
     error = path_error(model)
-    errors = [f"--model.path{error}"] if error else []
-    if model.vae is not None and not Path(model.vae).exists():
-        errors.append(f"--model.vae {model.vae}: does not exist")
-    if model.config is not None and not Path(model.config).exists() and not is_hub_id(model.config):
-        errors.append(f"--model.config {model.config}: does not exist")
-    errors += [f"--model.text_encoders {error}" for error in text_encoder_errors(model)]
-    errors += source_errors(config.data)
-    if config.data.validation_path is not None and config.data.validation_fraction:
+    if error:
+        errors.append(f"--model.path{error}")
+    errors += missing_path_errors("model.vae", model.vae)
+    if model.config is not None and not is_hub_id(model.config):
+        errors += missing_path_errors("model.config", model.config)
+    for error in text_encoder_errors(model):
+        errors.append(f"--model.text_encoders {error}")
+    errors += source_errors(data)
+    if data.validation_path is not None and data.validation_fraction:
         errors.append(
             "--data.validation_fraction: cannot be used together with --data.validation_path. Choose one"
         )
-    return errors + folder_errors("data.cache_dir", config.data.cache_dir)
+    errors += folder_errors("data.cache_dir", data.cache_dir)
+    return errors
+
+
+def missing_path_errors(flag: str, path: str | None) -> list[str]:
+    """Return an error if a path is set and does not exist."""
+    if path is None or Path(path).exists():
+        return []
+    return [f"--{flag} {path}: does not exist"]
 
 
 def folder_errors(flag: str, path: str) -> list[str]:
     """Return an error if a path exists and is not a folder."""
-    if Path(path).exists() and not Path(path).is_dir():
-        return [f"--{flag} {path}: exists and is not a folder"]
-    return []
+    folder = Path(path)
+    if not folder.exists() or folder.is_dir():
+        return []
+    return [f"--{flag} {path}: exists and is not a folder"]
 
 
 def source_errors(data: DataConfig) -> list[str]:
@@ -200,35 +223,39 @@ def option_types(section: type = TrainConfig, prefix: str = "") -> Iterator[tupl
 def list_option_errors(arguments: list[str]) -> list[str]:
     """Return errors for flags of options that are lists of sections, which only a recipe can
     contain."""
-    list_options = [
-        name
-        for name, hint in option_types()
-        if any(is_dataclass(arm) for arm in typing.get_args(hint))
-    ]
-    flags = [
-        f"{argument[2:].replace('-', '_')}." for argument in arguments if argument.startswith("--")
-    ]
-    return [
-        f"--{name}: is a list of structured entries and can only be set in a recipe file (docs/options.md). Write one "
-        "and name it first: train_lora.py recipe.yaml"
-        for name in list_options
-        if any(flag.startswith(f"{name}.") for flag in flags)
-    ]
+    list_options = [name for name, hint in option_types() if is_section_list(hint)]
+    errors = []
+    for argument in arguments:
+        option = argument.removeprefix("--").replace("-", "_")
+        for name in list_options:
+            if argument.startswith("--") and f"{option}.".startswith(f"{name}."):
+                errors.append(
+                    f"--{name}: is a list of sections, which only a recipe can contain (docs/options.md). "
+                    "Write a recipe and name it first: train_lora.py recipe.yaml"
+                )
+    return list(dict.fromkeys(errors))
+
+
+def is_section_list(hint: Any) -> bool:
+    """Return whether an option with this type is a list of sections."""
+    return any(is_dataclass(item_type) for item_type in typing.get_args(hint))
 
 
 def normalized_choice(value: Any, hint: Any) -> Any:
     """Return the choice of `hint` that `value` means; upper and lower case are equal."""
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if isinstance(value, bool) and "true" in choices:
-            return str(value).lower()  # YAML reads an unquoted true as a boolean
-        if isinstance(value, str):
-            return {str(choice).lower(): choice for choice in choices}.get(value.lower(), value)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for arm in typing.get_args(hint):
-            normalized = normalized_choice(value, arm)
+        for member in typing.get_args(hint):
+            normalized = normalized_choice(value, member)
             if normalized != value:
                 return normalized
+    if typing.get_origin(hint) is not Literal:
+        return value
+    choices = typing.get_args(hint)
+    if isinstance(value, bool) and "true" in choices:
+        return str(value).lower()  # YAML reads an unquoted true as a boolean
+    for choice in choices:
+        if isinstance(value, str) and str(choice).lower() == value.lower():
+            return choice
     return value
 
 
@@ -253,16 +280,20 @@ def normalized_arguments(argv: list[str]) -> list[str]:
     hints = dict(option_types())
     tokens: list[str] = []
     for argument in argv:
-        tokens += (
-            argument.split("=", 1) if argument.startswith("--") and "=" in argument else [argument]
-        )
+        is_flag = argument.startswith("--")
+        tokens += argument.split("=", 1) if is_flag else [argument]
     result: list[str] = []
     while tokens:
         token = tokens.pop(0)
-        hint = hints.get(token[2:].replace("-", "_")) if token.startswith("--") else None
-        if hint is bool and tokens and tokens[0].lower() in ("true", "false"):
-            token = switch(token, is_on=tokens.pop(0).lower() == "true")
-        elif hint is not None and tokens:
+        if not token.startswith("--") or not tokens:
+            result.append(token)
+            continue
+        hint = hints.get(token[2:].replace("-", "_"))
+        value = tokens[0].lower()
+        if hint is bool and value in ("true", "false"):
+            tokens.pop(0)
+            token = switch(token, is_on=value == "true")
+        elif hint is not None:
             tokens[0] = normalized_choice(tokens[0], hint)
         result.append(token)
     return result
@@ -270,5 +301,7 @@ def normalized_arguments(argv: list[str]) -> list[str]:
 
 def switch(flag: str, is_on: bool) -> str:
     """Return the flag that turns a switch on or off: `--section.name` or `--section.no_name`."""
+    if is_on:
+        return flag
     section, dot, name = flag[2:].rpartition(".")
-    return flag if is_on else f"--{section}{dot}no_{name}"
+    return f"--{section}{dot}no_{name}"

@@ -256,9 +256,9 @@ class TrainConfig:
     algorithm: AlgorithmName = "LoRA"
     """Parameterization of the weight update."""
     bypass_mode: Annotated[Literal["auto", "true", "false"], CHANGEABLE] = "auto"
-    """How the update is computed; the result is the same. true: on the activations, factor by factor. false: on the
-    weight. auto: the cheaper way in each layer. Base weights that are not fp32 are never rounded again.
-    """
+    """Way to compute the update; the result is the same. true: on the activations, factor by
+    factor. false: on the weight. auto: the cheaper way in each layer. Base weights that are not
+    fp32 are never rounded again."""
     gradient_checkpointing: Annotated[bool, CHANGEABLE] = True
     """Recompute the activations of each block in the backward pass: slower, but needs far less
     memory."""

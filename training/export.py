@@ -17,10 +17,11 @@ from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
 from objectives.processes import sample_as_trained
 from training.build import on_one_process
+from training.checkpoints.best import BestWeights
+from training.components import RunComponents
 from training.config import TrainConfig
 from training.distributed.engine import is_sharded
 from training.metadata import ExportFacts, file_metadata
-from training.parts import RunParts
 from training.preview import Preview, PreviewRenderer, Weights
 from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_json, loss_png
@@ -38,7 +39,7 @@ class ExportJob:
     weights: Weights
     step: int
     description: str
-    """Of the weights, such as "after step 400"."""
+    """Description of the weights, such as "after step 400"."""
     suffix: str = ""
     """Appended to the name of the files."""
 
@@ -46,51 +47,74 @@ class ExportJob:
 def export_jobs(config: TrainConfig, state: TrainState, services: RunServices) -> list[ExportJob]:
     """Return the adapter's weights, and with an EMA the other ones of EMA and trained weights.
     Collective."""
-    kind = config.ema.evaluate_with if config.ema.decay else "raw"
+    averages = ["raw"]
+    if config.ema.decay:
+        averages.append("ema")
+    if config.ema.evaluate_with == "ema":
+        averages.reverse()
     if config.export.weights == "best" and state.best is not None:
-        losses = {entry["step"]: entry["loss"] for entry in state.history.validation}
-        description = (
-            f"{average_name(config, kind)}after step {state.best.step} of {state.step}, which has the lowest "
-            f"validation loss, {losses[state.best.step]:.5f}"
-        )
-        return [ExportJob(state.best.weights, state.best.step, description)]
+        return [best_job(config, state, state.best, averages[0])]
     if config.export.weights == "best":
         services.reporter.say(
             f"no validation loss was finite: the weights after step {state.step} are exported"
         )
-    kinds = ["raw", "ema"] if config.ema.decay else ["raw"]
-    jobs = []
-    for other_kind in sorted(kinds, key=lambda name: name != kind):
-        weights = services.ema.evaluation_state(other_kind)
-        description = f"{average_name(config, other_kind)}after step {state.step}"
-        suffix = "" if other_kind == kind else f".{other_kind}"
-        jobs.append(ExportJob(weights, state.step, description, suffix))
+    jobs: list[ExportJob] = []
+    for average in averages:
+        weights = services.ema.evaluation_state(average)
+        description = f"{average_name(config, average)}after step {state.step}"
+        suffix = ""
+        if jobs:
+            suffix = f".{average}"
+        job = ExportJob(weights, state.step, description, suffix)
+        jobs.append(job)
     return jobs
 
 
-def average_name(config: TrainConfig, kind: str) -> str:
-    return f"EMA of decay {config.ema.decay:g}, " if kind == "ema" else ""
+def best_job(config: TrainConfig, state: TrainState, best: BestWeights, average: str) -> ExportJob:
+    """Return the job of the weights with the lowest validation loss."""
+    losses = {entry["step"]: entry["loss"] for entry in state.history.validation}
+    loss = losses[best.step]
+    prefix = average_name(config, average)
+    description = (
+        f"{prefix}after step {best.step} of {state.step}, "
+        f"which has the lowest validation loss, {loss:.5f}"
+    )
+    job = ExportJob(best.weights, best.step, description)
+    return job
 
 
-def check_export(config: TrainConfig, parts: RunParts) -> None:
+def average_name(config: TrainConfig, average: str) -> str:
+    if average == "ema":
+        return f"EMA of decay {config.ema.decay:g}, "
+    return ""
+
+
+def check_export(config: TrainConfig, components: RunComponents) -> None:
     """Raise AdapterError if a requested file format cannot hold the adapter. WHEN: before training."""
     if config.export.convert == "lora-svd":
         return  # the file will hold a LoRA, which all formats support
-    model = parts.adapted.model
+    model = components.adapted.model
+    layers: files.Layers = {}
     if config.export.convert == "full":
-        layers: files.Layers = {
-            name: {"diff": weight} for name, weight in files.weights_of(model).items()
-        }
+        for name, weight in files.weights_of(model).items():
+            layers[name] = {"diff": weight}
     else:
-        layers = converted_layers(config, parts.adapted)
-    layers = {name: files.without_values(tensors) for name, tensors in layers.items()}
-    for file_format in config.export.formats or (default_format(parts, layers),):
-        files.content_of(layers, model, parts.names, file_format)
+        layers = converted_layers(config, components.adapted)
+    for name, tensors in layers.items():
+        layers[name] = files.without_values(tensors)
+    for file_format in export_formats(config, components, layers):
+        files.content_of(layers, model, components.names, file_format)
 
 
-def default_format(parts: RunParts, layers: files.Layers) -> str:
-    """Return the format that most programs load for this model and adapter."""
-    return files.preferred(parts.family.file_formats, layers, parts.names)
+def export_formats(
+    config: TrainConfig, components: RunComponents, layers: files.Layers
+) -> tuple[str, ...]:
+    """Return the requested file formats, or the one that most programs load for this model and
+    adapter."""
+    if config.export.formats:
+        return config.export.formats
+    preferred = files.preferred(components.family.file_formats, layers, components.names)
+    return (preferred,)
 
 
 class RunExport:
@@ -98,10 +122,19 @@ class RunExport:
     the main process."""
 
     def __init__(
-        self, config: TrainConfig, parts: RunParts, services: RunServices, state: TrainState
+        self,
+        config: TrainConfig,
+        components: RunComponents,
+        services: RunServices,
+        state: TrainState,
     ):
-        self.config, self.parts, self.services, self.state = config, parts, services, state
-        self.total_steps = parts.previous_steps + state.step
+        self.config, self.components, self.services, self.state = (
+            config,
+            components,
+            services,
+            state,
+        )
+        self.total_steps = components.previous_steps + state.step
         self.jobs: list[ExportJob] = []
         self.preview: Preview | None = None
 
@@ -112,46 +145,53 @@ class RunExport:
         `initial_weights`: weights before training, if a preview is drawn."""
         self.jobs = export_jobs(self.config, self.state, self.services)
         if initial_weights is not None:
-            renderer = PreviewRenderer(self.config, self.parts, self.services)
+            renderer = PreviewRenderer(self.config, self.components, self.services)
             self.preview = renderer.render(
                 {"before": initial_weights, "after": self.jobs[0].weights}
             )
 
     def write(self) -> list[Path]:
         """Write the adapter, the loss files, the preview and the merged model; return their paths."""
-        config, folder = self.config, self.services.folder
-        parts = (
-            on_one_process(config, self.parts)
-            if is_sharded(self.services.accelerator)
-            else self.parts
-        )
+        config, components = self.config, self.components
+        if is_sharded(self.services.accelerator):
+            components = on_one_process(config, components)
         paths: list[Path] = []
-        for job in reversed(
-            self.jobs
-        ):  # the adapter last: it stays in the model, for the merged model
-            parts.adapted.load_state_dict(job.weights)
-            paths += write_adapter(config, parts, self._facts(job))
-        loss_files: dict[str, str | bytes] = {
-            "loss.json": loss_json(self.state.history, self.total_steps),
-            "loss.png": loss_png(self.state.history),
-        }
-        for name, content in loss_files.items():
-            write_file(folder / name, content)
-            paths.append(folder / name)
+        # the adapter last, because the merged model is made of the weights that are loaded last
+        for job in reversed(self.jobs):
+            components.adapted.load_state_dict(job.weights)
+            paths += write_adapter(config, components, self._facts(job))
+        paths += self._write_losses()
         if config.export.merged_model:
-            paths.append(write_merged_model(config, parts.family, parts.adapted))
+            paths.append(write_merged_model(config, components.family, components.adapted))
         if self.preview is not None:
-            path = folder / "preview.png"
-            write_file(path, grid_png(self.preview.images, self.preview.prompts))
-            images = {f"preview/{label}": array for label, array in self.preview.images.items()}
-            log_images(self.services.accelerator, images, self.total_steps)
-            paths.append(path)
+            paths.append(self._write_preview(self.preview))
         return paths
+
+    def _write_losses(self) -> list[Path]:
+        folder = self.services.folder
+        history = self.state.history
+        json_path = folder / "loss.json"
+        write_file(json_path, loss_json(history, self.total_steps))
+        png_path = folder / "loss.png"
+        write_file(png_path, loss_png(history))
+        return [json_path, png_path]
+
+    def _write_preview(self, preview: Preview) -> Path:
+        services = self.services
+        path = services.folder / "preview.png"
+        grid = grid_png(preview.images, preview.prompts)
+        write_file(path, grid)
+        tracked_images = {}
+        for label, images in preview.images.items():
+            key = f"preview/{label}"
+            tracked_images[key] = images
+        log_images(services.accelerator, tracked_images, self.total_steps)
+        return path
 
     def _facts(self, job: ExportJob) -> ExportFacts:
         return ExportFacts(
             name=self.config.export.name + job.suffix,
-            total_steps=self.parts.previous_steps + job.step,
+            total_steps=self.components.previous_steps + job.step,
             total_batch_size=self.config.batch_size * self.state.micro_batches_per_step,
             started_at=self.state.started_at,
             weights=job.description,
@@ -161,22 +201,22 @@ class RunExport:
         """Return files of an earlier run, which exported other weights, that this run did not
         replace."""
         name = self.config.export.name
-        candidates = [
-            path
-            for kind in ("ema", "raw")
-            for path in self.services.folder.glob(f"{name}.{kind}.*")
-        ]
-        return sorted(path for path in candidates if path not in paths)
+        folder = self.services.folder
+        candidates: set[Path] = set()
+        for average in ("ema", "raw"):
+            candidates.update(folder.glob(f"{name}.{average}.*"))
+        candidates.difference_update(paths)
+        return sorted(candidates)
 
 
-def write_adapter(config: TrainConfig, parts: RunParts, facts: ExportFacts) -> list[Path]:
+def write_adapter(config: TrainConfig, components: RunComponents, facts: ExportFacts) -> list[Path]:
     """Write the adapter in all requested formats. Each file is read back and compared before it is
     renamed."""
-    adapted, names = parts.adapted, parts.names
+    adapted, names = components.adapted, components.names
     layers = converted_layers(config, adapted)
-    metadata = file_metadata(config, parts, layers, facts)
+    metadata = file_metadata(config, components, layers, facts)
     paths: list[Path] = []
-    for file_format in config.export.formats or (default_format(parts, layers),):
+    for file_format in export_formats(config, components, layers):
         exact_content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
         error = files.verify(exact_content, layers, adapted.model, names)
         if not error <= files.MOST_ERROR:
@@ -188,12 +228,10 @@ def write_adapter(config: TrainConfig, parts: RunParts, facts: ExportFacts) -> l
             layers, adapted.model, names, file_format, DTYPES[config.lora_dtype]
         )
         content.metadata |= metadata
-        content.metadata |= addnet_hashes(
-            files.to_bytes(content.tensors, training_metadata(content.metadata))
-        )
-        path = Path(config.output_dir) / (
-            facts.name + file_ending(content, file_format, is_first=not paths)
-        )
+        hashed_bytes = files.to_bytes(content.tensors, training_metadata(content.metadata))
+        content.metadata |= addnet_hashes(hashed_bytes)
+        ending = file_ending(content, file_format, is_first=not paths)
+        path = Path(config.output_dir) / (facts.name + ending)
         paths.append(write_content(path, content))
     return paths
 
@@ -202,17 +240,15 @@ def file_ending(content: files.FileContent, file_format: str, is_first: bool) ->
     """Return what follows the name of an adapter: only further formats are named."""
     if content.config is not None:
         return ".peft"
-    return ".safetensors" if is_first else f".{file_format}.safetensors"
+    if is_first:
+        return ".safetensors"
+    return f".{file_format}.safetensors"
 
 
 def write_content(path: Path, content: files.FileContent) -> Path:
     """Write a file, or a folder for PEFT, after a bit for bit comparison of what is read back."""
     data = files.to_bytes(content.tensors, content.metadata)
-    read_tensors = safetensors.torch.load(data)
-    is_same = read_tensors.keys() == content.tensors.keys()
-    if not is_same or not all(
-        tensor.equal(read_tensors[key]) for key, tensor in content.tensors.items()
-    ):
+    if not are_equal(safetensors.torch.load(data), content.tensors):
         raise WriteError(path, OSError("it does not read back as it was written"))
     if content.config is None:
         write_file(path, data)
@@ -224,22 +260,32 @@ def write_content(path: Path, content: files.FileContent) -> Path:
     return path
 
 
+def are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Return whether two sets of tensors have the same names and the same bits."""
+    if first.keys() != second.keys():
+        return False
+    return all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
 def converted_layers(config: TrainConfig, adapted: AdaptedModel) -> files.Layers:
     """Return the adapter's tensors by layer, converted as `export.convert` says."""
-    layers, conversion = files.layers_of_adapted(adapted), config.export.convert
+    layers = files.layers_of_adapted(adapted)
+    conversion = config.export.convert
     if conversion == "none":
         return layers
-    weights = {
-        name: weight.detach().cpu() for name, weight in files.weights_of(adapted.model).items()
-    }
-    if conversion == "full":
-        return {name: convert.full(tensors, weights[name]) for name, tensors in layers.items()}
-    if conversion == "lora-exact":
-        return {
-            name: convert.lora_exact(tensors, weights[name].shape)
-            for name, tensors in layers.items()
-        }
-    return nearest_loras(layers, weights, config.export.svd_rank)
+    weights = {}
+    for name, weight in files.weights_of(adapted.model).items():
+        weights[name] = weight.detach().cpu()
+    if conversion == "lora-svd":
+        return nearest_loras(layers, weights, config.export.svd_rank)
+    converted: files.Layers = {}
+    for name, tensors in layers.items():
+        weight = weights[name]
+        if conversion == "full":
+            converted[name] = convert.full(tensors, weight)
+        else:
+            converted[name] = convert.lora_exact(tensors, weight.shape)
+    return converted
 
 
 def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -> files.Layers:
@@ -254,11 +300,14 @@ def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -
         except AdapterError as error:
             failures.append(f"{name}: {error}")
     if failures:
-        raise AdapterError(error_list("--export.convert lora-svd", failures))
+        message = error_list("--export.convert lora-svd", failures)
+        raise AdapterError(message)
     mean = sum(errors.values()) / len(errors)
-    worst = max(errors, key=errors.__getitem__)
+    worst_layer = max(errors, key=errors.__getitem__)
+    worst = errors[worst_layer]
     print(
-        f"lora-svd of rank {rank}: error {mean:.2%} of the update on average, at most {errors[worst]:.2%} ({worst})"
+        f"lora-svd of rank {rank}: error {mean:.2%} of the update on average, "
+        f"at most {worst:.2%} ({worst_layer})"
     )
     return loras
 
@@ -282,14 +331,15 @@ def print_results(
 ) -> None:
     """Print what the run achieved."""
     history = state.history
-    validation = history.validation
-    if len(validation) > 1:
-        first, last = validation[0]["loss"], validation[-1]["loss"]
-        print(f"validation loss: {first:.5f} -> {last:.5f} ({100 * (last / first - 1):+.1f} %)")
+    losses = [entry["loss"] for entry in history.validation]
+    if len(losses) > 1:
+        first, last = losses[0], losses[-1]
+        percent = 100 * (last / first - 1)
+        print(f"validation loss: {first:.5f} -> {last:.5f} ({percent:+.1f} %)")
     if history.skipped_steps:
-        print(
-            f"skipped because they were not finite: steps {', '.join(map(str, history.skipped_steps))}"
-        )
+        skipped = ", ".join(map(str, history.skipped_steps))
+        print(f"skipped because they were not finite: steps {skipped}")
     print(f"waiting for data took {100 * share_waiting:.1f} % of the training time")
-    print(f"total steps: {previous_steps} + {state.step} = {previous_steps + state.step}")
+    total_steps = previous_steps + state.step
+    print(f"total steps: {previous_steps} + {state.step} = {total_steps}")
     print(f"the adapter has the weights {job.description}")

@@ -12,9 +12,9 @@ from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
 from data.dataset import LatentDataset
 from data.store.hashing import hash_of_files
 from models.base import ModelFamily
+from training.components import RunComponents
 from training.config import TrainConfig, to_yaml
 from training.optim.registry import OPTIMIZERS
-from training.parts import RunParts
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
 STEPS_IN_NAME = re.compile(r"(?:^|_)(\d+)_steps(?:_|\.|$)")
@@ -35,14 +35,14 @@ class ExportFacts:
 
 
 def file_metadata(
-    config: TrainConfig, parts: RunParts, layers: Layers, facts: ExportFacts
+    config: TrainConfig, components: RunComponents, layers: Layers, facts: ExportFacts
 ) -> dict[str, str]:
     """Return all metadata of an adapter file except its hashes."""
     return {
         **network_metadata(layers),
-        **kohya_metadata(config, parts.datasets.train, facts),
-        **parts.family.file_metadata(parts.adapted.model),
-        **trainer_metadata(config, parts.family, parts.datasets.train, facts),
+        **kohya_metadata(config, components.datasets.train, facts),
+        **components.family.file_metadata(components.adapted.model),
+        **trainer_metadata(config, components.family, components.datasets.train, facts),
     }
 
 
@@ -50,9 +50,11 @@ def bucket_info(dataset: LatentDataset) -> list[dict[str, object]]:
     """Return resolution and number of samples of each bucket, in kohya's form."""
     entries: list[dict[str, object]] = []
     for bucket in dataset.buckets:
-        height, width = dataset.size(bucket[0].first)
+        first_row = bucket[0].first
+        height, width = dataset.size(first_row)
         count = sum(segment.visits for segment in bucket)
-        entries.append({"resolution": [width, height], "count": count})
+        entry = {"resolution": [width, height], "count": count}
+        entries.append(entry)
     return entries
 
 
@@ -130,7 +132,11 @@ def total_steps_of(path: str, metadata: dict[str, str]) -> int:
     """Return for how many steps a file was trained, by its metadata or its name; 0 if neither says
     so."""
     for key in (TOTAL_STEPS, "ss_steps"):
-        if metadata.get(key, "").isdigit():
-            return int(metadata[key])
-    match = STEPS_IN_NAME.search(Path(path).name)
-    return int(match[1]) if match else 0
+        value = metadata.get(key, "")
+        if value.isdigit():
+            return int(value)
+    file_name = Path(path).name
+    match = STEPS_IN_NAME.search(file_name)
+    if match is None:
+        return 0
+    return int(match[1])

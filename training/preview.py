@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from data.dataset import LatentDataset
 from models.base import ModelFamily
 from objectives.processes import sample_as_trained
+from training.components import RunComponents
 from training.config import SampleConfig, TrainConfig
 from training.distributed.engine import is_sharded
 from training.distributed.failures import describe_error
-from training.parts import RunParts
 from training.reporting.image_grid import to_image
 from training.services import RunServices
 
@@ -41,12 +41,8 @@ def draw_sample(
     call.
 
     `options`: size and guidance, as the arguments of the pipeline's call."""
-    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    # a bf16 part meets others in fp32
-    has_bf16 = any(
-        parameter.dtype == torch.bfloat16 for module in modules for parameter in module.parameters()
-    )
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=has_bf16):
+    # modules in bf16 get inputs from others in fp32
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=has_bf16_modules(pipeline)):
         result = pipeline(
             prompt=prompt,  # by name: it is not the first argument of every pipeline
             num_inference_steps=config.num_inference_steps,
@@ -57,6 +53,16 @@ def draw_sample(
     if hasattr(result, "images"):
         return result.images[0]
     return result.frames[0][-1]  # the first frame may be the input
+
+
+def has_bf16_modules(pipeline: Any) -> bool:
+    """Return whether a component of the pipeline has weights in bf16."""
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            dtypes = {parameter.dtype for parameter in component.parameters()}
+            if torch.bfloat16 in dtypes:
+                return True
+    return False
 
 
 @torch.no_grad()
@@ -102,95 +108,97 @@ class SampleDrawer:
 class PreviewRenderer:
     """Draws the same prompts with several sets of weights; the processes share the prompts."""
 
-    def __init__(self, config: TrainConfig, parts: RunParts, services: RunServices):
-        self.config, self.parts, self.services = config, parts, services
-        self.dataset = parts.datasets.validation or parts.datasets.train
-        self.prompts = list(config.sample.prompts) or default_prompts(parts.family, self.dataset)
+    def __init__(self, config: TrainConfig, components: RunComponents, services: RunServices):
+        self.config, self.components, self.services = config, components, services
+        self.dataset = components.datasets.validation or components.datasets.train
+        self.prompts = list(config.sample.prompts) or default_prompts(
+            components.family, self.dataset
+        )
 
     def render(self, weight_sets: dict[str, Weights]) -> Preview | None:
-        """Return the images on the main process; None if there are none.
+        """Return the images on the main process. Collective.
 
-        There are none if drawing failed, which is printed, or if the run is asked to stop.
-        Collective."""
+        Returns None if drawing failed, which is printed, or if the run has to stop."""
         process = self.services.process
         drawer = SampleDrawer(self._load_pipeline, self._draw)
-        images = self._draw_share(weight_sets, drawer)
-        if images is None:
+        share = self._draw_share(weight_sets, drawer)
+        if share is None:
             return None
-        gathered: list[Any] = [(images, drawer.error)] * process.count
+        results: list[Any] = [(share, drawer.error)]
         if process.count > 1:
-            target = gathered if process.is_main else None
-            dist.gather_object(gathered[0], target, group=self.services.consensus.group)
+            results = [None] * process.count
+            target = results if process.is_main else None
+            group = self.services.consensus.group
+            dist.gather_object((share, drawer.error), target, group=group)
         if not process.is_main:
             return None
-        errors = [error for _, error in gathered if error]
+        errors = [error for _, error in results if error]
         if errors:
             self.services.reporter.say(
                 f"the preview could not be drawn:\n{errors[0]}\nThe adapter is written anyway"
             )
             return None
+        images: dict[tuple[str, int], np.ndarray] = {}
+        for share, _ in results:
+            images |= share
         stacked = {}
         for label in weight_sets:
-            by_number = {
-                number: image for share, _ in gathered for number, image in share[label].items()
-            }
-            stacked[label] = np.stack([by_number[number] for number in range(len(self.prompts))])
+            row = [images[label, number] for number in range(len(self.prompts))]
+            stacked[label] = np.stack(row)
         return Preview(self.prompts, stacked)
 
     def _draw_share(
         self, weight_sets: dict[str, Weights], drawer: SampleDrawer
-    ) -> dict[str, dict[int, np.ndarray]] | None:
-        """Draw this process's prompts; None, on all processes, if the run is asked to stop.
+    ) -> dict[tuple[str, int], np.ndarray | None] | None:
+        """Draw this process's prompts; return the images by label and number of the prompt.
 
-        All processes ask equally often whether to stop. The adapters have their own weights again
-        afterwards."""
-        adapted = self.parts.adapted
-        numbers = self._own_prompt_numbers()
-        num_rounds = -(-len(self.prompts) // self.services.process.count)
-        images: dict[str, dict[int, np.ndarray]] = {label: {} for label in weight_sets}
+        Returns None on all processes if the run has to stop, which all check equally often.
+        Afterwards the adapters have their trained weights again."""
+        adapted = self.components.adapted
+        images: dict[tuple[str, int], np.ndarray | None] = {}
         adapted.model.eval()
         try:
             for label, weights in weight_sets.items():
                 with adapted.using(weights):
-                    for index in range(num_rounds):
+                    for number in self._prompt_numbers():
                         if self.services.requests.must_stop():
                             return None
-                        if index < len(numbers):
-                            number = numbers[index]
-                            images[label][number] = drawer(self.prompts[number], number)  # type: ignore[assignment]
+                        if number is not None:
+                            images[label, number] = drawer(self.prompts[number], number)
         finally:
             adapted.model.train()
         return images
 
-    def _own_prompt_numbers(self) -> list[int]:
-        """Return the numbers of the prompts that this process draws."""
+    def _prompt_numbers(self) -> list[int | None]:
+        """Return the number of the prompt that this process draws in each round, or None.
+
+        All processes have the same number of rounds."""
         process = self.services.process
         num_prompts = len(self.prompts)
-        num_rounds = -(-num_prompts // process.count)
-        numbers = [process.index + index * process.count for index in range(num_rounds)]
-        if is_sharded(self.services.accelerator):  # each pass needs all processes
-            return [min(number, num_prompts - 1) for number in numbers]
-        return [number for number in numbers if number < num_prompts]
+        numbers: list[int | None] = []
+        for first in range(0, num_prompts, process.count):
+            number = first + process.index
+            if number < num_prompts:
+                numbers.append(number)
+            elif is_sharded(self.services.accelerator):  # each pass needs all processes
+                numbers.append(num_prompts - 1)
+            else:
+                numbers.append(None)
+        return numbers
 
     def _load_pipeline(self) -> Any:
-        pipeline = self.parts.family.pipeline(self.parts.adapted.model).to(
-            self.services.accelerator.device
-        )
+        family, denoiser = self.components.family, self.components.adapted.model
+        pipeline = family.pipeline(denoiser).to(self.services.accelerator.device)
         return sample_as_trained(pipeline, self.config.objective)
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
-        family, config = self.parts.family, self.config
+        family, config = self.components.family, self.config
         step = family.pixel_step()
         side = max(step, config.data.resolution // step * step)  # as for buckets
-        options = {
-            "height": side,
-            "width": side,
-            **family.preview_options(config.sample.guidance_scale),
-        }
+        options = family.preview_options(config.sample.guidance_scale)
+        options |= {"height": side, "width": side}
         if family.takes_image:
             latents = self.dataset.latents(number % len(self.dataset))
-            options |= {
-                "image": first_frame(family, latents, pipeline, side),
-                "num_frames": config.data.frames,
-            }
+            options["image"] = first_frame(family, latents, pipeline, side)
+            options["num_frames"] = config.data.frames
         return draw_sample(pipeline, prompt, number, config.sample, options)

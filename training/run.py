@@ -110,10 +110,10 @@ def train(
     from training.batch_stream import BatchStream
     from training.callbacks import step_callbacks, stop_run
     from training.checkpoints.resume import RunCheckpoints
+    from training.components import RunComponents
     from training.distributed.engine import needs_contiguous_weights
     from training.export import RunExport, check_export, print_results
     from training.loss import build_loss
-    from training.parts import RunParts
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.services import RunServices
     from training.summary import summary
@@ -126,8 +126,8 @@ def train(
     names = file_names(family, denoiser)
     adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
-    parts = RunParts(family, datasets, adapted, names, previous_steps)
-    check_export(config, parts)
+    components = RunComponents(family, datasets, adapted, names, previous_steps)
+    check_export(config, components)
     initial_weights = adapted.state_dict() if config.preview else None
     engine = build.build_engine(config, accelerator, denoiser, adapted)
 
@@ -135,15 +135,19 @@ def train(
         signals.deferred()
     ):  # from here on, all processes answer signals together, between two steps
         services = RunServices.build(config, accelerator, engine, signals)
-        checkpoints = RunCheckpoints(config, parts, engine, services)
+        checkpoints = RunCheckpoints(config, components, engine, services)
         state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)
         batches = BatchStream(config, datasets.train, services.process)
         trainer = Trainer(config, engine, loss_function, batches, state, services)
-        trainer.callbacks = step_callbacks(trainer, parts, checkpoints)
-        say(summary(config, parts, loss_function, services.process, state.micro_batches_per_step))
+        trainer.callbacks = step_callbacks(trainer, components, checkpoints)
+        say(
+            summary(
+                config, components, loss_function, services.process, state.micro_batches_per_step
+            )
+        )
         trainer.train()
-        export = RunExport(config, parts, services, state)
+        export = RunExport(config, components, services, state)
         export.prepare(initial_weights)
         if services.requests.must_stop():
             stop_run(services.requests.agreed, state, config, services)

@@ -67,14 +67,18 @@ def check_output_dir(config: TrainConfig) -> None:
         raise ConfigError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
 
 
-def option_differences(saved: dict, given: dict, changeable: frozenset[str]) -> list[str]:
+def option_differences(saved: dict, config: dict, changeable: frozenset[str]) -> list[str]:
     """Return one line for each option that must not change and differs."""
     saved_options = dict(fixed_options(saved, changeable))
     lines = []
-    for name, value in fixed_options(given, changeable):
-        if saved_options.get(name) != value:
-            reason = ", and the best step depends on it" if name in VALIDATION_OPTIONS else ""
-            lines.append(f"{name} is {saved_options.get(name)} there, {value} here{reason}")
+    for name, value in fixed_options(config, changeable):
+        saved_value = saved_options.get(name)
+        if saved_value == value:
+            continue
+        line = f"{name} is {saved_value} there, {value} here"
+        if name in VALIDATION_OPTIONS:
+            line += ", and the best step depends on it"
+        lines.append(line)
     return lines
 
 
@@ -104,9 +108,9 @@ def locked_folder(
 ) -> Iterator[None]:
     """Keep other runs out of output_dir for a block.
 
-    Raises ConfigError if another run still uses the folder after `wait_seconds`, or has left a different run in it. The
-    lock ends with the process, however it ends. Where the file system has no locks, there is none. A folder in which
-    nothing was written is removed."""
+    Raises ConfigError if another run still uses the folder after `wait_seconds`, or has left a
+    different run in it. The lock ends with the process, however it ends. On a file system without
+    locks a note is printed instead. A folder in which nothing was written is removed."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
@@ -158,7 +162,7 @@ def launcher_id() -> bytes:
 def is_restart(folder: Path) -> bool:
     """Return whether this process's launcher started the run in `folder` before.
 
-    It then continues the run, whatever the command says about overwriting."""
+    It then continues the run, even with --overwrite."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:

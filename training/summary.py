@@ -8,11 +8,11 @@ import torch
 
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
+from training.components import RunComponents
 from training.config import TrainConfig
 from training.loss import LossFunction
 from training.optim.registry import OTHER_OPTIMIZERS
 from training.optim.schedule import batch_size_scale
-from training.parts import RunParts
 
 MAX_BUCKETS = 12
 
@@ -33,11 +33,14 @@ def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
         suffix = f" of {frames} latent frames" if frames > 1 else ""
         entries.append(f"{width}x{height}{suffix}: {num_samples}")
     line = ", ".join(entries)
-    if len(buckets) > MAX_BUCKETS:
-        line += f" and {len(buckets) - MAX_BUCKETS} more"
-    num_small = sum(num_samples < batch_size for num_samples, _, _ in buckets)
-    if num_small:
-        line += f"; {num_small} of them fill a batch of {batch_size} only over several epochs"
+    num_hidden = len(buckets) - len(entries)
+    if num_hidden:
+        line += f" and {num_hidden} more"
+    small_buckets = [bucket for bucket in buckets if bucket[0] < batch_size]
+    if small_buckets:
+        line += (
+            f"; {len(small_buckets)} of them fill a batch of {batch_size} only over several epochs"
+        )
     return [f"buckets     {line}"]
 
 
@@ -46,9 +49,11 @@ def learning_rate_lines(config: TrainConfig, total_batch_size: int) -> list[str]
     if config.optim.scale_lr == "none":
         return []
     scale = batch_size_scale(config.optim, total_batch_size)
-    prefix = "square root of " if config.optim.scale_lr == "sqrt" else ""
+    factor = "samples per step"
+    if config.optim.scale_lr == "sqrt":
+        factor = f"square root of {factor}"
     return [
-        f"rate        learning_rate x {prefix}samples per step = {config.learning_rate:g} x {scale:g} = "
+        f"rate        learning_rate x {factor} = {config.learning_rate:g} x {scale:g} = "
         f"{config.learning_rate * scale:g}"
     ]
 
@@ -62,8 +67,8 @@ def optimizer_lines(config: TrainConfig) -> list[str]:
         lines.append(f"optimizer   {name} of {entry.package} {version(entry.package)}{arguments}")
         if entry.needs_single_lr and config.learning_rate != 1:
             lines.append(
-                f"note        {name} finds the learning rate by itself, and learning_rate is a factor on it. "
-                f"It is made for 1, not {config.learning_rate:g}"
+                f"note        {name} adapts its learning rate, and --learning_rate is a factor on it. "
+                f"The usual factor is 1, not {config.learning_rate:g}"
             )
     if config.ema.decay:
         lines.append(
@@ -77,23 +82,28 @@ def process_lines(micro_batches_per_step: int) -> list[str]:
     """Return a line with the numbers of processes that can resume the run."""
     if micro_batches_per_step == 1:
         return []
-    divisors = [n for n in range(1, micro_batches_per_step + 1) if micro_batches_per_step % n == 0]
-    *first, last = map(str, divisors)
+    divisors = []
+    for number in range(1, micro_batches_per_step + 1):
+        if micro_batches_per_step % number == 0:
+            divisors.append(str(number))
+    *first, last = divisors
     return [
         f"processes   {', '.join(first)} or {last} can resume this run with the same command: they share its "
         f"{micro_batches_per_step} micro-batches per step"
     ]
 
 
-def adapter_lines(parts: RunParts) -> list[str]:
-    """Return a line for each kind of adapter."""
-    counts = Counter(layer.describe() for layer in parts.adapted.layers().values())
+def adapter_lines(components: RunComponents) -> list[str]:
+    """Return a line for each adapter setting, with its number of layers."""
+    layers = components.adapted.layers()
+    counts = Counter(layer.describe() for layer in layers.values())
     return [f"adapter     {count} layers: {description}" for description, count in counts.items()]
 
 
-def parameter_line(parts: RunParts) -> str:
-    num_trained = sum(parameter.numel() for parameter in parts.adapted.named_parameters().values())
-    num_parameters = sum(parameter.numel() for parameter in parts.adapted.model.parameters())
+def parameter_line(components: RunComponents) -> str:
+    adapted = components.adapted
+    num_trained = sum(parameter.numel() for parameter in adapted.named_parameters().values())
+    num_parameters = sum(parameter.numel() for parameter in adapted.model.parameters())
     percent = 100 * num_trained / num_parameters
     return f"trainable   {num_trained:,} of {num_parameters:,} parameters = {percent:.2f} %"
 
@@ -116,14 +126,17 @@ def step_lines(
 
 
 def model_lines(
-    config: TrainConfig, parts: RunParts, loss_function: LossFunction, device: torch.device
+    config: TrainConfig,
+    components: RunComponents,
+    loss_function: LossFunction,
+    device: torch.device,
 ) -> list[str]:
     """Return lines about the base model, the objective and the data."""
-    datasets = parts.datasets
+    datasets = components.datasets
     num_validation = len(datasets.validation) if datasets.validation else 0
     dtype = str(loss_function.dtype).removeprefix("torch.")
     return [
-        f"model       {config.model.path} ({parts.family.name}), base weights {dtype}, on {device}",
+        f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",
         f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded now: "
         f"{datasets.encoded_images} images, {datasets.encoded_captions} captions",
@@ -131,35 +144,35 @@ def model_lines(
     ]
 
 
-def end_lines(config: TrainConfig, parts: RunParts) -> list[str]:
+def end_lines(config: TrainConfig, components: RunComponents) -> list[str]:
     """Return lines about an existing adapter and the output folder."""
     lines = []
     if config.existing_lora is not None:
-        num_layers = len(parts.adapted.layers())
+        num_layers = len(components.adapted.layers())
         lines.append(
             f"existing    {config.existing_lora}: {num_layers} layers, every tensor matched"
         )
-    if parts.previous_steps:
-        total_steps = parts.previous_steps + config.steps
+    if components.previous_steps:
+        total_steps = components.previous_steps + config.steps
         lines.append(
-            f"continued   {parts.previous_steps} earlier + {config.steps} = {total_steps} steps in total"
+            f"continued   {components.previous_steps} earlier + {config.steps} = {total_steps} steps in total"
         )
     return [*lines, f"output      {config.output_dir}"]
 
 
 def summary(
     config: TrainConfig,
-    parts: RunParts,
+    components: RunComponents,
     loss_function: LossFunction,
     process: ProcessInfo,
     micro_batches_per_step: int,
 ) -> str:
     """Return the summary of a run."""
     lines = [
-        *model_lines(config, parts, loss_function, process.device),
-        *adapter_lines(parts),
-        parameter_line(parts),
-        *step_lines(config, parts.datasets.train, micro_batches_per_step, process.count),
-        *end_lines(config, parts),
+        *model_lines(config, components, loss_function, process.device),
+        *adapter_lines(components),
+        parameter_line(components),
+        *step_lines(config, components.datasets.train, micro_batches_per_step, process.count),
+        *end_lines(config, components),
     ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ class TrainState:
     step: int
     """Optimizer steps done. Schedule, noise and learning rate follow from it (data/schedule.py)."""
     micro_batches_per_step: int
-    """Of all processes together. A resumed run keeps this number, also with another number of
+    """Micro-batches of all processes. A resumed run keeps this number, also with another number of
     processes."""
     started_at: float
     """Seconds since the epoch."""

@@ -46,7 +46,7 @@ class Trainer:
         """Called in this order; `step_callbacks` in training/callbacks.py makes the list."""
 
     def train(self) -> None:
-        """Take all steps that are left. Raises RunStopped if the run is asked to stop."""
+        """Take all remaining steps. Raises RunStopped after a request to stop."""
         state, reporter = self.state, self.services.reporter
         for callback in self.callbacks:
             callback.before_first_step()

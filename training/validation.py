@@ -1,9 +1,8 @@
 """Validation: the loss on held-out images at fixed noise and fixed noise levels.
 
-The loss is the plain squared error of the prediction, whatever the training loss is
-(LossFunction.for_validation), so it is comparable between steps and between runs. Only masks and
-weights of the data count as in training. Nothing is drawn from a global generator: a run with
-validation takes the same training steps as a run without.
+The loss is always the squared error of the prediction, so it is comparable between steps and runs
+(LossFunction.for_validation). Masks and weights of the data count as in training. Nothing is drawn
+from a global generator: a run with validation takes the same training steps as a run without.
 """
 
 import math
@@ -50,10 +49,14 @@ class Chunk:
     """Largest number of pairs in the chunk."""
 
 
-def validation_kind(dataset: LatentDataset, config: TrainConfig) -> str:
+def comparison_key(dataset: LatentDataset, config: TrainConfig) -> str:
     """Return a text that is equal for validations with comparable losses."""
-    weights = config.ema.evaluate_with if config.ema.decay else "raw"
-    return f"{key('validation kind', dataset.fingerprint, str(config.validation.noise_levels), weights):x}"
+    weights = "raw"
+    if config.ema.decay:
+        weights = config.ema.evaluate_with
+    noise_levels = str(config.validation.noise_levels)
+    number = key("validation", dataset.fingerprint, noise_levels, weights)
+    return f"{number:x}"
 
 
 def validation_chunks(dataset: LatentDataset, num_levels: int, batch_size: int) -> list[Chunk]:
@@ -65,9 +68,12 @@ def validation_chunks(dataset: LatentDataset, num_levels: int, batch_size: int) 
         first_row = bucket[0].first
         num_rows = sum(segment.count for segment in bucket)
         num_elements = math.prod(dataset.latent_shape(first_row))
-        size = max(batch_size, min(MAX_SAMPLES, MAX_ELEMENTS // num_elements))
-        for start in range(0, num_rows * num_levels, size):
-            chunks.append(Chunk(first_row, num_rows, start, size))
+        largest_size = min(MAX_SAMPLES, MAX_ELEMENTS // num_elements)
+        size = max(batch_size, largest_size)
+        num_pairs = num_rows * num_levels
+        for start in range(0, num_pairs, size):
+            chunk = Chunk(first_row, num_rows, start, size)
+            chunks.append(chunk)
     return chunks
 
 
@@ -75,13 +81,23 @@ def chunk_batch(
     dataset: LatentDataset, noise_levels: tuple[float, ...], chunk: Chunk
 ) -> tuple[list[int], list[int], Batch]:
     """Return the row and the index of the noise level of each sample, and the batch."""
-    end = min(chunk.start + chunk.size, chunk.num_rows * len(noise_levels))
-    pairs = range(chunk.start, end)
-    rows = [chunk.first_row + pair % chunk.num_rows for pair in pairs]
-    level_indices = [pair // chunk.num_rows for pair in pairs]
-    quantile = torch.tensor([noise_levels[index] for index in level_indices])
+    num_pairs = chunk.num_rows * len(noise_levels)
+    end = min(chunk.start + chunk.size, num_pairs)
+    rows, level_indices = [], []
+    for pair in range(chunk.start, end):
+        level_index, offset = divmod(pair, chunk.num_rows)
+        level_indices.append(level_index)
+        rows.append(chunk.first_row + offset)
+    quantile = torch.tensor(noise_levels)[level_indices]
     seeds = [key("validation", row) for row in rows]
-    return rows, level_indices, make_batch(dataset, rows, seeds, range(len(rows)), quantile)
+    batch = make_batch(
+        dataset,
+        rows,
+        seeds,
+        visits=range(len(rows)),
+        quantile=quantile,
+    )
+    return rows, level_indices, batch
 
 
 @torch.no_grad()
@@ -108,21 +124,22 @@ def validate(
             denoiser.train()
             return None
         index = first + accelerator.process_index
-        is_counted = index < len(chunks)
-        rows, level_indices, batch = chunk_batch(
-            dataset, noise_levels, chunks[min(index, len(chunks) - 1)]
-        )
+        chunk = chunks[min(index, len(chunks) - 1)]
+        rows, level_indices, batch = chunk_batch(dataset, noise_levels, chunk)
         with accelerator.autocast():
             losses = loss_function(denoiser, batch.to(device))
-        if is_counted:
-            sums.index_add_(0, torch.tensor(level_indices, device=device), losses)
-            is_non_finite = (~losses.isfinite()).to(non_finite.dtype)
-            non_finite.index_add_(0, torch.tensor(rows, device=device), is_non_finite)
+        if index < len(chunks):
+            level_index = torch.tensor(level_indices, device=device)
+            row_index = torch.tensor(rows, device=device)
+            is_non_finite = ~losses.isfinite()
+            sums.index_add_(0, level_index, losses)
+            non_finite.index_add_(0, row_index, is_non_finite.to(non_finite.dtype))
     denoiser.train()
     totals = accelerator.reduce(torch.cat([sums, non_finite]), "sum").tolist()
     means = [total / len(dataset) for total in totals[: len(noise_levels)]]
-    losses_by_level = {
-        f"quantile_{level:g}": mean for level, mean in zip(noise_levels, means, strict=True)
-    }
-    non_finite_rows = [row for row, count in enumerate(totals[len(noise_levels) :]) if count]
-    return ValidationResult({"loss": sum(means) / len(means), **losses_by_level}, non_finite_rows)
+    all_losses = {"loss": sum(means) / len(means)}
+    for level, mean in zip(noise_levels, means, strict=True):
+        all_losses[f"quantile_{level:g}"] = mean
+    counts = totals[len(noise_levels) :]
+    non_finite_rows = [row for row, count in enumerate(counts) if count]
+    return ValidationResult(all_losses, non_finite_rows)

@@ -12,7 +12,7 @@ from pretraining import MovingAverage, TrainingLog, cosine, take_step
 from restyle import Color, blueprint, over_white, screen_print
 from torch import Tensor
 
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 PEAK_RATE = 1.5e-3
 MIN_RATE = 1e-6
 PRINTED_SHARE, DRAWN_SHARE = 0.35, 0.25

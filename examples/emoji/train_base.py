@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from emoji_source import Emoji, load_pixels, read_emoji, save_grid
 from pretraining import MovingAverage, TrainingLog, cosine, take_step
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SCALING_FACTOR = 0.18215
@@ -41,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--autoencoder-steps", type=int, default=10_000)
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--autoencoder-steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=10_000)
     options = parser.parse_args()
     torch.manual_seed(0)
     modules = options.work / "node_modules"

@@ -206,7 +206,10 @@ FAULTS = {
         "--optimizer=ScheduleFreeAdamW --optim.betas 0 0.99",
         "ScheduleFreeAdamW raises: float division by zero. Its arguments are betas = (0.0, 0.99)",
     ),
-    "ends the process": ("--optimizer=Lion --optim.args use_triton=true", "Lion raises: it ends the program"),
+    "ends the process": (
+        "--optimizer=Lion --optim.args use_triton=true",
+        "Lion raises: it ends the program",
+    ),
     "missing": (
         "--optimizer=AdamW8bit",
         "pip install bitsandbytes, or in the project's folder pip install -e '.[bits",
@@ -272,8 +275,7 @@ def test_whole_numbers_stay_whole(options, run_here):
 def test_prodigy_says_which_rate_it_is_made_for(options, run_here, capsys):
     assert run_here([*options, "--optimizer=Prodigy"]) == 0
     assert (
-        "learning_rate is a factor on it. It is made for 1, not 0.0005"
-        in capsys.readouterr().out
+        "learning_rate is a factor on it. It is made for 1, not 0.0005" in capsys.readouterr().out
     )
 
 
@@ -358,7 +360,10 @@ def test_zero_takes_what_works_on_shares_of_weights(options, run_here, monkeypat
     assert [name for name in OPTIMIZERS if name not in refused] == [*NODE_OPTIMIZERS, "Lion"]
     for name in refused:
         assert run_here([*options, f"--optimizer={name}"]) == 2
-        assert f"DeepSpeed, which does not support {name}: it cannot update parts" in capsys.readouterr().err
+        assert (
+            f"DeepSpeed, which does not support {name}: it cannot update parts"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.slow

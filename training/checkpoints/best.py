@@ -17,11 +17,14 @@ class BestWeights:
 
 
 def best_step(validations: list[Validation]) -> int | None:
-    """Return the first step with the lowest finite loss; None if there is none. Step 0 does not
-    count."""
-    losses = {int(entry["step"]): entry["loss"] for entry in validations if entry["step"]}
-    finite_losses = {step: loss for step, loss in losses.items() if is_finite([loss])}
-    return min(finite_losses, key=finite_losses.__getitem__, default=None)
+    """Return the first step with the lowest finite loss, or None. Step 0 does not count."""
+    lowest_loss = float("inf")
+    lowest_step: int | None = None
+    for entry in validations:
+        step, loss = int(entry["step"]), entry["loss"]
+        if step > 0 and is_finite([loss]) and loss < lowest_loss:
+            lowest_step, lowest_loss = step, loss
+    return lowest_step
 
 
 def stops_early(validations: list[Validation], config: ValidationConfig) -> bool:
@@ -50,17 +53,17 @@ def validation_errors(config: TrainConfig) -> list[str]:
         "--checkpoint.keep_best": config.checkpoint.keep_best,
         "--export.weights best": config.export.weights == "best",
     }
-    given_flags = ", ".join(flag for flag, is_given in flags.items() if is_given)
+    used_flags = ", ".join(flag for flag, is_used in flags.items() if is_used)
     has_images = config.data.validation_path is not None or config.data.validation_fraction
     errors = []
-    if given_flags and not has_images:
+    if used_flags and not has_images:
         errors.append(
-            f"{given_flags}: there are no validation images. Set --data.validation_path or "
+            f"{used_flags}: needs validation images. Set --data.validation_path or "
             "--data.validation_fraction"
         )
     if config.validation.patience and not config.validation.every:
         errors.append(
-            f"--validation.patience {config.validation.patience}: counts periodic validations, and there are none. "
-            "Set --validation.every"
+            f"--validation.patience {config.validation.patience}: counts periodic validations. "
+            "Set --validation.every too"
         )
     return errors

@@ -26,10 +26,10 @@ from training.checkpoints.state import (
     weights_of,
 )
 from training.checkpoints.storage import Checkpoint, CheckpointError
+from training.components import RunComponents
 from training.config import TrainConfig, to_yaml
 from training.distributed.accelerator import DistributedError
 from training.distributed.engine import Engine
-from training.parts import RunParts
 from training.reporting.history import History
 from training.reporting.sample_log import truncate_logs
 from training.run_folder import (
@@ -43,7 +43,7 @@ from training.run_folder import (
 )
 from training.services import RunServices
 from training.train_state import TrainState
-from training.validation import validation_kind
+from training.validation import comparison_key
 
 SHARED_WITHIN = 30.0
 """Seconds in which all nodes must see the same files."""
@@ -69,12 +69,19 @@ def hash_in_background(family: ModelFamily, config: TrainConfig) -> Future[str]:
 class RunCheckpoints:
     """Saves and resumes one run. All methods are collective; the main process writes."""
 
-    def __init__(self, config: TrainConfig, parts: RunParts, engine: Engine, services: RunServices):
-        self.config, self.parts, self.engine, self.services = config, parts, engine, services
+    def __init__(
+        self, config: TrainConfig, components: RunComponents, engine: Engine, services: RunServices
+    ):
+        self.config, self.components, self.engine, self.services = (
+            config,
+            components,
+            engine,
+            services,
+        )
         self.folder = services.folder / CHECKPOINTS
         self.base_hash: Future[str] | None = None
         if services.process.is_main:
-            self.base_hash = hash_in_background(parts.family, config)
+            self.base_hash = hash_in_background(components.family, config)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. No other process waits for the main process."""
@@ -95,11 +102,11 @@ class RunCheckpoints:
             best_step=state.best.step if state.best else None,
         )
         weights = {
-            ADAPTER_FILE: self.parts.adapted.state_dict(),
+            ADAPTER_FILE: self.components.adapted.state_dict(),
             EMA_FILE: self.services.ema.state_dict(),
             BEST_FILE: state.best.weights if state.best else {},
         }
-        files = to_files(saved_state, weights, self.parts.adapted.alphas(), optimizer)
+        files = to_files(saved_state, weights, self.components.adapted.alphas(), optimizer)
         storage.save(self.folder, state.step, files, self.config.checkpoint.keep)
 
     def identity(self) -> dict[str, object]:
@@ -108,9 +115,9 @@ class RunCheckpoints:
         assert self.base_hash is not None
         return {
             "config": config_hash(self.config),
-            "dataset": self.parts.datasets.train.fingerprint,
+            "dataset": self.components.datasets.train.fingerprint,
             "base model": self.base_hash.result(),
-            "steps of the existing LoRA": self.parts.previous_steps,
+            "steps of the existing LoRA": self.components.previous_steps,
         }
 
     def resume(self) -> TrainState:
@@ -129,7 +136,7 @@ class RunCheckpoints:
         else:
             saved_state = state_of(checkpoint)
             state = self._restore(checkpoint, saved_state)
-            services.reporter.resume(self.parts.previous_steps + state.step, saved_state.row)
+            services.reporter.resume(self.components.previous_steps + state.step, saved_state.row)
             services.reporter.say(f"resumed at step {state.step} of {self.config.steps}")
         if services.process.is_main:
             truncate_logs(services.folder, state.step)
@@ -139,9 +146,9 @@ class RunCheckpoints:
 
     def _new_state(self, micro_batches_per_step: int) -> TrainState:
         history = History(micro_batches_per_step)
-        dataset = self.parts.datasets.validation
+        dataset = self.components.datasets.validation
         if dataset is not None:
-            history.start_series(validation_kind(dataset, self.config))
+            history.start_series(comparison_key(dataset, self.config))
         return TrainState(0, micro_batches_per_step, time.time(), history)
 
     def _agreed_checkpoint(self) -> Checkpoint | None:
@@ -198,8 +205,8 @@ class RunCheckpoints:
         self.services.ema.load_state_dict(weights_of(checkpoint, EMA_FILE))
         self.services.reporter.tracker_id = saved.tracker_id
         history = History.from_dict(saved.history)
-        dataset = self.parts.datasets.validation
-        if dataset is not None and history.start_series(validation_kind(dataset, self.config)):
+        dataset = self.components.datasets.validation
+        if dataset is not None and history.start_series(comparison_key(dataset, self.config)):
             say(
                 "note: the validation images or options have changed, so a new series of validation losses begins"
             )

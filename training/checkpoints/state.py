@@ -110,24 +110,35 @@ def named_optimizer_state(
     name_of: dict[Tensor, str] = {parameter: name for name, parameter in names.items()}
     state: NamedState = {}
     for parameter, values in optimizer.state.items():
-        state[name_of[parameter]] = {key: to_cpu(value) for key, value in values.items()}
+        name = name_of[parameter]
+        state[name] = {key: to_cpu(value) for key, value in values.items()}
     for group in optimizer.param_groups:
-        changed = {
-            key: to_cpu(value)
-            for key, value in group.items()
-            if key not in SCHEDULED_KEYS and is_changed(optimizer, key, value)
-        }
-        for parameter in group["params"] if changed else ():
-            state.setdefault(name_of[parameter], {})[GROUP_KEY] = changed
+        changed_values = changed_group_values(optimizer, group)
+        if not changed_values:
+            continue
+        for parameter in group["params"]:
+            parameter_state = state.setdefault(name_of[parameter], {})
+            parameter_state[GROUP_KEY] = changed_values
     return state
 
 
+def changed_group_values(optimizer: torch.optim.Optimizer, group: dict) -> dict[str, Any]:
+    """Return the values of a parameter group that differ from the optimizer's defaults, on the
+    CPU."""
+    changed_values = {}
+    for key, value in group.items():
+        if key in SCHEDULED_KEYS:
+            continue
+        if key not in optimizer.defaults or optimizer.defaults[key] != value:
+            changed_values[key] = to_cpu(value)
+    return changed_values
+
+
 def to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
-def is_changed(optimizer: torch.optim.Optimizer, key: str, value: Any) -> bool:
-    return key not in optimizer.defaults or optimizer.defaults[key] != value
+    """Return a tensor on the CPU; other values are returned unchanged."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    return value
 
 
 def load_named_optimizer_state(
@@ -136,26 +147,28 @@ def load_named_optimizer_state(
     """Load the optimizer's state. Raises CheckpointError if it belongs to other parameters."""
     check_parameter_names(state, names)
     name_of = {parameter: name for name, parameter in names.items()}
-    order = [
-        name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]
-    ]
+    order: list[str] = []
+    for group in optimizer.param_groups:
+        order += [name_of[parameter] for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
         first_name = order[group["params"][0]]
         group |= state.get(first_name, {}).get(GROUP_KEY, {})
-    per_parameter = {}
+    state_by_index = {}
     for index, name in enumerate(order):
         if name in state:
-            per_parameter[index] = {
-                key: value for key, value in state[name].items() if key != GROUP_KEY
-            }
-    optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
+            values = dict(state[name])
+            values.pop(GROUP_KEY, None)
+            state_by_index[index] = values
+    optimizer.load_state_dict({"state": state_by_index, "param_groups": groups})
 
 
 def check_parameter_names(state: NamedState, names: dict[str, nn.Parameter]) -> None:
     """Raise CheckpointError unless the state is empty or has these parameters."""
-    if state and state.keys() != names.keys():
-        different_names = sorted(state.keys() ^ names.keys())
-        raise CheckpointError(
-            f"the checkpoint's optimizer has {len(different_names)} other parameters: {', '.join(different_names[:5])}"
-        )
+    if not state or state.keys() == names.keys():
+        return
+    different_names = sorted(state.keys() ^ names.keys())
+    first_names = ", ".join(different_names[:5])
+    raise CheckpointError(
+        f"the checkpoint's optimizer has {len(different_names)} other parameters: {first_names}"
+    )

@@ -44,10 +44,7 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
     Checkpoints of later steps stay: they are damaged, or the run would have resumed from them. They
     do not count."""
     path = checkpoint_path(folder, step)
-    entries = {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in files.items()
-    }
+    entries = {name: manifest_entry(data) for name, data in files.items()}
     try:
         with new_folder(path) as partial_path:
             for name, data in files.items():
@@ -56,20 +53,17 @@ def save(folder: Path, step: int, files: dict[str, bytes], keep: int) -> None:
             (partial_path / MANIFEST).write_text(manifest, encoding="utf-8")
     except WriteError as error:
         paths = checkpoint_paths(folder)
-        last = (
-            f"The last good checkpoint is {paths[-1]}"
-            if paths
-            else "There is no earlier checkpoint"
-        )
+        last = "There is no earlier checkpoint"
+        if paths:
+            last = f"The last good checkpoint is {paths[-1]}"
         raise CheckpointError(
             f"{error}. {last}. Free some space and run the same command again"
         ) from error
-    outdated = [other for other in checkpoint_paths(folder) if other <= path][:-keep]
+    earlier_paths = [old_path for old_path in checkpoint_paths(folder) if old_path <= path]
     unfinished = folder.glob(".step_*")  # of killed processes
-    for old_path in [*outdated, *unfinished]:
-        shutil.rmtree(
-            old_path, ignore_errors=True
-        )  # failures, as on NFS, are retried at the next save
+    for old_path in [*earlier_paths[:-keep], *unfinished]:
+        # a failure, as on NFS, is retried at the next save
+        shutil.rmtree(old_path, ignore_errors=True)
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -95,11 +89,13 @@ def load(path: Path) -> Checkpoint:
         data = (path / MANIFEST).read_bytes()
         manifest = json.loads(data)
         files = {name: (path / name).read_bytes() for name in manifest["files"]}
-        changed = [
-            name for name, entry in manifest["files"].items() if not is_intact(files[name], entry)
+        changed_files = [
+            name
+            for name, entry in manifest["files"].items()
+            if manifest_entry(files[name]) != entry
         ]
-        if changed:
-            raise DamagedError(f"{path} is damaged ({', '.join(changed)})")
+        if changed_files:
+            raise DamagedError(f"{path} is damaged ({', '.join(changed_files)})")
         return Checkpoint(int(manifest["step"]), files, hashlib.sha256(data).hexdigest())
     except (
         FileNotFoundError,
@@ -116,8 +112,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def is_intact(data: bytes, entry: dict) -> bool:
-    return len(data) == entry["size"] and hashlib.sha256(data).hexdigest() == entry["sha256"]
+def manifest_entry(data: bytes) -> dict[str, object]:
+    """Return size and hash of a file, as the manifest lists them."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def optimizer_to_bytes(state: dict) -> bytes:

@@ -42,15 +42,16 @@ class Consensus:
         Collective."""
         if self.group is None:
             return number
-        value = torch.tensor(max(number, self.finish_max()))
+        earlier_maximum = self.finish_max()
+        value = torch.tensor(max(number, earlier_maximum))
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return int(value)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the `values` (n,) of every process as (processes, n), on the CPU. Collective."""
-        own_values = values.cpu()
+        local_values = values.cpu()
         if self.group is None:
-            return own_values.unsqueeze(0)
-        all_values = [torch.empty_like(own_values) for _ in range(self.num_processes)]
-        dist.all_gather(all_values, own_values, group=self.group)
-        return torch.stack(all_values)
+            return local_values.unsqueeze(0)
+        gathered = local_values.new_empty(self.num_processes, *local_values.shape)
+        dist.all_gather(list(gathered), local_values, group=self.group)
+        return gathered

@@ -2,8 +2,8 @@
 gradients.
 
 The state of a LoRA is small, so DDP is faster. This engine is for adapters of hundreds of millions
-of parameters (Full, LoKr with whole factors, LoHa of high rank), and for clusters that are set up
-for DeepSpeed. Its checkpoints are those of the other engines.
+of parameters: Full, LoKr with whole factors, LoHa of high rank. Checkpoints are the same for all
+engines.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,11 +30,8 @@ class ZeroEngine(Engine):
         adapted: AdaptedModel,
         optimizer: torch.optim.Optimizer,
     ):
-        self.accelerator, self.adapted, self.names = (
-            accelerator,
-            adapted,
-            adapted.named_parameters(),
-        )
+        self.accelerator, self.adapted = accelerator, adapted
+        self.names = adapted.named_parameters()
         self.trained = list(self.names.values())
         plugin = accelerator.state.deepspeed_plugin
         assert plugin is not None
@@ -45,9 +42,8 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,
         }
         if config.training_dtype == "bf16":
-            denoiser.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(
-                denoiser.forward
-            )
+            autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+            denoiser.forward = autocast(denoiser.forward)
         self.denoiser, wrapped = accelerator.prepare(denoiser, optimizer)
         self.optimizer: Any = wrapped.optimizer
         self.inner_optimizer: torch.optim.Optimizer = self.optimizer.optimizer
@@ -68,17 +64,18 @@ class ZeroEngine(Engine):
     def optimizer_state(self) -> NamedState:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        # values without shape are the same for all parameters
         first_state: dict[str, Any] = next(iter(self.inner_optimizer.state.values()), {})
-        tensor_keys = sorted(key for key, value in first_state.items() if has_shape(value))
-        scalars = {key: value for key, value in first_state.items() if key not in tensor_keys}
         state: NamedState = {}
+        if not first_state:
+            return state
         for name, parameter in self.names.items():
-            if tensor_keys or scalars:
-                state[name] = {
-                    key: safe_get_full_optimizer_state(parameter, key).cpu() for key in tensor_keys
-                }
-                state[name] |= {key: copied(value, "cpu") for key, value in scalars.items()}
+            values = {}
+            for key, value in first_state.items():
+                if has_shape(value):
+                    values[key] = safe_get_full_optimizer_state(parameter, key).cpu()
+                else:  # the same for all parameters
+                    values[key] = copied(value, "cpu")
+            state[name] = values
         return state
 
     def load(self, adapter: dict[str, Tensor], optimizer: NamedState) -> None:
@@ -100,12 +97,13 @@ class ZeroEngine(Engine):
         if not template:
             return
         for flat_weights in self.optimizer.single_partition_of_fp32_groups:
-            self.inner_optimizer.state[flat_weights] = {
-                key: torch.zeros_like(flat_weights)
-                if has_shape(value)
-                else copied(value, flat_weights.device)
-                for key, value in template.items()
-            }
+            values = {}
+            for key, value in template.items():
+                if has_shape(value):
+                    values[key] = torch.zeros_like(flat_weights)
+                else:
+                    values[key] = copied(value, flat_weights.device)
+            self.inner_optimizer.state[flat_weights] = values
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -115,5 +113,7 @@ def has_shape(value: Any) -> bool:
 
 
 def copied(value: Any, device: torch.device | str) -> Any:
-    """Return a copy of a tensor on a device; other values are returned as they are."""
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+    """Return a copy of a tensor on a device; other values are returned unchanged."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    return value

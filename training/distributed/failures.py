@@ -44,9 +44,8 @@ class FailureWatch:
         self.store: dist.Store | None = None
         if accelerator.num_processes == 1:
             return
-        token = [
-            f"{time.time()}.{os.getpid()}"
-        ]  # the store outlives processes that torchrun restarts
+        # the store outlives processes that torchrun restarts, so each start needs its own key
+        token = [f"{time.time()}.{os.getpid()}"]
         broadcast_object_list(token)
         self.key = f"train_lora/failed/{token[0]}"
         self.store = dist.distributed_c10d._get_default_store()

@@ -1,10 +1,11 @@
-"""Checks that the processes of a run are in sync; without them a run out of sync would go on,
-slowly and wrongly.
+"""Checks that the processes of a run are in sync. A run out of sync would waste all its time.
 
 Gradients must differ before they are averaged and be equal afterwards, and the adapters must stay
 equal.
 """
 
+from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ gradient."""
 
 
 class RankCheck:
-    """Compares the gradients of the first steps, and the adapters when asked to."""
+    """Compares the gradients of the first steps, and the adapters on demand."""
 
     def __init__(self, denoiser: nn.Module, trained: dict[str, nn.Parameter], consensus: Consensus):
-        self.trained, self.consensus = trained, consensus
+        self.trained = trained
+        self.consensus = consensus
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
         self.local_checksums: dict[str, Tensor] = {}
-        """Of each gradient before it is averaged."""
+        """Parameter name -> checksum of its gradient before the average."""
         self.remaining_steps = 0
         self.pending: tuple[Any, Tensor] | None = None
         self.compared_step = -1
@@ -49,22 +51,23 @@ class RankCheck:
         WHEN: after the backward pass of a step. Only the first steps are checked."""
         if not self.remaining_steps:
             return
-        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        gradients = {}
+        for name, parameter in self.trained.items():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad
         averaged = checksums(list(gradients.values()))
         unknown = torch.tensor(-1, device=averaged.device)
         local = torch.stack([self.local_checksums.get(name, unknown) for name in gradients])
-        is_finite = (
-            torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all().long()
-        )
+        is_finite = all_finite(list(gradients.values()))
         gathered = self.consensus.gather(torch.cat([is_finite.view(1), averaged, local]))
         if not gathered[:, 0].all():
             return  # another error, which is reported together with the samples
         averaged, local = gathered[:, 1:].chunk(2, dim=1)
-        is_equal = averaged.eq(averaged[0]).all(0).tolist()
-        unequal = [name for name, equal in zip(gradients, is_equal, strict=True) if not equal]
-        if unequal:
+        is_different = averaged.ne(averaged[0]).any(0)
+        if is_different.any():
             raise DistributedError(
-                f"the processes' gradients differ after they were averaged: {shortened(unequal)}"
+                "the processes' gradients differ after they were averaged: "
+                + shortened(names_where(is_different, gradients))
             )
         self.remaining_steps -= 1
         self.local_checksums = {}
@@ -81,7 +84,8 @@ class RankCheck:
             return
         sums = checksums(list(self.trained.values()))
         extremes = torch.cat([sums, -sums])
-        self.pending = dist.all_reduce(extremes, dist.ReduceOp.MAX, async_op=True), extremes
+        work = dist.all_reduce(extremes, dist.ReduceOp.MAX, async_op=True)
+        self.pending = work, extremes
         self.compared_step = step
 
     def finish_comparison(self) -> None:
@@ -93,30 +97,39 @@ class RankCheck:
         self.pending = None
         work.wait()
         largest, negated_smallest = extremes.cpu().chunk(2)
-        is_different = (largest + negated_smallest != 0).tolist()
-        unequal = [
-            name for name, different in zip(self.trained, is_different, strict=True) if different
-        ]
-        if unequal:
+        is_different = largest + negated_smallest != 0
+        if is_different.any():
             raise DistributedError(
-                f"at step {self.compared_step} the adapters are not the same in all processes: {shortened(unequal)}"
+                f"at step {self.compared_step} the adapters are not the same in all processes: "
+                + shortened(names_where(is_different, self.trained))
             )
+
+
+def names_where(mask: Tensor, names: Iterable[str]) -> list[str]:
+    """Return the names at which `mask` (n,) is true."""
+    return list(compress(names, mask.tolist()))
+
+
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Return 1 if all values of all tensors are finite, else 0, without reading the device."""
+    flags = torch.stack([tensor.isfinite().all() for tensor in tensors])
+    return flags.all().long()
 
 
 def shortened(names: list[str]) -> str:
     """Join names; those after the first MAX_NAMED are counted."""
     text = ", ".join(names[:MAX_NAMED])
-    if len(names) > MAX_NAMED:
-        text += f" and {len(names) - MAX_NAMED} more"
+    num_hidden = len(names) - MAX_NAMED
+    if num_hidden > 0:
+        text += f" and {num_hidden} more"
     return text
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:
     """Return (n,) int64 checksums on the device of the tensors, without reading it. Equal bits have
     equal checksums."""
-    return torch.stack(
-        [
-            tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
-            for tensor in tensors
-        ]
-    )
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(torch.int32)
+        sums.append(bits.sum(dtype=torch.int64))
+    return torch.stack(sums)

@@ -84,11 +84,13 @@ def combination_errors(config: TrainConfig) -> list[str]:
 
 
 def has_several_learning_rates(config: TrainConfig) -> bool:
-    scales = [override.lr_scale for override in config.adapter.overrides] + [
-        config.adapter.loraplus_lr_ratio
-    ]
-    text_lr = config.optim.text_encoder_learning_rate or config.learning_rate
-    return text_lr != config.learning_rate or any(scale not in (None, 1) for scale in scales)
+    """Return whether an option gives some layers another learning rate."""
+    text_lr = config.optim.text_encoder_learning_rate
+    if text_lr not in (None, config.learning_rate):
+        return True
+    scales = [override.lr_scale for override in config.adapter.overrides]
+    scales.append(config.adapter.loraplus_lr_ratio)
+    return any(scale not in (None, 1) for scale in scales)
 
 
 def trial_errors(name: str, arguments: dict[str, Any], lr: float) -> list[str]:
@@ -105,11 +107,13 @@ def trial_errors(name: str, arguments: dict[str, Any], lr: float) -> list[str]:
         if entry.is_schedule_free:
             optimizer.eval()
     except OPTIMIZER_ERRORS as error:
-        given = ", ".join(
-            f"{key} = {value!r}" for key, value in arguments.items() if key not in entry.fixed_args
-        )
         message = f"--optim: {name} raises: {describe_trial_error(error)}"
-        return [f"{message}. Its arguments are {given}" if given else message]
+        values = [
+            f"{key} = {value!r}" for key, value in arguments.items() if key not in entry.fixed_args
+        ]
+        if values:
+            message += f". Its arguments are {', '.join(values)}"
+        return [message]
     return []
 
 
@@ -141,32 +145,33 @@ def optimizer_arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]
     with suppress(NameError, TypeError):
         hints = typing.get_type_hints(class_.__init__)
     arguments, errors = dict(entry.fixed_args), []
-    for argument in given_arguments(config):
+    for argument in configured_arguments(config):
         error = name_error(argument, parameters, entry)
-        if error is None:
-            parameter = parameters[argument.name]
-            try:
-                arguments[argument.name] = converted(
-                    argument.value, parameter, hints.get(argument.name)
-                )
-            except ValidationError as failure:
-                error = value_error(
-                    argument, failure, f"{config.optimizer}'s default is {parameter.default!r}"
-                )
         if error is not None:
             errors.append(error)
+            continue
+        parameter = parameters[argument.name]
+        hint = hints.get(argument.name)
+        try:
+            arguments[argument.name] = converted(argument.value, parameter, hint)
+        except ValidationError as failure:
+            default = f"{config.optimizer}'s default is {parameter.default!r}"
+            errors.append(value_error(argument, failure, default))
     return arguments, errors
 
 
-def given_arguments(config: TrainConfig) -> Iterator[Argument]:
+def configured_arguments(config: TrainConfig) -> Iterator[Argument]:
     """Yield the arguments that the options set."""
     for name in SHARED_OPTIONS:
         value = getattr(config.optim, name)
         if value is not None:
-            yield Argument(name, f"--optim.{name}", value)
+            flag = f"--optim.{name}"
+            yield Argument(name, flag, value)
     for pair in config.optim.args:
         name, _, text = pair.partition("=")
-        yield Argument(name, f"--optim.args {name}", parsed_value(text))
+        flag = f"--optim.args {name}"
+        value = parsed_value(text)
+        yield Argument(name, flag, value)
 
 
 def name_error(
@@ -185,19 +190,19 @@ def name_error(
         else:
             hint = f". It has {', '.join(usable_names)}"
         return f"{argument.flag}: {entry.class_name} has no such argument{hint}"
-    if (
-        not argument.is_shared_option
-        and name in SHARED_OPTIONS
-        and fits_option(name, parameters[name].default)
-    ):
+    if argument.is_shared_option or name not in SHARED_OPTIONS:
+        return None
+    if fits_option(name, parameters[name].default):
         return f"{argument.flag}: use --optim.{name} instead"
     return None
 
 
 def value_error(argument: Argument, failure: ValidationError, default: str) -> str:
     """Return the message for a value of the wrong type."""
-    reason = failure.errors()[0]["msg"]
-    message = f"{argument.flag} {argument.value!r}: {reason[0].lower()}{reason[1:]}; {default}"
+    first_error = failure.errors()[0]
+    reason = first_error["msg"]
+    reason = reason[0].lower() + reason[1:]
+    message = f"{argument.flag} {argument.value!r}: {reason}; {default}"
     if argument.is_shared_option:
         message += f". Use --optim.args {argument.name}=..."
     return message
@@ -216,10 +221,9 @@ def converted(value: Any, parameter: inspect.Parameter, hint: Any) -> Any:
     Raises ValidationError."""
     if hint is None:
         hint = type_of_default(parameter.default)
+    settings = ConfigDict(arbitrary_types_allowed=True)
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
-            value
-        )
+        return TypeAdapter(hint, config=settings).validate_python(value)
     except PydanticSchemaGenerationError:
         return value
 

@@ -40,12 +40,14 @@ class EmaWeights:
             torch._foreach_lerp_(self.ema, self._weights(), 1 - decay_at(step, self.config))
 
     @contextmanager
-    def applied(self, kind: str | None = None) -> Iterator[None]:
+    def applied(self, average: str | None = None) -> Iterator[None]:
         """Put the evaluation weights into the model for a block, then restore the trained weights
         bit for bit.
 
-        `kind`: ema or raw; None: ema.evaluate_with."""
-        uses_ema = self.ema and (kind or self.config.evaluate_with) == "ema"
+        `average`: ema or raw; None: ema.evaluate_with."""
+        if average is None:
+            average = self.config.evaluate_with
+        uses_ema = self.ema and average == "ema"
         if not uses_ema and not self.is_schedule_free:
             yield
             return
@@ -63,10 +65,10 @@ class EmaWeights:
                     group["train_mode"] = True
             torch._foreach_copy_(weights, trained)
 
-    def evaluation_state(self, kind: str | None = None) -> dict[str, Tensor]:
-        """Return a copy of the adapters with their evaluation weights, on the CPU. `kind`: as for
-        `applied`."""
-        with self.applied(kind):
+    def evaluation_state(self, average: str | None = None) -> dict[str, Tensor]:
+        """Return a copy of the adapters with their evaluation weights, on the CPU. `average`: as
+        for `applied`."""
+        with self.applied(average):
             return self.engine.adapted.state_dict()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -78,8 +80,9 @@ class EmaWeights:
         named_ema = self._named_ema()
         missing_names = sorted(named_ema.keys() - state.keys())
         if missing_names:
+            first_names = ", ".join(missing_names[:5])
             raise CheckpointError(
-                f"the checkpoint's EMA lacks {len(missing_names)} parameters: {', '.join(missing_names[:5])}"
+                f"the checkpoint's EMA lacks {len(missing_names)} parameters: {first_names}"
             )
         for name, tensor in named_ema.items():
             tensor.copy_(state[name])

@@ -14,45 +14,71 @@ def parameter_groups(adapted: AdaptedModel, config: TrainConfig) -> list[dict]:
     """Group the trained parameters by the factor on their learning rate, which each group has as
     `lr_scale`."""
     parameters = adapted.named_parameters()
+    scales = adapted.learning_rate_scales(config.adapter.loraplus_lr_ratio)
     text_lr = config.optim.text_encoder_learning_rate or config.learning_rate
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, scale in adapted.learning_rate_scales(config.adapter.loraplus_lr_ratio).items():
+    text_scale = text_lr / config.learning_rate
+    members: dict[float, list[nn.Parameter]] = {}
+    for name, scale in scales.items():
         if name.startswith("text_encoder"):
-            scale *= text_lr / config.learning_rate
-        groups.setdefault(scale, []).append(parameters[name])
-    return [{"params": members, "lr_scale": scale} for scale, members in groups.items()]
+            scale *= text_scale
+        group = members.setdefault(scale, [])
+        group.append(parameters[name])
+    groups = []
+    for scale, group_parameters in members.items():
+        group_options = {
+            "params": group_parameters,
+            "lr_scale": scale,
+        }
+        groups.append(group_options)
+    return groups
 
 
 def build_optimizer(adapted: AdaptedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the config. WHEN: `optimizer_errors` returned none."""
+    class_ = optimizer_class(config.optimizer)
     arguments, _ = optimizer_arguments(config)
-    groups = parameter_groups(adapted, config)
-    return optimizer_class(config.optimizer)(groups, lr=config.learning_rate, **arguments)
+    optimizer: torch.optim.Optimizer = class_(
+        parameter_groups(adapted, config),
+        lr=config.learning_rate,
+        **arguments,
+    )
+    return optimizer
 
 
 def learning_rate(step: int, peak: float, steps: int, config: OptimConfig) -> float:
     """Return the learning rate of update number `step`, counted from 0, of `steps` updates."""
-    if step < config.lr_warmup_steps:
-        return peak * (step + 1) / (config.lr_warmup_steps + 1)
-    progress = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
+    warmup_steps = config.lr_warmup_steps
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    if config.lr_scheduler == "constant":
+        return peak
+    scheduled_steps = max(1, steps - warmup_steps)
+    progress = (step - warmup_steps) / scheduled_steps
     if config.lr_scheduler == "linear":
         return peak * (1 - progress)
-    if config.lr_scheduler == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak
+    angle = math.pi * progress
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def batch_size_scale(config: OptimConfig, total_batch_size: int) -> float:
     """Return the factor on the learning rate for the number of samples in a step."""
-    scales = {"none": 1.0, "linear": float(total_batch_size), "sqrt": math.sqrt(total_batch_size)}
-    return scales[config.scale_lr]
+    if config.scale_lr == "linear":
+        return float(total_batch_size)
+    if config.scale_lr == "sqrt":
+        return math.sqrt(total_batch_size)
+    return 1.0
 
 
 def scheduled_learning_rate(config: TrainConfig, step: int, micro_batches_per_step: int) -> float:
     """Return the learning rate of update number `step`, counted from 0, of a run."""
     total_batch_size = config.batch_size * micro_batches_per_step
-    peak = config.learning_rate * batch_size_scale(config.optim, total_batch_size)
-    return learning_rate(step, peak, config.steps, config.optim)
+    scale = batch_size_scale(config.optim, total_batch_size)
+    return learning_rate(
+        step,
+        peak=config.learning_rate * scale,
+        steps=config.steps,
+        config=config.optim,
+    )
 
 
 class SkipNonFinite:

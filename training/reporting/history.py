@@ -27,7 +27,8 @@ class TrainingDiverged(RuntimeError):
 class ValidationSeries:
     """Validations whose losses are comparable: the same held-out images, noise levels and weights."""
 
-    kind: str
+    comparison_key: str
+    """Equal for validations with comparable losses."""
     entries: list[Validation] = field(default_factory=list)
 
 
@@ -62,17 +63,17 @@ class History:
         """Return the validations of earlier series."""
         return [entry for series in self.validation_series[:-1] for entry in series.entries]
 
-    def start_series(self, kind: str) -> bool:
-        """Continue the current series if it is of this kind, else start one. Return whether it
+    def start_series(self, comparison_key: str) -> bool:
+        """Continue the current series if it has this key, else start one. Return whether it
         ended an earlier one."""
         if not self.validation_series:
-            self.validation_series.append(ValidationSeries(kind))
+            self.validation_series.append(ValidationSeries(comparison_key))
             return False
         current = self.validation_series[-1]
-        if current.kind == kind or not current.entries:
-            current.kind = kind
+        if current.comparison_key == comparison_key or not current.entries:
+            current.comparison_key = comparison_key
             return False
-        self.validation_series.append(ValidationSeries(kind))
+        self.validation_series.append(ValidationSeries(comparison_key))
         return True
 
     def add_steps(self, micro_losses: list[float], grad_norms: list[float]) -> None:
@@ -94,7 +95,7 @@ def is_finite(values: Iterable[float]) -> bool:
 
 
 def finite_mean(values: list[float]) -> float:
-    """Return the mean of the finite values; NaN if there is none."""
+    """Return the mean of the finite values; NaN without any."""
     finite_values = [value for value in values if is_finite([value])]
     if not finite_values:
         return float("nan")

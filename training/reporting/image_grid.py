@@ -1,6 +1,7 @@
 """Grids of labeled images as a PNG."""
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -15,49 +16,67 @@ GAP, LABEL_WIDTH, CAPTION_HEIGHT, FONT_SIZE = 8, 72, 44, 13
 
 def to_image(pixels: Tensor) -> Image.Image:
     """Convert pixels (3, H, W) in [-1, 1] to an image."""
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(array.numpy())
+    levels = 127.5 * (pixels.clamp(-1, 1) + 1)
+    rounded = levels.round().to(torch.uint8)
+    channels_last = rounded.permute(1, 2, 0)
+    array = channels_last.numpy()
+    image = Image.fromarray(array)
+    return image
 
 
 def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:
     """Return rows of images (N, H, W, 3) in [0, 1], each with its label, above the captions, as a
     PNG."""
-    height, width = next(iter(rows.values())).shape[1:3]
-    zoom = max(1, -(-MIN_SIDE // width))
-    width, height = width * zoom, height * zoom
-    font = ImageFont.load_default(size=FONT_SIZE)
+    first_images = next(iter(rows.values()))
+    _, height, width, _ = first_images.shape
+    zoom = max(1, math.ceil(MIN_SIDE / width))
+    width *= zoom
+    height *= zoom
     grid_width = LABEL_WIDTH + len(captions) * (width + GAP)
-    grid_height = len(rows) * (height + GAP) + GAP + CAPTION_HEIGHT
+    grid_height = GAP + len(rows) * (height + GAP) + CAPTION_HEIGHT
     grid = Image.new("RGB", (grid_width, grid_height), "white")
     draw = ImageDraw.Draw(grid)
-    lefts = [LABEL_WIDTH + column * (width + GAP) for column in range(len(captions))]
-    for row, (label, images) in enumerate(rows.items()):
-        top = GAP + row * (height + GAP)
-        draw.text((GAP, top + height // 2), label, fill="black", font=font, anchor="lm")
+    font = ImageFont.load_default(size=FONT_SIZE)
+    lefts = range(LABEL_WIDTH, grid_width, width + GAP)
+    top = GAP
+    for label, images in rows.items():
+        label_position = (GAP, top + height // 2)
+        draw.text(label_position, label, fill="black", font=font, anchor="lm")
         for left, array in zip(lefts, images, strict=True):
-            image = Image.fromarray((array * 255).round().astype(np.uint8))
-            grid.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+            grid.paste(enlarged(array, (width, height)), (left, top))
+        top += height + GAP
     for left, caption in zip(lefts, captions, strict=True):
         text = wrapped_text(caption, width, font)
-        draw.multiline_text((left, grid_height - CAPTION_HEIGHT), text, fill="black", font=font)
+        draw.multiline_text((left, top), text, fill="black", font=font)
     buffer = io.BytesIO()
     grid.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
+def enlarged(array: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Return an array (H, W, 3) in [0, 1] as an image of `size`."""
+    levels = 255 * array
+    rounded = levels.round().astype(np.uint8)
+    image = Image.fromarray(rounded)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
 def wrapped_text(text: str, width: int, font: Any, max_lines: int = 2) -> str:
     """Break text at words into at most `max_lines` lines of `width` pixels; cut what does not fit."""
-    lines = [""]
+    lines: list[str] = []
+    line = ""
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > width:
+            lines.append(line)
+            line = word
         else:
-            lines.append(word)
-    shown = lines[:max_lines]
+            line = longer
+    lines.append(line)
     if len(lines) > max_lines:
-        shown[-1] += "..."
-    return "\n".join(shortened_line(line, width, font) for line in shown)
+        lines = lines[:max_lines]
+        lines[-1] += "..."
+    return "\n".join(shortened_line(line, width, font) for line in lines)
 
 
 def shortened_line(line: str, width: int, font: Any) -> str:

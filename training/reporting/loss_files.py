@@ -27,7 +27,10 @@ def json_entry(entry: Validation) -> dict[str, float | None]:
 
 def json_numbers(values: list[float]) -> list[float | None]:
     """Replace NaN and infinity, which JSON does not have, by null."""
-    return [value if is_finite([value]) else None for value in values]
+    numbers: list[float | None] = []
+    for value in values:
+        numbers.append(value if is_finite([value]) else None)
+    return numbers
 
 
 def smoothed(values: list[float], span: int) -> list[float]:
@@ -45,9 +48,8 @@ def smoothed(values: list[float], span: int) -> list[float]:
 
 def loss_png(history: History) -> bytes:
     """Return a chart of the losses as a PNG."""
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # a slow import that only the end of a run needs
+    # a slow import that only the end of a run needs
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     losses = history.step_losses

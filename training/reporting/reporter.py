@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl, the progress bar, and the tracker, which gets the same rows."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,46 @@ class JsonLines:
     def append(self, *rows: dict[str, Any]) -> None:
         """Append rows in one write, so that readers and kills see whole lines."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = json_lines(rows).encode()
         try:
             with self.path.open("ab") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                file.write(data)
         except OSError as error:
             raise WriteError(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all complete rows. A kill may have cut off the last one."""
         try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
+        *complete_lines, _ = text.split("\n")
         rows = []
-        for line in lines:
-            with suppress(ValueError):  # a line that a kill cut off and the resumed run continued
+        for line in complete_lines:
+            try:
                 row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
+            except ValueError:  # a line that a kill cut off and the resumed run continued
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
         return rows
 
     def truncate(self, step: int) -> int:
         """Remove the rows after `step`; return the step of the last row that the file had, or -1."""
-        rows = self.rows()
-        if not rows and not self.path.exists():
+        if not self.path.exists():
             return -1
-        remaining = [row for row in rows if row["step"] <= step]
-        write_file(self.path, "".join(json.dumps(row) + "\n" for row in remaining))
-        return rows[-1]["step"] if rows else -1
+        rows = self.rows()
+        remaining_rows = [row for row in rows if row["step"] <= step]
+        write_file(self.path, json_lines(remaining_rows))
+        if not rows:
+            return -1
+        return rows[-1]["step"]
+
+
+def json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Return rows as lines of JSON."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    return "".join(lines)
 
 
 class Reporter:
@@ -73,14 +86,18 @@ class Reporter:
         self.row = dict(row)
         if not self.accelerator.is_main_process:
             return
+        tracker_path = self.folder / TRACKER_FILE
         with suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads((self.folder / TRACKER_FILE).read_text(encoding="utf-8"))
-            self.tracker_id, self.sent_step = str(saved["id"]), int(saved["sent"])
-        last_complete_step = step - 1 if row else step
-        self.sent_step = max(self.sent_step, self.lines.truncate(last_complete_step))
-        write_file(
-            self.folder / TRACKER_FILE, json.dumps({"id": self.tracker_id, "sent": self.sent_step})
-        )
+            saved = json.loads(tracker_path.read_text(encoding="utf-8"))
+            self.tracker_id = str(saved["id"])
+            self.sent_step = int(saved["sent"])
+        last_complete_step = step
+        if row:
+            last_complete_step = step - 1
+        last_written_step = self.lines.truncate(last_complete_step)
+        self.sent_step = max(self.sent_step, last_written_step)
+        saved = {"id": self.tracker_id, "sent": self.sent_step}
+        write_file(tracker_path, json.dumps(saved))
 
     def show_progress(self, steps: int, step: int) -> None:
         """Show the progress bar."""
@@ -120,4 +137,6 @@ class Reporter:
     @property
     def speed(self) -> float:
         """Steps per second since the run was started or resumed."""
-        return (self.progress.format_dict["rate"] or 0.0) if self.progress is not None else 0.0
+        if self.progress is None:
+            return 0.0
+        return self.progress.format_dict["rate"] or 0.0

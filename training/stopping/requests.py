@@ -50,7 +50,7 @@ class Requests:
         return request
 
     def must_stop(self) -> bool:
-        """Return whether any process is asked to stop, as of now. Collective."""
+        """Return whether any process has a request to stop, as of now. Collective."""
         self.agreed = max(self.agreed, StopRequest(self.consensus.max_now(self._own_request())))
         return self.agreed.stops
 

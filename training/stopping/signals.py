@@ -23,9 +23,8 @@ REPEAT_AFTER = 2.0
 sent."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-SIGNALS = tuple(
-    getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+# Windows has no SIGUSR1
+SIGNALS = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))
 
 
 class StopRequest(IntEnum):
@@ -56,7 +55,7 @@ EXIT_CODES = {
 
 
 class RunStopped(SystemExit):
-    """The run stops because it was asked to; the exit code says by which signal."""
+    """The run stops after a request; the exit code says which one."""
 
     def __init__(self, request: StopRequest, outcome: str, is_agreed: bool = False):
         """`outcome`: what was saved. `is_agreed`: all processes stop, and each of them knows it."""
@@ -64,7 +63,7 @@ class RunStopped(SystemExit):
         self.code: int = EXIT_CODES[request]
         self.request, self.outcome, self.is_agreed = request, outcome, is_agreed
         self.is_first: bool | None = None
-        """Whether this process reports for all, if the processes stop before they are connected."""
+        """True if this process reports for all, because the processes are not connected yet."""
 
     def __str__(self) -> str:
         return f"{SENDERS[self.request]}: {self.outcome}. Run the same command to resume"
@@ -114,9 +113,8 @@ class SignalHandler:
             self._leave_at_once_if_repeated()
         self.request = max(self.request, request_of(number))
         if self.request.stops and not self.is_deferred:
-            self.is_deferred = (
-                True  # launchers repeat signals, and the cleanup must not be interrupted
-            )
+            # launchers repeat signals, and the cleanup must not be interrupted
+            self.is_deferred = True
             raise RunStopped(self.request, self.outcome)
 
     def _leave_at_once_if_repeated(self) -> None:
@@ -127,13 +125,15 @@ class SignalHandler:
 
 
 def request_of(number: int) -> StopRequest:
-    """Return the request that a signal stands for. Under SLURM, SIGUSR1 warns that the job's time
-    is nearly up."""
+    """Return the request that a signal means. Under SLURM, SIGUSR1 warns that the job's time is
+    nearly up."""
     if number == signal.SIGINT:
         return StopRequest.INTERRUPT
     if number == signal.SIGTERM:
         return StopRequest.TERMINATE
-    return StopRequest.REQUEUE if os.environ.get("SLURM_JOB_ID") else StopRequest.SAVE
+    if os.environ.get("SLURM_JOB_ID"):
+        return StopRequest.REQUEUE
+    return StopRequest.SAVE
 
 
 def requeue_job() -> str:

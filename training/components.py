@@ -9,7 +9,7 @@ from models.base import ModelFamily
 
 
 @dataclass
-class RunParts:
+class RunComponents:
     """The data, the model with its adapters, and how files name its layers."""
 
     family: ModelFamily
