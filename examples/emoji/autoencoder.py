@@ -1,13 +1,15 @@
-"""The autoencoders of the two base models: trained on all emoji, and on prints of them in random colors.
+"""The autoencoder of the two base models, trained on all emoji and on prints of them in random colors.
 
 Like the autoencoders of real models, they have seen more than the denoisers draw. The inks and colors of the demos'
 styles are not among the random ones except by chance.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from emoji_source import Emoji, load_pixels, to_tensor
+from emoji_source import Emoji, load_pixels, read_emoji, to_tensor
 from pretraining import MovingAverage, TrainingLog, cosine, take_step
 from restyle import Color, blueprint, over_white, screen_print
 from torch import Tensor
@@ -15,32 +17,22 @@ from torch import Tensor
 BATCH_SIZE = 8
 PEAK_RATE = 1.5e-3
 MIN_RATE = 1e-6
+KL_WEIGHT = 2e-4
 PRINTED_SHARE, DRAWN_SHARE = 0.35, 0.25
 """Share of the emoji that are added as screen prints and as blueprints."""
 
 
-def small_autoencoder(scaling_factor: float) -> AutoencoderKL:
+def build_autoencoder() -> AutoencoderKL:
     """Return an autoencoder with 4 latent channels, as Stable Diffusion has it, at 1/4 of the size."""
     return AutoencoderKL(
-        block_out_channels=(32, 64, 80), latent_channels=4, scaling_factor=scaling_factor, **LAYOUT
+        block_out_channels=(32, 64, 80),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
     )
-
-
-def wide_autoencoder(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
-    """Return an autoencoder with 16 latent channels, as FLUX and Z-Image have it, at 1/4 of the size."""
-    return AutoencoderKL(
-        block_out_channels=(24, 48, 64), latent_channels=16, scaling_factor=scaling_factor,
-        shift_factor=shift_factor, **LAYOUT,
-    )  # fmt: skip
-
-
-LAYOUT = {
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-}
 
 
 def autoencoder_images(emoji: list[Emoji]) -> Tensor:
@@ -69,9 +61,7 @@ def luminance(color: Color) -> float:
     return 0.3 * red + 0.59 * green + 0.11 * blue
 
 
-def train_autoencoder(
-    autoencoder: AutoencoderKL, pixels: Tensor, steps: int, kl_weight: float
-) -> None:
+def train_autoencoder(autoencoder: AutoencoderKL, pixels: Tensor, steps: int) -> None:
     """Train an autoencoder in place: L1 + L2 + L1 of the gradients, and a small KL term."""
     autoencoder.to(memory_format=torch.channels_last)
     parameters = list(autoencoder.parameters())
@@ -87,7 +77,7 @@ def train_autoencoder(
         error = decoded - batch
         reconstruction = error.abs().mean() + error.square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = reconstruction + 0.5 * gradient_error(decoded, batch) + kl_weight * kl
+        loss = reconstruction + 0.5 * gradient_error(decoded, batch) + KL_WEIGHT * kl
         take_step(loss, optimizer, max(MIN_RATE, PEAK_RATE * cosine(step, steps, warmup=200)))
         average.update(step)
         log.add(step, reconstruction)
@@ -120,16 +110,18 @@ def psnr(autoencoder: AutoencoderKL, pixels: Tensor) -> float:
 
 
 @torch.no_grad()
-def normalize_latents(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
+def normalize_latents(
+    autoencoder: AutoencoderKL, pixels: Tensor, scale: float, shift: float | None = None
+) -> None:
     """Change quant_conv and post_quant_conv so that each scaled channel has mean 0 and deviation 1.
 
-    Pipelines know one shift and one scale for all channels: scaled = (latents - shift) * scale."""
-    config = autoencoder.config
+    Pipelines have one shift and one scale for all channels: scaled = (latents - shift) * scale."""
+    autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
+    shift = shift or 0.0
     latents = encode(autoencoder, pixels)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    gain = 1 / (config.scaling_factor * std)
-    shift = config.shift_factor or 0.0
-    channels = config.latent_channels
+    gain = 1 / (scale * std)
+    channels = autoencoder.config.latent_channels
     quant, post_quant = autoencoder.quant_conv, autoencoder.post_quant_conv
     # first the decoder's side, which must see the old latents: old = (new - shift) / gain + mean
     post_quant.bias += post_quant.weight[:, :, 0, 0] @ (mean - shift / gain)
@@ -139,17 +131,17 @@ def normalize_latents(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
     quant.bias[channels:] += 2 * gain.log()  # the other half of the moments is the log variance
 
 
-def prepare_autoencoder(
-    autoencoder: AutoencoderKL, emoji: list[Emoji], shown: list[Emoji], steps: int, kl_weight: float
-) -> None:
-    """Train an autoencoder on `emoji` and normalize its latents for those in `shown`."""
-    print(
-        f"autoencoder: {sum(p.numel() for p in autoencoder.parameters()):,} parameters", flush=True
-    )
-    train_autoencoder(autoencoder, autoencoder_images(emoji), steps, kl_weight)
-    pixels = load_pixels(shown)
-    print(f"autoencoder: PSNR {psnr(autoencoder, pixels):.2f} dB", flush=True)
-    normalize_latents(autoencoder, pixels)
-    print(
-        f"autoencoder: PSNR {psnr(autoencoder, pixels):.2f} dB with normalized latents", flush=True
-    )
+def load_or_train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
+    """Return the autoencoder in `work`, trained now unless an earlier run did."""
+    folder = work / "autoencoder"
+    if not folder.exists():
+        modules = work / "node_modules"
+        all_emoji = [*read_emoji(modules, "google", None), *read_emoji(modules, "twitter", None)]
+        autoencoder = build_autoencoder()
+        count = sum(parameter.numel() for parameter in autoencoder.parameters())
+        print(f"autoencoder: {count:,} parameters", flush=True)
+        train_autoencoder(autoencoder, autoencoder_images(all_emoji), steps)
+        ratio = psnr(autoencoder, load_pixels(read_emoji(modules, "google")))
+        print(f"autoencoder: PSNR {ratio:.2f} dB", flush=True)
+        autoencoder.save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder)

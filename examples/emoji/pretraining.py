@@ -1,12 +1,23 @@
 """Parts that the training scripts of the two base models share."""
 
+import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
+from emoji_source import Emoji, load_pixels, save_grid
 from torch import Tensor, nn
+
+SHOWN_NAMES = (
+    "grinning", "heart_eyes", "cat", "tiger", "fox_face", "turtle", "tropical_fish", "penguin",
+    "pizza", "strawberry", "doughnut", "beer", "tulip", "cactus", "heart", "ghost",
+)  # fmt: skip
+SNAPSHOT_EVERY = 2000
+"""Steps between two snapshots of a training in its work folder."""
 
 
 class MovingAverage:
@@ -74,3 +85,25 @@ def take_step(loss: Tensor, optimizer: torch.optim.Optimizer, learning_rate: flo
 def cosine(step: int, steps: int, warmup: int) -> float:
     """Return the factor of a cosine schedule with linear warm-up."""
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def print_sizes(pipeline: DiffusionPipeline) -> None:
+    """Print the number of parameters of each model in the pipeline."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            count = sum(parameter.numel() for parameter in component.parameters())
+            print(f"{name}: {count:,} parameters", flush=True)
+
+
+def save_base(
+    pipeline: DiffusionPipeline,
+    emoji: list[Emoji],
+    folder: Path,
+    draw: Callable[[DiffusionPipeline, list[str]], Tensor],
+) -> None:
+    """Write the pipeline in fp16, and a picture of emoji above images drawn from their captions."""
+    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder)
+    by_name = {item.name: item for item in emoji}
+    shown = [by_name[name] for name in SHOWN_NAMES]
+    images = draw(pipeline, [item.caption for item in shown])
+    save_grid([load_pixels(shown), images], folder.parent / f"{folder.name}.png")

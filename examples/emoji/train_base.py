@@ -5,21 +5,27 @@ Run once on a CPU; its result is committed as `examples/emoji/base`:
     npm install --prefix WORK emoji-datasource-google emoji-datasource-twitter
     python examples/emoji/train_base.py --work WORK
 
-First the autoencoder is trained (kept in WORK, so that an interrupted run need not repeat it), then the tokenizer
-(byte-pair encoding of the captions), then text encoder and UNet together, on Noto images of three categories.
+First it trains the autoencoder, which it keeps in WORK for the other base model. Then it trains the tokenizer (a
+byte-pair encoding of the captions), and text encoder and UNet together, on the Noto images of three categories.
 """
 
 import argparse
-import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from autoencoder import encode, prepare_autoencoder, small_autoencoder
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from emoji_source import Emoji, load_pixels, read_emoji, save_grid
-from pretraining import MovingAverage, TrainingLog, cosine, take_step
+from autoencoder import encode, load_or_train_autoencoder, normalize_latents
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from emoji_source import Emoji, load_pixels, read_emoji
+from pretraining import (
+    SNAPSHOT_EVERY,
+    MovingAverage,
+    TrainingLog,
+    cosine,
+    print_sizes,
+    save_base,
+    take_step,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -31,10 +37,6 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 BATCH_SIZE, PEAK_RATE = 48, 2e-3
 MAX_LEVEL_WEIGHT = 20
 """Limit of the loss weight 1 / alpha. At 16x16 latents the noisy levels decide what is drawn."""
-SHOWN = (
-    "grinning", "heart_eyes", "cat", "tiger", "fox_face", "turtle", "tropical_fish", "penguin",
-    "pizza", "strawberry", "doughnut", "beer", "tulip", "cactus", "heart", "ghost",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -45,11 +47,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     options = parser.parse_args()
     torch.manual_seed(0)
-    modules = options.work / "node_modules"
-    emoji = read_emoji(modules, "google")
-    autoencoder = load_or_train_autoencoder(
-        options.work / "autoencoder", modules, options.autoencoder_steps
-    )
+    emoji = read_emoji(options.work / "node_modules", "google")
+    autoencoder = load_or_train_autoencoder(options.work, options.autoencoder_steps)
+    normalize_latents(autoencoder, load_pixels(emoji), SCALING_FACTOR)
     tokenizer = train_tokenizer([item.caption for item in emoji], options.work / "tokenizer")
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -60,27 +60,9 @@ def main() -> None:
         unet=build_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    for name in ("vae", "text_encoder", "unet"):
-        count = sum(parameter.numel() for parameter in getattr(pipeline, name).parameters())
-        print(f"{name}: {count:,} parameters", flush=True)
-    train_denoiser(
-        pipeline, emoji, options.steps, lambda: save(pipeline, emoji, options.work / "snapshot")
-    )
-    save(pipeline, emoji, options.out)
-
-
-def load_or_train_autoencoder(folder: Path, modules: Path, steps: int) -> AutoencoderKL:
-    """Return the autoencoder in `folder`, trained now if there is none."""
-    if not folder.exists():
-        every_emoji = [
-            item for vendor in ("google", "twitter") for item in read_emoji(modules, vendor, None)
-        ]
-        autoencoder = small_autoencoder(SCALING_FACTOR)
-        prepare_autoencoder(
-            autoencoder, every_emoji, read_emoji(modules, "google"), steps, kl_weight=2e-4
-        )
-        autoencoder.save_pretrained(folder)
-    return AutoencoderKL.from_pretrained(folder)
+    print_sizes(pipeline)
+    train_denoiser(pipeline, emoji, options.steps, options.work / "snapshot")
+    save_base(pipeline, emoji, options.out, draw)
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -124,9 +106,9 @@ def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
 
 
 def train_denoiser(
-    pipeline: StableDiffusionPipeline, emoji: list[Emoji], steps: int, snapshot: Callable[[], None]
+    pipeline: StableDiffusionPipeline, emoji: list[Emoji], steps: int, snapshot: Path
 ) -> None:
-    """Train text encoder and UNet in place with a weighted epsilon MSE; leave their moving average there."""
+    """Train text encoder and UNet with a weighted epsilon MSE; their moving average is the result."""
     unet, text_encoder, scheduler = pipeline.unet, pipeline.text_encoder, pipeline.scheduler
     unet.to(memory_format=torch.channels_last)
     pixels = load_pixels(emoji)
@@ -154,9 +136,9 @@ def train_denoiser(
         take_step(loss, optimizer, PEAK_RATE * cosine(step, steps, warmup=200))
         average.update(step)
         log.add(step, errors.mean())
-        if (step + 1) % 2000 == 0:
+        if (step + 1) % SNAPSHOT_EVERY == 0:
             with average.applied():
-                snapshot()
+                save_base(pipeline, emoji, snapshot, draw)
     average.copy_to_parameters()
 
 
@@ -168,21 +150,13 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokens.input_ids
 
 
-def save(pipeline: StableDiffusionPipeline, emoji: list[Emoji], folder: Path) -> None:
-    """Write the pipeline in fp16, and a picture of emoji above what the model draws from their captions."""
-    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder)
-    by_name = {item.name: item for item in emoji}
-    shown = [by_name[name] for name in SHOWN]
-    samples = sample(pipeline, [item.caption for item in shown])
-    save_grid([load_pixels(shown), samples], folder.parent / f"{folder.name}.png")
-
-
-def sample(pipeline: StableDiffusionPipeline, captions: list[str], seed: int = 0) -> Tensor:
+@torch.no_grad()
+def draw(pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
     """Return (N, 3, 64, 64) in [-1, 1], drawn with classifier-free guidance."""
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         captions, num_inference_steps=30, guidance_scale=3.0, output_type="pt", height=64, width=64,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     return images * 2 - 1
 

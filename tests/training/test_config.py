@@ -145,11 +145,11 @@ BAD_COMMAND_LINES = {
     ),
     "a list of sources": (
         [*NEEDED, "--data.sources=x"],
-        "--data.sources: is a list of structured entries",
+        "--data.sources: is a list of sections",
     ),
     "a list's option": (
         [*NEEDED, "--adapter.overrides.0.rank", "4"],
-        "--adapter.overrides: is a list of structured entries",
+        "--adapter.overrides: is a list of sections",
     ),
     "existing LoRA is no file": (
         [*NEEDED, "--existing_lora", "/nowhere"],

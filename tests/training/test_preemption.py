@@ -61,7 +61,7 @@ MOMENTS = {  # where, in which call, the step that is saved
     "a training step": ("training.loss.LossFunction.__call__", 30, None),
     "a validation": ("training.validation.chunk_batch", 7, 4),
     "a checkpoint": ("training.checkpoints.storage.save", 1, 12),
-    "a preview": ("training.preview.draw", 3, 12),
+    "a preview": ("training.preview.draw_sample", 3, 12),
     "the export": ("training.export.write_adapter", 1, 12),
 }
 
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_is_skipped(options, run_here, tmp_path, monke
         assert run_here([*skip, "--overwrite", "--optim.max_skipped_steps=2"]) == 1
         error = capsys.readouterr().err
         assert "step 5 is not finite" in error
-        assert "as --optim.max_skipped_steps allows, 2" in error
+        assert "2 steps were skipped, the limit of --optim.max_skipped_steps" in error
 
 
 def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, monkeypatch):

@@ -206,7 +206,7 @@ def test_the_encoders_have_a_learning_rate_of_their_own(options, run_here, tmp_p
         if option != "--model.train_text_encoder"
     ]
     assert run_here(plain) == 2
-    assert "text_encoder_learning_rate: only used with" in capsys.readouterr().err
+    assert "text_encoder_learning_rate: has no effect without" in capsys.readouterr().err
 
 
 def test_what_has_no_captions_is_refused():

@@ -51,8 +51,8 @@ def losses(folder: Path, name: str = "validation") -> dict[int, float]:
 def test_large_latents_are_validated_few_at_a_time(validated, run_here, tmp_path, monkeypatch):
     shapes, make = [], training.validation.make_batch
 
-    def seen(*arguments):
-        batch = make(*arguments)
+    def seen(*args, **kwargs):
+        batch = make(*args, **kwargs)
         shapes.append(batch.latents.shape)
         return batch
 
@@ -79,9 +79,9 @@ def poisoned(monkeypatch, first_call: int) -> None:
     """A held-out row has latents that are not finite, from that batch on."""
     make, calls = training.validation.make_batch, []
 
-    def broken(dataset, rows, *more):
+    def broken(dataset, rows, *args, **kwargs):
         calls.append(rows)
-        batch = make(dataset, rows, *more)
+        batch = make(dataset, rows, *args, **kwargs)
         if len(calls) >= first_call:
             batch.latents[torch.tensor(rows) == 2] = float("nan")
         return batch
