@@ -124,11 +124,12 @@ def build_engine(
     return Engine(config, accelerator, denoiser, adapted, optimizer)
 
 
-def on_one_process(config: TrainConfig, components: RunComponents) -> RunComponents:
+def on_one_process(components: RunComponents) -> RunComponents:
     """Return the components with the adapters on a whole copy of the base model, on the CPU.
 
     Each process holds a part of a sharded base model, but some files depend on whole weights."""
-    denoiser, _ = load_denoiser(config, components.family)
-    adapted, _ = attach_adapters(config, components.family, denoiser, components.names)
+    config, family = components.config, components.family
+    denoiser, _ = load_denoiser(config, family)
+    adapted, _ = attach_adapters(config, family, denoiser, components.names)
     adapted.load_state_dict(components.adapted.state_dict())
     return replace(components, adapted=adapted)

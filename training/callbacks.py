@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-from training.batch_stream import BatchStream
 from training.checkpoints.best import BestWeights, best_step, stops_early
 from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
 from training.components import RunComponents
-from training.config import TrainConfig
 from training.optim.schedule import scheduled_learning_rate
-from training.reporting.history import LossBuffer, TrainingDiverged, finite_mean, is_finite
+from training.reporting.history import TrainingDiverged, finite_mean, is_finite
 from training.reporting.trackers import finish_trackers
 from training.run_folder import CHECKPOINTS
-from training.services import RunServices
 from training.stopping.signals import RunStopped, StopRequest, requeue_job
-from training.train_state import TrainState
 from training.trainer import StepCallback, Trainer
 from training.validation import validate
 
@@ -25,22 +21,16 @@ def step_callbacks(
     trainer: Trainer, components: RunComponents, checkpoints: RunCheckpoints
 ) -> list[StepCallback]:
     """Return the callbacks of a run, in the order in which they are called after each step."""
-    config, state, services = trainer.config, trainer.state, trainer.services
-    log_metrics = LogMetrics(config, state, services, trainer.buffer, trainer.batches)
-    save_checkpoint = SaveCheckpoint(config, state, services, checkpoints, log_metrics)
+    log_metrics = LogMetrics(trainer)
+    save_checkpoint = SaveCheckpoint(trainer, checkpoints, log_metrics)
     return [
-        CompareRanks(config, state, services),
+        CompareRanks(trainer),
         log_metrics,
         Validate(trainer, components),
         save_checkpoint,
-        HandleRequests(config, state, services, save_checkpoint),
-        EmitMetrics(state, services, components.previous_steps),
+        HandleRequests(trainer, save_checkpoint),
+        EmitMetrics(trainer, components.previous_steps),
     ]
-
-
-def is_last_step(state: TrainState, config: TrainConfig) -> bool:
-    """Return whether the run ends after this step, as planned or early."""
-    return state.step == config.steps or stops_early(state.history.validation, config.validation)
 
 
 def is_multiple(step: int, interval: int) -> bool:
@@ -51,8 +41,9 @@ def is_multiple(step: int, interval: int) -> bool:
 class CompareRanks:
     """Starts the comparison of the adapters of all processes; LogMetrics reads the result."""
 
-    def __init__(self, config: TrainConfig, state: TrainState, services: RunServices):
-        self.config, self.state, self.rank_check = config, state, services.rank_check
+    def __init__(self, trainer: Trainer):
+        self.config, self.state = trainer.config, trainer.state
+        self.rank_check = trainer.services.rank_check
 
     def before_first_step(self) -> None:
         """Nothing was trained yet."""
@@ -66,16 +57,9 @@ class LogMetrics:
     """Reads losses and gradient norms from the device, checks that they are finite, and reports
     them."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        state: TrainState,
-        services: RunServices,
-        buffer: LossBuffer,
-        batches: BatchStream,
-    ):
-        self.config, self.state, self.services = config, state, services
-        self.buffer, self.batches = buffer, batches
+    def __init__(self, trainer: Trainer):
+        self.config, self.state, self.services = trainer.config, trainer.state, trainer.services
+        self.buffer, self.batches = trainer.buffer, trainer.batches
 
     def before_first_step(self) -> None:
         """There are no losses yet."""
@@ -208,15 +192,8 @@ class Validate:
 class SaveCheckpoint:
     """Saves periodically and after the last step."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        state: TrainState,
-        services: RunServices,
-        checkpoints: RunCheckpoints,
-        log_metrics: LogMetrics,
-    ):
-        self.config, self.state, self.services = config, state, services
+    def __init__(self, trainer: Trainer, checkpoints: RunCheckpoints, log_metrics: LogMetrics):
+        self.config, self.state, self.services = trainer.config, trainer.state, trainer.services
         self.checkpoints, self.log_metrics = checkpoints, log_metrics
 
     def before_first_step(self) -> None:
@@ -224,7 +201,9 @@ class SaveCheckpoint:
 
     def after_step(self) -> None:
         config, step = self.config, self.state.step
-        is_last = is_last_step(self.state, config)
+        is_last = step == config.steps
+        if stops_early(self.state.history.validation, config.validation):
+            is_last = True
         if is_last and config.distributed.rank_check_every:
             self.services.rank_check.start_comparison(step)
         if is_last or is_multiple(step, config.checkpoint.every):
@@ -251,32 +230,24 @@ class SaveCheckpoint:
 class HandleRequests:
     """Saves or stops if a signal, a file or the clock asks for it, on any process."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        state: TrainState,
-        services: RunServices,
-        save_checkpoint: SaveCheckpoint,
-    ):
-        self.config, self.state, self.services = config, state, services
-        self.save_checkpoint = save_checkpoint
+    def __init__(self, trainer: Trainer, save_checkpoint: SaveCheckpoint):
+        self.trainer, self.save_checkpoint = trainer, save_checkpoint
 
     def before_first_step(self) -> None:
         self.after_step()
 
     def after_step(self) -> None:
-        request = self.services.requests.collect()
+        request = self.trainer.services.requests.collect()
         if request is not StopRequest.NONE:
             self.save_checkpoint.save()
         if request.stops:
-            stop_run(request, self.state, self.config, self.services)
+            stop_run(request, self.trainer)
 
 
-def stop_run(
-    request: StopRequest, state: TrainState, config: TrainConfig, services: RunServices
-) -> None:
+def stop_run(request: StopRequest, trainer: Trainer) -> None:
     """End the run, whose step is saved, by raising RunStopped."""
-    outcome = f"saved step {state.step} of {config.steps}"
+    services = trainer.services
+    outcome = f"saved step {trainer.state.step} of {trainer.config.steps}"
     if request is StopRequest.REQUEUE and services.process.is_main:
         outcome += f"; {requeue_job()}"
     finish_trackers(services.accelerator)  # last, because it may wait for the network
@@ -286,8 +257,9 @@ def stop_run(
 class EmitMetrics:
     """Writes the metrics of the step to metrics.jsonl and the tracker."""
 
-    def __init__(self, state: TrainState, services: RunServices, previous_steps: int):
-        self.state, self.reporter, self.previous_steps = state, services.reporter, previous_steps
+    def __init__(self, trainer: Trainer, previous_steps: int):
+        self.state, self.reporter = trainer.state, trainer.services.reporter
+        self.previous_steps = previous_steps
 
     def before_first_step(self) -> None:
         self.after_step()

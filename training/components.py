@@ -6,12 +6,14 @@ from adapter_files.keys import Names
 from data.precompute.build import Datasets
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
+from training.config import TrainConfig
 
 
 @dataclass
 class RunComponents:
-    """The data, the model with its adapters, and how files name its layers."""
+    """The config, the data, and the model with its adapters and the names of its layers in files."""
 
+    config: TrainConfig
     family: ModelFamily
     datasets: Datasets
     adapted: AdaptedModel

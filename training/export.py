@@ -13,8 +13,6 @@ from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
 from common.atomic import WriteError, new_folder, write_file
 from common.errors import AdapterError, error_list
-from lora_algos.adapted_model import AdaptedModel
-from models.base import ModelFamily
 from objectives.processes import sample_as_trained
 from training.build import on_one_process
 from training.checkpoints.best import BestWeights
@@ -89,30 +87,30 @@ def average_name(config: TrainConfig, average: str) -> str:
     return ""
 
 
-def check_export(config: TrainConfig, components: RunComponents) -> None:
+def check_export(components: RunComponents) -> None:
     """Raise AdapterError if a requested file format cannot hold the adapter. WHEN: before training."""
-    if config.export.convert == "lora-svd":
+    conversion = components.config.export.convert
+    if conversion == "lora-svd":
         return  # the file will hold a LoRA, which all formats support
     model = components.adapted.model
     layers: files.Layers = {}
-    if config.export.convert == "full":
+    if conversion == "full":
         for name, weight in files.weights_of(model).items():
             layers[name] = {"diff": weight}
     else:
-        layers = converted_layers(config, components.adapted)
+        layers = converted_layers(components)
     for name, tensors in layers.items():
         layers[name] = files.without_values(tensors)
-    for file_format in export_formats(config, components, layers):
+    for file_format in export_formats(components, layers):
         files.content_of(layers, model, components.names, file_format)
 
 
-def export_formats(
-    config: TrainConfig, components: RunComponents, layers: files.Layers
-) -> tuple[str, ...]:
+def export_formats(components: RunComponents, layers: files.Layers) -> tuple[str, ...]:
     """Return the requested file formats, or the one that most programs load for this model and
     adapter."""
-    if config.export.formats:
-        return config.export.formats
+    formats = components.config.export.formats
+    if formats:
+        return formats
     preferred = files.preferred(components.family.file_formats, layers, components.names)
     return (preferred,)
 
@@ -123,17 +121,12 @@ class RunExport:
 
     def __init__(
         self,
-        config: TrainConfig,
         components: RunComponents,
         services: RunServices,
         state: TrainState,
     ):
-        self.config, self.components, self.services, self.state = (
-            config,
-            components,
-            services,
-            state,
-        )
+        self.config, self.components = components.config, components
+        self.services, self.state = services, state
         self.total_steps = components.previous_steps + state.step
         self.jobs: list[ExportJob] = []
         self.preview: Preview | None = None
@@ -145,7 +138,7 @@ class RunExport:
         `initial_weights`: weights before training, if a preview is drawn."""
         self.jobs = export_jobs(self.config, self.state, self.services)
         if initial_weights is not None:
-            renderer = PreviewRenderer(self.config, self.components, self.services)
+            renderer = PreviewRenderer(self.components, self.services)
             self.preview = renderer.render(
                 {"before": initial_weights, "after": self.jobs[0].weights}
             )
@@ -154,15 +147,15 @@ class RunExport:
         """Write the adapter, the loss files, the preview and the merged model; return their paths."""
         config, components = self.config, self.components
         if is_sharded(self.services.accelerator):
-            components = on_one_process(config, components)
+            components = on_one_process(components)
         paths: list[Path] = []
         # the adapter last, because the merged model is made of the weights that are loaded last
         for job in reversed(self.jobs):
             components.adapted.load_state_dict(job.weights)
-            paths += write_adapter(config, components, self._facts(job))
+            paths += write_adapter(components, self._facts(job))
         paths += self._write_losses()
         if config.export.merged_model:
-            paths.append(write_merged_model(config, components.family, components.adapted))
+            paths.append(write_merged_model(components))
         if self.preview is not None:
             paths.append(self._write_preview(self.preview))
         return paths
@@ -209,14 +202,14 @@ class RunExport:
         return sorted(candidates)
 
 
-def write_adapter(config: TrainConfig, components: RunComponents, facts: ExportFacts) -> list[Path]:
+def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:
     """Write the adapter in all requested formats. Each file is read back and compared before it is
     renamed."""
-    adapted, names = components.adapted, components.names
-    layers = converted_layers(config, adapted)
-    metadata = file_metadata(config, components, layers, facts)
+    config, adapted, names = components.config, components.adapted, components.names
+    layers = converted_layers(components)
+    metadata = file_metadata(components, layers, facts)
     paths: list[Path] = []
-    for file_format in export_formats(config, components, layers):
+    for file_format in export_formats(components, layers):
         exact_content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
         error = files.verify(exact_content, layers, adapted.model, names)
         if not error <= files.MOST_ERROR:
@@ -267,17 +260,18 @@ def are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
-def converted_layers(config: TrainConfig, adapted: AdaptedModel) -> files.Layers:
+def converted_layers(components: RunComponents) -> files.Layers:
     """Return the adapter's tensors by layer, converted as `export.convert` says."""
+    adapted, options = components.adapted, components.config.export
     layers = files.layers_of_adapted(adapted)
-    conversion = config.export.convert
+    conversion = options.convert
     if conversion == "none":
         return layers
     weights = {}
     for name, weight in files.weights_of(adapted.model).items():
         weights[name] = weight.detach().cpu()
     if conversion == "lora-svd":
-        return nearest_loras(layers, weights, config.export.svd_rank)
+        return nearest_loras(layers, weights, options.svd_rank)
     converted: files.Layers = {}
     for name, tensors in layers.items():
         weight = weights[name]
@@ -312,14 +306,15 @@ def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -
     return loras
 
 
-def write_merged_model(config: TrainConfig, family: ModelFamily, adapted: AdaptedModel) -> Path:
+def write_merged_model(components: RunComponents) -> Path:
     """Write output_dir/model_with_lora: the whole pipeline, its denoiser in the dtype of the stored
     base model."""
+    config, family = components.config, components.family
     path = Path(config.output_dir) / "model_with_lora"
     stored_dtype = family.stored_dtype()
     # sums are computed in fp32 and rounded once; float8 is too coarse for the update
     merged = family.load_denoiser(stored_dtype if stored_dtype.itemsize > 1 else torch.bfloat16)
-    adapted.merge_into(merged)
+    components.adapted.merge_into(merged)
     pipeline = sample_as_trained(family.pipeline(merged), config.objective)
     with new_folder(path) as partial_path:
         pipeline.save_pretrained(partial_path)

@@ -11,9 +11,8 @@ from adapter_files.files import Layers
 from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
 from data.dataset import LatentDataset
 from data.store.hashing import hash_of_files
-from models.base import ModelFamily
 from training.components import RunComponents
-from training.config import TrainConfig, to_yaml
+from training.config import to_yaml
 from training.optim.registry import OPTIMIZERS
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
@@ -34,15 +33,13 @@ class ExportFacts:
     """Description of the weights, such as "after step 400"."""
 
 
-def file_metadata(
-    config: TrainConfig, components: RunComponents, layers: Layers, facts: ExportFacts
-) -> dict[str, str]:
+def file_metadata(components: RunComponents, layers: Layers, facts: ExportFacts) -> dict[str, str]:
     """Return all metadata of an adapter file except its hashes."""
     return {
         **network_metadata(layers),
-        **kohya_metadata(config, components.datasets.train, facts),
+        **kohya_metadata(components, facts),
         **components.family.file_metadata(components.adapted.model),
-        **trainer_metadata(config, components.family, components.datasets.train, facts),
+        **trainer_metadata(components, facts),
     }
 
 
@@ -68,11 +65,10 @@ def tag_counts(dataset: LatentDataset) -> dict[str, int]:
     return counts
 
 
-def kohya_metadata(
-    config: TrainConfig, dataset: LatentDataset, facts: ExportFacts
-) -> dict[str, str]:
+def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, str]:
     """Return kohya's keys and those of modelspec, from which programs show what a file was trained
     on."""
+    config, dataset = components.config, components.datasets.train
     folder = Path(next(iter(config.data.all_sources())).path).name
     side = config.data.resolution
     started_at = datetime.fromtimestamp(facts.started_at, UTC)
@@ -107,25 +103,19 @@ def kohya_metadata(
     return {key: str(value) for key, value in values.items()}
 
 
-def trainer_metadata(
-    config: TrainConfig, family: ModelFamily, dataset: LatentDataset, facts: ExportFacts
-) -> dict[str, str]:
+def trainer_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, str]:
     """Return what is needed to repeat the run or to continue the adapter."""
+    config = components.config
+    base_files = components.family.component_files("denoiser")
+    packages = dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer].package])
     return {
         TOTAL_STEPS: str(facts.total_steps),
         "train_lora.weights": facts.weights,
         "train_lora.config": to_yaml(config),
-        "train_lora.base_model_hash": hash_of_files(
-            family.component_files("denoiser"), Path(config.data.cache_dir)
-        ),
-        "train_lora.dataset_hash": dataset.fingerprint,
-        "train_lora.versions": json.dumps({name: version(name) for name in packages(config)}),
+        "train_lora.base_model_hash": hash_of_files(base_files, Path(config.data.cache_dir)),
+        "train_lora.dataset_hash": components.datasets.train.fingerprint,
+        "train_lora.versions": json.dumps({name: version(name) for name in packages}),
     }
-
-
-def packages(config: TrainConfig) -> list[str]:
-    """Return the packages on which the result of a run depends."""
-    return list(dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer].package]))
 
 
 def total_steps_of(path: str, metadata: dict[str, str]) -> int:

@@ -16,7 +16,7 @@ from data.dataset import LatentDataset
 from models.base import ModelFamily
 from objectives.processes import sample_as_trained
 from training.components import RunComponents
-from training.config import SampleConfig, TrainConfig
+from training.config import SampleConfig
 from training.distributed.engine import is_sharded
 from training.distributed.failures import describe_error
 from training.reporting.image_grid import to_image
@@ -108,7 +108,8 @@ class SampleDrawer:
 class PreviewRenderer:
     """Draws the same prompts with several sets of weights; the processes share the prompts."""
 
-    def __init__(self, config: TrainConfig, components: RunComponents, services: RunServices):
+    def __init__(self, components: RunComponents, services: RunServices):
+        config = components.config
         self.config, self.components, self.services = config, components, services
         self.dataset = components.datasets.validation or components.datasets.train
         self.prompts = list(config.sample.prompts) or default_prompts(

@@ -126,31 +126,27 @@ def train(
     names = file_names(family, denoiser)
     adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
-    components = RunComponents(family, datasets, adapted, names, previous_steps)
-    check_export(config, components)
+    components = RunComponents(config, family, datasets, adapted, names, previous_steps)
+    check_export(components)
     initial_weights = adapted.state_dict() if config.preview else None
     engine = build.build_engine(config, accelerator, denoiser, adapted)
 
-    with (
-        signals.deferred()
-    ):  # from here on, all processes answer signals together, between two steps
+    # from here on, all processes answer signals together, between two steps
+    with signals.deferred():
         services = RunServices.build(config, accelerator, engine, signals)
-        checkpoints = RunCheckpoints(config, components, engine, services)
+        checkpoints = RunCheckpoints(components, engine, services)
         state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)
         batches = BatchStream(config, datasets.train, services.process)
         trainer = Trainer(config, engine, loss_function, batches, state, services)
         trainer.callbacks = step_callbacks(trainer, components, checkpoints)
-        say(
-            summary(
-                config, components, loss_function, services.process, state.micro_batches_per_step
-            )
-        )
+        micro_batches_per_step = state.micro_batches_per_step
+        say(summary(components, loss_function, services.process, micro_batches_per_step))
         trainer.train()
-        export = RunExport(config, components, services, state)
+        export = RunExport(components, services, state)
         export.prepare(initial_weights)
         if services.requests.must_stop():
-            stop_run(services.requests.agreed, state, config, services)
+            stop_run(services.requests.agreed, trainer)
     failures.close()
     if accelerator.is_main_process:  # the other processes end without waiting
         paths = export.write()

@@ -109,9 +109,10 @@ def parameter_line(components: RunComponents) -> str:
 
 
 def step_lines(
-    config: TrainConfig, dataset: LatentDataset, micro_batches_per_step: int, num_processes: int
+    components: RunComponents, micro_batches_per_step: int, num_processes: int
 ) -> list[str]:
     """Return lines about samples per step and epochs."""
+    config, dataset = components.config, components.datasets.train
     total_batch_size = config.batch_size * micro_batches_per_step
     num_samples, epoch_size = config.steps * total_batch_size, dataset.epoch_size
     return [
@@ -126,13 +127,10 @@ def step_lines(
 
 
 def model_lines(
-    config: TrainConfig,
-    components: RunComponents,
-    loss_function: LossFunction,
-    device: torch.device,
+    components: RunComponents, loss_function: LossFunction, device: torch.device
 ) -> list[str]:
     """Return lines about the base model, the objective and the data."""
-    datasets = components.datasets
+    config, datasets = components.config, components.datasets
     num_validation = len(datasets.validation) if datasets.validation else 0
     dtype = str(loss_function.dtype).removeprefix("torch.")
     return [
@@ -144,8 +142,9 @@ def model_lines(
     ]
 
 
-def end_lines(config: TrainConfig, components: RunComponents) -> list[str]:
+def end_lines(components: RunComponents) -> list[str]:
     """Return lines about an existing adapter and the output folder."""
+    config = components.config
     lines = []
     if config.existing_lora is not None:
         num_layers = len(components.adapted.layers())
@@ -161,7 +160,6 @@ def end_lines(config: TrainConfig, components: RunComponents) -> list[str]:
 
 
 def summary(
-    config: TrainConfig,
     components: RunComponents,
     loss_function: LossFunction,
     process: ProcessInfo,
@@ -169,10 +167,10 @@ def summary(
 ) -> str:
     """Return the summary of a run."""
     lines = [
-        *model_lines(config, components, loss_function, process.device),
+        *model_lines(components, loss_function, process.device),
         *adapter_lines(components),
         parameter_line(components),
-        *step_lines(config, components.datasets.train, micro_batches_per_step, process.count),
-        *end_lines(config, components),
+        *step_lines(components, micro_batches_per_step, process.count),
+        *end_lines(components),
     ]
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from common.atomic import write_file
 from common.errors import ConfigError, bullet_list
 from data.store.hashing import hash_of_files
-from models.base import ModelFamily
 from training.checkpoints import storage
 from training.checkpoints.best import BestWeights, best_step
 from training.checkpoints.state import (
@@ -49,11 +48,12 @@ SHARED_WITHIN = 30.0
 """Seconds in which all nodes must see the same files."""
 
 
-def hash_in_background(family: ModelFamily, config: TrainConfig) -> Future[str]:
+def hash_in_background(components: RunComponents) -> Future[str]:
     """Hash the files of the base model in a thread, which does not delay the end of the process.
 
     The hash takes a while if it is not cached, and only checkpoints need it."""
-    files, cache_dir = family.component_files("denoiser"), Path(config.data.cache_dir)
+    files = components.family.component_files("denoiser")
+    cache_dir = Path(components.config.data.cache_dir)
     future = Future[str]()
 
     def compute() -> None:
@@ -69,19 +69,13 @@ def hash_in_background(family: ModelFamily, config: TrainConfig) -> Future[str]:
 class RunCheckpoints:
     """Saves and resumes one run. All methods are collective; the main process writes."""
 
-    def __init__(
-        self, config: TrainConfig, components: RunComponents, engine: Engine, services: RunServices
-    ):
-        self.config, self.components, self.engine, self.services = (
-            config,
-            components,
-            engine,
-            services,
-        )
+    def __init__(self, components: RunComponents, engine: Engine, services: RunServices):
+        self.config, self.components = components.config, components
+        self.engine, self.services = engine, services
         self.folder = services.folder / CHECKPOINTS
         self.base_hash: Future[str] | None = None
         if services.process.is_main:
-            self.base_hash = hash_in_background(components.family, config)
+            self.base_hash = hash_in_background(components)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. No other process waits for the main process."""
