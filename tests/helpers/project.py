@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent.parent
 FIXTURES = PROJECT / "tests" / "fixtures"
 BASE = PROJECT / "examples" / "emoji" / "base"
-TWEMOJI = PROJECT / "examples" / "emoji" / "twemoji"
+TWEMOJI = FIXTURES / "twemoji"
 RANKS = PROJECT / "tests" / "helpers" / "ranks.py"
 
 
