@@ -1,0 +1,57 @@
+"""The documentation's code blocks, and a folder in which its commands run as a user runs them."""
+
+import re
+import shlex
+from pathlib import Path
+
+import yaml
+
+from helpers.project import BASE, PROJECT, TWEMOJI
+
+DEMO_MODEL = "examples/emoji/base"
+LINKED = ("accelerate_configs", "docs", "examples", "recipes")
+SHORT_RUN = [
+    "--steps=2",
+    "--data.resolution=64",
+    "--batch_size=1",
+    "--data.num_workers=0",
+    "--no_preview",
+]
+"""Options that shorten a run of a command on a page."""
+
+
+def page(name: str) -> str:
+    return (PROJECT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """Return the code blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", page(name), re.DOTALL)
+
+
+def commands(name: str) -> list[str]:
+    """Return the shell commands on a page, without comments."""
+    lines = []
+    for block in blocks(name, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = line.split(" #")[0].strip()
+            if command:
+                lines.append(command)
+    return lines
+
+
+def words_of(command: str) -> list[str]:
+    """Split a command into words, with the embedded model and images for <model> and <folder>."""
+    command = command.replace("<model>", str(BASE)).replace("<folder>", str(TWEMOJI / "train"))
+    return shlex.split(command)
+
+
+def make_workspace(folder: Path) -> None:
+    """Fill a folder like a clone of the project, with the user's images and recipe of the README."""
+    for name in LINKED:
+        (folder / name).symlink_to(PROJECT / name)
+    (folder / "my_dog").symlink_to(TWEMOJI / "train")
+    (recipe,) = blocks("README.md", "yaml")
+    values = yaml.safe_load(recipe)
+    values["model"]["path"] = str(BASE)
+    (folder / "my_dog.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
