@@ -168,7 +168,7 @@ def test_the_options_page_is_up_to_date():
 def test_the_options_page_has_the_entries_of_lists():
     text = page("docs/options.md")
     for name, entry in (("data.sources", SourceConfig), ("adapter.overrides", Override)):
-        table = text.split(f"### In the list {name}\n")[1].split("\n## ")[0]
+        table = text.split(f"### In the list {name}\n")[1].split("\n##")[0]
         listed = re.findall(r"^\| `([\w.]+)`", table, re.MULTILINE)
         assert {option.split(".")[0] for option in listed} == {item.name for item in fields(entry)}
     assert "| `path` | text | required |" in text
