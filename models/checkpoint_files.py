@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from common.errors import ModelError
 from models.config import ModelConfig
-from objectives.scheduler_keys import V_PREDICTION, ZERO_SNR
+from objectives.schedulers import V_PREDICTION, ZERO_SNR
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,8 @@ from models.checkpoint_files import (
 from models.quiet import quieten
 from models.text_encoder_files import load_encoder, recognized, wanted
 from objectives.config import ObjectiveConfig
-from objectives.processes import NoiseProcess, process_from_scheduler
+from objectives.processes import NoiseProcess
+from objectives.schedulers import process_from_scheduler
 
 WIDENED = {
     torch.float16: torch.float32,

@@ -15,7 +15,7 @@ from common.atomic import WriteError, new_folder, write_file
 from common.errors import AdapterError, error_list
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
-from objectives.processes import sample_as_trained
+from objectives.schedulers import override_scheduler
 from training.build import on_one_process
 from training.config import TrainConfig
 from training.distributed.engine import is_sharded
@@ -271,7 +271,7 @@ def write_merged_model(config: TrainConfig, family: ModelFamily, adapted: Adapte
     # sums are computed in fp32 and rounded once; float8 is too coarse for the update
     merged = family.load_denoiser(stored_dtype if stored_dtype.itemsize > 1 else torch.bfloat16)
     adapted.merge_into(merged)
-    pipeline = sample_as_trained(family.pipeline(merged), config.objective)
+    pipeline = override_scheduler(family.pipeline(merged), config.objective)
     with new_folder(path) as partial_path:
         pipeline.save_pretrained(partial_path)
     return path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.dataset import LatentDataset
 from models.base import ModelFamily
-from objectives.processes import sample_as_trained
+from objectives.schedulers import override_scheduler
 from training.config import SampleConfig, TrainConfig
 from training.distributed.engine import is_sharded
 from training.distributed.failures import describe_error
@@ -176,7 +176,7 @@ class PreviewRenderer:
         pipeline = self.parts.family.pipeline(self.parts.adapted.model).to(
             self.services.accelerator.device
         )
-        return sample_as_trained(pipeline, self.config.objective)
+        return override_scheduler(pipeline, self.config.objective)
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.parts.family, self.config

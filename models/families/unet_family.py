@@ -13,7 +13,7 @@ from models.checkpoint_files import prediction_in
 from models.diffusers_family import DiffusersFamily
 from models.families.transformer_family import counts
 from models.layer_names.unet import native_names
-from objectives.processes import sampler_of
+from objectives.schedulers import scheduler_from_config as sampler_of
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 

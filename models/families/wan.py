@@ -152,8 +152,8 @@ class Wan(TransformerFamily):
         self._check_expert()
         process = super().process(config)
         if self.boundary is not None and isinstance(process, Flow):
-            border = process.quantile(self.boundary, tokens=0)
-            process.span = (0.0, border) if self.config.expert == "low" else (border, 1.0)
+            border = process.t_of_sigma(self.boundary, tokens=0)
+            process.t_range = (0.0, border) if self.config.expert == "low" else (border, 1.0)
         return process
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:

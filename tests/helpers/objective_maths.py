@@ -9,8 +9,8 @@ from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
 
 
-class Maths:
-    """Stands in for a family where only its arithmetic counts: normalize triples, the prediction is given."""
+class FakeFamily:
+    """A family that triples latents to normalize them, and whose prediction is fixed."""
 
     def __init__(self, prediction: Tensor, process: NoiseProcess | None = None):
         self.prediction, self.own_process = prediction, process

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from common.errors import ModelError
 from models import get_family
 from models.base import ModelFamily
-from models.config import ModelConfig, path_fault
+from models.config import ModelConfig, path_error
 from objectives.config import ObjectiveConfig
 
 CAPTIONS = ["a smiling cat, 3d style", "", "a " * 30 + "dog"]
@@ -280,7 +280,7 @@ ASK: dict[str, Callable[[ModelFamily], object]] = {
 def test_a_broken_folder_is_a_message(copy, breaks, ask, words):
     breaks(copy)
     config = ModelConfig(path=str(copy))
-    assert path_fault(config) is None
+    assert path_error(config) is None
     with pytest.raises(ModelError, match=words) as caught:
         ASK[ask](get_family(config))
     assert_one_message_about(caught.value, config)
@@ -309,7 +309,7 @@ def test_a_file_whose_config_cannot_be_had_is_a_message_that_says_what_to_do(sin
 
 def test_a_hub_id_that_cannot_be_had_is_a_message():
     config = ModelConfig(path="nobody/nothing")
-    assert path_fault(config) is None
+    assert path_error(config) is None
     with pytest.raises(ModelError, match="hub") as caught:
         get_family(config).load_denoiser(None)
     assert_one_message_about(caught.value, config)
@@ -339,6 +339,6 @@ def test_a_path_that_cannot_be_a_model_is_told_from_its_name(tmp_path, name, mak
     path = name and tmp_path / name
     if make:
         make(path)
-    fault = path_fault(ModelConfig(path=path and str(path)))
+    fault = path_error(ModelConfig(path=path and str(path)))
     assert words in fault
     assert str(path or "") in fault

@@ -18,7 +18,7 @@ from models.checkpoint_files import SD2_BIAS, SD2_TEXT
 from models.config import ModelConfig
 from models.families.unet_family import UNetFamily
 from objectives.config import ObjectiveConfig
-from objectives.processes import sampler_of
+from objectives.schedulers import scheduler_from_config
 
 SDXL = next(case for case in cases() if str(case) == "sdxl")
 
@@ -103,8 +103,8 @@ def test_files_of_stable_diffusion_2_are_told_apart_as_comfyui_does(tmp_path, sp
 
 def test_a_scheduler_without_zero_terminal_snr_is_replaced_where_it_is_asked_for():
     asked = {**PNDMScheduler(beta_schedule="scaled_linear").config, "_class_name": "PNDMScheduler"}
-    assert isinstance(sampler_of(asked), PNDMScheduler)
-    scheduler = sampler_of(
+    assert isinstance(scheduler_from_config(asked), PNDMScheduler)
+    scheduler = scheduler_from_config(
         {**asked, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     )
     assert isinstance(scheduler, DDIMScheduler)
