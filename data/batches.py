@@ -154,7 +154,8 @@ def altered_noise(
     ):
         return noise, None
     both = [
-        modify_noise(one, options, generator) for one, generator in zip(noise, generators, strict=True)
+        modify_noise(one, options, generator)
+        for one, generator in zip(noise, generators, strict=True)
     ]
     noise, seen = (torch.stack(tensors) for tensors in zip(*both, strict=True))
     return noise, seen if options.input_perturbation else None

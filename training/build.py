@@ -13,8 +13,8 @@ from adapter_files.keys import Names
 from common.errors import AdapterError, ConfigError, error_list
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import Plan, attach, attach_from_file
-from models import get_family
 from models.base import ModelFamily
+from models.detect import get_family
 from objectives.objective import Objective
 from training import gradient_checkpointing
 from training.checkpoints.best import validation_errors

@@ -90,7 +90,7 @@ def check_export(config: TrainConfig, parts: RunParts) -> None:
 
 def default_format(parts: RunParts, layers: files.Layers) -> str:
     """Return the format that most programs load for this model and adapter."""
-    return files.preferred(parts.family.file_formats, layers, parts.names)
+    return files.preferred(parts.family.layer_names.file_formats, layers, parts.names)
 
 
 class RunExport:
@@ -267,7 +267,7 @@ def write_merged_model(config: TrainConfig, family: ModelFamily, adapted: Adapte
     """Write output_dir/model_with_lora: the whole pipeline, its denoiser in the dtype of the stored
     base model."""
     path = Path(config.output_dir) / "model_with_lora"
-    stored_dtype = family.stored_dtype()
+    stored_dtype = family.files.denoiser_dtype()
     # sums are computed in fp32 and rounded once; float8 is too coarse for the update
     merged = family.load_denoiser(stored_dtype if stored_dtype.itemsize > 1 else torch.bfloat16)
     adapted.merge_into(merged)

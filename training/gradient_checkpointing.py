@@ -9,7 +9,6 @@ calls back only at the places that each model's authors chose, which in a UNet a
 top-level blocks.
 """
 
-from collections.abc import Iterator
 from functools import cache, partial, wraps
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from common.errors import ModelError
-from lora_algos.adapter import Adapter
+from models.blocks import find_blocks
 
 Policy = Literal["full", "keep-attention-output"]
 
@@ -89,7 +88,7 @@ def apply(denoiser: nn.Module, depth: int, policy: Policy = "full") -> list[str]
     its deepest block. Raises ModelError for a model without blocks.
     """
     remove(denoiser)
-    blocks = blocks_at(denoiser, depth)
+    blocks = find_blocks(denoiser, depth)
     if "" in blocks:
         raise ModelError(
             f"{type(denoiser).__name__} has no blocks to checkpoint, only single layers. "
@@ -115,41 +114,3 @@ def remove(denoiser: nn.Module) -> None:
     for module in denoiser.modules():
         if isinstance(module, Checkpointed):
             module.__class__ = module.original  # type: ignore[assignment]
-
-
-def blocks_at(module: nn.Module, depth: int, name: str = "") -> dict[str, nn.Module]:
-    """The blocks `depth` levels below `module` by name, or the deepest ones of branches that end
-    before."""
-    inner = {n: m for n, m in children_of(module, name) if is_block(m)} if depth else {}
-    if not inner:
-        return {name: module}
-    return {
-        n: m
-        for child, block in inner.items()
-        for n, m in blocks_at(block, depth - 1, child).items()
-    }
-
-
-def children_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules one level below; lists and sequences of modules are no level, but what they hold
-    is."""
-    for key, child in module.named_children():
-        path = f"{name}.{key}" if name else key
-        if isinstance(child, nn.Sequential) or type(child).forward is nn.Module.forward:
-            yield from children_of(child, path)
-        else:
-            yield path, child
-
-
-def is_block(module: nn.Module) -> bool:
-    """Whether a checkpoint around `module` can save anything: it holds several layers, adapted or
-    not."""
-    return num_layers(module) > 1
-
-
-def num_layers(module: nn.Module) -> int:
-    """How many modules with parameters of their own there are; an adapted layer is one."""
-    if isinstance(module, Adapter):
-        return 1
-    own = any(True for _ in module.parameters(recurse=False))
-    return own + sum(num_layers(child) for child in module.children())

@@ -40,12 +40,12 @@ class LossFunction:
         """Return (B,) losses in fp32: the mean over each sample's elements, times its mask and
         weights."""
         latents = self.family.normalize(batch.latents.float())
-        num_tokens = self.family.tokens(latents.shape)
+        num_tokens = self.family.limits.num_tokens(latents.shape)
         noised = self.objective.add_noise(
             latents, batch.noise, batch.quantile, num_tokens, batch.input_noise
         )
         cond = {
-            **self.family.size_cond(batch.crop),
+            **self.family.size_conditioning(batch.crop),
             **batch.cond,
         }  # sizes in the data override computed ones
         cond = {name: self._to_base_dtype(value) for name, value in cond.items()}

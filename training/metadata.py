@@ -114,7 +114,7 @@ def trainer_metadata(
         "train_lora.weights": facts.weights,
         "train_lora.config": to_yaml(config),
         "train_lora.base_model_hash": hash_of_files(
-            family.component_files("denoiser"), Path(config.data.cache_dir)
+            family.identity_files("denoiser"), Path(config.data.cache_dir)
         ),
         "train_lora.dataset_hash": dataset.fingerprint,
         "train_lora.versions": json.dumps({name: version(name) for name in packages(config)}),

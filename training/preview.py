@@ -70,7 +70,7 @@ def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) 
 def default_prompts(family: ModelFamily, dataset: LatentDataset) -> list[str]:
     """Return captions of the data set: different ones, or for models that need an image those of
     the first clips."""
-    if family.takes_image:
+    if family.has_image_input:
         return list(islice(dataset.first_captions(), NUM_CAPTIONS))
     return dataset.captions(NUM_CAPTIONS)
 
@@ -180,14 +180,14 @@ class PreviewRenderer:
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.parts.family, self.config
-        step = family.pixel_step()
+        step = family.limits.pixel_step
         side = max(step, config.data.resolution // step * step)  # as for buckets
         options = {
             "height": side,
             "width": side,
             **family.preview_options(config.sample.guidance_scale),
         }
-        if family.takes_image:
+        if family.has_image_input:
             latents = self.dataset.latents(number % len(self.dataset))
             options |= {
                 "image": first_frame(family, latents, pipeline, side),

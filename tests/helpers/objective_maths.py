@@ -18,10 +18,14 @@ class FakeFamily:
     def normalize(self, latents: Tensor) -> Tensor:
         return latents * 3
 
-    def tokens(self, shape: tuple[int, ...]) -> int:
+    @property
+    def limits(self) -> "FakeFamily":
+        return self
+
+    def num_tokens(self, shape: tuple[int, ...]) -> int:
         return TOKENS
 
-    def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
+    def size_conditioning(self, crop: Tensor) -> dict[str, Tensor]:
         return {}
 
     def process(self, options: ObjectiveConfig) -> NoiseProcess:

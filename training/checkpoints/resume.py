@@ -53,7 +53,7 @@ def hash_in_background(family: ModelFamily, config: TrainConfig) -> Future[str]:
     """Hash the files of the base model in a thread, which does not delay the end of the process.
 
     The hash takes a while if it is not cached, and only checkpoints need it."""
-    files, cache_dir = family.component_files("denoiser"), Path(config.data.cache_dir)
+    files, cache_dir = family.identity_files("denoiser"), Path(config.data.cache_dir)
     future = Future[str]()
 
     def compute() -> None:

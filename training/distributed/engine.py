@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import ConfigError
 from lora_algos.adapted_model import AdaptedModel
-from training import gradient_checkpointing
+from models.blocks import find_blocks
 from training.checkpoints.state import NamedState, load_named_optimizer_state, named_optimizer_state
 from training.config import TrainConfig
 from training.optim.schedule import SkipNonFinite
@@ -153,10 +153,10 @@ def blocks_to_shard(denoiser: nn.Module, class_names: list[str] | None) -> list[
     ]
     missing_names = {*(class_names or ())} - {type(module).__name__ for module in blocks}
     if missing_names:
-        known_blocks = gradient_checkpointing.blocks_at(denoiser, 2).values()
+        known_blocks = find_blocks(denoiser, 2).values()
         known_names = ", ".join(sorted({type(block).__name__ for block in known_blocks}))
         raise ConfigError(
             f"fsdp_transformer_layer_cls_to_wrap: the model has no {', '.join(sorted(missing_names))}. "
             f"It has {known_names}"
         )
-    return blocks[::-1] or list(gradient_checkpointing.blocks_at(denoiser, 1).values())
+    return blocks[::-1] or list(find_blocks(denoiser, 1).values())
