@@ -189,7 +189,7 @@ BAD_SAMPLES = [  # latents, conditioning, what is said
     (
         GOOD,
         [[torch.zeros(1, 77, 2048), {}]],
-        "conditioning of width 2048, which is SDXL's; this model takes 96",
+        "conditioning of width 2048 (SDXL); this model takes width 96",
     ),
     (GOOD, [[torch.zeros(2, 77, WIDTH), {}]], "conditioning of shape (2, 77, 96)"),
     (
@@ -228,8 +228,8 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
     for number, what in [
         *((0, bad[2]) for bad in BAD_SAMPLES),
         (1, "3 latents, but 2 conditionings"), (2, "no conditioning"), (3, "no latents"), (4, "no latents"),
-        (5, "samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more: conditioning of width 3584, which is Qwen-Image's"),
-        (6, "damaged"), (7, "8 channels"), (7, "SD2.1's"), (8, "unreadable"),
+        (5, "samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more: conditioning of width 3584 (Qwen-Image)"),
+        (6, "damaged"), (7, "8 channels"), (7, "1024 (SD2.1)"), (8, "unreadable"),
     ]:  # fmt: skip
         assert [
             f
@@ -414,7 +414,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path, family, dtype, form):
 def test_extras_are_read_back_exactly(tmp_path, family, form, monkeypatch):
     made, seen = triples(4), []
     write_folder(tmp_path / "set", made, shard_size=3, form=form)
-    monkeypatch.setattr(family, "cond_from_comfy", lambda cond, extras: seen.append(extras) or {})
+    monkeypatch.setattr(family.comfy, "read", lambda cond, extras: seen.append(extras) or {})
     for file in shards(tmp_path / "set"):
         list(samples(tmp_path / "set", family, file.name))
     for extras, (_, _, expected) in zip(seen, made, strict=True):

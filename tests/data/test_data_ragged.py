@@ -171,7 +171,7 @@ def built(images, tmp_path):
         given = {
             "resolution": 64,
             "cache_dir": str(tmp_path / "cache"),
-            "images": str(images),
+            "path": str(images),
             **options,
         }
         return build_datasets(data_config(**given), family, Accelerator(cpu=True)).train
@@ -226,6 +226,6 @@ def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
     )
     lengths = sorted(len(dataset.cond(row)["prompt_embeds"]) for row in range(4))
     assert lengths == [3, 4, 5, 6]
-    family.variable_length = {"prompt_embeds": 5}
+    family.comfy.max_tokens = 5
     with pytest.raises(DataError, match="sample 3: conditioning of 6 tokens; this model takes 5"):
         built(family, path=str(tmp_path / "set"))

@@ -1,5 +1,5 @@
-"""What the tests of families share: a case per family, each with a tiny pipeline of the real classes, and one denoising
-call of diffusers' own pipeline to compare with.
+"""A case per family: a tiny pipeline of the real classes, and one denoising call of diffusers' own pipeline to compare
+with.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class Case:
 
 @lru_cache
 def cases() -> list[Case]:
-    """One or several cases of each family: tests/family_<name>.py has CASE, or CASES."""
+    """One or several cases of each family: tests/helpers/families/<name>.py has CASE, or CASES."""
     found: list[Case] = []
     for family in FAMILIES:
         if family != "sd15":  # its case is the embedded model, in tests of its own

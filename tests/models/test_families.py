@@ -145,7 +145,7 @@ def test_conditioning_comes_back_from_comfyuis_layout(case):
         row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
     cond, extras = family.comfy.write(row)
     assert (cond.ndim, cond.shape[0], "pooled_output" in extras) == (3, 1, True)
-    back = family.comfy.read(cond, extras)
+    back = family.comfy.tensors(cond, extras)
     assert back.keys() == row.keys()
     assert all(back[name].equal(row[name]) for name in row)
 

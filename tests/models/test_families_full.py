@@ -87,7 +87,8 @@ def full_size(tmp_path_factory):
             )
             index = {"_class_name": family.pipelines[0]}
             (folder / "model_index.json").write_text(json.dumps(index))
-            comfy_keys.empty_denoiser(architecture).save_config(folder / family.denoiser_component)
+            name = family(ModelConfig(path=str(folder))).denoiser_component
+            comfy_keys.empty_denoiser(architecture).save_config(folder / name)
             bound = get_family(ModelConfig(path=str(folder)))
             found[architecture] = bound, bound.empty_denoiser()
         return found[architecture]
