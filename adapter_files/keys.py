@@ -276,19 +276,19 @@ def looks_like(keys: Iterable[str]) -> str:
 
 def file_names(family: ModelFamily, denoiser: nn.Module) -> Names:
     """`denoiser` may be without values."""
-    natives = family.native_names(denoiser)
+    natives = family.layer_names.original(denoiser)
     return Names(
         {layer: native.name for layer, native in natives.items()},
-        family.component.removesuffix(
+        family.denoiser_component.removesuffix(
             "_2"
         ),  # each of two denoisers has a file of its own, in which it is the one
-        family.kohya_is_native,
-        rows={layer: native.rows for layer, native in natives.items() if native.rows},
-        swapped=frozenset(layer for layer, native in natives.items() if native.swapped),
-        by_diffusers=family.by_diffusers,
-        alphas=family.alphas,
+        family.layer_names.kohya_uses_original_names,
+        rows={layer: native.row_slice for layer, native in natives.items() if native.row_slice},
+        swapped=frozenset(layer for layer, native in natives.items() if native.swapped_halves),
+        by_diffusers=family.layer_names.diffusers_prefix,
+        alphas=family.layer_names.writes_alpha,
         native_only=frozenset(
-            layer for layer, native in natives.items() if not native.by_diffusers
+            layer for layer, native in natives.items() if not native.known_by_diffusers_name
         ),
-        text=family.text_names(denoiser),
+        text=family.layer_names.text_encoders(denoiser),
     )

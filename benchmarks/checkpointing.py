@@ -32,6 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from models.blocks import find_blocks  # noqa: E402
 from training import gradient_checkpointing  # noqa: E402
 
 NONE, DIFFUSERS = "none", "diffusers' own"
@@ -79,7 +80,7 @@ def select(unet: Any, variant: str) -> int:
     if variant in (NONE, DIFFUSERS):
         return 0
     depth, policy = variant.split(" ")
-    return len(gradient_checkpointing.apply(unet, int(depth), policy))  # type: ignore[arg-type]
+    return len(gradient_checkpointing.apply(unet, find_blocks(unet, int(depth)), policy))  # type: ignore[arg-type]
 
 
 def embedded_unet() -> nn.Module:

@@ -25,7 +25,7 @@ from torch import Tensor
 from data.batches import MicroBatches
 from data.precompute.build import build_datasets
 from data.schedule import Schedule
-from models import get_family
+from models.detect import get_family
 from training import build
 from training.cli import load_config
 from training.config import TrainConfig

@@ -13,7 +13,7 @@ from data.dataset import LatentDataset
 from data.schedule import Schedule, key, permutation
 from data.store.schema import MEDIA_TENSORS
 from objectives.config import ObjectiveConfig
-from objectives.noise import altered
+from objectives.noise import modify_noise
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def altered_noise(
     ):
         return noise, None
     both = [
-        altered(one, options, generator) for one, generator in zip(noise, generators, strict=True)
+        modify_noise(one, options, generator)
+        for one, generator in zip(noise, generators, strict=True)
     ]
     noise, seen = (torch.stack(tensors) for tensors in zip(*both, strict=True))
     return noise, seen if options.input_perturbation else None

@@ -17,7 +17,8 @@ from data.sources import comfy_shards
 from data.sources.encoded import ABOUT, FORMAT, options_of
 from data.store import tables
 from data.store.store import Store
-from models.base import ModelFamily, with_frames
+from models.base import ModelFamily
+from models.latents import with_frame_axis
 
 Form = Literal["encoded", "comfyui", "safetensors"]
 
@@ -75,7 +76,5 @@ def comfy_samples(
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     for dataset in filter(None, (built.train, built.validation)):
         for row in range(len(dataset)):
-            latents = with_frames(
-                dataset.latents(row)[None], family.comfy_frames or family.media != "image"
-            )[0]
-            yield latents, *family.cond_to_comfy(dataset.cond(row))
+            latents = with_frame_axis(dataset.latents(row)[None], family.comfy.has_frame_axis)[0]
+            yield latents, *family.comfy.write(dataset.cond(row))

@@ -1,10 +1,7 @@
-"""What is adapted. Imports nothing of ours; importing this page imports no torch."""
+"""The model families: what is adapted. Importing this module imports no torch."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from models.base import ModelFamily
-    from models.config import ModelConfig
+from importlib import import_module
+from typing import Any
 
 FAMILIES: dict[str, str] = {
     "sd15": "models.families.sd15",
@@ -19,20 +16,10 @@ FAMILIES: dict[str, str] = {
     "wan": "models.families.wan",
     "wan_i2v": "models.families.wan_i2v",
 }
-"""`--model.family` -> the module that implements it: a new family is one file, one line here and a
-recipe."""
+"""`--model.family` -> the module that implements it. To add a family, write its file and a recipe,
+and add a line here."""
 
 
-def get_family(config: "ModelConfig") -> "ModelFamily":
-    """The family of the model at `config`'s path, bound to it. ModelError if it is none, or not the
-    one named."""
-    from common.errors import ModelError
-    from models.detect import family_of
-
-    family = family_of(config)(config)
-    if config.expert is not None and not family.has_experts:
-        raise ModelError(
-            f"--model.expert = {config.expert}: {config.path} has one denoiser; {family.without_experts}"
-        )
-    family.check()
-    return family
+def family_classes() -> dict[str, type[Any]]:
+    """Return the class of every family. Imports all of them, and torch."""
+    return {name: import_module(module).FAMILY for name, module in FAMILIES.items()}

@@ -30,27 +30,26 @@ class ModelConfig:
     variant: str | None = None
     """Weight variant of a diffusers folder or Hub id, such as fp16."""
     config: str | None = None
-    """For a single .safetensors file: a diffusers folder or Hub id with the configuration and the tokenizers, and with
-    all components that the file does not contain. None: the Hub repository of the same kind of model.
-    """
+    """For a single .safetensors file: a diffusers folder or Hub id with the configuration and the
+    tokenizers, and with all components that the file does not contain. None: the Hub repository of
+    the same kind of model."""
     train_text_encoder: bool = False
-    """Adapt the CLIP text encoders too (Stable Diffusion 1, 2 and XL). Captions are then encoded in
-    every step."""
+    """Adapt the text encoders too, if all of them are CLIP (docs/models.md). Captions are then encoded
+    in every step."""
     vae: str | None = None
     """A VAE that replaces the model's own: a .safetensors file or a diffusers folder."""
     text_encoders: tuple[str, ...] = ()
-    """Text encoders that replace the model's own, or for a file without any: .safetensors files as in ComfyUI's
-    models/text_encoders. Which encoder a file holds is detected from its tensors."""
+    """Text encoders that replace the model's own, or for a file without any: .safetensors files as
+    in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    """Guidance input of a guidance-distilled model (FLUX.1 dev, FLUX.2 dev) in training. None: 1.
-    """
+    """Guidance input of a guidance-distilled model, such as FLUX.1 dev, in training. None: 1."""
     expert: Literal["high", "low"] | None = None
-    """For a model with two denoisers (Wan 2.2 A14B): the one to train, within its noise levels, at high or at low
-    noise."""
+    """For a model with two denoisers, such as Wan 2.2 A14B: the one to train, at high or at low noise
+    levels."""
 
 
 def is_hub_id(path: str) -> bool:
-    """Return whether a path can only be a Hub id: owner/name, and there is no local folder `owner`."""
+    """Return whether a path is owner/name and there is no local folder `owner`: a Hub id."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).parent.exists()
 
 
@@ -86,5 +85,5 @@ def path_error(config: ModelConfig) -> str | None:
             f" {config.path}: is a {path.suffix or 'nameless'} file; expected a .safetensors file"
         )
     if is_hub_id(config.path) and path.suffix != ".safetensors":
-        return None  # the Hub is asked when the model is loaded
+        return None  # it is looked up when the model is loaded
     return f" {config.path}: does not exist"

@@ -1,93 +1,111 @@
-"""Detect the family of a model on disk."""
+"""Detection of the family of a model on disk."""
 
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError
 
 from common.errors import ModelError
-from models import FAMILIES
-from models.checkpoint_files import DENOISER_PREFIXES, SCALES, local_path, shapes_of
+from models import FAMILIES, family_classes
+from models.checkpoint_files import (
+    SCALED_FP8_MESSAGE,
+    has_scaled_weights,
+    local_path,
+    tensor_shapes,
+    without_denoiser_prefix,
+)
 from models.config import ModelConfig
 
 if TYPE_CHECKING:
     from models.base import ModelFamily
 
 
-def family_classes() -> dict[str, type["ModelFamily"]]:
-    return {name: import_module(module).FAMILY for name, module in FAMILIES.items()}
+class Detection(NamedTuple):
+    """The name of a model's family, None if it is not known, and the reason."""
+
+    family: str | None
+    reason: str
 
 
-def family_of(config: ModelConfig) -> type["ModelFamily"]:
-    """The family of the model that is there. ModelError if there is none here, or another than
-    `config.family` says."""
-    path, classes = local_path(config), family_classes()
-    if path.is_dir():
-        found, what = by_pipeline(path, classes)
-    else:
-        found, what = by_tensors(path, classes)
-    known = f"--model.family is one of {', '.join(classes)}"
-    if found is None and config.family is None:
+def get_family(config: ModelConfig) -> "ModelFamily":
+    """Return the family of the model at --model.path, bound to it.
+
+    Raises ModelError if the family is not supported, or is not --model.family, or cannot train the
+    model."""
+    name = detect_family(config)
+    family_class = family_classes()[name]
+    if config.train_text_encoder:
+        family_class = with_text_encoders(name, config)
+    family = family_class(config)
+    family.check()
+    return family
+
+
+def detect_family(config: ModelConfig) -> str:
+    """Return the name of the model's family. Raises ModelError if it is not --model.family."""
+    path = local_path(config)
+    detection = detect_by_pipeline(path) if path.is_dir() else detect_by_tensors(path)
+    name = detection.family or config.family
+    if name is None:
         raise ModelError(
-            f"--model.path {config.path} is of no family that is known here: {what}. {known}"
+            f"--model.path {config.path}: is not a model of a supported family: "
+            f"{detection.reason}. Supported are {', '.join(FAMILIES)}; set --model.family if it "
+            "is one of these"
         )
-    if found is not None and config.family not in (None, found):
-        raise ModelError(f"--model.path {config.path} is {found}, not {config.family}: {what}")
-    family = classes[found or config.family or ""]
-    if config.guidance_scale is not None and not family.takes_guidance:
+    if config.family not in (None, name):
         raise ModelError(
-            f"--model.guidance_scale {config.guidance_scale:g}: models of the family {family.name} are told none"
+            f"--model.path {config.path}: is {name}, not {config.family}: {detection.reason}. "
+            "Remove --model.family"
         )
-    return training_text(family, config) if config.train_text_encoder else family
+    return name
 
 
-def training_text(family: type["ModelFamily"], config: ModelConfig) -> type["ModelFamily"]:
-    """`family` with its text encoders trained too. ModelError if they cannot be."""
-    from models.families.trained_text_encoder import trains_text
-    from models.families.unet_family import UNetFamily
-
-    if not issubclass(family, UNetFamily):
-        why = f"{config.path} is {family.name}, whose text encoders are not CLIP alone"
-        raise ModelError(f"--model.train_text_encoder: {why}")
-    return trains_text(family)
-
-
-def by_pipeline(folder: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
-    """The family of a diffusers folder, if any, and what says so."""
+def detect_by_pipeline(folder: Path) -> Detection:
+    """Detect the family of a diffusers folder by the pipeline that its index names."""
     try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get(
-            "_class_name", ""
-        )
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"--model.path {folder} has a model_index.json that could not be read as JSON: {error}"
+            f"--model.path {folder}: its model_index.json could not be read as JSON: {error}"
         ) from error
-    found = next((family for family, cls in classes.items() if name in cls.pipelines), None)
-    return found, f"its model_index.json says {name}"
+    pipeline = index.get("_class_name", "")
+    reason = f"its model_index.json names {pipeline}"
+    for name, family_class in family_classes().items():
+        if pipeline in family_class.pipelines:
+            return Detection(name, reason)
+    return Detection(None, reason)
 
 
-def by_tensors(file: Path, classes: dict[str, type["ModelFamily"]]) -> tuple[str | None, str]:
-    """The family of a single file, if any, and what says so."""
+def detect_by_tensors(file: Path) -> Detection:
+    """Detect the family of a single file by the names and shapes of its tensors."""
     try:
-        shapes = shapes_of(file)
+        shapes = tensor_shapes(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"--model.path {file} is not a readable .safetensors file: {error}"
+            f"--model.path {file}: is not a readable .safetensors file: {error}"
         ) from error
-    if any(name.endswith(SCALES) for name in shapes):
+    if has_scaled_weights(shapes):
+        raise ModelError(f"--model.path {file}: {SCALED_FP8_MESSAGE}")
+    denoiser_shapes = without_denoiser_prefix(shapes)
+    for name, family_class in family_classes().items():
+        if family_class.matches_checkpoint(denoiser_shapes):
+            return Detection(name, "its tensors have the names of this family")
+    first_name = min(denoiser_shapes, default="none")
+    return Detection(None, f"its {len(shapes)} tensors are named like {first_name}")
+
+
+def with_text_encoders(name: str, config: ModelConfig) -> "type[ModelFamily]":
+    """Return the class of a family whose text encoders are trained too. Raises ModelError."""
+    trainable_families = {}
+    for family, module in FAMILIES.items():
+        family_class = getattr(import_module(module), "FAMILY_WITH_TEXT_ENCODERS", None)
+        if family_class is not None:
+            trainable_families[family] = family_class
+    if name not in trainable_families:
         raise ModelError(
-            f"--model.path {file} has scaled fp8 weights, which are not read: take the bf16, fp16 or plain fp8 file"
+            f"--model.train_text_encoder: {config.path} is {name}, whose text encoders cannot be "
+            f"trained. Only those of {', '.join(trainable_families)} can; remove the option"
         )
-    for prefix in DENOISER_PREFIXES:
-        shapes |= {
-            name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)
-        }
-    found = next((family for family, cls in classes.items() if cls.holds(shapes)), None)
-    return (
-        found,
-        "by the names of its tensors"
-        if found
-        else f"its {len(shapes)} tensors are named like {min(shapes, default='none')}",
-    )
+    return trainable_families[name]

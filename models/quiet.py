@@ -1,11 +1,11 @@
-"""What the libraries print while they load."""
+"""The output of diffusers and transformers while they load."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def quieten() -> None:
-    """No progress bars of the libraries' own."""
+def hide_progress_bars() -> None:
+    """Turn the libraries' progress bars off."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -14,14 +14,13 @@ def quieten() -> None:
 
 
 @contextmanager
-def unreported() -> Iterator[None]:
-    """Inside, transformers does not list the tensors of a file that it has no use for, nor those
-    that it lacks."""
+def hide_load_report() -> Iterator[None]:
+    """Hide transformers' lists of unused and of missing tensors of a file."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)

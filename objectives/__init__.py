@@ -1,4 +1,4 @@
-"""What a model is trained to predict: timestep sampling, target, loss and loss weighting.
+"""The objective of training: timestep sampling, target, loss and loss weighting.
 
 The registries below name the functions of this package. Importing this module imports no torch, so
 that options can be checked at once.
@@ -40,8 +40,8 @@ DENSITIES: dict[str, str] = {
 """`--objective.timestep_sampling` -> the function in objectives/densities.py that makes its inverse
 distribution."""
 
-WEIGHTINGS: dict[str, str] = {
-    "none": "none",
+WEIGHTINGS: dict[str, str | None] = {
+    "none": None,
     "min-snr": "min_snr",
     "debiased": "debiased",
     "p2": "p2",
@@ -49,7 +49,8 @@ WEIGHTINGS: dict[str, str] = {
     "inverse-sigma2": "inverse_sigma2",
     "cosmap": "cosmap",
 }
-"""`--objective.loss_weighting` -> its function in objectives/weightings.py."""
+"""`--objective.loss_weighting` -> its function in objectives/weightings.py; none has no function.
+"""
 
 
 def get_function(module: str, name: str) -> Callable[..., Any]:

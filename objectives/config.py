@@ -1,4 +1,4 @@
-"""The `objective` section of the config. This module imports no torch, because `--help` reads it."""
+"""The `objective` section of the config. Importing it imports no torch, because `--help` reads it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,28 +25,28 @@ class ObjectiveConfig:
     __pydantic_config__ = STRICT
 
     loss_space: Literal["prediction", "x0"] = "prediction"
-    """prediction: compare the model's own output (noise or velocity). x0: compare the denoised latents, as ComfyUI's
-    node does; this gives noisy samples far more weight."""
+    """prediction: compare the model's own output (noise or velocity). x0: compare the denoised
+    latents, as ComfyUI's node does; this gives noisy samples far more weight."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """Overrides the prediction type in the model's scheduler config, for models whose config is wrong. auto: as in the
-    config. Not for flow matching."""
+    """Overrides the prediction type in the model's scheduler config, for models whose config is
+    wrong. auto: as in the config. Not for flow matching."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is pure noise (Lin et al. 2024), for a base model that was
-    trained this way and whose config does not say so. For v_prediction only."""
+    """Rescale the noise schedule so that the last timestep is pure noise (Lin et al. 2024), for a
+    base model that was trained this way and whose config does not say so. For v_prediction only."""
     continuous_timesteps: bool = False
-    """Sample sigma between the timesteps too, evenly in its logarithm; the model gets the nearest timestep. As in
-    ComfyUI's node. For epsilon and v_prediction."""
+    """Sample sigma between the timesteps too, evenly in its logarithm; the model gets the nearest
+    timestep. As in ComfyUI's node. For epsilon and v_prediction."""
     shift: Annotated[float, Field(gt=0)] | None = None
-    """Flow matching: the factor a of sigma = a t / (1 + (a - 1) t). None: as in the model's scheduler config, where it
-    may depend on the image size."""
+    """Flow matching: the factor a of sigma = a t / (1 + (a - 1) t). None: as in the model's
+    scheduler config, where it may depend on the image size."""
     edm_mean: float = -1.2
     """EDM: mean of ln sigma, which is normally distributed (P_mean)."""
     edm_std: Annotated[float, Field(gt=0)] = 1.2
     """EDM: standard deviation of ln sigma (P_std)."""
     timestep_sampling: DensityName = "uniform"
-    """Distribution of the noise level t in (0, 1), before the shift. logit-normal, mode and cosmap are those of Stable
-    Diffusion 3 (Esser et al. 2024). For DDPM, t is timestep / timesteps; for EDM, t is the quantile of sigma.
-    """
+    """Distribution of the noise level t in (0, 1), before the shift. logit-normal, mode and cosmap
+    are those of Stable Diffusion 3 (Esser et al. 2024). For DDPM, t is timestep / timesteps; for
+    EDM, t is the quantile of sigma."""
     logit_mean: float = 0.0
     """logit-normal: mean of ln(t / (1 - t)). Above 0, noisy levels are more frequent."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
@@ -63,11 +63,11 @@ class ObjectiveConfig:
     """Lowest and highest t in training; the distribution is truncated there. Validation uses all
     levels."""
     stratified_timesteps: bool = False
-    """Spread the noise levels of a step evenly over all its samples, of all processes, instead of drawing each one
-    independently. The gradient varies less."""
+    """Spread the noise levels of a step evenly over all its samples, of all processes, instead of
+    drawing each one independently. The gradient varies less."""
     loss_weighting: WeightingName = "none"
-    """Weight of a noise level in the loss, the same for every prediction type (docs/training.md). none: errors count
-    equally in the loss_space."""
+    """Weight of a noise level in the loss, the same for every prediction type (docs/training.md).
+    none: errors count equally in the loss_space."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """min-snr: largest weight of a squared error of the denoised latents."""
     p2_k: Annotated[float, Field(gt=0)] = 1.0
@@ -78,11 +78,11 @@ class ObjectiveConfig:
     """Huber, SmoothL1, pseudo-Huber: the error at which the loss changes from quadratic to linear.
     """
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
-    """huber_delta by noise level, as in kohya's scripts. exponential: huber_delta^t, from 1 (clean) to huber_delta.
-    snr: (1 - huber_delta) / (1 + noise / signal)^2 + huber_delta."""
+    """huber_delta by noise level, as in kohya's scripts. exponential: huber_delta^t, from 1 (clean)
+    to huber_delta. snr: (1 - huber_delta) / (1 + noise / signal)^2 + huber_delta."""
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
-    """Add a normal random number times this factor to all noise of a channel. The variance of the noise becomes
-    1 + noise_offset^2."""
+    """Add a normal random number times this factor to all noise of a channel. The variance of the
+    noise becomes 1 + noise_offset^2."""
     multires_noise_iterations: Annotated[int, Field(ge=0, le=16)] = 0
     """Add noise of this many lower resolutions (pyramid noise), scaled back to variance 1. 0: off.
     """

@@ -1,5 +1,4 @@
-"""What is trained for: the density of noise levels, the target and the weighting, as three separate
-choices."""
+"""The objective of a run: timestep sampling, target and loss weighting as separate choices."""
 
 from dataclasses import dataclass
 
@@ -9,70 +8,72 @@ from torch import Tensor
 from objectives import WEIGHTINGS, get_function
 from objectives.config import ObjectiveConfig
 from objectives.densities import Density
-from objectives.processes import Levels, NoiseProcess
+from objectives.processes import NoiseLevels, NoiseProcess
 
 
 @dataclass(frozen=True)
-class Noised:
-    """One noised batch: `noisy` and `target` (B, C, [F,] h, w).
+class NoisedBatch:
+    """One batch with noise: `noisy` and `target` (B, C, [F,] h, w).
 
-    `error_scale` (B,) turns the error in `target` into the error the loss is taken of: 1 in the prediction's own space.
-    `weight` (B,) is the factor on that loss.
-    """
+    `error_scale` (B,) turns the error in `target` into the error that the loss is computed from.
+    It is 1 in the prediction's own space. `weight` (B,) is the factor on that loss."""
 
     noisy: Tensor
     target: Tensor
-    levels: Levels
+    levels: NoiseLevels
     error_scale: Tensor
     weight: Tensor
 
     @property
     def timestep(self) -> Tensor:
-        """(B,) as the scheduler hands it to the pipeline's loop."""
+        """(B,) as the scheduler gives it to the pipeline's loop."""
         return self.levels.timestep
 
 
-def mixed(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y, with a, b (B,)."""
+def mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Return a x + b y, with a, b (B,)."""
     shape = (-1, *[1] * (x.ndim - 1))
     return a.view(shape) * x + b.view(shape) * y
 
 
 class Objective:
-    """A model's noise process, and the options' density, loss space and weighting."""
+    """A model's noise process, and the options' timestep sampling, loss space and weighting."""
 
     def __init__(self, process: NoiseProcess, options: ObjectiveConfig):
         self.process, self.options = process, options
-        self.density = Density(options, process.span)
+        self.density = Density(options, process.t_range)
 
-    def noised(
+    def add_noise(
         self,
         latents: Tensor,
         noise: Tensor,
         quantile: Tensor,
         tokens: int,
         input_noise: Tensor | None = None,
-    ) -> Noised:
-        """`latents` normalized, `noise` the noise of the target, both (B, C, [F,] h, w); `quantile`
-        (B,) in (0, 1).
+    ) -> NoisedBatch:
+        """Return the denoiser's input and target at the noise quantiles (B,) in (0, 1).
 
-        `input_noise`: the noise that the denoiser sees, where it is another. `tokens`: of the
-        denoiser, per image.
-        """
+        `latents`: normalized. `noise`: that of the target; both are (B, C, [F,] h, w).
+        `input_noise`: that of the input, if different. `tokens`: of the denoiser, per image."""
         levels = self.process.levels(self.density(quantile), tokens)
-        noisy = mixed(
-            levels.signal, latents, levels.sigma, noise if input_noise is None else input_noise
-        )
-        target = mixed(levels.target_signal, latents, levels.target_sigma, noise)
-        error_scale = (
-            levels.to_x0 if self.options.loss_space == "x0" else torch.ones_like(levels.sigma)
-        )
-        return Noised(noisy, target, levels, error_scale, self._weight(levels, error_scale))
+        if input_noise is None:
+            input_noise = noise
+        noisy = mix(levels.signal, latents, levels.sigma, input_noise)
+        target = mix(levels.target_signal, latents, levels.target_sigma, noise)
+        if self.options.loss_space == "x0":
+            error_scale = levels.to_x0
+        else:
+            error_scale = torch.ones_like(levels.sigma)
+        weight = self._weight(levels, error_scale)
+        return NoisedBatch(noisy, target, levels, error_scale, weight)
 
-    def _weight(self, levels: Levels, error_scale: Tensor) -> Tensor:
-        """Return the loss weight of each sample, for squared errors that are scaled by
-        `error_scale`."""
-        if self.options.loss_weighting == "none":
+    def _weight(self, levels: NoiseLevels, error_scale: Tensor) -> Tensor:
+        """Return the loss weight of each sample, for squared errors scaled by `error_scale`."""
+        name = WEIGHTINGS[self.options.loss_weighting]
+        if name is None:
             return torch.ones_like(levels.sigma)
-        weighting = get_function("weightings", WEIGHTINGS[self.options.loss_weighting])
-        return weighting(levels, self.options) * (levels.to_x0 / error_scale) ** 2
+        weighting = get_function("weightings", name)
+        # weightings are factors on the squared error of x0, the loss is taken of the scaled error
+        weight_on_x0 = weighting(levels, self.options)
+        x0_error_per_error = levels.to_x0 / error_scale
+        return weight_on_x0 * x0_error_per_error**2

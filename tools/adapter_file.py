@@ -106,7 +106,7 @@ class AdapterFile:
             return self.model.file_format
         if self.path.is_dir():
             return "peft"
-        return format_of(self.keys) or self.model.family.file_formats[-1]
+        return format_of(self.keys) or self.model.family.layer_names.file_formats[-1]
 
     @property
     def keys(self) -> list[str]:

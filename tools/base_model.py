@@ -13,8 +13,8 @@ from adapter_files.keys import file_names
 from adapter_files.safetensors_stream import TensorInfo, TensorStore
 from common.errors import ModelError, error_list
 from lora_algos.attach import adaptable_layers, norm_layers
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 
 class Model:
@@ -25,19 +25,21 @@ class Model:
         self.family = get_family(config)
         self.skeleton = self.family.empty_denoiser()
         self.files = [
-            file
-            for file in self.family.component_files("denoiser")
-            if file.suffix == ".safetensors"
+            file for file in self.family.identity_files("denoiser") if file.suffix == ".safetensors"
         ]
         self.store = open_model_files(self.files, str(config.path))
-        self.keys = self.family.stored_names(self.skeleton)
+        self.keys = self.family.stored_keys(self.skeleton)
         self.layers: dict[str, nn.Module] = {
             **adaptable_layers(self.skeleton),
             **norm_layers(self.skeleton),
         }
         self.names = file_names(self.family, self.skeleton)
         # in a single file a layer may be a part of a tensor
-        self.natives = self.family.native_names(self.skeleton) if self.family.path.is_file() else {}
+        self.natives = (
+            self.family.layer_names.original(self.skeleton)
+            if self.family.files.is_single_file
+            else {}
+        )
         self.layers_of_key: dict[str, list[tuple[str, str]]] = {}
         """Key -> the layers, and weight or bias, that the tensor is."""
         for layer, kind in ((layer, kind) for layer in self.layers for kind in ("weight", "bias")):
@@ -65,9 +67,9 @@ class Model:
     def _fits(self, name: str, there: tuple[int, ...], wanted: torch.Size) -> bool:
         """Whether a tensor of that shape holds the parameter."""
         native = self.natives.get(name.rpartition(".")[0])
-        if native is None or native.rows is None:
+        if native is None or native.row_slice is None:
             return torch.Size(there).numel() == wanted.numel()
-        return there[:1] >= (sum(native.rows),) and there[1:] == wanted[1:]
+        return there[:1] >= (sum(native.row_slice),) and there[1:] == wanted[1:]
 
     def take_spellings(self, infos: Mapping[str, TensorInfo], folder: bool) -> None:
         """A model that is known needs no names from a file."""
@@ -83,19 +85,19 @@ class Model:
         """A layer's weight or bias, fp32 and shaped as diffusers has it, of the tensor that the
         file has."""
         native = self.natives.get(layer)
-        if native is not None and native.rows is not None:
-            stored = stored.narrow(0, *native.rows)
+        if native is not None and native.row_slice is not None:
+            stored = stored.narrow(0, *native.row_slice)
         there = stored.float().reshape(self.shape(layer, kind))
-        return swap(there) if native is not None and native.swapped else there
+        return swap(there) if native is not None and native.swapped_halves else there
 
     def put_part(self, stored: Tensor, value: Tensor, layer: str) -> Tensor:
         """`stored` with the layer's part of it replaced, and rounded to its dtype."""
         native = self.natives.get(layer)
-        value = swap(value) if native is not None and native.swapped else value
-        if native is None or native.rows is None:
+        value = swap(value) if native is not None and native.swapped_halves else value
+        if native is None or native.row_slice is None:
             return value.to(stored.dtype).reshape(stored.shape)
         changed = stored.clone()
-        changed.narrow(0, *native.rows).copy_(value)
+        changed.narrow(0, *native.row_slice).copy_(value)
         return changed
 
     def shape(self, layer: str, kind: str = "weight") -> torch.Size:

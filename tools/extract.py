@@ -54,7 +54,7 @@ def run(options: Extract) -> int:
 
 def file_format_for(base: Model, options: Extract) -> str:
     """The one that the most programs load."""
-    file_formats = base.family.file_formats
+    file_formats = base.family.layer_names.file_formats
     if options.algorithm == "LoRA" and not base.names.native_only:
         return file_formats[0]
     return next((name for name in file_formats if name != "diffusers"), file_formats[-1])

@@ -32,7 +32,7 @@ def run(options: Merge) -> int:
     merging = Merging(model, loras)
     left_out: list[Path] = []
     out = Path(options.out)
-    root = model.family.path
+    root = model.family.files.path
     if root.is_file():
         with new_file(out) as beside:
             merging.write(root, beside)

@@ -13,14 +13,15 @@ from adapter_files.keys import Names
 from common.errors import AdapterError, ConfigError, error_list
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import Plan, attach, attach_from_file
-from models import get_family
 from models.base import ModelFamily
+from models.detect import get_family
 from objectives.objective import Objective
 from training import gradient_checkpointing
 from training.checkpoints.best import validation_errors
 from training.components import RunComponents
 from training.config import TrainConfig
 from training.distributed.engine import Engine
+from training.distributed.sharding import is_sharded, shard_base
 from training.metadata import total_steps_of
 from training.optim.arguments import optimizer_errors
 from training.optim.schedule import build_optimizer
@@ -53,7 +54,8 @@ def load_denoiser(
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = most_common_dtype(denoiser)
     if config.gradient_checkpointing:
-        gradient_checkpointing.apply(denoiser, config.checkpoint_depth, config.checkpoint_policy)
+        blocks = family.blocks(denoiser, config.checkpoint_depth)
+        gradient_checkpointing.apply(denoiser, blocks, config.checkpoint_policy)
     if not contiguous:
         # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on
         # CPUs
@@ -112,11 +114,13 @@ def attach_existing(
     return adapted, total_steps_of(path, metadata)
 
 
-def build_engine(
-    config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel
-) -> Engine:
+def build_engine(accelerator: Accelerator, components: RunComponents) -> Engine:
     """Build the engine that Accelerate's config selects, with the optimizer."""
+    config, adapted = components.config, components.adapted
+    denoiser = adapted.model
     optimizer = build_optimizer(adapted, config)
+    if is_sharded(accelerator):
+        shard_base(accelerator, components.family, denoiser, adapted)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         from training.distributed.deepspeed import ZeroEngine
 

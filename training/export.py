@@ -13,12 +13,12 @@ from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
 from common.atomic import WriteError, new_folder, write_file
 from common.errors import AdapterError, error_list
-from objectives.processes import sample_as_trained
+from objectives.schedulers import override_scheduler
 from training.build import on_one_process
 from training.checkpoints.best import BestWeights
 from training.components import RunComponents
 from training.config import TrainConfig
-from training.distributed.engine import is_sharded
+from training.distributed.sharding import is_sharded
 from training.metadata import ExportFacts, file_metadata
 from training.preview import Preview, PreviewRenderer, Weights
 from training.reporting.image_grid import grid_png
@@ -111,7 +111,9 @@ def export_formats(components: RunComponents, layers: files.Layers) -> tuple[str
     formats = components.config.export.formats
     if formats:
         return formats
-    preferred = files.preferred(components.family.file_formats, layers, components.names)
+    preferred = files.preferred(
+        components.family.layer_names.file_formats, layers, components.names
+    )
     return (preferred,)
 
 
@@ -311,11 +313,11 @@ def write_merged_model(components: RunComponents) -> Path:
     base model."""
     config, family = components.config, components.family
     path = Path(config.output_dir) / "model_with_lora"
-    stored_dtype = family.stored_dtype()
+    stored_dtype = family.files.denoiser_dtype()
     # sums are computed in fp32 and rounded once; float8 is too coarse for the update
     merged = family.load_denoiser(stored_dtype if stored_dtype.itemsize > 1 else torch.bfloat16)
     components.adapted.merge_into(merged)
-    pipeline = sample_as_trained(family.pipeline(merged), config.objective)
+    pipeline = override_scheduler(family.pipeline(merged), config.objective)
     with new_folder(path) as partial_path:
         pipeline.save_pretrained(partial_path)
     return path

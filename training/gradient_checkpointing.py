@@ -1,15 +1,13 @@
-"""Gradient checkpointing at a chosen depth: blocks drop their activations and compute them again in
-the backward pass.
+"""Gradient checkpointing: blocks drop their activations and compute them again in the backward
+pass.
 
-A checkpointed block gets a subclass of its own class that differs in `forward` alone, the way FSDP2
-marks its modules. No module is added and none is patched: names, state_dict keys, attributes, hooks
-and `isinstance` stay as they were, equal blocks still have equal classes, and DDP, FSDP2 and
-torch.compile see plain modules. diffusers' own enable_gradient_checkpointing cannot do this: it
-calls back only at the places that each model's authors chose, which in a UNet are inside the
-top-level blocks.
+A checkpointed block gets a subclass of its class that differs only in `forward`, as FSDP2 marks
+its modules. No module is added or patched, so names, state_dict keys, attributes, hooks and
+`isinstance` do not change, and equal blocks still have equal classes. DDP, FSDP2 and torch.compile
+see plain modules. diffusers' enable_gradient_checkpointing has a fixed depth, which in a UNet is
+inside the top-level blocks.
 """
 
-from collections.abc import Iterator
 from functools import cache, partial, wraps
 from typing import Any, ClassVar, Literal
 
@@ -19,13 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from common.errors import ModelError
-from lora_algos.adapter import Adapter
 
 Policy = Literal["full", "keep-attention-output"]
 
-# What scaled_dot_product_attention becomes, by device, dtype and mask. Its math fallback is no
-# operator of its own but plain matrix products, whose backward needs the attention matrix: that is
-# recomputed under either policy.
 ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -35,6 +29,10 @@ ATTENTION = (
     "_flash_attention_forward",
     "_efficient_attention_forward",
 )
+"""Operators of scaled_dot_product_attention, by device, dtype and mask.
+
+Its math fallback consists of plain matrix products, whose backward pass needs the attention matrix.
+That is recomputed under either policy."""
 KEPT = [getattr(torch.ops.aten, name).default for name in ATTENTION]
 
 
@@ -46,31 +44,27 @@ class Checkpointed:
 
 @cache
 def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
-    """A subclass of `cls` under the same name whose forward pass is checkpointed where gradients
-    are wanted."""
+    """Return a subclass of `cls` with the same name and a checkpointed forward pass.
+
+    Without gradients the forward pass is the original one."""
     original = cls.forward
-    selective = policy == "keep-attention-output"
 
     @wraps(original)
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
-        # torch looks for the devices whose random state it keeps, and for tensors to save, in
-        # positional arguments only
-        flat, structure = tree_flatten((args, kwargs))
+        # checkpoint() keeps only tensors, and random states of devices, of positional arguments
+        inputs, structure = tree_flatten((args, kwargs))
 
-        def run(*flat: Any) -> Any:
-            args, kwargs = tree_unflatten(flat, structure)
+        def run(*inputs: Any) -> Any:
+            args, kwargs = tree_unflatten(inputs, structure)
             return original(self, *args, **kwargs)
 
-        if not selective:
-            return checkpoint(run, *flat, use_reentrant=False, preserve_rng_state=True)
-        contexts = partial(
-            create_selective_checkpoint_contexts, KEPT
-        )  # torch.compile wants it made here
-        return checkpoint(
-            run, *flat, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
-        )
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+        if policy == "keep-attention-output":
+            # created in the forward pass, as torch.compile requires
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+        return checkpoint(run, *inputs, **options)
 
     members = {
         "forward": forward,
@@ -81,75 +75,34 @@ def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
     return type(cls.__name__, (Checkpointed, cls), members)
 
 
-def apply(denoiser: nn.Module, depth: int, policy: Policy = "full") -> list[str]:
-    """Checkpoints the blocks of `denoiser` at `depth`, instead of any checkpointed before; returns
-    their names.
+def apply(denoiser: nn.Module, blocks: dict[str, nn.Module], policy: Policy = "full") -> list[str]:
+    """Checkpoint `blocks` of the denoiser, and no others; return their names.
 
-    Depth 1 is the model's top-level blocks, 2 their children, and so on; a branch that ends earlier is checkpointed at
-    its deepest block. Raises ModelError for a model without blocks.
-    """
+    Blocks inside other blocks are skipped. Raises ModelError if the denoiser has no blocks."""
     remove(denoiser)
-    blocks = blocks_at(denoiser, depth)
     if "" in blocks:
         raise ModelError(
-            f"{type(denoiser).__name__} has no blocks to checkpoint, only single layers. "
-            "Give --no_gradient_checkpointing"
+            f"--gradient_checkpointing: {type(denoiser).__name__} has no blocks, only single "
+            "layers. Use --no_gradient_checkpointing"
         )
-    inner = {
-        id(m) for block in blocks.values() for m in block.modules() if m is not block
-    }  # of shared modules
-    blocks = {name: block for name, block in blocks.items() if id(block) not in inner}
+    inner_modules: set[nn.Module] = set()
+    for block in blocks.values():
+        _, *modules = block.modules()  # the first one is the block
+        inner_modules.update(modules)
+    names = []
     for name, block in blocks.items():
-        assert "forward" not in vars(block), (
-            f"{name}.forward is patched, which would bypass the checkpoint"
-        )
+        if block in inner_modules:
+            continue
+        assert "forward" not in vars(block), f"{name}.forward is patched: no checkpoint possible"
         block.__class__ = checkpointed(type(block), policy)  # type: ignore[arg-type]
-    return list(blocks)
+        names.append(name)
+    return names
 
 
 def remove(denoiser: nn.Module) -> None:
-    """Undoes `apply`, and diffusers' own checkpointing: one inside another would compute everything
-    twice."""
+    """Undo `apply`, and disable diffusers' checkpointing: nested checkpoints compute twice."""
     if getattr(denoiser, "is_gradient_checkpointing", False):
         denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
     for module in denoiser.modules():
         if isinstance(module, Checkpointed):
             module.__class__ = module.original  # type: ignore[assignment]
-
-
-def blocks_at(module: nn.Module, depth: int, name: str = "") -> dict[str, nn.Module]:
-    """The blocks `depth` levels below `module` by name, or the deepest ones of branches that end
-    before."""
-    inner = {n: m for n, m in children_of(module, name) if is_block(m)} if depth else {}
-    if not inner:
-        return {name: module}
-    return {
-        n: m
-        for child, block in inner.items()
-        for n, m in blocks_at(block, depth - 1, child).items()
-    }
-
-
-def children_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules one level below; lists and sequences of modules are no level, but what they hold
-    is."""
-    for key, child in module.named_children():
-        path = f"{name}.{key}" if name else key
-        if isinstance(child, nn.Sequential) or type(child).forward is nn.Module.forward:
-            yield from children_of(child, path)
-        else:
-            yield path, child
-
-
-def is_block(module: nn.Module) -> bool:
-    """Whether a checkpoint around `module` can save anything: it holds several layers, adapted or
-    not."""
-    return num_layers(module) > 1
-
-
-def num_layers(module: nn.Module) -> int:
-    """How many modules with parameters of their own there are; an adapted layer is one."""
-    if isinstance(module, Adapter):
-        return 1
-    own = any(True for _ in module.parameters(recurse=False))
-    return own + sum(num_layers(child) for child in module.children())

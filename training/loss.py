@@ -10,7 +10,7 @@ from data.batches import Batch
 from models.base import ModelFamily
 from objectives import LOSSES, get_function
 from objectives.config import ObjectiveConfig
-from objectives.objective import Noised, Objective
+from objectives.objective import NoisedBatch, Objective
 
 
 class LossFunction:
@@ -40,12 +40,12 @@ class LossFunction:
         """Return (B,) losses in fp32: the mean over each sample's elements, times its mask and
         weights."""
         latents = self.family.normalize(batch.latents.float())
-        num_tokens = self.family.tokens(latents.shape)
-        noised = self.objective.noised(
+        num_tokens = self.family.limits.num_tokens(latents.shape)
+        noised = self.objective.add_noise(
             latents, batch.noise, batch.quantile, num_tokens, batch.input_noise
         )
         cond = {
-            **self.family.size_cond(batch.crop),
+            **self.family.size_conditioning(batch.crop),
             **batch.cond,
         }  # sizes in the data override computed ones
         cond = {name: self._to_base_dtype(value) for name, value in cond.items()}
@@ -66,14 +66,14 @@ class LossFunction:
             return value.to(self.dtype)
         return value
 
-    def _delta(self, noised: Noised) -> Tensor:
+    def _delta(self, noised: NoisedBatch) -> Tensor:
         """Return (B,) deltas of the loss at each sample's noise level.
 
         The schedules are those of kohya's scripts (library/train_util.py, get_huber_threshold_if_needed), for all noise
         processes."""
         options, levels = self.objective.options, noised.levels
         if options.huber_schedule == "exponential":
-            return options.huber_delta ** self.objective.process.time(levels)
+            return options.huber_delta ** self.objective.process.relative_timestep(levels)
         if options.huber_schedule == "snr":
             return (1 - options.huber_delta) / (
                 1 + levels.sigma / levels.signal

@@ -106,7 +106,7 @@ def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, s
 def trainer_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, str]:
     """Return what is needed to repeat the run or to continue the adapter."""
     config = components.config
-    base_files = components.family.component_files("denoiser")
+    base_files = components.family.identity_files("denoiser")
     packages = dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer].package])
     return {
         TOTAL_STEPS: str(facts.total_steps),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from data.dataset import LatentDataset
 from models.base import ModelFamily
-from objectives.processes import sample_as_trained
+from objectives.schedulers import override_scheduler
 from training.components import RunComponents
 from training.config import SampleConfig
-from training.distributed.engine import is_sharded
 from training.distributed.failures import describe_error
+from training.distributed.sharding import is_sharded
 from training.reporting.image_grid import to_image
 from training.services import RunServices
 
@@ -76,7 +76,7 @@ def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) 
 def default_prompts(family: ModelFamily, dataset: LatentDataset) -> list[str]:
     """Return captions of the data set: different ones, or for models that need an image those of
     the first clips."""
-    if family.takes_image:
+    if family.has_image_input:
         return list(islice(dataset.first_captions(), NUM_CAPTIONS))
     return dataset.captions(NUM_CAPTIONS)
 
@@ -190,15 +190,15 @@ class PreviewRenderer:
     def _load_pipeline(self) -> Any:
         family, denoiser = self.components.family, self.components.adapted.model
         pipeline = family.pipeline(denoiser).to(self.services.accelerator.device)
-        return sample_as_trained(pipeline, self.config.objective)
+        return override_scheduler(pipeline, self.config.objective)
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.components.family, self.config
-        step = family.pixel_step()
+        step = family.limits.pixel_step
         side = max(step, config.data.resolution // step * step)  # as for buckets
         options = family.preview_options(config.sample.guidance_scale)
         options |= {"height": side, "width": side}
-        if family.takes_image:
+        if family.has_image_input:
             latents = self.dataset.latents(number % len(self.dataset))
             options["image"] = first_frame(family, latents, pipeline, side)
             options["num_frames"] = config.data.frames

@@ -111,7 +111,7 @@ def train(
     from training.callbacks import step_callbacks, stop_run
     from training.checkpoints.resume import RunCheckpoints
     from training.components import RunComponents
-    from training.distributed.engine import needs_contiguous_weights
+    from training.distributed.sharding import needs_contiguous_weights
     from training.export import RunExport, check_export, print_results
     from training.loss import build_loss
     from training.reporting.trackers import finish_trackers, start_tracker
@@ -129,7 +129,7 @@ def train(
     components = RunComponents(config, family, datasets, adapted, names, previous_steps)
     check_export(components)
     initial_weights = adapted.state_dict() if config.preview else None
-    engine = build.build_engine(config, accelerator, denoiser, adapted)
+    engine = build.build_engine(accelerator, components)
 
     # from here on, all processes answer signals together, between two steps
     with signals.deferred():

@@ -130,9 +130,11 @@ class Build:
         except OSError as error:
             raise DataError(f"the training data cannot be read: {error}") from error
         clips = (
-            Clips.wanted(config, family.frame_step, family.fps) if family.media == "video" else None
+            Clips.wanted(config, family.limits.frame_step, family.limits.fps)
+            if family.media == "video"
+            else None
         )
-        if (fault := family.frames_fault(config.frames)) and (
+        if (fault := family.limits.frame_error(config.frames)) and (
             clips is None or any(s.has_images for s in opened)
         ):
             raise DataError(f"--data.frames {config.frames}: {fault}")
@@ -146,7 +148,7 @@ class Build:
         planner = Planner(
             self.sources,
             Store(self._facts_folder),
-            Buckets.of(self.config, self.family.pixel_step(), only_square),
+            Buckets.of(self.config, self.family.limits.pixel_step, only_square),
         )
         todo = self.turns.main(lambda: self._plan(planner, bad, stores))
         work = encode.Work(
@@ -199,7 +201,7 @@ class Build:
             source.folder for source in self.sources.opened if isinstance(source, EncodedSource)
         ]
         # families that share encoders need not make the same of them; latents of images are alike
-        kind = (self.family.media, *self.family.media_cond)
+        kind = (self.family.media, *self.family.sample_conditioning)
         of_media = kind if kind != ("image",) else ()
         names = {
             "media": digest(
@@ -216,15 +218,15 @@ class Build:
         media, text = (
             Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items()
         )
-        return Stores(media, text, self.family.ragged)
+        return Stores(media, text, self.family.variable_length)
 
     def _identities(self) -> dict[str, str]:
         family, cache = self.family, self.cache
         hashes = {
-            name: hash_of_files(family.component_files(name), cache) for name in ("vae", "text")
+            name: hash_of_files(family.identity_files(name), cache) for name in ("vae", "text")
         }
-        if family.text_form:
-            hashes["text"] = digest(hashes["text"], family.text_form)
+        if family.text_cache_tag:
+            hashes["text"] = digest(hashes["text"], family.text_cache_tag)
         return {**hashes, "family": family.name}
 
     @property
@@ -238,7 +240,7 @@ class Build:
         found = self.turns.each(
             lambda: inspect_share(self.sources, self.listing, Store(self._facts_folder), share)
         )
-        if wrong := self.family.frames_fault(1):
+        if wrong := self.family.limits.frame_error(1):
             found.append(
                 self.turns.main(
                     lambda: stills(self.sources, self.listing, Store(self._facts_folder), wrong)

@@ -110,7 +110,7 @@ def encode_texts(work: Work, store: Store, todo: np.ndarray) -> tuple[int, list[
         nonlocal number
         for batch in batched(work.progress(captions(), len(places), "captions"), size):
             filled = batch + [""] * (size - len(batch))
-            counts, limit = work.family.token_counts(batch)
+            counts, limit = work.family.count_tokens(batch)
             found = [
                 text[:MOST_LETTERS]
                 for text, count in zip(batch, counts, strict=True)
@@ -155,7 +155,7 @@ def import_tensors(work: Work, stores: Stores) -> None:
                 {name: tensor for name, tensor in cond.items() if name not in of_media},
             )
 
-    of_media = work.family.media_cond
+    of_media = work.family.sample_conditioning
     stores.media.write(media())
     stores.text.write(texts())
 
@@ -278,8 +278,12 @@ def encoded(
     )
     pixels = pixels.to(work.device)
     mean, deviation = work.family.encode_media(encoders, pixels)
-    cond = work.family.encode_media_cond(encoders, pixels) if work.family.media_cond else {}
-    assert cond.keys() == {*work.family.media_cond} - {*schema.MEDIA_TENSORS}, (
+    cond = (
+        work.family.encode_sample_conditioning(encoders, pixels)
+        if work.family.sample_conditioning
+        else {}
+    )
+    assert cond.keys() == {*work.family.sample_conditioning} - {*schema.MEDIA_TENSORS}, (
         "as the family says, under its own names"
     )
     for i, one in enumerate(pictures):

@@ -30,7 +30,7 @@ class ComfySource(Source):
         for warning in warnings:
             print(f"note: {warning}")
         stamps = {file.name: stamp_of(file) for file in comfy_shards.shards(self.folder)}
-        step = self.family.latent_step()
+        step = self.family.limits.latent_step
         for item in found:
             self.places.append((item.shard, item.index))
             size = (item.width * step, item.height * step)

@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import DataError, ModelError
-from models.base import ModelFamily, take_comfy_cond, with_frames
+from models.base import ModelFamily
+from models.latents import with_frame_axis
 
 PATTERNS = ("shard_*.pkl", "shard_*.safetensors")
 PLAIN = (Tensor, list, tuple, dict, str, bytes, bool, int, float, complex, type(None))
@@ -122,7 +123,7 @@ def _walk(file: Path, family: ModelFamily, bad: Notes, odd: Notes) -> Iterator[C
                 f"{len(elements)} elements of conditioning (of scheduled hooks); the first is taken"
             ].append(index)
         for i, pair in enumerate(pairs, index):
-            cond = _attempt(bad, i, take_comfy_cond, family, *pair)
+            cond = _attempt(bad, i, family.comfy.read, *pair)
             if batch is not None and cond is not None:
                 yield ComfySample(f"{file.name} sample {i}", i, batch[i - index], cond)
         index += count
@@ -153,7 +154,7 @@ def _batch(item: Any, family: ModelFamily) -> Tensor:
     if not _is_dense(latents):
         raise DataError('latents that are not {"samples": a tensor of floating-point numbers}')
     shape, video = tuple(latents.shape), family.media != "image"
-    if fault := family.frames_fault(shape[2] if len(shape) == 5 else 1):
+    if fault := family.limits.frame_error(shape[2] if len(shape) == 5 else 1):
         raise DataError(f"latents of shape {shape}: {fault}")
     if len(shape) not in (4, 5) or 0 in shape:
         raise DataError(f"latents of shape {shape}, not (1, C, {'F, ' * video}h, w)")
@@ -161,7 +162,7 @@ def _batch(item: Any, family: ModelFamily) -> Tensor:
         raise DataError(
             f"latents of {shape[1]} channels, of another model; this one's have {family.latent_channels}"
         )
-    return with_frames(latents.detach(), video)
+    return with_frame_axis(latents.detach(), video)
 
 
 def _pairs(elements: Any, count: int) -> list[tuple[Tensor, dict]]:

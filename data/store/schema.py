@@ -96,7 +96,7 @@ MASK, LENGTHS = "attention_mask", "lengths"
 
 
 Ragged = Mapping[str, int | None]
-"""As ModelFamily.ragged."""
+"""As ModelFamily.variable_length."""
 
 
 NONE: Ragged = {}

@@ -1,1 +1,1 @@
-"""models.families."""
+"""The families, one file each, and what several of them share."""

@@ -1,7 +1,6 @@
-"""Chroma (Lodestone Rock 2025): FLUX.1 schnell, smaller and undistilled, without pooled text; text
-padding is masked.
+"""Chroma (Lodestone Rock 2025): FLUX.1 schnell, smaller, not distilled, without a pooled embedding.
 
-The model was trained to see one token of padding after each caption, and is given it here.
+Its text padding is masked, except one token after each caption: the model was trained to see it.
 """
 
 from collections.abc import Mapping
@@ -9,42 +8,41 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from models.base import base_metadata, check_comfy_cond
-from models.checkpoint_files import T5
-from models.families.flux1 import BLOCKS, TOKENS, FluxFamily
-from models.layer_names.transformers import CHROMA_NATIVE_ONLY
+from models.base import base_metadata
+from models.families.flux1 import BLOCK_KEYS, TOKENS, FluxFamily
+from models.families.flux_names import FLUX_TABLE
+from models.families.transformer_family import T5_PREFIX
+from models.layer_names.tables import TableNames
 
 
 def mask_padding(pipeline: Any) -> None:
-    """Makes diffusers' pipeline hide padding: its masks are numbers, which attention adds to its scores instead
-    (huggingface/diffusers issues 12116 and 13619)."""
+    """Make diffusers' pipeline hide padding.
+
+    Its masks are numbers, which attention adds to its scores instead (huggingface/diffusers issues
+    12116 and 13619)."""
     prepare = pipeline._prepare_attention_mask
 
-    def prepared(*args: Any, **options: Any) -> Tensor | None:
+    def prepare_bool_mask(*args: Any, **options: Any) -> Tensor | None:
         mask = prepare(*args, **options)
         return None if mask is None else mask.bool()
 
-    pipeline._prepare_attention_mask = prepared
+    pipeline._prepare_attention_mask = prepare_bool_mask
 
 
 class Chroma(FluxFamily):
-    """ComfyUI's conditioning has the caption's tokens, and what padding it was told to add: all of
-    them count."""
+    """Chroma. All tokens of ComfyUI's conditioning count: those of the caption, and its padding."""
 
     name = "chroma"
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
     denoiser_class = "ChromaTransformer2DModel"
-    unused = ("feature_extractor", "image_encoder")
-    in_file: ClassVar = {**FluxFamily.in_file, "text_encoder": (T5,)}
-    native_only = CHROMA_NATIVE_ONLY
+    file_prefixes: ClassVar = {**FluxFamily.file_prefixes, "text_encoder": T5_PREFIX}
+    layer_names = TableNames(table=FLUX_TABLE, original_only=r"distilled_guidance_layer\..*")
+    max_tokens = TOKENS
+    comfy_widths: ClassVar = {4096: "Chroma"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return BLOCKS | {"distilled_guidance_layer.in_proj.weight"} <= shapes.keys()
-
-    @property
-    def _width(self) -> int:
-        return self.denoiser_config["joint_attention_dim"]
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return BLOCK_KEYS | {"distilled_guidance_layer.in_proj.weight"} <= shapes.keys()
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _, masks, *_ = encoders.encode_prompt(
@@ -57,23 +55,13 @@ class Chroma(FluxFamily):
             {"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)
         ]
 
-    def cond_bytes(self) -> int:
-        return TOKENS * self._width * self._text_dtype("text_encoder").itemsize
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        check_comfy_cond(cond, self._width)
-        return {"prompt_embeds": cond[0]}
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        return cond["prompt_embeds"][None], {"pooled_output": None}
-
-    def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+    def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         return {"attention_mask": self.mask(noisy, cond)}
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
-        found = super().pipeline(denoiser)
-        mask_padding(found)
-        return found
+        pipeline = super().pipeline(denoiser)
+        mask_padding(pipeline)
+        return pipeline
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("chroma", "chroma")

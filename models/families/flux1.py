@@ -1,10 +1,12 @@
-"""FLUX.1 (Black Forest Labs 2024), dev and schnell: a transformer over image and text tokens, of
-which the first blocks have weights of their own for each kind; T5 for the tokens, CLIP for a pooled
-vector.
+"""FLUX.1 dev and schnell (Black Forest Labs 2024): a transformer over image and text tokens.
+
+The first blocks have separate weights for image and text. T5 makes the tokens of the text, CLIP a
+pooled embedding.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,36 +14,43 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.base import base_metadata
-from models.checkpoint_files import CLIP_L, T5
+from models.comfy import ComfyLayout, PooledLayout
+from models.families.flux_names import FLUX_TABLE
 from models.families.packing import PATCH, image_ids, pack, unpack
 from models.families.transformer_family import (
     ATTENTION,
+    CLIP_L_PREFIX,
     MLP,
-    PooledTextFamily,
+    T5_PREFIX,
     TransformerFamily,
-    counts,
     pooled_rows,
 )
-from models.layer_names.transformers import FLUX
+from models.layer_names.tables import TableNames
 
-TOKENS = 512  # of T5, the pipelines' default
-SCHNELL_TOKENS = 256  # all that schnell was trained with
-BLOCKS = {
+TOKENS = 512
+"""Tokens of T5, the pipelines' default."""
+SCHNELL_TOKENS = 256
+"""Tokens that schnell was trained with."""
+BLOCK_KEYS = {
     "double_blocks.0.img_attn.qkv.weight",
     "single_blocks.0.linear1.weight",
     "img_in.weight",
     "txt_in.weight",
 }
+"""Tensors of FLUX.1 and Chroma."""
+GUIDANCE_KEY = "guidance_in.in_layer.weight"
 
 
 class FluxFamily(TransformerFamily):
-    """What FLUX.1 and Chroma have in common: cells of 2 x 2 latents as tokens, and positions (0, row, column) of them,
-    (0, 0, 0) of all text."""
+    """FLUX.1 and Chroma: cells of 2 x 2 latents are tokens, at positions (0, row, column).
 
-    names = FLUX
-    text_tokens = TOKENS
-    ragged: ClassVar = {"prompt_embeds": None}
-    latent_shift, latent_scale = 0.1159, 0.3611
+    All text is at position (0, 0, 0)."""
+
+    layer_names = TableNames(table=FLUX_TABLE)
+    variable_length: ClassVar = {"prompt_embeds": None}
+    unused_components = ("feature_extractor", "image_encoder")
+    latent_shift = 0.1159
+    latent_scale = 0.3611
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|{MLP}|single_transformer_blocks\.\d+\.proj_(mlp|out)",
@@ -49,36 +58,30 @@ class FluxFamily(TransformerFamily):
     }
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
-        if config["in_channels"] != self.latent_channels * PATCH**2:
+        channels = config["in_channels"]
+        expected_channels = self.latent_channels * PATCH**2
+        if channels != expected_channels:
             raise ModelError(
-                f"--model.path {self.config.path} takes {config['in_channels']} channels per token, not "
-                f"{self.latent_channels * PATCH**2}: it edits or follows an image, which cannot be trained here"
+                f"--model.path {self.config.path}: takes {channels} channels per token, not "
+                f"{expected_channels}: it edits or follows an image, which cannot be trained here. "
+                "Use the text-to-image model"
             )
 
-    def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
-        return self.denoiser_by_names(
-            denoiser_class, dtype
-        )  # diffusers' converter knows one width only
-
-    def pixel_step(self) -> int:
-        return self.latent_step() * PATCH
-
-    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
-        return counts(self.counting_tokenizer, captions, self.text_tokens)
-
     def mask(self, noisy: Tensor, cond: dict[str, Any]) -> Tensor | None:
-        """(B, tokens of text and image), false where a text is filled up to the length of the batch's longest; None if
-        none is: attention without a mask is faster."""
-        if len(set(cond["lengths"])) == 1:
+        """Return (B, tokens of text and image), false for the padding of a text.
+
+        None if no text is padded: attention without a mask is faster."""
+        has_padding = len(set(cond["lengths"])) > 1
+        if not has_padding:
             return None
-        image = torch.ones(
-            len(noisy), self.tokens(noisy.shape), dtype=torch.bool, device=noisy.device
-        )
-        return torch.cat([cond["attention_mask"].bool(), image], 1)
+        text_mask = cond["attention_mask"].bool()
+        shape = (len(noisy), self.limits.num_tokens(noisy.shape))
+        image_mask = torch.ones(shape, dtype=torch.bool, device=noisy.device)
+        return torch.cat([text_mask, image_mask], 1)
 
     @abstractmethod
-    def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
-        """What the denoiser is given besides tokens, their positions and the timestep."""
+    def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+        """Return the denoiser's arguments besides tokens, their positions and the timestep."""
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
@@ -92,81 +95,94 @@ class FluxFamily(TransformerFamily):
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
             img_ids=image_ids(height // PATCH, width // PATCH, noisy.device),
             return_dict=False,
-            **self.inputs(noisy, cond),
+            **self.denoiser_arguments(noisy, cond),
         )[0]
         return unpack(tokens, height, width)
 
 
-class Flux1(FluxFamily, PooledTextFamily):
-    """T5 sees 512 tokens, of schnell 256, filled up with padding that counts like text; ComfyUI's conditioning has 256
-    of them, or as many as a longer caption."""
+class Flux1(FluxFamily):
+    """FLUX.1: T5 sees 512 tokens, 256 for schnell, with padding that counts like text.
+
+    ComfyUI's conditioning has 256 tokens, or as many as a longer caption."""
 
     name = "flux1"
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     denoiser_class = "FluxTransformer2DModel"
-    text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    tokenizer = "tokenizer_2"
-    in_file: ClassVar = {**FluxFamily.in_file, "text_encoder": (CLIP_L,), "text_encoder_2": (T5,)}
-    unused = ("feature_extractor", "image_encoder")
-    takes_guidance = True
+    text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    caption_tokenizer = "tokenizer_2"
+    file_prefixes: ClassVar = {
+        **FluxFamily.file_prefixes,
+        "text_encoder": CLIP_L_PREFIX,
+        "text_encoder_2": T5_PREFIX,
+    }
+    has_guidance_input = True
+    comfy_widths: ClassVar = {4096: "FLUX.1"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return BLOCKS | {"vector_in.in_layer.weight"} <= shapes.keys()
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return BLOCK_KEYS | {"vector_in.in_layer.weight"} <= shapes.keys()
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)
-        if self.config.guidance_scale is not None and not config.get("guidance_embeds"):
+        if config.get("guidance_embeds"):
+            return
+        scale = self.config.guidance_scale
+        if scale is not None:
             raise ModelError(
-                f"--model.guidance_scale {self.config.guidance_scale:g}: {self.config.path} has no guidance "
-                "input, which only guidance-distilled models such as FLUX.1 dev have. Remove the option"
+                f"--model.guidance_scale {scale:g}: {self.config.path} has no guidance input, "
+                "which only guidance-distilled models such as FLUX.1 dev have. Remove the option"
             )
-
-        told = (
-            self.path.is_file()
-            and f"{self.stored_prefix}guidance_in.in_layer.weight" in self.stored_shapes
-        )
-        if told and not config.get("guidance_embeds"):
+        if self.files.is_single_file and GUIDANCE_KEY in self.files.denoiser_shapes:
             raise ModelError(
-                f"--model.path {self.config.path} is told guidance, as FLUX.1 dev is, and --model.config "
-                f"{self.source} is of a model that is told none, as schnell"
+                f"--model.path {self.config.path}: has a guidance input, like FLUX.1 dev, but "
+                f"--model.config {self.files.source} describes a model without one, like schnell. "
+                "Use the configuration of the same model"
             )
 
     @property
-    def text_tokens(self) -> int:  # type: ignore[override]
+    def max_tokens(self) -> int:
         return TOKENS if self.denoiser_config["guidance_embeds"] else SCHNELL_TOKENS
 
     @property
-    def text_form(self) -> str:  # type: ignore[override]
-        return "" if self.text_tokens == TOKENS else f"{self.text_tokens} tokens"
+    def text_cache_tag(self) -> str:
+        return "" if self.max_tokens == TOKENS else f"{self.max_tokens} tokens"
+
+    @property
+    def pooled_width(self) -> int:
+        return self.denoiser_config["pooled_projection_dim"]
+
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return PooledLayout(self.cond_width, self.pooled_width)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        device = encoders.text_encoder_2.device
         embeds, pooled, _ = encoders.encode_prompt(
-            captions, device=device, max_sequence_length=self.text_tokens
+            captions,
+            device=encoders.text_encoder_2.device,
+            max_sequence_length=self.max_tokens,
         )
         return pooled_rows(embeds, pooled)
 
-    def cond_bytes(self) -> int:
-        return (
-            self.text_tokens * self._width * self._text_dtype("text_encoder_2").itemsize
-            + self._pooled_width * 4
-        )
-
-    def inputs(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {"pooled_projections": cond["pooled_prompt_embeds"]}
-        if (mask := self.mask(noisy, cond)) is not None:
-            found["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None]}
+    def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        arguments["pooled_projections"] = cond["pooled_prompt_embeds"]
+        mask = self.mask(noisy, cond)
+        if mask is not None:
+            attention_options = {"attention_mask": mask[:, None, None]}
+            arguments["joint_attention_kwargs"] = attention_options
         if self.denoiser_config["guidance_embeds"]:
-            found["guidance"] = torch.full((len(noisy),), self.guidance, device=noisy.device)
-        return found
+            shape = (len(noisy),)
+            arguments["guidance"] = torch.full(shape, self.guidance, device=noisy.device)
+        return arguments
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
-        return {**super().preview_options(guidance_scale), "max_sequence_length": self.text_tokens}
+        options = super().preview_options(guidance_scale)
+        return {**options, "max_sequence_length": self.max_tokens}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config
-        return base_metadata("flux1", f"flux-1-{'dev' if config.guidance_embeds else 'schnell'}")
+        variant = "dev" if config.guidance_embeds else "schnell"
+        return base_metadata("flux1", f"flux-1-{variant}")
 
 
 FAMILY = Flux1

@@ -1,150 +1,159 @@
-"""FLUX.2: a transformer over the tokens of a caption and of 16 x 16 pixels each (Black Forest Labs
-2025, https://bfl.ai/blog/flux-2), with three layers of Mistral Small 3 as conditioning; klein's
-part is in flux2_klein.py.
+"""FLUX.2 dev (Black Forest Labs 2025, https://bfl.ai/blog/flux-2): a transformer over tokens.
+
+A token of the image is 16 x 16 pixels. Three layers of Mistral Small 3 are the conditioning. The
+klein models are in flux2_klein.py.
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from models.base import base_metadata, check_comfy_cond
+from models.base import TokenCounts, base_metadata
+from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
+from models.diffusers_family import ComponentLoaders, count_caption_tokens
+from models.families.flux_names import FLUX_TABLE
 from models.families.packing import image_ids
-from models.families.transformer_family import TransformerFamily, counts
-from models.layer_names.transformers import FLUX, FLUX2_NATIVE_ONLY
+from models.families.transformer_family import TransformerFamily
+from models.layer_names.tables import TableNames
 from objectives.config import ObjectiveConfig
 from objectives.processes import Flow, NoiseProcess
 
-TOKENS = 512  # of every caption, with padding, which the denoiser sees
-STEPS = 50  # the pipelines' default
+TOKENS = 512
+"""Tokens of every caption, with the padding, which the denoiser sees."""
+NUM_STEPS = 50
+"""The pipelines' default number of steps."""
 ATTENTION = r".*\.attn\.(to_(q|k|v|out|out\.0|add_out|qkv_mlp_proj)|add_(q|k|v)_proj)"
+"""In single blocks, the projections contain the MLP."""
+MODULATION_KEY = "double_stream_modulation_img.lin.weight"
+GUIDANCE_KEY = "guidance_in.in_layer.weight"
 
 
 def empirical_shift(tokens: int) -> float:
-    """What the pipeline shifts by at its default number of steps; e^2.02, ComfyUI's constant, at
-    1024 x 1024 pixels.
+    """Return the pipeline's shift at its default number of steps.
 
-    As there, it is smaller from 4301 tokens on: e^1.18.
-    """
-    from diffusers.pipelines.flux2.pipeline_flux2 import (
-        compute_empirical_mu,
-    )  # slow import, for this family alone
+    It is e^2.02, ComfyUI's constant, at 1024 x 1024 pixels. From 4301 tokens on it is e^1.18."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # slow import
 
-    return math.exp(compute_empirical_mu(tokens, STEPS))
+    return math.exp(compute_empirical_mu(tokens, NUM_STEPS))
+
+
+class PaddedLayout(ComfyLayout):
+    """ComfyUI's tokens have no padding, or padding in front. In its own, `pad_embeds` is zero."""
+
+    def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
+        return without_padding(cond[0])
+
+    def write(self, tensors: Conditioning) -> ComfyConditioning:
+        embeds = tensors["prompt_embeds"]
+        pad = tensors["pad_embeds"]
+        if pad.any():
+            padding = pad.expand(TOKENS - len(embeds), -1)
+            embeds = torch.cat([padding, embeds])
+        return embeds[None], {"pooled_output": None}
 
 
 class Flux2Family(TransformerFamily):
-    """What FLUX.2 dev and klein have in common.
+    """FLUX.2 dev and klein.
 
-    Raw latents are what ComfyUI's VAE gives, and what is denoised: cells of 2 x 2 as channels, normalized by the
-    statistics that the VAE has. Of conditioning, the padding that stands before a caption, whose tokens are all alike,
-    is stored once: `pad_embeds`. In ComfyUI's own conditioning, which has none, it is zero, as it is there.
-    """
+    Raw latents are ComfyUI's, and those that are denoised: cells of 2 x 2 as channels, normalized
+    by the VAE's statistics. Padding is in front of a caption, and its embeddings are all equal.
+    They are stored once, as `pad_embeds`."""
 
     latent_channels = 128
     denoiser_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
-    in_file: ClassVar = {}
-    names, native_only = FLUX, FLUX2_NATIVE_ONLY
-    ragged: ClassVar = {"prompt_embeds": TOKENS}
+    file_prefixes: ClassVar = {}
+    layer_names = TableNames(
+        table=FLUX_TABLE,
+        original_only=r"time_guidance_embed\..*|(double|single)_stream_modulation.*",
+    )
+    variable_length: ClassVar = {"prompt_embeds": TOKENS}
+    max_tokens = TOKENS
+    patch_size = 1
     targets: ClassVar = {
-        "attention": ATTENTION,  # the single blocks' has their MLP in it
+        "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.ff(_context)?\.linear_(in|out)",
         "all": r".*",
     }
 
-    def denoiser_of_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
-        return self.denoiser_by_names(
-            denoiser_class, dtype
-        )  # diffusers' converter knows no ComfyUI prefix
-
-    def latent_step(self) -> int:
-        return 2 * super().latent_step()
-
-    def pixel_step(self) -> int:
-        return self.latent_step()
-
-    def tokens(self, shape: tuple[int, ...]) -> int:
-        return math.prod(shape[2:])
-
     @property
-    def cond_width(self) -> int:
-        return self.denoiser_config["joint_attention_dim"]
+    def latent_step(self) -> int:
+        return 2 * super().latent_step
+
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return PaddedLayout(self.cond_width, max_tokens=TOKENS)
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        center, spread = statistics(encoders.vae)
-        mean, deviation = map(encoders._patchify_latents, super().encode_media(encoders, pixels))
-        return (mean - center) / spread, deviation / spread
+        mean, deviation = super().encode_media(encoders, pixels)
+        mean_cells = encoders._patchify_latents(mean)
+        deviation_cells = encoders._patchify_latents(deviation)
+        vae_mean, vae_deviation = vae_statistics(encoders.vae)
+        normalized_mean = (mean_cells - vae_mean) / vae_deviation
+        normalized_deviation = deviation_cells / vae_deviation
+        return normalized_mean, normalized_deviation
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        center, spread = statistics(encoders.vae)
-        return super().decode_media(
-            encoders, encoders._unpatchify_latents(latents * spread + center)
-        )
+        vae_mean, vae_deviation = vae_statistics(encoders.vae)
+        cells = latents * vae_deviation + vae_mean
+        return super().decode_media(encoders, encoders._unpatchify_latents(cells))
 
     def normalize(self, latents: Tensor) -> Tensor:
         return latents
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        embeds, _ = encoders.encode_prompt(
-            captions, encoders.text_encoder.device, max_sequence_length=TOKENS
-        )
-        return [without_padding(embed) for embed in embeds]
+        device = encoders.text_encoder.device
+        embeds, _ = encoders.encode_prompt(captions, device, max_sequence_length=TOKENS)
+        return [without_padding(prompt_embeds) for prompt_embeds in embeds]
 
     @abstractmethod
-    def frame(self) -> int:
-        """The number of tokens that stand around every caption."""
+    def num_template_tokens(self) -> int:
+        """Return the number of tokens around every caption."""
 
-    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
-        tokenizer = getattr(
-            self.counting_tokenizer, "tokenizer", self.counting_tokenizer
-        )  # of a processor
-        found, _ = counts(tokenizer, captions, TOKENS)
-        return found, TOKENS - self.frame()
+    def count_tokens(self, captions: list[str]) -> TokenCounts:
+        tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)  # of a processor
+        counts = count_caption_tokens(tokenizer, captions)
+        return TokenCounts(counts, TOKENS - self.num_template_tokens())
 
     def cond_bytes(self) -> int:
-        return (TOKENS + 1) * self.cond_width * self._text_dtype("text_encoder").itemsize
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        check_comfy_cond(cond, self.cond_width)
-        return without_padding(cond[0])
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        embeds, pad = cond["prompt_embeds"], cond["pad_embeds"]
-        if pad.any():
-            embeds = torch.cat([pad.expand(TOKENS - len(embeds), -1), embeds])
-        return embeds[None], {"pooled_output": None}
+        num_values = (TOKENS + 1) * self.cond_width
+        return num_values * self.files.component_dtype("text_encoder").itemsize
 
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
         process = super().process(config)
         if config.shift is None and self.scheduler_config.get("use_dynamic_shifting"):
-            return Flow(empirical_shift, self.scheduler_config.get("num_train_timesteps", 1000))
+            num_timesteps = self.scheduler_config.get("num_train_timesteps", 1000)
+            return Flow(empirical_shift, num_timesteps)
         return process
 
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
         height, width = noisy.shape[-2:]
-        text_ids = nn.functional.pad(torch.arange(TOKENS, device=noisy.device)[:, None], (3, 0))
-        guidance = torch.full_like(timestep, self.guidance) if self.takes_guidance else None
+        text_positions = torch.arange(TOKENS, device=noisy.device)[:, None]
+        guidance = None
+        if self.has_guidance_input:
+            guidance = torch.full_like(timestep, self.guidance)
         tokens = denoiser(
             noisy.flatten(2).transpose(1, 2),
             timestep=timestep / 1000,
             guidance=guidance,
             return_dict=False,
-            encoder_hidden_states=padded(
+            encoder_hidden_states=with_padding(
                 cond["prompt_embeds"], cond["attention_mask"], cond["pad_embeds"]
             ),
-            txt_ids=text_ids,
-            img_ids=image_ids(height, width, noisy.device, 4),
+            txt_ids=nn.functional.pad(text_positions, (3, 0)),
+            img_ids=image_ids(height, width, noisy.device, axes=4),
         )[0]
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-    def model_metadata(self, variant: str) -> dict[str, str]:
-        """`file_metadata` of a variant, as musubi-tuner writes it."""
+    def variant_metadata(self, variant: str) -> dict[str, str]:
+        """Return `file_metadata` of a variant, as musubi-tuner writes it."""
         version = f"flux_2_{variant.replace('-', '_')}"
         return base_metadata(
             version, f"Flux.2-{variant}", "https://github.com/black-forest-labs/flux2"
@@ -152,70 +161,84 @@ class Flux2Family(TransformerFamily):
 
 
 class Flux2(Flux2Family):
-    """FLUX.2 dev, which is distilled from one with classifier-free guidance: it is told how much."""
+    """FLUX.2 dev, which is guidance-distilled."""
 
     name = "flux2"
     pipelines = ("Flux2Pipeline",)
-    takes_guidance = True
+    has_guidance_input = True
+    comfy_widths: ClassVar = {15360: "FLUX.2 dev"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return {
-            "double_stream_modulation_img.lin.weight",
-            "guidance_in.in_layer.weight",
-        } <= shapes.keys()
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return {MODULATION_KEY, GUIDANCE_KEY} <= shapes.keys()
 
-    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
-        from transformers import AutoTokenizer
+    def replacement_loaders(self) -> ComponentLoaders:
         from transformers.utils import is_torchvision_available
 
-        if "tokenizer" not in wanted or is_torchvision_available():
+        if is_torchvision_available():
             return {}
-        # the pipeline's processor, which is for images too, needs torchvision, but captions only
-        # its tokenizer
-        options = {
-            "subfolder": "tokenizer",
-            "local_files_only": self._from_pretrained["local_files_only"],
-        }
-        with self._faults_told():
-            return {"tokenizer": AutoTokenizer.from_pretrained(self.source, **options)}
+        return {"tokenizer": self._load_tokenizer}
 
-    def frame(self) -> int:
+    def _load_tokenizer(self) -> Any:
+        """Load the tokenizer alone.
+
+        The pipeline's processor, which is also for images, needs torchvision. Captions need only
+        its tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self.files.source,
+            subfolder="tokenizer",
+            local_files_only=self.files.load_options["local_files_only"],
+        )
+
+    def num_template_tokens(self) -> int:
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
         from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
-        template = self.counting_tokenizer.apply_chat_template
-        return len(
-            template(format_input([""], SYSTEM_MESSAGE), tokenize=True, return_dict=True)[
-                "input_ids"
-            ][0]
-        )
+        messages = format_input([""], SYSTEM_MESSAGE)
+        tokens = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        return len(tokens["input_ids"][0])
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        return self.model_metadata("dev")
+        return self.variant_metadata("dev")
 
 
-def statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the VAE's latents, patched, per channel, (1, C, 1, 1)."""
+def vae_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the VAE's latents in cells, (1, C, 1, 1)."""
+    shape = (1, -1, 1, 1)
+    mean = vae.bn.running_mean
     variance = vae.bn.running_var + vae.config.batch_norm_eps
-    return vae.bn.running_mean.view(1, -1, 1, 1), variance.sqrt().view(1, -1, 1, 1)
+    deviation = variance.sqrt()
+    return mean.view(shape), deviation.view(shape)
 
 
 def without_padding(embeds: Tensor) -> dict[str, Tensor]:
-    """Tokens (L, D) without those at their beginning that are all the same, which are given once
-    (D,): zero if none."""
-    same = int((embeds == embeds[0]).all(1).int().cumprod(0).sum())
-    if same < 2 or len(embeds) < TOKENS:
+    """Return tokens (L, D) without the equal ones in front, and one of these as `pad_embeds` (D,).
+
+    `pad_embeds` is zero if there is no padding."""
+    equals_first = (embeds == embeds[0]).all(1)
+    num_padding = int(equals_first.int().cumprod(0).sum())
+    has_padding = num_padding >= 2 and len(embeds) >= TOKENS
+    if not has_padding:
         return {"prompt_embeds": embeds, "pad_embeds": torch.zeros_like(embeds[0])}
-    return {"prompt_embeds": embeds[same:].clone(), "pad_embeds": embeds[0].clone()}
+    return {
+        "prompt_embeds": embeds[num_padding:].clone(),
+        "pad_embeds": embeds[0].clone(),
+    }
 
 
-def padded(embeds: Tensor, mask: Tensor, pad: Tensor) -> Tensor:
-    """Tokens (B, L, D), of which those in `mask` (B, L) are at the beginning, moved to the end,
-    behind `pad` (B, D)."""
-    places, count = torch.arange(mask.shape[1], device=mask.device), mask.sum(1, keepdim=True)
-    moved = embeds.gather(1, ((places + count) % len(places))[..., None].expand_as(embeds))
-    return torch.where((places < len(places) - count)[..., None], pad[:, None], moved)
+def with_padding(embeds: Tensor, mask: Tensor, pad: Tensor) -> Tensor:
+    """Return tokens (B, L, D) with those in `mask` (B, L) moved from the front to the end.
+
+    `pad` (B, D) is in front of them."""
+    num_positions = mask.shape[1]
+    positions = torch.arange(num_positions, device=mask.device)
+    counts = mask.sum(1, keepdim=True)
+    sources = (positions + counts) % num_positions
+    moved = embeds.gather(1, sources[..., None].expand_as(embeds))
+    is_padding = positions < num_positions - counts
+    return torch.where(is_padding[..., None], pad[:, None], moved)
 
 
 FAMILY = Flux2

@@ -3,65 +3,67 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import check_comfy_cond
-from models.families.unet_family import UNetFamily
+from models.families.trained_text_encoder import with_trained_text_encoders
+from models.families.unet_family import SD2_WIDTH, UNetFamily
+from models.layer_names.unet import UNetNames
 
 
 class StableDiffusion(UNetFamily):
     name = "sd15"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-    unused = ("safety_checker", "feature_extractor", "image_encoder")
-    in_file: ClassVar = {**UNetFamily.in_file, "text_encoder": ("cond_stage_model.",)}
+    unused_components = ("safety_checker", "feature_extractor", "image_encoder")
+    file_prefixes: ClassVar = {**UNetFamily.file_prefixes, "text_encoder": ("cond_stage_model.",)}
     pipeline_options: ClassVar = {"requires_safety_checker": False}
     latent_scale = 0.18215
-    kohya_is_native = False
+    layer_names = UNetNames(kohya_uses_original_names=False)
+    comfy_widths: ClassVar = {768: "SD1.5", SD2_WIDTH: "SD2.1"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" not in shapes
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)
         if config.get("addition_embed_type") is not None:
             raise ModelError(
-                f"--model.path {self.config.path} is not of the family sd15: its UNet wants size conditioning"
+                f"--model.path {self.config.path}: is not of the family sd15: its UNet takes size "
+                "conditioning. Remove --model.family"
             )
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        embeds, _ = encoders.encode_prompt(captions, encoders.text_encoder.device, 1, False)
+        device = encoders.text_encoder.device
+        embeds, _ = encoders.encode_prompt(
+            captions, device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         return [{"prompt_embeds": embed} for embed in embeds]
 
-    def cond_bytes(self) -> int:
-        return self.counting_tokenizer.model_max_length * self.cond_width * torch.float32.itemsize
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        check_comfy_cond(cond, self.cond_width)
-        return {"prompt_embeds": cond[0]}  # several chunks of 77 tokens in a row are as good as one
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        return cond["prompt_embeds"][None], {"pooled_output": None}
-
-    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
+    def denoiser_arguments(self, cond: dict[str, Any]) -> dict[str, Any]:
         return {"encoder_hidden_states": cond["prompt_embeds"]}
 
-    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**cond, "prompt_embeds": encoders.text_encoder(cond["text_encoder"])[0]}
+    def encode_tokens(self, encoders: Any, cond: dict[str, Any]) -> dict[str, Any]:
+        embeds = encoders.text_encoder(cond["text_encoder"])[0]
+        return {**cond, "prompt_embeds": embeds}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
-        second = denoiser.config.cross_attention_dim == 1024  # type: ignore[union-attr]
-        v_prediction = self.prediction_type == "v_prediction"
-        version = "sd_v2" if second else "sd_v1"
-        architecture = "stable-diffusion-v1"
-        if second:
-            architecture = (
-                "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
-            )
-        versioned = f"{version}_v" if v_prediction else version
-        return {**self.unet_metadata(versioned, architecture), "ss_v2": str(second)}
+        config: Any = denoiser.config
+        predicts_v = self.prediction_type == "v_prediction"
+        if config.cross_attention_dim != SD2_WIDTH:
+            version = "sd_v1"
+            architecture = "stable-diffusion-v1"
+        elif predicts_v:
+            version = "sd_v2"
+            architecture = "stable-diffusion-v2-768-v"
+        else:
+            version = "sd_v2"
+            architecture = "stable-diffusion-v2-512"
+        if predicts_v:
+            version += "_v"
+        metadata = self.unet_metadata(version, architecture)
+        return {**metadata, "ss_v2": str(version.startswith("sd_v2"))}
 
 
 FAMILY = StableDiffusion
+FAMILY_WITH_TEXT_ENCODERS = with_trained_text_encoders(StableDiffusion)

@@ -1,32 +1,75 @@
-"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens (Esser et al. 2024, arXiv
-2403.03206), with two CLIP text encoders and, unless the folder has none, T5.
+"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens.
+
+(Esser et al. 2024, arXiv 2403.03206.) It has two CLIP text encoders and, unless the folder has
+none, T5.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
-from models.checkpoint_files import CLIP_G, CLIP_L, T5
-from models.families.transformer_family import ATTENTION, MLP, PooledTextFamily, counts, pooled_rows
-from models.layer_names.transformers import SD3
+from models.comfy import ComfyLayout, PooledLayout
+from models.families.transformer_family import (
+    ATTENTION,
+    CLIP_G_PREFIX,
+    CLIP_L_PREFIX,
+    MLP,
+    T5_PREFIX,
+    TransformerFamily,
+    pooled_rows,
+)
+from models.layer_names.tables import Names, Rule, SwappedHalves, TableNames, fused_qkv
 
-T5_TOKENS = 256  # the pipeline's default
+T5_TOKENS = 256
+"""Tokens of T5, the pipeline's default."""
+BLOCK: Names = {
+    **fused_qkv("attn.", "x_block.attn.qkv"),
+    **fused_qkv("attn2.", "x_block.attn2.qkv"),
+    **fused_qkv("attn.", "context_block.attn.qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": SwappedHalves("context_block.adaLN_modulation.1"),
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+TOP_LEVEL: Names = {
+    "pos_embed.proj": "x_embedder.proj",
+    "norm_out.linear": SwappedHalves("final_layer.adaLN_modulation.1"),
+    "proj_out": "final_layer.linear",
+}
+EMBEDDER: Names = {"linear_1": "mlp.0", "linear_2": "mlp.2"}
+TABLE = (
+    Rule(r"transformer_blocks\.(\d+)\.", r"joint_blocks.\1.", BLOCK),
+    Rule(r"time_text_embed\.timestep_embedder\.", "t_embedder.", EMBEDDER),
+    Rule(r"time_text_embed\.text_embedder\.", "y_embedder.", EMBEDDER),
+    Rule("", "", TOP_LEVEL),
+)
 
 
-class StableDiffusion3(PooledTextFamily):
-    """Conditioning is the tokens of both CLIPs side by side, filled up with zeros to T5's width,
-    and after them T5's.
+class StableDiffusion3(TransformerFamily):
+    """Conditioning is the tokens of both CLIPs, joined and padded to T5's width, and then T5's.
 
-    ComfyUI has as many of T5's as the caption, and 77 at least. All count, and the model has no mask: captions of other
-    lengths are in other batches."""
+    ComfyUI has as many tokens of T5 as the caption, and at least 77. All tokens count, because the
+    model has no mask: captions of different lengths are in different batches."""
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     denoiser_class = "SD3Transformer2DModel"
-    text = (
+    text_components = (
         "text_encoder",
         "tokenizer",
         "text_encoder_2",
@@ -34,58 +77,93 @@ class StableDiffusion3(PooledTextFamily):
         "text_encoder_3",
         "tokenizer_3",
     )
-    unused = ("feature_extractor", "image_encoder")
-    in_file: ClassVar = {
-        **PooledTextFamily.in_file,
-        "text_encoder": (CLIP_L,),
-        "text_encoder_2": (CLIP_G,),
-        "text_encoder_3": (T5,),
+    unused_components = ("feature_extractor", "image_encoder")
+    file_prefixes: ClassVar = {
+        **TransformerFamily.file_prefixes,
+        "text_encoder": CLIP_L_PREFIX,
+        "text_encoder_2": CLIP_G_PREFIX,
+        "text_encoder_3": T5_PREFIX,
     }
-    latent_shift, latent_scale = 0.0609, 1.5305
-    names = SD3
+    latent_shift = 0.0609
+    latent_scale = 1.5305
+    layer_names = TableNames(table=TABLE)
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|{MLP}",
         "all": r".*",
     }
+    comfy_widths: ClassVar = {4096: "SD3"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return {
-            "joint_blocks.0.x_block.attn.qkv.weight",
-            "pos_embed",
-            "y_embedder.mlp.0.weight",
-        } <= shapes.keys()
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        keys = {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"}
+        return keys <= shapes.keys()
 
-    def pixel_step(self) -> int:
-        return self.latent_step() * self.denoiser_config["patch_size"]
+    def load_single_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+        # diffusers stores the position embedding as a buffer, which no parameter's name leads to
+        return self.load_by_diffusers(denoiser_class, dtype)
 
-    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        device = encoders.text_encoder.device
-        if (
-            encoders.text_encoder_3 is None
-        ):  # the pipeline asks the denoiser, which is not here, for T5's width
-            clips = [
-                encoders._get_clip_prompt_embeds(captions, 1, device, None, which)
-                for which in (0, 1)
-            ]
-            clip, pooled = (torch.cat(both, -1) for both in zip(*clips, strict=True))
-            embeds = nn.functional.pad(clip, (0, self._width - clip.shape[-1], 0, T5_TOKENS))
-        else:
-            embeds, _, pooled, _ = encoders.encode_prompt(
-                captions, None, None, device, 1, False, max_sequence_length=T5_TOKENS
-            )
-        return pooled_rows(embeds, pooled)
+    @property
+    def patch_size(self) -> int:
+        return self.denoiser_config["patch_size"]
 
-    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
-        both = self._load("tokenizer", "tokenizer_3")  # what CLIP does not see, T5 may
-        if both.tokenizer_3 is None:
-            return counts(both.tokenizer, captions, both.tokenizer.model_max_length)
-        return counts(both.tokenizer_3, captions, T5_TOKENS)
+    @property
+    def pooled_width(self) -> int:
+        return self.denoiser_config["pooled_projection_dim"]
+
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return PooledLayout(self.cond_width, self.pooled_width)
+
+    @property
+    def has_t5(self) -> bool:
+        return "tokenizer_3" not in self.files.missing_components
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """T5's tokenizer, which sees more of a caption than CLIP's; CLIP's if there is no T5."""
+        component = "tokenizer_3" if self.has_t5 else "tokenizer"
+        return getattr(self.load_components(component), component)
+
+    @property
+    def max_tokens(self) -> int:
+        return T5_TOKENS if self.has_t5 else self.tokenizer.model_max_length
 
     def cond_bytes(self) -> int:
-        tokens = self.counting_tokenizer.model_max_length + T5_TOKENS
-        return (tokens * self._width + self._pooled_width) * torch.float32.itemsize
+        clip_tokens = self.load_components("tokenizer").tokenizer.model_max_length
+        num_values = (clip_tokens + T5_TOKENS) * self.cond_width + self.pooled_width
+        return num_values * torch.float32.itemsize
+
+    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        if encoders.text_encoder_3 is None:
+            return self._encode_by_clip(encoders, captions)
+        embeds, _, pooled, _ = encoders.encode_prompt(
+            captions,
+            None,
+            None,
+            device=encoders.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            max_sequence_length=T5_TOKENS,
+        )
+        return pooled_rows(embeds, pooled)
+
+    def _encode_by_clip(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        """Encode without T5, whose tokens are zeros.
+
+        The pipeline would need the denoiser, which is not loaded, for the width of these zeros."""
+        device = encoders.text_encoder.device
+        embeds = []
+        pooled = []
+        for clip_index in (0, 1):
+            clip_embeds, clip_pooled = encoders._get_clip_prompt_embeds(
+                captions, 1, device, None, clip_index
+            )
+            embeds.append(clip_embeds)
+            pooled.append(clip_pooled)
+        joined = torch.cat(embeds, -1)
+        padding = (0, self.cond_width - joined.shape[-1], 0, T5_TOKENS)
+        return pooled_rows(nn.functional.pad(joined, padding), torch.cat(pooled, -1))
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
@@ -100,13 +178,12 @@ class StableDiffusion3(PooledTextFamily):
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config
-        version = (
-            "m"
-            if config.qk_norm is None
-            else "5-medium"
-            if config.dual_attention_layers
-            else "5-large"
-        )
+        if config.qk_norm is None:
+            version = "m"
+        elif config.dual_attention_layers:
+            version = "5-medium"
+        else:
+            version = "5-large"
         return base_metadata(f"sd3-{version}", f"stable-diffusion-3-{version}")
 
 

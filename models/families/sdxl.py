@@ -1,123 +1,123 @@
-"""Stable Diffusion XL and what was fine-tuned from it: a UNet with two CLIP text encoders, which is
-told the size of each image, where it was cropped and to what size (Podell et al. 2023, section
-2.2).
+"""Stable Diffusion XL and the models fine-tuned from it: a UNet with two CLIP text encoders.
+
+It is given the size of each image, the corner of its crop, and the size of the crop (Podell et al.
+2023, section 2.2).
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import check_comfy_cond
-from models.families.transformer_family import comfy_pooled, pooled_rows
+from models.comfy import ComfyConditioning, ComfyLayout, Conditioning, PooledLayout
+from models.families.trained_text_encoder import with_trained_text_encoders
+from models.families.transformer_family import pooled_rows
 from models.families.unet_family import UNetFamily
 
-# of data.buckets.Crop, in the order of SDXL's time ids: original size, corner of the crop, target
-# size, height first
-TIME_IDS = [1, 0, 5, 4, 7, 6]
-REFINER_WIDTH = 1280  # of its conditioning: the second text encoder's
-COMFY_SIZES = (
-    "height",
-    "width",
-    "crop_h",
-    "crop_w",
-    "target_height",
-    "target_width",
-)  # in the same order
+CROP_FIELDS = [1, 0, 5, 4, 7, 6]
+"""Fields of data.media.buckets.Crop in the order of SDXL's time ids: original size, corner of the
+crop, size of the crop, each with the height first."""
+COMFY_SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
+"""ComfyUI's names of the time ids, in their order."""
+REFINER_WIDTH = 1280
+"""Width of the refiner's conditioning, from the second text encoder."""
+
+
+class SizedLayout(PooledLayout):
+    """ComfyUI's pooled conditioning with the sizes of the image."""
+
+    def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
+        tensors = super().tensors(cond, extras)
+        if "width" not in extras or "height" not in extras:
+            return tensors  # then ComfyUI also uses the size of the latents
+        sizes = {
+            "crop_h": 0,
+            "crop_w": 0,
+            "target_height": extras["height"],
+            "target_width": extras["width"],
+            **extras,
+        }
+        time_ids = [int(sizes[name]) for name in COMFY_SIZES]
+        tensors["time_ids"] = torch.tensor(time_ids, dtype=torch.int32)
+        return tensors
+
+    def write(self, tensors: Conditioning) -> ComfyConditioning:
+        cond, extras = super().write(tensors)
+        if "time_ids" in tensors:
+            time_ids = tensors["time_ids"].tolist()
+            for name, size in zip(COMFY_SIZES, time_ids, strict=True):
+                extras[name] = int(size)
+        return cond, extras
 
 
 class StableDiffusionXL(UNetFamily):
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-    text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    unused = ("feature_extractor", "image_encoder")
-    in_file: ClassVar = {
-        **UNetFamily.in_file,
+    text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    unused_components = ("feature_extractor", "image_encoder")
+    file_prefixes: ClassVar = {
+        **UNetFamily.file_prefixes,
         "text_encoder": ("conditioner.embedders.0.",),
         "text_encoder_2": ("conditioner.embedders.1.",),
     }
     latent_scale = 0.13025
-    read_before_last = ("text_encoder",)
-    kohya_is_native = True
+    penultimate_encoders = ("text_encoder",)
+    comfy_widths: ClassVar = {2048: "SDXL"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= shapes.keys()
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)
         if config.get("cross_attention_dim") == REFINER_WIDTH:
             raise ModelError(
-                f"--model.path {self.config.path} is SDXL's refiner, which has the second text encoder alone and is "
-                "not trained here: give the base model"
+                f"--model.path {self.config.path}: is SDXL's refiner, which has only the second "
+                "text encoder and cannot be trained here. Use the base model"
             )
         if config.get("addition_embed_type") != "text_time":
             raise ModelError(
-                f"--model.path {self.config.path} is not of the family sdxl: its UNet takes no size conditioning"
+                f"--model.path {self.config.path}: is not of the family sdxl: its UNet takes no "
+                "size conditioning. Remove --model.family"
             )
-
-    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        device = encoders.text_encoder_2.device
-        embeds, _, pooled, _ = encoders.encode_prompt(captions, None, device, 1, False)
-        return pooled_rows(embeds, pooled)
 
     @property
-    def _pooled_width(self) -> int:
+    def pooled_width(self) -> int:
         config = self.denoiser_config
-        return (
-            config["projection_class_embeddings_input_dim"]
-            - len(TIME_IDS) * config["addition_time_embed_dim"]
+        time_width = len(CROP_FIELDS) * config["addition_time_embed_dim"]
+        return config["projection_class_embeddings_input_dim"] - time_width
+
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return SizedLayout(self.cond_width, self.pooled_width)
+
+    def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
+        embeds, _, pooled, _ = encoders.encode_prompt(
+            captions,
+            device=encoders.text_encoder_2.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
         )
+        return pooled_rows(embeds, pooled)
 
-    def cond_bytes(self) -> int:
-        values = self.counting_tokenizer.model_max_length * self.cond_width + self._pooled_width
-        return values * torch.float32.itemsize
+    def size_conditioning(self, crop: Tensor) -> dict[str, Tensor]:
+        # indexing by a list would copy it to the device
+        fields = [crop[:, field] for field in CROP_FIELDS]
+        return {"time_ids": torch.stack(fields, 1)}
 
-    def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
+    def denoiser_arguments(self, cond: dict[str, Any]) -> dict[str, Any]:
         return {
-            "time_ids": torch.stack([crop[:, field] for field in TIME_IDS], 1)
-        }  # an index would be copied there
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        check_comfy_cond(cond, self.cond_width)
-        found = {
-            "prompt_embeds": cond[0],
-            "pooled_prompt_embeds": comfy_pooled(extras, self._pooled_width),
+            "encoder_hidden_states": cond["prompt_embeds"],
+            "added_cond_kwargs": {
+                "text_embeds": cond["pooled_prompt_embeds"],
+                "time_ids": cond["time_ids"],
+            },
         }
-        if (
-            "width" in extras and "height" in extras
-        ):  # else ComfyUI too takes the size of the latents
-            sizes = {
-                "crop_h": 0,
-                "crop_w": 0,
-                "target_height": extras["height"],
-                "target_width": extras["width"],
-                **extras,
-            }
-            found["time_ids"] = torch.tensor(
-                [int(sizes[name]) for name in COMFY_SIZES], dtype=torch.int32
-            )
-        return found
 
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        sizes = (
-            dict(zip(COMFY_SIZES, cond["time_ids"].tolist(), strict=True))
-            if "time_ids" in cond
-            else {}
-        )
-        extras = {
-            "pooled_output": cond["pooled_prompt_embeds"][None],
-            **{name: int(size) for name, size in sizes.items()},
-        }
-        return cond["prompt_embeds"][None], extras
-
-    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
-        added = {"text_embeds": cond["pooled_prompt_embeds"], "time_ids": cond["time_ids"]}
-        return {"encoder_hidden_states": cond["prompt_embeds"], "added_cond_kwargs": added}
-
-    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode_tokens(self, encoders: Any, cond: dict[str, Any]) -> dict[str, Any]:
         first = encoders.text_encoder(cond["text_encoder"], output_hidden_states=True)
         second = encoders.text_encoder_2(cond["text_encoder_2"], output_hidden_states=True)
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -128,3 +128,4 @@ class StableDiffusionXL(UNetFamily):
 
 
 FAMILY = StableDiffusionXL
+FAMILY_WITH_TEXT_ENCODERS = with_trained_text_encoders(StableDiffusionXL)

@@ -1,177 +1,201 @@
-"""Families whose CLIP text encoders are trained with the denoiser: captions are stored as tokens,
-and encoded in the loop.
+"""Training of CLIP text encoders together with the denoiser.
 
-The text encoders become children of the denoiser, under their names in a pipeline, so that
-adapters, DDP and checkpoints see one model; its class gets a `forward` that encodes the tokens
-first, inside of DDP's.
+Captions are stored as tokens, and encoded in every step. The text encoders become children of the
+denoiser, under their names in a pipeline. So adapters, DDP and checkpoints see one model. The
+denoiser's class gets a `forward` that encodes the tokens first, inside DDP's forward.
 """
 
 import copy
 import re
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from functools import cache, cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
+from models.base import Role
+from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.unet_family import UNetFamily
 
-# of an encoder's layers, by the preset of targets
+ATTENTION = r"self_attn\.(q|k|v|out)_proj"
 TARGETS = {
-    "attention": r"self_attn\.(q|k|v|out)_proj",
-    "attention-mlp": r"(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
-    "all": r"(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
+    "attention": ATTENTION,
+    "attention-mlp": rf"({ATTENTION}|mlp\.fc[12])",
+    "all": rf"({ATTENTION}|mlp\.fc[12])",
 }
+"""Preset of --adapter.targets -> regular expression for the ends of names in a text encoder."""
 
 
 class EncodesText(nn.Module):
-    """A denoiser with text encoders as children; given `cond`, it makes its other arguments of it
-    by `embed`."""
+    """A denoiser with text encoders as children.
 
-    original: ClassVar[type[nn.Module]]
-    embed: Callable[[nn.Module, dict[str, Tensor]], dict[str, Any]]
+    Given `cond`, it makes its other arguments from it by `encode`."""
+
+    original_class: ClassVar[type[nn.Module]]
+    encode: Callable[[nn.Module, dict[str, Tensor]], dict[str, Any]]
 
     def forward(self, *args: Any, cond: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        embedded = {} if cond is None else self.embed(self, cond)
-        return super().forward(*args, **embedded, **kwargs)
+        arguments = {} if cond is None else self.encode(self, cond)
+        return super().forward(*args, **arguments, **kwargs)
 
 
 @cache
-def encoding(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls` under the same name as one that encodes text."""
-    return type(cls.__name__, (EncodesText, cls), {"original": cls, "__module__": cls.__module__})
+def text_encoding_class(denoiser_class: type[nn.Module]) -> Any:
+    """Return a subclass of the denoiser's class, with the same name, that encodes text."""
+    members = {"original_class": denoiser_class, "__module__": denoiser_class.__module__}
+    return type(denoiser_class.__name__, (EncodesText, denoiser_class), members)
+
+
+class TokenLayout(ComfyLayout):
+    """No layout: ComfyUI has no conditioning that could still be encoded."""
+
+    def read(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
+        raise ModelError(
+            "already encoded; --model.train_text_encoder encodes captions in every step. Remove "
+            "the option, or use images"
+        )
+
+    def write(self, tensors: Conditioning) -> ComfyConditioning:
+        raise ModelError(
+            "captions are not encoded with --model.train_text_encoder. Remove the option to export "
+            "a dataset"
+        )
 
 
 class TextTraining(UNetFamily):
-    """What is different then: a base class beside the family's own, and before it."""
+    """A UNet family with trained text encoders; a mixin in front of the family's class."""
 
     @property
     def targets(self) -> dict[str, str]:  # type: ignore[override]
-        last = {
-            name: self.part_config(name)["num_hidden_layers"] - 1 for name in self.read_before_last
-        }
-        unread = "".join(
-            rf"(?!{name}\.(text_model\.)?encoder\.layers\.{n}\.)" for name, n in last.items()
-        )
-        return {
-            preset: rf"(?!text_encoder)({pattern})|{unread}text_encoder.*\.{TARGETS[preset]}"
-            for preset, pattern in super().targets.items()
-        }
+        unused_layers = ""
+        for encoder in self.penultimate_encoders:
+            unused_layers += self._unused_layer_pattern(encoder)
+        targets = {}
+        for preset, pattern in super().targets.items():
+            in_denoiser = rf"(?!text_encoder)({pattern})"
+            in_encoders = rf"{unused_layers}text_encoder.*\.{TARGETS[preset]}"
+            targets[preset] = f"{in_denoiser}|{in_encoders}"
+        return targets
+
+    def _unused_layer_pattern(self, encoder: str) -> str:
+        """Return a regular expression that does not match an encoder's last layer."""
+        last_layer = self.component_config(encoder)["num_hidden_layers"] - 1
+        return rf"(?!{encoder}\.(text_model\.)?encoder\.layers\.{last_layer}\.)"
 
     @property
-    def encoders(self) -> list[str]:
-        return [name for name in self.text if name.startswith("text_encoder")]
+    def encoder_names(self) -> list[str]:
+        return [
+            component for component in self.text_components if component.startswith("text_encoder")
+        ]
 
     @property
-    def tokenizers(self) -> list[str]:
-        return [name for name in self.text if name.startswith("tokenizer")]
+    def tokenizer_names(self) -> list[str]:
+        return [
+            component for component in self.text_components if component.startswith("tokenizer")
+        ]
 
-    def joined(self, denoiser: nn.Module, encoders: dict[str, nn.Module]) -> nn.Module:
-        for name, encoder in encoders.items():
-            denoiser.add_module(name, encoder.requires_grad_(False))
-        denoiser.__class__ = encoding(type(denoiser))  # type: ignore[arg-type]
-        denoiser.embed = lambda model, cond: self.inputs(self.embedded(model, cond))  # type: ignore[assignment]
-        return denoiser
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return TokenLayout(self.cond_width)
+
+    def identity_components(self, role: Role) -> tuple[str, ...]:
+        components = super().identity_components(role)
+        return (*components, *self.text_components) if role == "denoiser" else components
 
     def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
         denoiser = super().load_denoiser(dtype)
-        loaded = self._load(*self.encoders)
-        wanted = next(denoiser.parameters()).dtype
-        return self.joined(
-            denoiser, {name: getattr(loaded, name).to(wanted) for name in self.encoders}
-        )
+        first_parameter = next(denoiser.parameters())
+        return self._join_encoders(denoiser, first_parameter.dtype)
 
     def empty_denoiser(self) -> nn.Module:
-        loaded = self._load(*self.encoders)
-        return self.joined(
-            super().empty_denoiser(),
-            {name: getattr(loaded, name).to("meta") for name in self.encoders},
-        )
+        denoiser = super().empty_denoiser()
+        return self._join_encoders(denoiser, torch.device("meta"))
 
-    def load_encoders(self, what: Literal["text", "media"]) -> Any:
-        return super().load_encoders(what) if what == "media" else self._load(*self.tokenizers)
+    def _join_encoders(self, denoiser: nn.Module, to: torch.dtype | torch.device) -> nn.Module:
+        """Return a denoiser that encodes text. The encoders are moved to a dtype or device."""
+        pipeline = self.load_components(*self.encoder_names)
+        for name in self.encoder_names:
+            encoder = getattr(pipeline, name).to(to)
+            denoiser.add_module(name, encoder.requires_grad_(False))
+        denoiser.__class__ = text_encoding_class(type(denoiser))  # type: ignore[arg-type]
+        denoiser.encode = self._denoiser_arguments_of_tokens  # type: ignore[assignment]
+        return denoiser
 
-    def component_files(self, component: str) -> list[Path]:
-        text = super().component_files("text") if component == "denoiser" else []
-        return list(dict.fromkeys([*super().component_files(component), *text]))
+    def _denoiser_arguments_of_tokens(
+        self, denoiser: nn.Module, cond: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the UNet's arguments for tokens, encoded by the denoiser's text encoders."""
+        encoded_cond = self.encode_tokens(denoiser, cond)
+        return self.denoiser_arguments(encoded_cond)
+
+    def load_encoders(self, role: Literal["text", "media"]) -> Any:
+        if role == "media":
+            return super().load_encoders(role)
+        return self.load_components(*self.tokenizer_names)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        """Per caption its tokens (L,) for each text encoder, under the encoder's name."""
+        """Return each caption's tokens (L,) for each text encoder, under the encoder's name."""
         rows: list[dict[str, Tensor]] = [{} for _ in captions]
-        for name in self.tokenizers:
-            tokenizer = getattr(encoders, name)
-            length = tokenizer.model_max_length
-            found = tokenizer(
+        for component in self.tokenizer_names:
+            tokenizer = getattr(encoders, component)
+            tokens = tokenizer(
                 captions,
                 padding="max_length",
-                max_length=length,
+                max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
-            )
-            for row, tokens in zip(rows, found.input_ids, strict=True):
-                row[name.replace("tokenizer", "text_encoder")] = tokens.to(torch.int32)
+            ).input_ids
+            encoder = component.replace("tokenizer", "text_encoder")
+            for row, caption_tokens in zip(rows, tokens, strict=True):
+                row[encoder] = caption_tokens.to(torch.int32)
         return rows
 
     def cond_bytes(self) -> int:
-        return len(self.encoders) * self.counting_tokenizer.model_max_length * torch.int32.itemsize
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        raise ModelError(
-            "already encoded, but --model.train_text_encoder encodes captions in every step"
-        )
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        raise ModelError(
-            "captions are not encoded with --model.train_text_encoder: leave it out to export a dataset"
-        )
+        return len(self.encoder_names) * self.max_tokens * torch.int32.itemsize
 
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
         return denoiser(noisy, timestep, cond=cond, return_dict=False)[0]
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         if denoiser is None:
             return super().pipeline(None)
-        alone = copy.copy(denoiser)  # the same layers, without the text encoders
-        alone.__class__ = type(denoiser).original  # type: ignore[attr-defined]
-        alone._modules = {
-            name: module for name, module in denoiser._modules.items() if name not in self.encoders
+        pipeline = self.load_components(
+            "vae", "scheduler", *self.tokenizer_names, denoiser=self._without_encoders(denoiser)
+        )
+        encoders = {component: getattr(denoiser, component) for component in self.encoder_names}
+        pipeline.register_modules(**encoders)
+        return pipeline
+
+    def _without_encoders(self, denoiser: nn.Module) -> nn.Module:
+        """Return a denoiser of the same layers, without the text encoders."""
+        plain_denoiser = copy.copy(denoiser)
+        plain_denoiser.__class__ = type(denoiser).original_class  # type: ignore[attr-defined]
+        plain_denoiser._modules = {
+            name: module
+            for name, module in denoiser._modules.items()
+            if name not in self.encoder_names
         }
-        loaded = self._load("vae", "scheduler", *self.tokenizers, denoiser=alone)
-        loaded.register_modules(**{name: getattr(denoiser, name) for name in self.encoders})
-        return loaded
+        return plain_denoiser
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
-        """Of encoders whose output is not read, but that of a layer before."""
-        idle = [*super().idle_layers(denoiser)]
-        for encoder in self.read_before_last:
-            layers = [
-                name
-                for name, _ in denoiser.named_modules()
-                if re.fullmatch(rf"{encoder}\..*layers\.\d+", name)
-            ]
-            idle += [
-                layers[-1],
-                layers[-1].replace(f"encoder.layers.{len(layers) - 1}", "final_layer_norm"),
-            ]
-        return idle
-
-    def text_names(self, denoiser: nn.Module) -> dict[str, str]:
-        names = {}
-        for number, encoder in enumerate(self.encoders, 1):
-            prefix = "lora_te" if len(self.encoders) == 1 else f"lora_te{number}"
-            for name, module in denoiser.get_submodule(encoder).named_modules():
-                if isinstance(getattr(module, "weight", None), nn.Parameter):
-                    inside = name.removeprefix("text_model.")
-                    inside = inside if inside == "text_projection" else f"text_model.{inside}"
-                    names[f"{encoder}.{name}"] = f"{prefix}_{inside.replace('.', '_')}"
-        return names
+        """Return the last layers of encoders that are read before their last layer."""
+        idle_layers = list(super().idle_layers(denoiser))
+        names = [name for name, _ in denoiser.named_modules()]
+        for encoder in self.penultimate_encoders:
+            pattern = rf"{encoder}\..*layers\.\d+"
+            layers = [name for name in names if re.fullmatch(pattern, name)]
+            last_layer = layers[-1]
+            last_number = len(layers) - 1
+            last_norm = last_layer.replace(f"encoder.layers.{last_number}", "final_layer_norm")
+            idle_layers += [last_layer, last_norm]
+        return idle_layers
 
 
-def trains_text(cls: type[UNetFamily]) -> type[UNetFamily]:
-    """`cls` with its text encoders trained too."""
-    return type(cls.__name__, (TextTraining, cls), {"name": f"{cls.name} with text encoders"})
+def with_trained_text_encoders(family: type[UNetFamily]) -> type[UNetFamily]:
+    """Return the class of a family whose text encoders are trained too."""
+    members = {"name": f"{family.name} with text encoders"}
+    return type(family.__name__, (TextTraining, family), members)

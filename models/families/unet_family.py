@@ -1,36 +1,45 @@
-"""What the UNets of Stable Diffusion 1, 2 and XL have in common."""
+"""UNetFamily: the UNets of Stable Diffusion 1, 2 and XL."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import Native, base_metadata
-from models.checkpoint_files import prediction_in
-from models.diffusers_family import DiffusersFamily
-from models.families.transformer_family import counts
-from models.layer_names.unet import native_names
-from objectives.processes import sampler_of
+from models.base import base_metadata
+from models.checkpoint_files import Shapes
+from models.diffusers_family import ComponentLoaders, DiffusersFamily
+from models.layer_names.unet import UNetNames
+from objectives.schedulers import V_PREDICTION, ZERO_SNR, scheduler_from_config
 
 ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
+EDM_PREFIX = "edm_vpred."
+SD2_TEXT_KEY = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+SD2_BIAS_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+SD2_WIDTH = 1024
+"""Width of the conditioning of Stable Diffusion 2."""
+MIN_V_DEVIATION = 0.09
+"""Stable Diffusion 2's models of v have a larger deviation of that bias, those of epsilon a smaller
+one. This is how ComfyUI tells them apart, because their shapes are the same."""
 
 
 class UNetFamily(DiffusersFamily):
-    """A UNet over 4-channel latents with CLIP text conditioning; what it was trained to predict, and its noise
-    schedule, are read from its scheduler's config, and from the marks that a single file has of them.
-    """
+    """A UNet over latents of 4 channels, with CLIP text conditioning.
+
+    Its prediction type and noise schedule are in its scheduler's config. A single file may have
+    tensors that say otherwise."""
 
     media = "image"
     latent_channels = 4
-    component = "unet"
+    denoiser_component = "unet"
     denoiser_class = "UNet2DConditionModel"
-    vae_class = "AutoencoderKL"
-    file_formats = ("kohya",)
-    read_before_last: ClassVar[tuple[str, ...]] = ()
-    """Text encoders of which the output of the last layer but one is taken, and no other."""
+    layer_names = UNetNames()
+    penultimate_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders whose last layer is not used, but the output of the layer before it."""
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.ff\.net\.(0\.proj|2)",
@@ -38,78 +47,98 @@ class UNetFamily(DiffusersFamily):
     }
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
-        taken = config.get("in_channels", self.latent_channels)
-        if taken != self.latent_channels:
+        channels = config.get("in_channels", self.latent_channels)
+        if channels != self.latent_channels:
             raise ModelError(
-                f"--model.path {self.config.path} takes {taken} channels, not the {self.latent_channels} of noisy "
-                "latents alone: it fills in or edits an image, which cannot be trained here"
+                f"--model.path {self.config.path}: takes {channels} channels, not the "
+                f"{self.latent_channels} of noisy latents alone: it fills in or edits an image, "
+                "which cannot be trained here. Use the text-to-image model"
             )
 
+    @property
     def pixel_step(self) -> int:
-        return self.latent_step() * 2 ** (len(self.denoiser_config["block_out_channels"]) - 1)
-
-    def token_counts(self, captions: list[str]) -> tuple[list[int], int]:
-        return counts(self.counting_tokenizer, captions, self.counting_tokenizer.model_max_length)
+        num_levels = len(self.denoiser_config["block_out_channels"])
+        return self.latent_step * 2 ** (num_levels - 1)
 
     @property
     def cond_width(self) -> int:
         return self.denoiser_config["cross_attention_dim"]
 
     @cached_property
-    def told_by_file(self) -> dict[str, Any]:
-        """What a single file says in place of its scheduler's config."""
-        if self.path.is_dir():
+    def file_prediction(self) -> dict[str, Any]:
+        """Changes of the scheduler's config that the tensors of a single file require."""
+        if not self.files.is_single_file:
             return {}
-        with self._faults_told():
-            return prediction_in(self.path, self.stored_shapes, self.config.config is not None)
+        with self.files.loading_errors():
+            has_config = self.config.config is not None
+            return prediction_of_file(self.files.path, self.files.shapes, has_config)
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        return {**super().scheduler_config, **self.told_by_file}
-
-    def own_parts(self, wanted: tuple[str, ...]) -> dict[str, Any]:
-        if "scheduler" not in wanted or not self.told_by_file:
-            return super().own_parts(wanted)
-        return {**super().own_parts(wanted), "scheduler": sampler_of(self.scheduler_config)}
+        return {**super().scheduler_config, **self.file_prediction}
 
     @property
     def prediction_type(self) -> str:
-        """epsilon or v_prediction, as the base was trained."""
+        """epsilon or v_prediction, as the base model was trained."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
-    @abstractmethod
-    def inputs(self, cond: dict[str, Tensor]) -> dict[str, Any]:
-        """Conditioning as the UNet's arguments."""
+    def replacement_loaders(self) -> ComponentLoaders:
+        if not self.file_prediction:
+            return super().replacement_loaders()
+        return {"scheduler": lambda: scheduler_from_config(self.scheduler_config)}
 
     @abstractmethod
-    def embedded(self, encoders: Any, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`cond` with the tokens (B, L) of each text encoder, under its name, as what encode_prompt makes of them;
-        `encoders` has the text encoders as members."""
+    def denoiser_arguments(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """Return conditioning as the UNet's arguments."""
+
+    @abstractmethod
+    def encode_tokens(self, encoders: Any, cond: dict[str, Any]) -> dict[str, Any]:
+        """Return `cond` with the embeddings of encode_prompt, for trained text encoders.
+
+        `cond` has the tokens (B, L) of each text encoder under its name. `encoders` has the text
+        encoders as attributes."""
 
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
-        return denoiser(noisy, timestep, **self.inputs(cond), return_dict=False)[0]
-
-    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
-        return {name: Native(native) for name, native in native_names(denoiser).items()}
-
-    def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
-        names = {name: name for name, _ in denoiser.named_parameters()}
-        if self.path.is_dir():
-            return names
-        native, parts = self.native_names(denoiser), {name: name.rsplit(".", 1) for name in names}
-        return {
-            name: f"model.diffusion_model.{native[layer].name}.{kind}"
-            for name, (layer, kind) in parts.items()
-        }
+        return denoiser(noisy, timestep, **self.denoiser_arguments(cond), return_dict=False)[0]
 
     def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
-        """`file_metadata` of a base model of that version, as kohya and the model specification
-        write them."""
-        v_prediction = self.prediction_type == "v_prediction"
+        """Return `file_metadata` of a base model, as kohya and the model specification write it."""
+        is_zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
         return {
             **base_metadata(version, architecture),
-            "modelspec.prediction_type": "v" if v_prediction else "epsilon",
-            "ss_zero_terminal_snr": str(bool(self.scheduler_config.get("rescale_betas_zero_snr"))),
+            "modelspec.prediction_type": "v"
+            if self.prediction_type == "v_prediction"
+            else "epsilon",
+            "ss_zero_terminal_snr": str(is_zero_snr),
         }
+
+
+def prediction_of_file(file: Path, shapes: Shapes, has_config: bool) -> dict[str, Any]:
+    """Return what a single file says about its prediction, as changes of a scheduler's config.
+
+    These are the tensors that ComfyUI reads (comfy/supported_models.py). `has_config`: a given
+    configuration has the prediction type of Stable Diffusion 2. Raises OSError or
+    SafetensorError."""
+    if f"{EDM_PREFIX}sigma_max" in shapes:
+        return edm_prediction(file, shapes)
+    if "v_pred" in shapes:
+        return {**V_PREDICTION, **ZERO_SNR} if "ztsnr" in shapes else V_PREDICTION
+    is_sd2 = shapes.get(SD2_TEXT_KEY, ())[1:] == (SD2_WIDTH,) and SD2_BIAS_KEY in shapes
+    if not is_sd2 or has_config:
+        return {}
+    with safe_open(file, framework="pt") as tensors:
+        deviation = float(tensors.get_tensor(SD2_BIAS_KEY).float().std(unbiased=False))
+    return V_PREDICTION if deviation > MIN_V_DEVIATION else {"prediction_type": "epsilon"}
+
+
+def edm_prediction(file: Path, shapes: Shapes) -> dict[str, Any]:
+    """Return the scheduler's config of a file that was trained as EDM, such as CosXL."""
+    config = {"_class_name": "EDMEulerScheduler", **V_PREDICTION, "sigma_data": 1.0}
+    with safe_open(file, framework="pt") as tensors:
+        for option in ("sigma_min", "sigma_max"):
+            key = f"{EDM_PREFIX}{option}"
+            if key in shapes:
+                config[option] = float(tensors.get_tensor(key))
+    return config

@@ -1,132 +1,166 @@
-"""Wan 2.1 and 2.2, image to video: the denoiser is told the first frame, in further channels of its
-input and, in 2.1, by CLIP's view of it. The 5B, which is told it by a first frame without noise, is
-trained as text to video (wan.py).
+"""Wan 2.1 and 2.2, image to video: Wan, given the first frame.
+
+The first frame is in additional channels of the input and, in 2.1, seen by CLIP. The 5B, whose
+first frame has no noise instead, is trained as text to video (wan.py).
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import with_frames
-from models.checkpoint_files import files_read, part_folder
-from models.families.wan import CLIP_VIEW, IMAGE_CHANNELS, OTHERS, PATCHES, WAN_NAMES, Wan
+from models.base import Role
+from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
+from models.families.wan import (
+    IMAGE_CHANNELS,
+    IMAGE_EMBEDDER_KEY,
+    OTHER_MODEL_KEYS,
+    TOKENS,
+    WAN_KEYS,
+    Wan,
+    WanLayout,
+    input_channels,
+)
+from models.latents import with_frame_axis
 
-MASK_CHANNELS = 4  # of each latent frame, one for each frame that it is made of
-VISION = ("image_encoder", "image_processor")
+MASK_CHANNELS = 4
+"""Channels of the mask of a latent frame, one for each frame that it is made from."""
+VISION_COMPONENTS = ("image_encoder", "image_processor")
+FIRST_FRAME = "first_frame"
+IMAGE_EMBEDS = "image_embeds"
 
 
-def encoders_of(parts: Any) -> Any:
-    """The text encoders of diffusers' pipeline from images in one that does without the package
-    ftfy."""
+def text_pipeline(pipeline: Any) -> Any:
+    """Return the text encoders in a pipeline that does not need the package ftfy."""
     from diffusers import WanPipeline
 
-    return WanPipeline(parts.tokenizer, parts.text_encoder, vae=None, scheduler=None)
+    return WanPipeline(pipeline.tokenizer, pipeline.text_encoder, vae=None, scheduler=None)
+
+
+class FirstFrameLayout(WanLayout):
+    """ComfyUI's conditioning with the latents of the first frame."""
+
+    def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
+        tensors = super().tensors(cond, extras)
+        first_frame = extras.get("concat_latent_image")
+        if first_frame is not None:
+            tensors[FIRST_FRAME] = first_frame[0]
+        return tensors
+
+    def write(self, tensors: Conditioning) -> ComfyConditioning:
+        """Return ComfyUI's conditioning, with a first frame if there is one."""
+        cond, extras = super().write(tensors)
+        first_frame = tensors.get(FIRST_FRAME)
+        if first_frame is not None:
+            extras["concat_latent_image"] = first_frame[None]
+        return cond, extras
 
 
 class WanImageToVideo(Wan):
-    """Every video is its own first frame's."""
+    """Wan, image to video. Every video is trained with its own first frame."""
 
     name = "wan_i2v"
-    pair = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+    two_expert_model = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
     pipelines = ("WanImageToVideoPipeline",)
-    unused = ("transformer_2", *VISION)
-    takes_image = True
+    unused_components: ClassVar[tuple[str, ...]] = ("transformer_2", *VISION_COMPONENTS)
+    has_image_input = True
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        if not shapes.keys() >= WAN_NAMES or shapes.keys() & {*OTHERS} - {CLIP_VIEW}:
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        if not shapes.keys() >= WAN_KEYS or OTHER_MODEL_KEYS & shapes.keys():
             return False
-        return CLIP_VIEW in shapes or IMAGE_CHANNELS in shapes[PATCHES][1:2]
+        return IMAGE_EMBEDDER_KEY in shapes or input_channels(shapes) == IMAGE_CHANNELS
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
-        wanted = 2 * config["out_channels"] + MASK_CHANNELS
-        if config["in_channels"] != wanted:
+        channels = config["in_channels"]
+        expected_channels = 2 * config["out_channels"] + MASK_CHANNELS
+        if channels != expected_channels:
             raise ModelError(
-                f"--model.path {self.config.path} is no image-to-video model of this kind: its denoiser takes "
-                f"{config['in_channels']} channels, not {wanted}"
+                f"--model.path {self.config.path}: is not an image-to-video model of this kind: "
+                f"its denoiser takes {channels} channels, not {expected_channels}. Use a model of "
+                "a supported kind"
             )
 
-    def frames_fault(self, frames: int) -> str | None:
-        if frames > 1:
-            return super().frames_fault(frames)
-        least = 1 + self.frame_step
-        return f"the model is given the first frame, so one alone teaches it nothing; {least} are the fewest"
-
     @property
-    def sees(self) -> bool:
-        """Whether the denoiser is given CLIP's view of the first frame."""
+    def has_clip_input(self) -> bool:
+        """True if the denoiser is given CLIP's states of the first frame."""
         return self.denoiser_config.get("image_dim") is not None
 
     @property
-    def media_cond(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("first_frame", "image_embeds") if self.sees else ("first_frame",)
+    def vision_components(self) -> tuple[str, ...]:
+        return VISION_COMPONENTS if self.has_clip_input else ()
+
+    @property
+    def sample_conditioning(self) -> tuple[str, ...]:
+        return (FIRST_FRAME, IMAGE_EMBEDS) if self.has_clip_input else (FIRST_FRAME,)
 
     @property
     def components(self) -> tuple[str, ...]:
-        return (*super().components, *(VISION if self.sees else ()))
+        return (*super().components, *self.vision_components)
 
-    def load_encoders(self, what: Literal["text", "media"]) -> Any:
-        if what == "media":
-            return self._load("vae", *(VISION if self.sees else ()))
-        return encoders_of(super().load_encoders(what))
+    def identity_components(self, role: Role) -> tuple[str, ...]:
+        components = super().identity_components(role)
+        return (*components, *self.vision_components) if role == "vae" else components
+
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return FirstFrameLayout(
+            self.cond_width,
+            max_tokens=TOKENS,
+            required=self.sample_conditioning,
+            has_frame_axis=True,
+        )
+
+    def load_encoders(self, role: Literal["text", "media"]) -> Any:
+        if role == "media":
+            return self.load_components("vae", *self.vision_components)
+        return text_pipeline(super().load_encoders(role))
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
-        found = super().pipeline(denoiser)
-        found.encode_prompt = encoders_of(found).encode_prompt
-        return found
+        pipeline = super().pipeline(denoiser)
+        pipeline.encode_prompt = text_pipeline(pipeline).encode_prompt
+        return pipeline
 
-    def component_files(self, component: str) -> list[Path]:
-        found = super().component_files(component)
-        if component == "vae" and self.sees:
-            with self._faults_told():
-                folders = [part_folder(self.source, part) for part in VISION]
-            found += [
-                file for folder in folders for file in files_read(folder, self.config.variant)
-            ]
-        return found
-
-    def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
-        clip = with_frames(pixels, True)
-        first = torch.cat([clip[:, :, :1], torch.zeros_like(clip[:, :, 1:])], 2)
-        found = {"first_frame": self.encode_media(encoders, first)[0]}
-        if self.sees:
-            images = ((clip[:, :, 0] + 1) * 127.5).round().to(torch.uint8).cpu()
-            inputs = encoders.image_processor(images=list(images), return_tensors="pt").to(
-                pixels.device
-            )
-            seen = encoders.image_encoder(**inputs, output_hidden_states=True)
-            found["image_embeds"] = seen.hidden_states[-2]
-        return found
-
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        found = super().cond_from_comfy(cond, extras)
-        if "concat_latent_image" in extras:
-            found["first_frame"] = extras["concat_latent_image"][0]
-        return found
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        embeds, extras = super().cond_to_comfy(cond)
-        if "first_frame" in cond:
-            extras["concat_latent_image"] = cond["first_frame"][None]
-        return embeds, extras
+    def encode_sample_conditioning(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+        """Encode the first frame, followed by gray frames, and CLIP's states of the first frame."""
+        video = with_frame_axis(pixels, True)
+        first_frame = video[:, :, 0]
+        gray_video = torch.zeros_like(video)
+        gray_video[:, :, 0] = first_frame
+        mean, _ = self.encode_media(encoders, gray_video)
+        tensors = {FIRST_FRAME: mean}
+        if self.has_clip_input:
+            tensors[IMAGE_EMBEDS] = clip_states(encoders, first_frame)
+        return tensors
 
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
-        known = noisy.new_zeros(len(noisy), MASK_CHANNELS, *noisy.shape[2:])
-        known[:, :, 0] = 1
-        first = self.normalize(cond["first_frame"]).to(noisy.dtype)
+        mask = noisy.new_zeros(len(noisy), MASK_CHANNELS, *noisy.shape[2:])
+        mask[:, :, 0] = 1
+        first_frame = self.normalize(cond[FIRST_FRAME]).to(noisy.dtype)
         return denoiser(
-            torch.cat([noisy, known, first], 1),
+            torch.cat([noisy, mask, first_frame], 1),
             timestep,
             cond["prompt_embeds"],
-            encoder_hidden_states_image=cond.get("image_embeds"),
+            encoder_hidden_states_image=cond.get(IMAGE_EMBEDS),
             return_dict=False,
         )[0]
+
+
+def clip_states(encoders: Any, pixels: Tensor) -> Tensor:
+    """Return the last state but one of CLIP's vision model for images (B, 3, H, W).
+
+    The pipeline gives it images of whole numbers in [0, 255]."""
+    values = (pixels + 1) * 127.5
+    images = values.round().to(torch.uint8).cpu()
+    inputs = encoders.image_processor(images=list(images), return_tensors="pt")
+    inputs = inputs.to(pixels.device)
+    outputs = encoders.image_encoder(**inputs, output_hidden_states=True)
+    return outputs.hidden_states[-2]
 
 
 FAMILY = WanImageToVideo

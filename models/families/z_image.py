@@ -1,56 +1,88 @@
-"""Z-Image: a transformer over image and caption in one stream of tokens (Tongyi-MAI 2025, arXiv
-2511.22699), with Qwen3 as text encoder.
+"""Z-Image (Tongyi-MAI 2025, arXiv 2511.22699): a transformer over one stream of image and caption.
+
+Its text encoder is Qwen3.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
-from models.families.qwen_text_family import QwenTextFamily
-from models.layer_names.transformers import Z_IMAGE
+from models.comfy import ComfyLayout, MaskedLayout
+from models.families.transformer_family import TransformerFamily
+from models.layer_names.tables import Names, Rule, TableNames, fused_qkv
 
-TOKENS = 512  # the pipeline's default
+TOKENS = 512
+"""The pipeline's default, with the tokens of the template."""
 ATTENTION = r".*\.attention\.to_(q|k|v|out\.0)"
+ATTENTION_NAMES: Names = {
+    **fused_qkv("", "qkv"),
+    "to_out.0": "out",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
+EMBEDDER: Names = {"": "", ".linear": ".linear", ".adaLN_modulation.1": ".adaLN_modulation.1"}
+TABLE = (
+    Rule(
+        r"(noise_refiner|context_refiner|layers)\.(\d+)\.attention\.",
+        r"\1.\2.attention.",
+        ATTENTION_NAMES,
+    ),
+    Rule(r"all_(x_embedder|final_layer)\.[\d-]+", r"\1", EMBEDDER),
+)
 
 
-class ZImage(QwenTextFamily):
-    """Conditioning is the encoder's last state but one, of the caption and the marks of the chat
-    around it."""
+class ZImage(TransformerFamily):
+    """Conditioning is the encoder's last state but one, of the caption in a chat template."""
 
     name = "z_image"
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     denoiser_class = "ZImageTransformer2DModel"
-    latent_shift, latent_scale = 0.1159, 0.3611
-    names = Z_IMAGE
+    latent_shift = 0.1159
+    latent_scale = 0.3611
+    layer_names = TableNames(table=TABLE)
+    variable_length: ClassVar = {"prompt_embeds": None}
+    max_tokens = TOKENS
+    cond_width_key = "cap_feat_dim"
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.feed_forward\.w[123]",
         "all": r".*",
     }
-    most_tokens, cond_width_name = TOKENS, "cap_feat_dim"
+    comfy_widths: ClassVar = {2560: "Z-Image"}
 
     @classmethod
-    def holds(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return {
+    def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        keys = {
             "cap_pad_token",
             "layers.0.attention.qkv.weight",
             "layers.0.adaLN_modulation.0.weight",
-        } <= shapes.keys()
+        }
+        return keys <= shapes.keys()
+
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return MaskedLayout(self.cond_width)
+
+    def num_template_tokens(self) -> int:
+        messages = [{"role": "user", "content": ""}]
+        template = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return super().num_template_tokens() + len(self.tokenizer(template).input_ids)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders.text_encoder.device
-        own = [*captions]  # the pipeline writes into the list
-        embeds, _ = encoders.encode_prompt(own, device, False, max_sequence_length=TOKENS)
-        return [{"prompt_embeds": embed} for embed in embeds]
-
-    def marks(self) -> str:
-        messages = [{"role": "user", "content": ""}]
-        return self.counting_tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        embeds, _ = encoders.encode_prompt(
+            list(captions),  # the pipeline writes into the list
+            device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=TOKENS,
         )
+        return [{"prompt_embeds": embed} for embed in embeds]
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
@@ -59,12 +91,12 @@ class ZImage(QwenTextFamily):
             embed[:count]
             for embed, count in zip(cond["prompt_embeds"], cond["lengths"], strict=True)
         ]
-        images = list(noisy.unsqueeze(2).unbind())  # each a video of one frame
-        found = denoiser(images, (1000 - timestep) / 1000, captions, return_dict=False)[0]
-        return -torch.stack(found).squeeze(2)
+        images = list(noisy.unsqueeze(2).unbind())  # each is a video of one frame
+        predictions = denoiser(images, (1000 - timestep) / 1000, captions, return_dict=False)[0]
+        return -torch.stack(predictions).squeeze(2)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
-        # as the model's authors count it: 0 is without guidance, 1 what others call 2
+        # the authors' scale: 0 is without guidance, and 1 is 2 in other models
         return {"guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""models.layer_names."""
+"""Names of layers in files: diffusers' names, and those of the original models' code."""

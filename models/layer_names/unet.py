@@ -1,16 +1,18 @@
-"""Names of a UNet's modules in the original Stable Diffusion code (LDM, sgm), from diffusers'
-names: ComfyUI's own names.
+"""Names of a UNet's layers in the original Stable Diffusion code (LDM, sgm), which are ComfyUI's.
 
-`down_blocks.1.attentions.0.proj_in` -> `input_blocks.4.1.proj_in`, for any number of levels and of
-layers per level.
+`down_blocks.1.attentions.0.proj_in` is `input_blocks.4.1.proj_in`. The names follow from the
+modules of the UNet, for any number of levels and of layers per level.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-OUTSIDE = {
+from models.layer_names.names import LayerNames, OriginalLayer, layers_with_weight
+
+TOP_LEVEL_NAMES = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -22,7 +24,7 @@ OUTSIDE = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-IN_RESNET = {
+RESNET_NAMES = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -30,49 +32,88 @@ IN_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+FILE_PREFIX = "model.diffusion_model."
 
 
-def native_names(unet: nn.Module) -> dict[str, str]:
-    """diffusers name -> original name, of every module of `unet` with a weight of its own."""
-    blocks = {**OUTSIDE, **dict(block_names(unet))}
+@dataclass(frozen=True, kw_only=True)
+class UNetNames(LayerNames):
+    """Names of a UNet's layers."""
+
+    file_formats: tuple[str, ...] = ("kohya",)
+
+    def original(self, denoiser: nn.Module) -> dict[str, OriginalLayer]:
+        names = original_names(denoiser)
+        return {layer: OriginalLayer(name) for layer, name in names.items()}
+
+    def file_keys(self, denoiser: nn.Module, keys: Collection[str]) -> dict[str, str]:
+        """Return the keys of the parameters, which are the same in every single file."""
+        names = original_names(denoiser)
+        file_keys = {}
+        for name, _ in denoiser.named_parameters():
+            layer, tensor = name.rsplit(".", 1)
+            original_name = names[layer]
+            file_keys[name] = f"{FILE_PREFIX}{original_name}.{tensor}"
+        return file_keys
+
+
+def original_names(unet: nn.Module) -> dict[str, str]:
+    """Return the original name of every layer of a UNet, by diffusers' name."""
+    blocks = dict(TOP_LEVEL_NAMES)
+    blocks.update(down_block_names(unet))
+    blocks.update(up_block_names(unet))
     names = {}
-    for name, module in unet.named_modules():
-        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+    for layer in layers_with_weight(unet):
+        block = containing_block(layer, blocks)
+        if not block:
             continue
-        prefix = name
-        while prefix and prefix not in blocks:
-            prefix = prefix.rpartition(".")[0]
-        if not prefix:
-            continue
-        rest = name[len(prefix) + 1 :]
-        if ".resnets." in f".{prefix}":
-            rest = IN_RESNET.get(rest, rest)
-        names[name] = f"{blocks[prefix]}.{rest}".removesuffix(".")
+        remainder = layer[len(block) + 1 :]
+        if ".resnets." in f".{block}":
+            remainder = RESNET_NAMES.get(remainder, remainder)
+        original_block = blocks[block]
+        original = f"{original_block}.{remainder}"
+        names[layer] = original.removesuffix(".")
     return names
 
 
-def block_names(unet: Any) -> Iterator[tuple[str, str]]:
-    """The parts of the blocks on the way down and up: the original numbers all layers of all levels
-    in one row."""
-    place = 1
+def containing_block(layer: str, blocks: Collection[str]) -> str:
+    """Return the block that a layer is, or is in; empty if it is in none."""
+    block = layer
+    while block and block not in blocks:
+        parent, _, _ = block.rpartition(".")
+        block = parent
+    return block
+
+
+def down_block_names(unet: Any) -> Iterator[tuple[str, str]]:
+    """Yield diffusers' and original names of the children of the blocks on the way down.
+
+    The original numbers the layers of all levels in one sequence, after the convolution at the
+    input, which is number 0."""
+    number = 1
     for level, block in enumerate(unet.down_blocks):
-        for layer in range(len(block.resnets)):
-            yield f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{place}.0"
-            yield f"down_blocks.{level}.attentions.{layer}", f"input_blocks.{place}.1"
-            place += 1
+        name = f"down_blocks.{level}"
+        for layer, _ in enumerate(block.resnets):
+            yield f"{name}.resnets.{layer}", f"input_blocks.{number}.0"
+            yield f"{name}.attentions.{layer}", f"input_blocks.{number}.1"
+            number += 1
         if block.downsamplers:
-            yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
-            place += 1
-    place = 0
+            yield f"{name}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
+            number += 1
+
+
+def up_block_names(unet: Any) -> Iterator[tuple[str, str]]:
+    """Yield diffusers' and original names of the children of the blocks on the way up.
+
+    The upsampler of a level is the last child of its last layer."""
+    number = 0
     for level, block in enumerate(unet.up_blocks):
-        attends = bool(getattr(block, "attentions", None))
-        for layer in range(len(block.resnets)):
-            yield f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{place}.0"
-            yield f"up_blocks.{level}.attentions.{layer}", f"output_blocks.{place}.1"
-            place += 1
+        name = f"up_blocks.{level}"
+        for layer, _ in enumerate(block.resnets):
+            yield f"{name}.resnets.{layer}", f"output_blocks.{number}.0"
+            yield f"{name}.attentions.{layer}", f"output_blocks.{number}.1"
+            number += 1
         if block.upsamplers:
-            # the last part of the level's last layer
-            yield (
-                f"up_blocks.{level}.upsamplers.0.conv",
-                f"output_blocks.{place - 1}.{1 + attends}.conv",
-            )
+            has_attention = bool(getattr(block, "attentions", None))
+            child = 2 if has_attention else 1
+            last_number = number - 1
+            yield f"{name}.upsamplers.0.conv", f"output_blocks.{last_number}.{child}.conv"

@@ -28,7 +28,7 @@ from common.errors import AdapterError
 from lora_algos import ALGORITHMS, get_algorithm
 from lora_algos.attach import adaptable_layers, attach_from_file, norm_layers
 from lora_algos.config import LayerSpec
-from models.layer_names.unet import native_names
+from models.layer_names.unet import original_names
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
 PEFT_CASES = [
@@ -55,14 +55,14 @@ def full_size() -> torch.nn.Module:
 
 
 def test_native_names_are_comfyuis_for_every_module_with_a_weight():
-    assert native_names(full_size()) == {
+    assert original_names(full_size()) == {
         name: native for name, (native, _) in comfy_modules().items()
     }
 
 
 def test_every_layer_of_sd15_is_called_as_comfyui_accepts_it():
     denoiser, modules = full_size(), comfy_modules()
-    spelt = files.Names(native_names(denoiser))
+    spelt = files.Names(original_names(denoiser))
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
     assert layers.keys() == modules.keys()
     for name, layer in layers.items():

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from common.errors import DataError, ModelError
 from data.sources.comfy_shards import Entry, is_comfy_folder, samples, scan, shards, write_folder
-from models import get_family
-from models.base import COMFY_WIDTHS, ModelFamily
+from models import family_classes
+from models.base import ModelFamily
 from models.config import ModelConfig
+from models.detect import get_family
 
 WIDTH = 96  # of the embedded model's conditioning
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -188,7 +189,7 @@ BAD_SAMPLES = [  # latents, conditioning, what is said
     (
         GOOD,
         [[torch.zeros(1, 77, 2048), {}]],
-        "conditioning of width 2048, which is SDXL's; this model takes 96",
+        "conditioning of width 2048 (SDXL); this model takes width 96",
     ),
     (GOOD, [[torch.zeros(2, 77, WIDTH), {}]], "conditioning of shape (2, 77, 96)"),
     (
@@ -227,8 +228,8 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
     for number, what in [
         *((0, bad[2]) for bad in BAD_SAMPLES),
         (1, "3 latents, but 2 conditionings"), (2, "no conditioning"), (3, "no latents"), (4, "no latents"),
-        (5, "samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more: conditioning of width 3584, which is Qwen-Image's"),
-        (6, "damaged"), (7, "8 channels"), (7, "SD2.1's"), (8, "unreadable"),
+        (5, "samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more: conditioning of width 3584 (Qwen-Image)"),
+        (6, "damaged"), (7, "8 channels"), (7, "1024 (SD2.1)"), (8, "unreadable"),
     ]:  # fmt: skip
         assert [
             f
@@ -404,7 +405,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path, family, dtype, form):
     for sample, (latents, cond, _) in zip(found, made, strict=True):
         assert same(sample.latents, latents)
         assert same(sample.cond["prompt_embeds"], cond[0])
-        back, extras = family.cond_to_comfy(sample.cond)
+        back, extras = family.comfy.write(sample.cond)
         assert same(back, cond)
         assert extras == {"pooled_output": None}
 
@@ -413,7 +414,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path, family, dtype, form):
 def test_extras_are_read_back_exactly(tmp_path, family, form, monkeypatch):
     made, seen = triples(4), []
     write_folder(tmp_path / "set", made, shard_size=3, form=form)
-    monkeypatch.setattr(family, "cond_from_comfy", lambda cond, extras: seen.append(extras) or {})
+    monkeypatch.setattr(family.comfy, "read", lambda cond, extras: seen.append(extras) or {})
     for file in shards(tmp_path / "set"):
         list(samples(tmp_path / "set", family, file.name))
     for extras, (_, _, expected) in zip(seen, made, strict=True):
@@ -540,20 +541,26 @@ def test_a_family_takes_its_own_conditioning_and_says_whose_another_is(tmp_path,
     file = get_family(ModelConfig(path=str(tmp_path / "model.safetensors"), config=str(BASE)))
     for each in (family, file):
         cond = random(1, 154, WIDTH)
-        taken = each.cond_from_comfy(cond, {"pooled_output": random(1, 768)})
+        taken = each.comfy.read(cond, {"pooled_output": random(1, 768)})
         assert taken.keys() == {"prompt_embeds"}
         assert same(taken["prompt_embeds"], cond[0])
-        assert same(each.cond_to_comfy(taken)[0], cond)
-        for width, whose in COMFY_WIDTHS.items():
-            with pytest.raises(ModelError) as told:
-                each.cond_from_comfy(torch.zeros(1, 77, width), {})
-            assert f"width {width}, which is {whose}; this model takes 96" in str(told.value)
+        assert same(each.comfy.write(taken)[0], cond)
+        owners = [
+            item for other in family_classes().values() for item in other.comfy_widths.items()
+        ]
+        assert len({width for width, _ in owners}) == 9
+        for width, owner in owners:
+            with pytest.raises(ModelError) as error:
+                each.comfy.read(torch.zeros(1, 77, width), {})
+            assert f"conditioning of width {width} (" in str(error.value)
+            assert owner in str(error.value)
+            assert "; this model takes width 96" in str(error.value)
         for shape in ((77, WIDTH), (1, 0, WIDTH), (2, 77, WIDTH)):
             with pytest.raises(ModelError, match=r"not \(1, tokens, 96\)"):
-                each.cond_from_comfy(torch.zeros(shape), {})
+                each.comfy.read(torch.zeros(shape), {})
     encoded = family.encode_prompt(family.load_encoders("text"), ["a cat"])[0]
-    cond, extras = family.cond_to_comfy(encoded)
-    assert same(family.cond_from_comfy(cond, extras)["prompt_embeds"], encoded["prompt_embeds"])
+    cond, extras = family.comfy.write(encoded)
+    assert same(family.comfy.read(cond, extras)["prompt_embeds"], encoded["prompt_embeds"])
 
 
 def test_a_shard_that_contains_itself_ends(tmp_path, family):

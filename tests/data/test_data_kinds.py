@@ -16,8 +16,8 @@ from data.export import write_dataset
 from data.precompute.build import Build, Datasets
 from data.schedule import key
 from data.sources import comfy_shards
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 
 @pytest.fixture

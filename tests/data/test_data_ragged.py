@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.data_cases import data_config, dataset_with, row_of
-from helpers.data_families import Ragged
+from helpers.data_families import VariableLength
 from helpers.project import BASE, reset_accelerate
 
 from common.errors import DataError
@@ -171,7 +171,7 @@ def built(images, tmp_path):
         given = {
             "resolution": 64,
             "cache_dir": str(tmp_path / "cache"),
-            "images": str(images),
+            "path": str(images),
             **options,
         }
         return build_datasets(data_config(**given), family, Accelerator(cpu=True)).train
@@ -181,7 +181,7 @@ def built(images, tmp_path):
 
 
 def test_a_batch_trains_on_each_caption_as_if_it_were_alone(built):
-    family = Ragged(ModelConfig(path=str(BASE)))
+    family = VariableLength(ModelConfig(path=str(BASE)))
     dataset = built(family, caption_dropout=0.4, caption_one_per_line=True)
     assert len(dataset.buckets) == 1
     assert len({len(dataset.cond(row)["prompt_embeds"]) for row in range(4)}) > 2
@@ -214,7 +214,7 @@ def stored_bytes(dataset) -> int:
 
 
 def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
-    family, none = Ragged(ModelConfig(path=str(BASE))), {"pooled_output": None}
+    family, none = VariableLength(ModelConfig(path=str(BASE))), {"pooled_output": None}
     samples = [(torch.randn(4, 16, 16), torch.randn(1, 3 + i, 96), none) for i in range(4)]
     write_folder(tmp_path / "set", samples)
     dataset = built(family, path=str(tmp_path / "set"), caption_dropout=0.5)
@@ -226,6 +226,6 @@ def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
     )
     lengths = sorted(len(dataset.cond(row)["prompt_embeds"]) for row in range(4))
     assert lengths == [3, 4, 5, 6]
-    family.ragged = {"prompt_embeds": 5}
+    family.comfy.max_tokens = 5
     with pytest.raises(DataError, match="sample 3: conditioning of 6 tokens; this model takes 5"):
         built(family, path=str(tmp_path / "set"))

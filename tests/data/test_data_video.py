@@ -167,7 +167,7 @@ def test_comfyui_latents_with_and_without_frames(build, family, tmp_path):
     plain = StableDiffusion(family.config)
     dataset = build(plain, path=shard("images", image, frame))
     assert {dataset.latents(row).shape for row in range(3)} == {(4, 8, 8)}
-    plain.comfy_frames = True
+    plain.comfy.has_frame_axis = True
     build(plain, path=str(tmp_path / "images"), export=tmp_path / "out", form="comfyui")
     assert torch.load(tmp_path / "out" / "shard_0000.pkl")["latents"][0]["samples"].shape == (
         1,
@@ -183,7 +183,7 @@ def test_comfyui_latents_with_and_without_frames(build, family, tmp_path):
 
 
 def test_a_video_family_trains_and_draws_sheets(options, images, run_here, tmp_path, monkeypatch):
-    monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
+    monkeypatch.setitem(models.FAMILIES, Video.name, "helpers.data_families")
     more = [
         f"--data.cache_dir={tmp_path / 'cache'}",
         "--data.validation_fraction=0.25",

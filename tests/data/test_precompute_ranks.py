@@ -24,7 +24,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from data.config import DataConfig, DataError
 from data.precompute import build_datasets
-from models import get_family
+from models.detect import get_family
 from models.config import ModelConfig
 
 out, base, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])

@@ -17,8 +17,8 @@ from PIL import Image
 
 from common.errors import DataError
 from data.sources import open_source
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 
 def png(color=(255, 0, 0), size=(8, 8), mode="RGB", image_format="PNG") -> bytes:

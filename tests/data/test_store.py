@@ -19,8 +19,8 @@ from data.precompute.build import build_datasets
 from data.store.hashing import file_hashes, key_of
 from data.store.part import data_file
 from data.store.store import Store, damaged
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 
 @pytest.fixture

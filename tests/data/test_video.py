@@ -293,7 +293,7 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
 
 
 def test_the_report_and_the_sheets_show_clips(folder, run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
+    monkeypatch.setitem(models.FAMILIES, Video.name, "helpers.data_families")
     options = [
         f"--model.path={BASE}", f"--data.path={folder}", f"--data.cache_dir={tmp_path / 'cache'}",
         "--data.resolution=96", "--data.frames=5", "--data.video_clips=spread", f"--output_dir={tmp_path / 'out'}",

@@ -12,7 +12,7 @@ from adapter_files import files
 from helpers.project import BASE
 from lora_algos.attach import AdaptedModel, adaptable_layers, attach, norm_layers
 from lora_algos.config import AdapterOptions, LayerSpec
-from models.layer_names.unet import native_names
+from models.layer_names.unet import original_names
 
 CONV, LINEAR = (
     "down_blocks.0.resnets.0.conv1",
@@ -50,7 +50,7 @@ def unet() -> nn.Module:
 
 @functools.cache
 def names() -> files.Names:
-    return files.Names(native_names(base()))
+    return files.Names(original_names(base()))
 
 
 # layers of every kind (1x1 and 3x3 convolutions, linear ones with and without bias), few so that the tests are quick

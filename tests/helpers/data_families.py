@@ -1,19 +1,21 @@
 """Families that the embedded model makes of itself: captions without padding, and videos."""
 
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
+from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.sd15 import StableDiffusion
 
 
-class Ragged(StableDiffusion):
+class VariableLength(StableDiffusion):
     """The real text encoder's tokens up to the end of the caption; the UNet does not see what is padded."""
 
-    ragged = {"prompt_embeds": None}  # noqa: RUF012
+    variable_length = {"prompt_embeds": None}  # noqa: RUF012
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        counts, most = self.token_counts(captions)
+        counts, most = self.count_tokens(captions)
         conds = super().encode_prompt(encoders, captions)
         return [
             {"prompt_embeds": c["prompt_embeds"][: min(n, most) + 2]}
@@ -27,12 +29,26 @@ class Ragged(StableDiffusion):
         return denoiser(noisy, timestep, embeds, encoder_attention_mask=mask, return_dict=False)[0]
 
 
+class FirstFrameLayout(ComfyLayout):
+    """ComfyUI's conditioning with the latents of the first frame."""
+
+    def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
+        tensors = super().tensors(cond, extras)
+        if "concat_latent_image" in extras:
+            tensors["first_frame"] = extras["concat_latent_image"][0, :, 0]
+        return tensors
+
+    def write(self, tensors: Conditioning) -> ComfyConditioning:
+        cond, extras = super().write(tensors)
+        return cond, extras | {"concat_latent_image": tensors["first_frame"][None, :, None]}
+
+
 class Video(StableDiffusion):
     """Each latent frame is that of the first of four frames; the first frame's latents condition the others."""
 
     media = "video"
     frame_step = 4
-    media_cond = ("first_frame",)
+    sample_conditioning = ("first_frame",)
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         frames = (pixels if pixels.ndim == 5 else pixels.unsqueeze(2))[:, :, ::4]
@@ -42,7 +58,7 @@ class Video(StableDiffusion):
         )
         return mean, deviation
 
-    def encode_media_cond(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_sample_conditioning(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
         first = pixels if pixels.ndim == 4 else pixels[:, :, 0]
         return {"first_frame": super().encode_media(encoders, first)[0]}
 
@@ -50,17 +66,11 @@ class Video(StableDiffusion):
         frames = super().decode_media(encoders, latents.transpose(1, 2).flatten(0, 1))
         return frames.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
-    def cond_from_comfy(self, cond: Tensor, extras: dict[str, Any]) -> dict[str, Tensor]:
-        first = (
-            {"first_frame": extras["concat_latent_image"][0, :, 0]}
-            if "concat_latent_image" in extras
-            else {}
+    @cached_property
+    def comfy(self) -> ComfyLayout:
+        return FirstFrameLayout(
+            self.cond_width, required=self.sample_conditioning, has_frame_axis=True
         )
-        return super().cond_from_comfy(cond, extras) | first
-
-    def cond_to_comfy(self, cond: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        embeds, extras = super().cond_to_comfy(cond)
-        return embeds, extras | {"concat_latent_image": cond["first_frame"][None, :, None]}
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Tensor]

@@ -1,5 +1,5 @@
-"""What the tests of families share: a case per family, each with a tiny pipeline of the real classes, and one denoising
-call of diffusers' own pipeline to compare with.
+"""A case per family: a tiny pipeline of the real classes, and one denoising call of diffusers' own pipeline to compare
+with.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from data.store.hashing import key_of
 from data.store.store import Store
-from models import FAMILIES, get_family
-from models.base import ModelFamily, Native
+from models import FAMILIES
+from models.base import ModelFamily
 from models.config import ModelConfig
+from models.detect import get_family
+from models.layer_names.names import OriginalLayer
 
 PROMPTS = ["a photo of a smiling red cat", "owl"]
 SIDE = 32
@@ -61,7 +63,7 @@ class Case:
 
 @lru_cache
 def cases() -> list[Case]:
-    """One or several cases of each family: tests/family_<name>.py has CASE, or CASES."""
+    """One or several cases of each family: tests/helpers/families/<name>.py has CASE, or CASES."""
     found: list[Case] = []
     for family in FAMILIES:
         if family != "sd15":  # its case is the embedded model, in tests of its own
@@ -120,7 +122,7 @@ def seen_in(
     first = torch.from_numpy(np.array(picture(*shape))).permute(2, 0, 1) / 127.5 - 1
     video = torch.rand(count, 3, frames, *shape) * 2 - 1
     video[:, :, 0] = first
-    return family.encode_media_cond(family.load_encoders("media"), video)
+    return family.encode_sample_conditioning(family.load_encoders("media"), video)
 
 
 def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
@@ -172,7 +174,8 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         store.write((key_of(str(i)), row) for i, row in enumerate(rows))
         store.reload()
         return store.rows(
-            store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(), family.ragged
+            store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(),
+            family.variable_length,
         )
 
 
@@ -181,16 +184,18 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[s
     weights of norms."""
     family = family_of(case)
     denoiser = family.load_denoiser(torch.float32)
-    natives, parts = family.native_names(denoiser), {}
+    natives, parts = family.layer_names.original(denoiser), {}
     for name, tensor in denoiser.state_dict().items():
         layer, _, kind = name.rpartition(".")
-        native = natives.get(layer, Native(""))
-        tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped else tensor
+        native = natives.get(layer, OriginalLayer(""))
+        tensor = torch.cat([*tensor.chunk(2)][::-1]) if native.swapped_halves else tensor
         key = (
             f"{native.name}.{norm if 'norm' in native.name and kind == 'weight' else kind}"
             if layer in natives
             else case.bare(name)
         )
-        parts.setdefault(prefix + key, []).append((native.rows[0] if native.rows else 0, tensor))
+        parts.setdefault(prefix + key, []).append(
+            (native.row_slice[0] if native.row_slice else 0, tensor)
+        )
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
     return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.layer_names.unet import native_names
+from models.layer_names.unet import original_names
 
 VAE = {
     "conv_norm_out": "norm_out",
@@ -43,7 +43,7 @@ def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     """All weights under their original names, and with them what else stands in Stable Diffusion 1.5's file: the noise
     schedule, in fp32 whatever the dtype of the weights, and integer positions."""
     unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    levels, native = len(vae.config.block_out_channels), native_names(unet)
+    levels, native = len(vae.config.block_out_channels), original_names(unet)
     unet_state = {name.rpartition("."): tensor for name, tensor in unet.state_dict().items()}
     text_state = {
         name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()

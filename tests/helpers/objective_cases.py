@@ -14,7 +14,8 @@ from torch import Tensor
 from helpers.project import BASE
 from objectives.config import ObjectiveConfig
 from objectives.objective import Objective
-from objectives.processes import NoiseProcess, process_from_scheduler
+from objectives.processes import NoiseProcess
+from objectives.schedulers import process_from_scheduler
 
 SHAPE = (5, 4, 6, 7)
 QUANTILES = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.9995])
@@ -27,8 +28,12 @@ PROCESSES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "v": (DDPMScheduler, V, {}),
     "v, zero terminal SNR": (DDPMScheduler, {**V, **ZERO_SNR}, {}),
     "v, zero terminal SNR asked for": (DDPMScheduler, V, {"zero_terminal_snr": True}),
-    "epsilon, continuous": (DDPMScheduler, {}, {"continuous": True}),
-    "v, zero terminal SNR, continuous": (DDPMScheduler, {**V, **ZERO_SNR}, {"continuous": True}),
+    "epsilon, continuous": (DDPMScheduler, {}, {"continuous_timesteps": True}),
+    "v, zero terminal SNR, continuous": (
+        DDPMScheduler,
+        {**V, **ZERO_SNR},
+        {"continuous_timesteps": True},
+    ),
     "flow": (FlowMatchEulerDiscreteScheduler, {}, {}),
     "flow, shift 3": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, {}),
     "flow, shift asked for": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, {"shift": 0.5}),

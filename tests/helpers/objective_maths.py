@@ -9,8 +9,8 @@ from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
 
 
-class Maths:
-    """Stands in for a family where only its arithmetic counts: normalize triples, the prediction is given."""
+class FakeFamily:
+    """A family that triples latents to normalize them, and whose prediction is fixed."""
 
     def __init__(self, prediction: Tensor, process: NoiseProcess | None = None):
         self.prediction, self.own_process = prediction, process
@@ -18,10 +18,14 @@ class Maths:
     def normalize(self, latents: Tensor) -> Tensor:
         return latents * 3
 
-    def tokens(self, shape: tuple[int, ...]) -> int:
+    @property
+    def limits(self) -> "FakeFamily":
+        return self
+
+    def num_tokens(self, shape: tuple[int, ...]) -> int:
         return TOKENS
 
-    def size_cond(self, crop: Tensor) -> dict[str, Tensor]:
+    def size_conditioning(self, crop: Tensor) -> dict[str, Tensor]:
         return {}
 
     def process(self, options: ObjectiveConfig) -> NoiseProcess:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from helpers.family_cases import PROMPTS, Case, collate, family_of, folder_of
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 
 def rows_of(case: Case, captions: list[str] = PROMPTS) -> list[dict[str, Tensor]]:

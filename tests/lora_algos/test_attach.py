@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from common.errors import AdapterError
 from lora_algos.attach import AdaptedModel, Plan, attach, attach_from_file, select_layers
 from lora_algos.config import AdapterConfig, LayerSpec, Override
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 SPEC = LayerSpec(rank=4, alpha=6.0)
 

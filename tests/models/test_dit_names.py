@@ -9,26 +9,21 @@ from helpers import comfy_keys
 from helpers.exported_keys import exported
 from torch import nn
 
-from adapter_files import files
+from adapter_files import files, keys
 from lora_algos import ALGORITHMS
 from lora_algos.attach import adaptable_layers, norm_layers
-from models.base import Native
-from models.layer_names import transformers
-from models.layer_names.unet import native_names
+from models import family_classes
+from models.layer_names.names import LayerNames, OriginalLayer
+from models.layer_names.unet import original_names
 
-NO_LAYER = "(?!)"
-TABLES = {
-    "SD3Transformer2DModel": (transformers.SD3, NO_LAYER),
-    "FluxTransformer2DModel": (transformers.FLUX, NO_LAYER),
-    "Flux2Transformer2DModel": (transformers.FLUX, transformers.FLUX2_NATIVE_ONLY),
-    "ChromaTransformer2DModel": (transformers.FLUX, transformers.CHROMA_NATIVE_ONLY),
-    "QwenImageTransformer2DModel": (transformers.QWEN_IMAGE, NO_LAYER),
-    "ZImageTransformer2DModel": (transformers.Z_IMAGE, NO_LAYER),
-    "WanTransformer3DModel": (transformers.WAN, transformers.WAN_NATIVE_ONLY),
+NAMES: dict[str, LayerNames] = {
+    family.denoiser_class: family.layer_names
+    for family in family_classes().values()
+    if family.denoiser_class != "UNet2DConditionModel"
 }
 NOT_IN_DIFFUSERS = {"pos_embed"}  # a table of sines, which diffusers makes anew
 TRANSFORMERS = [
-    name for name in comfy_keys.ARCHITECTURES if comfy_keys.key_map(name)["class"] in TABLES
+    name for name in comfy_keys.ARCHITECTURES if comfy_keys.key_map(name)["class"] in NAMES
 ]
 
 
@@ -37,10 +32,12 @@ def denoiser_of(architecture: str) -> nn.Module:
     return comfy_keys.empty_denoiser(architecture)
 
 
-def natives(architecture: str) -> dict[str, Native]:
-    return transformers.renamed(
-        denoiser_of(architecture), *TABLES[comfy_keys.key_map(architecture)["class"]]
-    )
+def names_of(architecture: str) -> LayerNames:
+    return NAMES[comfy_keys.key_map(architecture)["class"]]
+
+
+def natives(architecture: str) -> dict[str, OriginalLayer]:
+    return names_of(architecture).original(denoiser_of(architecture))
 
 
 def names(architecture: str, by_diffusers: str) -> files.Names:
@@ -49,8 +46,8 @@ def names(architecture: str, by_diffusers: str) -> files.Names:
         {layer: native.name for layer, native in found.items()},
         "transformer",
         kohya_is_native=True,
-        rows={layer: native.rows for layer, native in found.items() if native.rows},
-        swapped=frozenset(layer for layer, native in found.items() if native.swapped),
+        rows={layer: native.row_slice for layer, native in found.items() if native.row_slice},
+        swapped=frozenset(layer for layer, native in found.items() if native.swapped_halves),
         by_diffusers=by_diffusers,
     )
 
@@ -70,10 +67,12 @@ def test_every_layer_is_where_comfyui_has_it(architecture):
         key, shape = f"{native.name}.weight", tuple(layer.weight.shape)
         if name in there["modules"]:
             assert comfy_keys.place_of(there, name) == comfy_keys.Place(
-                key, native.rows, native.swapped
+                key, native.row_slice, native.swapped_halves
             )
-        assert native.by_diffusers == (f"transformer.{name}" in comfy_keys.spellings(architecture))
-        first, count = native.rows or (0, there["weights"][key][0])
+        assert native.known_by_diffusers_name == (
+            f"transformer.{name}" in comfy_keys.spellings(architecture)
+        )
+        first, count = native.row_slice or (0, there["weights"][key][0])
         assert shape == (count, *there["weights"][key][1:])
         bias = there["weights"].get(f"{native.name}.bias")
         assert (bias is None) == (getattr(layer, "bias", None) is None), name
@@ -95,9 +94,8 @@ def test_every_layer_is_where_comfyui_has_it(architecture):
 @pytest.mark.parametrize("architecture", TRANSFORMERS)
 def test_every_parameter_is_found_in_a_single_file(architecture):
     there, denoiser = comfy_keys.key_map(architecture)["weights"], denoiser_of(architecture)
-    table = TABLES[comfy_keys.key_map(architecture)["class"]][0]
     parts: dict[str, int] = {}
-    for name, key in transformers.stored_names(denoiser, table, there).items():
+    for name, key in names_of(architecture).file_keys(denoiser, there).items():
         parts[key] = parts.get(key, 0) + denoiser.get_parameter(name).numel()
     assert parts == {key: torch.Size(shape).numel() for key, shape in there.items() if key in parts}
     assert not there.keys() - parts.keys() - NOT_IN_DIFFUSERS
@@ -105,7 +103,7 @@ def test_every_parameter_is_found_in_a_single_file(architecture):
 
 def test_sdxls_unet_is_named_by_the_table_of_unets():
     there, denoiser = comfy_keys.key_map("sdxl"), comfy_keys.empty_denoiser("sdxl")
-    found = {name: f"{native}.weight" for name, native in native_names(denoiser).items()}
+    found = {name: f"{native}.weight" for name, native in original_names(denoiser).items()}
     assert found == {name: weight for name, (weight,) in there["modules"].items()}
 
 
@@ -129,7 +127,7 @@ def test_comfyui_loads_every_key_of_every_file(architecture, form):
     tensors = exported(denoiser, spelt, mixed(architecture), form.split()[0])
     assert not comfy_keys.resolve(tensors, architecture)
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
-    _, unknown = files.names.group_keys(
+    _, unknown = keys.group_keys(
         {key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers)
     )
     assert not unknown
@@ -138,7 +136,11 @@ def test_comfyui_loads_every_key_of_every_file(architecture, form):
 @pytest.mark.parametrize("architecture", TRANSFORMERS)
 def test_loras_in_diffusers_format_are_loaded_by_comfyui_too(architecture):
     denoiser, found = denoiser_of(architecture), natives(architecture)
-    known = {layer: "LoRA" for layer in adaptable_layers(denoiser) if found[layer].by_diffusers}
+    known = {
+        layer: "LoRA"
+        for layer in adaptable_layers(denoiser)
+        if found[layer].known_by_diffusers_name
+    }
     tensors = exported(denoiser, names(architecture, ""), known, "diffusers", biases=False)
     assert not comfy_keys.resolve(tensors, architecture)
 

@@ -6,8 +6,8 @@ from helpers.family_cases import cases, family_of, folder_of, native_tensors
 from safetensors.torch import save_file
 
 from common.errors import ModelError
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 from objectives.config import ObjectiveConfig
 from objectives.objective import Objective
 
@@ -24,10 +24,12 @@ def sigmas(expert: str, **options: object) -> torch.Tensor:
     config = ObjectiveConfig(**options)
     objective = Objective(family_of(PAIR[expert]).process(config), config)
     latents = torch.zeros(1001, 1)
-    return objective.noised(latents, latents, torch.linspace(0, 1, 1001), tokens=4).levels.sigma
+    return objective.add_noise(latents, latents, torch.linspace(0, 1, 1001), tokens=4).levels.sigma
 
 
-@pytest.mark.parametrize("options", [{}, {"shift": 1.0}, {"density": "logit-normal"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"shift": 1.0}, {"timestep_sampling": "logit-normal"}], ids=str
+)
 @EXPERTS
 def test_an_expert_is_trained_on_its_side_of_the_boundary(expert, options):
     found = sigmas(expert, **options)
@@ -47,7 +49,8 @@ def test_the_two_share_all_levels_as_one_denoiser_would_have_them():
 
 def test_levels_of_the_other_expert_are_refused():
     with pytest.raises(
-        ModelError, match=r"level_range = 0 0\.3: this denoiser is for levels from 0\.583 to 1"
+        ModelError,
+        match=r"--objective\.timestep_range 0 0\.3: this denoiser is for levels from 0\.583 to 1",
     ):
         sigmas("high", timestep_range=(0.0, 0.3))
 
@@ -66,9 +69,11 @@ def test_previews_have_both(expert):
 def test_a_model_of_one_denoiser_has_no_experts():
     one = next(case for case in cases() if str(case) == "wan")
     for case in (one, cases()[0]):
-        with pytest.raises(ModelError, match=r"--model\.expert = low: .* has one denoiser"):
+        with pytest.raises(
+            ModelError, match=r"--model\.expert low: .* has one denoiser\. Remove the option"
+        ):
             get_family(ModelConfig(path=str(folder_of(case)), expert="low"))
-    assert family_of(one).process(ObjectiveConfig()).span == (0.0, 1.0)
+    assert family_of(one).process(ObjectiveConfig()).t_range == (0.0, 1.0)
 
 
 ONE, I2V = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.2-i2v"))
@@ -80,15 +85,15 @@ def of_file(path, case, **options):
     return get_family(ModelConfig(path=str(path), config=str(folder_of(case)), **options))
 
 
-def test_an_expert_of_a_file_that_is_taken_for_wan_2_1_is_told_how_to_be_one(tmp_path):
-    words = r"expert = low: .* has one denoiser; .* two files, give --model\.config Wan-AI/Wan2\.2-T2V-A14B-Diffusers"
+def test_the_error_for_an_expert_of_wan_2_1_names_the_config_of_wan_2_2(tmp_path):
+    words = r"expert low: .* has one denoiser\. .* two files, use --model\.config Wan-AI/Wan2\.2-T2V-A14B-Diffusers"
     with pytest.raises(ModelError, match=words):
         of_file(tmp_path / "wan2.2_t2v_low_noise_14B.safetensors", ONE, expert="low")
 
 
 def test_a_file_that_is_an_expert_by_its_name_is_not_trained_as_wan_2_1(tmp_path):
     path = tmp_path / "wan2.2_t2v_low_noise_14B.safetensors"
-    assert of_file(path, ONE).process(ObjectiveConfig()).span == (
+    assert of_file(path, ONE).process(ObjectiveConfig()).t_range == (
         0.0,
         1.0,
     )  # whose config says what it is
@@ -101,13 +106,13 @@ def test_a_file_that_is_an_expert_by_its_name_is_not_trained_as_wan_2_1(tmp_path
 def test_a_single_file_of_a_pair_must_be_said_to_be_one_of_them(case, tmp_path):
     plain, named = tmp_path / "model.safetensors", tmp_path / "wan2.2_Low_Noise_14B.safetensors"
     with pytest.raises(
-        ModelError, match=r"model\.safetensors is one of two .* high or --model\.expert low$"
+        ModelError, match=r"model\.safetensors: is one of two .* high or --model\.expert low$"
     ):
         of_file(plain, case).process(ObjectiveConfig())
-    with pytest.raises(ModelError, match=r"--model\.expert low; by its name it looks like low$"):
+    with pytest.raises(ModelError, match=r"--model\.expert low; by its name, this file is low$"):
         of_file(named, case).process(ObjectiveConfig())
     low, high = (
-        of_file(plain, case, expert=expert).process(ObjectiveConfig()).span
+        of_file(plain, case, expert=expert).process(ObjectiveConfig()).t_range
         for expert in ("low", "high")
     )
     assert (low[0], high[1]) == (0.0, 1.0)

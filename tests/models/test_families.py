@@ -21,9 +21,8 @@ from safetensors import safe_open
 from adapter_files.keys import file_names
 from common.errors import ModelError
 from lora_algos import ALGORITHMS
-from models import get_family
-from models.base import take_comfy_cond
 from models.config import ModelConfig
+from models.detect import get_family
 from training.build import attach_adapters
 from training.cli import load_config
 
@@ -61,7 +60,7 @@ def conditioning(
     crop = torch.tensor(
         [[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32
     )
-    return {**family.size_cond(crop), **collate(family, rows), **of_media}
+    return {**family.size_conditioning(crop), **collate(family, rows), **of_media}
 
 
 @CASES
@@ -131,12 +130,12 @@ def test_latents_have_the_shape_that_the_family_says(case):
     with torch.no_grad():
         mean, deviation = family.encode_media(encoders, pixels)[:2]
         assert mean.shape == deviation.shape
-        step = family.latent_step()
+        step = family.limits.latent_step
         assert (mean.shape[0], mean.shape[1], *mean.shape[-2:]) == (
             2, family.latent_channels, 2 * SIDE // step, SIDE // step
         )  # fmt: skip
         assert family.decode_media(encoders, mean).shape == pixels.shape
-    assert family.pixel_step() % step == 0
+    assert family.limits.pixel_step % step == 0
 
 
 @CASES
@@ -144,9 +143,9 @@ def test_conditioning_comes_back_from_comfyuis_layout(case):
     family = family_of(case)
     with torch.no_grad():
         row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
-    cond, extras = family.cond_to_comfy(row)
+    cond, extras = family.comfy.write(row)
     assert (cond.ndim, cond.shape[0], "pooled_output" in extras) == (3, 1, True)
-    back = family.cond_from_comfy(cond, extras)
+    back = family.comfy.tensors(cond, extras)
     assert back.keys() == row.keys()
     assert all(back[name].equal(row[name]) for name in row)
 
@@ -156,7 +155,7 @@ def test_comfyuis_own_conditioning_gives_the_same_prediction(case, calls):
     call, family = call_of(case, calls), family_of(case)
     denoiser = family.load_denoiser(torch.float32).eval()
     with torch.no_grad():
-        cond = take_comfy_cond(family, *case.comfy(family.load_encoders("text"), PROMPTS[0]))
+        cond = family.comfy.read(*case.comfy(family.load_encoders("text"), PROMPTS[0]))
         timestep = call.timestep.reshape(1).to(torch.float32)
         found = family.predict(denoiser, call.noisy[:1], timestep, collate(family, [cond]))
     torch.testing.assert_close(found, call.prediction[:1], rtol=1e-4, atol=1e-5)
@@ -170,10 +169,10 @@ def test_captions_of_other_lengths_do_not_see_each_other(case, calls):
         tokens, extras = case.comfy(family.load_encoders("text"), PROMPTS[0])
         masks = {name: extra[:, :-7] for name, extra in extras.items() if name == "attention_mask"}
         conds = [
-            take_comfy_cond(family, tokens[:, :-7], {**extras, **masks}),
-            take_comfy_cond(family, tokens, extras),
+            family.comfy.read(tokens[:, :-7], {**extras, **masks}),
+            family.comfy.read(tokens, extras),
         ]
-        if not family.ragged:
+        if not family.variable_length:
             with pytest.raises(ValueError, match="of one batch differ"):
                 collate(family, conds)
             return
@@ -193,7 +192,7 @@ def test_a_caption_is_as_large_as_the_family_says(case):
     with torch.no_grad():
         row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
     assert sum(t.nbytes for t in row.values()) <= family.cond_bytes()
-    counts, limit = family.token_counts(PROMPTS)
+    counts, limit = family.count_tokens(PROMPTS)
     assert 0 < counts[1] < counts[0] <= limit
 
 

@@ -34,7 +34,7 @@ def default_of(case: Case, adapted: AdaptedModel) -> str:
     """The format that a run writes if none is asked for."""
     family = family_of(case)
     names = file_names(family, adapted.model)
-    return files.preferred(family.file_formats, files.layers_of_adapted(adapted), names)
+    return files.preferred(family.layer_names.file_formats, files.layers_of_adapted(adapted), names)
 
 
 def check_loads(case: Case, adapted: AdaptedModel, file_format: str, folder) -> None:
@@ -48,12 +48,12 @@ def check_loads(case: Case, adapted: AdaptedModel, file_format: str, folder) -> 
     expected = merged.state_dict()
     pipeline = family.pipeline(None)
     load = pipeline.load_lora_weights
-    if family.component == "transformer_2":
+    if family.denoiser_component == "transformer_2":
         load = partial(load, load_into_transformer_2=True)
     load(folder, weight_name="lora.safetensors")
-    pipeline.fuse_lora(components=[family.component])
+    pipeline.fuse_lora(components=[family.denoiser_component])
     pipeline.unload_lora_weights()
-    found = getattr(pipeline, family.component).state_dict()
+    found = getattr(pipeline, family.denoiser_component).state_dict()
     assert found.keys() == expected.keys()
     base = family.load_denoiser(torch.float32).state_dict()
     changed = [name for name, tensor in expected.items() if not torch.equal(tensor, base[name])]

@@ -16,9 +16,8 @@ from common.errors import AdapterError
 from lora_algos import ALGORITHMS
 from lora_algos.attach import attach, select_layers
 from lora_algos.config import AdapterOptions, LayerSpec
-from models import get_family
 from models.config import ModelConfig
-from models.detect import family_classes
+from models.detect import family_classes, get_family
 
 GOLDEN = FIXTURES / "full_size.json"
 FAMILIES = {
@@ -88,7 +87,8 @@ def full_size(tmp_path_factory):
             )
             index = {"_class_name": family.pipelines[0]}
             (folder / "model_index.json").write_text(json.dumps(index))
-            comfy_keys.empty_denoiser(architecture).save_config(folder / family.component)
+            name = family(ModelConfig(path=str(folder))).denoiser_component
+            comfy_keys.empty_denoiser(architecture).save_config(folder / name)
             bound = get_family(ModelConfig(path=str(folder)))
             found[architecture] = bound, bound.empty_denoiser()
         return found[architecture]
@@ -102,7 +102,7 @@ def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, ful
     family, denoiser = full_size(architecture)
     names = file_names(family, denoiser)
     layers = dict.fromkeys(select_layers(denoiser, ("all",), family.targets), algorithm)
-    for file_format in {"comfyui", *family.file_formats}:
+    for file_format in {"comfyui", *family.layer_names.file_formats}:
         plain = file_format == "diffusers"
         if plain and algorithm != "LoRA":
             continue
@@ -129,7 +129,7 @@ def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(
     names = file_names(family, denoiser)
     lora = dict.fromkeys(select_layers(denoiser, (preset,), family.targets), "LoRA")
     layers = empty_layers(denoiser, lora, biases=False)
-    file_format = files.preferred(family.file_formats, layers, names)
+    file_format = files.preferred(family.layer_names.file_formats, layers, names)
     if family.name == "sdxl":
         assert file_format == "kohya"
     else:

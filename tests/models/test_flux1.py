@@ -26,9 +26,8 @@ from torch import Tensor
 
 from common.errors import ModelError
 from data.precompute.build import build_datasets
-from models import get_family
-from models.base import take_comfy_cond
 from models.config import ModelConfig
+from models.detect import get_family
 from objectives.config import ObjectiveConfig
 
 DEV, SCHNELL = family_flux1.CASES
@@ -36,7 +35,7 @@ CHROMA = family_chroma.CASE
 ALL = pytest.mark.parametrize("case", [DEV, SCHNELL, CHROMA], ids=str)
 
 
-def test_the_guidance_of_the_config_is_what_the_pipeline_is_told():
+def test_the_guidance_scale_of_the_config_is_the_pipelines_argument():
     call = run_pipeline(replace(DEV, guidance={"guidance_scale": 3.5}))
     family = get_family(ModelConfig(path=str(folder_of(DEV)), guidance_scale=3.5))
     denoiser = family.load_denoiser(torch.float32).eval()
@@ -48,8 +47,8 @@ def test_the_guidance_of_the_config_is_what_the_pipeline_is_told():
 
 
 @pytest.mark.parametrize("case", [SCHNELL, CHROMA], ids=str)
-def test_guidance_is_refused_by_models_that_are_told_none(case):
-    with pytest.raises(ModelError, match=r"--model.guidance_scale 3\.5: .* told none"):
+def test_guidance_is_an_error_for_models_without_a_guidance_input(case):
+    with pytest.raises(ModelError, match=r"--model\.guidance_scale 3\.5: .* guidance input"):
         get_family(ModelConfig(path=str(folder_of(case)), guidance_scale=3.5)).load_denoiser(
             torch.float32
         )
@@ -63,8 +62,7 @@ def test_comfyuis_shorter_text_gives_what_the_pipeline_makes_of_as_many_tokens(t
     denoiser = family.load_denoiser(torch.float32).eval()
     with torch.no_grad():
         rows = [
-            take_comfy_cond(family, *family_flux1.comfy(encoders, caption, tokens))
-            for caption in PROMPTS
+            family.comfy.read(*family_flux1.comfy(encoders, caption, tokens)) for caption in PROMPTS
         ]
         found = family.predict(denoiser, call.noisy, call.timestep.expand(2), collate(family, rows))
     torch.testing.assert_close(found, call.prediction, rtol=1e-4, atol=1e-5)
@@ -74,7 +72,7 @@ def test_comfyuis_shorter_text_gives_what_the_pipeline_makes_of_as_many_tokens(t
 def test_a_caption_has_as_many_tokens_as_the_model_was_trained_with(case, tokens):
     family = family_of(case)
     assert {len(row["prompt_embeds"]) for row in rows_of(case, ["cat " * 600])} == {tokens}
-    assert family.token_counts(["cat"])[1] == tokens - 1
+    assert family.count_tokens(["cat"])[1] == tokens - 1
     assert family.preview_options(1.0).get("max_sequence_length", 512) == tokens
     assert case is CHROMA or {len(row["prompt_embeds"]) for row in rows_of(case, ["cat"])} == {
         tokens
@@ -168,7 +166,7 @@ def test_noise_levels_are_shifted_as_the_pipeline_shifts_them(side):
     )
     tokens = FluxPipeline._pack_latents(torch.empty(shape), *shape).shape[1]
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=calculate_shift(tokens))
-    levels = family.process(ObjectiveConfig()).levels(sigmas, family.tokens(shape))
+    levels = family.process(ObjectiveConfig()).levels(sigmas, family.limits.num_tokens(shape))
     torch.testing.assert_close(levels.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-3)
 
 
@@ -190,13 +188,14 @@ def test_single_files_of_the_original_names_are_the_same_model(case, spelt, tmp_
     assert family.load_denoiser(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_files_that_lack_tensors_or_are_quantized_or_are_of_another_config_are_refused(tmp_path):
+def test_files_that_lack_tensors_or_are_quantized_or_have_another_config_are_errors(tmp_path):
     path, tensors = str(tmp_path / "model.safetensors"), native_tensors(DEV, *SPELT["BFL"])
     scaled = {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(())}
     cut = {name: tensor for name, tensor in tensors.items() if name != "final_layer.linear.bias"}
     for there, config, message in (
         (cut, DEV, "lacks 1 tensors: final_layer.linear.bias"), (tensors | scaled, DEV, "scaled fp8"),
-        (tensors, SCHNELL, "is told guidance"), (native_tensors(SCHNELL), DEV, "lacks 4 tensors: guidance_in"),
+        (tensors, SCHNELL, "has a guidance input, like FLUX.1 dev, but --model.config"),
+        (native_tensors(SCHNELL), DEV, "lacks 4 tensors: guidance_in"),
     ):  # fmt: skip
         save_file(there, path)
         with pytest.raises(ModelError, match=message):

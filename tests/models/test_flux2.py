@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.errors import ModelError
-from models import get_family
-from models.base import take_comfy_cond
 from models.config import ModelConfig
+from models.detect import get_family
 from objectives.config import ObjectiveConfig
 
 BOTH = {case.family: case for case in cases() if case.family.startswith("flux2")}
@@ -110,8 +109,8 @@ def test_comfyuis_short_conditioning_is_padded_with_zeros_on_the_left(case, toke
     family = family_of(case)
     cond = torch.randn(1, tokens, family.cond_width, generator=torch.Generator().manual_seed(1))
     whole = F.pad(cond, (0, 0, TOKENS - tokens, 0))
-    short = predicted(case, take_comfy_cond(family, cond, {"pooled_output": None}))
-    assert short.equal(predicted(case, take_comfy_cond(family, whole, {"pooled_output": None})))
+    short = predicted(case, family.comfy.read(cond, {"pooled_output": None}))
+    assert short.equal(predicted(case, family.comfy.read(whole, {"pooled_output": None})))
     direct = {"prompt_embeds": whole[0], "pad_embeds": torch.zeros(family.cond_width)}
     torch.testing.assert_close(short, predicted(case, direct))
     assert not torch.allclose(
@@ -123,16 +122,16 @@ def test_comfyuis_short_conditioning_is_padded_with_zeros_on_the_left(case, toke
 def test_conditioning_of_another_width_or_of_too_many_tokens_is_refused(case):
     family = family_of(case)
     with pytest.raises(ModelError, match="width 4096"):
-        take_comfy_cond(family, torch.zeros(1, 5, 4096), {})
+        family.comfy.read(torch.zeros(1, 5, 4096), {})
     with pytest.raises(ModelError, match="600 tokens; this model takes 512"):
-        take_comfy_cond(family, torch.randn(1, 600, family.cond_width), {})
+        family.comfy.read(torch.randn(1, 600, family.cond_width), {})
 
 
-def test_guidance_is_told_to_dev_alone(encoded):
+def test_dev_alone_has_a_guidance_input(encoded):
     case, cond = BOTH["flux2"], encoded["flux2"][0][0]
     default = predicted(case, cond)
-    assert default.equal(predicted(case, cond, guidance=1.0))
-    assert not torch.allclose(default, predicted(case, cond, guidance=4.0), atol=1e-4)
+    assert default.equal(predicted(case, cond, guidance_scale=1.0))
+    assert not torch.allclose(default, predicted(case, cond, guidance_scale=4.0), atol=1e-4)
     with pytest.raises(ModelError, match=r"--model\.guidance_scale 4"):
         get_family(ModelConfig(path=str(folder_of(BOTH["flux2_klein"])), guidance_scale=4.0))
 
@@ -157,7 +156,11 @@ def test_the_shift_is_the_pipelines_at_its_default_number_of_steps(case, tokens)
 def test_at_a_megapixel_the_shift_is_comfyuis():
     family = family_of(BOTH["flux2"])
     half = torch.tensor([0.5])
-    sigma = family.process(ObjectiveConfig()).levels(half, family.tokens((1, 128, 64, 64))).sigma
+    sigma = (
+        family.process(ObjectiveConfig())
+        .levels(half, family.limits.num_tokens((1, 128, 64, 64)))
+        .sigma
+    )
     a = math.exp(COMFY_MU)
     torch.testing.assert_close(sigma, torch.tensor([a / (1 + a)]), rtol=0, atol=1e-3)
 
@@ -171,7 +174,7 @@ def test_captions_need_no_processor_for_images(tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     family = get_family(ModelConfig(path=str(folder)))
     plain = family_of(case)
-    assert family.token_counts(PROMPTS) == plain.token_counts(PROMPTS)
+    assert family.count_tokens(PROMPTS) == plain.count_tokens(PROMPTS)
     with torch.no_grad():
         rows = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])
         wanted = plain.encode_prompt(plain.load_encoders("text"), PROMPTS[:1])
@@ -184,12 +187,14 @@ def test_captions_need_no_processor_for_images(tmp_path):
 def test_a_single_file_with_native_names_holds_the_same_weights(case, prefix, norm, tmp_path):
     family, file = family_of(case), tmp_path / "model.safetensors"
     wanted = family.load_denoiser(torch.float32)
-    native, parts = family.native_names(wanted), {}
+    native, parts = family.layer_names.original(wanted), {}
     for name, tensor in wanted.state_dict().items():
         place = native[name.removesuffix(".weight")]
-        stored = torch.cat(tensor.chunk(2)[::-1]) if place.swapped else tensor
+        stored = torch.cat(tensor.chunk(2)[::-1]) if place.swapped_halves else tensor
         kind = norm if place.name.endswith("_norm") else "weight"
-        parts.setdefault(f"{prefix}{place.name}.{kind}", []).append((place.rows or (0, 0), stored))
+        parts.setdefault(f"{prefix}{place.name}.{kind}", []).append(
+            (place.row_slice or (0, 0), stored)
+        )
     # by the first row only: no two parts begin at the same
     tensors = {
         key: torch.cat([t for _, t in sorted(of, key=lambda part: part[0])])
@@ -202,4 +207,4 @@ def test_a_single_file_with_native_names_holds_the_same_weights(case, prefix, no
     assert found.keys() == wanted.state_dict().keys()
     assert all(found[name].equal(tensor) for name, tensor in wanted.state_dict().items())
     with safe_open(file, framework="pt") as there:
-        assert set(alone.stored_names(wanted).values()) == set(there.keys())
+        assert set(alone.stored_keys(wanted).values()) == set(there.keys())

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import ModelError
-from models import get_family
 from models.base import ModelFamily
-from models.checkpoint_files import hub_id_by_shapes
+from models.checkpoint_files import hub_id_of_shapes
 from models.config import ModelConfig
+from models.detect import get_family
 
 CASES = {str(case): case for case in cases()}
 SD3, SDXL = CASES["sd3"], CASES["sdxl"]
@@ -99,9 +99,9 @@ def test_a_file_with_the_vae_takes_its_text_encoders_from_the_config(file, prefi
     loaded, expected = (each.load_encoders("text") for each in (family, source))
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         assert same(getattr(loaded, name), getattr(expected, name)), name
-    assert family.latent_step() == source.latent_step()
-    assert family.component_files("vae")[0] == family.component_files("denoiser")[0] == file
-    assert family.component_files("text") == source.component_files("text")
+    assert family.limits.latent_step == source.limits.latent_step
+    assert family.identity_files("vae")[0] == family.identity_files("denoiser")[0] == file
+    assert family.identity_files("text") == source.identity_files("text")
     whole = family.pipeline(None)
     assert same(whole.vae, vae)
     assert same(whole.text_encoder_3, expected.text_encoder_3)
@@ -123,8 +123,8 @@ def test_a_file_with_one_of_the_text_encoders_takes_the_others_from_the_config(f
     assert found.text_encoder_3.shared.weight.equal(expected.text_encoder_3.shared.weight)
     assert same(found.text_encoder_2, expected.text_encoder_2)
     assert same(family.load_encoders("media").vae, source.load_encoders("media").vae)
-    assert file in family.component_files("text")
-    assert folder / "text_encoder_2" / "model.safetensors" in family.component_files("text")
+    assert file in family.identity_files("text")
+    assert folder / "text_encoder_2" / "model.safetensors" in family.identity_files("text")
 
 
 def test_a_whole_file_needs_no_weights_of_the_config(file, whole, configs):
@@ -133,11 +133,11 @@ def test_a_whole_file_needs_no_weights_of_the_config(file, whole, configs):
     for part in ("unet", "vae", "text_encoder"):
         assert same(getattr(found, part), getattr(expected, part)), part
     assert family.cond_bytes() == source.cond_bytes()
-    assert {path.suffix for path in family.component_files("text") if path != file} == {".json"}
+    assert {path.suffix for path in family.identity_files("text") if path != file} == {".json"}
 
 
 def test_large_text_encoders_of_a_whole_file_are_loaded_in_bf16(file, whole, configs, monkeypatch):
-    monkeypatch.setattr("models.diffusers_family.LARGE", 1000)
+    monkeypatch.setattr("models.model_files.MIN_LARGE", 1000)
     encoders = family_of_file(file, whole, configs).load_encoders("text")
     assert encoders.text_encoder.dtype == torch.bfloat16
 
@@ -161,7 +161,7 @@ def test_files_of_wan_are_told_apart_by_their_shapes(file, prefix, patches, more
     sparse_file(file, {prefix + key: shape for key, shape in shapes.items()})
     family = get_family(ModelConfig(path=str(file)))
     assert family.name == name
-    assert family.source == f"Wan-AI/{wanted}-Diffusers"
+    assert family.files.source == f"Wan-AI/{wanted}-Diffusers"
 
 
 def test_no_memory_is_taken_to_tell_which_model_a_file_is():
@@ -169,7 +169,7 @@ def test_no_memory_is_taken_to_tell_which_model_a_file_is():
         "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
         "large": (1 << 20, 1 << 20),
     }  # 4 TiB
-    assert "stable-diffusion" in hub_id_by_shapes(shapes)
+    assert "stable-diffusion" in hub_id_of_shapes(shapes)
 
 
 def test_latents_are_normalized_by_the_statistics_of_the_vae(tmp_path):

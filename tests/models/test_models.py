@@ -14,9 +14,9 @@ from helpers.project import BASE
 from safetensors.torch import save_file
 
 from common.errors import ModelError
-from models import get_family
 from models.base import ModelFamily
-from models.config import ModelConfig, path_fault
+from models.config import ModelConfig, path_error
+from models.detect import get_family
 from objectives.config import ObjectiveConfig
 
 CAPTIONS = ["a smiling cat, 3d style", "", "a " * 30 + "dog"]
@@ -96,7 +96,7 @@ def test_every_form_gives_the_model_of_the_folder(forms, form):
         )
     assert latents.equal(expected_latents)
     assert deviation.equal(expected_deviation)
-    assert latents.shape[-1] == 64 // family.latent_step()
+    assert latents.shape[-1] == 64 // family.limits.latent_step
     assert family.normalize(latents).equal(expected.normalize(expected_latents))
 
     process, expected_process = (f.process(ObjectiveConfig()) for f in (family, expected))
@@ -112,7 +112,7 @@ def test_every_form_names_the_files_that_it_reads(forms):
         ("file", "vae", "model.safetensors"),
         ("hub id", "text", "tokenizer.json"),
     ]:
-        files = get_family(forms[form]).component_files(component)
+        files = get_family(forms[form]).identity_files(component)
         assert wanted in [file.name for file in files], (form, component)
         assert all(file.is_file() for file in files)
 
@@ -191,7 +191,7 @@ def test_weights_load_as_they_are_stored_but_fp16_as_fp32(tmp_path, form, stored
         save_single_file(BASE, tmp_path / "model.safetensors", stored)
         config = ModelConfig(path=str(tmp_path / "model.safetensors"), config=str(BASE))
     family = get_family(config)
-    assert family.stored_dtype() == stored
+    assert family.files.denoiser_dtype() == stored
     assert family.load_denoiser(None).dtype == (
         torch.float32 if stored == torch.float16 else stored
     )
@@ -206,8 +206,8 @@ def test_a_variant_beside_the_weights_is_not_mixed_up_with_them(tmp_path):
         ("fp16", torch.float16, "diffusion_pytorch_model.fp16.safetensors"),
     ]:
         family = get_family(ModelConfig(path=str(tmp_path), variant=variant))
-        assert family.stored_dtype() == dtype
-        files = [file.name for file in family.component_files("denoiser")]
+        assert family.files.denoiser_dtype() == dtype
+        files = [file.name for file in family.identity_files("denoiser")]
         assert files == ["config.json", name]
 
 
@@ -280,7 +280,7 @@ ASK: dict[str, Callable[[ModelFamily], object]] = {
 def test_a_broken_folder_is_a_message(copy, breaks, ask, words):
     breaks(copy)
     config = ModelConfig(path=str(copy))
-    assert path_fault(config) is None
+    assert path_error(config) is None
     with pytest.raises(ModelError, match=words) as caught:
         ASK[ask](get_family(config))
     assert_one_message_about(caught.value, config)
@@ -299,7 +299,7 @@ def test_a_file_that_is_no_checkpoint_is_a_message(tmp_path, content, config, as
     assert_one_message_about(caught.value, model)
 
 
-def test_a_file_whose_config_cannot_be_had_is_a_message_that_says_what_to_do(single_file):
+def test_a_file_whose_config_is_not_available_is_a_message_that_says_what_to_do(single_file):
     config = ModelConfig(path=str(single_file))
     for ask in ("denoiser", "encoders", "process"):
         with pytest.raises(ModelError, match=r"--model\.config") as caught:
@@ -307,10 +307,10 @@ def test_a_file_whose_config_cannot_be_had_is_a_message_that_says_what_to_do(sin
         assert_one_message_about(caught.value, config)
 
 
-def test_a_hub_id_that_cannot_be_had_is_a_message():
+def test_a_hub_id_that_cannot_be_downloaded_is_a_message():
     config = ModelConfig(path="nobody/nothing")
-    assert path_fault(config) is None
-    with pytest.raises(ModelError, match="hub") as caught:
+    assert path_error(config) is None
+    with pytest.raises(ModelError, match="could not be downloaded from the Hub") as caught:
         get_family(config).load_denoiser(None)
     assert_one_message_about(caught.value, config)
 
@@ -319,7 +319,7 @@ def assert_one_message_about(error: ModelError, config: ModelConfig) -> None:
     """The message names the option and the path, once: no message inside a message, no Python."""
     text = str(error)
     assert text.count("--model.path") == 1
-    assert text.startswith(f"--model.path {config.path} ")
+    assert text.startswith(f"--model.path {config.path}: ")
     assert "Traceback" not in text
     assert "<class" not in text
 
@@ -328,17 +328,17 @@ def assert_one_message_about(error: ModelError, config: ModelConfig) -> None:
     ("name", "make", "words"),
     [
         ("folder", Path.mkdir, "model_index.json"),
-        ("model.ckpt", Path.touch, "only .safetensors"),
-        ("model", Path.touch, "only .safetensors"),
+        ("model.ckpt", Path.touch, "is a .ckpt file; expected a .safetensors file"),
+        ("model", Path.touch, "is a nameless file; expected a .safetensors file"),
         ("model.safetensors", None, "does not exist"),
         ("nowhere/model", None, "does not exist"),
         (None, None, "no model given"),
     ],
 )
-def test_a_path_that_cannot_be_a_model_is_told_from_its_name(tmp_path, name, make, words):
+def test_a_path_that_cannot_be_a_model_is_an_error_by_its_name_alone(tmp_path, name, make, words):
     path = name and tmp_path / name
     if make:
         make(path)
-    fault = path_fault(ModelConfig(path=path and str(path)))
-    assert words in fault
-    assert str(path or "") in fault
+    error = path_error(ModelConfig(path=path and str(path)))
+    assert words in error
+    assert str(path or "") in error

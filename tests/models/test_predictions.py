@@ -13,12 +13,11 @@ from helpers.project import BASE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models import get_family
-from models.checkpoint_files import SD2_BIAS, SD2_TEXT
 from models.config import ModelConfig
-from models.families.unet_family import UNetFamily
+from models.detect import get_family
+from models.families.unet_family import SD2_BIAS_KEY, SD2_TEXT_KEY, UNetFamily
 from objectives.config import ObjectiveConfig
-from objectives.processes import sampler_of
+from objectives.schedulers import scheduler_from_config
 
 SDXL = next(case for case in cases() if str(case) == "sdxl")
 
@@ -86,25 +85,25 @@ def test_files_of_stable_diffusion_2_are_told_apart_as_comfyui_does(tmp_path, sp
     bias = torch.tensor([-spread, spread] * 4)  # whose deviation is that
     tensors = {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
-        SD2_BIAS: bias,
+        SD2_BIAS_KEY: bias,
     }
     path = tmp_path / "model.safetensors"
-    save_file({**tensors, SD2_TEXT: torch.zeros(2, 1024)}, path)
+    save_file({**tensors, SD2_TEXT_KEY: torch.zeros(2, 1024)}, path)
     family = get_family(ModelConfig(path=str(path)))
-    assert family.told_by_file == {"prediction_type": wanted}
-    assert get_family(ModelConfig(path=str(path), config=str(BASE))).told_by_file == {}, (
+    assert family.file_prediction == {"prediction_type": wanted}
+    assert get_family(ModelConfig(path=str(path), config=str(BASE))).file_prediction == {}, (
         "the given one says it"
     )
-    save_file({**tensors, SD2_TEXT: torch.zeros(2, 768)}, path)
-    assert get_family(ModelConfig(path=str(path))).told_by_file == {}, (
+    save_file({**tensors, SD2_TEXT_KEY: torch.zeros(2, 768)}, path)
+    assert get_family(ModelConfig(path=str(path))).file_prediction == {}, (
         "as Stable Diffusion 1 has it"
     )
 
 
 def test_a_scheduler_without_zero_terminal_snr_is_replaced_where_it_is_asked_for():
     asked = {**PNDMScheduler(beta_schedule="scaled_linear").config, "_class_name": "PNDMScheduler"}
-    assert isinstance(sampler_of(asked), PNDMScheduler)
-    scheduler = sampler_of(
+    assert isinstance(scheduler_from_config(asked), PNDMScheduler)
+    scheduler = scheduler_from_config(
         {**asked, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     )
     assert isinstance(scheduler, DDIMScheduler)

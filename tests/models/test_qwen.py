@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import ModelError
-from models import get_family
-from models.base import take_comfy_cond
 from models.config import ModelConfig
+from models.detect import get_family
 from objectives.config import ObjectiveConfig
 
 QWEN, Z_IMAGE = family_qwen_image.CASE, family_z_image.CASE
@@ -84,14 +83,14 @@ def test_the_tiny_tokenizer_has_as_many_tokens_before_the_caption_as_the_pipelin
 @ALL
 def test_captions_are_told_to_be_cut_where_they_are(case):
     family = family_of(case)
-    limit = family.token_counts([""])[1]
+    limit = family.count_tokens([""])[1]
     captions = [" owl" * count for count in (limit - 1, limit, limit + 1)]
-    assert family.token_counts(captions)[0] == [limit - 1, limit, limit + 1]
+    assert family.count_tokens(captions)[0] == [limit - 1, limit, limit + 1]
     less, fits, over = (row["prompt_embeds"] for row in rows_of(case, captions))
     assert [len(less), len(fits), len(over)] == [
-        family.most_tokens - 1,
-        family.most_tokens,
-        family.most_tokens,
+        family.max_tokens - 1,
+        family.max_tokens,
+        family.max_tokens,
     ]
     assert torch.dist(fits[-1], less[-1]) < 0.2 * torch.dist(fits[-1], over[-1]), (
         "the last mark is seen, or cut off"
@@ -101,15 +100,15 @@ def test_captions_are_told_to_be_cut_where_they_are(case):
 @ALL
 def test_comfyuis_padding_is_left_out_by_its_mask(case):
     family, row = family_of(case), rows_of(case)[0]
-    cond, extras = family.cond_to_comfy(row)
+    cond, extras = family.comfy.write(row)
     count = cond.shape[1]
     longer = torch.cat([cond, torch.randn(1, 3, cond.shape[2])], 1)
     mask = torch.arange(count + 3)[None] < count
-    back = take_comfy_cond(family, longer, {**extras, "attention_mask": mask})
+    back = family.comfy.read(longer, {**extras, "attention_mask": mask})
     assert back["prompt_embeds"].equal(row["prompt_embeds"])
     for wrong in (~mask, torch.zeros_like(mask), mask[:, 1:]):
-        with pytest.raises(ModelError, match="an attention_mask"):
-            take_comfy_cond(family, longer, {**extras, "attention_mask": wrong})
+        with pytest.raises(ModelError, match=r"attention_mask (with gaps|of shape)"):
+            family.comfy.read(longer, {**extras, "attention_mask": wrong})
 
 
 @pytest.mark.parametrize("side", [512, 1024, 1536])
@@ -132,7 +131,7 @@ def test_noise_levels_are_shifted_as_the_pipeline_shifts_them(case, side):
     )  # this moves the steps of a drawing, and no level of training
     scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu)
     levels = family.process(ObjectiveConfig()).levels(
-        sigmas, family.tokens((1, 16, side // 8, side // 8))
+        sigmas, family.limits.num_tokens((1, 16, side // 8, side // 8))
     )
     torch.testing.assert_close(levels.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-3)
 

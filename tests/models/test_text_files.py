@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError
 from data.store.hashing import hash_of_files
-from models import get_family
 from models.base import ModelFamily
 from models.config import ModelConfig
+from models.detect import get_family
 from training.cli import load_config
 
 CASES = {str(case): case for case in cases()}
@@ -129,7 +129,7 @@ def test_a_model_in_comfyuis_files_is_the_folders_and_trains(
     )
     assert_same_rows(family, expected)
     found, wanted = family.pipeline(None), expected.pipeline(None)
-    for name in ("vae", family.component, *encoders_of(case)):
+    for name in ("vae", family.denoiser_component, *encoders_of(case)):
         states = getattr(found, name).state_dict(), getattr(wanted, name).state_dict()
         assert all(tensor.equal(states[0][key]) for key, tensor in states[1].items()), name
     mine = [
@@ -158,12 +158,12 @@ def test_the_others_come_from_the_folder_and_the_file_is_part_of_what_captions_a
 
     def identity() -> str:
         family = get_family(ModelConfig(path=folder, text_encoders=(t5,)))
-        files = family.component_files("text")
+        files = family.identity_files("text")
         assert Path(t5) in files
         assert folder_of(SD3) / "text_encoder_3" / "config.json" in files
         assert folder_of(SD3) / "text_encoder_2" / "model.safetensors" in files
         assert folder_of(SD3) / "text_encoder_3" / "model.safetensors" not in files
-        assert {f for f in source.component_files("text") if "tokenizer" in f.parent.name} <= {
+        assert {f for f in source.identity_files("text") if "tokenizer" in f.parent.name} <= {
             *files
         }
         return hash_of_files(files, tmp_path / "cache")
@@ -188,7 +188,7 @@ def test_a_file_counts_more_than_the_encoder_in_a_checkpoint(tmp_path):
         ModelConfig(path=str(path), config=str(folder_of(SD3)), text_encoders=(t5,))
     )
     assert family.load_encoders("text").text_encoder_3.shared.weight.equal(tensors["shared.weight"])
-    assert path not in family.component_files("text")
+    assert path not in family.identity_files("text")
 
 
 def test_a_projection_is_read_as_older_files_have_it(tmp_path):
@@ -201,7 +201,7 @@ def test_a_projection_is_read_as_older_files_have_it(tmp_path):
     assert family.load_encoders("text").text_encoder.text_projection.weight.equal(projection.T)
     save_file(tensors, files["text_encoder"])
     with pytest.raises(
-        ModelError, match=r"text_encoder.safetensors lacks 1 tensors .*text_projection.weight"
+        ModelError, match=r"text_encoder\.safetensors: lacks 1 tensors .*text_projection.weight"
     ):
         family.load_encoders("text")
 
@@ -217,7 +217,7 @@ def test_encoders_that_are_trained_are_those_in_the_files(tmp_path):
     assert denoiser.text_encoder.final_layer_norm.bias.equal(
         changed["text_model.final_layer_norm.bias"]
     )
-    assert {Path(file) for file in files} <= {*family.component_files("denoiser")}, (
+    assert {Path(file) for file in files} <= {*family.identity_files("denoiser")}, (
         "the base's hash is of them too"
     )
 
@@ -235,7 +235,7 @@ def test_plain_fp8_is_widened(tmp_path):
     assert found.text_encoder_2.shared.weight.equal(stored["shared.weight"].float())
 
 
-def test_all_faults_of_the_files_are_told_at_once(tmp_path):
+def test_the_errors_of_all_files_are_listed_at_once(tmp_path):
     files = text_files(FLUX, tmp_path)
     twin, short, scaled, broken, vae = (
         str(tmp_path / f"{n}.safetensors") for n in ("twin", "short", "fp8", "no", "vae")
@@ -256,10 +256,10 @@ def test_all_faults_of_the_files_are_told_at_once(tmp_path):
         "num_layers"
     ]
     assert [line.strip().split(": ")[0] for line in said[1:]] == list(given[1:])
-    assert f"is text_encoder, as {files['text_encoder']} is already" in said[1]
-    assert f"{layers - 1} layers; expected is text_encoder, CLIP of" in said[2]
+    assert f"is text_encoder, like {files['text_encoder']}. Use one file" in said[1]
+    assert f"{layers - 1} layers; expected text_encoder (CLIP of" in said[2]
     assert (
-        f"or text_encoder_2, T5 of {len(tensors['shared.weight'])} tokens x 32, {layers} layers"
+        f"or text_encoder_2 (T5 of {len(tensors['shared.weight'])} tokens x 32, {layers} layers"
         in said[2]
     )
     assert "scaled fp8" in said[3]
@@ -275,8 +275,6 @@ def test_names_that_cannot_be_text_encoders_are_refused_before_anything_loads(tm
             [*options, "--model.text_encoders", str(gguf), "nope.safetensors", str(tmp_path)]
         )
     said = str(caught.value)
-    assert (
-        f"--model.text_encoders: {gguf} is a .gguf file; only .safetensors files are read" in said
-    )
-    assert "--model.text_encoders: nope.safetensors does not exist" in said
-    assert f"--model.text_encoders: {tmp_path} is a folder: name the files in it" in said
+    assert f"--model.text_encoders {gguf}: is a .gguf file; expected .safetensors files" in said
+    assert "--model.text_encoders nope.safetensors: does not exist" in said
+    assert f"--model.text_encoders {tmp_path}: is a folder; expected .safetensors files" in said

@@ -5,8 +5,8 @@ import torch
 from helpers.family_cases import Case, cases, family_of, folder_of, native_tensors
 from safetensors.torch import save_file
 
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 from tools.base_model import Model
 
 NAMES = ("sd3", "sd3.5-medium", "wan", "wan2.2-low", "wan2.2-5b", "wan2.1-i2v")

@@ -10,9 +10,8 @@ from PIL import Image
 
 from common.errors import ModelError
 from data.sources.comfy_shards import scan
-from models.base import take_comfy_cond
 from training.config import SampleConfig
-from training.preview import draw, first_frame
+from training.preview import draw_sample, first_frame
 
 CASE, SEEN = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.1-i2v"))
 FRAMES, SIDE = 9, 32
@@ -53,7 +52,7 @@ def test_an_image_teaches_a_model_nothing_that_is_given_the_first_frame(
         said = capsys.readouterr().err
         assert "the training data: 2 errors" in said
         assert (
-            "image.png: an image; the model is given the first frame, so one alone teaches it nothing"
+            "image.png: an image; the model is given the first frame, so one frame alone teaches it nothing"
             in said
         )
         assert "short.webp: too short; the model is given the first frame" in said
@@ -81,7 +80,10 @@ def test_comfyuis_latents_of_one_frame_are_refused_by_it_too(tmp_path):
             tmp_path / "shard_0000.pkl",
         )
         assert (
-            any("so one alone teaches it nothing" in fault for fault in scan(tmp_path, family)[1])
+            any(
+                "so one frame alone teaches it nothing" in fault
+                for fault in scan(tmp_path, family)[1]
+            )
             == wrong
         )
 
@@ -95,7 +97,7 @@ def test_a_videos_latents_are_as_many_as_its_frames_and_come_back():
         assert (
             mean.shape
             == deviation.shape
-            == (1, 16, 1 + (FRAMES - 1) // family.frame_step, SIDE // 8, SIDE // 8)
+            == (1, 16, 1 + (FRAMES - 1) // family.limits.frame_step, SIDE // 8, SIDE // 8)
         )
         assert family.decode_media(encoders, mean).shape == pixels.shape
         first, _ = family.encode_media(encoders, pixels[:, :, 0])
@@ -110,18 +112,18 @@ def test_a_caption_may_have_512_tokens_and_no_more():
         row = family.encode_prompt(family.load_encoders("text"), ["x" * 700])[0]
     assert row["prompt_embeds"].shape == (512, 24)
     with pytest.raises(ModelError, match="513 tokens; this model takes 512"):
-        take_comfy_cond(family, torch.ones(1, 513, 24), {})
-    assert family.cond_from_comfy(torch.zeros(1, 512, 24), {})["prompt_embeds"].shape == (1, 24)
+        family.comfy.read(torch.ones(1, 513, 24), {})
+    assert family.comfy.read(torch.zeros(1, 512, 24), {})["prompt_embeds"].shape == (1, 24)
 
 
-def test_comfyuis_first_frame_is_taken_and_its_lack_is_told():
+def test_comfyuis_first_frame_is_read_and_a_missing_one_is_an_error():
     family = family_of(next(case for case in cases() if str(case) == "wan2.2-i2v"))
     first, cond = torch.rand(1, 16, 3, 4, 4), torch.rand(1, 512, 24)
-    found = take_comfy_cond(family, cond, {"concat_latent_image": first})
+    found = family.comfy.read(cond, {"concat_latent_image": first})
     assert found["first_frame"].equal(first[0])
-    assert family.cond_to_comfy(found)[1]["concat_latent_image"].equal(first)
+    assert family.comfy.write(found)[1]["concat_latent_image"].equal(first)
     with pytest.raises(ModelError, match="without first_frame"):
-        take_comfy_cond(family, cond, {})
+        family.comfy.read(cond, {})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_comfyuis_first_frame_is_taken_and_its_lack_is_told():
 )
 def test_what_encodes_a_video_is_what_its_store_is_known_by(name, parts):
     family = family_of(next(case for case in cases() if str(case) == name))
-    assert {file.parent.name for file in family.component_files("vae")} == parts
+    assert {file.parent.name for file in family.identity_files("vae")} == parts
 
 
 def test_previews_of_image_to_video_go_on_from_a_clips_first_frame():
@@ -142,7 +144,9 @@ def test_previews_of_image_to_video_go_on_from_a_clips_first_frame():
     other_end = first_frame(family, torch.stack([clip[:, 0], clip[:, 0]], 1), pipeline, SIDE)
     assert np.array_equal(images[0], other_end), "the rest of the clip is not looked at"
     drawn = [
-        draw(pipeline, "owl", 0, SampleConfig(num_inference_steps=2), {**options, "image": i})
+        draw_sample(
+            pipeline, "owl", 0, SampleConfig(num_inference_steps=2), {**options, "image": i}
+        )
         for i in images
     ]
     assert drawn[0].shape == (SIDE, SIDE, 3)

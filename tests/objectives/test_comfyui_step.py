@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from data.batches import Batch
 from lora_algos.attach import Plan, attach_from_file
-from models import get_family
+from models.detect import get_family
 from training.cli import load_config
 from training.config import OptimConfig
 from training.loss import build_loss

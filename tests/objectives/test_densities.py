@@ -24,7 +24,8 @@ DENSITIES: dict[str, tuple[dict[str, Any], Any]] = {
     "uniform": ({}, lambda t: t),
     "logit-normal": ({"timestep_sampling": "logit-normal"}, lambda t: logit_normal_cdf(t, 0, 1)),
     "logit-normal, shifted": (
-        {"timestep_sampling": "logit-normal", "logit_mean": 0.8, "logit_std": 0.5}, lambda t: logit_normal_cdf(t, 0.8, 0.5)
+        {"timestep_sampling": "logit-normal", "logit_mean": 0.8, "logit_std": 0.5},
+        lambda t: logit_normal_cdf(t, 0.8, 0.5),
     ),
     "mode": ({"timestep_sampling": "mode"}, None),
     "mode, steepest": ({"timestep_sampling": "mode", "mode_scale": 1.75}, None),
@@ -47,9 +48,9 @@ def density(name: str, **more: Any) -> Density:
 
 @pytest.mark.parametrize("timestep_range", RANGES)
 @pytest.mark.parametrize("name", DENSITIES)
-def test_levels_rise_with_the_quantile_inside_the_range(name, level_range):
-    drawn = density(name, timestep_range=level_range)
-    low, high = level_range
+def test_levels_rise_with_the_quantile_inside_the_range(name, timestep_range):
+    drawn = density(name, timestep_range=timestep_range)
+    low, high = timestep_range
     for dtype in (torch.float32, torch.float64):
         ends = torch.tensor([0, 2**-24, 1e-6, 1 - 1e-6, 1 - 2**-24, 1], dtype=dtype)
         levels = drawn(torch.cat([ends[:3], even(10000, dtype), ends[3:]]))
@@ -57,18 +58,19 @@ def test_levels_rise_with_the_quantile_inside_the_range(name, level_range):
         assert (levels.diff() >= 0).all()
         assert (levels >= max(low, EPS)).all()
         assert (levels <= min(high, 1 - EPS)).all()
-        if level_range != (0.0, 1.0):  # and all of it is used
+        if timestep_range != (0.0, 1.0):  # and all of it is used
             assert levels[0] < low + 0.02
             assert levels[-1] > high - 0.02
 
 
 @pytest.mark.parametrize("timestep_range", RANGES)
 @pytest.mark.parametrize("name", [name for name in DENSITIES if DENSITIES[name][1]])
-def test_each_is_the_inverse_of_its_distribution_function(name, level_range):
+def test_each_is_the_inverse_of_its_distribution_function(name, timestep_range):
     cdf, quantile = DENSITIES[name][1], even(5001, torch.float64)
-    levels = density(name, timestep_range=level_range)(quantile)
+    levels = density(name, timestep_range=timestep_range)(quantile)
     first, last = (
-        cdf(torch.tensor(end, dtype=torch.float64).clamp(1e-300, 1 - 1e-16)) for end in level_range
+        cdf(torch.tensor(end, dtype=torch.float64).clamp(1e-300, 1 - 1e-16))
+        for end in timestep_range
     )
     inside = (levels > EPS) & (levels < 1 - EPS)
     assert inside.float().mean() > 0.99
@@ -115,17 +117,17 @@ def test_moments_of_logit_normal():
 @pytest.mark.parametrize("timestep_range", RANGES)
 @pytest.mark.parametrize("drawn", DENSITIES)
 @pytest.mark.parametrize("process", PROCESSES)
-def test_every_density_goes_with_every_process(process, drawn, level_range):
-    levels_of, quantile = density(drawn, timestep_range=level_range), even(500)
+def test_every_density_goes_with_every_process(process, drawn, timestep_range):
+    levels_of, quantile = density(drawn, timestep_range=timestep_range), even(500)
     made = process_of(process)
     levels = made.levels(levels_of(quantile), TOKENS)
     lowest, highest = (
-        made.levels(torch.tensor([end]).clamp(EPS, 1 - EPS), TOKENS) for end in level_range
+        made.levels(torch.tensor([end]).clamp(EPS, 1 - EPS), TOKENS) for end in timestep_range
     )
-    assert (levels.share.diff() >= 0).all()
+    assert (levels.flow_sigma.diff() >= 0).all()
     assert levels.to_x0.isfinite().all()
-    assert (levels.share >= lowest.share * (1 - 1e-5)).all()
-    assert (levels.share <= highest.share * (1 + 1e-5)).all()
+    assert (levels.flow_sigma >= lowest.flow_sigma * (1 - 1e-5)).all()
+    assert (levels.flow_sigma <= highest.flow_sigma * (1 + 1e-5)).all()
 
 
 def test_uniform_without_a_range_leaves_quantiles_as_they_are():
@@ -134,5 +136,5 @@ def test_uniform_without_a_range_leaves_quantiles_as_they_are():
 
 
 def test_a_range_in_which_there_is_nothing_is_refused():
-    with pytest.raises(ModelError, match=r"level_range = 0\.99 1"):
+    with pytest.raises(ModelError, match=r"--objective\.timestep_range 0\.99 1: only"):
         density("logit-normal", logit_mean=-8.0, timestep_range=(0.99, 1.0))

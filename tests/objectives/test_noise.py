@@ -13,7 +13,7 @@ from torch import Tensor
 from data.batches import Batch, MicroBatches, make_batch
 from data.schedule import Schedule, key
 from objectives.config import ObjectiveConfig
-from objectives.noise import altered, kept_variance, multires
+from objectives.noise import add_multires_noise, modify_noise, upsampled_variance
 
 SHAPES = {"image": (4, 16, 24), "video": (3, 5, 16, 8), "one pixel": (4, 1, 1)}
 OPTIONS = {
@@ -33,7 +33,7 @@ def drawn(shape: tuple[int, ...], seed: int, **options) -> tuple[Tensor, Tensor,
     """Plain noise, what became of it, and what the denoiser sees."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(shape, generator=generator)
-    return noise, *altered(noise, ObjectiveConfig(**options), generator)
+    return noise, *modify_noise(noise, ObjectiveConfig(**options), generator)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -53,9 +53,8 @@ def test_an_offset_is_one_number_per_channel(shape):
 def test_multi_resolution_noise_has_variance_1_and_neighbors_that_agree(
     shape, iterations, discount
 ):
-    noise = torch.stack([
-        drawn(shape, seed, multires_noise_iterations=iterations, multires_noise_discount=discount)[1] for seed in range(1500)
-    ])  # fmt: skip
+    options = {"multires_noise_iterations": iterations, "multires_noise_discount": discount}
+    noise = torch.stack([drawn(shape, seed, **options)[1] for seed in range(1500)])
     assert abs(noise.mean()) < 0.05
     assert math.isclose(noise.var(), 1, abs_tol=0.06)
     if shape[-1] > 1 and iterations > 1 and discount > 0.5:
@@ -72,7 +71,7 @@ def test_the_variance_that_enlarging_leaves(small, large):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20000, 1, 1, small, generator=generator)
     enlarged = torch.nn.functional.interpolate(noise, size=(1, large), mode="bilinear")
-    assert math.isclose(enlarged.square().mean(), kept_variance(small, large), rel_tol=0.03)
+    assert math.isclose(enlarged.square().mean(), upsampled_variance(small, large), rel_tol=0.03)
 
 
 def test_input_perturbation_leaves_the_target_its_noise():
@@ -87,7 +86,7 @@ def test_noise_is_not_changed_in_place():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 8, 8, generator=generator)
     before = noise.clone()
-    multires(noise, 4, 0.9, generator)
+    add_multires_noise(noise, 4, 0.9, generator)
     assert noise.equal(before)
 
 
@@ -177,8 +176,11 @@ def test_quantiles_of_large_steps_stay_below_one(dataset, visit):
 
 def test_a_stratified_run_goes_on_where_it_stopped(options, run_here, tmp_path):
     """A run of 3 + 3 steps is one of 6: its samples are the same, and so are its weights."""
-    more = [*options, "--objective.stratified_timesteps", "--objective.noise_offset=0.1", "--objective.input_perturbation=0.1",
-            "--objective.multires_noise_iterations=2", "--grad_accumulation_steps=2", "--tracking.log_samples"]  # fmt: skip
+    more = [
+        *options, "--objective.stratified_timesteps", "--objective.noise_offset=0.1",
+        "--objective.input_perturbation=0.1", "--objective.multires_noise_iterations=2",
+        "--grad_accumulation_steps=2", "--tracking.log_samples",
+    ]  # fmt: skip
     for name, sittings in (("whole", (6,)), ("parts", (3, 6))):
         for steps in sittings:
             reset_accelerate()

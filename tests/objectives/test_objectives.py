@@ -15,30 +15,31 @@ from helpers.objective_cases import (
     objective_of,
     process_of,
 )
-from helpers.objective_maths import Maths, batch_of
+from helpers.objective_maths import FakeFamily, batch_of
 from torch import Tensor, nn
 
-from objectives.config import ObjectiveConfig, objective_faults
-from objectives.losses import LOSSES, POWERS
+from objectives import LOSSES, WEIGHTINGS, get_function
+from objectives.config import DELTA_LOSSES, ObjectiveConfig, objective_errors
 from objectives.objective import Objective
-from objectives.processes import Flow, Levels, NoiseProcess, Shift
-from objectives.weightings import WEIGHTINGS, inverse_sigma2
+from objectives.processes import Flow, NoiseLevels, NoiseProcess, Shift
+from objectives.weightings import inverse_sigma2
 from training.loss import LossFunction
 
 DIFFUSION = ["epsilon", "v"]
+PUBLISHED = [name for name in WEIGHTINGS if name != "none"]
 
 
 def losses_of(
     name: str, loss: str = "MSE", prediction: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The losses of one random batch."""
-    family = Maths(normal(2) if prediction is None else prediction)
+    family = FakeFamily(normal(2) if prediction is None else prediction)
     function = LossFunction(family, objective_of(name, **options), loss, torch.float32)
     return function(nn.Identity(), batch_of(normal(0), normal(1)))
 
 
 def noised(name: str, **options: Any) -> Any:
-    return objective_of(name, **options).noised(normal(0) * 3, normal(1), QUANTILES, TOKENS)
+    return objective_of(name, **options).add_noise(normal(0) * 3, normal(1), QUANTILES, TOKENS)
 
 
 def per_sample(tensor: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def test_x0_space_weights_the_squared_error_as_comfyuis_node(name):
 
 def test_masks_and_weights_scale_the_loss_of_their_samples():
     latents, noise, prediction = normal(0), normal(1), normal(2)
-    loss = LossFunction(Maths(prediction), objective_of("epsilon"), "MSE", torch.float32)
+    loss = LossFunction(FakeFamily(prediction), objective_of("epsilon"), "MSE", torch.float32)
     mask = torch.rand(len(latents), *latents.shape[-2:])
     weight = torch.rand(len(latents))
     batch = replace(batch_of(latents, noise), mask=mask, weight=weight)
@@ -83,21 +84,25 @@ def test_masks_and_weights_scale_the_loss_of_their_samples():
 
 
 def test_latents_that_are_stored_in_bf16_are_noised_in_fp32():
-    family, latents, objective = Maths(normal(2)), normal(0).bfloat16(), objective_of("epsilon")
+    family, latents, objective = (
+        FakeFamily(normal(2)),
+        normal(0).bfloat16(),
+        objective_of("epsilon"),
+    )
     LossFunction(family, objective, "MSE", torch.float32)(
         nn.Identity(), batch_of(latents, normal(1))
     )
     assert family.seen[0].equal(
-        objective.noised(latents.float() * 3, normal(1), QUANTILES, TOKENS).noisy
+        objective.add_noise(latents.float() * 3, normal(1), QUANTILES, TOKENS).noisy
     )
 
 
 def test_the_denoiser_may_see_other_noise_than_the_target_has():
     objective, seen = objective_of("v"), normal(3)
-    family = Maths(normal(2))
+    family = FakeFamily(normal(2))
     loss = LossFunction(family, objective, "MSE", torch.float32)
     losses = loss(nn.Identity(), replace(batch_of(normal(0), normal(1)), input_noise=seen))
-    assert family.seen[0].equal(objective.noised(normal(0) * 3, seen, QUANTILES, TOKENS).noisy)
+    assert family.seen[0].equal(objective.add_noise(normal(0) * 3, seen, QUANTILES, TOKENS).noisy)
     assert losses.equal(losses_of("v"))
 
 
@@ -159,7 +164,7 @@ def test_the_x0_loss_equals_torchs_over_the_denoised_latents(loss, name):
 
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 @pytest.mark.parametrize("name", ["epsilon", "v", "flow", "EDM"])
-@pytest.mark.parametrize("loss", POWERS)
+@pytest.mark.parametrize("loss", DELTA_LOSSES)
 def test_the_delta_follows_the_noise_level_as_in_kohyas_scripts(loss, name, schedule):
     delta, found = 0.1, noised(name)
     levels = found.levels
@@ -191,7 +196,7 @@ def test_losses_and_their_gradients_are_exact_at_all_sizes(loss, size):
         if loss == "log-cosh" and size > 30
         else definition(loss, wide, torch.ones(2))
     )
-    found = LOSSES[loss](error, torch.zeros(2), reduction="none")
+    found = get_function("losses", LOSSES[loss].function)(error, torch.zeros(2))
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-12)
     gradients = (
         torch.autograd.grad(found.sum(), error)[0],
@@ -202,13 +207,13 @@ def test_losses_and_their_gradients_are_exact_at_all_sizes(loss, size):
 
 def test_the_denoiser_works_in_its_own_dtype_and_the_loss_in_fp32():
     objective = objective_of("epsilon")
-    family = Maths(normal(2).bfloat16())
+    family = FakeFamily(normal(2).bfloat16())
     latents, noise = normal(0), normal(1)
     losses = LossFunction(family, objective, "MSE", torch.bfloat16)(
         nn.Identity(), batch_of(latents, noise)
     )
     noisy, timestep, cond = family.seen
-    expected = objective.noised(latents * 3, noise, QUANTILES, TOKENS)
+    expected = objective.add_noise(latents * 3, noise, QUANTILES, TOKENS)
     assert noisy.equal(expected.noisy.bfloat16())
     assert timestep.equal(expected.timestep)
     assert {key: tensor.dtype for key, tensor in cond.items()} == {
@@ -277,20 +282,20 @@ class Rescaled(NoiseProcess):
     def __init__(self, inner: NoiseProcess):
         self.inner = inner
 
-    def levels(self, quantile: Tensor, tokens: int) -> Levels:
+    def levels(self, quantile: Tensor, tokens: int) -> NoiseLevels:
         inner = self.inner.levels(quantile, tokens)
         signal, sigma = inner.signal * 7, inner.sigma * 7
-        return Levels(signal, sigma, 0.3 * signal, -2 * sigma, inner.timestep)
+        return NoiseLevels(signal, sigma, 0.3 * signal, -2 * sigma, inner.timestep)
 
 
 @pytest.mark.parametrize("space", ["prediction", "x0"])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", PUBLISHED)
 def test_a_weighting_means_the_same_for_every_prediction_and_space(weighting, space):
     """The weighted squared error of the same x0 is one number, however it is predicted."""
     options = ObjectiveConfig(loss_weighting=weighting, loss_space=space)
     flow = Flow(Shift())
     found = [
-        Objective(process, options).noised(normal(0), normal(1), QUANTILES, TOKENS)
+        Objective(process, options).add_noise(normal(0), normal(1), QUANTILES, TOKENS)
         for process in (flow, Rescaled(flow))
     ]
     # an error of 1 in x0 is an error of 1 / to_x0 in the prediction
@@ -299,13 +304,13 @@ def test_a_weighting_means_the_same_for_every_prediction_and_space(weighting, sp
 
 
 @pytest.mark.parametrize("space", ["prediction", "x0"])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", PUBLISHED)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_weights_are_finite_at_every_level(name, weighting, space):
     quantile = torch.cat([torch.tensor([0.0, 2**-24]), even(500), torch.tensor([1 - 2**-24])])
     objective = objective_of(name, loss_weighting=weighting, loss_space=space)
     one = torch.ones(len(quantile), 1, 1, 1)
-    found = objective.noised(one, one, quantile, TOKENS)
+    found = objective.add_noise(one, one, quantile, TOKENS)
     assert found.weight.isfinite().all()
     assert (found.weight >= 0).all()
     assert found.error_scale.isfinite().all()
@@ -313,12 +318,12 @@ def test_weights_are_finite_at_every_level(name, weighting, space):
 
 def test_the_weight_that_rises_without_end_ends_at_the_lowest_level_of_a_thousand():
     share = torch.tensor([0.5, 1e-3, 1e-7])
-    levels = Levels(1 - share, share, -torch.ones(3), torch.ones(3), share)
+    levels = NoiseLevels(1 - share, share, -torch.ones(3), torch.ones(3), share)
     of_velocity = inverse_sigma2(levels, ObjectiveConfig()) * share**2
     torch.testing.assert_close(of_velocity, torch.tensor([4.0, 1e6, 1e6]))
 
 
-@pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS])
+@pytest.mark.parametrize("weighting", PUBLISHED)
 def test_the_weighted_mse_does_not_depend_on_the_loss_space(weighting):
     both = [
         losses_of("v", loss_weighting=weighting, loss_space=space) for space in ("prediction", "x0")
@@ -328,9 +333,12 @@ def test_the_weighted_mse_does_not_depend_on_the_loss_space(weighting):
 
 def test_validation_is_the_plain_squared_error_whatever_is_trained():
     plain = losses_of("v")
-    options = {"loss_space": "x0", "weighting": "min-snr", "density": "cosmap", "level_range": (0.5, 1.0),
-               "huber_delta": 0.1, "shift": 2.0, "continuous": True, "prediction_type": "v_prediction"}  # fmt: skip
-    family = Maths(normal(2), process_of("v"))
+    options = {
+        "loss_space": "x0", "loss_weighting": "min-snr", "timestep_sampling": "cosmap",
+        "timestep_range": (0.5, 1.0), "huber_delta": 0.1, "shift": 2.0, "continuous_timesteps": True,
+        "prediction_type": "v_prediction",
+    }  # fmt: skip
+    family = FakeFamily(normal(2), process_of("v"))
     trained = LossFunction(family, objective_of("v", **options), "Huber", torch.float32)
     batch = batch_of(normal(0), normal(1))
     assert not torch.allclose(trained(nn.Identity(), batch), plain)
@@ -340,25 +348,27 @@ def test_validation_is_the_plain_squared_error_whatever_is_trained():
     )
 
 
-FAULTS = {
+ERRORS = {
     "unused parameters": (
-        {"logit_mean": 1.0, "mode_scale": 0.5, "min_snr_gamma": 3.0, "p2_k": 2.0, "multires_noise_discount": 0.3}, "MSE",
+        {"logit_mean": 1.0, "mode_scale": 0.5, "min_snr_gamma": 3.0, "p2_k": 2.0,
+         "multires_noise_discount": 0.3}, "MSE",
         ["logit_mean", "mode_scale", "min_snr_gamma", "p2_k", "multires_noise_discount"],
     ),
     "delta of a loss without": ({"huber_delta": 0.1, "huber_schedule": "snr"}, "log-cosh",
                                 ["huber_delta", "huber_schedule"]),
     "schedule of delta 1": ({"huber_schedule": "snr"}, "Huber", ["huber_schedule"]),
-    "empty range": ({"level_range": (0.5, 0.5)}, "MSE", ["level_range"]),
+    "empty range": ({"timestep_range": (0.5, 0.5)}, "MSE", ["timestep_range"]),
     "nothing": ({}, "MSE", []),
     "all in use": (
-        {"density": "beta", "beta_a": 3.0, "weighting": "p2", "p2_gamma": 2.0, "huber_delta": 0.1,
+        {"timestep_sampling": "beta", "beta_a": 3.0, "loss_weighting": "p2", "p2_gamma": 2.0, "huber_delta": 0.1,
          "huber_schedule": "snr", "multires_noise_iterations": 3, "multires_noise_discount": 0.2}, "SmoothL1", [],
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FAULTS)
+@pytest.mark.parametrize("case", ERRORS)
 def test_options_that_say_nothing_are_named_all_at_once(case):
-    options, loss, named = FAULTS[case]
-    faults = objective_faults(ObjectiveConfig(**options), loss)
-    assert [fault.split(" = ")[0].removeprefix("--objective.") for fault in faults] == named
+    options, loss, named = ERRORS[case]
+    errors = objective_errors(ObjectiveConfig(**options), loss)
+    names = [error.removeprefix("--objective.").split(" ")[0] for error in errors]
+    assert names == named

@@ -26,7 +26,8 @@ from helpers.objective_cases import (
 
 from common.errors import ModelError
 from objectives.config import ObjectiveConfig
-from objectives.processes import DDPM, Flow, process_from_scheduler
+from objectives.processes import DDPM, Flow
+from objectives.schedulers import process_from_scheduler
 
 PREDICTION_TYPES = ["epsilon", "v_prediction"]
 
@@ -46,7 +47,7 @@ PREDICTION_TYPES = ["epsilon", "v_prediction"]
 )
 def test_the_quantile_picks_the_timestep(quantile, timestep):
     one = torch.zeros(1, 4, 2, 2)
-    noised = objective_of("epsilon").noised(one, one, torch.tensor([quantile]), TOKENS)
+    noised = objective_of("epsilon").add_noise(one, one, torch.tensor([quantile]), TOKENS)
     assert noised.timestep.tolist() == [timestep]
 
 
@@ -86,8 +87,8 @@ def test_levels_rise_with_the_quantile_and_are_finite(name, dtype):
     ends = torch.tensor([2**-24, 1e-6, 1 - 1e-6, 1 - 2**-24], dtype=dtype)
     levels = process.levels(torch.cat([ends[:2], even(3000, dtype)[1:-1], ends[2:]]), TOKENS)
     assert (levels.snr.diff() <= 0).all()
-    assert (levels.share.diff() >= 0).all()
-    assert (process.time(levels).diff() >= 0).all()
+    assert (levels.flow_sigma.diff() >= 0).all()
+    assert (process.relative_timestep(levels).diff() >= 0).all()
     for tensor in (
         levels.signal,
         levels.sigma,
@@ -98,8 +99,8 @@ def test_levels_rise_with_the_quantile_and_are_finite(name, dtype):
         assert tensor.isfinite().all()
         assert tensor.dtype == dtype
     assert (levels.sigma > 0).all()
-    assert (process.time(levels) >= 0).all()
-    assert (process.time(levels) <= 1).all()
+    assert (process.relative_timestep(levels) >= 0).all()
+    assert (process.relative_timestep(levels) <= 1).all()
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -127,7 +128,7 @@ def test_a_right_prediction_denoises_as_diffusers_would(prediction_type):
     )
     name = {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
     x0, noise = normal(0, torch.float64), normal(1, torch.float64)
-    noised = objective_of(name).noised(x0, noise, QUANTILES.double(), TOKENS)
+    noised = objective_of(name).add_noise(x0, noise, QUANTILES.double(), TOKENS)
     for i, timestep in enumerate(noised.timestep):
         step = reference.step(noised.target[i], timestep, noised.noisy[i])
         torch.testing.assert_close(step.pred_original_sample, x0[i], rtol=0, atol=1e-4)
@@ -142,7 +143,7 @@ def test_flow_matching_equals_diffusers_scale_noise(name):
     levels = process_of(name).levels(t.clamp(max=1 - 2**-24), TOKENS)
     known = reference.timesteps.flip(0)[[0, 249, 499, 776, 999]]
     torch.testing.assert_close(levels.timestep, known)
-    noised = objective_of(name).noised(x0, noise, t, TOKENS)
+    noised = objective_of(name).add_noise(x0, noise, t, TOKENS)
     torch.testing.assert_close(noised.noisy, reference.scale_noise(x0, known, noise))
     torch.testing.assert_close(noised.target, noise - x0)
 
@@ -266,10 +267,10 @@ def test_zero_terminal_snr_leaves_no_signal_and_is_no_epsilon_models():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("epsilon", {"shift": 2.0, "edm_std": 1.0}, ["DDPM", "shift = 2.0", "edm_std = 1.0"]),
-        ("flow", {"prediction_type": "epsilon", "continuous": True, "zero_terminal_snr": True},
-         ["flow matching", "prediction_type = epsilon", "continuous = True", "zero_terminal_snr = True"]),
-        ("EDM", {"shift": 2.0, "continuous": True}, ["EDM", "shift = 2.0", "continuous = True"]),
+        ("epsilon", {"shift": 2.0, "edm_std": 1.0}, ["DDPM", "--objective.shift 2.0: ", "--objective.edm_std 1.0: "]),
+        ("flow", {"prediction_type": "epsilon", "continuous_timesteps": True, "zero_terminal_snr": True},
+         ["flow matching", "prediction_type epsilon: ", "continuous_timesteps True: ", "zero_terminal_snr True: "]),
+        ("EDM", {"shift": 2.0, "continuous_timesteps": True}, ["EDM", "shift 2.0: ", "continuous_timesteps True: "]),
     ],
 )  # fmt: skip
 def test_options_that_a_process_has_no_use_for_are_refused_all_at_once(name, options, words):

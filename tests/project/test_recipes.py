@@ -10,8 +10,9 @@ from helpers.family_cases import SIDE, cases, folder_of
 from helpers.project import PROJECT
 
 from data.media.buckets import Buckets
-from models import FAMILIES, get_family
+from models import FAMILIES
 from models.config import ModelConfig
+from models.detect import get_family
 from training.cli import validate
 from training.config import TrainConfig
 

@@ -19,8 +19,8 @@ from data.media.buckets import Crop
 from data.media.images import pixels
 from data.precompute.build import Build, build_datasets
 from data.store.store import Store
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 from tools.data import contact_sheets, survey
 
 LONG = " ".join(["face"] * 40)
@@ -372,7 +372,7 @@ def test_tokens_are_counted_without_the_encoder(monkeypatch):
     captions = ["", "a face", LONG, "\U0001f600"]
     wanted = [len(encoders.tokenizer(text).input_ids) - 2 for text in captions]
     monkeypatch.setattr(type(family), "load_encoders", None)
-    assert family.token_counts(captions) == (wanted, encoders.tokenizer.model_max_length - 2)
+    assert family.count_tokens(captions) == (wanted, encoders.tokenizer.model_max_length - 2)
     assert family.cond_bytes() == encoders.encode_prompt(["x"], "cpu", 1, False)[0].nbytes
 
 

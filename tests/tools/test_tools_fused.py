@@ -1,6 +1,7 @@
 """The sub-commands on a single file in the original model's names, where layers are parts of tensors: a small FLUX."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from adapter_files import files
 from adapter_files.keys import file_names
 from lora_algos.attach import AdaptedModel, attach, attach_from_file, norm_layers
 from lora_algos.config import LayerSpec
-from models.base import ModelFamily, Native
+from models.base import ModelFamily
 from models.config import ModelConfig
-from models.layer_names import transformers
+from models.families.flux_names import FLUX_TABLE
+from models.families.wan_names import WAN_NAMES
+from models.layer_names.names import LayerNames
+from models.layer_names.tables import TableNames
 
 FLUX = {
     "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 3, "in_channels": 8,
@@ -39,13 +43,12 @@ PREFIX = "model.diffusion_model."
 class Small(ModelFamily):
     """What the sub-commands ask of a family, for a single file."""
 
-    name, component, kohya_is_native = "small", "transformer", True
-    file_formats, by_diffusers = ("diffusers", "comfyui"), "transformer."
-    table: Any = transformers.FLUX
+    name, denoiser_component = "small", "transformer"
+    layer_names: LayerNames = TableNames(table=FLUX_TABLE)
 
     @property
-    def path(self) -> Path:
-        return Path(str(self.config.path))
+    def files(self) -> Any:
+        return SimpleNamespace(path=Path(str(self.config.path)), is_single_file=True)
 
     def empty_denoiser(self) -> nn.Module:
         with torch.device("meta"):
@@ -54,15 +57,12 @@ class Small(ModelFamily):
     def denoiser(self) -> nn.Module:
         return FluxTransformer2DModel(**FLUX)
 
-    def component_files(self, component: str) -> list[Path]:
-        return [self.path]
+    def identity_files(self, role: str) -> list[Path]:
+        return [self.files.path]
 
-    def native_names(self, denoiser: nn.Module) -> dict[str, Native]:
-        return transformers.renamed(denoiser, self.table)
-
-    def stored_names(self, denoiser: nn.Module) -> dict[str, str]:
-        with safe_open(self.path, framework="pt") as file:
-            return transformers.stored_names(denoiser, self.table, set(file.keys()))
+    def stored_keys(self, denoiser: nn.Module) -> dict[str, str]:
+        with safe_open(self.files.path, framework="pt") as file:
+            return self.layer_names.file_keys(denoiser, set(file.keys()))
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return {"ss_base_model_version": "small"}
@@ -71,7 +71,7 @@ class Small(ModelFamily):
 class SmallWan(Small):
     """A model with parameters of its own, outside of layers."""
 
-    file_formats, by_diffusers, table = ("comfyui",), "", transformers.WAN
+    layer_names = WAN_NAMES
 
     def denoiser(self) -> nn.Module:
         return WanTransformer3DModel(**WAN)
@@ -94,14 +94,16 @@ def denoiser(family: type[Small] = Small) -> nn.Module:
 def native_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights in the original model's names, norms as FLUX's own file has them."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for layer, native in transformers.renamed(model, transformers.FLUX).items():
+    for layer, native in Small.layer_names.original(model).items():
         for kind, tensor in model.get_submodule(layer).named_parameters():
             tensor = (
-                torch.cat(tensor.detach().chunk(2)[::-1]) if native.swapped else tensor.detach()
+                torch.cat(tensor.detach().chunk(2)[::-1])
+                if native.swapped_halves
+                else tensor.detach()
             )
             kind = "scale" if native.name.endswith("_norm") else kind
             parts.setdefault(f"{PREFIX}{native.name}.{kind}", []).append(
-                (native.rows[0] if native.rows else 0, tensor)
+                (native.row_slice[0] if native.row_slice else 0, tensor)
             )
     return {
         key: torch.cat([t for _, t in sorted(found, key=lambda part: part[0])])
@@ -248,7 +250,7 @@ def test_extract_tells_of_parameters_outside_of_layers(tmp_path, monkeypatch, ca
             model.blocks[0].scale_shift_table += change
             model.blocks[0].attn1.to_q.weight += change
         path = tmp_path / f"{name}.safetensors"
-        table = transformers.stored_names(model, transformers.WAN, ())
+        table = WAN_NAMES.file_keys(model, ())
         save_file({table[n]: p.detach().contiguous() for n, p in model.named_parameters()}, path)
     out = tmp_path / "out.safetensors"
     assert (

@@ -20,9 +20,10 @@ from benchmarks.checkpointing import LiveBytes
 from common.errors import ModelError
 from lora_algos.attach import adaptable_layers, attach
 from lora_algos.config import LayerSpec
+from models.blocks import find_blocks
 from training import gradient_checkpointing
 from training.config import TrainConfig
-from training.run_folder import FREE
+from training.run_folder import CHANGEABLE_OPTIONS
 
 FULL, KEPT = "full", "keep-attention-output"
 VARIANTS = [(depth, policy) for depth in range(1, 6) for policy in (FULL, KEPT)]
@@ -138,6 +139,11 @@ def attentions(model: nn.Module) -> int:
     return counter.counts[ATTENTION]
 
 
+def apply(model: nn.Module, depth: int, policy: str = "full") -> list[str]:
+    """Checkpoint the blocks of a model at a depth."""
+    return gradient_checkpointing.apply(model, find_blocks(model, depth), policy)
+
+
 @pytest.mark.parametrize("make", [unet, flux])
 @pytest.mark.parametrize(
     "change", [lambda m: m, with_lora, with_dropout], ids=["trained whole", "adapter", "dropout"]
@@ -147,13 +153,13 @@ def test_gradients_are_the_same_bit_for_bit(make, change):
     wanted = gradients(model)
     assert wanted
     for depth, policy in VARIANTS:
-        gradient_checkpointing.apply(model, depth, policy)
+        apply(model, depth, policy)
         assert equal(wanted, gradients(model)), (depth, policy)
 
 
 def test_dropout_draws_anew_in_every_step():
     model = with_dropout(unet())
-    gradient_checkpointing.apply(model, 1)
+    apply(model, 1)
     first = forward(model)
     with torch.random.fork_rng():
         torch.manual_seed(77)
@@ -167,8 +173,8 @@ def test_dropout_draws_anew_in_every_step():
 @pytest.mark.parametrize("make", [unet, flux])
 def test_adapters_attach_before_and_after(make):
     before, after = make(), make()
-    gradient_checkpointing.apply(before, 3)
-    names = gradient_checkpointing.apply(with_lora(after), 3)
+    apply(before, 3)
+    names = apply(with_lora(after), 3)
     with_lora(before)
     assert names == [
         n for n, m in before.named_modules() if isinstance(m, gradient_checkpointing.Checkpointed)
@@ -181,7 +187,7 @@ def test_memory_falls_and_attention_outputs_cost_little():
     saved, live = saved_bytes(model), live_bytes(model)
     lives = {}
     for depth, policy in VARIANTS:
-        gradient_checkpointing.apply(model, depth, policy)
+        apply(model, depth, policy)
         assert saved_bytes(model) < saved / 2
         lives[depth, policy] = live_bytes(model)
     for depth in range(1, 6):
@@ -200,9 +206,9 @@ def test_kept_attention_is_not_computed_again(make):
     once = attentions(model)
     assert once > 3
     for depth in range(1, 6):
-        gradient_checkpointing.apply(model, depth, KEPT)
+        apply(model, depth, KEPT)
         assert attentions(model) == once
-        gradient_checkpointing.apply(model, depth, FULL)
+        apply(model, depth, FULL)
         assert attentions(model) == 2 * once
 
 
@@ -210,7 +216,7 @@ def test_the_math_backend_recomputes_and_is_right():
     model = unet()
     with sdpa_kernel(SDPBackend.MATH):
         wanted = gradients(model)
-        gradient_checkpointing.apply(model, 1, KEPT)
+        apply(model, 1, KEPT)
         assert attentions(model) == 0
         assert equal(wanted, gradients(model))
 
@@ -219,7 +225,7 @@ def test_the_math_backend_recomputes_and_is_right():
 @pytest.mark.parametrize("depth", range(1, 6))
 def test_the_module_tree_stays_as_it_was(make, depth):
     plain, model = make(), make()
-    names = gradient_checkpointing.apply(model, depth)
+    names = apply(model, depth)
     assert names
     assert list(plain.state_dict()) == list(model.state_dict())
     assert list(adaptable_layers(plain)) == list(adaptable_layers(model))
@@ -241,10 +247,7 @@ def test_the_module_tree_stays_as_it_was(make, depth):
 
 def test_depth_counts_blocks_and_ends_at_the_deepest():
     def kinds(model: nn.Module, depth: int) -> set[str]:
-        return {
-            type(model.get_submodule(name)).__name__
-            for name in gradient_checkpointing.apply(model, depth)
-        }
+        return {type(model.get_submodule(name)).__name__ for name in apply(model, depth)}
 
     model = unet()
     ever = {"TimestepEmbedding"}
@@ -260,13 +263,13 @@ def test_depth_counts_blocks_and_ends_at_the_deepest():
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ModelError, match="no_gradient_checkpointing"):
-        gradient_checkpointing.apply(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 1)
+        apply(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 1)
 
 
 def test_diffusers_own_checkpointing_is_not_nested():
     model = unet()
     model.enable_gradient_checkpointing()
-    gradient_checkpointing.apply(model, 1)
+    apply(model, 1)
     assert not model.is_gradient_checkpointing
     assert attentions(model) == 2 * attentions(unet())
 
@@ -288,7 +291,7 @@ class Odd(nn.Module):
 def test_any_inputs_and_outputs_pass():
     torch.manual_seed(0)
     model = nn.ModuleDict({"odd": Odd()})
-    assert gradient_checkpointing.apply(model, 1) == ["odd"]
+    assert apply(model, 1) == ["odd"]
     x = torch.randn(2, 3, requires_grad=True)
     wanted = []
     for _ in range(2):
@@ -305,14 +308,14 @@ def test_any_inputs_and_outputs_pass():
 
 def test_copies_and_regional_compilation_see_plain_modules():
     model = unet()
-    gradient_checkpointing.apply(model, 3, KEPT)
+    apply(model, 3, KEPT)
     assert equal(gradients(model), gradients(copy.deepcopy(model)))
     assert any(isinstance(m, BasicTransformerBlock) for m in model.modules())
 
 
 def test_without_gradients_nothing_is_checkpointed(monkeypatch):
     model = unet()
-    gradient_checkpointing.apply(model, 1)
+    apply(model, 1)
     monkeypatch.setattr(gradient_checkpointing, "checkpoint", None)
     with torch.no_grad():
         forward(model)
@@ -324,7 +327,7 @@ def test_pipelines_and_saving_work(tmp_path):
     model = unet()
     with torch.no_grad():
         plain = forward(model)
-    gradient_checkpointing.apply(model, 1, KEPT)
+    apply(model, 1, KEPT)
     model.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -348,7 +351,7 @@ def test_compiles_without_a_break(policy):
     torch._dynamo.reset()
     model = flux()
     wanted = gradients(model)
-    gradient_checkpointing.apply(model, 1, policy)
+    apply(model, 1, policy)
     compiled = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert all(torch.allclose(wanted[name], compiled[name], atol=1e-6) for name in wanted)
 
@@ -364,7 +367,7 @@ def one_rank():
 def test_ddp(one_rank, policy):
     model = with_lora(flux())
     wanted = gradients(model)
-    gradient_checkpointing.apply(model, 1, policy)
+    apply(model, 1, policy)
     assert equal(wanted, gradients(model, DistributedDataParallel(model)))
 
 
@@ -375,7 +378,7 @@ def test_fsdp2(one_rank, policy):
     sharded = []
     for checkpoint in (False, True):
         model = with_lora(flux())
-        names = gradient_checkpointing.apply(model, 1, policy)
+        names = apply(model, 1, policy)
         if not checkpoint:
             gradient_checkpointing.remove(model)
         for name in names:
@@ -386,5 +389,5 @@ def test_fsdp2(one_rank, policy):
 
 
 def test_the_options_change_nothing_that_is_learned():
-    assert {"gradient_checkpointing", "checkpoint_depth", "checkpoint_policy"} <= FREE
+    assert {"gradient_checkpointing", "checkpoint_depth", "checkpoint_policy"} <= CHANGEABLE_OPTIONS
     assert (TrainConfig().checkpoint_depth, TrainConfig().checkpoint_policy) == (1, FULL)

@@ -8,8 +8,8 @@ from helpers.project import BASE
 from safetensors.torch import load_file
 
 from common.errors import ModelError
-from models import get_family
 from models.config import ModelConfig
+from models.detect import get_family
 
 CAPTIONS = ["a smiling cat, 3d style", "", "a " * 30 + "dog"]
 MODELS = {
@@ -36,7 +36,7 @@ def test_encoded_in_the_loop_is_what_is_encoded_before(name):
         expected = plain.encode_prompt(plain.load_encoders("text"), CAPTIONS)
         rows = trained.encode_prompt(trained.load_encoders("text"), CAPTIONS)
         tokens = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        found = trained.embedded(trained.load_denoiser(torch.float32), tokens)
+        found = trained.encode_tokens(trained.load_denoiser(torch.float32), tokens)
     for key, tensor in expected[0].items():
         torch.testing.assert_close(found[key], torch.stack([row[key] for row in expected]))
         assert tensor.shape == found[key].shape[1:]
@@ -60,9 +60,10 @@ def test_presets_take_the_same_layers_of_the_denoiser_and_those_of_the_encoders(
     more = matched(trained) - matched(plain)
     assert matched(plain) <= matched(trained)
     layers = {"attention": 4, "attention-mlp": 6, "all": 6}[preset]
-    counts = {"sd15": [trained.part_config("text_encoder")["num_hidden_layers"]], "sdxl": [2, 3]}[
-        name
-    ]
+    counts = {
+        "sd15": [trained.component_config("text_encoder")["num_hidden_layers"]],
+        "sdxl": [2, 3],
+    }[name]
     assert len(more) == layers * sum(counts)
     assert all(n.startswith("text_encoder") for n in more)
 
@@ -212,6 +213,6 @@ def test_the_encoders_have_a_learning_rate_of_their_own(options, run_here, tmp_p
 def test_what_has_no_captions_is_refused():
     family = families("sd15")[1]
     with pytest.raises(ModelError, match="train_text_encoder"):
-        family.cond_from_comfy(torch.zeros(1, 77, 768), {})
+        family.comfy.read(torch.zeros(1, 77, 768), {})
     with pytest.raises(ModelError, match="train_text_encoder"):
-        family.cond_to_comfy({})
+        family.comfy.write({})

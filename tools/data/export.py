@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.export import write_dataset
 from data.precompute.build import Build
-from models import get_family
+from models.detect import get_family
 from tools.data.options import ExportOptions
 from training.distributed.accelerator import build_accelerator
 

@@ -15,8 +15,8 @@ from data.precompute.build import Build, Planned
 from data.precompute.encode import lists_to_rows
 from data.precompute.plan import missing
 from data.store import tables
-from models import get_family
 from models.base import ModelFamily
+from models.detect import get_family
 from tools.data import contact_sheets
 from tools.data.options import DataOptions
 from tools.data.survey import Named, Survey, alike, kind, sizes
@@ -248,8 +248,8 @@ class Encoding:
         numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (
             config.masks != "none"
         )
-        cells = (sizes(rows)[owners].astype(np.int64) // family.latent_step()).prod(axis=1)
-        cells *= 1 + (np.maximum(frames_of(rows), 1)[owners] - 1) // family.frame_step
+        cells = (sizes(rows)[owners].astype(np.int64) // family.limits.latent_step).prod(axis=1)
+        cells *= 1 + (np.maximum(frames_of(rows), 1)[owners] - 1) // family.limits.frame_step
         of_images = planned.work.has_images()[lists_to_rows(tables.lengths(rows.column("texts")))]
         # caption dropout needs the empty prompt, which is in no row
         empty = planned.missing_captions - len(missing(texts, stores.text, of_images))

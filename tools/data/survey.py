@@ -185,7 +185,7 @@ class Survey:
         """Counts the tokens of the captions that wait for it."""
         if not self._waiting:
             return
-        counts, self.captions.limit = self.family.token_counts(list(self._waiting))
+        counts, self.captions.limit = self.family.count_tokens(list(self._waiting))
         for count, (caption, names) in zip(counts, self._waiting.items(), strict=True):
             self.captions.tokens.add(count)
             if count > self.captions.limit:

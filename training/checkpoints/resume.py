@@ -52,7 +52,7 @@ def hash_in_background(components: RunComponents) -> Future[str]:
     """Hash the files of the base model in a thread, which does not delay the end of the process.
 
     The hash takes a while if it is not cached, and only checkpoints need it."""
-    files = components.family.component_files("denoiser")
+    files = components.family.identity_files("denoiser")
     cache_dir = Path(components.config.data.cache_dir)
     future = Future[str]()
 

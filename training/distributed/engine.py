@@ -1,23 +1,20 @@
 """Engines: passes through the denoiser, gradients averaged over all processes, and the update of
 the weights.
 
-In every engine each process holds all adapters, and DDP, which sees nothing but them, sums their
-gradients once per step in one flat bucket. FSDP2 shards the frozen base model alone: its gathers
-carry no adapter, no gradient is scattered, checkpoints need no gathering, and the optimizer works
-on plain tensors. DeepSpeed is in deepspeed.py.
+Each process holds all adapters. DDP, which sees only them, sums their gradients once per step in
+one flat bucket. FSDP2 shards the frozen base model alone (sharding.py). Its gathers carry no
+adapters, checkpoints need no gathering, and the optimizer works on plain tensors. DeepSpeed has its
+own engine (deepspeed.py).
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import ConfigError
 from lora_algos.adapted_model import AdaptedModel
-from training import gradient_checkpointing
 from training.checkpoints.state import NamedState, load_named_optimizer_state, named_optimizer_state
 from training.config import TrainConfig
 from training.optim.schedule import SkipNonFinite
@@ -38,9 +35,9 @@ class Engine:
         self.adapted, self.names = adapted, adapted.named_parameters()
         self.trained = list(self.names.values())
         self.max_grad_norm = config.optim.max_grad_norm or float("inf")
-        self.skipping_optimizer = (
-            SkipNonFinite(optimizer) if config.optim.on_non_finite == "skip" else None
-        )
+        self.skipping_optimizer: SkipNonFinite | None = None
+        if config.optim.on_non_finite == "skip":
+            self.skipping_optimizer = SkipNonFinite(optimizer)
         self.denoiser = prepare_denoiser(accelerator, denoiser, adapted)
 
     def accumulating(self, is_last: bool) -> AbstractContextManager:
@@ -82,38 +79,19 @@ class Engine:
         load_named_optimizer_state(self.optimizer, optimizer, self.names)
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Return whether the base model is sharded."""
-    return accelerator.distributed_type is DistributedType.FSDP
-
-
-def needs_contiguous_weights(accelerator: Accelerator) -> bool:
-    """Return whether an engine communicates weights in their memory layout."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
 def prepare_denoiser(
     accelerator: Accelerator, denoiser: nn.Module, adapted: AdaptedModel
 ) -> nn.Module:
-    """Move the denoiser to its device, with autocast, a sharded base if configured, and averaged
-    gradients."""
-    if is_sharded(accelerator):
-        plugin = accelerator.state.fsdp_plugin
-        assert plugin is not None
-        adapter_parameters = set(adapted.all_parameters().values())
-        shard_base(denoiser, adapter_parameters, plugin)
-        for parameter in adapter_parameters:
-            parameter.data = parameter.data.to(accelerator.device)
-    # evaluation mode: only device and autocast. Accelerate's DDP would broadcast the frozen base
-    # model
+    """Move the denoiser to its device, with autocast and averaged gradients."""
+    # evaluation mode sets only device and autocast: Accelerate's DDP would broadcast the base model
     denoiser = accelerator.prepare_model(denoiser, evaluation_mode=True)
     if accelerator.num_processes == 1:
         return denoiser
     trained = set(adapted.named_parameters().values())
-    frozen_names = [
-        name for name, parameter in denoiser.named_parameters() if parameter not in trained
-    ]
-    frozen_names += [name for name, _ in denoiser.named_buffers()]
+    frozen_names = [name for name, _ in denoiser.named_buffers()]
+    for name, parameter in denoiser.named_parameters():
+        if parameter not in trained:
+            frozen_names.append(name)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen_names)
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return DistributedDataParallel(
@@ -122,41 +100,3 @@ def prepare_denoiser(
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,
     )
-
-
-def shard_base(
-    denoiser: nn.Module, ignored: set[nn.Parameter], plugin: FullyShardedDataParallelPlugin
-) -> None:
-    """Shard the weights block by block, except the `ignored` ones."""
-    from torch.distributed.fsdp import fully_shard
-
-    options = {"reshard_after_forward": plugin.reshard_after_forward, "ignored_params": ignored}
-    if plugin.cpu_offload:
-        options["offload_policy"] = plugin.cpu_offload
-    for block in blocks_to_shard(denoiser, plugin.transformer_cls_names_to_wrap):
-        fully_shard(block, **options)
-    fully_shard(
-        denoiser, **{**options, "reshard_after_forward": False}
-    )  # the rest is needed at both ends of a step
-
-
-def blocks_to_shard(denoiser: nn.Module, class_names: list[str] | None) -> list[nn.Module]:
-    """Return the blocks that are sharded one by one, inner ones first.
-
-    These are the modules of the given classes, else of the classes that the model names as unsplittable, else the
-    top-level blocks."""
-    names = class_names or getattr(denoiser, "_no_split_modules", None) or ()
-    blocks = [
-        module
-        for module in denoiser.modules()
-        if type(module).__name__ in names and module is not denoiser
-    ]
-    missing_names = {*(class_names or ())} - {type(module).__name__ for module in blocks}
-    if missing_names:
-        known_blocks = gradient_checkpointing.blocks_at(denoiser, 2).values()
-        known_names = ", ".join(sorted({type(block).__name__ for block in known_blocks}))
-        raise ConfigError(
-            f"fsdp_transformer_layer_cls_to_wrap: the model has no {', '.join(sorted(missing_names))}. "
-            f"It has {known_names}"
-        )
-    return blocks[::-1] or list(gradient_checkpointing.blocks_at(denoiser, 1).values())

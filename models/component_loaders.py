@@ -1,0 +1,62 @@
+"""Loaders of the components of a pipeline that do not come from a diffusers folder as they are."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.checkpoint_files import config_path
+from models.model_files import ModelFiles
+from models.text_encoder_files import load_encoder
+
+
+def load_vae(files: ModelFiles, class_name: str, path: str) -> nn.Module:
+    """Load a VAE of a diffusers class, in fp32, from a file or a folder."""
+    import diffusers
+
+    vae_class = getattr(diffusers, class_name)
+    is_option = path == files.config.vae
+    subject = f"--model.vae {path}: " if is_option else ""
+    with files.loading_errors(subject):
+        if Path(path).is_dir():
+            is_pipeline = (Path(path) / "vae").is_dir()
+            subfolder = "vae" if is_pipeline else None
+            return vae_class.from_pretrained(path, subfolder=subfolder, dtype=torch.float32)
+        return vae_class.from_single_file(
+            path, dtype=torch.float32, config=files.source, subfolder="vae"
+        )
+
+
+def load_text_encoder(files: ModelFiles, component: str) -> nn.Module:
+    """Load a text encoder from a file of --model.text_encoders."""
+    file = files.text_encoder_files[component]
+    class_name = files.pipeline_config[component][1]
+    with files.loading_errors(f"--model.text_encoders {file}: "):
+        config_folder = config_path(files.source, f"{component}/config.json").parent
+        return load_encoder(file, class_name, config_folder, files.component_dtype(component))
+
+
+def load_contained_component(
+    files: ModelFiles,
+    pipeline_name: str,
+    component: str,
+    all_components: Iterable[str],
+    options: Mapping[str, Any],
+) -> nn.Module:
+    """Load a component of a single file by diffusers' converter for its pipeline.
+
+    `all_components`: of the pipeline. `options`: arguments of the pipeline."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, pipeline_name)
+    other_components = dict.fromkeys({*all_components} - {component})
+    pipeline = pipeline_class.from_single_file(
+        str(files.path),
+        config=files.source,
+        dtype=files.component_dtype(component),
+        **other_components,
+        **options,
+    )
+    return getattr(pipeline, component)

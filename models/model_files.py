@@ -1,0 +1,217 @@
+"""The files of one model: where its components come from.
+
+A model is a diffusers folder, a Hub id, or a single file. A single file lacks configurations and
+perhaps components, which come from its `source`: a diffusers folder or Hub id.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from common.errors import ModelError
+from models.checkpoint_files import (
+    Shapes,
+    component_files,
+    component_folder,
+    config_files,
+    config_path,
+    denoiser_prefix,
+    local_path,
+    num_parameters,
+    read_config,
+    tensor_shapes,
+    weight_dtype,
+    without_denoiser_prefix,
+)
+from models.config import ModelConfig
+from models.text_encoder_files import Signature, assign_files
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+"""Errors that libraries raise for a bad model."""
+MIN_LARGE = 1_000_000_000
+"""Components that are not trained are loaded in bf16 if they have more parameters than this."""
+
+
+@dataclass(frozen=True)
+class FamilyComponents:
+    """The components of a family's diffusers pipeline that files contain."""
+
+    family: str
+    denoiser: str
+    text: tuple[str, ...]
+    """Text encoders and tokenizers."""
+    file_prefixes: Mapping[str, tuple[str, ...]]
+    """Components besides the denoiser in a single file -> prefixes of their tensors."""
+
+
+class ModelFiles:
+    """The files of one model of a family."""
+
+    def __init__(
+        self, config: ModelConfig, components: FamilyComponents, find_source: Callable[[], str]
+    ):
+        self.config, self.components = config, components
+        self._find_source = find_source
+
+    @cached_property
+    def path(self) -> Path:
+        """The diffusers folder or the single file; a Hub id is downloaded first."""
+        return local_path(self.config)
+
+    @property
+    def is_single_file(self) -> bool:
+        return not self.path.is_dir()
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Shapes of the tensors of a single file."""
+        with self.loading_errors():
+            return tensor_shapes(self.path)
+
+    @cached_property
+    def denoiser_shapes(self) -> Shapes:
+        """`shapes`, with the denoiser's names also without their prefix."""
+        return without_denoiser_prefix(self.shapes)
+
+    @cached_property
+    def denoiser_prefix(self) -> str:
+        """Beginning of the denoiser's tensors in a single file."""
+        return denoiser_prefix(self.shapes)
+
+    @cached_property
+    def source(self) -> str:
+        """The diffusers folder or Hub id with all configurations and missing components."""
+        if not self.is_single_file:
+            return str(self.path)
+        return self.config.config or self._find_source()
+
+    @cached_property
+    def pipeline_config(self) -> dict[str, Any]:
+        """The model_index.json of the source."""
+        with self.loading_errors():
+            return read_config(self.source, "model_index.json")
+
+    @cached_property
+    def missing_components(self) -> set[str]:
+        """Components of the pipeline that this model does not have."""
+        return {name for name, entry in self.pipeline_config.items() if entry == [None, None]}
+
+    @cached_property
+    def contained_components(self) -> set[str]:
+        """Components besides the denoiser that are read from the single file."""
+        if not self.is_single_file:
+            return set()
+        contained = set()
+        for component, prefixes in self.components.file_prefixes.items():
+            if any(name.startswith(prefixes) for name in self.shapes):
+                contained.add(component)
+        return contained - self.text_encoder_files.keys()
+
+    @cached_property
+    def text_encoder_files(self) -> dict[str, Path]:
+        """Text encoders that are read from files of --model.text_encoders.
+
+        Raises ModelError if a file contains no text encoder of this model."""
+        if not self.config.text_encoders:
+            return {}
+        signatures = {}
+        with self.loading_errors("the configurations of the text encoders: "):
+            for component in self.components.text:
+                is_present = self.pipeline_config.get(component, [None])[0] is not None
+                if component.startswith("text_encoder") and is_present:
+                    config = read_config(self.source, f"{component}/config.json")
+                    signatures[component] = Signature.of_config(config)
+        return assign_files(self.config.text_encoders, signatures)
+
+    @cached_property
+    def load_options(self) -> dict[str, Any]:
+        """Arguments of diffusers' from_pretrained for the source."""
+        return {
+            "variant": None if self.is_single_file else self.config.variant,
+            "use_safetensors": True,
+            "local_files_only": Path(self.source).is_dir(),
+        }
+
+    def files_of_component(self, component: str) -> list[Path]:
+        """Return the files that decide what a component of the pipeline computes.
+
+        A tokenizer belongs to its text encoder."""
+        if component == "vae" and self.config.vae is not None:
+            return self._vae_files(Path(self.config.vae))
+        if self._is_in_single_file(component):
+            return [self.path, *config_files(self.config.config)]
+        with self.loading_errors():
+            if component in self.text_encoder_files:
+                config = config_path(self.source, f"{component}/config.json")
+                return [self.text_encoder_files[component], config]
+            return component_files(component_folder(self.source, component), self.config.variant)
+
+    def _vae_files(self, path: Path) -> list[Path]:
+        if path.is_file():
+            return [path]
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        return component_files(folder, self.config.variant)
+
+    def _is_in_single_file(self, component: str) -> bool:
+        if not self.is_single_file:
+            return False
+        contained_components = {self.components.denoiser, *self.contained_components}
+        return component.replace("tokenizer", "text_encoder") in contained_components
+
+    def component_dtype(self, component: str) -> torch.dtype:
+        """Return the dtype in which a component is loaded that is not trained.
+
+        It is bf16 for a very large one, which was trained in bf16 and would only take more memory
+        in fp32."""
+        if component in self.contained_components:
+            prefixes = self.components.file_prefixes[component]
+            count = num_parameters([self.path], prefixes)
+        elif component in self.text_encoder_files:
+            count = num_parameters([self.text_encoder_files[component]])
+        else:
+            folder = component_folder(self.source, component)
+            count = num_parameters(component_files(folder, self.config.variant))
+        return torch.bfloat16 if count > MIN_LARGE else torch.float32
+
+    def denoiser_dtype(self) -> torch.dtype:
+        """Return the dtype of the denoiser's weights on disk."""
+        files = self.files_of_component(self.components.denoiser)
+        weights = [file for file in files if file.suffix == ".safetensors"]
+        if not weights:
+            raise ModelError(
+                f"--model.path {self.config.path}: has no .safetensors weights in the folder "
+                f"{self.components.denoiser}. Use a complete diffusers folder"
+            )
+        with self.loading_errors(f"{weights[0]}: "):
+            return weight_dtype(weights[0])
+
+    @contextmanager
+    def loading_errors(self, subject: str = "") -> Iterator[None]:
+        """Turn errors that libraries raise for a bad model into ModelError.
+
+        `subject` is the beginning of the reason, for example an option and a file."""
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+        try:
+            yield
+        except ModelError:
+            raise
+        except (*LOADING_ERRORS, SingleFileComponentError) as error:
+            # diffusers appends Python code that the user cannot use
+            reason = str(error).partition("\nPlease load the component")[0]
+            message = (
+                f"--model.path {self.config.path}: could not be loaded as "
+                f"{self.components.family}: {subject}{reason}"
+            )
+            if self.path.is_file() and self.config.config is None:
+                message += (
+                    "\n  Without network access, set --model.config to a diffusers folder of the "
+                    "same kind of model"
+                )
+            raise ModelError(message) from error
