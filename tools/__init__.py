@@ -97,5 +97,6 @@ def with_own_flags(message: str) -> str:
     return (
         message.replace("--model.path ", "")
         .replace("--model.config", "--config")
+        .replace("--export.formats", "--format")
         .replace("--export.", "--")
     )
