@@ -240,9 +240,9 @@ def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
 
 def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
     code, _, err = told("--decode", images=odd)
-    assert (code, "--decode: goes with --sheets" in err) == (2, True)
+    assert (code, "--decode: has no effect without --sheets" in err) == (2, True)
     code, _, err = told(f"--sheets={odd / 'sheets'}", images=odd)
-    assert (code, "would be training images" in err) == (2, True)
+    assert (code, "the sheets would become training images" in err) == (2, True)
     (tmp_path / "file").write_text("")
     code, _, err = told(
         f"--sheets={tmp_path / 'file'}", f"--output_dir={tmp_path / 'file'}", images=tmp_path / "no"
