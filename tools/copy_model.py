@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import ModelError, error_list
-from tools.options import PIPELINE_CONFIG
+from tools.argument_checks import PIPELINE_CONFIG
 from tools.rewrite import ToolError
 
 WEIGHT_SUFFIXES = (

@@ -15,7 +15,7 @@ from lora_algos.attach import algorithm_of
 from tools.adapter_file import AdapterFile, LayerData, delta_of, needs_base
 from tools.base_model import BaseModel
 from tools.options import InspectOptions
-from tools.tables import NO_VALUE, BlockTable, list_facts
+from tools.tables import NO_VALUE, BlockTable, list_facts, one_line
 from tools.unknown_model import UnknownModel
 
 FACT_KEYS = {
@@ -135,7 +135,7 @@ def metadata_facts(metadata: Mapping[str, str]) -> dict[str, str]:
         shown_keys.update(keys)
         value = first_value(metadata, keys)
         if value is not None:
-            facts[name] = shorten(value)
+            facts[name] = one_line(value, MAX_VALUE_LENGTH)
     if "rank, alpha" in facts:
         alpha = metadata.get(ALPHA_KEY, "?")
         facts["rank, alpha"] += f", {alpha}"
@@ -171,11 +171,3 @@ def top_tags(text: str) -> str:
         return ""
     by_count = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{tag} {count}" for tag, count in by_count[:MAX_TAGS])
-
-
-def shorten(text: str) -> str:
-    """Return a text in one line of at most MAX_VALUE_LENGTH characters."""
-    line = " ".join(text.split())
-    if len(line) <= MAX_VALUE_LENGTH:
-        return line
-    return line[: MAX_VALUE_LENGTH - 3] + "..."

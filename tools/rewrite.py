@@ -23,8 +23,9 @@ from common.atomic import WriteError, new_file, new_folder
 from common.dtypes import DTYPES, dtype_name
 from common.errors import AdapterError
 from tools.adapter_file import AdapterFile, LayerTensors
+from tools.argument_checks import PEFT_CONFIG
 from tools.base_model import BaseModel
-from tools.options import PEFT_CONFIG, RewritingOptions
+from tools.options import RewritingOptions
 from tools.tables import BlockTable
 from tools.unknown_model import UnknownModel
 
