@@ -44,7 +44,8 @@ class Ratio:
 
 
 class Verdict(NamedTuple):
-    """A bar and its status: "met", "MISSED", or "even" if the difference is smaller than the noise."""
+    """A bar and its status: "met", "MISSED", or "even" if the difference is smaller than the
+    noise."""
 
     status: str
     text: str

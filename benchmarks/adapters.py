@@ -1,11 +1,12 @@
-"""Cost of an adapter on one layer, compared with PEFT and LyCORIS: time, and memory that is kept for
-the backward pass.
+"""Cost of an adapter on one layer, compared with PEFT and LyCORIS: time, and memory that is kept
+for the backward pass.
 
-`python benchmarks/adapters.py` prints a table per layer and a line per bar. The exit code is 1 if a
-bar is missed. All implementations take turns in one process on one thread. Time is the CPU time of
-forward and backward pass, relative to the frozen layer without adapter. The backward pass of the
-frozen layer computes only the gradient of its input. LyCORIS is optional: `pip install lycoris-lora==4.1.3`. `--unet`
-measures a whole Stable Diffusion 1.5 UNet instead (benchmarks/unet.py).
+`python benchmarks/adapters.py` prints a table per layer and a line per bar. The exit code is 1
+if a bar is missed. All implementations take turns in one process on one thread. Time is the CPU
+time of forward and backward pass, relative to the frozen layer without adapter. The backward
+pass of the frozen layer computes only the gradient of its input. LyCORIS is optional: `pip
+install lycoris-lora==4.1.3`. `--unet` measures a whole Stable Diffusion 1.5 UNet instead
+(benchmarks/unet.py).
 """
 
 import argparse
@@ -325,7 +326,8 @@ def compare(name: str, case: Case, settings: list[Setting], repeats: int) -> lis
     """Print the table of a layer; return its verdicts."""
     table = Table(
         name,
-        f"x {case.shape} fp32; forward + backward over the frozen layer's, medians of {repeats} turns",
+        f"x {case.shape} fp32; forward + backward over the frozen layer's, medians of {repeats} "
+        "turns",
     )
     all_verdicts: list[Verdict] = []
     for setting in settings:

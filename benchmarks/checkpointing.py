@@ -1,16 +1,16 @@
 """Cost and savings of gradient checkpointing, per depth and policy: time of a step, and memory
 besides the weights.
 
-`python benchmarks/checkpointing.py` measures the embedded UNet. `--full` measures a UNet of Stable
-Diffusion 1.5's size with random weights and 32x32 latents. Both have LoRA of rank 8 on all layers,
-fp32, batch 1, one thread. A step is a forward and backward pass. The variants take turns on one
-model. The ratio is of CPU time, to no checkpointing in the same turn; the median of the turns is
-printed.
+`python benchmarks/checkpointing.py` measures the embedded UNet. `--full` measures a UNet of
+Stable Diffusion 1.5's size with random weights and 32x32 latents. Both have LoRA of rank 8 on
+all layers, fp32, batch 1, one thread. A step is a forward and backward pass. The variants take
+turns on one model. The ratio is of CPU time, to no checkpointing in the same turn; the median of
+the turns is printed.
 
 Memory is the sum of the storages that operators create. It is therefore exact, equal on every
-machine, and free of the allocator's overhead. "kept" lives between forward and backward pass; "peak"
-is the maximum during the step. Gradients are allocated before the step. Scratch memory within one
-operator is not counted.
+machine, and free of the allocator's overhead. "kept" lives between forward and backward pass;
+"peak" is the maximum during the step. Gradients are allocated before the step. Scratch memory
+within one operator is not counted.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Speed of reading batches relative to plain copies, and growth of memory and time with the number of
-rows.
+"""Speed of reading batches relative to plain copies, and growth of memory and time with the
+number of rows.
 
-`python benchmarks/data.py` prints GB/s for rows of SDXL's size: latents 4x128x128, pooled 1280 and
-prompt embeddings 77x2048, all bf16, and fp32 noise. Then it prints peak memory and the time to the
-first batch with 10,000 and 100,000 rows, and a line per bar. The exit code is 1 if a bar is missed.
-All readers take turns in one process on one thread, on files that are in the page cache. `--tiny`
-takes seconds.
+`python benchmarks/data.py` prints GB/s for rows of SDXL's size: latents 4x128x128, pooled 1280
+and prompt embeddings 77x2048, all bf16, and fp32 noise. Then it prints peak memory and the time
+to the first batch with 10,000 and 100,000 rows, and a line per bar. The exit code is 1 if a bar
+is missed. All readers take turns in one process on one thread, on files that are in the page
+cache. `--tiny` takes seconds.
 """
 
 import argparse
@@ -166,7 +166,10 @@ def file_reader(folder: Path, rows: list[Tensors], batch_size: int) -> Callable[
 
 
 def stack_rows(rows: list[Tensors]) -> Tensors:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    stacked = {}
+    for name in rows[0]:
+        stacked[name] = torch.stack([row[name] for row in rows])
+    return stacked
 
 
 def scattered_rows(turn: int, batch_size: int, count: int) -> list[int]:
@@ -213,8 +216,8 @@ def measure_readers(folder: Path, count: int, batch_size: int, turns: int) -> li
 
 
 def take_turns(readers: list[Reader], turns: int) -> None:
-    """Let the readers read in turns; the first turns are not timed. Each reader keeps its last batch
-    until it has the next one."""
+    """Let the readers read in turns; the first turns are not timed. Each reader keeps its last
+    batch until it has the next one."""
     last_batches: dict[str, object] = {}
     for turn in range(turns + WARM_UP_TURNS - 1):
         for reader in readers:
@@ -233,7 +236,8 @@ def compare_speeds(count: int, batch_size: int, turns: int) -> bool:
         readers = measure_readers(Path(name), count, batch_size, turns)
     rates = {reader.name: reader.gb_per_second for reader in readers}
     print(
-        f"{count} rows of SDXL's size, batches of {batch_size}, one thread, medians of {turns} turns"
+        f"{count} rows of SDXL's size, batches of {batch_size}, one thread, medians of {turns} "
+        "turns"
     )
     print(f"{'':42}{'MB':>7}{'ms':>9}{'CPU ms':>9}{'GB/s':>8}{'of memcpy':>11}")
     for reader in readers:

@@ -127,7 +127,10 @@ def growth(
 
 
 def medians(results: list[dict[str, float]]) -> dict[str, float]:
-    return {name: median(result[name] for result in results) for name in results[0]}
+    values = {}
+    for name in results[0]:
+        values[name] = median(result[name] for result in results)
+    return values
 
 
 def compare_growth(counts: tuple[int, int], rounds: int, batches: int = NUM_BATCHES) -> bool:

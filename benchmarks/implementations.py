@@ -68,7 +68,8 @@ class Layer:
     module: nn.Module
     trained: list[nn.Parameter]
     mode: Callable[[Tensor], str] = field(default=no_mode)
-    """Names the way in which the layer computes an input; only this project's layers have several."""
+    """Names the way in which the layer computes an input; only this project's layers have
+    several."""
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Overhead of the trainer as two ratios: its loop over a hand-written loop, and its start over the
-bare imports.
+"""Overhead of the trainer as two ratios: its loop over a hand-written loop, and its start over
+the bare imports.
 
-`python benchmarks/loop.py` measures both on the embedded demo. The exit code is 1 if a ratio is over
-its bar.
+`python benchmarks/loop.py` measures both on the embedded demo. The exit code is 1 if a ratio is
+over its bar.
 """
 
 import argparse
@@ -75,7 +75,8 @@ sys.exit(train_lora.main() or "the script ended without a step")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Median seconds of the trainer and of the bare code, and the ratio of their median CPU times."""
+    """Median seconds of the trainer and of the bare code, and the ratio of their median CPU
+    times."""
 
     name: str
     bar: float
@@ -126,8 +127,8 @@ def compare_turns(name: str, bar: float, turns: list[Turn], note: str) -> Compar
 
 
 class BareLoop:
-    """The training step of a run, written by hand with diffusers, PEFT and torch, on its own copy of
-    the model."""
+    """The training step of a run, written by hand with diffusers, PEFT and torch, on its own
+    copy of the model."""
 
     def __init__(self, config: Any, adapted: Any):
         """`adapted`: the model of the run, whose initial adapter weights are copied."""
@@ -239,7 +240,8 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
     )
     if difference > MAX_LOSS_DIFFERENCE:
         raise RuntimeError(
-            f"the losses of the two loops differ by up to {difference:.0e}, so they do different work"
+            f"the losses of the two loops differ by up to {difference:.0e}, "
+            "so they do different work"
         )
     note = f"losses differ by at most {difference:.0e}"
     return compare_turns("training step", LOOP_BAR, batches.turns[WARM_UP_STEPS:], note)

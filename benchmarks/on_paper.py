@@ -2,9 +2,9 @@
 benchmarks/scaling.py, which prints them with `--paper`. Only sizes and FLOPs are measured.
 
 n GPUs in nodes of 8 form one ring that leaves and enters every node once. Summing S bytes sends
-2 (n-1)/n S over each link of the ring; gathering S bytes sends (n-1)/n S. The narrowest link sets the
-time. Each of the n-1 hops adds a delay, twice for a sum: n/8 hops are between nodes, if there are
-several, and the others are inside a node.
+2 (n-1)/n S over each link of the ring; gathering S bytes sends (n-1)/n S. The narrowest link
+sets the time. Each of the n-1 hops adds a delay, twice for a sum: n/8 hops are between nodes, if
+there are several, and the others are inside a node.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,8 @@ LINKS = (
 
 @dataclass(frozen=True)
 class Workload:
-    """A step of one GPU, with gradient checkpointing: numbers of parameters and blocks, and FLOPs."""
+    """A step of one GPU, with gradient checkpointing: numbers of parameters and blocks, and
+    FLOPs."""
 
     name: str
     adapters: int
@@ -113,8 +114,8 @@ class Cost:
 
 
 def hop_seconds(gpus: int, link: Link) -> float:
-    """Return the delay once around the ring. The ring is inside one node or NVLink domain, or leaves
-    the nodes over `link`."""
+    """Return the delay once around the ring. The ring is inside one node or NVLink domain, or
+    leaves the nodes over `link`."""
     if gpus <= GPUS_PER_NODE or link is NVLINK:
         return (gpus - 1) * link.delay
     hops_between = gpus // GPUS_PER_NODE
@@ -146,7 +147,8 @@ def fsdp_cost(work: Workload, gpus: int, link: Link) -> Cost:
 
 
 def measure_sizes(name: str, model: nn.Module, pattern: str) -> Workload:
-    """Attach LoRA to a model on the meta device, and return its sizes. `pattern`: of layer names."""
+    """Attach LoRA to a model on the meta device, and return its sizes. `pattern`: of layer
+    names."""
     model.requires_grad_(False)
     base = sum(parameter.numel() for parameter in model.parameters())
     # the trainer shards these modules one by one, unless Accelerate's config names others
@@ -164,7 +166,8 @@ def measure_sizes(name: str, model: nn.Module, pattern: str) -> Workload:
 
 
 def count_flops(model: nn.Module, inputs: dict) -> float:
-    """Return the FLOPs of forward and backward pass with gradient checkpointing, on the meta device."""
+    """Return the FLOPs of forward and backward pass with gradient checkpointing, on the meta
+    device."""
     model.enable_gradient_checkpointing()  # type: ignore[operator]
     model.train()
     with FlopCounterMode(display=False) as counter:

@@ -1,13 +1,13 @@
 """Effect of options on the validation loss: `python benchmarks/quality.py [--groups density,EMA]
 [--seeds 3]`.
 
-The emoji demo is trained for the same number of steps with each choice of an option, over several
-seeds. Validation is the plain squared error of held-out images at fixed noise levels, with every
-training objective, so the numbers are comparable. Each group of choices has a table. It shows
-the loss after the last step and the lowest loss, with the standard deviation over seeds. It also
-shows the loss of the thirds of the noise levels with the least, medium and most noise. `--out FILE`
-keeps the result of each run as a JSON line; runs that are in the file are not repeated. `--tiny` only
-tests that everything runs.
+The emoji demo is trained for the same number of steps with each choice of an option, over
+several seeds. Validation is the plain squared error of held-out images at fixed noise levels,
+with every training objective, so the numbers are comparable. Each group of choices has a table.
+It shows the loss after the last step and the lowest loss, with the standard deviation over
+seeds. It also shows the loss of the thirds of the noise levels with the least, medium and most
+noise. `--out FILE` keeps the result of each run as a JSON line; runs that are in the file are
+not repeated. `--tiny` only tests that everything runs.
 """
 
 import argparse
@@ -182,7 +182,8 @@ def train_all(jobs: list[Job], folder: Path, num_workers: int) -> Iterator[Resul
 
 
 def results(jobs: list[Job], out: Path | None, num_workers: int) -> dict[str, Result]:
-    """Return the result of each job by its key. Jobs whose results are in `out` do not run again."""
+    """Return the result of each job by its key. Jobs whose results are in `out` do not run
+    again."""
     by_key: dict[str, Result] = {}
     if out is not None and out.is_file():
         for line in out.read_text(encoding="utf-8").splitlines():

@@ -1,15 +1,17 @@
-"""Speed-up by a second process, and where the time of a step goes: `python benchmarks/scaling.py`.
+"""Speed-up by a second process, and where the time of a step goes: `python
+benchmarks/scaling.py`.
 
-Runs of train_lora.py take turns; each of their processes has one thread. There are three setups: one
-process alone; two separate runs of one process each, at the same time; and one run of two processes,
-over gloo. The bar is on the samples per second of two processes relative to one. It counts only the
-half of the rounds in which other programs used the machine least. The ratio to two separate runs
-shows the cost of the distribution itself, because two separate runs share the machine too.
+Runs of train_lora.py take turns; each of their processes has one thread. There are three setups:
+one process alone; two separate runs of one process each, at the same time; and one run of two
+processes, over gloo. The bar is on the samples per second of two processes relative to one. It
+counts only the half of the rounds in which other programs used the machine least. The ratio to
+two separate runs shows the cost of the distribution itself, because two separate runs share the
+machine too.
 
-The time of a checkpoint follows, and the time from a SIGTERM to a saved run on the demo. A line per
-bar is printed; the exit code is 1 if one is missed. `--tiny` only tests that everything runs, on a tiny
-model; its throughput does not count. `--paper` prints the tables of docs/scaling.md instead
-(benchmarks/on_paper.py).
+The time of a checkpoint follows, and the time from a SIGTERM to a saved run on the demo. A line
+per bar is printed; the exit code is 1 if one is missed. `--tiny` only tests that everything
+runs, on a tiny model; its throughput does not count. `--paper` prints the tables of
+docs/scaling.md instead (benchmarks/on_paper.py).
 """
 
 import argparse
@@ -152,8 +154,8 @@ class Results:
 
 
 def with_waiting(records: tuple[dict, ...]) -> dict[str, Any]:
-    """Return the first process's times of a step, its reductions without the time that it waited for
-    the slower process."""
+    """Return the first process's times of a step, its reductions without the time that it waited
+    for the slower process."""
     first = dict(records[0])
     waiting = 0.0
     for reductions in zip(*(record["reductions"] for record in records), strict=True):
@@ -231,8 +233,8 @@ def show_throughput(case: Case, results: Results) -> list[Bar]:
     for name, rounds in (("all rounds", all_rounds), ("the quieter half", quiet_rounds)):
         loads = [results.foreign_load[i] for i in rounds]
         print(
-            f"{name}, other processes at {min(loads):.2f} to {max(loads):.2f} cores: {TOGETHER} over "
-            f"{ALONE} {results.ratio(ALONE, rounds):.3f}, over {SEPARATE} "
+            f"{name}, other processes at {min(loads):.2f} to {max(loads):.2f} cores: {TOGETHER} "
+            f"over {ALONE} {results.ratio(ALONE, rounds):.3f}, over {SEPARATE} "
             f"{results.ratio(SEPARATE, rounds):.3f}"
         )
     cpu_ratio = results.cpu_seconds(TOGETHER) / results.cpu_seconds(ALONE)
@@ -260,8 +262,8 @@ def show_collectives(case: Case, results: Results) -> Bar:
         ("gloo:all_reduce", "Long", 8): num_steps,
     }
     text = (
-        f"{case.name}: per step one all-reduce of the adapters' {results.adapter_bytes:,} bytes, one "
-        "of 8, no more"
+        f"{case.name}: per step one all-reduce of the adapters' {results.adapter_bytes:,} bytes, "
+        "one of 8, no more"
     )
     return Bar(text, types == expected, depends_on_time=False)
 

@@ -1,8 +1,8 @@
 """One process of a run that takes its steps when benchmarks/scaling.py requests them, timed and
 counted.
 
-A line on stdin is a number of steps to take, or "save". Each is answered by a line of JSON on stdout.
-The run is that of train_lora.py, except that nothing is exported.
+A line on stdin is a number of steps to take, or "save". Each is answered by a line of JSON on
+stdout. The run is that of train_lora.py, except that nothing is exported.
 """
 
 import json
@@ -57,7 +57,8 @@ class StepTimer:
             check_gradients(check)
 
         def timed_advance(reporter: Reporter) -> None:
-            """End the update: the progress bar is the last action of a step before its callbacks."""
+            """End the update: the progress bar is the last action of a step before its
+            callbacks."""
             advance(reporter)
             self.update_ended = now()
 
@@ -80,7 +81,8 @@ class StepTimer:
 
 
 class RequestedBatches:
-    """Batches of a run, for as many steps as are requested on stdin. The run stops when stdin ends."""
+    """Batches of a run, for as many steps as are requested on stdin. The run stops when stdin
+    ends."""
 
     def __init__(self, trainer: Any, timer: StepTimer):
         self.trainer, self.timer = trainer, timer

@@ -1,10 +1,11 @@
 """Reduction of the gradient's variance by spreading a step's noise levels evenly.
 
 `python benchmarks/stratified.py` uses the embedded demo with an untrained LoRA on all layers. It
-prints the variance of the gradient over many steps at the same weights: the sum over all elements of
-the gradient. Each sample's noise level is drawn independently, and then with
-`objective.stratified_timesteps`, from the same images, noise and seeds. The remaining variance is
-that of images and noise. The brackets hold the smallest and largest ratio of five chunks of steps.
+prints the variance of the gradient over many steps at the same weights: the sum over all
+elements of the gradient. Each sample's noise level is drawn independently, and then with
+`objective.stratified_timesteps`, from the same images, noise and seeds. The remaining variance
+is that of images and noise. The brackets hold the smallest and largest ratio of five chunks of
+steps.
 """
 
 import argparse

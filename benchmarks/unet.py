@@ -175,7 +175,8 @@ def times(
 
 
 def variant_names(only: list[str]) -> list[str]:
-    """Return the variants to measure, the floor first. `only`: algorithms; empty: the usual ones."""
+    """Return the variants to measure, the floor first. `only`: algorithms; empty: the usual
+    ones."""
     names = [FLOOR]
     for name, spec in SPECS.items():
         is_selected = spec.algorithm in only if only else spec.algorithm not in ON_REQUEST
@@ -203,7 +204,8 @@ def compare_variants(names: list[str], checkpointing: bool, repeats: int, tiny: 
     seconds = times(names, checkpointing, repeats, tiny)
     mode = "with" if checkpointing else "without"
     print(
-        f"\nSD 1.5 UNet, fp32, one thread, {mode} gradient checkpointing, medians of {repeats} turns"
+        f"\nSD 1.5 UNet, fp32, one thread, {mode} gradient checkpointing, medians of {repeats} "
+        "turns"
     )
     print(f"{'':16}{'s/step':>8}{'ratio':>8}{'peak GB':>9}{'over floor':>12}", flush=True)
     bars = []

@@ -30,7 +30,8 @@ COMMAND_FLAGS = {
 
 
 def run_command(argv: list[str]) -> int:
-    """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the input."""
+    """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the
+    input."""
     options: Options | data_options.RunOptions
     if argv[0] in data_options.COMMANDS:
         options = data_options.read_options(argv)

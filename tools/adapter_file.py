@@ -103,13 +103,14 @@ class AdapterFile:
         num_errors = len(self.key_errors)
         num_keys = len(self.store.infos)
         heading = (
-            f"{self.path} does not fit the model: {num_errors} of {num_keys} keys belong to no layer "
-            "(--drop leaves keys out)"
+            f"{self.path} does not fit the model: {num_errors} of {num_keys} keys belong to no "
+            "layer (--drop leaves keys out)"
         )
         raise AdapterError(error_list(heading, errors))
 
     def check_layers(self) -> None:
-        """Raise AdapterError naming the layers whose tensors are damaged or do not fit the model."""
+        """Raise AdapterError naming the layers whose tensors are damaged or do not fit the
+        model."""
         errors = []
         for layer in self.layers:
             try:
@@ -154,7 +155,8 @@ class AdapterFile:
         return tensors
 
     def _read_tensors(self, layer: str, weight: Tensor) -> LayerTensors:
-        """Return a layer's tensors; none if the file changes only other layers of its fused weight."""
+        """Return a layer's tensors; none if the file changes only other layers of its fused
+        weight."""
         stored_tensors = {}
         for key in self.layers[layer].values():
             stored_tensors[key] = self.store.get(key)
@@ -169,8 +171,8 @@ class AdapterFile:
     def _layer_metadata(self, weight: Tensor) -> dict[str, str]:
         """Return the metadata with which a layer is read.
 
-        Without the base model, the norm of its weight is unknown, and a dora_scale cannot be divided
-        by it. It is then used as stored, because the update is not computed either."""
+        Without the base model, the norm of its weight is unknown, and a dora_scale cannot be
+        divided by it. It is then used as stored, because the update is not computed either."""
         if not weight.is_meta:
             return self.metadata
         return {key: value for key, value in self.metadata.items() if key != DORA_NORM}
@@ -214,7 +216,8 @@ def needs_base(algorithm: str, weight: Tensor) -> bool:
 
 
 def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """Return the update of `weight`, fp32. Raises AdapterError if it depends on an unknown weight."""
+    """Return the update of `weight`, fp32. Raises AdapterError if it depends on an unknown
+    weight."""
     algorithm = algorithm_of(dict(tensors))
     if needs_base(algorithm, weight):
         raise AdapterError(f"{algorithm} needs --model")

@@ -9,7 +9,8 @@ PIPELINE_CONFIG = "model_index.json"
 
 
 def overlaps(input_path: Path, out: Path) -> bool:
-    """Return whether writing `out` would change an input: they are equal, or one is in the other."""
+    """Return whether writing `out` would change an input: they are equal, or one is in the
+    other."""
     source = input_path.resolve()
     target = out.resolve()
     if source == target:
@@ -61,8 +62,8 @@ def rank_errors(rank: int | None, energy: float | None = None) -> list[str]:
         errors.append(f"--energy {energy:g}: must be above 0 and at most 1")
     if rank is not None:
         errors.append(
-            f"--rank {rank} and --energy {energy:g}: cannot be used together. Choose the rank, or the "
-            "share of the energy to keep"
+            f"--rank {rank} and --energy {energy:g}: cannot be used together. Choose the rank, or "
+            "the share of the energy to keep"
         )
     return errors
 

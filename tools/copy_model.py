@@ -25,8 +25,8 @@ WEIGHT_SUFFIXES = (
 def copy_without(source: Path, target: Path, merged_files: list[Path]) -> list[Path]:
     """Copy a model without the files that are merged, and without other weights of its denoiser.
 
-    Return these other weights, relative to `source`. Links are followed. Raises ModelError for broken
-    links, and ToolError for components that cannot be copied."""
+    Return these other weights, relative to `source`. Links are followed. Raises ModelError for
+    broken links, and ToolError for components that cannot be copied."""
     # listed before anything is written: a link may lead to the target
     all_paths = list(paths_below(source, (source.resolve(),)))
     copied_paths = []
@@ -68,9 +68,10 @@ def check_components(source: Path, target: Path) -> None:
         if (source / name).is_dir() and not is_copied:
             missing_names.append(name)
     if missing_names:
+        names = ", ".join(missing_names)
         raise ToolError(
-            f"{source} cannot be copied: {', '.join(missing_names)} would be missing, because it is a "
-            "link to the folder itself"
+            f"{source} cannot be copied: {names} would be missing, because of links to the folder "
+            "itself"
         )
 
 
@@ -78,7 +79,8 @@ def paths_below(folder: Path, outer_folders: tuple[Path, ...]) -> Iterator[Path]
     """Yield all paths below a folder. Links are followed, because components are often links to
     another model or to a cache of the Hub.
 
-    A link back to one of `outer_folders`, the resolved folders around it, is left out: it has no end.
+    A link back to one of `outer_folders`, the resolved folders around it, is left out: it has no
+    end.
     """
     for path in sorted(folder.iterdir()):
         if not path.is_dir():

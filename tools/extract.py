@@ -37,7 +37,8 @@ def run(options: ExtractOptions) -> int:
     print(extraction.table)
     for name, norm in extraction.omitted_norms.items():
         print(
-            f"left out, because {options.algorithm} cannot contain it: {name}, |difference| {norm:.4g}"
+            f"left out, because {options.algorithm} cannot contain it: {name}, "
+            f"|difference| {norm:.4g}"
         )
     print("text encoders and VAE were not compared")
     print_result(options.out, target, rounding)
@@ -118,7 +119,8 @@ class Extraction:
         self._note_other_parameters()
 
     def _layer_tensors(self, layer: str) -> LayerTensors:
-        """Return the adapter of a layer; empty if the layer does not differ or cannot be adapted."""
+        """Return the adapter of a layer; empty if the layer does not differ or cannot be
+        adapted."""
         delta = self._difference(layer, "weight")
         bias_delta = self._bias_difference(layer)
         if self.options.algorithm != "Full":
@@ -224,8 +226,8 @@ def nearest_kronecker(delta: Tensor, options: ExtractOptions) -> LayerTensors:
 
 
 def nearest_outer_product(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return vectors a (rows,) and b (columns,) of equal norm, whose outer product is nearest to the
-    matrix."""
+    """Return vectors a (rows,) and b (columns,) of equal norm, whose outer product is nearest to
+    the matrix."""
     num_rows, num_columns = matrix.shape
     is_wide = num_rows <= num_columns
     wide_matrix = matrix if is_wide else matrix.T

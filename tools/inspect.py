@@ -1,4 +1,5 @@
-"""`inspect`: prints the content of an adapter file, and with a model, the keys that do not fit it."""
+"""`inspect`: prints the content of an adapter file, and with a model, the keys that do not fit
+it."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""`merge`: writes a base model with adapters merged into its weights, in the dtypes of the base model."""
+"""`merge`: writes a base model with adapters merged into its weights, in the dtypes of the base
+model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,8 +157,8 @@ class Merger:
         if self.base_algorithms:
             names = ", ".join(sorted(self.base_algorithms))
             lines.append(
-                f"{names}: each dW is computed from the original W. Programs that apply one file after "
-                "another, or to a W that is already changed, give a different result"
+                f"{names}: each dW is computed from the original W. Programs that apply one file "
+                "after another, or to a W that is already changed, give a different result"
             )
         return lines
 

@@ -1,5 +1,5 @@
-"""Options of the commands that work on finished files. Imports no torch, so that `--help` and errors
-appear at once."""
+"""Options of the commands that work on finished files. Imports no torch, so that `--help` and
+errors appear at once."""
 
 import math
 from collections.abc import Mapping
@@ -69,8 +69,8 @@ class WritingOptions(Options):
     ) -> list[str]:
         """Return why OUT cannot be written.
 
-        `inputs`: name of an argument -> path. `marker_file`: OUT is a folder that has this file, and
-        no other folder is replaced."""
+        `inputs`: name of an argument -> path. `marker_file`: OUT is a folder that has this file,
+        and no other folder is replaced."""
         out = Path(path)
         for name, input_path in inputs.items():
             if overlaps(Path(input_path), out):
@@ -88,16 +88,16 @@ class WritingOptions(Options):
         elif out.exists() and not is_replaceable(out, marker_file):
             expected = "a file" if marker_file is None else f"a folder with {marker_file}"
             errors.append(
-                f"OUT {out}: exists and is not {expected}, so --overwrite does not replace it. Choose "
-                "another path"
+                f"OUT {out}: exists and is not {expected}, so --overwrite does not replace it. "
+                "Choose another path"
             )
         return errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(Options):
-    """Print the content of an adapter file. With a model, also print which keys fit it; the exit code
-    is 1 if some do not."""
+    """Print the content of an adapter file. With a model, also print which keys fit it; the exit
+    code is 1 if some do not."""
 
     command: ClassVar[str] = "inspect"
 
@@ -144,8 +144,9 @@ class ConvertOptions(RewritingOptions):
     model: str
     """Base model: a diffusers folder, a Hub id or a single file."""
     convert: Literal["none", "lora-exact", "lora-svd", "full"] = "none"
-    """lora-exact: write LoHa and LoKr as a larger LoRA that is the same function. lora-svd: write any
-    algorithm as the nearest LoRA of --rank. full: write any algorithm as whole matrices."""
+    """lora-exact: write LoHa and LoKr as a larger LoRA that is the same function. lora-svd:
+    write any algorithm as the nearest LoRA of --rank. full: write any algorithm as whole
+    matrices."""
     rank: int | None = None
     """Rank for --convert lora-svd."""
 
@@ -174,8 +175,8 @@ class ConvertOptions(RewritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(WritingOptions):
-    """Write a base model with adapters merged into its weights: W + the sum of strength x dW. Each dW
-    is computed from the original W."""
+    """Write a base model with adapters merged into its weights: W + the sum of strength x dW.
+    Each dW is computed from the original W."""
 
     command: ClassVar[str] = "merge"
 
@@ -227,8 +228,8 @@ class MergeOptions(WritingOptions):
             errors += adapter_errors("--lora", path)
             if len(numbers) > 1:
                 errors.append(
-                    f"--lora {path}: is given {len(numbers)} times. Name each adapter once, with the "
-                    "sum of its strengths"
+                    f"--lora {path}: is given {len(numbers)} times. Name each adapter once, with "
+                    "the sum of its strengths"
                 )
             if not math.isfinite(sum(numbers)):
                 errors.append(f"--lora {path}: the text after the last ':' is not a number")
@@ -254,8 +255,8 @@ class ResizeOptions(RewritingOptions):
         size_errors = rank_errors(self.rank, self.energy)
         if self.rank is None and self.energy is None:
             size_errors.append(
-                "--rank or --energy: neither is given. Choose the rank of every layer, or the share of "
-                "the energy to keep"
+                "--rank or --energy: neither is given. Choose the rank of every layer, or the "
+                "share of the energy to keep"
             )
         inputs = {"IN": self.file}
         if self.model is not None:
@@ -270,8 +271,8 @@ class ResizeOptions(RewritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions(WritingOptions):
-    """Write the difference between the denoisers of two models as an adapter. Text encoders and VAEs
-    are not compared."""
+    """Write the difference between the denoisers of two models as an adapter. Text encoders and
+    VAEs are not compared."""
 
     command: ClassVar[str] = "extract"
 
@@ -316,8 +317,8 @@ class ExtractOptions(WritingOptions):
             return errors
         if self.algorithm != "LoKr":
             errors.append(
-                f"--factor {self.factor}: has no effect with --algorithm {self.algorithm}; expected "
-                "--algorithm LoKr. Leave --factor out"
+                f"--factor {self.factor}: has no effect with --algorithm {self.algorithm}; "
+                "expected --algorithm LoKr. Leave --factor out"
             )
         if self.factor < 1:
             errors.append(f"--factor {self.factor}: must be at least 1")

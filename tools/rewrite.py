@@ -148,7 +148,8 @@ def write_adapter(out: Path, layers: LayerStream, target: Target) -> float:
 
 
 def file_metadata(target: Target, spool: Spool, plan: FileContent) -> dict[str, str]:
-    """Return the metadata of a file, in which everything about the adapter and the file is replaced."""
+    """Return the metadata of a file, in which everything about the adapter and the file is
+    replaced."""
     metadata = {}
     for key, value in target.metadata.items():
         if key not in REPLACED_METADATA:
@@ -235,7 +236,8 @@ def verified_tensors(
         if not error <= files.MOST_ERROR:
             names = ", ".join(group)
             raise ToolError(
-                f"{names}: in the format {target.file_format} its update would differ by {error:.1e}"
+                f"{names}: in the format {target.file_format} its update would differ by "
+                f"{error:.1e}"
             )
         rounded = round_tensors(exact, target.dtype)
         error = update_error(rounded, plan, layers, weights, target)
@@ -244,7 +246,8 @@ def verified_tensors(
 
 
 def shared_alpha(spool: Spool, file_format: str) -> float | None:
-    """Return the alpha that all LoRA layers of a file have; None if each layer has its own alpha."""
+    """Return the alpha that all LoRA layers of a file have; None if each layer has its own
+    alpha."""
     if file_format not in SHARED_ALPHA_FORMATS:
         return None
     for tensors in spool.layers.values():
@@ -258,8 +261,8 @@ def encode_layers(
 ) -> dict[str, Tensor]:
     """Return the tensors of a few layers by their keys in the file, in fp32.
 
-    `alpha`: of all layers of the file. A writer sees only a few layers here, and would take the alpha
-    of the first of them."""
+    `alpha`: of all layers of the file. A writer sees only a few layers here, and would take the
+    alpha of the first of them."""
     scaled_layers = dict(layers)
     if alpha is not None:
         for layer, tensors in layers.items():
@@ -269,7 +272,8 @@ def encode_layers(
 
 
 def round_tensors(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Convert tensors to the dtype of the file. Raises ToolError naming those that are too large."""
+    """Convert tensors to the dtype of the file. Raises ToolError naming those that are too
+    large."""
     rounded = {}
     infinite_keys = []
     for key, tensor in tensors.items():
@@ -290,8 +294,8 @@ def update_error(
     weights: LayerTensors,
     target: Target,
 ) -> float:
-    """Return the largest ||difference|| / ||update|| of a layer, between the tensors of a file as the
-    importer reads them and `layers`."""
+    """Return the largest ||difference|| / ||update|| of a layer, between the tensors of a file
+    as the importer reads them and `layers`."""
     content = FileContent(tensors, plan.metadata, plan.config)
     base_weights = {}
     for name, weight in weights.items():

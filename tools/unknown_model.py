@@ -105,8 +105,8 @@ def group_by_name(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, Tensor
 def shared_prefix(layer_names: Iterable[str]) -> str:
     """Return the prefix that all layer names of a file have.
 
-    Empty if the names have different prefixes, as in a file of a UNet and text encoders. The prefixes
-    then remain parts of the layer names."""
+    Empty if the names have different prefixes, as in a file of a UNet and text encoders. The
+    prefixes then remain parts of the layer names."""
     all_names = tuple(layer_names)
     if not all_names:
         return ""

@@ -28,6 +28,7 @@ def run(options: ExportOptions) -> int:
     has_variants = datasets.several_captions or config.data.random_flip
     if options.form != "encoded" and has_variants:
         accelerator.print(
-            f"note: the form {options.form} has each image once, not mirrored, with its first caption"
+            f"note: the form {options.form} has each image once, not mirrored, with its first "
+            "caption"
         )
     return 0

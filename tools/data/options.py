@@ -38,9 +38,9 @@ class ExportOptions(RunOptions):
     out: str = ""
     """Folder to write. It must not exist."""
     form: Literal["encoded", "comfyui", "safetensors"] = "encoded"
-    """encoded: for --data.path, with all captions, mirrored images and masks. comfyui: shards for
-    ComfyUI's LoadTrainingDataset. safetensors: the same shards without pickle; ComfyUI does not read
-    them."""
+    """encoded: for --data.path, with all captions, mirrored images and masks. comfyui: shards
+    for ComfyUI's LoadTrainingDataset. safetensors: the same shards without pickle; ComfyUI does
+    not read them."""
 
     def errors(self) -> list[str]:
         """Return the errors in the paths. No file is opened."""
@@ -55,8 +55,8 @@ class ExportOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(RunOptions):
-    """Print the data of a run with these options: sources, buckets, captions with their problems, and
-    the amount of data that will be encoded. Nothing is trained or encoded."""
+    """Print the data of a run with these options: sources, buckets, captions with their
+    problems, and the amount of data that will be encoded. Nothing is trained or encoded."""
 
     command: ClassVar[str] = "data"
     module: ClassVar[str] = "report"

@@ -142,7 +142,8 @@ def source_use(config: SourceConfig, is_validation: bool) -> str:
 
 
 def bucket_lines(survey: Survey, batch_size: int) -> list[str]:
-    """Return a table with a line per bucket, and notes on buckets that rarely fill a micro-batch."""
+    """Return a table with a line per bucket, and notes on buckets that rarely fill a
+    micro-batch."""
     table = [BUCKET_COLUMNS]
     rarely_full = NameList()
     for bucket, counts in sorted(survey.buckets.items()):

@@ -1,5 +1,5 @@
-"""Samples of a plan. All that the report and the contact sheets read from the tables of a plan is read
-here."""
+"""Samples of a plan. All that the report and the contact sheets read from the tables of a plan
+is read here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,7 +159,8 @@ class PlanSamples:
         return first_indices
 
     def have_images(self) -> np.ndarray:
-        """Return for each sample whether it is an image or a clip, and not latents of the source."""
+        """Return for each sample whether it is an image or a clip, and not latents of the
+        source."""
         return self.work.has_images()
 
     def have_latents(self) -> np.ndarray:
@@ -199,7 +200,8 @@ class PlanSamples:
         yield from self._read_source_latents(unstored_samples)
 
     def _read_source_latents(self, samples: list[Sample]) -> Iterator[tuple[Sample, Tensor]]:
-        """Yield the latents of samples, source by source. Each source is read once, in its order."""
+        """Yield the latents of samples, source by source. Each source is read once, in its
+        order."""
         for number, source in enumerate(self.sources.opened):
             sample_of_row: dict[int, Sample] = {}
             for sample in samples:

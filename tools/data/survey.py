@@ -52,7 +52,8 @@ class Bucket(NamedTuple):
 
 
 class Enlargement(NamedTuple):
-    """An image that is smaller than its bucket. Tuples sort by factor, then by the order of images."""
+    """An image that is smaller than its bucket. Tuples sort by factor, then by the order of
+    images."""
 
     factor: float
     negative_index: int
