@@ -1,11 +1,12 @@
-"""What an adapter costs on one layer, ours against PEFT's and LyCORIS', in time and in what is kept
-for the backward.
+"""Cost of an adapter on one layer, compared with PEFT and LyCORIS: time, and memory that is kept
+for the backward pass.
 
-`python benchmarks/adapters.py` prints a table per layer and a line per bar, and exits with 1 if one
-is missed. All implementations take turns in one process on one thread. Time is CPU time of forward
-and backward, as a ratio to that of the frozen layer without adapter, whose backward makes the
-gradient of its input alone. LyCORIS is optional: `pip install lycoris-lora==4.1.3`. `--unet`
-measures a whole Stable Diffusion 1.5 UNet instead (benchmarks/unet.py).
+`python benchmarks/adapters.py` prints a table per layer and a line per bar. The exit code is 1
+if a bar is missed. All implementations take turns in one process on one thread. Time is the CPU
+time of forward and backward pass, relative to the frozen layer without adapter. The backward
+pass of the frozen layer computes only the gradient of its input. LyCORIS is optional: `pip
+install lycoris-lora==4.1.3`. `--unet` measures a whole Stable Diffusion 1.5 UNet instead
+(benchmarks/unet.py).
 """
 
 import argparse
@@ -13,26 +14,27 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
+from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: two threads on two busy cores wait for each other
+# set before torch is imported: two threads on two busy cores wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.adapter_tables import OURS, Ratio, Result, Table, Verdict
 from benchmarks.implementations import (
+    LYCORIS_ERROR,
     PEERS,
     SETTINGS,
-    UNAVAILABLE,
     Layer,
     Setting,
-    Unsupported,
+    UnsupportedError,
     ours,
     quiet,
 )
@@ -40,27 +42,31 @@ from lora_algos import ALGORITHMS
 from lora_algos.config import LayerSpec
 
 MIB = 2**20
-OURS, COLUMNS = "ours", ("ours", *PEERS)
+FP32_BYTES = 4
+FLOOR = ""
+"""Name of the frozen layer among the results."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A layer and its input."""
+class Case:
+    """A layer and the shape of its input."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     repeats: int = 11
 
 
-CELLS = {
-    "Linear 1280": Cell(lambda: nn.Linear(1280, 1280), (2, 1024, 1280)),
-    "Conv 320 3x3": Cell(lambda: nn.Conv2d(320, 320, 3, padding=1), (2, 320, 32, 32)),
-    "Linear 4096": Cell(lambda: nn.Linear(4096, 4096), (1, 1024, 4096), 3),
+CASES = {
+    "Linear 1280": Case(lambda: nn.Linear(1280, 1280), (2, 1024, 1280)),
+    "Conv 320 3x3": Case(lambda: nn.Conv2d(320, 320, 3, padding=1), (2, 320, 32, 32)),
+    "Linear 4096": Case(lambda: nn.Linear(4096, 4096), (1, 1024, 4096), 3),
 }
-TINY = {
-    "Linear 64": Cell(lambda: nn.Linear(64, 64), (2, 8, 64), 1),
-    "Conv 64 3x3": Cell(lambda: nn.Conv2d(64, 64, 3, padding=1), (2, 64, 4, 4), 1),
+TINY_CASES = {
+    "Linear 64": Case(lambda: nn.Linear(64, 64), (2, 8, 64), 1),
+    "Conv 64 3x3": Case(lambda: nn.Conv2d(64, 64, 3, padding=1), (2, 64, 4, 4), 1),
 }
+BF16 = "bf16"
+"""Name of the table of memory with a bf16 base, among those of the cases."""
 TIME_BARS = {
     ("LoRA r16", "Linear 1280"): 1.08,
     ("LoRA r16", "Conv 320 3x3"): 1.18,
@@ -76,284 +82,262 @@ TIME_BARS = {
     ("OFT b32", "Conv 320 3x3"): 1.10,
     ("OFT b32", "Linear 4096"): 1.06,
 }
-KEEPS = {
-    "OFT": ("output",),
-    "BOFT": ("output",),
-    "DoRA": ("input", "output"),
-}  # the others the input alone
-KEPT_BAR, KEPT_BAR_CELL = 0.15, "Linear 1280"  # MiB beyond that
-
-
-@dataclass
-class Result:
-    """What one implementation of a setting took on a cell, turn by turn."""
-
-    saved: float = 0.0
-    mode: str = ""
-    missing: str = ""
-    seconds: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The median over turns of one time over another's in the same turn, and two standard errors of
-    that median."""
-
-    value: float
-    noise: float
-
-    @classmethod
-    def of(cls, above: list[float], below: list[float]) -> "Ratio":
-        ratios = [a / b for a, b in zip(above, below, strict=True)]
-        if len(ratios) < 2:
-            return cls(ratios[0], float("inf"))
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
-        return cls(median(ratios), 2 * 1.253 * (high - low) / 1.349 / len(ratios) ** 0.5)
+"""Largest time relative to the frozen layer."""
+KEPT_TENSORS = {"OFT": ("output",), "BOFT": ("output",), "DoRA": ("input", "output")}
+"""Tensors that a backward pass needs; algorithms that are not in here need the input alone."""
+KEPT_BAR, KEPT_BAR_CASE = 0.15, "Linear 1280"
+"""MiB beyond those tensors, and the layer for which the bar holds."""
 
 
 def saved_bytes(call: Callable[[], object], modules: list[nn.Module]) -> int:
-    """The storages that autograd keeps for the backward pass of `call`, each once, without
-    parameters."""
+    """Return the bytes that autograd keeps for the backward pass of `call`: each storage once,
+    parameters not included."""
     parameters = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = call()  # alive until counted, so that no address is used twice
-    del kept
-    return sum(seen.values())
+        result = call()  # alive until the end of the block, so that no address is used twice
+    del result
+    return sum(sizes.values())
 
 
 def implementations(setting: Setting, base: nn.Module) -> Iterator[tuple[str, Layer | str]]:
-    """Each column and its layer, or why there is none. All share the weights of `base`."""
+    """Yield each column with its layer, or with the reason why it has none. All layers share the
+    weights of `base`."""
     for column, build in {OURS: ours, **PEERS}.items():
         try:
-            if column.startswith("LyCORIS") and UNAVAILABLE:
-                raise Unsupported(UNAVAILABLE)
+            if column.startswith("LyCORIS") and LYCORIS_ERROR:
+                raise UnsupportedError(LYCORIS_ERROR)
             with quiet():
                 layer = build(setting, base)
-        except (Unsupported, ValueError, NotImplementedError) as error:
+        except (UnsupportedError, ValueError, NotImplementedError) as error:
             yield column, " ".join(str(error).split())
             continue
         with torch.no_grad():
             for parameter in layer.trained:
-                parameter += 0.01 * torch.randn_like(parameter)  # what is zero at first too
+                # so that no factor is zero
+                parameter += 0.01 * torch.randn_like(parameter)
         yield column, layer
 
 
-def measure(cell: Cell, setting: Setting, repeats: int) -> tuple[dict[str, Result], Result]:
-    """The results of all implementations, and of the floor, in the order of the turns."""
+def measure(case: Case, setting: Setting, repeats: int) -> tuple[dict[str, Result], Result]:
+    """Return the results by column, and that of the frozen layer."""
     torch.manual_seed(0)
-    base = cell.make().requires_grad_(False)
-    x = torch.randn(cell.shape, requires_grad=True)
+    base = case.make().requires_grad_(False)
+    x = torch.randn(case.shape, requires_grad=True)
     grad = torch.randn_like(base(x))
-    layers, results = {"": Layer(base, [])}, {"": Result()}
+    layers: dict[str, Layer] = {FLOOR: Layer(base, [])}
+    results = {FLOOR: Result()}
     for column, layer in implementations(setting, base):
-        results[column] = (
-            Result(missing=layer) if isinstance(layer, str) else Result(mode=layer.mode(x))
-        )
-        if isinstance(layer, Layer):
+        if isinstance(layer, str):
+            results[column] = Result(error=layer)
+        else:
+            results[column] = Result(mode=layer.mode(x))
             layers[column] = layer
     for column, layer in layers.items():
-        results[column].saved = (
-            saved_bytes(lambda call=layer.module: call(x), [base, layer.module]) / MIB
+        num_bytes = saved_bytes(
+            lambda module=layer.module: module(x),  # type: ignore[misc]
+            [base, layer.module],
         )
+        results[column].saved = num_bytes / MIB
+    columns = list(layers)
     for turn in range(-1, repeats):
-        order = list(layers)
-        shift = turn % len(order)
-        for column in order[shift:] + order[:shift]:
+        shift = turn % len(columns)
+        for column in columns[shift:] + columns[:shift]:
             layer = layers[column]
             start = time.process_time()
             torch.autograd.grad(layer.module(x), [x, *layer.trained], grad)
             seconds = time.process_time() - start
             if turn >= 0:  # the first turn warms up
                 results[column].seconds.append(seconds)
-    return results, results.pop("")
-
-
-class Table:
-    """Prints a cell's rows as they are measured, then the footnotes."""
-
-    def __init__(self, name: str, note: str, timed: bool = True):
-        self.notes: list[str] = []
-        print(f"\n{name}: {note}")
-        print(f"{'':14}" + "".join(f"{column:>24}" for column in COLUMNS))
-        print(f"{'':14}" + f"{'time' if timed else '':>18}{'MiB':>6}" * len(COLUMNS), flush=True)
-
-    def row(self, name: str, results: dict[str, Result], floor: Result | None) -> None:
-        cells, modes = [], []
-        for column in COLUMNS:
-            result = results[column]
-            if result.missing:
-                cells.append(f"{f'- {self._note(result.missing)}':>24}")
-                continue
-            ratio = Ratio.of(result.seconds, floor.seconds) if floor else None
-            shown = f"{ratio.value:.3f} +-{ratio.noise:.3f}" if ratio else ""
-            cells.append(f"{shown:>18}{result.saved:6.1f}")
-            modes.append(result.mode)
-        print(f"{name:14}" + "".join(cells) + f"  {modes[0] if modes else ''}", flush=True)
-
-    def _note(self, text: str) -> str:
-        if text not in self.notes:
-            self.notes.append(text)
-        return f"[{self.notes.index(text) + 1}]"
-
-    def end(self) -> None:
-        for number, text in enumerate(self.notes, 1):
-            print(f"  [{number}] {text}")
+    floor = results.pop(FLOOR)
+    return results, floor
 
 
 def verdicts(
-    cell_name: str, cell: Cell, setting: Setting, results: dict[str, Result], floor: Result
-) -> Iterator[tuple[str, str]]:
-    """(status, what) for every bar on a row; "even": slower than a peer by less than the noise."""
-    judged = {True: "met", False: "MISSED"}
-    mine, what = results[OURS], f"{cell_name}, {setting.name}:"
-    if mine.missing:
+    case_name: str, case: Case, setting: Setting, results: dict[str, Result], floor: Result
+) -> Iterator[Verdict]:
+    """Yield the verdict of every bar on a row."""
+    result, label = results[OURS], f"{case_name}, {setting.name}:"
+    if result.error:
         return
-    ratio, bar = Ratio.of(mine.seconds, floor.seconds), TIME_BARS.get((setting.name, cell_name))
+    bar = TIME_BARS.get((setting.name, case_name))
     if bar:
-        yield (
-            judged[ratio.value <= bar],
-            f"{what} time {ratio.value:.3f} +-{ratio.noise:.3f}, bar {bar}",
-        )
-    others = {column: results[column] for column in PEERS if not results[column].missing}
-    if others:
-        fastest = min(others, key=lambda column: median(others[column].seconds))
-        against = Ratio.of(mine.seconds, others[fastest].seconds)
-        status = "even" if 1 < against.value <= 1 + against.noise else judged[against.value <= 1]
-        yield (
-            status,
-            f"{what} {against.value:.3f} +-{against.noise:.3f} of the fastest peer's time ({fastest})",
-        )
-        least = others[fastest].saved
-        yield (
-            judged[mine.saved <= least],
-            f"{what} keeps {mine.saved:.2f} MiB, the fastest peer {least:.2f}",
-        )
-    if cell_name == KEPT_BAR_CELL:
-        kept = (
-            torch.Size(cell.shape).numel()
-            * 4
-            / MIB
-            * len(KEEPS.get(setting.spec.algorithm, ("input",)))
-        )
-        beyond, names = (
-            mine.saved - kept,
-            " and ".join(KEEPS.get(setting.spec.algorithm, ("input",))),
-        )
-        yield (
-            judged[beyond <= KEPT_BAR],
-            f"{what} keeps {beyond:.2f} MiB beyond its {names}, bar {KEPT_BAR}",
-        )
+        ratio = Ratio.of(result.seconds, floor.seconds)
+        yield Verdict.of(ratio.value <= bar, f"{label} time {ratio}, bar {bar}")
+    peers = {column: results[column] for column in PEERS if not results[column].error}
+    if peers:
+        yield from peer_verdicts(label, result, peers)
+    if case_name == KEPT_BAR_CASE:
+        names = KEPT_TENSORS.get(setting.spec.algorithm, ("input",))
+        input_size = torch.Size(case.shape).numel() * FP32_BYTES / MIB
+        extra = result.saved - input_size * len(names)
+        text = f"{label} keeps {extra:.2f} MiB beyond its {' and '.join(names)}, bar {KEPT_BAR}"
+        yield Verdict.of(extra <= KEPT_BAR, text)
 
 
-def bf16_table(settings: list[Setting], tiny: bool) -> None:
-    """What is kept with a bf16 base and fp32 adapters, for one layer and for q, k, v with the same
-    input."""
-    size, tokens = (64, 16) if tiny else (1280, 2048)
-    cases = {
-        "bf16 base, fp32 adapters, one layer": (1, torch.bfloat16, False),
-        "q, k, v with one bf16 input": (3, torch.bfloat16, False),
-        "q, k, v with one fp32 input, under bf16 autocast": (3, torch.float32, True),
-    }
-    for name, (count, dtype, autocast) in cases.items():
-        x = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
-        shown = f"x is {x.nbytes / MIB:.1f} MiB of {str(dtype).removeprefix('torch.')}"
-        table = Table(f"Linear {size}, {name}", f"{shown}; kept for the backward pass", timed=False)
+def peer_verdicts(label: str, result: Result, peers: dict[str, Result]) -> Iterator[Verdict]:
+    """Yield the verdicts against the fastest other library: its time and its memory."""
+    fastest = min(peers, key=lambda column: median(peers[column].seconds))
+    ratio = Ratio.of(result.seconds, peers[fastest].seconds)
+    text = f"{label} {ratio} of the fastest peer's time ({fastest})"
+    if 1 < ratio.value <= 1 + ratio.noise:
+        yield Verdict("even", text)
+    else:
+        yield Verdict.of(ratio.value <= 1, text)
+    peer_saved = peers[fastest].saved
+    text = f"{label} keeps {result.saved:.2f} MiB, the fastest peer {peer_saved:.2f}"
+    yield Verdict.of(result.saved <= peer_saved, text)
+
+
+class MemoryCase(NamedTuple):
+    """A number of layers that have the same input."""
+
+    num_layers: int
+    input_dtype: torch.dtype
+    autocast: bool
+
+
+MEMORY_CASES = {
+    "bf16 base, fp32 adapters, one layer": MemoryCase(1, torch.bfloat16, False),
+    "q, k, v with one bf16 input": MemoryCase(3, torch.bfloat16, False),
+    "q, k, v with one fp32 input, under bf16 autocast": MemoryCase(3, torch.float32, True),
+}
+
+
+def bf16_tables(settings: list[Setting], tiny: bool) -> None:
+    """Print the memory that is kept with a bf16 base and fp32 adapters, for one layer and for q, k,
+    v with the same input."""
+    size, num_tokens = (64, 16) if tiny else (1280, 2048)
+    for name, case in MEMORY_CASES.items():
+        x = torch.randn(num_tokens, size, dtype=case.input_dtype, requires_grad=True)
+        dtype_name = str(case.input_dtype).removeprefix("torch.")
+        note = f"x is {x.nbytes / MIB:.1f} MiB of {dtype_name}; kept for the backward pass"
+        table = Table(f"Linear {size}, {name}", note, is_timed=False)
         for setting in settings:
-            results: dict[str, Result] = {}
-            bases = [
-                nn.Linear(size, size).to(torch.bfloat16).requires_grad_(False) for _ in range(count)
-            ]
-            for found in zip(*(implementations(setting, base) for base in bases), strict=True):
-                column, first = found[0]
-                if isinstance(first, str):
-                    results[column] = Result(missing=first)
-                    continue
-                modules = [layer.module for _, layer in found]
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    try:
-                        kept = saved_bytes(
-                            lambda ms=modules, x=x: [m(x) for m in ms], [*bases, *modules]
-                        )
-                    except RuntimeError as error:
-                        results[column] = Result(missing=f"{column} fails: {error}")
-                        continue
-                    results[column] = Result(kept / MIB, first.mode(x.to(torch.bfloat16)))
-            table.row(setting.name, results, None)
-        table.end()
+            table.row(setting.name, measure_memory(case, setting, x), None)
+        table.print_notes()
 
 
-def chosen_settings(only: str) -> list[Setting]:
-    """The settings of the algorithms in `only`, a list with commas; a registered algorithm without
-    any gets one."""
-    known = {setting.spec.algorithm for setting in SETTINGS}
-    more = [Setting(name, LayerSpec(16, 16.0, name)) for name in ALGORITHMS if name not in known]
-    wanted = [name for name in only.split(",") if name]
-    unknown = [name for name in wanted if name not in ALGORITHMS]
-    if unknown:
-        raise SystemExit(f"--only {','.join(unknown)}: not one of {', '.join(ALGORITHMS)}")
-    return [
-        setting for setting in (*SETTINGS, *more) if not wanted or setting.spec.algorithm in wanted
+def measure_memory(case: MemoryCase, setting: Setting, x: Tensor) -> dict[str, Result]:
+    """Return the memory that each implementation keeps for layers with the input `x`."""
+    size = x.shape[-1]
+    bases = [
+        nn.Linear(size, size).to(torch.bfloat16).requires_grad_(False)
+        for _ in range(case.num_layers)
     ]
+    results: dict[str, Result] = {}
+    for entries in zip(*(implementations(setting, base) for base in bases), strict=True):
+        column, first_layer = entries[0]
+        if isinstance(first_layer, str):
+            results[column] = Result(error=first_layer)
+            continue
+        modules = [layer.module for _, layer in entries]
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+            try:
+                num_bytes = saved_bytes(
+                    lambda modules=modules: [module(x) for module in modules],  # type: ignore[misc]
+                    [*bases, *modules],
+                )
+            except RuntimeError as error:
+                results[column] = Result(error=f"{column} fails: {error}")
+                continue
+            mode = first_layer.mode(x.to(torch.bfloat16))
+            results[column] = Result(num_bytes / MIB, mode)
+    return results
+
+
+def selected_settings(algorithms: str) -> list[Setting]:
+    """Return the settings of algorithms, separated by commas; empty: of all. An algorithm without a
+    setting gets one."""
+    names = [name for name in algorithms.split(",") if name]
+    unknown_names = [name for name in names if name not in ALGORITHMS]
+    if unknown_names:
+        raise SystemExit(
+            f"--only {','.join(unknown_names)}: unknown algorithm; expected {', '.join(ALGORITHMS)}"
+        )
+    covered = {setting.spec.algorithm for setting in SETTINGS}
+    settings = list(SETTINGS)
+    for name in ALGORITHMS:
+        if name not in covered:
+            settings.append(Setting(name, LayerSpec(16, 16.0, name)))
+    return [setting for setting in settings if not names or setting.spec.algorithm in names]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the tables and a line per bar."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    names = [*CELLS, "bf16"]
+    """Print the tables and a line per bar; return 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tables = [*CASES, BF16]
     parser.add_argument(
-        "--cells", default=",".join(names), help=f"of {', '.join(names)}, with commas"
+        "--cells",
+        default=",".join(tables),
+        help=f"tables, separated by commas, of {', '.join(tables)}",
     )
     parser.add_argument(
-        "--only", default="", help=f"algorithms, with commas, of {', '.join(ALGORITHMS)}"
+        "--only", default="", help=f"algorithms, separated by commas, of {', '.join(ALGORITHMS)}"
     )
     parser.add_argument(
         "--repeats", type=int, default=0, help="timed turns; default 11, and 3 for Linear 4096"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny layers, to see whether all implementations run"
+        "--tiny", action="store_true", help="tiny layers, to test that all implementations run"
     )
     parser.add_argument(
         "--unet", action="store_true", help="a whole Stable Diffusion 1.5 UNet instead"
     )
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if given.unet:
+    if options.unet:
         from benchmarks import unet
 
-        return unet.compare(
-            [name for name in given.only.split(",") if name], given.repeats or 3, given.tiny
+        algorithms = [name for name in options.only.split(",") if name]
+        return unet.compare(algorithms, options.repeats or 3, options.tiny)
+    settings = selected_settings(options.only)
+    selected_tables = options.cells.split(",")
+    unknown_tables = [name for name in selected_tables if name not in tables]
+    if unknown_tables:
+        raise SystemExit(
+            f"--cells {','.join(unknown_tables)}: unknown table; expected {', '.join(tables)}"
         )
-    settings, bars = chosen_settings(given.only), []
-    cells = TINY if given.tiny else {n: c for n, c in CELLS.items() if n in given.cells.split(",")}
-    unknown = [name for name in given.cells.split(",") if name not in names]
-    if unknown:
-        raise SystemExit(f"--cells {','.join(unknown)}: not one of {', '.join(names)}")
-    for name, cell in cells.items():
-        repeats = given.repeats or cell.repeats
-        table = Table(
-            name,
-            f"x {cell.shape} fp32; forward + backward over the frozen layer's, medians of {repeats} turns",
-        )
-        for setting in settings:
-            results, floor = measure(cell, setting, repeats)
-            table.row(setting.name, results, floor)
-            bars += list(verdicts(name, cell, setting, results, floor))
-        print(
-            f"  the frozen layer itself: {median(floor.seconds) * 1000:.1f} ms, keeps {floor.saved:.1f} MiB"
-        )
-        table.end()
-    if given.tiny or "bf16" in given.cells.split(","):
-        bf16_table(settings, given.tiny)
-    print("\n" + "\n".join(f"{status:7}{what}" for status, what in bars))
-    return int(not given.tiny and "MISSED" in dict(bars))
+    cases = {name: case for name, case in CASES.items() if name in selected_tables}
+    if options.tiny:
+        cases = TINY_CASES
+    all_verdicts: list[Verdict] = []
+    for name, case in cases.items():
+        all_verdicts += compare(name, case, settings, options.repeats or case.repeats)
+    if options.tiny or BF16 in selected_tables:
+        bf16_tables(settings, options.tiny)
+    print()
+    for verdict in all_verdicts:
+        print(f"{verdict.status:7}{verdict.text}")
+    is_missed = any(verdict.status == "MISSED" for verdict in all_verdicts)
+    return int(is_missed and not options.tiny)
+
+
+def compare(name: str, case: Case, settings: list[Setting], repeats: int) -> list[Verdict]:
+    """Print the table of a layer; return its verdicts."""
+    table = Table(
+        name,
+        f"x {case.shape} fp32; forward + backward over the frozen layer's, medians of {repeats} "
+        "turns",
+    )
+    all_verdicts: list[Verdict] = []
+    for setting in settings:
+        results, floor = measure(case, setting, repeats)
+        table.row(setting.name, results, floor)
+        all_verdicts += verdicts(name, case, setting, results, floor)
+    milliseconds = median(floor.seconds) * 1000
+    print(f"  the frozen layer itself: {milliseconds:.1f} ms, keeps {floor.saved:.1f} MiB")
+    table.print_notes()
+    return all_verdicts
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""What gradient checkpointing costs and saves, per depth and policy: time of a step, and memory
-beside the weights.
+"""Cost and savings of gradient checkpointing, per depth and policy: time of a step, and memory
+besides the weights.
 
-`python benchmarks/checkpointing.py` measures the embedded UNet, `--full` a UNet of Stable Diffusion
-1.5's size with random weights and 32x32 latents; both with LoRA of rank 8 on all layers, fp32,
-batch 1, one thread. A step is forward and backward. The variants take turns on one model; the ratio
-is of CPU time, to no checkpointing in the same turn, the median of the turns.
+`python benchmarks/checkpointing.py` measures the embedded UNet. `--full` measures a UNet of
+Stable Diffusion 1.5's size with random weights and 32x32 latents. Both have LoRA of rank 8 on
+all layers, fp32, batch 1, one thread. A step is a forward and backward pass. The variants take
+turns on one model. The ratio is of CPU time, to no checkpointing in the same turn; the median of
+the turns is printed.
 
-Memory is counted by storages as operators make them, so it is exact, the same on every machine and
-free of the allocator's slack: kept is what lives between forward and backward, peak the most at any
-time of the step. Gradients are allocated before, and the scratch memory within one operator is not
-seen.
+Memory is the sum of the storages that operators create. It is therefore exact, equal on every
+machine, and free of the allocator's overhead. "kept" lives between forward and backward pass;
+"peak" is the maximum during the step. Gradients are allocated before the step. Scratch memory
+within one operator is not counted.
 """
 
 import argparse
@@ -35,21 +36,22 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from models.blocks import find_blocks  # noqa: E402
 from training import gradient_checkpointing  # noqa: E402
 
+MIB = 2**20
 NONE, DIFFUSERS = "none", "diffusers' own"
 POLICIES: tuple[gradient_checkpointing.Policy, ...] = ("full", "keep-attention-output")
-DEPTHS = (1, 2, 3, 4)  # a UNet has nothing deeper
+DEPTHS = (1, 2, 3, 4)
+"""A UNet has no deeper blocks."""
 VARIANTS = [NONE, DIFFUSERS, *(f"{depth} {policy}" for depth in DEPTHS for policy in POLICIES)]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it and still live."""
+    """Counts the bytes of all tensors that are created in the block and still live."""
 
-    def __init__(self, known: list[Tensor]):
+    def __init__(self, earlier_tensors: list[Tensor]):
+        """`earlier_tensors`: exist before the block; their views are not counted."""
         super().__init__()
-        self.seen = {
-            t.untyped_storage().data_ptr() for t in known
-        }  # views of what was there before are not new
-        self.now = self.peak = 0
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in earlier_tensors}
+        self.current = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -59,21 +61,22 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, once, until it is freed."""
         key, size = storage.data_ptr(), storage.nbytes()
-        if not size or key in self.seen:
+        if not size or key in self.storages:
             return
-        self.seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.storages.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
         weakref.finalize(storage, self.remove, key, size)
 
     def remove(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
+        self.storages.discard(key)
+        self.current -= size
 
 
 def select(unet: Any, variant: str) -> int:
-    """Checkpoints as `variant` says; returns how many modules are."""
+    """Turn on the checkpointing of a variant; return the number of checkpointed modules."""
     gradient_checkpointing.remove(unet)
     if variant == DIFFUSERS:
         unet.enable_gradient_checkpointing()
@@ -96,6 +99,7 @@ def full_unet() -> nn.Module:
 
 
 def with_lora(unet: nn.Module) -> nn.Module:
+    """Attach LoRA of rank 8 to all layers."""
     from lora_algos.attach import adaptable_layers, attach
     from lora_algos.config import LayerSpec
 
@@ -103,67 +107,68 @@ def with_lora(unet: nn.Module) -> nn.Module:
     return unet.train()
 
 
-def stepper(unet: Any, size: int) -> Callable[[], Tensor]:
-    """The forward pass to a loss; gradients have their place already."""
+def make_forward(unet: Any, size: int) -> Callable[[], Tensor]:
+    """Return a function that computes a loss. Gradients are allocated here, before any step."""
     torch.manual_seed(0)
-    latents, cond = (
-        torch.randn(1, 4, size, size),
-        torch.randn(1, 77, unet.config.cross_attention_dim),
-    )
+    latents = torch.randn(1, 4, size, size)
+    cond = torch.randn(1, 77, unet.config.cross_attention_dim)
     for parameter in unet.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    return lambda: unet(latents, torch.tensor([500]), cond, return_dict=False)[0].square().mean()
+
+    def forward() -> Tensor:
+        prediction = unet(latents, torch.tensor([500]), cond, return_dict=False)[0]
+        return prediction.square().mean()
+
+    return forward
 
 
 def memory(unet: nn.Module, forward: Callable[[], Tensor]) -> tuple[float, float]:
-    """MiB kept after the forward pass, and at the peak of the step."""
-    known = [
-        *unet.parameters(),
-        *unet.buffers(),
-        *(p.grad for p in unet.parameters() if p.grad is not None),
-    ]
-    with LiveBytes(known) as live:
+    """Return MiB that are kept after the forward pass, and at the peak of the step."""
+    gradients = [p.grad for p in unet.parameters() if p.grad is not None]
+    with LiveBytes([*unet.parameters(), *unet.buffers(), *gradients]) as live:
         loss = forward()
-        kept = live.now
+        kept_bytes = live.current
         loss.backward()
-    return kept / 2**20, live.peak / 2**20
+    return kept_bytes / MIB, live.peak / MIB
 
 
 def measure(unet: nn.Module, size: int, turns: int) -> None:
-    """Prints the table."""
-    forward = stepper(unet, size)
+    """Print the table. `size`: of the latents."""
+    forward = make_forward(unet, size)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for turn in range(-1, turns):  # the first one warms up
-        for variant in VARIANTS[turn % len(VARIANTS) :] + VARIANTS[: turn % len(VARIANTS)]:
+    for turn in range(-1, turns):  # the first turn warms up
+        shift = turn % len(VARIANTS)
+        for variant in VARIANTS[shift:] + VARIANTS[:shift]:
             select(unet, variant)
             start = time.process_time()
             forward().backward()
             if turn >= 0:
                 seconds[variant].append(time.process_time() - start)
-    print(
-        f"{'depth policy':26}{'modules':>8}{'s/step':>9}{'ratio':>8}{'kept MiB':>10}{'peak MiB':>10}"
-    )
+    columns = f"{'modules':>8}{'s/step':>9}{'ratio':>8}{'kept MiB':>10}{'peak MiB':>10}"
+    print(f"{'depth policy':26}{columns}")
     for variant in VARIANTS:
-        count = select(unet, variant)
-        kept, peak = memory(unet, forward)
+        num_modules = select(unet, variant)
+        kept_mib, peak_mib = memory(unet, forward)
         ratio = median(a / b for a, b in zip(seconds[variant], seconds[NONE], strict=True))
-        print(
-            f"{variant:26}{count or '':>8}{median(seconds[variant]):9.3f}{ratio:8.3f}{kept:10.1f}{peak:10.1f}"
-        )
+        times = f"{median(seconds[variant]):9.3f}{ratio:8.3f}"
+        print(f"{variant:26}{num_modules or '':>8}{times}{kept_mib:10.1f}{peak_mib:10.1f}")
 
 
 def main() -> None:
+    """Measure all variants on one UNet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="a UNet of full size")
     parser.add_argument(
-        "--turns", type=int, help="timed steps of each variant (20, or 3 of full size)"
+        "--turns", type=int, help="timed steps of each variant (default 20; 3 for the full size)"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    unet = with_lora(full_unet() if given.full else embedded_unet())
-    measure(unet, 32 if given.full else 16, given.turns or (3 if given.full else 20))
+    if arguments.full:
+        measure(with_lora(full_unet()), 32, arguments.turns or 3)
+    else:
+        measure(with_lora(embedded_unet()), 16, arguments.turns or 20)
 
 
 if __name__ == "__main__":

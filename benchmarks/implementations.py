@@ -1,4 +1,4 @@
-"""Ours, PEFT's and LyCORIS' adapters on one layer, as benchmarks/adapters.py compares them."""
+"""Adapters of this project, of PEFT and of LyCORIS on one layer, for benchmarks/adapters.py."""
 
 import contextlib
 import importlib.util
@@ -15,15 +15,16 @@ from lora_algos.attach import attach
 from lora_algos.config import AdapterOptions, LayerSpec
 
 LYCORIS_VERSION = "4.1.3"
-UNAVAILABLE = (
-    ""
-    if importlib.util.find_spec("lycoris")
-    else f"LyCORIS is not installed: pip install lycoris-lora=={LYCORIS_VERSION}"
-)
+LYCORIS_ERROR = ""
+"""Why LyCORIS cannot be measured; empty if it can."""
+if importlib.util.find_spec("lycoris") is None:
+    LYCORIS_ERROR = f"LyCORIS is not installed: pip install lycoris-lora=={LYCORIS_VERSION}"
+UNDIVIDED_RANK = 10**6
+"""For PEFT's LoKr: no factor is decomposed at such a rank."""
 
 
-class Unsupported(Exception):
-    """An implementation does not have what is compared."""
+class UnsupportedError(Exception):
+    """A setting that an implementation does not have."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,24 @@ SETTINGS = (
 )
 
 
+def no_mode(_x: Tensor) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Layer:
-    """An adapted layer, its trained tensors, and a function that names how it computes an input."""
+    """A layer with an adapter."""
 
     module: nn.Module
     trained: list[nn.Parameter]
-    mode: Callable[[Tensor], str] = field(default=lambda x: "")
+    mode: Callable[[Tensor], str] = field(default=no_mode)
+    """Names the way in which the layer computes an input; only this project's layers have
+    several."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what peers print and warn when they are built."""
+    """Suppress messages and warnings of the libraries in a block."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -77,66 +84,65 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def same_weights(base: nn.Module) -> nn.ModuleDict:
-    """A model whose one layer has the weights of `base`, without a copy."""
+def sharing_weights(base: nn.Module) -> nn.ModuleDict:
+    """Return a model with one layer that shares the weights of `base`."""
     layer = type(base).__new__(type(base))
     layer.__dict__ = {**base.__dict__, "_parameters": {**base._parameters}}
     return nn.ModuleDict({"layer": layer})
 
 
 def ours(setting: Setting, base: nn.Module) -> Layer:
-    """As the trainer attaches it."""
-    model = same_weights(base)
+    """Attach this project's adapter, as the trainer does."""
+    model = sharing_weights(base)
     attach(model, {"layer": setting.spec}, 0)
     layer: Any = model["layer"]
-    mode = (
-        (lambda x: layer.mode(x, layer.factors(dict(layer.tensors()))))
-        if hasattr(layer, "mode")
-        else (lambda x: "")
-    )
-    return Layer(layer, list(layer.trained().values()), mode)
+
+    def mode(x: Tensor) -> str:
+        return layer.mode(x, layer.factors(dict(layer.tensors())))
+
+    has_modes = hasattr(layer, "mode")
+    return Layer(layer, list(layer.trained().values()), mode if has_modes else no_mode)
 
 
 def peft_config(spec: LayerSpec) -> Any:
+    """Return PEFT's configuration for a setting. Raises UnsupportedError."""
     import peft
 
-    r, options, layers = spec.rank, spec.options, ["layer"]
-    whole = 10**6  # LoKr: a rank that no factor is decomposed for
+    rank, options, layers = spec.rank, spec.options, ["layer"]
     match spec.algorithm:
         case "LoRA" | "DoRA":
-            return peft.LoraConfig(
-                r=r, lora_alpha=r, use_dora=spec.algorithm == "DoRA", target_modules=layers
-            )
+            is_dora = spec.algorithm == "DoRA"
+            return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=is_dora, target_modules=layers)
         case "LoHa":
-            return peft.LoHaConfig(r=r, alpha=r, target_modules=layers)
+            return peft.LoHaConfig(r=rank, alpha=rank, target_modules=layers)
         case "LoKr":
-            r = whole if options.full_matrix else r
+            rank = UNDIVIDED_RANK if options.full_matrix else rank
             return peft.LoKrConfig(
-                r=r, alpha=r, decompose_factor=options.factor, target_modules=layers
+                r=rank, alpha=rank, decompose_factor=options.factor, target_modules=layers
             )
         case "OFT":
             return peft.OFTConfig(r=0, oft_block_size=options.block_size, target_modules=layers)
         case "BOFT" if options.stages > 0:
-            # more than one stage needs its CUDA extension
+            # more than one stage needs PEFT's CUDA extension
             return peft.BOFTConfig(
                 boft_block_size=options.block_size, boft_n_butterfly_factor=1, target_modules=layers
             )
         case "BOFT":
-            raise Unsupported("PEFT's BOFT has one stage on a CPU; see BOFT 2 stages")
+            raise UnsupportedError("PEFT's BOFT has one stage on a CPU; see BOFT 2 stages")
         case "GLoRA":
-            raise Unsupported("PEFT's GLoRA is another function, elementwise in the weight")
-    raise Unsupported("PEFT has none")
+            raise UnsupportedError("PEFT's GLoRA is another function, elementwise in the weight")
+    raise UnsupportedError(f"PEFT has no {spec.algorithm}")
 
 
 def peft(setting: Setting, base: nn.Module) -> Layer:
-    """Injected as diffusers does, the adapters in fp32."""
+    """Attach PEFT's adapter as diffusers does, in fp32."""
     from peft import inject_adapter_in_model
 
     if setting.spec.algorithm == "OFT" and isinstance(base, nn.Conv2d):
-        raise Unsupported(
+        raise UnsupportedError(
             "PEFT's OFT of a 3x3 convolution adds up overlapping patches: another function"
         )
-    model = inject_adapter_in_model(peft_config(setting.spec), same_weights(base))
+    model = inject_adapter_in_model(peft_config(setting.spec), sharing_weights(base))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
@@ -144,12 +150,12 @@ def peft(setting: Setting, base: nn.Module) -> Layer:
 
 
 def lycoris(setting: Setting, base: nn.Module, bypass: bool) -> Layer:
-    """One of its modules applied to the layer; with `bypass` the update runs beside it instead of
-    in its weight."""
+    """Attach LyCORIS' adapter. `bypass`: add its output to the layer's, instead of changing the
+    weight."""
     from lycoris import modules
 
     spec, options = setting.spec, setting.spec.options
-    kinds = {
+    module_classes = {
         "LoRA": modules.LoConModule,
         "DoRA": modules.LoConModule,
         "LoHa": modules.LohaModule,
@@ -159,30 +165,42 @@ def lycoris(setting: Setting, base: nn.Module, bypass: bool) -> Layer:
         "GLoRA": modules.GLoRAModule,
         "Full": modules.FullModule,
     }
-    if spec.algorithm not in kinds:
-        raise Unsupported("LyCORIS has none")
+    if spec.algorithm not in module_classes:
+        raise UnsupportedError(f"LyCORIS has no {spec.algorithm}")
     if spec.algorithm == "DoRA" and bypass:
-        raise Unsupported("LyCORIS' bypass of DoRA leaves the magnitude out: it is LoRA")
+        raise UnsupportedError("LyCORIS' bypass of DoRA leaves the magnitude out: it is LoRA")
     if spec.algorithm == "BOFT" and options.stages > 0:
-        raise Unsupported("LyCORIS' BOFT has all its stages always; see BOFT all")
-    more: dict[str, Any] = {"DoRA": {"weight_decompose": True}}.get(spec.algorithm, {})
+        raise UnsupportedError("LyCORIS' BOFT has all its stages always; see BOFT all")
+    arguments: dict[str, Any] = {"lora_dim": spec.rank, "alpha": spec.rank}
+    if spec.algorithm in ("OFT", "BOFT"):
+        arguments = {"lora_dim": options.block_size, "alpha": 0}
+    if spec.algorithm == "DoRA":
+        arguments["weight_decompose"] = True
     if spec.algorithm == "LoKr":
-        more = {"factor": options.factor, "full_matrix": options.full_matrix}
-    rotates = spec.algorithm in ("OFT", "BOFT")
-    size = options.block_size if rotates else spec.rank
-    layer: Any = same_weights(base)["layer"]
-    kind = kinds[spec.algorithm]
-    adapter = kind(
-        "layer", layer, 1.0, lora_dim=size, alpha=0 if rotates else size, bypass_mode=bypass, **more
-    )
+        arguments |= {"factor": options.factor, "full_matrix": options.full_matrix}
+    layer: Any = sharing_weights(base)["layer"]
+    module_class = module_classes[spec.algorithm]
+    adapter = module_class("layer", layer, 1.0, bypass_mode=bypass, **arguments)
     adapter.apply_to()
-    both = nn.ModuleDict({"adapter": adapter, "layer": layer})
-    both.forward = layer.forward  # type: ignore[method-assign]
-    return Layer(both, [parameter for parameter in both.parameters() if parameter.requires_grad])
+    adapted = nn.ModuleDict({"adapter": adapter, "layer": layer})
+    adapted.forward = layer.forward  # type: ignore[method-assign]
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    return Layer(adapted, trained)
+
+
+def lycoris_rebuild(setting: Setting, base: nn.Module) -> Layer:
+    """Attach LyCORIS' adapter, which changes the weight in each forward pass."""
+    return lycoris(setting, base, bypass=False)
+
+
+def lycoris_bypass(setting: Setting, base: nn.Module) -> Layer:
+    """Attach LyCORIS' adapter, whose output is added to the layer's."""
+    return lycoris(setting, base, bypass=True)
 
 
 PEERS: dict[str, Callable[[Setting, nn.Module], Layer]] = {
     "PEFT": peft,
-    "LyCORIS rebuild": lambda setting, base: lycoris(setting, base, False),
-    "LyCORIS bypass": lambda setting, base: lycoris(setting, base, True),
+    "LyCORIS rebuild": lycoris_rebuild,
+    "LyCORIS bypass": lycoris_bypass,
 }
+"""Column -> function that attaches the adapter of another library."""

@@ -1,15 +1,14 @@
-"""What large runs would send and how long that takes, reckoned from real models without weights:
-part of benchmarks/scaling.py, which prints it with `--paper`. Nothing here is measured but sizes
-and FLOPs.
+"""Estimates of communication in large runs, calculated from real models without weights. Part of
+benchmarks/scaling.py, which prints them with `--paper`. Only sizes and FLOPs are measured.
 
-n GPUs in nodes of 8 form one ring that leaves and enters every node once. Summing S bytes sends 2
-(n-1)/n S over each of its links, gathering S bytes (n-1)/n S; the narrowest link sets the time. To
-that each of the n-1 hops, of a sum twice, adds a delay: n/8 of them are between nodes, if there is
-more than one, and the others inside.
+n GPUs in nodes of 8 form one ring that leaves and enters every node once. Summing S bytes sends
+2 (n-1)/n S over each link of the ring; gathering S bytes sends (n-1)/n S. The narrowest link
+sets the time. Each of the n-1 hops adds a delay, twice for a sum: n/8 hops are between nodes, if
+there are several, and the others are inside a node.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,9 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_algos.attach import attach, select_layers
 from lora_algos.config import LayerSpec
 
-RANK, PER_NODE, GPUS = 16, 8, (8, 64, 1024)
-FLOPS_PER_SECOND = 0.4 * 989e12  # assumed: 40 % of an H100's dense bf16
-FP32, BF16 = 4, 2
+RANK = 16
+GPUS_PER_NODE = 8
+GPUS = (8, 64, 1024)
+FLOPS_PER_SECOND = 0.4 * 989e12
+"""Assumed: 40 % of an H100's dense bf16."""
+FP32_BYTES, BF16_BYTES = 4, 2
+UNLIMITED = 2**20
+"""Number of GPUs that a network between nodes connects."""
 SDXL = {
     "block_out_channels": [320, 640, 1280],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -39,36 +43,43 @@ FLUX_ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add
 
 @dataclass(frozen=True)
 class Link:
-    """What leaves a node, or connects the GPUs in it: bytes per second and seconds of delay of a hop. The delays are
-    assumed."""
+    """A connection of a node to others, or of the GPUs in a node."""
 
     name: str
     speed: float
+    """Bytes per second."""
     delay: float
-    most: int
-    """GPUs that it connects at most."""
+    """Seconds per hop; assumed."""
+    max_gpus: int
+    """Largest number of GPUs that it connects."""
+
+    def connects(self, gpus: int) -> bool:
+        """Return whether a run of this size uses the link: networks are for several nodes."""
+        is_network = self.max_gpus == UNLIMITED
+        return gpus <= self.max_gpus and (gpus > GPUS_PER_NODE or not is_network)
 
 
 NVLINK = Link("NVLink 450 GB/s", 450e9, 2e-6, 72)
 LINKS = (
     NVLINK,
-    Link("PCIe 25 GB/s", 25e9, 5e-6, PER_NODE),
-    Link("IB 50 GB/s per GPU", PER_NODE * 50e9, 5e-6, 2**20),
-    Link("IB 50 GB/s per node", 50e9, 5e-6, 2**20),
-    Link("Ethernet 25 Gb/s per node", 25e9 / 8, 30e-6, 2**20),
+    Link("PCIe 25 GB/s", 25e9, 5e-6, GPUS_PER_NODE),
+    Link("IB 50 GB/s per GPU", GPUS_PER_NODE * 50e9, 5e-6, UNLIMITED),
+    Link("IB 50 GB/s per node", 50e9, 5e-6, UNLIMITED),
+    Link("Ethernet 25 Gb/s per node", 25e9 / 8, 30e-6, UNLIMITED),
 )
 
 
 @dataclass(frozen=True)
-class Work:
-    """A step of one GPU, with gradient checkpointing: numbers of parameters, of gathers, and FLOPs."""
+class Workload:
+    """A step of one GPU, with gradient checkpointing: numbers of parameters and blocks, and
+    FLOPs."""
 
     name: str
     adapters: int
     base: int
     in_blocks: int
-    """Of the base, those in blocks: gathered for the forward and for the backward pass; the rest
-    once."""
+    """Base parameters in blocks. They are gathered for the forward and for the backward pass; other
+    parameters are gathered once."""
     blocks: int
     flops: float
 
@@ -77,68 +88,86 @@ class Work:
         return self.flops / FLOPS_PER_SECOND
 
     @property
-    def summed(self) -> int:
-        """Bytes of the gradients."""
-        return self.adapters * FP32
+    def summed_bytes(self) -> int:
+        """Return the size of the gradients."""
+        return self.adapters * FP32_BYTES
 
     @property
-    def gathered(self) -> int:
-        """Bytes of the base that a GPU gathers, its own part included."""
-        return (self.base + self.in_blocks) * BF16
+    def gathered_bytes(self) -> int:
+        """Return the size of the base model's shards that a GPU gathers, its own shard included."""
+        return (self.base + self.in_blocks) * BF16_BYTES
 
     @property
     def gathers(self) -> int:
         return 2 * self.blocks + 1
 
 
-def hops(gpus: int, link: Link) -> float:
-    """Seconds of delay once around the ring, which is inside one node or one NVLink domain, or
-    leaves nodes."""
-    if gpus <= PER_NODE or link is NVLINK:
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of communication per step, and the share of the step's time that computes."""
+
+    seconds: float
+    computing_share: float
+
+    def __str__(self) -> str:
+        return f"{milliseconds(self.seconds)} ({100 * self.computing_share:.0f} %)"
+
+
+def hop_seconds(gpus: int, link: Link) -> float:
+    """Return the delay once around the ring. The ring is inside one node or NVLink domain, or
+    leaves the nodes over `link`."""
+    if gpus <= GPUS_PER_NODE or link is NVLINK:
         return (gpus - 1) * link.delay
-    between = gpus // PER_NODE
-    return between * link.delay + (gpus - 1 - between) * NVLINK.delay
+    hops_between = gpus // GPUS_PER_NODE
+    return hops_between * link.delay + (gpus - 1 - hops_between) * NVLINK.delay
 
 
-def summing(work: Work, gpus: int, link: Link) -> float:
-    """Seconds per step that summing the gradients takes, after the last of them is there."""
-    return 2 * (gpus - 1) / gpus * work.summed / link.speed + 2 * hops(gpus, link)
+def sum_seconds(work: Workload, gpus: int, link: Link) -> float:
+    """Return the time per step of summing the gradients, after the last one is computed."""
+    sent_bytes = 2 * (gpus - 1) / gpus * work.summed_bytes
+    return sent_bytes / link.speed + 2 * hop_seconds(gpus, link)
 
 
-def gathering(work: Work, gpus: int, link: Link) -> float:
-    """Seconds per step that gathering the base takes if it is sharded over all GPUs."""
-    return (gpus - 1) / gpus * work.gathered / link.speed + work.gathers * hops(gpus, link)
+def gather_seconds(work: Workload, gpus: int, link: Link) -> float:
+    """Return the time per step of gathering a base model that is sharded over all GPUs."""
+    sent_bytes = (gpus - 1) / gpus * work.gathered_bytes
+    return sent_bytes / link.speed + work.gathers * hop_seconds(gpus, link)
 
 
-def ddp(work: Work, gpus: int, link: Link) -> tuple[float, float]:
-    """Seconds of communication, and the share of the step that computes."""
-    seconds = summing(work, gpus, link)
-    return seconds, work.seconds / (work.seconds + seconds)
+def ddp_cost(work: Workload, gpus: int, link: Link) -> Cost:
+    """Return the cost of DDP."""
+    seconds = sum_seconds(work, gpus, link)
+    return Cost(seconds, work.seconds / (work.seconds + seconds))
 
 
-def fsdp(work: Work, gpus: int, link: Link) -> tuple[float, float]:
-    """The same, at best: gathers wholly behind computation, as far as there is any."""
-    exposed, hidden = summing(work, gpus, link), gathering(work, gpus, link)
-    return exposed + hidden, work.seconds / (max(work.seconds, hidden) + exposed)
+def fsdp_cost(work: Workload, gpus: int, link: Link) -> Cost:
+    """Return the cost of FSDP2 at best: computation hides the gathers, as long as there is any."""
+    exposed, hidden = sum_seconds(work, gpus, link), gather_seconds(work, gpus, link)
+    return Cost(exposed + hidden, work.seconds / (max(work.seconds, hidden) + exposed))
 
 
-def sizes(name: str, model: nn.Module, pattern: str) -> Work:
-    """Of a model on the meta device, to which it attaches LoRA."""
+def measure_sizes(name: str, model: nn.Module, pattern: str) -> Workload:
+    """Attach LoRA to a model on the meta device, and return its sizes. `pattern`: of layer
+    names."""
     model.requires_grad_(False)
     base = sum(parameter.numel() for parameter in model.parameters())
-    # what the trainer shards one by one where Accelerate's config names nothing else
-    split = [
-        module for module in model.modules() if type(module).__name__ in model._no_split_modules
-    ]  # type: ignore[operator]
-    in_blocks = sum(p.numel() for p in {p for block in split for p in block.parameters()})
+    # the trainer shards these modules one by one, unless Accelerate's config names others
+    blocks = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in model._no_split_modules  # type: ignore[operator]
+    ]
+    block_parameters = {parameter for block in blocks for parameter in block.parameters()}
+    in_blocks = sum(parameter.numel() for parameter in block_parameters)
     names = select_layers(model, (pattern,), {})
     adapted = attach(model, dict.fromkeys(names, LayerSpec(RANK, float(RANK), "LoRA")), 0)
     adapters = sum(parameter.numel() for parameter in adapted.named_parameters().values())
-    return Work(name, adapters, base, in_blocks, len(split), 0.0)
+    return Workload(name, adapters, base, in_blocks, len(blocks), flops=0.0)
 
 
-def flops_of(model: nn.Module, inputs: dict) -> float:
-    """Of forward and backward pass with gradient checkpointing, on the meta device."""
+def count_flops(model: nn.Module, inputs: dict) -> float:
+    """Return the FLOPs of forward and backward pass with gradient checkpointing, on the meta
+    device."""
     model.enable_gradient_checkpointing()  # type: ignore[operator]
     model.train()
     with FlopCounterMode(display=False) as counter:
@@ -166,14 +195,13 @@ def meta(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, device="meta", dtype=torch.bfloat16)
 
 
-def works() -> list[Work]:
-    """Both at batch 1, 1024 x 1024 pixels."""
-    size = {"text_embeds": meta(1, 1280), "time_ids": meta(1, 6)}
+def workloads() -> list[Workload]:
+    """Return the workloads of SDXL and FLUX.1 at batch 1 and 1024 x 1024 pixels."""
     unet_inputs = {
         "sample": meta(1, 4, 128, 128),
         "timestep": meta(1),
         "encoder_hidden_states": meta(1, 77, 2048),
-        "added_cond_kwargs": size,
+        "added_cond_kwargs": {"text_embeds": meta(1, 1280), "time_ids": meta(1, 6)},
     }
     flux_inputs = {
         "hidden_states": meta(1, 4096, 64),
@@ -184,51 +212,45 @@ def works() -> list[Work]:
         "img_ids": meta(4096, 3),
         "txt_ids": meta(512, 3),
     }
-    cases: list[tuple[str, Callable[[], nn.Module], str, dict]] = [
-        ("SDXL", sdxl, UNET_ATTENTION, unet_inputs),
-        ("FLUX.1", flux, FLUX_ATTENTION, flux_inputs),
+    return [
+        workload("SDXL", sdxl, UNET_ATTENTION, unet_inputs),
+        workload("FLUX.1", flux, FLUX_ATTENTION, flux_inputs),
     ]
-    result = []
-    for name, build, pattern, inputs in cases:
-        model = nn.Module.to(build(), torch.bfloat16)
-        plain = sizes(name, model, pattern)
-        result.append(Work(**{**vars(plain), "flops": flops_of(model, inputs)}))
-    return result
+
+
+def workload(name: str, build: Callable[[], nn.Module], pattern: str, inputs: dict) -> Workload:
+    """Return the workload of a model. `pattern`: of the layers with adapters."""
+    model = nn.Module.to(build(), torch.bfloat16)
+    sizes = measure_sizes(name, model, pattern)
+    return replace(sizes, flops=count_flops(model, inputs))
 
 
 def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f}" if seconds < 0.1 else f"{1000 * seconds:,.0f}"
 
 
-def connects(gpus: int, link: Link) -> bool:
-    """A network is for more than one node, the others are for one, or for one domain."""
-    return gpus <= link.most and (gpus > PER_NODE or link.most < 2**20)
-
-
-def cell(seconds: float, share: float) -> str:
-    return f"{milliseconds(seconds)} ({100 * share:.0f} %)"
-
-
 def main() -> int:
-    """Prints the tables of docs/scaling.md."""
-    found = works()
+    """Print the tables of docs/scaling.md."""
+    work_list = workloads()
     print(
-        "| LoRA, attention, rank 16 | adapters | summed | base, bf16 | gathered | gathers | FLOPs | a step |"
+        "| LoRA, attention, rank 16 | adapters | summed | base, bf16 | gathered | gathers | FLOPs "
+        "| a step |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for work in found:
+    for work in work_list:
         print(
-            f"| {work.name} | {work.adapters / 1e6:.2f} M | {work.summed / 1e6:.1f} MB "
-            f"| {work.base * BF16 / 1e9:.2f} GB | {work.gathered / 1e9:.2f} GB | {work.gathers} "
-            f"| {work.flops / 1e12:.1f} T | {milliseconds(work.seconds)} ms |"
+            f"| {work.name} | {work.adapters / 1e6:.2f} M | {work.summed_bytes / 1e6:.1f} MB "
+            f"| {work.base * BF16_BYTES / 1e9:.2f} GB | {work.gathered_bytes / 1e9:.2f} GB "
+            f"| {work.gathers} | {work.flops / 1e12:.1f} T | {milliseconds(work.seconds)} ms |"
         )
     print(f"\n| ms (computes) | GPUs | {' | '.join(link.name for link in LINKS)} |")
     print("|---" * (len(LINKS) + 2) + "|")
-    for work in found:
-        for engine, cost in (("DDP", ddp), ("FSDP2", fsdp)):
+    for work in work_list:
+        for engine, cost in (("DDP", ddp_cost), ("FSDP2", fsdp_cost)):
             for gpus in GPUS:
-                cells = (
-                    cell(*cost(work, gpus, link)) if connects(gpus, link) else "-" for link in LINKS
-                )
+                cells = ["-"] * len(LINKS)
+                for column, link in enumerate(LINKS):
+                    if link.connects(gpus):
+                        cells[column] = str(cost(work, gpus, link))
                 print(f"| {work.name} {engine} | {gpus} | {' | '.join(cells)} |")
     return 0

@@ -1,12 +1,13 @@
-"""What each choice that has a default is worth: `python benchmarks/quality.py [--groups
-density,ema] [--seeds 3]`.
+"""Effect of options on the validation loss: `python benchmarks/quality.py [--groups density,EMA]
+[--seeds 3]`.
 
-The emoji demo is trained at equal steps under one choice after the other, over several seeds.
-Validation is the plain squared error of held-out images at fixed noise levels, whatever was trained
-for, so the numbers compare. A table per group: the loss after the last step and at its lowest, with
-the standard deviation over seeds, and the loss of the third of the levels with the least, middling
-and most noise. `--out FILE` keeps each run's result as a JSON line, and runs only those that are
-not there yet. `--tiny`: whether it all runs.
+The emoji demo is trained for the same number of steps with each choice of an option, over
+several seeds. Validation is the plain squared error of held-out images at fixed noise levels,
+with every training objective, so the numbers are comparable. Each group of choices has a table.
+It shows the loss after the last step and the lowest loss, with the standard deviation over
+seeds. It also shows the loss of the thirds of the noise levels with the least, medium and most
+noise. `--out FILE` keeps the result of each run as a JSON line; runs that are in the file are
+not repeated. `--tiny` only tests that everything runs.
 """
 
 import argparse
@@ -15,24 +16,38 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = PROJECT / "recipes" / "demo.yaml"
-STEPS, EVERY = 150, 25
-FIXED = [
+STEPS = 150
+VALIDATE_EVERY = 25
+COMMON_OPTIONS = [
     "--no_preview",
     "--checkpoint.every=0",
     "--checkpoint.every_minutes=0",
     "--tracking.log_every=1000",
 ]
-RATES = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+LEARNING_RATES = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+
+MILLION_PARAMETERS = {
+    "LoRA": ("--rank=16", "--adapter.alpha=16"),
+    "DoRA": ("--rank=16", "--adapter.alpha=16"),
+    "LoHa": ("--rank=8", "--adapter.alpha=8"),
+    "GLoRA": ("--rank=10", "--adapter.alpha=10"),
+    "LoKr": ("--adapter.full_matrix", "--adapter.factor=3"),
+    "OFT": ("--adapter.block_size=64",),
+    "BOFT": ("--adapter.block_size=14",),
+    "Full (five million)": (),
+}
+"""Options with which each algorithm has about a million parameters."""
+Result = dict[str, Any]
+"""`key` of a run, number of trained `parameters`, and the list of its `validation` losses."""
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss space": {
@@ -55,7 +70,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "stratified": {
-        "each by itself (default)": (),
+        "independent (default)": (),
         "stratified": ("--objective.stratified_timesteps",),
     },
     "weighting": {
@@ -86,7 +101,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "alpha and learning rate": {
         f"alpha {alpha}, {rate}": (f"--adapter.alpha={alpha}", f"--learning_rate={rate}")
         for alpha in (1, 8, 16, 32)
-        for rate in RATES
+        for rate in LEARNING_RATES
     },
     "EMA": {
         "none (default)": (),
@@ -101,24 +116,16 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "algorithm at about a million parameters": {
         f"{name}, {rate}": (f"--algorithm={name.split()[0]}", *options, f"--learning_rate={rate}")
-        for name, options in {
-            "LoRA": ("--rank=16", "--adapter.alpha=16"),
-            "DoRA": ("--rank=16", "--adapter.alpha=16"),
-            "LoHa": ("--rank=8", "--adapter.alpha=8"),
-            "GLoRA": ("--rank=10", "--adapter.alpha=10"),
-            "LoKr": ("--adapter.full_matrix", "--adapter.factor=3"),
-            "OFT": ("--adapter.block_size=64",),
-            "BOFT": ("--adapter.block_size=14",),
-            "Full (five million)": (),
-        }.items()
-        for rate in ("2e-4", *RATES)
+        for name, options in MILLION_PARAMETERS.items()
+        for rate in ("2e-4", *LEARNING_RATES)
     },
 }
+"""Group -> choice -> options of the trainer."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training."""
+    """One training run."""
 
     group: str
     choice: str
@@ -131,122 +138,137 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The same for the same training, whatever table it stands in."""
+        """Return the name of the run, the same in all groups that contain it."""
         return " ".join([*sorted(self.options), f"seed {self.seed}", f"steps {self.steps}"])
 
 
-def trained(job: Job, folder: Path) -> dict[str, Any]:
-    """The validation losses of a training, and how many parameters it had."""
+def train(job: Job, folder: Path) -> Result:
+    """Train; return the validation losses and the number of parameters."""
     out = folder / f"{abs(hash(job.key)):x}"
     command = [
         sys.executable,
         str(PROJECT / "train_lora.py"),
         str(RECIPE),
-        *FIXED,
+        *COMMON_OPTIONS,
         f"--steps={job.steps}",
-        f"--validation.every={min(EVERY, job.steps)}",
+        f"--validation.every={min(VALIDATE_EVERY, job.steps)}",
         f"--seed={job.seed}",
         f"--output_dir={out}",
         f"--data.cache_dir={folder / 'cache'}",
         *job.options,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{job.choice}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
-    count = next(line for line in done.stdout.splitlines() if line.startswith("trainable"))
-    history = json.loads((out / "loss.json").read_text(encoding="utf-8"))["validation"]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if process.returncode:
+        raise SystemExit(
+            f"{job.choice}: exit code {process.returncode}\n{process.stdout}\n{process.stderr}"
+        )
+    lines = process.stdout.splitlines()
+    count = next(line for line in lines if line.startswith("trainable")).split()[1]
+    losses = json.loads((out / "loss.json").read_text(encoding="utf-8"))
     return {
         "key": job.key,
-        "parameters": int(count.split()[1].replace(",", "")),
-        "validation": history,
+        "parameters": int(count.replace(",", "")),
+        "validation": losses["validation"],
     }
 
 
-def results(jobs: Iterable[Job], out: Path | None, workers: int) -> dict[str, dict[str, Any]]:
-    """The result of each job by its key; those that `out` has are not run again."""
-    found: dict[str, dict[str, Any]] = {}
+def train_all(jobs: list[Job], folder: Path, num_workers: int) -> Iterator[Result]:
+    """Yield the result of each job. The first job runs alone, because it encodes the images."""
+    if jobs:
+        yield train(jobs[0], folder)
+    with ThreadPoolExecutor(num_workers) as pool:
+        yield from pool.map(lambda job: train(job, folder), jobs[1:])
+
+
+def results(jobs: list[Job], out: Path | None, num_workers: int) -> dict[str, Result]:
+    """Return the result of each job by its key. Jobs whose results are in `out` do not run
+    again."""
+    by_key: dict[str, Result] = {}
     if out is not None and out.is_file():
         for line in out.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found[row["key"]] = row
-    todo = list({job.key: job for job in jobs if job.key not in found}.values())
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        first = [
-            trained(job, Path(folder)) for job in todo[:1]
-        ]  # alone: it encodes the images for all
-        for number, row in enumerate(
-            chain(first, pool.map(lambda job: trained(job, Path(folder)), todo[1:])), 1
-        ):
-            found[row["key"]] = row
+            result = json.loads(line)
+            by_key[result["key"]] = result
+    new_jobs = list({job.key: job for job in jobs if job.key not in by_key}.values())
+    with tempfile.TemporaryDirectory() as folder:
+        for number, result in enumerate(train_all(new_jobs, Path(folder), num_workers), 1):
+            key, loss = result["key"], result["validation"][-1]["loss"]
+            by_key[key] = result
             if out is not None:
                 with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            last = row["validation"][-1]["loss"]
-            print(f"{number} of {len(todo)}: {last:.4f}  {row['key']}", file=sys.stderr, flush=True)
-    return found
+                    file.write(json.dumps(result) + "\n")
+            print(f"{number} of {len(new_jobs)}: {loss:.4f}  {key}", file=sys.stderr, flush=True)
+    return by_key
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.4f} +- {stdev(values) if len(values) > 1 else 0:.4f}"
+def mean_and_deviation(values: list[float]) -> str:
+    """Return the mean and the standard deviation as text."""
+    deviation = stdev(values) if len(values) > 1 else 0
+    return f"{mean(values):.4f} +- {deviation:.4f}"
 
 
-def thirds(entry: dict[str, float]) -> list[float]:
-    """The mean loss of the levels with the least, middling and most noise."""
+def mean_of_thirds(entry: dict[str, float]) -> list[float]:
+    """Return the mean loss of the noise levels with the least, medium and most noise."""
     levels = [loss for name, loss in entry.items() if name.startswith("quantile_")]
     size = max(1, len(levels) // 3)
     return [mean(levels[:size]), mean(levels[size:-size] or levels), mean(levels[-size:])]
 
 
-def table(group: str, seeds: range, steps: int, found: dict[str, dict[str, Any]]) -> str:
-    """A group's choices in Markdown, the lowest last loss in bold."""
+def table(group: str, seeds: range, steps: int, by_key: dict[str, Result]) -> str:
+    """Return a group's choices as a table in Markdown, with the lowest last loss in bold."""
     lines = [
         f"### {group}",
         "",
-        "| choice | parameters | last | lowest | at step | little noise | middling | much |",
+        "| choice | parameters | last | lowest | at step | little noise | medium | much |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    mean_losses = {}
     rows = {}
     for choice in GROUPS[group]:
-        runs = [found[Job(group, choice, seed, steps).key] for seed in seeds]
-        last = [run["validation"][-1] for run in runs]
-        best = [min(run["validation"], key=lambda entry: entry["loss"]) for run in runs]
-        parts = [f"{mean(values):.4f}" for values in zip(*map(thirds, last), strict=True)]
-        rows[choice] = (
-            mean(entry["loss"] for entry in last),
-            [
-                f"{runs[0]['parameters']:,}",
-                spread([entry["loss"] for entry in last]),
-                spread([entry["loss"] for entry in best]),
-                f"{mean(entry['step'] for entry in best):.0f}",
-                *parts,
-            ],
-        )
-    lowest = min(loss for loss, _ in rows.values())
-    for choice, (loss, cells) in rows.items():
-        cells[1] = f"**{cells[1]}**" if loss == lowest else cells[1]
+        runs = [by_key[Job(group, choice, seed, steps).key] for seed in seeds]
+        last_entries = [run["validation"][-1] for run in runs]
+        best_entries = [min(run["validation"], key=lambda entry: entry["loss"]) for run in runs]
+        thirds = zip(*map(mean_of_thirds, last_entries), strict=True)
+        last_losses = [entry["loss"] for entry in last_entries]
+        mean_losses[choice] = mean(last_losses)
+        rows[choice] = [
+            f"{runs[0]['parameters']:,}",
+            mean_and_deviation(last_losses),
+            mean_and_deviation([entry["loss"] for entry in best_entries]),
+            f"{mean(entry['step'] for entry in best_entries):.0f}",
+            *(f"{mean(values):.4f}" for values in thirds),
+        ]
+    for choice, cells in rows.items():
+        if mean_losses[choice] == min(mean_losses.values()):
+            cells[1] = f"**{cells[1]}**"
         lines.append(f"| {choice} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
+    """Train all choices, and print a table per group."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--groups", default=",".join(GROUPS), help="which tables, by commas")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--jobs", type=int, default=1, help="trainings at a time, each with one thread"
+        "--groups", default=",".join(GROUPS), help="groups to measure, separated by commas"
     )
-    parser.add_argument("--out", type=Path, help="a file of JSON lines that results are added to")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each choice")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of runs at a time; each has one thread"
+    )
+    parser.add_argument("--out", type=Path, help="file of JSON lines to which results are added")
     parser.add_argument(
         "--tiny", action="store_true", help="two steps, one seed, two choices of each group"
     )
     options = parser.parse_args()
     steps, seeds = (2, range(1)) if options.tiny else (STEPS, range(options.seeds))
     groups = [name.strip() for name in options.groups.split(",")]
-    if unknown := [name for name in groups if name not in GROUPS]:
-        parser.error(f"no such group: {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    unknown_groups = [name for name in groups if name not in GROUPS]
+    if unknown_groups:
+        parser.error(
+            f"--groups {','.join(unknown_groups)}: unknown group; expected {', '.join(GROUPS)}"
+        )
     if options.tiny:
         for group in groups:
             GROUPS[group] = dict(list(GROUPS[group].items())[:2])
@@ -256,9 +278,9 @@ def main() -> None:
         for seed in seeds
         for choice in GROUPS[group]
     ]
-    found = results(jobs, options.out, options.jobs)
+    by_key = results(jobs, options.out, options.jobs)
     for group in groups:
-        print(table(group, seeds, steps, found))
+        print(table(group, seeds, steps, by_key))
 
 
 if __name__ == "__main__":

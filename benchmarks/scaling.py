@@ -1,13 +1,17 @@
-"""What a second rank brings, and where the seconds of a step go: `python benchmarks/scaling.py`.
+"""Speed-up by a second process, and where the time of a step goes: `python
+benchmarks/scaling.py`.
 
-Runs of train_lora.py take turns, each rank a process with one thread: one rank alone; two runs of
-one rank each, side by side, which share the machine but nothing else; one run of two ranks over
-gloo. Samples per second of two ranks over those of one is what the bar is on, in the half of the
-rounds in which other processes did least; over those of two runs side by side it is what
-distribution itself costs, without the memory that any two processes share. Then how long a
-checkpoint takes, and how long after a SIGTERM the demo's is on the disk. A line per bar; exits with
-1 if one is missed. `--tiny`: whether it all runs, on a tiny model; throughput does not count then.
-`--paper` prints the tables of docs/scaling.md instead (benchmarks/on_paper.py).
+Runs of train_lora.py take turns; each of their processes has one thread. There are three setups:
+one process alone; two separate runs of one process each, at the same time; and one run of two
+processes, over gloo. The bar is on the samples per second of two processes relative to one. It
+counts only the half of the rounds in which other programs used the machine least. The ratio to
+two separate runs shows the cost of the distribution itself, because two separate runs share the
+machine too.
+
+The time of a checkpoint follows, and the time from a SIGTERM to a saved run on the demo. A line
+per bar is printed; the exit code is 1 if one is missed. `--tiny` only tests that everything
+runs, on a tiny model; its throughput does not count. `--paper` prints the tables of
+docs/scaling.md instead (benchmarks/on_paper.py).
 """
 
 import argparse
@@ -15,39 +19,40 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-EMOJI = PROJECT / "examples" / "emoji"
-THROUGHPUT_BAR = 1.9  # times one rank's samples per second
-ALONE, APART, TOGETHER = "1 rank", "2 runs of 1 rank", "1 run of 2 ranks"
-PARTS = ("step", "data", "forward+backward", "waiting", "reduction", "optimizer", "rest", "cpu")
-WIDTH = {part: max(len(part) + 2, 9) for part in PARTS}
-WARM_UP = 3
-SIZES = {"Float": 4, "Long": 8}
-OPTIONS = [
-    f"--data.path={EMOJI / 'twemoji' / 'train'}",
-    "--data.resolution=64",
-    "--rank=16",
-    "--adapter.targets=attention",
-    "--steps=100000",
-    "--tracking.log_every=100000",
-    "--checkpoint.every=0",
-    "--checkpoint.every_minutes=0",
-    "--distributed.rank_check_every=0",
-    "--no_preview",
-    "--no_gradient_checkpointing",
-]
+from benchmarks.bars import Bar  # noqa: E402
+from benchmarks.scaling_worker import EMOJI, Worker, request_all  # noqa: E402
+
+THROUGHPUT_BAR = 1.9
+"""Samples per second of two processes over those of one."""
+ALONE, SEPARATE, TOGETHER = "1 rank", "2 runs of 1 rank", "1 run of 2 ranks"
+TIMES = (
+    "step",
+    "data",
+    "forward+backward",
+    "waiting",
+    "reduction",
+    "optimizer",
+    "callbacks",
+    "cpu",
+)
+WIDTHS = {name: max(len(name) + 2, 9) for name in TIMES}
+WARM_UP_STEPS = 3
+ELEMENT_BYTES = {"Float": 4, "Long": 8}
+"""Sizes of the element types in torch's flight recorder."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Case:
     batch_size: int
     dtype: str
     unet: str = ""
-    """The name of a config in benchmarks/unet.py, for which a model is made; none: the embedded
+    """Name of a UNet config in benchmarks/unet.py, which gets random weights. Empty: the embedded
     model."""
 
 
@@ -66,262 +71,227 @@ CASES = (
     Case("UNet of SD 1.5's size, bf16, batch 1", 1, "bf16", "CONFIG"),
     Case("embedded UNet, fp32, batch 8", 8, "fp32"),
 )
-TINY = (Case("tiny UNet, bf16, batch 1", 1, "bf16", "TINY"),)
+TINY_CASES = (Case("tiny UNet, bf16, batch 1", 1, "bf16", "TINY"),)
 
 
 def make_model(folder: Path, config_name: str) -> Path:
-    """The embedded model with another UNet, of random weights. Its texts are narrower than CLIP's, as the text encoder
-    is; nothing else differs from the config."""
+    """Write the embedded model with another UNet of random weights.
+
+    Its cross-attention is narrower than in the config, to fit the embedded text encoder."""
     import torch
 
     from benchmarks import unet
 
-    width = json.loads(
-        (EMOJI / "base" / "text_encoder" / "config.json").read_text(encoding="utf-8")
-    )["hidden_size"]
+    config_file = EMOJI / "base" / "text_encoder" / "config.json"
+    width = json.loads(config_file.read_text(encoding="utf-8"))["hidden_size"]
     shutil.copytree(EMOJI / "base", folder, ignore=shutil.ignore_patterns("unet"))
     model = unet.base_unet({**getattr(unet, config_name), "cross_attention_dim": width})
-    torch.nn.Module.to(model, torch.bfloat16)  # diffusers' own warns of layers that are not there
+    # not model.to: diffusers' version warns of layers that the model does not have
+    torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder / "unet")  # type: ignore[operator]
     return folder
 
 
-class Rank:
-    """A process of benchmarks/scaling_rank.py."""
-
-    def __init__(
-        self, folder: Path, options: Iterable[str], group: tuple[int, int, int] | None = None
-    ):
-        """`group`: rank, ranks, port."""
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "TQDM_DISABLE": "1",
-        }
-        if group is not None:
-            rank, ranks, port = map(str, group)
-            environment |= {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "MASTER_PORT": port,
-                "MASTER_ADDR": "127.0.0.1",
-                "TORCH_FR_BUFFER_SIZE": "2000",
-            }
-        self.log = folder / f"log_{group[0] if group else 0}.txt"
-        argv = [
-            sys.executable,
-            "-m",
-            "benchmarks.scaling_rank",
-            *OPTIONS,
-            *options,
-            f"--output_dir={folder / 'out'}",
-            f"--data.cache_dir={folder / 'cache'}",
-        ]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                argv, env=environment, cwd=PROJECT, text=True, stdin=-1, stdout=-1, stderr=log
-            )
-
-    def ask(self, what: int | str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> dict:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a rank ended: {self.log.read_text(encoding='utf-8')[-2000:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()  # the run ends with its orders
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
-def ask(ranks: list[Rank], what: int | str) -> list[dict]:
-    for rank in ranks:
-        rank.ask(what)
-    return [rank.answer() for rank in ranks]
-
-
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def busy() -> float:
-    """Seconds that all cores together have worked since the start of the machine."""
+def busy_seconds() -> float:
+    """Return the seconds that all cores together have worked since the machine started."""
     words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
-    idle, waiting = int(words[3]), int(words[4])
-    return (sum(map(int, words[:8])) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+    idle, io_wait = int(words[3]), int(words[4])
+    ticks = sum(map(int, words[:8])) - idle - io_wait
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
-class Measured:
-    """What a case took, in the order of its rounds."""
+class Results:
+    """Figures of a case, in the order of its rounds."""
 
-    steps: dict[str, list[dict]]
-    """Of each way the steps of its first rank."""
-    rates: dict[str, list[float]]
-    """Of each way the samples per second of each round."""
-    collectives: list[list]
-    adapter_bytes: int
-    writes: list[dict]
-    others: list[float]
-    """Cores that processes of others kept busy in each round."""
+    steps: dict[str, list[dict]] = field(default_factory=dict)
+    """For each setup the times of the steps of its first process."""
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    """For each setup the samples per second of each round."""
+    collectives: list[list] = field(default_factory=list)
+    adapter_bytes: int = 0
+    checkpoints: list[dict] = field(default_factory=list)
+    foreign_load: list[float] = field(default_factory=list)
+    """Number of cores that other programs kept busy in each round."""
 
-    def quiet(self) -> list[int]:
-        """The half of the rounds in which others did least: two ranks need both cores of this
-        machine."""
-        return sorted(range(len(self.others)), key=self.others.__getitem__)[
-            : (len(self.others) + 1) // 2
-        ]
+    def add(self, setup: str, answers: list[dict], batch_size: int) -> None:
+        """Add the answers of the workers of one setup in one round."""
+        seconds = []
+        for answer in answers:
+            step_seconds = [record["step"] for record in answer["steps"]]
+            seconds.append(sum(step_seconds) / len(step_seconds))
+        if setup == TOGETHER:
+            # the samples of a step are done when the slower process is
+            rate = batch_size * len(seconds) / max(seconds)
+            self.collectives += answers[0]["collectives"]
+            self.adapter_bytes = answers[0]["adapter_bytes"]
+        else:
+            rate = sum(batch_size / value for value in seconds)
+        self.rates.setdefault(setup, []).append(rate)
+        steps = self.steps.setdefault(setup, [])
+        for records in zip(*(answer["steps"] for answer in answers), strict=True):
+            steps.append(with_waiting(records))
 
-    def ratio(self, over: str, rounds: Iterable[int]) -> float:
-        return median(self.rates[TOGETHER][i] / self.rates[over][i] for i in rounds)
+    def quiet_rounds(self) -> list[int]:
+        """Return the half of the rounds in which other programs did least, because two processes
+        need both cores."""
+        by_load = sorted(range(len(self.foreign_load)), key=self.foreign_load.__getitem__)
+        return by_load[: (len(by_load) + 1) // 2]
+
+    def ratio(self, setup: str, rounds: Iterable[int]) -> float:
+        """Return the median speed of two processes relative to another setup."""
+        return median(self.rates[TOGETHER][i] / self.rates[setup][i] for i in rounds)
+
+    def cpu_seconds(self, setup: str) -> float:
+        """Return the median CPU time of a step."""
+        return median(step["cpu"] for step in self.steps[setup])
 
 
-def measure(case: Case, folder: Path, rounds: int, count: int) -> Measured:
-    """Rounds in which each way takes `count` steps."""
+def with_waiting(records: tuple[dict, ...]) -> dict[str, Any]:
+    """Return the first process's times of a step, its reductions without the time that it waited
+    for the slower process."""
+    first = dict(records[0])
+    waiting = 0.0
+    for reductions in zip(*(record["reductions"] for record in records), strict=True):
+        first_begin = reductions[0][0]
+        waiting += max(begin for begin, _ in reductions) - first_begin
+    first["waiting"] = waiting
+    first["reduction"] -= waiting
+    return first
+
+
+def measure(case: Case, folder: Path, rounds: int, num_steps: int) -> Results:
+    """Let each setup take `num_steps` steps in each of the rounds, then write checkpoints."""
     model = make_model(folder / "model", case.unet) if case.unet else EMOJI / "base"
     options = [
         f"--model.path={model}",
         f"--batch_size={case.batch_size}",
         f"--training_dtype={case.dtype}",
     ]
-    single = [Rank(folder / f"single_{i}", options) for i in range(2)]
+    single = [Worker(folder / f"single_{index}", options) for index in range(2)]
     port = free_port()
-    pair = [Rank(folder / "pair", options, (i, 2, port)) for i in range(2)]
-    ways = {ALONE: single[:1], APART: single, TOGETHER: pair}
-    found = Measured({way: [] for way in ways}, {way: [] for way in ways}, [], 0, [], [])
+    pair = [Worker(folder / "pair", options, (rank, 2, port)) for rank in range(2)]
+    setups = {ALONE: single[:1], SEPARATE: single, TOGETHER: pair}
+    names = list(setups)
+    results = Results()
     try:
-        for ranks in (single, pair):
-            ask(ranks, WARM_UP)
-            ask(ranks, "save")  # by then the base is hashed
-        names = list(ways)
-        for turn in range(rounds):
-            others = seconds = 0.0
-            for way in names[turn % 3 :] + names[: turn % 3]:
-                ask(
-                    ways[way], 1
-                )  # what waited for its turn has lost its caches, and the slower way would lose more
-                before, begin = busy(), time.monotonic()
-                results = ask(ways[way], count)
+        for workers in (single, pair):
+            request_all(workers, WARM_UP_STEPS)
+            request_all(workers, "save")  # waits until the base model is hashed
+        for number in range(rounds):
+            foreign = seconds = 0.0
+            shift = number % len(names)
+            for setup in names[shift:] + names[:shift]:
+                # not timed: a process that waited for its turn has lost its caches
+                request_all(setups[setup], 1)
+                busy_before, begin = busy_seconds(), time.monotonic()
+                answers = request_all(setups[setup], num_steps)
                 seconds += time.monotonic() - begin
-                others += (
-                    busy() - before - sum(record["cpu"] for r in results for record in r["steps"])
-                )
-                add(found, way, results, case.batch_size)
-            found.others.append(max(others, 0.0) / seconds)
+                own_seconds = sum(record["cpu"] for answer in answers for record in answer["steps"])
+                foreign += busy_seconds() - busy_before - own_seconds
+                results.add(setup, answers, case.batch_size)
+            results.foreign_load.append(max(foreign, 0.0) / seconds)
         for _ in range(rounds):
-            ask(pair, 1)
-            found.writes.append(ask(pair, "save")[0])
+            request_all(pair, 1)
+            results.checkpoints.append(request_all(pair, "save")[0])
     finally:
-        for rank in (*single, *pair):
-            rank.end()
-    return found
+        for worker in (*single, *pair):
+            worker.end()
+    return results
 
 
-def add(found: Measured, way: str, results: list[dict], batch_size: int) -> None:
-    """Adds the answers of the ranks of one way to one round."""
-    seconds = [
-        sum(record["step"] for record in result["steps"]) / len(result["steps"])
-        for result in results
-    ]
-    if way == TOGETHER:  # the samples of a step are there when the slower rank is done
-        found.rates[way].append(batch_size * len(seconds) / max(seconds))
-        found.collectives += results[0]["collectives"]
-        found.adapter_bytes = results[0]["adapter_bytes"]
-    else:
-        found.rates[way].append(sum(batch_size / s for s in seconds))
-    for records in zip(*(result["steps"] for result in results), strict=True):
-        first = dict(records[0])
-        pairs = zip(*(record["reductions"] for record in records), strict=True)
-        first["waiting"] = sum(max(begin for begin, _ in both) - both[0][0] for both in pairs)
-        first["reduction"] -= first["waiting"]
-        found.steps[way].append(first)
+def show(case: Case, results: Results) -> list[Bar]:
+    """Print the figures of a case; return its bars."""
+    num_steps = len(results.steps[ALONE])
+    num_rounds = len(results.rates[ALONE])
+    print(f"\n{case.name}: {num_rounds} rounds, medians of {num_steps} steps of rank 0")
+    header = "".join(f"{name:>{WIDTHS[name]}}" for name in TIMES)
+    print(f"{'ms':18}{header}{'samples/s':>11}")
+    for setup, steps in results.steps.items():
+        cells = ""
+        for name in TIMES:
+            milliseconds = 1000 * median(step[name] for step in steps)
+            cells += f"{milliseconds:{WIDTHS[name]}.1f}"
+        print(f"{setup:18}{cells}{median(results.rates[setup]):11.3f}")
+    bars = [*show_throughput(case, results), show_collectives(case, results)]
+    seconds = median(checkpoint["seconds"] for checkpoint in results.checkpoints)
+    files = results.checkpoints[-1]["files"]
+    sizes = ", ".join(f"{name} {size:,}" for name, size in sorted(files.items()))
+    print(f"checkpoint: {seconds * 1000:.0f} ms, {sum(files.values()):,} bytes: {sizes}")
+    return bars
 
 
-def show(case: Case, found: Measured) -> list[tuple[str, bool, bool]]:
-    """Prints a case; returns what its bars say, whether they are met, and whether they depend on
-    the clock."""
-    print(
-        f"\n{case.name}: {len(found.rates[ALONE])} rounds, medians of {len(found.steps[ALONE])} steps of rank 0"
-    )
-    print(f"{'ms':18}" + "".join(f"{part:>{WIDTH[part]}}" for part in PARTS) + f"{'samples/s':>11}")
-    for way, steps in found.steps.items():
-        times = "".join(
-            f"{1000 * median(step[part] for step in steps):{WIDTH[part]}.1f}" for part in PARTS
-        )
-        print(f"{way:18}{times}{median(found.rates[way]):11.3f}")
-    result, quiet = [], found.quiet()
-    for name, rounds in (("all rounds", range(len(found.others))), ("the quieter half", quiet)):
-        least, most = min(found.others[i] for i in rounds), max(found.others[i] for i in rounds)
+def show_throughput(case: Case, results: Results) -> list[Bar]:
+    """Print the speed of two processes relative to the other setups; return the bar."""
+    all_rounds, quiet_rounds = list(range(len(results.foreign_load))), results.quiet_rounds()
+    for name, rounds in (("all rounds", all_rounds), ("the quieter half", quiet_rounds)):
+        loads = [results.foreign_load[i] for i in rounds]
         print(
-            f"{name}, other processes at {least:.2f} to {most:.2f} cores: {TOGETHER} over {ALONE} "
-            f"{found.ratio(ALONE, rounds):.3f}, over {APART} {found.ratio(APART, rounds):.3f}"
+            f"{name}, other processes at {min(loads):.2f} to {max(loads):.2f} cores: {TOGETHER} "
+            f"over {ALONE} {results.ratio(ALONE, rounds):.3f}, over {SEPARATE} "
+            f"{results.ratio(SEPARATE, rounds):.3f}"
         )
-    ratio = found.ratio(ALONE, quiet)
-    what = f"{case.name}: {ratio:.3f} times the samples per second of 1 rank, bar {THROUGHPUT_BAR}"
-    if case.unet:  # the bar is for steps of a real size; how a short one scales is shown beside it
-        result.append((what, ratio >= THROUGHPUT_BAR, True))
-    cpu = median(step["cpu"] for step in found.steps[TOGETHER]) / median(
-        step["cpu"] for step in found.steps[ALONE]
-    )
-    print(f"CPU seconds per step and rank, {TOGETHER} over {ALONE}: {cpu:.3f}")
-    steps = len(found.steps[TOGETHER])
-    sent = [
-        (name, group, types[0], size(types, sizes))
-        for name, group, types, sizes in found.collectives
-    ]
-    for kind in sorted(set(sent)):
-        name, group, _, nbytes = kind
-        print(f"  {sent.count(kind) / steps:g} per step: {name}, {nbytes:,} bytes, group {group}")
-    wanted = [
-        ("gloo:all_reduce", "Float", found.adapter_bytes),
-        ("gloo:all_reduce", "Long", 8),
-    ] * steps
-    met = sorted(wanted) == sorted((name, kind, nbytes) for name, _, kind, nbytes in sent)
-    what = f"{case.name}: per step one all-reduce of the adapters' {found.adapter_bytes:,} bytes, one of 8, no more"
-    result.append((what, met, False))
-    files = found.writes[-1]["files"]
-    print(
-        f"checkpoint: {median(w['write'] for w in found.writes) * 1000:.0f} ms, {sum(files.values()):,} bytes: "
-        + ", ".join(f"{name} {nbytes:,}" for name, nbytes in sorted(files.items()))
-    )
-    return result
+    cpu_ratio = results.cpu_seconds(TOGETHER) / results.cpu_seconds(ALONE)
+    print(f"CPU seconds per step and rank, {TOGETHER} over {ALONE}: {cpu_ratio:.3f}")
+    if not case.unet:
+        return []  # the bar is for steps of a real size
+    ratio = results.ratio(ALONE, quiet_rounds)
+    text = f"{case.name}: {ratio:.3f} times the samples per second of 1 rank, bar {THROUGHPUT_BAR}"
+    return [Bar(text, ratio >= THROUGHPUT_BAR, depends_on_time=True)]
 
 
-def size(types: list[str], sizes: list[list[int]]) -> int:
+def show_collectives(case: Case, results: Results) -> Bar:
+    """Print what a process sends per step; return the bar: nothing but gradients and a request."""
+    num_steps = len(results.steps[TOGETHER])
+    groups: Counter[tuple] = Counter()
+    types: Counter[tuple] = Counter()
+    for name, group, element_types, shapes in results.collectives:
+        size = num_bytes(element_types, shapes)
+        groups[name, group, size] += 1
+        types[name, element_types[0], size] += 1
+    for (name, group, size), count in sorted(groups.items()):
+        print(f"  {count / num_steps:g} per step: {name}, {size:,} bytes, group {group}")
+    expected = {
+        ("gloo:all_reduce", "Float", results.adapter_bytes): num_steps,
+        ("gloo:all_reduce", "Long", 8): num_steps,
+    }
+    text = (
+        f"{case.name}: per step one all-reduce of the adapters' {results.adapter_bytes:,} bytes, "
+        "one of 8, no more"
+    )
+    return Bar(text, types == expected, depends_on_time=False)
+
+
+def num_bytes(element_types: list[str], shapes: list[list[int]]) -> int:
+    """Return the size of all tensors of a collective."""
     total = 0
-    for one, shape in zip(types, sizes, strict=True):
-        elements = 1
+    for element_type, shape in zip(element_types, shapes, strict=True):
+        num_elements = 1
         for side in shape:
-            elements *= side
-        total += elements * SIZES[one]
+            num_elements *= side
+        total += num_elements * ELEMENT_BYTES[element_type]
     return total
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the tables and a line per bar."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each way")
+    """Print the tables and a line per bar; return 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each setup")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, one round")
     parser.add_argument(
-        "--paper", action="store_true", help="bytes and seconds of large runs, reckoned"
+        "--paper", action="store_true", help="calculate bytes and seconds of large runs instead"
     )
-    given = parser.parse_args(arguments)
-    if given.paper:
+    options = parser.parse_args(arguments)
+    if options.paper:
         from benchmarks import on_paper
 
         return on_paper.main()
@@ -329,16 +299,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     bars = []
     with tempfile.TemporaryDirectory() as name:
-        for number, case in enumerate(TINY if given.tiny else CASES):
-            rounds, steps = (1, 2) if given.tiny else (given.rounds, given.steps)
+        for number, case in enumerate(TINY_CASES if options.tiny else CASES):
+            rounds, num_steps = (1, 2) if options.tiny else (options.rounds, options.steps)
             folder = Path(name) / str(number)
-            bars += show(case, measure(case, folder, rounds, steps))
+            bars += show(case, measure(case, folder, rounds, num_steps))
             shutil.rmtree(folder)
-        bars += stopping.stops(Path(name), 1 if given.tiny else 3)
+        bars.append(stopping.measure(Path(name), 1 if options.tiny else 3))
     print()
-    for what, met, _ in bars:
-        print(f"{what}: {'ok' if met else 'NOT OK'}")
-    return int(not all(met for _, met, timed in bars if not (timed and given.tiny)))
+    for bar in bars:
+        print(f"{bar.text}: {'ok' if bar.is_met else 'NOT OK'}")
+    counted_bars = [bar for bar in bars if not (options.tiny and bar.depends_on_time)]
+    return int(not all(bar.is_met for bar in counted_bars))
 
 
 if __name__ == "__main__":

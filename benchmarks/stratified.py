@@ -1,10 +1,11 @@
-"""How much less the gradient varies from step to step when a step's noise levels are spread evenly.
+"""Reduction of the gradient's variance by spreading a step's noise levels evenly.
 
-`python benchmarks/stratified.py` prints, for the embedded demo with an untrained LoRA on all
-layers, the variance of the gradient (the sum over all its numbers, over many steps at the same
-weights) with each sample's level drawn by itself and with `objective.stratified_timesteps`, from
-the same images, noise and seeds. The rest of the variance is that of images and noise. In brackets:
-the smallest and largest ratio of five parts of the steps.
+`python benchmarks/stratified.py` uses the embedded demo with an untrained LoRA on all layers. It
+prints the variance of the gradient over many steps at the same weights: the sum over all
+elements of the gradient. Each sample's noise level is drawn independently, and then with
+`objective.stratified_timesteps`, from the same images, noise and seeds. The remaining variance
+is that of images and noise. The brackets hold the smallest and largest ratio of five chunks of
+steps.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from adapter_files.keys import file_names
 from data.batches import MicroBatches
 from data.precompute.build import build_datasets
 from data.schedule import Schedule
@@ -32,74 +34,89 @@ from training.config import TrainConfig
 from training.loss import build_loss
 
 PROJECT = Path(__file__).resolve().parent.parent
-PARTS = 5
+NUM_CHUNKS = 5
 OBJECTIVES = {
     "prediction": [],
     "x0": ["--objective.loss_space=x0"],
     "min-snr": ["--objective.loss_weighting=min-snr"],
 }
-SIZES = (4, 16)
+BATCH_SIZES = (4, 16)
 
 
-class Gradients:
-    """The gradient of the demo's loss on any batch, at the weights it starts from."""
+class GradientSampler:
+    """Computes gradients of the demo's loss at its initial weights."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.family = config, get_family(config.model)
+        accelerator = Accelerator(cpu=True)
         self.dataset = build_datasets(
-            config.data, self.family, Accelerator(cpu=True), not config.bucket_mode
+            config.data, self.family, accelerator, not config.bucket_mode
         ).train
         self.denoiser, self.dtype = build.load_denoiser(config, self.family)
-        adapted, _ = build.attach_adapters(config, self.family, self.denoiser, None)  # type: ignore[arg-type]
+        names = file_names(self.family, self.denoiser)
+        adapted, _ = build.attach_adapters(config, self.family, self.denoiser, names)
         self.parameters = list(adapted.named_parameters().values())
 
-    def of_steps(self, config: TrainConfig, size: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Gradients (steps, numbers) and losses (steps,)."""
+    def sample(self, config: TrainConfig, batch_size: int, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Return gradients (steps, elements) and losses (steps,)."""
         loss_function = build_loss(self.family, config.objective, config.loss_function, self.dtype)
-        schedule = Schedule(self.dataset.buckets, self.dataset.fingerprint, config.seed, size)
-        batches, gradients, losses = MicroBatches(self.dataset, schedule, config.objective), [], []
-        for step in range(steps):
+        schedule = Schedule(self.dataset.buckets, self.dataset.fingerprint, config.seed, batch_size)
+        batches = MicroBatches(self.dataset, schedule, config.objective)
+        gradients, losses = [], []
+        for step in range(num_steps):
             loss = loss_function(self.denoiser, batches[step]).mean()
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+            tensors = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            flat_tensors = [tensor.flatten() for tensor in tensors if tensor is not None]
+            gradients.append(torch.cat(flat_tensors))
             losses.append(loss.detach())
         return torch.stack(gradients), torch.stack(losses)
 
 
-def variances(values: Tensor) -> list[float]:
-    """Of all the steps, then of each of PARTS parts of them."""
-    return [part.var(0).sum().item() for part in (values, *values.chunk(PARTS))]
+def variances(gradients: Tensor) -> list[float]:
+    """Return the variance over all steps, then over each chunk of steps."""
+    chunks = (gradients, *gradients.chunk(NUM_CHUNKS))
+    return [chunk.var(0).sum().item() for chunk in chunks]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="steps to take the variance over")
-    given = parser.parse_args()
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps of each variance")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        base = [
+        base_options = [
+            str(PROJECT / "recipes" / "demo.yaml"),
             "--no_gradient_checkpointing",
             f"--data.cache_dir={folder}",
             f"--output_dir={folder}/out",
         ]
-        recipe = str(PROJECT / "recipes" / "demo.yaml")
-        source = Gradients(load_config([recipe, *base]))
-        print(
-            f"{'loss':12}{'samples':>8}{'gradient':>12}{'stratified':>12}{'ratio':>8}{'':16}{'ratio of the loss':>18}"
-        )
+        sampler = GradientSampler(load_config(base_options))
+        header = f"{'loss':12}{'samples':>8}{'gradient':>12}{'stratified':>12}{'ratio':>8}{'':16}"
+        print(f"{header}{'ratio of the loss':>18}")
         for name, options in OBJECTIVES.items():
-            config = load_config([recipe, *base, *options])
-            even = replace(config, objective=replace(config.objective, stratified_timesteps=True))
-            for size in SIZES:
-                plain, spread = (source.of_steps(c, size, given.steps) for c in (config, even))
-                both = [variances(gradients) for gradients, _ in (plain, spread)]
-                ratios = [b / a for a, b in zip(*both, strict=True)]
-                losses = spread[1].var().item() / plain[1].var().item()
-                span = f"({min(ratios[1:]):.2f} .. {max(ratios[1:]):.2f})"
-                print(
-                    f"{name:12}{size:8}{both[0][0]:12.3e}{both[1][0]:12.3e}{ratios[0]:8.3f}{span:>16}{losses:18.3f}",
-                    flush=True,
-                )
+            config = load_config([*base_options, *options])
+            for batch_size in BATCH_SIZES:
+                print_row(name, sampler, config, batch_size, arguments.steps)
     return 0
+
+
+def print_row(
+    name: str, sampler: GradientSampler, config: TrainConfig, batch_size: int, num_steps: int
+) -> None:
+    """Compare independent with stratified noise levels for one objective and batch size."""
+    objective = replace(config.objective, stratified_timesteps=True)
+    stratified_config = replace(config, objective=objective)
+    gradients, losses = sampler.sample(config, batch_size, num_steps)
+    independent, independent_loss = variances(gradients), losses.var().item()
+    del gradients  # a run of 200 steps holds gigabytes
+    gradients, losses = sampler.sample(stratified_config, batch_size, num_steps)
+    stratified, stratified_loss = variances(gradients), losses.var().item()
+    ratios = [b / a for a, b in zip(independent, stratified, strict=True)]
+    span = f"({min(ratios[1:]):.2f} .. {max(ratios[1:]):.2f})"
+    values = f"{independent[0]:12.3e}{stratified[0]:12.3e}{ratios[0]:8.3f}{span:>16}"
+    print(f"{name:12}{batch_size:8}{values}{stratified_loss / independent_loss:18.3f}", flush=True)
 
 
 if __name__ == "__main__":

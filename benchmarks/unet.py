@@ -1,10 +1,10 @@
-"""What adapters on every layer of a Stable Diffusion 1.5 UNet cost: `python benchmarks/adapters.py
+"""Cost of adapters on every layer of a Stable Diffusion 1.5 UNet: `python benchmarks/adapters.py
 --unet`.
 
-The UNet has full size and random weights; latents 32x32, batch 1, one thread, fp32. A step is
-forward and backward of the mean square of the output. The floor is the frozen UNet with gradients
-to the latents and to the conditioning. For the time, all take turns in one process, sharing the
-base's weights; for the peak memory each has a process of its own.
+The UNet has full size and random weights; latents are 32x32, batch 1, one thread, fp32. A step is
+the forward and backward pass of the mean square of the output. The floor is the frozen UNet with
+gradients to the latents and to the conditioning. For the time, all variants take turns in one
+process and share the base weights. For the peak memory, each variant has its own process.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bars import Bar
 from benchmarks.memory import peak_memory
 from lora_algos.attach import adaptable_layers, attach
 from lora_algos.config import AdapterOptions, LayerSpec
@@ -44,7 +45,8 @@ SPECS = {
     "BOFT": LayerSpec(algorithm="BOFT"),
     "GLoRA r8": LayerSpec(8, 8.0, "GLoRA"),
 }
-ON_REQUEST = ("BOFT", "GLoRA")  # with --only alone
+ON_REQUEST = ("BOFT", "GLoRA")
+"""Algorithms that are measured only with --only."""
 TIME_BARS = {
     "LoRA r8": 1.08,
     "LoHa r8": 1.30,
@@ -52,12 +54,15 @@ TIME_BARS = {
     "LoKr r8": 1.20,
     "OFT b32": 1.15,
 }
-MEMORY_BAR = 0.5  # GB over the floor's
+"""Largest time relative to the floor."""
+MEMORY_BAR = 0.5
+"""GB over the floor's peak memory."""
+LATENT_SIZE, TINY_LATENT_SIZE = 32, 8
 
 
 def base_unet(config: dict[str, Any]) -> nn.Module:
-    """A frozen UNet with random weights, of which none is allocated twice."""
-    unet = skeleton(config).to_empty(device="cpu")
+    """Return a frozen UNet with random weights. No weight is allocated twice."""
+    unet = empty_unet(config).to_empty(device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -68,15 +73,16 @@ def base_unet(config: dict[str, Any]) -> nn.Module:
     return unet.requires_grad_(False)
 
 
-def skeleton(config: dict[str, Any]) -> nn.Module:
+def empty_unet(config: dict[str, Any]) -> nn.Module:
+    """Return a UNet without values."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config).requires_grad_(False)
 
 
-def adapted(name: str, unet: nn.Module) -> nn.Module:
-    """`unet` with the adapters of `name` on all its Linear and Conv layers."""
+def attach_adapters(name: str, unet: nn.Module) -> nn.Module:
+    """Put the adapters of a variant on all Linear and Conv layers of `unet`, and return it."""
     layers = list(adaptable_layers(unet))
     if name == PEFT:
         from peft import LoraConfig, inject_adapter_in_model
@@ -87,32 +93,43 @@ def adapted(name: str, unet: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.requires_grad:
-                parameter += 1e-3 * torch.randn_like(parameter)  # what is zero at first too
+                # so that no factor is zero
+                parameter += 1e-3 * torch.randn_like(parameter)
     return unet.train()
 
 
-def stepper(name: str, unet: nn.Module, size: int) -> Callable[[], Tensor]:
-    """One step: forward, backward. The floor needs gradients of its inputs, or it would have none."""
-    latents = torch.randn(1, 4, size, size, requires_grad=name == FLOOR)
-    cond = torch.randn(1, 77, unet.config.cross_attention_dim, requires_grad=name == FLOOR)  # type: ignore[union-attr]
-    wanted = [latents, cond] if name == FLOOR else [p for p in unet.parameters() if p.requires_grad]
+def make_step(name: str, unet: nn.Module, size: int) -> Callable[[], Tensor]:
+    """Return a function that does one forward and backward pass. The floor has gradients of its
+    inputs only."""
+    is_floor = name == FLOOR
+    width = unet.config.cross_attention_dim  # type: ignore[union-attr]
+    latents = torch.randn(1, 4, size, size, requires_grad=is_floor)
+    cond = torch.randn(1, 77, width, requires_grad=is_floor)
+    tensors_with_grad = [latents, cond]
+    if not is_floor:
+        tensors_with_grad = [p for p in unet.parameters() if p.requires_grad]
 
     def step() -> Tensor:
-        for tensor in wanted:
+        for tensor in tensors_with_grad:
             tensor.grad = None
-        loss = unet(latents, torch.tensor([500]), cond, return_dict=False)[0].square().mean()
+        prediction = unet(latents, torch.tensor([500]), cond, return_dict=False)[0]
+        loss = prediction.square().mean()
         loss.backward()
         return loss.detach()
 
     return step
 
 
-def set_checkpointing(unet: Any, on: bool) -> None:
-    unet.enable_gradient_checkpointing() if on else unet.disable_gradient_checkpointing()
+def set_checkpointing(unet: Any, is_on: bool) -> None:
+    """Turn gradient checkpointing on or off."""
+    if is_on:
+        unet.enable_gradient_checkpointing()
+    else:
+        unet.disable_gradient_checkpointing()
 
 
-def alone(name: str, checkpointing: bool, tiny: bool) -> int:
-    """Peak memory of two steps in a process of its own."""
+def peak_of_process(name: str, checkpointing: bool, tiny: bool) -> int:
+    """Return the peak memory of a process that takes two steps, in bytes."""
     argv = [sys.executable, "-m", "benchmarks.unet", json.dumps([name, checkpointing, tiny])]
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=root)
@@ -121,11 +138,12 @@ def alone(name: str, checkpointing: bool, tiny: bool) -> int:
     return int(result.stdout.split()[-1])
 
 
-def child(name: str, checkpointing: bool, tiny: bool) -> None:
+def print_peak(name: str, checkpointing: bool, tiny: bool) -> None:
+    """Take two steps, and print the peak memory of this process."""
     torch.set_num_threads(1)
-    unet = adapted(name, base_unet(TINY if tiny else CONFIG))
+    unet = attach_adapters(name, base_unet(TINY if tiny else CONFIG))
     set_checkpointing(unet, checkpointing)
-    step = stepper(name, unet, 8 if tiny else 32)
+    step = make_step(name, unet, TINY_LATENT_SIZE if tiny else LATENT_SIZE)
     step()
     step()
     print(peak_memory())
@@ -134,17 +152,21 @@ def child(name: str, checkpointing: bool, tiny: bool) -> None:
 def times(
     names: list[str], checkpointing: bool, repeats: int, tiny: bool
 ) -> dict[str, list[float]]:
-    """CPU seconds of each step, in turns; the first turn warms up."""
+    """Return the CPU seconds of each step. The variants take turns; the first turn warms up."""
     config = TINY if tiny else CONFIG
+    size = TINY_LATENT_SIZE if tiny else LATENT_SIZE
     base = base_unet(config)
-    steps, seconds = {}, {name: [] for name in names}
+    steps = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        unet = base if name == FLOOR else skeleton(config)
+        unet = base if name == FLOOR else empty_unet(config)
         unet.load_state_dict(base.state_dict(), assign=True)
-        steps[name] = stepper(name, adapted(name, unet.requires_grad_(False)), 8 if tiny else 32)
+        attach_adapters(name, unet.requires_grad_(False))
+        steps[name] = make_step(name, unet, size)
         set_checkpointing(unet, checkpointing)
     for turn in range(-1, repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
             start = time.process_time()
             steps[name]()
             if turn >= 0:
@@ -152,45 +174,60 @@ def times(
     return seconds
 
 
+def variant_names(only: list[str]) -> list[str]:
+    """Return the variants to measure, the floor first. `only`: algorithms; empty: the usual
+    ones."""
+    names = [FLOOR]
+    for name, spec in SPECS.items():
+        is_selected = spec.algorithm in only if only else spec.algorithm not in ON_REQUEST
+        if is_selected:
+            names.append(name)
+    if not only or "LoRA" in only:
+        names.append(PEFT)
+    return names
+
+
 def compare(only: list[str], repeats: int, tiny: bool = False) -> int:
-    """Prints the table and a line per bar; `only`: algorithms."""
-    chosen = [
-        n
-        for n, s in SPECS.items()
-        if (s.algorithm in only if only else s.algorithm not in ON_REQUEST)
-    ]
-    names = [FLOOR, *chosen, *([PEFT] if not only or "LoRA" in only else [])]
-    bars: list[tuple[str, bool]] = []
+    """Print the tables and a line per bar; return 1 if a bar is missed. `only`: algorithms."""
+    names = variant_names(only)
+    bars = []
     for checkpointing in (False, True):
-        seconds = times(names, checkpointing, repeats, tiny)
-        print(
-            f"\nSD 1.5 UNet, fp32, one thread, {'with' if checkpointing else 'without'} gradient checkpointing,",
-            end=" ",
-        )
-        print(
-            f"medians of {repeats} turns\n{'':16}{'s/step':>8}{'ratio':>8}{'peak GB':>9}{'over floor':>12}",
-            flush=True,
-        )
-        memory: dict[str, float] = {}
-        for name in names:
-            memory[name] = alone(name, checkpointing, tiny) / 1e9
-            ratio = median(a / b for a, b in zip(seconds[name], seconds[FLOOR], strict=True))
-            over = memory[name] - memory[FLOOR]
-            print(
-                f"{name:16}{median(seconds[name]):8.2f}{ratio:8.3f}{memory[name]:9.2f}{over:12.2f}",
-                flush=True,
-            )
-            what = f"{name}, {'with' if checkpointing else 'without'} checkpointing:"
-            if name in TIME_BARS:
-                bar = TIME_BARS[name]
-                bars.append((f"{what} {ratio:.3f} of the floor's time, bar {bar}", ratio <= bar))
-            if name in SPECS:
-                bars.append(
-                    (f"{what} {over:.2f} GB over the floor, bar {MEMORY_BAR}", over <= MEMORY_BAR)
-                )
-    print("\n" + "\n".join(f"{'met   ' if met else 'MISSED'} {what}" for what, met in bars))
-    return 0 if tiny else int(not all(met for _, met in bars))
+        bars += compare_variants(names, checkpointing, repeats, tiny)
+    print()
+    for bar in bars:
+        print(f"{'met   ' if bar.is_met else 'MISSED'} {bar.text}")
+    return 0 if tiny else int(not all(bar.is_met for bar in bars))
+
+
+def compare_variants(names: list[str], checkpointing: bool, repeats: int, tiny: bool) -> list[Bar]:
+    """Print the table with or without gradient checkpointing; return its bars."""
+    seconds = times(names, checkpointing, repeats, tiny)
+    mode = "with" if checkpointing else "without"
+    print(
+        f"\nSD 1.5 UNet, fp32, one thread, {mode} gradient checkpointing, medians of {repeats} "
+        "turns"
+    )
+    print(f"{'':16}{'s/step':>8}{'ratio':>8}{'peak GB':>9}{'over floor':>12}", flush=True)
+    bars = []
+    floor_memory = peak_of_process(FLOOR, checkpointing, tiny) / 1e9
+    for name in names:
+        memory = floor_memory
+        if name != FLOOR:
+            memory = peak_of_process(name, checkpointing, tiny) / 1e9
+        ratio = median(a / b for a, b in zip(seconds[name], seconds[FLOOR], strict=True))
+        over = memory - floor_memory
+        row = f"{median(seconds[name]):8.2f}{ratio:8.3f}{memory:9.2f}{over:12.2f}"
+        print(f"{name:16}{row}", flush=True)
+        label = f"{name}, {mode} checkpointing:"
+        if name in TIME_BARS:
+            bar = TIME_BARS[name]
+            text = f"{label} {ratio:.3f} of the floor's time, bar {bar}"
+            bars.append(Bar(text, ratio <= bar, depends_on_time=True))
+        if name in SPECS:
+            text = f"{label} {over:.2f} GB over the floor, bar {MEMORY_BAR}"
+            bars.append(Bar(text, over <= MEMORY_BAR, depends_on_time=False))
+    return bars
 
 
 if __name__ == "__main__":
-    child(*json.loads(sys.argv[1]))
+    print_peak(*json.loads(sys.argv[1]))

@@ -18,10 +18,20 @@ M_MMAP_THRESHOLD = -3
 """Parameter number of mallopt(3)."""
 LARGE_TENSOR = 1 << 20
 """Bytes."""
+COMMAND_FLAGS = {
+    "--model.path ": "",
+    "--model.family": "--family",
+    "--model.variant": "--variant",
+    "--model.config": "--config",
+    "--export.formats": "--format",
+    "--export.convert": "--convert",
+}
+"""Option of the trainer -> option of the commands that work on files."""
 
 
 def run_command(argv: list[str]) -> int:
-    """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the input."""
+    """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the
+    input."""
     options: Options | data_options.RunOptions
     if argv[0] in data_options.COMMANDS:
         options = data_options.read_options(argv)
@@ -41,7 +51,7 @@ def run_command(argv: list[str]) -> int:
 def read_options(argv: list[str]) -> Options:
     """Return the options of a command that works on files. Raises ConfigError naming all errors."""
     options = parse(argv)
-    errors = options.faults()
+    errors = options.errors()
     if errors:
         raise ConfigError(error_list(options.command, errors))
     return options
@@ -49,7 +59,8 @@ def read_options(argv: list[str]) -> Options:
 
 def run_module(module: str, options: object) -> int:
     """Run a command's module; return the exit code: 0, or 1 if it found or met a problem."""
-    from common.atomic import WriteError  # imports torch, which takes long enough to be interrupted
+    # imports torch, which takes long enough to be interrupted
+    from common.atomic import WriteError
     from tools.rewrite import ToolError
 
     is_data_command = module.startswith("tools.data.")
@@ -63,7 +74,7 @@ def run_module(module: str, options: object) -> int:
     except (AdapterError, ModelError) as error:
         if is_data_command:
             raise
-        raise type(error)(with_own_flags(str(error))) from error
+        raise type(error)(with_command_flags(str(error))) from error
     finally:
         if is_data_command:
             leave_process_group()
@@ -92,10 +103,8 @@ def return_memory_early() -> None:
         return  # another C library
 
 
-def with_own_flags(message: str) -> str:
+def with_command_flags(message: str) -> str:
     """Replace the trainer's option names in a message by the names that the commands have."""
-    return (
-        message.replace("--model.path ", "")
-        .replace("--model.config", "--config")
-        .replace("--export.", "--")
-    )
+    for trainer_flag, command_flag in COMMAND_FLAGS.items():
+        message = message.replace(trainer_flag, command_flag)
+    return message

@@ -1,9 +1,10 @@
-"""An adapter file as the sub-commands see it: its layers by name, each read when it is asked for."""
+"""An adapter file, as the commands see it: keys grouped by layer, and one layer at a time."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,163 +17,207 @@ from adapter_files.writers import DORA_NORM
 from common.errors import AdapterError, error_list
 from lora_algos import get_algorithm
 from lora_algos.attach import algorithm_of
-from tools.base_model import Model
+from tools.base_model import BaseModel
 from tools.unknown_model import UnknownModel, format_of
 
 NEED_BASE = ("DoRA", "OFT", "BOFT", "GLoRA")  # their update is a function of the base's weight
 LayerTensors = dict[str, Tensor]
+"""Tensors of one layer, under the names that lora_algos gives them."""
+
+
+class LayerData(NamedTuple):
+    """A layer's tensors, and the weight that they change: without values if no model is given."""
+
+    tensors: LayerTensors
+    weight: Tensor
 
 
 @dataclass
 class AdapterFile:
-    """A file of any program's, or a folder of PEFT's. AdapterError if it is not readable."""
+    """A file of any program, or a folder of PEFT. Raises AdapterError if it is not readable."""
 
     path: Path
-    model: Model | UnknownModel
+    model: BaseModel | UnknownModel
     drop: tuple[str, ...] = ()
+    """Regular expressions. Keys that match one completely are ignored."""
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Layer -> name of a tensor here -> its key in the file."""
-    unknown: list[str] = field(default_factory=list)
+    """Layer -> name of a tensor in lora_algos -> its key in the file."""
+    key_errors: list[str] = field(default_factory=list)
     """A line for each key that belongs to no layer of the model."""
-    dropped: list[str] = field(default_factory=list)
+    dropped_keys: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         file, config = files.file_and_config(self.path)
-        try:
-            self.store = TensorStore([file])
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(
-                f"{file} is not a readable .safetensors file: {files.unreadable(file, error)}"
-            ) from error
+        self.store = open_file(file)
         self.metadata = {**self.store.metadata[file], **config}
-        self._group()
-        if not self.layers and not self.unknown:
-            raise AdapterError(
-                f"{self.path} holds no tensors"
-                + (", all are left out by --drop" if self.drop else "")
-            )
-
-    def _group(self) -> None:
-        self.model.take_spellings(self.store.infos, self.path.is_dir())
-        infos = self.store.infos
-        self.dropped = [
-            key for key in infos if any(re.fullmatch(pattern, key) for pattern in self.drop)
-        ]
-        shapes = {key: info.shape for key, info in infos.items() if key not in self.dropped}
-        self.layers, self.unknown = group_keys(shapes, self.model.names.layer_of(self.model.layers))
-        self.layers = {
-            layer: self.layers[layer] for layer in self.model.layers if layer in self.layers
-        }
-        for layer in [layer for layer in self.layers if self._changes_others_alone(layer)]:
-            del self.layers[layer]
-
-    def _changes_others_alone(self, layer: str) -> bool:
-        """Whether what the file has for a fused weight is of other layers that this is made of."""
-        names = self.model.names
-        if layer not in names.rows or not all(
-            names.is_native(key, layer) for key in self.layers[layer].values()
-        ):
-            return False
-        try:
-            return self._found(layer, self.model.empty(layer)) == {}
-        except AdapterError:
-            return False  # reading the layer says what is wrong with it
-
-    def require_all_known(self) -> None:
-        """AdapterError naming the keys that belong to no layer."""
-        if not self.unknown:
+        self._group_keys()
+        if self.layers or self.key_errors:
             return
-        looks = looks_like(self.store.infos)
-        hint = [f"the file looks like one for {looks}"] if looks and not self.layers else []
-        what = f"{self.path} does not fit the model: {len(self.unknown)} of {len(self.store.infos)} keys (--drop leaves"
-        raise AdapterError(
-            error_list(f"{what} out what matches a pattern)", [*hint, *self.unknown])
-        )
+        reason = ": --drop leaves all of them out" if self.drop else ""
+        raise AdapterError(f"{self.path} has no tensors{reason}")
 
-    def require_all_whole(self) -> None:
-        """AdapterError naming the layers whose tensors are damaged or do not fit the model's."""
-        faults = []
+    def _group_keys(self) -> None:
+        """Group the keys by layer, in the order of the model's layers."""
+        infos = self.store.infos
+        self.model.learn_layers(infos, self.path.is_dir())
+        shapes = {}
+        for key, info in infos.items():
+            if self._is_dropped(key):
+                self.dropped_keys.append(key)
+            else:
+                shapes[key] = info.shape
+        layer_of = self.model.names.layer_of(self.model.layers)
+        groups, self.key_errors = group_keys(shapes, layer_of)
+        for layer in self.model.layers:
+            if layer in groups:
+                self.layers[layer] = groups[layer]
+        for layer in list(self.layers):
+            if self._changes_only_siblings(layer):
+                del self.layers[layer]
+
+    def _is_dropped(self, key: str) -> bool:
+        return any(re.fullmatch(pattern, key) for pattern in self.drop)
+
+    def _changes_only_siblings(self, layer: str) -> bool:
+        """Return whether the tensors for a fused weight leave this layer of it unchanged."""
+        names = self.model.names
+        if layer not in names.rows:
+            return False
+        for key in self.layers[layer].values():
+            if not names.is_native(key, layer):
+                return False
+        try:
+            weight = self.model.empty_weight(layer)
+            return self._read_tensors(layer, weight) == {}
+        except AdapterError:
+            return False  # the error is reported when the layer is read
+
+    def check_keys(self) -> None:
+        """Raise AdapterError naming the keys that belong to no layer."""
+        if not self.key_errors:
+            return
+        errors = list(self.key_errors)
+        model_name = looks_like(self.store.infos)
+        if model_name and not self.layers:
+            errors.insert(0, f"the file looks like one for {model_name}")
+        num_errors = len(self.key_errors)
+        num_keys = len(self.store.infos)
+        heading = (
+            f"{self.path} does not fit the model: {num_errors} of {num_keys} keys belong to no "
+            "layer (--drop leaves keys out)"
+        )
+        raise AdapterError(error_list(heading, errors))
+
+    def check_layers(self) -> None:
+        """Raise AdapterError naming the layers whose tensors are damaged or do not fit the
+        model."""
+        errors = []
         for layer in self.layers:
             try:
                 self.read(layer)
             except AdapterError as error:
-                faults.append(f"{layer}: {error}")
-        if faults:
-            raise AdapterError(error_list(f"{self.path} cannot be used", faults))
+                errors.append(f"{layer}: {error}")
+        if errors:
+            raise AdapterError(error_list(f"{self.path} cannot be used", errors))
 
     def file_format(self) -> str:
-        """The format of the file that is nearest to its keys."""
+        """Return the format whose keys are most similar to those of the file."""
         if isinstance(self.model, UnknownModel):
             return self.model.file_format
         if self.path.is_dir():
             return "peft"
-        return format_of(self.keys) or self.model.family.layer_names.file_formats[-1]
+        keys: list[str] = []
+        for keys_by_name in self.layers.values():
+            keys += keys_by_name.values()
+        return format_of(keys) or self.model.family.layer_names.file_formats[-1]
 
     @property
-    def keys(self) -> list[str]:
-        """Those that belong to layers."""
-        return [key for parts in self.layers.values() for key in parts.values()]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
+    def num_bytes(self) -> int:
+        """Return the size of all tensors."""
         return sum(info.size for info in self.store.infos.values())
 
-    def dtypes(self) -> dict[torch.dtype, int]:
-        """dtype -> number of tensors, the most frequent first; alphas do not count."""
-        found: dict[torch.dtype, int] = {}
+    def dtype_counts(self) -> dict[torch.dtype, int]:
+        """Return dtype -> number of tensors, the most frequent dtype first. Alphas do not count."""
+        counts: dict[torch.dtype, int] = {}
         for key, info in self.store.infos.items():
-            if not key.endswith(".alpha"):
-                found[info.dtype] = found.get(info.dtype, 0) + 1
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+            if key.endswith(".alpha"):
+                continue
+            counts.setdefault(info.dtype, 0)
+            counts[info.dtype] += 1
+        by_count = sorted(counts.items(), key=lambda item: -item[1])
+        return dict(by_count)
 
-    def tensors(self, layer: str, weight: Tensor) -> LayerTensors:
-        """A layer's tensors under the names that adapters here have, fp32. AdapterError if they are
-        damaged."""
-        found = self._found(layer, weight)
-        if not found:
-            raise AdapterError("the file has nothing for it")
-        return found
+    def layer_tensors(self, layer: str, weight: Tensor) -> LayerTensors:
+        """Return a layer's tensors in fp32. Raises AdapterError if they are damaged."""
+        tensors = self._read_tensors(layer, weight)
+        if not tensors:
+            raise AdapterError("the file has no tensors for this layer")
+        return tensors
 
-    def _found(self, layer: str, weight: Tensor) -> LayerTensors:
-        """Nothing if the file changes other parts of a fused weight alone."""
-        given = {key: self.store.get(key) for key in self.layers[layer].values()}
-        # without the base's values a dora_scale stays what the file says; its update is not asked
-        # for then
-        metadata = {k: v for k, v in self.metadata.items() if k != DORA_NORM or not weight.is_meta}
-        found, faults = files.from_file(
-            given, metadata, self.model.alone({layer: weight}), self.model.names
-        )
-        if faults:
-            raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
-        return found.get(layer, {})
+    def _read_tensors(self, layer: str, weight: Tensor) -> LayerTensors:
+        """Return a layer's tensors; none if the file changes only other layers of its fused
+        weight."""
+        stored_tensors = {}
+        for key in self.layers[layer].values():
+            stored_tensors[key] = self.store.get(key)
+        metadata = self._layer_metadata(weight)
+        module = self.model.module_with({layer: weight})
+        layers, errors = files.from_file(stored_tensors, metadata, module, self.model.names)
+        if errors:
+            messages = [error.removeprefix(f"{layer}: ") for error in errors]
+            raise AdapterError("; ".join(messages))
+        return layers.get(layer, {})
 
-    def read(self, layer: str) -> tuple[LayerTensors, Tensor]:
-        """A layer's tensors, and the weight that they are for, without values if none is known. AdapterError if they do
-        not fit it."""
+    def _layer_metadata(self, weight: Tensor) -> dict[str, str]:
+        """Return the metadata with which a layer is read.
+
+        Without the base model, the norm of its weight is unknown, and a dora_scale cannot be
+        divided by it. It is then used as stored, because the update is not computed either."""
+        if not weight.is_meta:
+            return self.metadata
+        return {key: value for key, value in self.metadata.items() if key != DORA_NORM}
+
+    def read(self, layer: str) -> LayerData:
+        """Return a layer's tensors and weight. Raises AdapterError if they do not fit."""
         weight = self.model.weight(layer)
-        tensors = self.tensors(layer, weight)
+        tensors = self.layer_tensors(layer, weight)
         algorithm = algorithm_of(tensors)
         get_algorithm(algorithm).read_spec(tensors, weight.shape)
-        if algorithm in NEED_BASE and not weight.is_meta and not weight.isfinite().all():
+        reads_weight = algorithm in NEED_BASE and not weight.is_meta
+        if reads_weight and not weight.isfinite().all():
             raise AdapterError("the model's weight is not finite (NaN or infinite values)")
-        if "diff_b" in tensors and isinstance(self.model, Model):
-            there = tuple(tensors["diff_b"].shape)
-            if not self.model.has(layer, "bias"):
-                raise AdapterError(f"diff_b is {there}, and the layer has no bias")
-            if there != (wanted := tuple(self.model.shape(layer, "bias"))):
-                raise AdapterError(f"diff_b is {there} and should be {wanted}")
-        return tensors, weight
+        if "diff_b" in tensors:
+            self._check_bias(layer, tuple(tensors["diff_b"].shape))
+        return LayerData(tensors, weight)
+
+    def _check_bias(self, layer: str, shape: tuple[int, ...]) -> None:
+        """Raise AdapterError if the update of a bias does not fit the layer."""
+        if isinstance(self.model, UnknownModel):
+            return
+        if not self.model.has_parameter(layer, "bias"):
+            raise AdapterError(f"diff_b is {shape}, and the layer has no bias")
+        expected_shape = tuple(self.model.shape(layer, "bias"))
+        if shape != expected_shape:
+            raise AdapterError(f"diff_b is {shape} and should be {expected_shape}")
+
+
+def open_file(path: Path) -> TensorStore:
+    """Open an adapter file. Raises AdapterError if it is not readable."""
+    try:
+        return TensorStore([path])
+    except (SafetensorError, OSError) as error:
+        reason = files.unreadable(path, error)
+        raise AdapterError(f"{path} is not a readable .safetensors file: {reason}") from error
 
 
 def needs_base(algorithm: str, weight: Tensor) -> bool:
-    """Whether an update cannot be had, as it is a function of the base's values and these are not
-    known."""
+    """Return whether an update cannot be computed, because it depends on an unknown base weight."""
     return weight.is_meta and algorithm in NEED_BASE
 
 
 def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """The update of `weight`, fp32; AdapterError if it cannot be had without the base's values."""
+    """Return the update of `weight`, fp32. Raises AdapterError if it depends on an unknown
+    weight."""
     algorithm = algorithm_of(dict(tensors))
     if needs_base(algorithm, weight):
         raise AdapterError(f"{algorithm} needs --model")

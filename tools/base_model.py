@@ -1,8 +1,10 @@
-"""A base model as the sub-commands see it: its layers without weights, and each weight when it is
-asked for."""
+"""A base model on disk, as the commands see it: layers without values, and one weight at a time."""
 
+import math
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,141 +18,193 @@ from lora_algos.attach import adaptable_layers, norm_layers
 from models.config import ModelConfig
 from models.detect import get_family
 
+SUFFIXES = ("weight", "bias")
+"""Tensors of a layer."""
 
-class Model:
-    """The denoiser of a model on disk. Raises ModelError if it is not one of its family, or not
-    whole."""
+
+Shape = tuple[int, ...]
+
+
+class LayerTensor(NamedTuple):
+    """The weight or the bias of a layer."""
+
+    layer: str
+    suffix: str
+
+
+class BaseModel:
+    """The denoiser of a model. Raises ModelError if it is of another family, or incomplete."""
 
     def __init__(self, config: ModelConfig):
         self.family = get_family(config)
         self.skeleton = self.family.empty_denoiser()
-        self.files = [
-            file for file in self.family.identity_files("denoiser") if file.suffix == ".safetensors"
-        ]
-        self.store = open_model_files(self.files, str(config.path))
-        self.keys = self.family.stored_keys(self.skeleton)
+        denoiser_files = self.family.identity_files("denoiser")
+        self.files = [file for file in denoiser_files if file.suffix == ".safetensors"]
+        self.store = open_files(self.files, str(config.path))
+        self.file_keys = self.family.stored_keys(self.skeleton)
+        """Parameter name -> key in the file."""
         self.layers: dict[str, nn.Module] = {
             **adaptable_layers(self.skeleton),
             **norm_layers(self.skeleton),
         }
         self.names = file_names(self.family, self.skeleton)
-        # in a single file a layer may be a part of a tensor
-        self.natives = (
-            self.family.layer_names.original(self.skeleton)
-            if self.family.files.is_single_file
-            else {}
-        )
-        self.layers_of_key: dict[str, list[tuple[str, str]]] = {}
-        """Key -> the layers, and weight or bias, that the tensor is."""
-        for layer, kind in ((layer, kind) for layer in self.layers for kind in ("weight", "bias")):
-            if self.has(layer, kind):
-                self.layers_of_key.setdefault(self.keys[joined(layer, kind)], []).append(
-                    (layer, kind)
-                )
-        self._check(str(config.path))
+        self.natives = {}
+        if (
+            self.family.files.is_single_file
+        ):  # in a single file, a tensor may consist of several layers
+            self.natives = self.family.layer_names.original(self.skeleton)
+        self.layers_of_key = self._layers_by_key()
+        """Key in the file -> the layers that the tensor consists of."""
+        self._check_complete(str(config.path))
 
-    def _check(self, path: str) -> None:
-        faults = []
+    def _layers_by_key(self) -> dict[str, list[LayerTensor]]:
+        by_key: dict[str, list[LayerTensor]] = {}
+        for layer, suffix in product(self.layers, SUFFIXES):
+            name = parameter_name(layer, suffix)
+            key = self.file_keys.get(name)
+            if key is not None:
+                entries = by_key.setdefault(key, [])
+                entries.append(LayerTensor(layer, suffix))
+        return by_key
+
+    def _check_complete(self, path: str) -> None:
+        """Raise ModelError naming all parameters that are missing or unusable."""
+        errors = []
         for name, parameter in self.skeleton.named_parameters():
-            info = self.store.infos.get(self.keys[name])
+            key = self.file_keys[name]
+            info = self.store.infos.get(key)
+            shape = tuple(parameter.shape)
             if info is None:
-                faults.append(f"{self.keys[name]}: missing")
-            elif not self._fits(name, info.shape, parameter.shape):
-                faults.append(
-                    f"{self.keys[name]}: {info.shape} in the file, {tuple(parameter.shape)} by its config"
-                )
+                errors.append(f"{key}: missing")
+            elif not self._has_shape(name, info.shape, shape):
+                errors.append(f"{key}: {info.shape} in the file, {shape} by its config")
             elif not info.dtype.is_floating_point:
-                faults.append(f"{self.keys[name]}: quantized weights ({info.dtype}) are not read")
-        if faults:
-            raise ModelError(error_list(f"{path} is not whole", faults))
+                errors.append(f"{key}: quantized weights ({info.dtype}) are not supported")
+        if errors:
+            raise ModelError(error_list(f"{path} is incomplete", errors))
 
-    def _fits(self, name: str, there: tuple[int, ...], wanted: torch.Size) -> bool:
-        """Whether a tensor of that shape holds the parameter."""
-        native = self.natives.get(name.rpartition(".")[0])
-        if native is None or native.row_slice is None:
-            return torch.Size(there).numel() == wanted.numel()
-        return there[:1] >= (sum(native.row_slice),) and there[1:] == wanted[1:]
+    def _has_shape(self, name: str, stored_shape: Shape, shape: Shape) -> bool:
+        """Return whether a stored tensor of this shape contains the parameter."""
+        layer = name.rpartition(".")[0]
+        rows = self._rows(layer)
+        if rows is None:
+            return math.prod(stored_shape) == math.prod(shape)
+        if stored_shape[1:] != shape[1:]:
+            return False
+        num_rows = sum(rows)
+        return stored_shape[:1] >= (num_rows,)
 
-    def take_spellings(self, infos: Mapping[str, TensorInfo], folder: bool) -> None:
-        """A model that is known needs no names from a file."""
+    def _rows(self, layer: str) -> tuple[int, int] | None:
+        """Return the first row and the number of rows that a layer has in the stored tensor.
 
-    def has(self, layer: str, kind: str) -> bool:
-        return joined(layer, kind) in self.keys
-
-    def parameter(self, layer: str, kind: str = "weight") -> Tensor:
-        """One weight or bias in fp32, in the shape that diffusers gives it."""
-        return self.part(self.store.get(self.keys[joined(layer, kind)]), layer, kind)
-
-    def part(self, stored: Tensor, layer: str, kind: str) -> Tensor:
-        """A layer's weight or bias, fp32 and shaped as diffusers has it, of the tensor that the
-        file has."""
+        None: the tensor is the layer's own."""
         native = self.natives.get(layer)
-        if native is not None and native.row_slice is not None:
-            stored = stored.narrow(0, *native.row_slice)
-        there = stored.float().reshape(self.shape(layer, kind))
-        return swap(there) if native is not None and native.swapped_halves else there
+        return None if native is None else native.row_slice
 
-    def put_part(self, stored: Tensor, value: Tensor, layer: str) -> Tensor:
-        """`stored` with the layer's part of it replaced, and rounded to its dtype."""
+    def _is_swapped(self, layer: str) -> bool:
+        """Return whether the stored tensor has the halves of the layer's rows in reverse order."""
         native = self.natives.get(layer)
-        value = swap(value) if native is not None and native.swapped_halves else value
-        if native is None or native.row_slice is None:
-            return value.to(stored.dtype).reshape(stored.shape)
-        changed = stored.clone()
-        changed.narrow(0, *native.row_slice).copy_(value)
-        return changed
+        return native is not None and native.swapped_halves
 
-    def shape(self, layer: str, kind: str = "weight") -> torch.Size:
-        return self.skeleton.get_parameter(joined(layer, kind)).shape
+    def learn_layers(self, infos: Mapping[str, TensorInfo], is_folder: bool) -> None:
+        """Do nothing: the layers of a base model do not depend on an adapter file."""
 
-    def empty(self, layer: str) -> Tensor:
-        """A layer's weight without values."""
-        return torch.empty(self.shape(layer), device="meta")
+    def has_parameter(self, layer: str, suffix: str) -> bool:
+        """Return whether a layer has a weight or bias."""
+        return parameter_name(layer, suffix) in self.file_keys
+
+    def parameter(self, layer: str, suffix: str = "weight") -> Tensor:
+        """Return a weight or bias.
+
+        OUT: fp32, with the shape that it has in diffusers."""
+        name = parameter_name(layer, suffix)
+        stored = self.store.get(self.file_keys[name])
+        return self.extract_layer(stored, layer, suffix)
 
     def weight(self, layer: str) -> Tensor:
-        """A layer's weight, fp32."""
+        """Return a layer's weight in fp32."""
         return self.parameter(layer)
 
-    def alone(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """A model of which only these layers exist, under their own names, with these weights."""
-        return nested(
-            {layer: bare(type(self.layers[layer]), weight) for layer, weight in weights.items()}
-        )
+    def extract_layer(self, stored: Tensor, layer: str, suffix: str) -> Tensor:
+        """Return a layer's weight or bias from the stored tensor that contains it.
+
+        OUT: fp32, with the shape that it has in diffusers."""
+        rows = self._rows(layer)
+        if rows is not None:
+            stored = stored.narrow(0, *rows)
+        shape = self.shape(layer, suffix)
+        value = stored.float().reshape(shape)
+        if self._is_swapped(layer):
+            value = swap(value)
+        return value
+
+    def replace_layer(self, stored: Tensor, value: Tensor, layer: str) -> Tensor:
+        """Return a stored tensor with the value of one layer replaced, rounded to its dtype."""
+        if self._is_swapped(layer):
+            value = swap(value)
+        rows = self._rows(layer)
+        if rows is None:
+            value = value.to(stored.dtype)
+            return value.reshape(stored.shape)
+        changed = stored.clone()
+        changed_rows = changed.narrow(0, *rows)
+        changed_rows.copy_(value)
+        return changed
+
+    def shape(self, layer: str, suffix: str = "weight") -> torch.Size:
+        """Return the shape of a weight or bias in diffusers."""
+        name = parameter_name(layer, suffix)
+        return self.skeleton.get_parameter(name).shape
+
+    def empty_weight(self, layer: str) -> Tensor:
+        """Return a layer's weight without values."""
+        return torch.empty(self.shape(layer), device="meta")
+
+    def module_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a model that has only some layers, and of these only the weights.
+
+        IN: layer -> weight."""
+        modules = {}
+        for layer, weight in weights.items():
+            layer_class = type(self.layers[layer])
+            modules[layer] = module_with_weight(layer_class, weight)
+        return nest_modules(modules)
 
 
-def joined(layer: str, kind: str) -> str:
-    """A parameter's name; the model itself, which can have some too, is the layer without a name."""
-    return f"{layer}.{kind}" if layer else kind
+def parameter_name(layer: str, suffix: str) -> str:
+    """Return the name of a parameter. The layer without a name is the model itself."""
+    return f"{layer}.{suffix}" if layer else suffix
 
 
-def bare(kind: type[nn.Module], weight: Tensor) -> nn.Module:
-    """A module that has a weight and nothing else."""
-    module = kind.__new__(kind)
+def module_with_weight(module_class: type[nn.Module], weight: Tensor) -> nn.Module:
+    """Return a module of a class that has nothing but a weight."""
+    module = module_class.__new__(module_class)
     nn.Module.__init__(module)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module
 
 
-def nested(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """A module with these submodules and no others."""
+def nest_modules(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a module with these submodules, under their dotted names."""
     root = nn.Module()
     for name, module in modules.items():
-        *path, last = name.split(".")
-        outer = root
-        for part in path:
-            if part not in outer._modules:
-                outer.add_module(part, nn.Module())
-            outer = outer.get_submodule(part)
-        outer.add_module(last, module)
+        *outer_names, inner_name = name.split(".")
+        parent = root
+        for outer_name in outer_names:
+            if outer_name not in parent._modules:
+                parent.add_module(outer_name, nn.Module())
+            parent = parent.get_submodule(outer_name)
+        parent.add_module(inner_name, module)
     return root
 
 
-def open_model_files(files: list[Path], path: str) -> TensorStore:
+def open_files(files: list[Path], path: str) -> TensorStore:
+    """Open the weights of a model. Raises ModelError naming `path`, the path of the model."""
     if not files:
         raise ModelError(f"{path} has no .safetensors weights")
     try:
         return TensorStore(files)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path}: a file of it is no readable .safetensors file: {error}"
+            f"{path}: one of its files is not a readable .safetensors file: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""`convert`: an adapter file in another program's format, or as another algorithm."""
+"""`convert`: writes an adapter in another program's format, or as another algorithm."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,53 +10,58 @@ from adapter_files.peft_config import known_rank
 from common.errors import AdapterError, error_list
 from lora_algos.attach import algorithm_of
 from tools.adapter_file import AdapterFile, LayerTensors, delta_of
-from tools.base_model import Model
-from tools.options import Convert
+from tools.base_model import BaseModel
+from tools.options import ConvertOptions
 from tools.rewrite import rewrite
-from tools.tables import Report
+from tools.tables import NO_VALUE, BlockTable
 
 
-def run(options: Convert) -> int:
-    """Converts. Returns the exit code."""
-    model = Model(options.model_config(options.model))
+def run(options: ConvertOptions) -> int:
+    """Convert an adapter; return the exit code."""
+    model = BaseModel(options.model_config(options.model))
     adapter = AdapterFile(Path(options.file), model, options.drop)
-    adapter.require_all_known()
-    report = Report(with_error=options.convert == "lora-svd")
-    return rewrite(options, adapter, options.format, converted(adapter, options, report), report)
+    adapter.check_keys()
+    table = BlockTable(has_errors=options.convert == "lora-svd")
+    layers = convert_layers(adapter, options, table)
+    rewrite(options, adapter, options.format, layers, table)
+    return 0
 
 
-def converted(
-    adapter: AdapterFile, options: Convert, report: Report
+def convert_layers(
+    adapter: AdapterFile, options: ConvertOptions, table: BlockTable
 ) -> Iterator[tuple[str, LayerTensors]]:
-    """Each layer as `--convert` asks; AdapterError naming all that cannot be so."""
-    faults = []
+    """Yield each converted layer, and add it to the table.
+
+    Raises AdapterError naming all layers that cannot be converted."""
+    errors = []
     for layer in adapter.layers:
         try:
             tensors, weight = adapter.read(layer)
-            result, error = as_asked(tensors, weight, options)
-            delta = delta_of(tensors, weight)
-        except AdapterError as fault:
-            faults.append(f"{layer}: {fault}")
+            converted_tensors, relative_error = convert_layer(tensors, weight, options)
+            norm = float(delta_of(tensors, weight).norm())
+        except AdapterError as error:
+            errors.append(f"{layer}: {error}")
             continue
-        report.add(
-            layer,
-            {"algorithm": algorithm_of(result), "rank": known_rank(result) or "-"},
-            float(delta.norm()),
-            error,
-        )
-        if not faults:
-            yield layer, result
-    if faults:
-        raise AdapterError(error_list(f"{options.file} cannot be converted", faults))
+        attributes = {
+            "algorithm": algorithm_of(converted_tensors),
+            "rank": known_rank(converted_tensors) or NO_VALUE,
+        }
+        table.add(layer, attributes, norm, relative_error)
+        if not errors:
+            yield layer, converted_tensors
+    if errors:
+        raise AdapterError(error_list(f"{options.file} cannot be converted", errors))
 
 
-def as_asked(tensors: LayerTensors, weight: Tensor, options: Convert) -> tuple[LayerTensors, float]:
-    """A layer's tensors converted, and ||error|| / ||update||."""
+def convert_layer(
+    tensors: LayerTensors, weight: Tensor, options: ConvertOptions
+) -> tuple[LayerTensors, float]:
+    """Return a layer's tensors as --convert requests, and ||error|| / ||update||."""
     if options.convert == "full":
         return convert.full(tensors, weight), 0.0
     if options.convert == "lora-exact":
         return convert.lora_exact(tensors, weight.shape), 0.0
     if options.convert == "lora-svd":
-        assert options.rank is not None  # options.faults refuses it
+        assert options.rank is not None  # checked by options.errors
         return convert.nearest_lora(tensors, weight, options.rank)
     return tensors, 0.0

@@ -1,4 +1,5 @@
-"""`inspect`: what is in an adapter file, and with a model, what of it fits."""
+"""`inspect`: prints the content of an adapter file, and with a model, the keys that do not fit
+it."""
 
 import json
 import math
@@ -9,16 +10,16 @@ from torch import Tensor
 
 from adapter_files.keys import looks_like
 from adapter_files.peft_config import known_rank
+from common.dtypes import dtype_name
 from common.errors import AdapterError
 from lora_algos.attach import algorithm_of
-from tools.adapter_file import AdapterFile, delta_of, needs_base
-from tools.base_model import Model
-from tools.options import Inspect
-from tools.tables import Report
+from tools.adapter_file import AdapterFile, LayerData, delta_of, needs_base
+from tools.base_model import BaseModel
+from tools.options import InspectOptions
+from tools.tables import NO_VALUE, BlockTable, list_facts, one_line
 from tools.unknown_model import UnknownModel
 
-# what is shown -> metadata that says it, the first that is there
-FACTS = {
+FACT_KEYS = {
     "title": ("modelspec.title", "ss_output_name"),
     "base": ("ss_sd_model_name", "ss_base_model_version"),
     "base version": ("ss_base_model_version",),
@@ -40,99 +41,134 @@ FACTS = {
     "hash of data": ("train_lora.dataset_hash",),
     "extracted": ("train_lora.extracted",),
 }
-MOST_TAGS = 10
+"""Printed name -> keys of metadata. The first key that has a value is printed."""
+ALPHA_KEY = "ss_network_alpha"
+TAGS_KEY = "ss_tag_frequency"
+MAX_TAGS = 10
+MAX_VALUE_LENGTH = 100
 
 
-def run(options: Inspect) -> int:
-    """Prints. Returns the exit code: 1 if something in the file does not fit, or is damaged."""
-    model = Model(options.model_config(options.model)) if options.model else UnknownModel()
-    adapter = AdapterFile(Path(options.file), model)
-    dtypes = ", ".join(
-        f"{str(dtype).removeprefix('torch.')} x {count}"
-        for dtype, count in adapter.dtypes().items()
-    )
-    print(f"{options.file}: {len(adapter.store.infos)} tensors, {adapter.size:,} bytes, {dtypes}")
-    print(
-        f"looks like an adapter for {looks_like(adapter.store.infos) or 'a model that is not known here'}"
-    )
-    for name, value in facts(adapter.metadata).items():
-        print(f"{name:16}{value}")
-    report, damaged = surveyed(adapter)
-    if report.total.layers:
-        print(report)
-    faults = adapter.unknown + damaged
+def run(options: InspectOptions) -> int:
+    """Print the content; return the exit code: 1 if something is damaged or does not fit."""
+    model: BaseModel | UnknownModel = UnknownModel()
     if options.model:
-        known = sum(map(len, adapter.layers.values()))
-        print(f"{known} of {len(adapter.store.infos)} keys belong to layers of {options.model}")
-    for fault in faults:
-        print(f"  {fault}")
-    return 1 if faults else 0
+        model = BaseModel(options.model_config(options.model))
+    adapter = AdapterFile(Path(options.file), model)
+    num_keys = len(adapter.store.infos)
+    print(
+        f"{options.file}: {num_keys} tensors, {adapter.num_bytes:,} bytes, {dtypes_text(adapter)}"
+    )
+    model_name = looks_like(adapter.store.infos) or "an unknown model"
+    print(f"looks like an adapter for {model_name}")
+    for line in list_facts(metadata_facts(adapter.metadata)):
+        print(line)
+    table, layer_errors = survey_layers(adapter)
+    if table.total.num_layers:
+        print(table)
+    if options.model:
+        num_fitting = sum(len(keys) for keys in adapter.layers.values())
+        print(f"{num_fitting} of {num_keys} keys belong to layers of {options.model}")
+    errors = adapter.key_errors + layer_errors
+    for error in errors:
+        print(f"  {error}")
+    return 1 if errors else 0
 
 
-def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
-    """The layers by block, and a line for each that is damaged."""
-    report, damaged = Report(with_error=False), []
+def dtypes_text(adapter: AdapterFile) -> str:
+    """Return the dtypes of an adapter with their numbers of tensors, such as `float32 x 20`."""
+    texts = []
+    for dtype, count in adapter.dtype_counts().items():
+        texts.append(f"{dtype_name(dtype)} x {count}")
+    return ", ".join(texts)
+
+
+def survey_layers(adapter: AdapterFile) -> tuple[BlockTable, list[str]]:
+    """Return the table of all layers, and a line for each damaged layer."""
+    table = BlockTable(has_errors=False)
+    errors = []
     for layer in adapter.layers:
         try:
-            tensors, weight = adapter.read(layer)
-            algorithm = algorithm_of(tensors)
-            norm = math.nan if needs_base(algorithm, weight) else size_of(delta_of(tensors, weight))
+            data = adapter.read(layer)
+            norm = update_norm(data)
         except AdapterError as error:
-            damaged.append(f"{layer}: {error}")
+            errors.append(f"{layer}: {error}")
             continue
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else "-"
-        report.add(
-            layer,
-            {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha},
-            norm,
-        )
-    return report, damaged
+        table.add(layer, layer_attributes(data), norm)
+    return table, errors
 
 
-def size_of(delta: Tensor) -> float:
-    """AdapterError if it has none."""
+def update_norm(data: LayerData) -> float:
+    """Return the norm of a layer's update; NaN if it depends on an unknown base weight.
+
+    Raises AdapterError if the update is not finite."""
+    algorithm = algorithm_of(data.tensors)
+    if needs_base(algorithm, data.weight):
+        return math.nan
+    return finite_norm(delta_of(data.tensors, data.weight))
+
+
+def finite_norm(delta: Tensor) -> float:
+    """Return the norm of an update. Raises AdapterError if it is not finite."""
     norm = float(delta.norm())
     if not math.isfinite(norm):
         raise AdapterError("its update is not finite (NaN or infinite values, or too large)")
     return norm
 
 
-def facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What the metadata says, under readable names."""
-    found = {}
-    for name, keys in FACTS.items():
-        value = next(
-            (metadata[key] for key in keys if metadata.get(key, "None") not in ("", "None")), None
-        )
-        if value is not None:
-            found[name] = shortened(value)
-    if "rank, alpha" in found:
-        found["rank, alpha"] += f", {metadata.get('ss_network_alpha', '?')}"
-    if tags := top_tags(metadata.get("ss_tag_frequency", "")):
-        found["tags"] = tags
-    shown = {key for keys in FACTS.values() for key in keys} | {
-        "ss_network_alpha",
-        "ss_tag_frequency",
+def layer_attributes(data: LayerData) -> dict[str, object]:
+    """Return algorithm, rank and alpha of a layer."""
+    tensors = data.tensors
+    alpha: float | str = NO_VALUE
+    if "alpha" in tensors:
+        alpha = float(tensors["alpha"])
+    return {
+        "algorithm": algorithm_of(tensors),
+        "rank": known_rank(tensors) or NO_VALUE,
+        "alpha": alpha,
     }
-    others = sorted(metadata.keys() - shown)
-    if others:
-        found["other metadata"] = ", ".join(others)
-    return found
+
+
+def metadata_facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata under readable names."""
+    facts = {}
+    shown_keys = {ALPHA_KEY, TAGS_KEY}
+    for name, keys in FACT_KEYS.items():
+        shown_keys.update(keys)
+        value = first_value(metadata, keys)
+        if value is not None:
+            facts[name] = one_line(value, MAX_VALUE_LENGTH)
+    if "rank, alpha" in facts:
+        alpha = metadata.get(ALPHA_KEY, "?")
+        facts["rank, alpha"] += f", {alpha}"
+    tags = top_tags(metadata.get(TAGS_KEY, ""))
+    if tags:
+        facts["tags"] = tags
+    other_keys = sorted(metadata.keys() - shown_keys)
+    if other_keys:
+        facts["other metadata"] = ", ".join(other_keys)
+    return facts
+
+
+def first_value(metadata: Mapping[str, str], keys: tuple[str, ...]) -> str | None:
+    """Return the value of the first key that has one; "None" and empty texts do not count."""
+    for key in keys:
+        value = metadata.get(key, "")
+        if value not in ("", "None"):
+            return value
+    return None
 
 
 def top_tags(text: str) -> str:
-    """The most frequent tags of kohya's ss_tag_frequency: {folder: {tag: count}}."""
+    """Return the most frequent tags of kohya's ss_tag_frequency; empty if it is not readable.
+
+    `text`: JSON of {folder: {tag: count}}."""
+    counts: dict[str, int] = {}
     try:
-        counts: dict[str, int] = {}
         for folder in json.loads(text).values():
             for tag, count in folder.items():
-                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+                name = tag.strip()
+                counts[name] = counts.get(name, 0) + int(count)
     except (ValueError, AttributeError, TypeError):
         return ""
-    most = sorted(counts.items(), key=lambda item: -item[1])[:MOST_TAGS]
-    return ", ".join(f"{tag} {count}" for tag, count in most)
-
-
-def shortened(value: str, most: int = 100) -> str:
-    line = " ".join(value.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
+    by_count = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{tag} {count}" for tag, count in by_count[:MAX_TAGS])

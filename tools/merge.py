@@ -1,5 +1,5 @@
-"""`merge`: adapters worked into the weights of a base model, in the dtypes that these are stored
-in."""
+"""`merge`: writes a base model with adapters merged into its weights, in the dtypes of the base
+model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,120 +12,166 @@ from common.atomic import new_file, new_folder
 from common.errors import ModelError
 from lora_algos.attach import algorithm_of
 from tools.adapter_file import NEED_BASE, AdapterFile, delta_of
-from tools.base_model import Model
-from tools.copy_model import copy_rest
-from tools.options import Merge
+from tools.base_model import BaseModel, LayerTensor
+from tools.copy_model import copy_without
+from tools.options import MergeOptions
 from tools.rewrite import ToolError
-from tools.tables import Report
+from tools.tables import BlockTable
 
 
-def run(options: Merge) -> int:
-    """Merges. Returns the exit code."""
-    model = Model(options.model_config(options.model))
-    loras = [
-        (AdapterFile(Path(path), model, options.drop), strengths[0])
-        for path, strengths in options.loras().items()
-    ]
-    for adapter, _ in loras:
-        adapter.require_all_known()
-        adapter.require_all_whole()
-    merging = Merging(model, loras)
-    left_out: list[Path] = []
-    out = Path(options.out)
-    root = model.family.files.path
-    if root.is_file():
-        with new_file(out) as beside:
-            merging.write(root, beside)
-    else:
-        with new_folder(out) as beside:
-            left_out = copy_rest(root, beside, model.files)
-            for file in model.files:
-                merging.write(file, beside / file.relative_to(root))
-    print(merging.summary())
-    if left_out:
-        print(f"not copied, as nothing is merged into them: {', '.join(map(str, left_out))}")
-    print(f"written {out}")
+def run(options: MergeOptions) -> int:
+    """Merge adapters into a model; return the exit code."""
+    model = BaseModel(options.model_config(options.model))
+    loras = read_loras(options, model)
+    merger = Merger(model, loras)
+    foreign_weights = write_model(merger, Path(options.out))
+    print(merger.table)
+    for line in merger.summary_lines():
+        print(line)
+    if foreign_weights:
+        names = ", ".join(map(str, foreign_weights))
+        print(f"not copied, because nothing is merged into them: {names}")
+    print(f"wrote {options.out}")
     return 0
 
 
-@dataclass
-class Merging:
-    """A base model and the adapters, with their strengths, that go into it."""
+@dataclass(frozen=True)
+class StrongAdapter:
+    """An adapter and its strength."""
 
-    model: Model
-    loras: list[tuple[AdapterFile, float]]
-    report: Report = field(default_factory=lambda: Report(with_error=False))
-    of_base: set[str] = field(default_factory=set)
-    """Algorithms seen whose update is a function of the base's weight."""
+    adapter: AdapterFile
+    strength: float
+
+    def changes(self, layer_tensor: LayerTensor) -> bool:
+        """Return whether the adapter changes a weight or bias."""
+        tensors = self.adapter.layers.get(layer_tensor.layer)
+        if tensors is None:
+            return False
+        return layer_tensor.suffix == "weight" or "diff_b" in tensors
+
+
+def read_loras(options: MergeOptions, model: BaseModel) -> list[StrongAdapter]:
+    """Return the adapters with their strengths.
+
+    Raises AdapterError if one of them does not fit the model."""
+    loras = []
+    for path, strengths in options.strengths().items():
+        adapter = AdapterFile(Path(path), model, options.drop)
+        loras.append(StrongAdapter(adapter, strengths[0]))
+    for lora in loras:
+        lora.adapter.check_keys()
+        lora.adapter.check_layers()
+    return loras
+
+
+def write_model(merger: "Merger", out: Path) -> list[Path]:
+    """Write the merged model; return files that were not copied."""
+    source = merger.model.family.files.path
+    if source.is_file():
+        with new_file(out) as partial_path:
+            merger.write(source, partial_path)
+        return []
+    with new_folder(out) as partial_path:
+        foreign_weights = copy_without(source, partial_path, merger.model.files)
+        for file in merger.model.files:
+            target = partial_path / file.relative_to(source)
+            merger.write(file, target)
+    return foreign_weights
+
+
+@dataclass
+class Merger:
+    """Merges adapters into the tensors of a base model."""
+
+    model: BaseModel
+    loras: list[StrongAdapter]
+    table: BlockTable = field(default_factory=lambda: BlockTable(has_errors=False))
+    base_algorithms: set[str] = field(default_factory=set)
+    """Algorithms in the adapters whose update depends on the base weight."""
 
     def write(self, source: Path, target: Path) -> None:
-        """Writes one file of the model, tensor by tensor; what no adapter changes is copied bit for
-        bit."""
-        keys = self.model.store.keys_in(source)
-        infos = {key: self.model.store.infos[key] for key in keys}
-        tensors = ((key, self.merged(key)) for key in keys)
-        write_tensors(target, infos, tensors, self.model.store.metadata[source])
+        """Write one file of the model, tensor by tensor. Tensors that no adapter changes are copied
+        bit for bit."""
+        store = self.model.store
+        keys = store.keys_in(source)
+        infos = {key: store.infos[key] for key in keys}
+        tensors = ((key, self.merge_tensor(key)) for key in keys)
+        write_tensors(target, infos, tensors, store.metadata[source])
 
-    def merged(self, key: str) -> Tensor:
-        """One tensor of the model, as it is stored."""
+    def merge_tensor(self, key: str) -> Tensor:
+        """Return a tensor of the merged model, in its stored dtype."""
         stored = self.model.store.get(key)
-        for layer, kind in self.model.layers_of_key.get(key, ()):
-            stored = self.with_layer(stored, key, layer, kind)
+        for layer_tensor in self.model.layers_of_key.get(key, ()):
+            stored = self.merge_layer(stored, key, layer_tensor)
         return stored
 
-    def with_layer(self, stored: Tensor, key: str, layer: str, kind: str) -> Tensor:
-        """A tensor with what the adapters change in the layer's part of it."""
-        parts = [(adapter, strength) for adapter, strength in self.loras if layer in adapter.layers]
-        if kind == "bias":
-            parts = [
-                (adapter, strength)
-                for adapter, strength in parts
-                if "diff_b" in adapter.layers[layer]
-            ]
-        if not parts:
+    def merge_layer(self, stored: Tensor, key: str, layer_tensor: LayerTensor) -> Tensor:
+        """Return a stored tensor with the updates of one layer in it."""
+        loras = [lora for lora in self.loras if lora.changes(layer_tensor)]
+        if not loras:
             return stored
-        weight = self.model.part(stored, layer, kind)
-        total, words = weight.new_zeros(weight.shape), set()
-        for adapter, strength in parts:
-            if kind == "bias":
-                total += strength * adapter.tensors(layer, self.model.weight(layer))["diff_b"]
-            else:
-                tensors = adapter.tensors(layer, weight)
-                words.add(algorithm_of(tensors))
-                total += strength * delta_of(tensors, weight)
-        if kind == "weight":
-            self.of_base |= words & {*NEED_BASE}
-            self.report.add(
-                layer,
-                {"algorithm": ", ".join(sorted(words)), "files": len(parts)},
-                float(total.norm()),
-            )
+        layer, suffix = layer_tensor
+        weight = self.model.extract_layer(stored, layer, suffix)
+        if suffix == "bias":
+            update = self.bias_update(layer, weight, loras)
+        else:
+            update = self.weight_update(layer, weight, loras)
         if not weight.isfinite().all():
             raise ModelError(f"{key}: not finite (NaN or infinite values) in the model")
-        merged = weight + total
-        if not merged.isfinite().all():
-            raise ToolError(
-                f"{key}: what the adapters add to it is not finite (NaN or infinite values)"
-            )
-        if (
-            merged.numel() and merged.abs().max() > torch.finfo(stored.dtype).max
-        ):  # which fp8 would cut off unsaid
-            raise ToolError(
-                f"{key}: merged, its values are too large for {stored.dtype}, the dtype of the model"
-            )
-        return self.model.put_part(stored, merged, layer)
+        merged = weight + update
+        check_values(merged, key, stored.dtype)
+        return self.model.replace_layer(stored, merged, layer)
 
-    def summary(self) -> str:
-        """What was merged."""
-        lines = [
-            f"{adapter.path} x {strength:g}: {len(adapter.layers)} layers"
-            for adapter, strength in self.loras
-        ]
-        dropped = sum(len(adapter.dropped) for adapter, _ in self.loras)
-        lines += [f"left out by --drop: {dropped} keys"] if dropped else []
-        if self.of_base:
+    def bias_update(self, layer: str, bias: Tensor, loras: list[StrongAdapter]) -> Tensor:
+        """Return the sum of strength x update of a bias."""
+        total = bias.new_zeros(bias.shape)
+        for lora in loras:
+            weight = self.model.weight(layer)
+            tensors = lora.adapter.layer_tensors(layer, weight)
+            total += lora.strength * tensors["diff_b"]
+        return total
+
+    def weight_update(self, layer: str, weight: Tensor, loras: list[StrongAdapter]) -> Tensor:
+        """Return the sum of strength x update of a weight, and add the layer to the table."""
+        total = weight.new_zeros(weight.shape)
+        algorithms = set()
+        for lora in loras:
+            tensors = lora.adapter.layer_tensors(layer, weight)
+            algorithms.add(algorithm_of(tensors))
+            total += lora.strength * delta_of(tensors, weight)
+        self.base_algorithms |= algorithms.intersection(NEED_BASE)
+        attributes = {"algorithm": ", ".join(sorted(algorithms)), "files": len(loras)}
+        self.table.add(layer, attributes, float(total.norm()))
+        return total
+
+    def summary_lines(self) -> list[str]:
+        """Return lines about the adapters."""
+        lines = []
+        num_dropped_keys = 0
+        for lora in self.loras:
+            adapter = lora.adapter
+            lines.append(f"{adapter.path} x {lora.strength:g}: {len(adapter.layers)} layers")
+            num_dropped_keys += len(adapter.dropped_keys)
+        if num_dropped_keys:
+            lines.append(f"left out by --drop: {num_dropped_keys} keys")
+        if self.base_algorithms:
+            names = ", ".join(sorted(self.base_algorithms))
             lines.append(
-                f"{', '.join(sorted(self.of_base))}: strength x dW, each dW being made of the original W; "
-                "programs that apply one file after another, or to an already changed W, differ"
+                f"{names}: each dW is computed from the original W. Programs that apply one file "
+                "after another, or to a W that is already changed, give a different result"
             )
-        return "\n".join([str(self.report), *lines])
+        return lines
+
+
+def check_values(merged: Tensor, key: str, dtype: torch.dtype) -> None:
+    """Raise ToolError for values that are not finite, or too large for the stored dtype.
+
+    Without this check, fp8 would clip them."""
+    if not merged.isfinite().all():
+        raise ToolError(
+            f"{key}: the updates of the adapters are not finite (NaN or infinite values)"
+        )
+    if merged.numel() and merged.abs().max() > torch.finfo(dtype).max:
+        raise ToolError(
+            f"{key}: the merged values are too large for {dtype}, the dtype of the model"
+        )

@@ -1,8 +1,10 @@
-"""What the sub-commands are told. No torch here: `--help` and faults answer at once."""
+"""Options of the commands that work on finished files. Imports no torch, so that `--help` and
+errors appear at once."""
 
 import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -10,6 +12,16 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from models.config import FamilyName, ModelConfig, path_error
+from tools.argument_checks import (
+    PEFT_CONFIG,
+    PIPELINE_CONFIG,
+    adapter_errors,
+    is_replaceable,
+    number_or_nan,
+    overlaps,
+    pattern_errors,
+    rank_errors,
+)
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Format = Literal["kohya", "comfyui", "diffusers", "peft"]
@@ -18,271 +30,310 @@ Patterns = UseAppendAction[tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all sub-commands are told."""
+    """Options that all commands have."""
 
     command: ClassVar[str]
 
     family: FamilyName | None = None
-    """The model's family; None: recognized."""
+    """Model family (docs/models.md). Detected from the model if not set; must match it."""
     variant: str | None = None
     """Weight variant of a diffusers folder, such as fp16."""
     config: str | None = None
-    """For a model in a single file: a diffusers folder or hub id that holds the configuration."""
+    """For a model in a single file: a diffusers folder or Hub id with the configuration."""
 
-    def faults(self) -> list[str]:
-        """What is wrong with the values, found without opening a file."""
+    def errors(self) -> list[str]:
+        """Return the errors in the values. No file is opened."""
         raise NotImplementedError
 
     def model_config(self, path: str) -> ModelConfig:
+        """Return the config of a model of this command."""
         return ModelConfig(path, self.family, self.variant, self.config)
 
-    def model_faults(self, flag: str, path: str | None) -> list[str]:
-        fault = path_error(self.model_config(path)) if path is not None else None
-        return [f"{flag}: {fault}"] if fault else []
+    def model_errors(self, name: str, path: str | None) -> list[str]:
+        """Return an error if a path cannot be a model. `name`: of the argument, such as --model."""
+        if path is None:
+            return []
+        error = path_error(self.model_config(path))
+        return [f"{name}{error}"] if error else []
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing(Options):
-    """What sub-commands that write something are told. Each has a field `out`, after its inputs."""
+class WritingOptions(Options):
+    """Options of commands that write. Each of them has a field `out`, after its inputs."""
 
     overwrite: bool = False
     """Replace OUT if it exists."""
 
-    def out_faults(self, path: str, inputs: dict[str, str], folder_with: str = "") -> list[str]:
-        """Why OUT cannot be written, as a file, or as a folder of the kind that has the file `folder_with`: nothing
-        that is there is lost without being asked for."""
-        out, faults = Path(path), []
-        for name, given in inputs.items():
-            there, here = Path(given).resolve(), out.resolve()
-            if there == here or here in there.parents or (there.is_dir() and there in here.parents):
+    def out_errors(
+        self, path: str, inputs: Mapping[str, str], marker_file: str | None = None
+    ) -> list[str]:
+        """Return why OUT cannot be written.
+
+        `inputs`: name of an argument -> path. `marker_file`: OUT is a folder that has this file,
+        and no other folder is replaced."""
+        out = Path(path)
+        for name, input_path in inputs.items():
+            if overlaps(Path(input_path), out):
                 return [
-                    f"OUT {out}: is {name}, in it or around it; a file that is read is never written"
+                    f"OUT {out}: is {name}, inside it or around it, and would overwrite it. Choose "
+                    "another path"
                 ]
-        if not folder_with and out.suffix != ".safetensors":
-            faults.append(f"OUT {out}: must end in .safetensors")
+        errors = []
+        if marker_file is None and out.suffix != ".safetensors":
+            errors.append(f"OUT {out}: must end in .safetensors")
         if not out.parent.is_dir():
-            faults.append(f"OUT {out}: the folder {out.parent} does not exist")
+            errors.append(f"OUT {out}: the folder {out.parent} does not exist")
         if out.exists() and not self.overwrite:
-            faults.append(f"OUT {out}: exists. Name another, or add --overwrite")
-        elif out.exists() and not (out / folder_with if folder_with else out).is_file():
-            kind = f"folder with {folder_with}" if folder_with else "file"
-            faults.append(
-                f"OUT {out}: exists and is not a {kind}, so --overwrite does not replace it"
+            errors.append(f"OUT {out}: already exists. Choose another path, or add --overwrite")
+        elif out.exists() and not is_replaceable(out, marker_file):
+            expected = "a file" if marker_file is None else f"a folder with {marker_file}"
+            errors.append(
+                f"OUT {out}: exists and is not {expected}, so --overwrite does not replace it. "
+                "Choose another path"
             )
-        return faults
-
-
-def adapter_faults(name: str, path: str) -> list[str]:
-    """Why `path` cannot be an adapter."""
-    if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
-        return [f"{name} {path}: a folder without adapter_config.json, so not PEFT's"]
-    return [] if Path(path).exists() else [f"{name} {path}: does not exist"]
-
-
-def pattern_faults(patterns: tuple[str, ...]) -> list[str]:
-    faults = []
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            faults.append(f"--drop {pattern}: not a regular expression ({error})")
-    return faults
-
-
-def rank_faults(rank: int | None, energy: float | None = None) -> list[str]:
-    faults = [] if rank is None or rank >= 1 else [f"--rank {rank}: must be at least 1"]
-    if energy is not None and not 0 < energy <= 1:
-        faults.append(f"--energy {energy:g}: must be above 0 and at most 1")
-    if rank is not None and energy is not None:
-        faults.append(f"--rank {rank} and --energy {energy:g}: give one of them")
-    return faults
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(Options):
-    """Shows what is in an adapter file; with a model, also what of it fits (exit code 1 if
-    something does not)."""
+class InspectOptions(Options):
+    """Print the content of an adapter file. With a model, also print which keys fit it; the exit
+    code is 1 if some do not."""
 
     command: ClassVar[str] = "inspect"
 
     file: Annotated[Positional[str], arg(metavar="FILE")]
-    """A .safetensors file, or a folder of PEFT's."""
+    """A .safetensors file, or a folder of PEFT."""
     model: str | None = None
-    """The base model: a diffusers folder, hub id or single file."""
+    """Base model: a diffusers folder, a Hub id or a single file."""
 
-    def faults(self) -> list[str]:
-        return [*adapter_faults("FILE", self.file), *self.model_faults("--model", self.model)]
+    def errors(self) -> list[str]:
+        return [*adapter_errors("FILE", self.file), *self.model_errors("--model", self.model)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Writing):
-    """Writes an adapter file in another program's format, or as another algorithm."""
+class RewritingOptions(WritingOptions):
+    """Options of commands that write an adapter again."""
+
+    file: Annotated[Positional[str], arg(metavar="IN")]
+    """A .safetensors file in any format, or a folder of PEFT."""
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Path of the new adapter."""
+    dtype: Dtype | None = None
+    """dtype of OUT. None: that of IN."""
+    drop: Patterns = ()
+    """Regular expression. Keys of IN that it matches completely are left out, as with --drop
+    'lora_te.*'."""
+
+    def input_errors(self, model: str | None) -> list[str]:
+        """Return the errors in IN, in --model and in --drop."""
+        return [
+            *adapter_errors("IN", self.file),
+            *self.model_errors("--model", model),
+            *pattern_errors(self.drop),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(RewritingOptions):
+    """Write an adapter file in another program's format, or as another algorithm."""
 
     command: ClassVar[str] = "convert"
 
-    file: Annotated[Positional[str], arg(metavar="IN")]
-    """A .safetensors file in any format, or a folder of PEFT's."""
-    out: Annotated[Positional[str], arg(metavar="OUT")]
-    """What to write."""
     format: Format
-    """Whose keys OUT has. peft writes a folder."""
+    """Format of OUT. peft: a folder."""
     model: str
-    """The base model: a diffusers folder, hub id or single file."""
+    """Base model: a diffusers folder, a Hub id or a single file."""
     convert: Literal["none", "lora-exact", "lora-svd", "full"] = "none"
-    """lora-exact: LoHa and LoKr as the same function in a larger LoRA. lora-svd: anything as the nearest LoRA of rank
-    RANK. full: anything as whole matrices."""
+    """lora-exact: write LoHa and LoKr as a larger LoRA that is the same function. lora-svd:
+    write any algorithm as the nearest LoRA of --rank. full: write any algorithm as whole
+    matrices."""
     rank: int | None = None
-    """Rank for lora-svd."""
-    dtype: Dtype | None = None
-    """dtype of OUT; none means that of IN."""
-    drop: Patterns = ()
-    """Regular expression; keys of IN of which it matches the whole are left out, such as
-    'lora_te.*'."""
+    """Rank for --convert lora-svd."""
 
-    def faults(self) -> list[str]:
-        faults = [*adapter_faults("IN", self.file), *self.model_faults("--model", self.model)]
-        faults += [*rank_faults(self.rank), *pattern_faults(self.drop)]
-        if (self.rank is None) == (self.convert == "lora-svd"):
-            faults.append(
-                f"--rank {self.rank}: goes with --convert lora-svd, and --convert is {self.convert}"
-            )
-        return faults + self.out_faults(
-            self.out,
-            {"IN": self.file, "--model": self.model},
-            "adapter_config.json" if self.format == "peft" else "",
-        )
+    def errors(self) -> list[str]:
+        inputs = {"IN": self.file, "--model": self.model}
+        marker_file = PEFT_CONFIG if self.format == "peft" else None
+        return [
+            *self.input_errors(self.model),
+            *rank_errors(self.rank),
+            *self.conversion_errors(),
+            *self.out_errors(self.out, inputs, marker_file),
+        ]
+
+    def conversion_errors(self) -> list[str]:
+        """Return an error if --rank does not go with --convert."""
+        needs_rank = self.convert == "lora-svd"
+        if needs_rank and self.rank is None:
+            return ["--rank: --convert lora-svd needs the rank of the LoRA"]
+        if needs_rank or self.rank is None:
+            return []
+        return [
+            f"--rank {self.rank}: has no effect with --convert {self.convert}; expected --convert "
+            "lora-svd. Leave --rank out"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(Writing):
-    """Writes a base model with adapters worked into its weights: W + strength x dW of each adapter, dW being what the
-    adapter makes of the original W."""
+class MergeOptions(WritingOptions):
+    """Write a base model with adapters merged into its weights: W + the sum of strength x dW.
+    Each dW is computed from the original W."""
 
     command: ClassVar[str] = "merge"
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """The base model: a diffusers folder, hub id or single file. OUT is of the same kind."""
+    """Base model: a diffusers folder, a Hub id or a single file."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """What to write."""
+    """Path of the new model: a folder or a file, as MODEL is."""
     lora: UseAppendAction[
         tuple[Annotated[tuple[str, ...], arg(metavar="FILE[:STRENGTH] ...")], ...]
     ] = ()
-    """Adapters, each with its strength (1 if none is given)."""
+    """Adapters, each with its strength. The default strength is 1."""
     drop: Patterns = ()
-    """Regular expression; keys of the adapters of which it matches the whole are left out, such as
-    'lora_te.*'."""
+    """Regular expression. Keys of the adapters that it matches completely are left out, as with
+    --drop 'lora_te.*'."""
 
-    def loras(self) -> dict[str, list[float]]:
-        """Path -> strengths; NaN for one that is no number."""
-        found: dict[str, list[float]] = {}
-        for given in (lora for loras in self.lora for lora in loras):
-            path, _, strength = given.rpartition(":")
-            if Path(given).exists() or not path:
-                path, strength = given, "1"
-            try:
-                found.setdefault(path, []).append(float(strength))
-            except ValueError:
-                found.setdefault(path, []).append(math.nan)
-        return found
+    def strengths(self) -> dict[str, list[float]]:
+        """Return path -> all strengths that are given for it; NaN for text that is not a number."""
+        strengths: dict[str, list[float]] = {}
+        for text in chain(*self.lora):
+            path, _, number = text.rpartition(":")
+            has_strength = path and not Path(text).exists()
+            if not has_strength:
+                path = text
+                number = "1"
+            strengths.setdefault(path, [])
+            strengths[path].append(number_or_nan(number))
+        return strengths
 
-    def faults(self) -> list[str]:
-        faults = [*self.model_faults("MODEL", self.model), *pattern_faults(self.drop)]
-        if not self.loras():
-            faults.append("--lora: no adapter given")
-        for path, strengths in self.loras().items():
-            faults += adapter_faults("--lora", path)
-            if len(strengths) > 1:
-                faults.append(f"--lora {path}: given {len(strengths)} times")
-            if not math.isfinite(sum(strengths)):
-                faults.append(f"--lora {path}: what follows the last ':' is not a number")
-        inputs = {"MODEL": self.model, **{f"--lora {path}": path for path in self.loras()}}
-        return faults + self.out_faults(
-            self.out, inputs, "" if Path(self.model).is_file() else "model_index.json"
-        )
+    def errors(self) -> list[str]:
+        inputs = {"MODEL": self.model}
+        for path in self.strengths():
+            inputs[f"--lora {path}"] = path
+        is_file = Path(self.model).is_file()
+        marker_file = None if is_file else PIPELINE_CONFIG
+        return [
+            *self.model_errors("MODEL", self.model),
+            *pattern_errors(self.drop),
+            *self.lora_errors(),
+            *self.out_errors(self.out, inputs, marker_file),
+        ]
+
+    def lora_errors(self) -> list[str]:
+        """Return the errors in --lora."""
+        strengths = self.strengths()
+        if not strengths:
+            return ["--lora: no adapter given. Name at least one file"]
+        errors = []
+        for path, numbers in strengths.items():
+            errors += adapter_errors("--lora", path)
+            if len(numbers) > 1:
+                errors.append(
+                    f"--lora {path}: is given {len(numbers)} times. Name each adapter once, with "
+                    "the sum of its strengths"
+                )
+            if not math.isfinite(sum(numbers)):
+                errors.append(f"--lora {path}: the text after the last ':' is not a number")
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resize(Writing):
-    """Writes every layer of an adapter as the nearest LoRA of a rank, or of the least rank that keeps a share of its
-    energy (the sum of the squares of the update's singular values)."""
+class ResizeOptions(RewritingOptions):
+    """Write each layer of an adapter as the nearest LoRA of a rank."""
 
     command: ClassVar[str] = "resize"
 
-    file: Annotated[Positional[str], arg(metavar="IN")]
-    """A .safetensors file in any format, or a folder of PEFT's."""
-    out: Annotated[Positional[str], arg(metavar="OUT")]
-    """What to write."""
     rank: int | None = None
     """Rank of every layer."""
     energy: float | None = None
-    """Share of the energy to keep, such as 0.99."""
+    """Share of the energy to keep, such as 0.99: every layer gets the smallest sufficient rank. The
+    energy is the sum of the squares of the singular values."""
     model: str | None = None
-    """The base model, which all algorithms but LoRA need: a diffusers folder, hub id or single
-    file."""
-    dtype: Dtype | None = None
-    """dtype of OUT; none means that of IN."""
-    drop: Patterns = ()
-    """Regular expression; keys of IN of which it matches the whole are left out, such as
-    'lora_te.*'."""
+    """Base model: a diffusers folder, a Hub id or a single file. Needed for all algorithms except
+    LoRA."""
 
-    def faults(self) -> list[str]:
-        faults = [*adapter_faults("IN", self.file), *self.model_faults("--model", self.model)]
-        faults += [*rank_faults(self.rank, self.energy), *pattern_faults(self.drop)]
+    def errors(self) -> list[str]:
+        size_errors = rank_errors(self.rank, self.energy)
         if self.rank is None and self.energy is None:
-            faults.append("--rank or --energy: give one of them")
-        inputs = {"IN": self.file, **({"--model": self.model} if self.model else {})}
-        return faults + self.out_faults(
-            self.out, inputs, "adapter_config.json" if Path(self.file).is_dir() else ""
-        )
+            size_errors.append(
+                "--rank or --energy: neither is given. Choose the rank of every layer, or the "
+                "share of the energy to keep"
+            )
+        inputs = {"IN": self.file}
+        if self.model is not None:
+            inputs["--model"] = self.model
+        marker_file = PEFT_CONFIG if Path(self.file).is_dir() else None
+        return [
+            *self.input_errors(self.model),
+            *size_errors,
+            *self.out_errors(self.out, inputs, marker_file),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extract(Writing):
-    """Writes the difference of two models' denoisers as an adapter. Text encoders and VAEs are not
-    compared."""
+class ExtractOptions(WritingOptions):
+    """Write the difference between the denoisers of two models as an adapter. Text encoders and
+    VAEs are not compared."""
 
     command: ClassVar[str] = "extract"
 
     base: Annotated[Positional[str], arg(metavar="BASE")]
-    """The base model: a diffusers folder, hub id or single file."""
+    """Base model: a diffusers folder, a Hub id or a single file."""
     tuned: Annotated[Positional[str], arg(metavar="TUNED")]
-    """The model that was made of it."""
+    """The model that was trained from BASE."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """What to write."""
+    """Path of the new adapter."""
     algorithm: Literal["LoRA", "LoKr", "Full"]
-    """LoRA: the nearest of a rank. LoKr: the nearest Kronecker product. Full: exact, norms and
-    biases too."""
+    """LoRA: the nearest LoRA of a rank. LoKr: the nearest Kronecker product. Full: the exact
+    difference, with norms and biases."""
     rank: int | None = None
-    """LoRA: rank of every layer. LoKr: rank of the larger factor; none keeps it whole."""
+    """LoRA: rank of every layer. LoKr: rank of the larger factor. None: the larger factor is not
+    divided."""
     energy: float | None = None
-    """Instead of a rank: the share of the energy to keep, such as 0.99."""
+    """Share of the energy to keep, such as 0.99, instead of a rank. The energy is the sum of the
+    squares of the singular values."""
     factor: int | None = None
-    """LoKr: the smaller factor's side is at most this; none splits nearest to a square."""
+    """LoKr: largest side of the smaller factor. None: the split that is nearest to a square."""
     dtype: Dtype = "fp32"
     """dtype of OUT."""
 
-    def faults(self) -> list[str]:
-        faults = [*self.model_faults("BASE", self.base), *self.model_faults("TUNED", self.tuned)]
-        faults += rank_faults(self.rank, self.energy)
-        sized = self.rank is not None or self.energy is not None
-        if self.algorithm == "LoRA" and not sized:
-            faults.append("--rank or --energy: --algorithm LoRA needs one of them")
-        if self.algorithm == "Full" and sized:
-            faults.append("--rank or --energy: --algorithm Full has no rank")
-        if self.factor is not None and (self.algorithm != "LoKr" or self.factor < 1):
-            faults.append(f"--factor {self.factor}: at least 1, and with --algorithm LoKr alone")
-        return faults + self.out_faults(self.out, {"BASE": self.base, "TUNED": self.tuned})
+    def errors(self) -> list[str]:
+        return [
+            *self.model_errors("BASE", self.base),
+            *self.model_errors("TUNED", self.tuned),
+            *rank_errors(self.rank, self.energy),
+            *self.algorithm_errors(),
+            *self.out_errors(self.out, {"BASE": self.base, "TUNED": self.tuned}),
+        ]
+
+    def algorithm_errors(self) -> list[str]:
+        """Return the errors in options that do not go with --algorithm."""
+        errors = []
+        has_size = self.rank is not None or self.energy is not None
+        if self.algorithm == "LoRA" and not has_size:
+            errors.append("--rank or --energy: --algorithm LoRA needs one of them")
+        if self.algorithm == "Full" and has_size:
+            errors.append("--rank or --energy: has no effect with --algorithm Full. Leave it out")
+        if self.factor is None:
+            return errors
+        if self.algorithm != "LoKr":
+            errors.append(
+                f"--factor {self.factor}: has no effect with --algorithm {self.algorithm}; "
+                "expected --algorithm LoKr. Leave --factor out"
+            )
+        if self.factor < 1:
+            errors.append(f"--factor {self.factor}: must be at least 1")
+        return errors
 
 
-OPTIONS: dict[str, type[Options]] = {
-    cls.command: cls for cls in (Inspect, Convert, Merge, Resize, Extract)
-}
+COMMAND_CLASSES = (InspectOptions, ConvertOptions, MergeOptions, ResizeOptions, ExtractOptions)
+OPTIONS: dict[str, type[Options]] = {cls.command: cls for cls in COMMAND_CLASSES}
 
 
 def parse(argv: list[str]) -> Options:
-    """The options in `argv`, which begins with the command; a wrong name or type exits with code 2
-    (tyro)."""
-    command, *args = argv
+    """Return the options in `argv`, which begins with the command.
+
+    tyro ends the program with exit code 2 for wrong names and types."""
+    command, *arguments = argv
     return tyro.cli(
-        OPTIONS[command], args=args, use_underscores=True, prog=f"train_lora.py {command}"
+        OPTIONS[command], args=arguments, use_underscores=True, prog=f"train_lora.py {command}"
     )

@@ -1,5 +1,5 @@
-"""`resize`: every layer of an adapter as the nearest LoRA of a rank, or of the least rank that
-keeps enough."""
+"""`resize`: writes each layer of an adapter as the nearest LoRA of a rank, or of the smallest rank
+that keeps enough energy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,62 +11,75 @@ from adapter_files.peft_config import known_rank
 from common.errors import AdapterError, error_list
 from lora_algos.attach import algorithm_of
 from tools.adapter_file import AdapterFile, LayerTensors
-from tools.base_model import Model
-from tools.options import Resize
+from tools.base_model import BaseModel
+from tools.options import ResizeOptions
 from tools.rewrite import rewrite
-from tools.tables import Report
+from tools.tables import NO_VALUE, BlockTable
 from tools.unknown_model import UnknownModel
 
 
-def run(options: Resize) -> int:
-    """Resizes. Returns the exit code."""
-    model = Model(options.model_config(options.model)) if options.model else UnknownModel()
+def run(options: ResizeOptions) -> int:
+    """Resize an adapter; return the exit code."""
+    model: BaseModel | UnknownModel = UnknownModel()
+    if options.model:
+        model = BaseModel(options.model_config(options.model))
     adapter = AdapterFile(Path(options.file), model, options.drop)
-    adapter.require_all_known()
-    report = Report()
-    return rewrite(
-        options, adapter, adapter.file_format(), resized(adapter, options, report), report
-    )
+    adapter.check_keys()
+    table = BlockTable()
+    layers = resize_layers(adapter, options, table)
+    rewrite(options, adapter, adapter.file_format(), layers, table)
+    return 0
 
 
-def resized(
-    adapter: AdapterFile, options: Resize, report: Report
+def resize_layers(
+    adapter: AdapterFile, options: ResizeOptions, table: BlockTable
 ) -> Iterator[tuple[str, LayerTensors]]:
-    """Each layer as a LoRA; what is no matrix stays as it is. AdapterError naming all that need the
-    base model."""
-    faults = []
+    """Yield each layer as a LoRA, and add it to the table. Layers that are not matrices are not
+    changed.
+
+    Raises AdapterError naming all layers that need the base model."""
+    errors = []
     for layer in adapter.layers:
         try:
             tensors, weight = adapter.read(layer)
             algorithm = algorithm_of(tensors)
             if weight.is_meta and algorithm not in ("LoRA", "Full"):
                 raise AdapterError(f"{algorithm} needs --model")
-        except AdapterError as fault:
-            faults.append(f"{layer}: {fault}")
+        except AdapterError as error:
+            errors.append(f"{layer}: {error}")
             continue
-        if faults:
+        if errors:
             continue
         if weight.ndim < 2:
-            report.add(
-                layer,
-                {"algorithm": algorithm, "rank": "-", "was": "-"},
-                float(tensors["diff"].norm()),
-            )
+            attributes = {"algorithm": algorithm, "rank": NO_VALUE, "was": NO_VALUE}
+            table.add(layer, attributes, float(tensors["diff"].norm()))
             yield layer, tensors
             continue
-        parts = convert.svd(tensors, weight)
-        lora, error = convert.lora_svd(parts, wanted_rank(parts[1], options), weight.shape)
-        rank = lora["lora_down.weight"].shape[0]
-        words = {"algorithm": algorithm, "rank": rank, "was": known_rank(tensors) or "-"}
-        report.add(layer, words, float(parts[1].norm()), error)
-        yield layer, {**lora, **convert.bias_of(tensors)}
-    if faults:
-        raise AdapterError(error_list(f"{options.file} cannot be resized", faults))
+        yield layer, resize_layer(layer, tensors, weight, options, table)
+    if errors:
+        raise AdapterError(error_list(f"{options.file} cannot be resized", errors))
 
 
-def wanted_rank(singular_values: Tensor, options: Resize) -> int:
-    """The rank that is asked for."""
+def resize_layer(
+    layer: str, tensors: LayerTensors, weight: Tensor, options: ResizeOptions, table: BlockTable
+) -> LayerTensors:
+    """Return a layer as a LoRA, and add it to the table."""
+    svd = convert.svd(tensors, weight)
+    singular_values = svd[1]
+    rank = new_rank(singular_values, options)
+    lora, relative_error = convert.lora_svd(svd, rank, weight.shape)
+    attributes = {
+        "algorithm": algorithm_of(tensors),
+        "rank": lora["lora_down.weight"].shape[0],
+        "was": known_rank(tensors) or NO_VALUE,
+    }
+    table.add(layer, attributes, float(singular_values.norm()), relative_error)
+    return {**lora, **convert.bias_of(tensors)}
+
+
+def new_rank(singular_values: Tensor, options: ResizeOptions) -> int:
+    """Return the rank that --rank or --energy requests."""
     if options.energy is None:
-        assert options.rank is not None  # options.faults refuses it
+        assert options.rank is not None  # checked by options.errors
         return options.rank
     return convert.rank_for_energy(singular_values, options.energy)

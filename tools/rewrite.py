@@ -1,4 +1,5 @@
-"""Writes an adapter layer by layer in one of the file formats, checked before it takes its name."""
+"""Writes an adapter layer by layer in a file format. The result is read back and compared before it
+is renamed into place."""
 
 import json
 import os
@@ -19,15 +20,16 @@ from adapter_files.kohya_metadata import network_metadata
 from adapter_files.safetensors_stream import HASHES, TensorInfo, write_tensors
 from adapter_files.writers import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
 from common.atomic import WriteError, new_file, new_folder
+from common.dtypes import DTYPES, dtype_name
 from common.errors import AdapterError
 from tools.adapter_file import AdapterFile, LayerTensors
-from tools.base_model import Model
-from tools.options import Convert, Resize
-from tools.tables import Report
+from tools.argument_checks import PEFT_CONFIG
+from tools.base_model import BaseModel
+from tools.options import RewritingOptions
+from tools.tables import BlockTable
 from tools.unknown_model import UnknownModel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_KEPT = (
+REPLACED_METADATA = (
     *HASHES,
     "modelspec.hash_sha256",
     DORA_NORM,
@@ -35,109 +37,158 @@ NOT_KEPT = (
     "lora_adapter_metadata",
     "format",
 )
-LayersInTurn = Iterable[tuple[str, LayerTensors]]
+"""Keys of metadata that describe the input file, and not the adapter in it."""
+SHARED_ALPHA_FORMATS = ("kohya", "comfyui")
+"""Formats in which all LoRA layers have the same alpha."""
+LayerStream = Iterable[tuple[str, LayerTensors]]
+"""Layers with their tensors, computed one at a time."""
 
 
 class ToolError(RuntimeError):
-    """Something could not be done, though nothing is wrong with what was asked for."""
+    """A valid request that failed. The program ends with exit code 1."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is written: which names, which format, in which dtype."""
+    """A file to write: the names of its layers, its format, its dtype and its metadata."""
 
-    model: Model | UnknownModel
+    model: BaseModel | UnknownModel
     file_format: str
     dtype: torch.dtype
     metadata: dict[str, str]
-    """What goes into the file besides the format's own."""
+    """Metadata besides that of the format."""
 
 
 class Spool:
-    """Layers on the disk, beside the file that is to be made of them: only when all are there are their shapes
-    known."""
+    """Layers in a temporary folder, because a file needs the shapes of all tensors before the first
+    tensor."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.layers: dict[str, LayerTensors] = {}
-        """Layer -> its tensors without values; but alphas have theirs."""
+        """Layer -> its tensors without values, except alphas."""
 
     def put(self, layer: str, tensors: LayerTensors) -> None:
+        """Write a layer. Raises WriteError."""
         self.layers[layer] = files.without_values(tensors)
+        contiguous_tensors = {}
+        for name, tensor in tensors.items():
+            contiguous_tensors[name] = tensor.contiguous()
+        path = self._path(layer)
         try:
-            self._path(layer).write_bytes(
-                files.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {})
-            )
+            path.write_bytes(files.to_bytes(contiguous_tensors, {}))
         except OSError as error:
-            raise WriteError(self._path(layer), error) from error
+            raise WriteError(path, error) from error
 
     def get(self, layer: str) -> LayerTensors:
+        """Read a layer."""
+        tensors = {}
         with safe_open(self._path(layer), framework="pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                tensors[name] = file.get_tensor(name).clone()
+        return tensors
 
     def _path(self, layer: str) -> Path:
-        return self.folder / f"{list(self.layers).index(layer)}.safetensors"
+        number = list(self.layers).index(layer)
+        return self.folder / f"{number}.safetensors"
 
 
 def rewrite(
-    options: Convert | Resize,
+    options: RewritingOptions,
     adapter: AdapterFile,
     file_format: str,
-    layers: LayersInTurn,
-    report: Report,
-) -> int:
-    """Writes an adapter file anew, as `layers` make it, and says so. Returns the exit code."""
-    dtype = DTYPES[options.dtype] if options.dtype else dtype_of(adapter)
+    layers: LayerStream,
+    table: BlockTable,
+) -> None:
+    """Write an adapter again from `layers`, then print the table of its layers."""
+    dtype = written_dtype(adapter) if options.dtype is None else DTYPES[options.dtype]
     target = Target(adapter.model, file_format, dtype, adapter.metadata)
     rounding = write_adapter(Path(options.out), layers, target)
-    print(report)
-    print(written(options.out, target, rounding, adapter.dropped))
-    return 0
+    print(table)
+    print_result(options.out, target, rounding, adapter.dropped_keys)
 
 
-def write_adapter(out: Path, layers: LayersInTurn, target: Target) -> float:
-    """Writes the layers, which are asked for one by one. Returns the largest ||rounding|| /
-    ||update|| of a layer.
+def written_dtype(adapter: AdapterFile) -> torch.dtype:
+    """Return the most frequent dtype of an adapter that can be written; fp32 if none can."""
+    for dtype in adapter.dtype_counts():
+        if dtype in DTYPES.values():
+            return dtype
+    return torch.float32
 
-    Raises AdapterError if the format cannot hold them, and ToolError if what it holds is another
-    function.
-    """
-    with spool_beside(out) as spool:
+
+def print_result(
+    out: str, target: Target, rounding: float, dropped_keys: Sequence[str] = ()
+) -> None:
+    """Print the file that was written."""
+    if dropped_keys:
+        print(f"left out by --drop: {len(dropped_keys)} keys")
+    message = f"wrote {out}: {target.file_format}, {dtype_name(target.dtype)}"
+    if rounding:
+        message += f"; rounding changes the update of a layer by at most {rounding:.1e} of its norm"
+    print(message)
+
+
+def write_adapter(out: Path, layers: LayerStream, target: Target) -> float:
+    """Write an adapter; return the largest ||rounding error|| / ||update|| of a layer.
+
+    Raises AdapterError if the format cannot hold the layers, and ToolError if the file would be a
+    different function."""
+    with temporary_spool(out) as spool:
         for layer, tensors in layers:
             spool.put(layer, unconstrained(tensors))
         if not spool.layers:
             raise ToolError("there is nothing to write: no layer changes")
-        weights = {layer: target.model.empty(layer) for layer in spool.layers}
+        weights = {layer: target.model.empty_weight(layer) for layer in spool.layers}
         plan = WRITERS[target.file_format](spool.layers, weights, target.model.names)
-        metadata = {**described(target.metadata, spool), **plan.metadata, **HASHES}
-        if plan.config is not None:
-            metadata["format"] = "pt"
-        infos = {
-            key: TensorInfo(stored_dtype(key, target.dtype), tuple(t.shape))
-            for key, t in plan.tensors.items()
-        }
-        errors: list[float] = []
-        content = contents(spool, target, FileContent({}, metadata, plan.config), errors)
-        if plan.config is None:
-            with new_file(out) as beside:
-                write_tensors(beside, infos, content, metadata)
-        else:
-            with new_folder(out) as beside:
-                write_tensors(beside / "adapter_model.safetensors", infos, content, metadata)
-                text = json.dumps(plan.config, indent=1)
-                (beside / "adapter_config.json").write_text(text, encoding="utf-8")
-    return max(errors)
+        plan.metadata = file_metadata(target, spool, plan)
+        rounding_errors: list[float] = []
+        content = verified_tensors(spool, target, plan, rounding_errors)
+        write_content(out, plan, target.dtype, content)
+    return max(rounding_errors)
+
+
+def file_metadata(target: Target, spool: Spool, plan: FileContent) -> dict[str, str]:
+    """Return the metadata of a file, in which everything about the adapter and the file is
+    replaced."""
+    metadata = {}
+    for key, value in target.metadata.items():
+        if key not in REPLACED_METADATA:
+            metadata[key] = value
+    metadata |= network_metadata(spool.layers)
+    metadata |= plan.metadata
+    metadata |= HASHES
+    if plan.config is not None:
+        metadata["format"] = "pt"
+    return metadata
+
+
+def write_content(
+    out: Path, plan: FileContent, dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a file, or a folder for PEFT. `plan`: tensors without values."""
+    infos = {}
+    for key, tensor in plan.tensors.items():
+        shape = tuple(tensor.shape)
+        infos[key] = TensorInfo(stored_dtype(key, dtype), shape)
+    if plan.config is None:
+        with new_file(out) as partial_path:
+            write_tensors(partial_path, infos, tensors, plan.metadata)
+        return
+    with new_folder(out) as partial_path:
+        tensor_file = partial_path / "adapter_model.safetensors"
+        write_tensors(tensor_file, infos, tensors, plan.metadata)
+        config_file = partial_path / PEFT_CONFIG
+        config_file.write_text(json.dumps(plan.config, indent=1), encoding="utf-8")
 
 
 @contextmanager
-def spool_beside(out: Path) -> Iterator[Spool]:
-    """A spool that is gone in the end; those of runs that were killed go first."""
-    out = Path(os.path.abspath(out))  # which has a name, as . has not
+def temporary_spool(out: Path) -> Iterator[Spool]:
+    """Yield a spool next to `out`, which is removed at the end. Spools of killed runs are removed
+    too."""
+    out = Path(os.path.abspath(out))  # "." has no name
     folder = out.with_name(f".{out.name}.{os.getpid()}.spool")
     try:
-        for path in out.parent.iterdir():
-            if found := re.fullmatch(rf"\.{re.escape(out.name)}\.(\d{{1,9}})\.spool", path.name):
-                remove_spool(path, int(found[1]))
+        remove_old_spools(out)
         folder.mkdir()
         yield Spool(folder)
     except OSError as error:
@@ -146,89 +197,114 @@ def spool_beside(out: Path) -> Iterator[Spool]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_spool(folder: Path, process: int) -> None:
-    """Removes a spool unless its process is another that is still there."""
+def remove_old_spools(out: Path) -> None:
+    """Remove the spools next to `out` whose processes have ended."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,9}})\.spool")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            continue
+        process_id = int(match[1])
+        if process_id == os.getpid() or not is_running(process_id):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(process_id: int) -> bool:
+    """Return whether there is a process with this id."""
     try:
-        if process != os.getpid():
-            os.kill(process, 0)  # asks whether there is one
-            return
+        os.kill(process_id, 0)
     except ProcessLookupError:
-        pass
+        return False
     except PermissionError:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+        pass  # the process of another user
+    return True
 
 
-def contents(
-    spool: Spool, target: Target, plan: FileContent, errors: list[float]
+def verified_tensors(
+    spool: Spool, target: Target, plan: FileContent, rounding_errors: list[float]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The file's tensors, of one layer at a time, each layer read back as a stranger would and
-    compared."""
-    alphas = [
-        float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t
-    ]
-    one_for_all = bool(alphas) and target.file_format in ("kohya", "comfyui")
+    """Yield the tensors of a file, layer by layer. Each layer is loaded again with the general
+    importer and compared.
+
+    `rounding_errors`: gets the error of each layer. Raises ToolError."""
+    alpha = shared_alpha(spool, target.file_format)
     for group in target.model.names.groups(spool.layers):
         layers = {layer: spool.get(layer) for layer in group}
         weights = {layer: target.model.weight(layer) for layer in group}
-        # these formats have one alpha in all layers, and a writer sees a few layers here
-        given = {
-            name: one_alpha(tensors, alphas[0]) if one_for_all else tensors
-            for name, tensors in layers.items()
-        }
-        written = WRITERS[target.file_format](given, weights, target.model.names).tensors
-        error = difference(
-            FileContent(written, plan.metadata, plan.config), layers, weights, target
-        )
+        exact = encode_layers(layers, weights, target, alpha)
+        error = update_error(exact, plan, layers, weights, target)
         if not error <= files.MOST_ERROR:
+            names = ", ".join(group)
             raise ToolError(
-                f"{', '.join(group)}: in the format {target.file_format} its update would differ by {error:.1e}"
+                f"{names}: in the format {target.file_format} its update would differ by "
+                f"{error:.1e}"
             )
-        rounded = {
-            key: tensor.to(stored_dtype(key, target.dtype)) for key, tensor in written.items()
-        }
-        overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
-        if overflown:
-            raise ToolError(
-                f"{', '.join(overflown)}: too large for {target.dtype}. Choose --dtype bf16 or fp32"
-            )
-        errors.append(
-            difference(FileContent(rounded, plan.metadata, plan.config), layers, weights, target)
-        )
+        rounded = round_tensors(exact, target.dtype)
+        error = update_error(rounded, plan, layers, weights, target)
+        rounding_errors.append(error)
         yield from rounded.items()
 
 
-def difference(
-    content: FileContent, layers: files.Layers, weights: dict[str, Tensor], target: Target
+def shared_alpha(spool: Spool, file_format: str) -> float | None:
+    """Return the alpha that all LoRA layers of a file have; None if each layer has its own
+    alpha."""
+    if file_format not in SHARED_ALPHA_FORMATS:
+        return None
+    for tensors in spool.layers.values():
+        if "lora_up.weight" in tensors and "alpha" in tensors:
+            return float(tensors["alpha"])
+    return None
+
+
+def encode_layers(
+    layers: files.Layers, weights: LayerTensors, target: Target, alpha: float | None
+) -> dict[str, Tensor]:
+    """Return the tensors of a few layers by their keys in the file, in fp32.
+
+    `alpha`: of all layers of the file. A writer sees only a few layers here, and would take the
+    alpha of the first of them."""
+    scaled_layers = dict(layers)
+    if alpha is not None:
+        for layer, tensors in layers.items():
+            scaled_layers[layer] = one_alpha(tensors, alpha)
+    writer = WRITERS[target.file_format]
+    return writer(scaled_layers, weights, target.model.names).tensors
+
+
+def round_tensors(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Convert tensors to the dtype of the file. Raises ToolError naming those that are too
+    large."""
+    rounded = {}
+    infinite_keys = []
+    for key, tensor in tensors.items():
+        rounded[key] = tensor.to(stored_dtype(key, dtype))
+        if not rounded[key].isfinite().all():
+            infinite_keys.append(key)
+    if infinite_keys:
+        raise ToolError(
+            f"{', '.join(infinite_keys)}: too large for {dtype}. Choose --dtype bf16 or fp32"
+        )
+    return rounded
+
+
+def update_error(
+    tensors: dict[str, Tensor],
+    plan: FileContent,
+    layers: files.Layers,
+    weights: LayerTensors,
+    target: Target,
 ) -> float:
-    """||what a reader of `content` makes of a few layers - what `layers` make of them|| /
-    ||update||, of the worst."""
-    # of a base that is not known the update is no function, but norms are compared
-    known = {
-        name: torch.zeros_like(w, device="cpu") if w.is_meta else w for name, w in weights.items()
-    }
+    """Return the largest ||difference|| / ||update|| of a layer, between the tensors of a file
+    as the importer reads them and `layers`."""
+    content = FileContent(tensors, plan.metadata, plan.config)
+    base_weights = {}
+    for name, weight in weights.items():
+        if weight.is_meta:
+            # an update that depends on an unknown weight is not compared, but its norm is
+            weight = torch.zeros_like(weight, device="cpu")
+        base_weights[name] = weight
+    module = target.model.module_with(base_weights)
     try:
-        return files.verify(content, layers, target.model.alone(known), target.model.names)
+        return files.verify(content, layers, module, target.model.names)
     except AdapterError as error:
         raise ToolError(str(error)) from error
-
-
-def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
-    """Metadata with what it says of the adapter and of the file made true again."""
-    return {
-        **{key: value for key, value in metadata.items() if key not in NOT_KEPT},
-        **network_metadata(spool.layers),
-    }
-
-
-def written(out: str, target: Target, rounding: float, dropped: Sequence[str] = ()) -> str:
-    """What to say of a file that was written."""
-    left_out = f"left out by --drop: {len(dropped)} keys\n" if dropped else ""
-    dtype = str(target.dtype).removeprefix("torch.")
-    by = f", rounding changes a layer's update by {rounding:.1e} of it at most" if rounding else ""
-    return f"{left_out}written {out}: {target.file_format}, {dtype}{by}"
-
-
-def dtype_of(adapter: AdapterFile) -> torch.dtype:
-    """The dtype of most of an adapter's tensors, if one can be written, else fp32."""
-    return next((dtype for dtype in adapter.dtypes() if dtype in DTYPES.values()), torch.float32)

@@ -1,85 +1,184 @@
-"""Tables that sub-commands print: one line per block of the model, and one for all."""
+"""Tables and lists that the commands print."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tools.unknown_model import block_of
+NO_VALUE = "-"
+"""Text of an attribute that a layer does not have, such as the rank of a whole matrix."""
+FLAT_BLOCK = re.compile(r".*?(_\d+_[a-z]+|mid_block_[a-z]+)")
+"""Block at the start of a layer name without dots, as kohya writes it."""
+Attributes = Mapping[str, object]
+"""Column -> number or text of one layer."""
+Fact = str | list[str]
+"""A value, or a value and further lines."""
 
 
 @dataclass
-class Row:
-    """What is known of the layers of one block."""
+class BlockRow:
+    """Sums over the layers of one block."""
 
-    layers: int = 0
-    words: dict[str, set] = field(default_factory=dict)
-    squares: float = 0.0
-    error_squares: float = 0.0
+    num_layers: int = 0
+    values: dict[str, set[object]] = field(default_factory=dict)
+    """Column -> the different attributes of the layers."""
+    squared_norm: float = 0.0
+    squared_error: float = 0.0
 
-    def add(self, words: Mapping[str, object], norm: float, error: float) -> None:
-        """`words`: column -> what a layer has there; `norm` of its update; `error`: of the update,
-        relative."""
-        self.layers += 1
-        for column, word in words.items():
-            self.words.setdefault(column, set()).add(word)
-        self.squares += norm**2
-        self.error_squares += (norm * error) ** 2
+    def add(self, attributes: Attributes, norm: float, relative_error: float) -> None:
+        """Add a layer. `norm`: of its update; `relative_error`: of the update."""
+        self.num_layers += 1
+        for column, value in attributes.items():
+            values = self.values.setdefault(column, set())
+            values.add(value)
+        self.squared_norm += norm**2
+        self.squared_error += (norm * relative_error) ** 2
 
     @property
     def norm(self) -> float:
-        return math.sqrt(self.squares)
+        """Return the norm of all updates together."""
+        return math.sqrt(self.squared_norm)
 
     @property
-    def error(self) -> float:
-        return math.sqrt(self.error_squares / self.squares) if self.squares else 0.0
+    def relative_error(self) -> float:
+        """Return the error of all updates together, relative to their norm."""
+        if not self.squared_norm:
+            return 0.0
+        return math.sqrt(self.squared_error / self.squared_norm)
 
 
 @dataclass
-class Report:
-    """The layers of an adapter, summed up by block."""
+class BlockTable:
+    """The layers of an adapter, summed by block: `str` is one line per block, and one for all."""
 
-    with_error: bool = True
-    rows: dict[str, Row] = field(default_factory=dict)
-    total: Row = field(default_factory=Row)
+    has_errors: bool = True
+    """True: the table has a column of errors."""
+    rows: dict[str, BlockRow] = field(default_factory=dict)
+    total: BlockRow = field(default_factory=BlockRow)
 
-    def add(self, layer: str, words: Mapping[str, object], norm: float, error: float = 0.0) -> None:
-        for row in (self.rows.setdefault(block_of(layer), Row()), self.total):
-            row.add(words, norm, error)
+    def add(
+        self, layer: str, attributes: Attributes, norm: float, relative_error: float = 0.0
+    ) -> None:
+        """Add a layer. `norm`: of its update; `relative_error`: of the update."""
+        block = block_of(layer)
+        row = self.rows.setdefault(block, BlockRow())
+        row.add(attributes, norm, relative_error)
+        self.total.add(attributes, norm, relative_error)
 
     def __str__(self) -> str:
-        columns = list(dict.fromkeys(column for row in self.rows.values() for column in row.words))
-        lines = [["block", "layers", *columns, "|dW|", *(["error"] if self.with_error else [])]]
-        for name, row in [*self.rows.items(), ("all", self.total)]:
-            cells = [
-                name,
-                str(row.layers),
-                *(span(row.words.get(column, ())) for column in columns),
-                number(row.norm),
-            ]
-            lines.append([*cells, f"{row.error:.2%}"] if self.with_error else cells)
-        return aligned(lines)
+        columns = self._columns()
+        header = ["block", "layers", *columns, "|dW|"]
+        if self.has_errors:
+            header.append("error")
+        table = [header]
+        rows = [*self.rows.items(), ("all", self.total)]
+        for name, row in rows:
+            cells = self._cells(name, row, columns)
+            table.append(cells)
+        lines = align_columns(table, num_left=len(header))
+        return "\n".join(lines)
+
+    def _columns(self) -> list[str]:
+        """Return the names of all attributes, in the order in which layers had them."""
+        columns = []
+        for row in self.rows.values():
+            for column in row.values:
+                if column not in columns:
+                    columns.append(column)
+        return columns
+
+    def _cells(self, name: str, row: BlockRow, columns: list[str]) -> list[str]:
+        """Return the texts of one line."""
+        cells = [name, str(row.num_layers)]
+        for column in columns:
+            values = row.values.get(column, set())
+            cells.append(summarize(values))
+        cells.append(norm_text(row.norm))
+        if self.has_errors:
+            cells.append(f"{row.relative_error:.2%}")
+        return cells
 
 
-def number(value: float) -> str:
-    return "needs --model" if math.isnan(value) else f"{value:.4g}"
+def block_of(layer: str) -> str:
+    """Return the block of a layer: `down_blocks.1.attentions`, `mid_block.resnets`, `conv_in`."""
+    words = layer.split(".")
+    if len(words) == 1:
+        match = FLAT_BLOCK.match(layer)
+        return match[0] if match else layer
+    num_words = 2
+    if words[1].isdigit():
+        num_words = 3
+    return ".".join(words[:num_words])
 
 
-def span(values: Iterable) -> str:
-    """`4`, `2-8`, or the words one after another."""
-    numbers = sorted(value for value in values if isinstance(value, int | float))
-    words = sorted(
-        value for value in values if isinstance(value, str) and (value != "-" or not numbers)
-    )
-    ends = [
-        f"{value:g}"
-        for value in (numbers[:1] if numbers[:1] == numbers[-1:] else [numbers[0], numbers[-1]])
-    ]
-    return ", ".join(filter(None, ["-".join(ends), *words])) or "-"
+def norm_text(norm: float) -> str:
+    """Return a norm as text. NaN: the norm depends on the base model, which is not given."""
+    return "needs --model" if math.isnan(norm) else f"{norm:.4g}"
 
 
-def aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+def summarize(values: Iterable[object]) -> str:
+    """Return `4`, or `2-8` for several numbers, and texts separated by commas."""
+    numbers = []
+    texts = []
+    for value in values:
+        if isinstance(value, int | float):
+            numbers.append(value)
+        elif value != NO_VALUE:
+            texts.append(str(value))
+    texts.sort()
+    if numbers:
+        texts.insert(0, number_range(min(numbers), max(numbers)))
+    return ", ".join(texts) or NO_VALUE
+
+
+def number_range(low: float, high: float) -> str:
+    """Return a range as text, such as `2-8`, or one number if both ends are equal."""
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def align_columns(rows: list[list[str]], num_left: int = 1) -> list[str]:
+    """Return a line per row, with aligned columns: the first `num_left` to the left, the others to
+    the right."""
+    columns = []
+    for index, column in enumerate(zip(*rows, strict=True)):
+        width = max(len(cell) for cell in column)
+        if index < num_left:
+            cells = [cell.ljust(width) for cell in column]
+        else:
+            cells = [cell.rjust(width) for cell in column]
+        columns.append(cells)
+    lines = []
+    for row in zip(*columns, strict=True):
+        line = "  ".join(row)
+        lines.append(line.rstrip())
+    return lines
+
+
+def list_facts(facts: Mapping[str, Fact]) -> list[str]:
+    """Return a line per fact: its name and its value. Further lines of a value are indented."""
+    width = max(map(len, facts), default=0)
+    indent = " " * (width + 4)
+    lines = []
+    for name, fact in facts.items():
+        label = name.ljust(width)
+        if isinstance(fact, str):
+            lines.append(f"{label}  {fact}")
+            continue
+        first, *further_values = fact
+        lines.append(f"{label}  {first}")
+        for value in further_values:
+            lines.append(indent + value)
+    return lines
+
+
+def one_line(text: str, max_length: int) -> str:
+    """Return the start of a text in one line, without control characters, for a terminal."""
+    words = text[: 4 * max_length].split()
+    line = " ".join(words)
+    if not line.isprintable():
+        for character in set(line):
+            if not character.isprintable():
+                line = line.replace(character, " ")
+    if len(line) <= max_length:
+        return line
+    return line[: max_length - 3] + "..."

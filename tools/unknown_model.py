@@ -1,7 +1,5 @@
-"""In the place of a base model that was not given: the layers that a file itself names, their
-shapes read from it."""
+"""Stand-in for a missing base model: layers and shapes are inferred from the adapter file."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,34 +9,32 @@ from torch import Tensor, nn
 from adapter_files.files import Names
 from adapter_files.keys import split_key
 from adapter_files.safetensors_stream import TensorInfo
-from tools.base_model import bare, nested
+from tools.base_model import module_with_weight, nest_modules
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
-# what all layers of a file begin with, each with one of these -> the format of the file
-STARTS = {
+"""Prefixes that PEFT, diffusers and ComfyUI put before all layer names of a file."""
+FORMAT_PREFIXES = {
     "kohya": ("lora_", "lycoris_"),
     "comfyui": ("diffusion_model.", "text_encoders."),
     "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
 }
+"""Format -> prefixes. Each layer name of a file in this format begins with one of them."""
 
 
-def format_of(spellings: Iterable[str]) -> str | None:
-    """The format whose names all these layers, or their keys, have; None if no one has them all."""
-    given = [*spellings]
-    return next(
-        (
-            name
-            for name, starts in STARTS.items()
-            if given and all(s.startswith(starts) for s in given)
-        ),
-        None,
-    )
+def format_of(names: Iterable[str]) -> str | None:
+    """Return the format to which all these layer names or keys belong; None if no format fits."""
+    all_names = tuple(names)
+    if not all_names:
+        return None
+    for file_format, prefixes in FORMAT_PREFIXES.items():
+        if all(name.startswith(prefixes) for name in all_names):
+            return file_format
+    return None
 
 
 @dataclass(frozen=True)
-class Verbatim(Names):
-    """Layers are called what the file calls them, without the prefix that PEFT and diffusers put
-    before all."""
+class VerbatimNames(Names):
+    """Layer names as they are in the file, without a prefix that all of them have."""
 
     prefix: str = ""
 
@@ -53,41 +49,71 @@ class Verbatim(Names):
 
 @dataclass
 class UnknownModel:
-    """Stands for a base model of which only the adapter file is known. Its weights have no values."""
+    """A base model that is known only from an adapter file. Its weights have no values."""
 
-    names: Verbatim = field(default_factory=Verbatim)
+    names: VerbatimNames = field(default_factory=VerbatimNames)
     layers: dict[str, torch.Size] = field(default_factory=dict)
+    """Layer -> shape of its weight."""
     file_format: str = "kohya"
+    """Format of the adapter file."""
 
-    def take_spellings(self, infos: Mapping[str, TensorInfo], folder: bool) -> None:
-        """Takes over the layers that the keys of a file name, or of a folder of PEFT's."""
-        found: dict[str, dict[str, TensorInfo]] = {}
-        for key, info in infos.items():
-            spelling, name = split_key(key)
-            if name and spelling not in ("", *PREFIXES):
-                found.setdefault(spelling, {})[name] = info
-        # a file of several parts of a model, a UNet and text encoders, keeps the prefix in each
-        # layer's name
-        prefix = next(
-            (p for p in PREFIXES if found and all(layer.startswith(p) for layer in found)), ""
-        )
-        self.names = Verbatim(prefix=prefix)
-        bare = (
-            "diffusers" if prefix else "kohya"
-        )  # PEFT's names without its config: as diffusers, which has none
-        self.file_format = "peft" if folder else format_of(found) or bare
-        self.layers = {
-            layer.removeprefix(prefix): shape_of(parts) for layer, parts in found.items()
-        }
+    def learn_layers(self, infos: Mapping[str, TensorInfo], is_folder: bool) -> None:
+        """Take the layers from the keys of an adapter file. `is_folder`: of a folder of PEFT."""
+        tensors_of_name = group_by_name(infos)
+        prefix = shared_prefix(tensors_of_name)
+        self.names = VerbatimNames(prefix=prefix)
+        # PEFT's names without its folder: diffusers' format does not need PEFT's config
+        default_format = "diffusers" if prefix else "kohya"
+        self.file_format = format_of(tensors_of_name) or default_format
+        if is_folder:
+            self.file_format = "peft"
+        self.layers = {}
+        for name, tensors in tensors_of_name.items():
+            layer = name.removeprefix(prefix)
+            self.layers[layer] = shape_of(tensors)
 
-    def empty(self, layer: str) -> Tensor:
+    def empty_weight(self, layer: str) -> Tensor:
+        """Return a layer's weight without values."""
         return self.weight(layer)
 
     def weight(self, layer: str) -> Tensor:
+        """Return a layer's weight, which has no values."""
         return torch.empty(self.layers[layer], device="meta")
 
-    def alone(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        return nested({layer: bare(nn.Linear, weight) for layer, weight in weights.items()})
+    def module_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a model that has only some layers, and of these only the weights.
+
+        IN: layer -> weight."""
+        modules = {}
+        for layer, weight in weights.items():
+            modules[layer] = module_with_weight(nn.Linear, weight)
+        return nest_modules(modules)
+
+
+def group_by_name(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Return layer name in the file -> name of a tensor in lora_algos -> its dtype and shape."""
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in infos.items():
+        layer_name, tensor_name = split_key(key)
+        is_layer = layer_name not in ("", *PREFIXES)
+        if tensor_name and is_layer:
+            group = groups.setdefault(layer_name, {})
+            group[tensor_name] = info
+    return groups
+
+
+def shared_prefix(layer_names: Iterable[str]) -> str:
+    """Return the prefix that all layer names of a file have.
+
+    Empty if the names have different prefixes, as in a file of a UNet and text encoders. The
+    prefixes then remain parts of the layer names."""
+    all_names = tuple(layer_names)
+    if not all_names:
+        return ""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in all_names):
+            return prefix
+    return ""
 
 
 def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
@@ -132,13 +158,3 @@ def lokr_shape(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
     else:
         b, d, kernel = shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1], []
     return torch.Size((a * b, c * d, *kernel))
-
-
-def block_of(layer: str) -> str:
-    """The block that a layer is counted under: `down_blocks.1.attentions`, `mid_block.resnets`,
-    `conv_in`."""
-    parts = layer.split(".")
-    if len(parts) == 1:
-        match = re.match(r".*?(_\d+_[a-z]+|mid_block_[a-z]+)", layer)  # a flat name such as kohya's
-        return match[0] if match else layer
-    return ".".join(parts[: 3 if parts[1].isdigit() else 2])

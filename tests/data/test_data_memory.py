@@ -1,9 +1,10 @@
 """benchmarks/data.py: it runs, and ten times as many rows take no more memory."""
 
 from benchmarks import data as bench
+from benchmarks import data_growth
 
 
-def test_the_table_has_a_line_for_every_way_and_every_bar(capsys):
+def test_the_table_has_a_line_for_every_reader_and_every_bar(capsys):
     bench.main(["--tiny"])  # so few rows and turns say nothing about the bars
     lines = capsys.readouterr().out.splitlines()
     for name in (bench.COPY, bench.OURS, bench.OURS_STORED, bench.WORKER):
@@ -12,8 +13,8 @@ def test_the_table_has_a_line_for_every_way_and_every_bar(capsys):
 
 
 def test_ten_times_the_rows_take_no_more_memory():
-    few, many = bench.growth((2_000, 20_000), rounds=1, batches=100)
-    assert many["peak"] <= bench.GROWTH_BAR * few["peak"]
+    few, many = data_growth.growth((2_000, 20_000), rounds=1, batches=100)
+    assert many["peak"] <= data_growth.GROWTH_BAR * few["peak"]
     assert many["first"] <= 5 * few["first"] + 0.1, (
         "a first batch that reads all rows would take far longer"
     )

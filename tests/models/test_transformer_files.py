@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from models.config import ModelConfig
 from models.detect import get_family
-from tools.base_model import Model
+from tools.base_model import BaseModel
 
 NAMES = ("sd3", "sd3.5-medium", "wan", "wan2.2-low", "wan2.2-5b", "wan2.1-i2v")
 CASES = pytest.mark.parametrize("case", [case for case in cases() if str(case) in NAMES], ids=str)
@@ -37,7 +37,9 @@ def test_single_files_of_the_original_names_are_the_same_model(case, prefix, tmp
 
 @CASES
 def test_the_tools_find_every_weight_of_a_single_file(case, tmp_path):
-    model = Model(single_file(case, "model.diffusion_model.", str(tmp_path / "model.safetensors")))
+    model = BaseModel(
+        single_file(case, "model.diffusion_model.", str(tmp_path / "model.safetensors"))
+    )
     whole = family_of(case).load_denoiser(torch.float32)
     for layer in model.layers:
         assert model.weight(layer).equal(whole.get_submodule(layer).weight.data)

@@ -20,7 +20,7 @@ def one_thread():
 def test_the_tables_have_a_row_for_every_algorithm(capsys):
     assert adapters.main(["--tiny"]) == 0
     tables = capsys.readouterr().out.split("\n\n")[:-1]
-    assert len(tables) == len(adapters.TINY) + 3  # and those of bf16
+    assert len(tables) == len(adapters.TINY_CASES) + 3  # and those of bf16
     for table in tables:
         ours = {
             line.split()[0]: line[14:38].split()
@@ -35,25 +35,25 @@ def test_an_algorithm_without_a_setting_gets_a_row(monkeypatch):
     monkeypatch.setattr(
         adapters, "SETTINGS", [s for s in adapters.SETTINGS if s.spec.algorithm != "GLoRA"]
     )
-    assert [setting.name for setting in adapters.chosen_settings("GLoRA")] == ["GLoRA"]
+    assert [setting.name for setting in adapters.selected_settings("GLoRA")] == ["GLoRA"]
 
 
 def test_without_lycoris_ours_and_peft_are_measured(capsys, monkeypatch):
-    monkeypatch.setattr(adapters, "UNAVAILABLE", "LyCORIS is not installed: pip install it")
+    monkeypatch.setattr(adapters, "LYCORIS_ERROR", "LyCORIS is not installed: pip install it")
     assert adapters.main(["--tiny", "--only=LoRA"]) == 0
     printed = capsys.readouterr().out
     assert "[1] LyCORIS is not installed: pip install it" in printed
     assert "(PEFT)" in printed
 
 
-def test_what_is_unknown_is_named():
-    with pytest.raises(SystemExit, match="--only LoRRA: not one of LoRA"):
+def test_unknown_names_are_reported():
+    with pytest.raises(SystemExit, match="--only LoRRA: unknown algorithm; expected LoRA"):
         adapters.main(["--only=LoRRA"])
-    with pytest.raises(SystemExit, match="--cells Linear: not one of Linear 1280"):
+    with pytest.raises(SystemExit, match="--cells Linear: unknown table; expected Linear 1280"):
         adapters.main(["--cells=Linear"])
 
 
-def test_saved_bytes_are_storages_that_are_no_parameters():
+def test_saved_bytes_are_storages_that_hold_no_parameters():
     layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
     assert adapters.saved_bytes(lambda: layer(x), [layer]) == x.nbytes
     assert (
@@ -68,7 +68,7 @@ def test_lora_costs_little_over_the_frozen_layer(monkeypatch):
     setting = implementations.Setting("LoRA r16", LayerSpec(16, 16.0, "LoRA"))
     tries = []
     while len(tries) < 5:
-        results, floor = adapters.measure(adapters.CELLS["Linear 1280"], setting, 3)
+        results, floor = adapters.measure(adapters.CASES["Linear 1280"], setting, 3)
         assert results["ours"].saved < 10 + adapters.KEPT_BAR
         tries.append(min(results["ours"].seconds) / min(floor.seconds))
         if tries[-1] <= 1.25:

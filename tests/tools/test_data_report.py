@@ -21,7 +21,7 @@ from data.precompute.build import Build, build_datasets
 from data.store.store import Store
 from models.config import ModelConfig
 from models.detect import get_family
-from tools.data import contact_sheets, survey
+from tools.data import contact_sheets, counts
 
 LONG = " ".join(["face"] * 40)
 PAGE = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -115,16 +115,16 @@ def test_everything_odd_is_counted_and_named(odd, told):
         "1",
         "9",
     ]
-    assert fact(report, "in all") == ["7"]
+    assert fact(report, "total") == ["7"]
     assert fact(report, "smaller than their bucket")[1:] == ["small.png  32x40, x 2.00"]
     assert fact(report, "the same file more than once") == ["1 group", "a.png = again.png"]
-    assert fact(report, "tokens")[0].endswith("22 at most")
+    assert fact(report, "tokens")[0].endswith("reads at most 22")
     (count, line) = fact(report, "too long, cut by the encoder")
     assert count == "1"
     assert re.fullmatch(r"long\.png  \d+ tokens: sks face face .*\.\.\.", line)
     assert fact(report, "empty") == ["1", "nothing.png"]
     lacking = fact(report, "without 'sks'")
-    assert lacking[0] == "3, which the run puts before them"
+    assert lacking[0] == "3; the run puts it before them"
     assert lacking[1:] == ["again.png  another face", "b.png  a face", "nothing.png"]
     assert fact(report, "trained without 'sks'") == ["none"]
 
@@ -155,9 +155,14 @@ def test_several_sources_from_a_recipe(odd, tmp_path, told):
     (tmp_path / "class" / "y.png").write_bytes((odd / "b.png").read_bytes())
     (tmp_path / "class" / "y.txt").write_text("a face")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"data": {"images": str(odd), "validation_images": str(TWEMOJI / "validation"),
-        "prior_weight": 0.5, "caption_trigger": "sks", "caption_shuffle": True, "caption_dropout": 0.1,
-        "sources": [{"path": str(tmp_path / "class"), "regularization": True, "repeats": 2}]}}))  # fmt: skip
+    options = {
+        "path": str(odd),
+        "validation_path": str(TWEMOJI / "validation"),
+        "prior_loss_weight": 0.5,
+        "captions": {"trigger": "sks", "shuffle": True, "dropout": 0.1},
+        "sources": [{"path": str(tmp_path / "class"), "regularization": True, "repeats": 2}],
+    }
+    recipe.write_text(yaml.safe_dump({"data": options}))
     code, report, _ = told(recipe=[str(recipe)])
     assert code == 0
     rows = table(report, "sources")
@@ -204,17 +209,17 @@ def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
     assert made["latents, with mirrored ones"] == ["12", "0", "12", data_size(sizes[0])], (
         "two images are alike"
     )
-    assert made["conditionings"] == [str(len(texts)), "0", str(len(texts)), data_size(sizes[1])]
+    assert made["conditioning"] == [str(len(texts)), "0", str(len(texts)), data_size(sizes[1])]
     _, after, _ = told(*options, images=odd)
     stored = {row[0]: row[1:] for row in table(after, "encoding") if len(row) == 5}
     assert stored["latents, with mirrored ones"] == ["12", "12", "0", "0 bytes"]
-    assert stored["conditionings"][2:] == ["0", "0 bytes"]
+    assert stored["conditioning"][2:] == ["0", "0 bytes"]
 
 
 def data_size(count: int) -> str:
-    from tools.data.report import size_of
+    from tools.data.report import format_bytes
 
-    return size_of(count)
+    return format_bytes(count)
 
 
 def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
@@ -229,15 +234,15 @@ def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
     code, out, err = told("--data.on_error=skip", images=odd)
     assert code == 0
     assert out.startswith("2 errors in the training data; 7 samples without one remain")
-    assert fact(out, "in all") == ["7, 1 skipped"]
+    assert fact(out, "total") == ["7, 1 skipped"]
     assert not list((tmp_path / "cache").glob(".turns-*")), "what the look left is gone"
 
 
 def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
     code, _, err = told("--decode", images=odd)
-    assert (code, "--decode: goes with --sheets" in err) == (2, True)
+    assert (code, "--decode: has no effect without --sheets" in err) == (2, True)
     code, _, err = told(f"--sheets={odd / 'sheets'}", images=odd)
-    assert (code, "would be training images" in err) == (2, True)
+    assert (code, "the sheets would become training images" in err) == (2, True)
     (tmp_path / "file").write_text("")
     code, _, err = told(
         f"--sheets={tmp_path / 'file'}", f"--output_dir={tmp_path / 'file'}", images=tmp_path / "no"
@@ -245,7 +250,7 @@ def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
     assert code == 2
     assert "2 errors" in err
     assert "exists and is not a folder" in err
-    assert "no is not a folder" in err
+    assert f"--data.path {tmp_path / 'no'}: is not a folder" in err
 
 
 def test_sheets_show_the_crops_with_captions(odd, told, tmp_path, monkeypatch):
@@ -273,7 +278,7 @@ def test_sheets_show_the_crops_with_captions(odd, told, tmp_path, monkeypatch):
     assert all(path.is_relative_to(tmp_path / "cache") or path in files for path in written)
     assert all(path.read_bytes() == content for path, content in before.items())
     width = Image.open(files[0]).width
-    monkeypatch.setattr(contact_sheets, "MOST_IMAGES", 2)
+    monkeypatch.setattr(contact_sheets, "MAX_IMAGES", 2)
     assert told(f"--sheets={tmp_path / 'sheets'}", images=odd)[0] == 0
     assert Image.open(files[0]).width < width / 2, "two of six images, from both ends"
 
@@ -283,8 +288,8 @@ def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path
     code, out, _ = told(*words, images=images)
     assert code == 1
     assert (
-        "bucket_64x64.png not drawn: nothing is encoded yet. For all, run the training with these options"
-        in out
+        "bucket_64x64.png was not drawn, because nothing is encoded yet. To draw all, start the training "
+        "with these options, which encodes first, or leave out --decode" in out
     )
     assert not (tmp_path / "sheets").exists()
     reset_accelerate()
@@ -301,7 +306,7 @@ def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path
     image(images / "new.png", caption="a new one")
     code, out, _ = told(*words, images=images)
     assert code == 1
-    assert "bucket_64x64.png shows the 4 of 5 images that are encoded" in out
+    assert "bucket_64x64.png shows 4 of 5 images, those that are encoded" in out
 
 
 def test_data_of_comfyui_need_decode(told, tmp_path):
@@ -315,8 +320,10 @@ def test_data_of_comfyui_need_decode(told, tmp_path):
     )
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", images=folder)
     assert code == 1
-    assert "none: what was encoded elsewhere keeps no captions" in out
-    assert re.search(r"bucket_\d+x\d+\.png not drawn: it has no images.*--decode draws them", out)
+    assert "none: data that was encoded elsewhere has no captions" in out
+    assert re.search(
+        r"bucket_\d+x\d+\.png was not drawn, because its samples are latents. Use --decode", out
+    )
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", "--decode", images=folder)
     assert code == 0
     assert len(list((tmp_path / "sheets").glob("bucket_*.png"))) == 1
@@ -332,8 +339,8 @@ def test_data_that_are_encoded_already(told, images, tmp_path):
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", "--decode", images=tmp_path / "encoded")
     assert code == 0
     assert table(out, "sources")[1][1:5] == ["encoded", "training", "4", "0"]
-    assert "nothing is left to do for" in out
-    assert fact(out, "in all") == ["4"]
+    assert "everything is stored in" in out
+    assert fact(out, "total") == ["4"]
     assert (tmp_path / "sheets" / "bucket_64x64.png").is_file()
 
 
@@ -358,12 +365,12 @@ def test_sheets_of_a_streamed_dataset(told, tmp_path):
 
 
 def test_lists_are_cut(told, tmp_path):
-    for i in range(survey.MOST_NAMED + 3):
+    for i in range(counts.MAX_NAMES + 3):
         image(tmp_path / "many" / f"{i:02}.png", (20, 20), caption="")
     _, report, _ = told(images=tmp_path / "many")
     assert fact(report, "empty")[-1] == "... and 3 more"
     assert fact(report, "smaller than their bucket")[-1] == "... and 3 more"
-    assert len(fact(report, "empty")) == survey.MOST_NAMED + 2
+    assert len(fact(report, "empty")) == counts.MAX_NAMES + 2
 
 
 def test_tokens_are_counted_without_the_encoder(monkeypatch):

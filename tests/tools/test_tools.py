@@ -188,7 +188,7 @@ def test_merge_equals_attach_and_merge(shards, tmp_path, capsys):
         run("merge", source, out, "--lora", f"{lora}:0.5", "--lora", f"{oft}:-2", "--overwrite")
         == 0
     )
-    assert "each dW being made of the original W" in capsys.readouterr().out
+    assert "each dW is computed from the original W" in capsys.readouterr().out
     there, before = unet_weights(out), unet_weights(source)
     moved = dict(first.deltas()), dict(second.deltas())
     for name, weight in before.items():

@@ -13,7 +13,7 @@ from helpers.tool_cases import base_file, of_case, run
 from safetensors.torch import load_file, save_file
 
 from models.config import ModelConfig
-from tools.base_model import Model
+from tools.base_model import BaseModel
 from tools.options import OPTIONS
 
 
@@ -24,13 +24,13 @@ def test_a_model_is_seen_without_its_weights(single, tmp_path):
         if single
         else ModelConfig(str(BASE))
     )
-    model = Model(config)
+    model = BaseModel(config)
     assert {p.device.type for p in model.skeleton.parameters()} == {"meta"}
     whole = model.family.load_denoiser(torch.float32).state_dict()
-    assert model.keys.keys() == whole.keys()
+    assert model.file_keys.keys() == whole.keys()
     for name, tensor in whole.items():
-        layer, kind = name.rsplit(".", 1)
-        assert torch.equal(model.parameter(layer, kind), tensor), name
+        layer, suffix = name.rsplit(".", 1)
+        assert torch.equal(model.parameter(layer, suffix), tensor), name
 
 
 # wrong input
@@ -127,7 +127,7 @@ def test_nothing_that_exists_is_overwritten_unasked(lora_file, tmp_path, capsys)
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
     assert run(*command("convert", lora_file, out)) == 2
-    assert "exists. Name another, or add --overwrite" in capsys.readouterr().err
+    assert "already exists. Choose another path, or add --overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine"
     assert run(*command("convert", lora_file, out), "--overwrite") == 0
     before = lora_file.read_bytes()

@@ -47,7 +47,7 @@ STARTS = {"kohya": "lora_unet_", "comfyui": "diffusion_model.", "diffusers": "un
 def test_resize_keeps_the_format_and_says_it(file_format, model, tmp_path, capsys):
     path, out = of_case(tmp_path, "LoRA", file_format)[0], tmp_path / "out.safetensors"
     assert run("resize", path, out, "--rank", 2, *model) == 0
-    assert f"written {out}: {file_format}," in capsys.readouterr().out
+    assert f"wrote {out}: {file_format}," in capsys.readouterr().out
     assert load_file(out).keys() == load_file(path).keys()
     assert all(key.startswith(STARTS[file_format]) for key in load_file(out))
 

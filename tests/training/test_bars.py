@@ -78,7 +78,7 @@ def test_a_step_reads_the_device_only_where_it_reports(
         1,
         1,
     ]  # all losses and norms since the last log at once
-    assert all("metrics.py" in read.where for step in (3, 6) for read in counter.of(step))
+    assert all("history.py" in read.where for step in (3, 6) for read in counter.of(step))
     assert all(counter.of(step) for step in (5, 7, 8))  # checkpoint, validation, the end
 
 

@@ -118,7 +118,7 @@ def live_bytes(model: nn.Module) -> int:
     """What lives after the forward pass, kept by whomever."""
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         loss = forward(model)
-        now = live.now
+        now = live.current
     del loss
     return now
 

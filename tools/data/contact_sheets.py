@@ -1,269 +1,222 @@
-"""Contact sheets: one PNG per bucket, with images as training sees them over their captions."""
+"""Contact sheets: one PNG per bucket, with images as training sees them above their captions."""
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from common.atomic import write_file
 from common.errors import DataError
-from data.media.buckets import Crop
-from data.media.video import Clip
-from data.precompute.build import Planned
 from data.precompute.encode import pixels_of
 from data.precompute.plan import ahead
-from data.store import tables
-from data.store.store import MISSING
 from models.base import ModelFamily
-from tools.data.survey import Survey, shown, sizes
-from training.reporting.image_grid import to_image, wrapped_text
+from tools.data.samples import FileContent, PlanSamples, Sample
+from tools.data.sheet_png import MAX_SIDE, Tile, sheet_png
+from training.reporting.image_grid import to_image
 
-MOST_IMAGES = 48
-COLUMNS = 8
-SIDE = 176  # pixels, of a thumbnail's longer side
-NARROWEST = 128  # pixels, of a column: captions need them
-GAP = 10
-NAME_LINE, CAPTION_LINES, LINE = 16, 3, 14
-FIRST_LETTERS = 300  # of a caption are looked at: no more has a place
-BEFORE_IMAGES = "run the training with these options, which encodes first, and then ask again"
+MAX_IMAGES = 48
+"""Images on a sheet."""
 
-Size = tuple[int, int]
-Cells = dict[str, Any]
+BucketSize = tuple[int, int]
+"""Width and height in pixels."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One image of a sheet."""
+class Thumbnail(NamedTuple):
+    """A sample and its small image."""
 
-    picture: Image.Image
-    name: str
-    caption: str
+    sample: Sample
+    image: Image.Image
 
 
 @dataclass
-class Drawn:
-    """What was written, and what could not be drawn."""
+class SheetResult:
+    """Files that were written, and notes on sheets that lack images."""
 
-    written: list[str] = field(default_factory=list)
-    lacking: list[str] = field(default_factory=list)
+    written_files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.lacking else 0
+        return 1 if self.notes else 0
 
     def lines(self) -> list[str]:
-        return [*(f"wrote {file}" for file in self.written), *self.lacking]
+        """Return the lines to print."""
+        lines = [f"wrote {file}" for file in self.written_files]
+        return lines + self.notes
 
 
-def draw(planned: Planned, survey: Survey, folder: Path, decode: bool) -> Drawn:
-    """Writes a sheet into `folder` for every bucket, of the images or, with `decode`, of their
-    latents."""
-    chosen, images_of = chosen_rows(planned, decode)
-    tiles: dict[Size, list[Tile]] = {size: [] for size in chosen}
-    rows = np.sort(np.concatenate([*chosen.values(), np.empty(0, np.int64)])).astype(np.int64)
-    make = decoded(planned, survey, rows) if decode else pictured(planned, rows)
-    for number, row, cells, picture in tqdm(make, desc="drawing", total=len(rows)):
-        name = survey.name(cells) + " (held out)" * bool(survey.held_out[number])
-        crop = Crop(*row["crop"])
-        caption = (cells["captions"] or [""])[0]
-        tiles[(crop.crop_width, crop.crop_height)].append(Tile(picture, name, caption))
-    drawn = Drawn()
-    for (width, height), found in tiles.items():
-        file = folder / f"bucket_{width}x{height}.png"
-        count = images_of[width, height]
-        if found:
-            of_all = f"{len(found)} of {count} image{'s' * (count > 1)}"
-            title = f"{width} x {height} pixels: {of_all}{', decoded from latents' * decode}"
-            write_file(file, sheet(title, found))
-            drawn.written.append(str(file))
-        if len(found) < min(count, MOST_IMAGES):
-            drawn.lacking.append(lack(file, count, len(found), decode))
-    return drawn
+@dataclass
+class SheetPlan:
+    """The samples to draw for one bucket."""
+
+    indices: np.ndarray
+    """Indices of these samples, in ascending order."""
+    num_samples: int
+    """All samples of the bucket."""
+    tiles: list[Tile] = field(default_factory=list)
 
 
-def lack(file: Path, count: int, found: int, decode: bool) -> str:
-    """Why a sheet has fewer images than it might."""
+def draw_sheets(
+    samples: PlanSamples, family: ModelFamily, folder: Path, decode: bool
+) -> SheetResult:
+    """Write a sheet for every bucket into `folder`. `decode`: draw latents instead of images."""
+    is_drawable = samples.have_latents() if decode else samples.have_images()
+    sheets = plan_sheets(samples, is_drawable)
+    no_indices = np.empty(0, np.int64)
+    indices = np.concatenate([no_indices, *(sheet.indices for sheet in sheets.values())])
+    indices.sort()
     if decode:
-        some = (
-            f"shows the {found} of {count} images that are encoded"
-            if found
-            else "not drawn: nothing is encoded yet"
+        thumbnails = thumbnails_of_latents(samples, family, indices)
+    else:
+        thumbnails = thumbnails_of_images(samples, indices)
+    for sample, image in tqdm(thumbnails, desc="drawing", total=len(indices)):
+        captions = sample.listed.captions or [""]
+        tile = Tile(image, samples.label(sample), captions[0])
+        sheet = sheets[sample.bucket_size]
+        sheet.tiles.append(tile)
+    return write_sheets(sheets, folder, decode)
+
+
+def write_sheets(sheets: dict[BucketSize, SheetPlan], folder: Path, decode: bool) -> SheetResult:
+    """Write all sheets that have images."""
+    result = SheetResult()
+    for (width, height), sheet in sheets.items():
+        file = folder / f"bucket_{width}x{height}.png"
+        num_drawn = len(sheet.tiles)
+        if num_drawn:
+            title = sheet_title(width, height, sheet, decode)
+            write_file(file, sheet_png(title, sheet.tiles))
+            result.written_files.append(file)
+        if num_drawn < min(sheet.num_samples, MAX_IMAGES):
+            note = incomplete_note(file, sheet, decode)
+            result.notes.append(note)
+    return result
+
+
+def plan_sheets(samples: PlanSamples, is_drawable: np.ndarray) -> dict[BucketSize, SheetPlan]:
+    """Return for every bucket the samples to draw, spread evenly over all that are drawable.
+
+    `is_drawable`: for each sample."""
+    sizes = samples.bucket_sizes()
+    sheets = {}
+    for size in np.unique(sizes, axis=0):
+        is_in_bucket = (sizes == size).all(axis=1)
+        drawable_indices = np.flatnonzero(is_in_bucket & is_drawable)
+        num_samples = int(is_in_bucket.sum())
+        width, height = size.tolist()
+        sheets[width, height] = SheetPlan(spread_evenly(drawable_indices), num_samples)
+    return sheets
+
+
+def spread_evenly(indices: np.ndarray) -> np.ndarray:
+    """Return at most MAX_IMAGES of the indices, with the first and the last one."""
+    last_position = len(indices) - 1
+    num_chosen = min(len(indices), MAX_IMAGES)
+    positions = np.linspace(0, last_position, num_chosen).round()
+    return indices[positions.astype(np.int64)]
+
+
+def sheet_title(width: int, height: int, sheet: SheetPlan, decode: bool) -> str:
+    """Return the first line of a sheet."""
+    num_drawn = len(sheet.tiles)
+    title = f"{width} x {height} pixels: {num_drawn} of {sheet.num_samples} image"
+    if sheet.num_samples > 1:
+        title += "s"
+    if decode:
+        title += ", decoded from latents"
+    return title
+
+
+def incomplete_note(file: Path, sheet: SheetPlan, decode: bool) -> str:
+    """Return why a sheet has fewer images than it could have, and what to do."""
+    num_drawn = len(sheet.tiles)
+    of_all = f"{num_drawn} of {sheet.num_samples} images"
+    if decode:
+        advice = (
+            "To draw all, start the training with these options, which encodes first, or leave out "
+            "--decode"
         )
-        return f"{file.name} {some}. For all, {BEFORE_IMAGES}, or leave off --decode"
-    some = (
-        f"shows the {found} of {count} that are images" if found else "not drawn: it has no images"
-    )
-    return f"{file.name} {some}. The others are latents already; --decode draws them"
+        if not num_drawn:
+            return f"{file.name} was not drawn, because nothing is encoded yet. {advice}"
+        return f"{file.name} shows {of_all}, those that are encoded. {advice}"
+    advice = "Use --decode to draw latents"
+    if not num_drawn:
+        return f"{file.name} was not drawn, because its samples are latents. {advice}"
+    return f"{file.name} shows {of_all}; the other samples are latents. {advice}"
 
 
-def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray], dict[Size, int]]:
-    """For every bucket the rows to draw, spread evenly over those that can be, and how many rows it
-    has."""
-    found = sizes(planned.work.rows).astype(np.int64)
-    can = drawable(planned) if decode else planned.work.has_images()
-    codes, of_row, counts = np.unique(
-        found[:, 0] << 32 | found[:, 1], return_inverse=True, return_counts=True
-    )
-    buckets = [(int(code >> 32), int(code & (2**32 - 1))) for code in codes]
-    chosen = {}
-    for i, size in enumerate(buckets):
-        rows = np.flatnonzero((of_row == i) & can)
-        places = np.linspace(0, len(rows) - 1, min(len(rows), MOST_IMAGES)).round().astype(np.int64)
-        chosen[size] = rows[places]
-    return chosen, dict(zip(buckets, counts.tolist(), strict=True))
+def thumbnails_of_images(samples: PlanSamples, indices: np.ndarray) -> Iterator[Thumbnail]:
+    """Yield thumbnails of images and of the first frames of clips.
+
+    Each source is read once. Threads prepare the next thumbnails."""
+    chosen_samples = list(samples.at(indices))
+    make_thumbnails = partial(thumbnails_of_file, background=samples.config.background)
+    contents = samples.read_contents(chosen_samples)
+    for thumbnails in ahead(make_thumbnails, contents):
+        yield from thumbnails
 
 
-def drawable(planned: Planned) -> np.ndarray:
-    """The rows whose latents are stored, or in the source as latents."""
-    rows = planned.work.rows
-    first = tables.starts(tables.lengths(rows.column("media")))
-    return (
-        planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING
-    ) | ~planned.work.has_images()
-
-
-def cells_of(planned: Planned, rows: np.ndarray) -> list[tuple[int, Cells, Cells]]:
-    """Number and cells of rows, with those of their entries; a sheet's worth for every bucket."""
-    return [
-        (number, row, {**entry, "entry": row["entry"]})
-        for number, (row, entry) in zip(rows.tolist(), planned.work.cells(rows), strict=True)
-    ]
-
-
-def pictured(planned: Planned, rows: np.ndarray) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
-    """Thumbnails of images, each source read once from front to back."""
-    wanted = cells_of(planned, rows)
-    by_entry: dict[int, list[tuple[int, Cells]]] = {}
-    for number, row, cells in wanted:
-        by_entry.setdefault(cells["entry"], []).append((number, row))
-    background = planned.work.config.background
-
-    def thumbnails_of(
-        given: tuple[Cells, bytes | DataError],
-    ) -> list[tuple[int, Cells, Cells, Image.Image]]:
-        cells, content = given
-        found = []
-        try:
-            if isinstance(content, DataError):
-                raise content
-            for number, row in by_entry[cells["entry"]]:
-                first = replace(Clip.of(row["clip"]), frames=1) if row["clip"] else None
-                pixels = pixels_of(content, Crop(*row["crop"]), first, background)
-                found.append((number, row, cells, thumbnail(pixels)))
-        except DataError as error:
-            raise DataError(f"{cells['name']}: {error}") from error
-        return found
-
-    for found in ahead(
-        thumbnails_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted])
-    ):
-        yield from found
+def thumbnails_of_file(file: FileContent, background: str) -> list[Thumbnail]:
+    """Return the thumbnails of a file. Raises DataError naming the file."""
+    thumbnails = []
+    name = file.samples[0].listed.name
+    try:
+        if isinstance(file.content, DataError):
+            raise file.content
+        for sample in file.samples:
+            clip = sample.planned.clip
+            if clip is not None:
+                clip = replace(clip, frames=1)
+            pixels = pixels_of(file.content, sample.planned.crop, clip, background)
+            thumbnails.append(Thumbnail(sample, to_thumbnail(pixels)))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    return thumbnails
 
 
 @torch.no_grad()
-def decoded(
-    planned: Planned, survey: Survey, rows: np.ndarray
-) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
-    """Thumbnails of what the VAE makes of latents, one after another: large ones take gigabytes."""
-    if not len(rows):
+def thumbnails_of_latents(
+    samples: PlanSamples, family: ModelFamily, indices: np.ndarray
+) -> Iterator[Thumbnail]:
+    """Yield thumbnails of decoded latents.
+
+    Latents are decoded one after another, because large ones take gigabytes."""
+    if not len(indices):
         return
-    family, device = survey.family, planned.work.device
+    device = samples.work.device
     encoders = family.load_encoders("media").to(device)
-    of_source: dict[int, dict[int, tuple[int, Cells, Cells]]] = {}
-    for number, row, cells in cells_of(planned, rows):
-        if row["media"][0] in planned.stores.media:
-            latents = planned.stores.media[row["media"][0]]["latents"]
-            yield number, row, cells, picture_of(family, encoders, latents.to(device))
-        else:
-            of_source.setdefault(cells["source"], {})[cells["row"]] = (number, row, cells)
-    for source, found in of_source.items():
-        for row_number, latents, _ in planned.work.planner.sources.opened[source].tensors(
-            sorted(found)
-        ):
-            yield *found[row_number], picture_of(family, encoders, latents.to(device))
+    chosen_samples = list(samples.at(indices))
+    for sample, latents in samples.read_latents(chosen_samples):
+        image = decode_thumbnail(family, encoders, latents.to(device))
+        yield Thumbnail(sample, image)
 
 
-def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Image:
-    pixels = family.decode_media(encoders, latents[None].float())[0].cpu()
-    return thumbnail(pixels if pixels.ndim == 3 else pixels[:, 0])  # of a video the first frame
+def decode_thumbnail(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Image:
+    """Return a thumbnail of latents (C, [F,] h, w); of a video, the first frame."""
+    batch = latents[None].float()
+    decoded = family.decode_media(encoders, batch)
+    pixels = decoded[0].cpu()
+    if pixels.ndim == 4:
+        pixels = pixels[:, 0]
+    return to_thumbnail(pixels)
 
 
-def thumbnail(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [-1, 1] with a longer side of SIDE; tiny ones are enlarged by a whole
-    number."""
+def to_thumbnail(pixels: Tensor) -> Image.Image:
+    """Convert pixels (3, H, W) in [-1, 1] to an image with a longer side of MAX_SIDE.
+
+    Smaller images are enlarged by an integer factor."""
     image = to_image(pixels)
-    longest = max(image.size)
-    if longest < SIDE:
-        zoom = max(1, SIDE // longest)
-        return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return image
-
-
-def sheet(title: str, tiles: list[Tile]) -> bytes:
-    """A PNG of tiles of one size, each over its name and its caption."""
-    font, small = ImageFont.load_default(size=12), ImageFont.load_default(size=11)
-    width, height = max(NARROWEST, tiles[0].picture.width), tiles[0].picture.height
-    step_x, step_y = width + GAP, height + NAME_LINE + CAPTION_LINES * LINE + 2 * GAP
-    columns = min(COLUMNS, len(tiles))
-    least = round(font.getlength(title)) + 2 * GAP
-    size = (max(GAP + columns * step_x, least), 30 + -(-len(tiles) // columns) * step_y)
-    page = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((GAP, 8), title, fill="black", font=font)
-    for i, tile in enumerate(tiles):
-        x, y = GAP + i % columns * step_x, 30 + i // columns * step_y
-        left = x + (width - tile.picture.width) // 2
-        page.paste(tile.picture, (left, y))
-        edge = (left - 1, y - 1, left + tile.picture.width, y + tile.picture.height)
-        pen.rectangle(
-            edge, outline="#cccccc"
-        )  # else white images have no edge, and the crop cannot be seen
-        y += height + 3
-        pen.text(
-            (x, y),
-            ending(drawable_text(tile.name, small), width, small),
-            fill="#777777",
-            font=small,
-        )
-        caption = (
-            wrapped_text(drawable_text(tile.caption, font), width, font, CAPTION_LINES)
-            if tile.caption
-            else ""
-        )
-        pen.multiline_text(
-            (x, y + NAME_LINE),
-            caption or "(no caption)",
-            fill="black" if caption else "#bb0000",
-            font=font,
-            spacing=2,
-        )
-    buffer = io.BytesIO()
-    page.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def drawable_text(text: str, font: Any) -> str:
-    """Text in one line that the font can be asked to draw."""
-    line = shown(text, FIRST_LETTERS)
-    try:
-        font.getlength(line)
-    except UnicodeEncodeError:  # the font that Pillow has without FreeType
-        line = line.encode("ascii", "replace").decode()
-    return line
-
-
-def ending(text: str, width: int, font: Any) -> str:
-    """The end of `text` that fits: of a path, that says the most."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"...{text}") > width:
-        text = text[1:]
-    return f"...{text}"
+    longer_side = max(image.size)
+    if longer_side >= MAX_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        return image
+    zoom = max(1, MAX_SIDE // longer_side)
+    size = (image.width * zoom, image.height * zoom)
+    return image.resize(size, Image.Resampling.NEAREST)

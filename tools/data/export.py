@@ -1,4 +1,4 @@
-"""`export-dataset`: the encoded data of a run as a folder of its own."""
+"""`export-dataset`: writes the encoded data of a run into a separate folder."""
 
 from pathlib import Path
 
@@ -10,16 +10,25 @@ from training.distributed.accelerator import build_accelerator
 
 
 def run(options: ExportOptions) -> int:
-    """Encodes what is missing, on all ranks, and writes the folder on the main one. Returns the
-    exit code."""
-    config, out = options.config, Path(options.out)
-    accelerator, family = build_accelerator(config), get_family(config.model)
+    """Encode missing data, on all processes, and write the folder on the main process.
+
+    Return the exit code."""
+    config = options.config
+    out = Path(options.out)
+    accelerator = build_accelerator(config)
+    family = get_family(config.model)
     with Build.opened(config.data, family, accelerator) as build:
-        built = build.run(not config.bucket_mode)
-        count = build.turns.main(lambda: write_dataset(build, built, out, options.form))
+        datasets = build.run(not config.bucket_mode)
+
+        def write() -> int:
+            return write_dataset(build, datasets, out, options.form)
+
+        count = build.turns.main(write)
     accelerator.print(f"wrote {count} samples to {out}")
-    if options.form != "encoded" and (built.several_captions or config.data.random_flip):
+    has_variants = datasets.several_captions or config.data.random_flip
+    if options.form != "encoded" and has_variants:
         accelerator.print(
-            "note: each image once, not mirrored, with its first caption; that is all this form has"
+            f"note: the form {options.form} has each image once, not mirrored, with its first "
+            "caption"
         )
     return 0

@@ -1,5 +1,5 @@
-"""What the commands `data` and `export-dataset` are told: the options of a run, and some of their
-own. No torch."""
+"""Options of the commands `data` and `export-dataset`: those of a run, and a few more. Imports no
+torch."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,68 +14,84 @@ from training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a command that looks at a run's data is told."""
+    """Options of a command that works on the data of a run."""
 
     command: ClassVar[str]
     module: ClassVar[str]
-    """In tools.data; its `run` takes the options."""
+    """Module in tools.data whose function `run` takes the options."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
-    def faults(self) -> list[str]:
-        """What is wrong with the paths, found without opening a file."""
+    def errors(self) -> list[str]:
+        """Return the errors in the paths. No file is opened."""
         return input_errors(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(RunOptions):
-    """Writes the encoded data of a run into a folder of its own, from which other machines train, or ComfyUI does.
-    Encodes what is not encoded yet."""
+    """Write the encoded data of a run into a separate folder. Other machines, or ComfyUI, can train
+    from it. Data that is not encoded yet is encoded first."""
 
     command: ClassVar[str] = "export-dataset"
     module: ClassVar[str] = "export"
 
     out: str = ""
-    """The folder to write; it must not be there."""
+    """Folder to write. It must not exist."""
     form: Literal["encoded", "comfyui", "safetensors"] = "encoded"
-    """encoded: for --data.path, with all captions, mirrored images and masks. comfyui: shards for ComfyUI's
-    LoadTrainingDataset. safetensors: the same without pickle, which ComfyUI does not read."""
+    """encoded: for --data.path, with all captions, mirrored images and masks. comfyui: shards
+    for ComfyUI's LoadTrainingDataset. safetensors: the same shards without pickle; ComfyUI does
+    not read them."""
 
-    def faults(self) -> list[str]:
-        faults = super().faults()
+    def errors(self) -> list[str]:
+        """Return the errors in the paths. No file is opened."""
+        errors = super().errors()
+        out = Path(self.out)
         if not self.out:
-            faults.append("--out: name the folder to write")
-        elif Path(self.out).exists() or Path(self.out).is_symlink():
-            faults.append(f"--out: {self.out} is there already; name another")
-        return faults
+            errors.append("--out: no folder given. Name the folder to write")
+        elif out.exists() or out.is_symlink():
+            errors.append(f"--out {self.out}: already exists. Choose another path")
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(RunOptions):
-    """Shows what a run with these options would be trained on: sources, buckets, captions, what is odd about them, and
-    what will be encoded and how large that is. Trains nothing and encodes nothing."""
+    """Print the data of a run with these options: sources, buckets, captions with their
+    problems, and the amount of data that will be encoded. Nothing is trained or encoded."""
 
     command: ClassVar[str] = "data"
     module: ClassVar[str] = "report"
 
     sheets: str | None = None
-    """Draw images with their captions into this folder, one PNG per bucket."""
+    """Folder for contact sheets: one PNG per bucket, with images and their captions."""
     decode: bool = False
-    """Draw what the VAE makes of the stored latents, in place of the images."""
+    """Draw the stored latents, decoded by the VAE, instead of the images."""
 
-    def faults(self) -> list[str]:
-        faults = super().faults()
-        if self.sheets is None:
-            return faults + (["--decode: goes with --sheets"] if self.decode else [])
-        faults += folder_errors("sheets", self.sheets)
-        data, here = self.config.data, Path(self.sheets).resolve()
-        paths = [*(source.path for source in data.all_sources()), data.validation_path]
-        faults += [
-            f"--sheets: {self.sheets} is in {path}, where the sheets would be training images"
-            for path in paths
-            if path is not None and Path(path).resolve() in (here, *here.parents)
-        ]
-        return faults
+    def errors(self) -> list[str]:
+        """Return the errors in the paths. No file is opened."""
+        errors = super().errors()
+        if self.sheets is not None:
+            errors += folder_errors("sheets", self.sheets)
+            errors += self.source_folder_errors(self.sheets)
+        elif self.decode:
+            errors.append("--decode: has no effect without --sheets. Name a folder with --sheets")
+        return errors
+
+    def source_folder_errors(self, sheets: str) -> list[str]:
+        """Return an error for each folder of images that contains the folder of the sheets."""
+        sheets_folder = Path(sheets).resolve()
+        outer_folders = (sheets_folder, *sheets_folder.parents)
+        data = self.config.data
+        paths = [source.path for source in data.all_sources()]
+        if data.validation_path is not None:
+            paths.append(data.validation_path)
+        errors = []
+        for path in paths:
+            if Path(path).resolve() in outer_folders:
+                errors.append(
+                    f"--sheets {sheets}: is inside {path}, so the sheets would become training "
+                    "images. Choose another folder"
+                )
+        return errors
 
 
 COMMANDS: dict[str, type[RunOptions]] = {
@@ -84,14 +100,16 @@ COMMANDS: dict[str, type[RunOptions]] = {
 
 
 def read_options(argv: list[str]) -> RunOptions:
-    """The options in `argv`, which begins with the command, checked; ConfigError naming every fault
-    of theirs."""
+    """Return the options in `argv`, which begins with the command.
+
+    Raises ConfigError naming all errors."""
     command = COMMANDS[argv[0]]
     program = f"train_lora.py {command.command} [RECIPE]"
-    said = parse_options(argv[1:], lambda config: command(config=config), program)
-    options = replace(
-        said, config=validate_options(asdict(said.config), source="the command line", prefix="--")
-    )
-    if faults := options.faults():
-        raise ConfigError(error_list("cannot start", faults))
+    parsed = parse_options(argv[1:], lambda config: command(config=config), program)
+    values = asdict(parsed.config)
+    config = validate_options(values, source="the command line", prefix="--")
+    options = replace(parsed, config=config)
+    errors = options.errors()
+    if errors:
+        raise ConfigError(error_list("cannot start", errors))
     return options

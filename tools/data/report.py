@@ -1,302 +1,273 @@
-"""`data`: what a run would be trained on, told before anything is encoded, and sheets of its
-images."""
+"""`data`: prints the data of a run before anything is encoded, and draws contact sheets of it."""
 
 import shutil
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data.config import DataConfig
-from data.media.video import frames_of
+from data.config import DataConfig, SourceConfig
 from data.precompute.build import Build, Planned
-from data.precompute.encode import lists_to_rows
-from data.precompute.plan import missing
-from data.store import tables
+from data.sources import kind_of
 from models.base import ModelFamily
 from models.detect import get_family
-from tools.data import contact_sheets
+from tools.data.contact_sheets import draw_sheets
+from tools.data.counts import NameList
+from tools.data.encoding import Amount, conditioning_amount, latents_amount
 from tools.data.options import DataOptions
-from tools.data.survey import Named, Survey, alike, kind, sizes
+from tools.data.samples import PlanSamples
+from tools.data.survey import Survey, find_copies
+from tools.tables import Fact, align_columns, list_facts
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
 
 INDENT = "  "
-FLOAT_BYTES = 4
+SOURCE_COLUMNS = [
+    "path",
+    "kind",
+    "used for",
+    "images",
+    "held out",
+    "captions",
+    "repeats",
+    "weight",
+    "visits per epoch",
+]
+BUCKET_COLUMNS = [
+    "width x height",
+    "images",
+    "held out",
+    "visits per epoch",
+    "micro-batches per epoch",
+    "cropped away",
+    "at most",
+]
 
 
 def run(options: DataOptions) -> int:
-    """Prints the report, then draws the sheets. Returns the exit code: 1 if something could not be
-    drawn."""
+    """Print the report, then draw the sheets; return the exit code: 1 if a sheet is incomplete."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # captions may have what the terminal does not
+        # captions may have characters that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     config = options.config
-    accelerator, family = build_accelerator(config), get_family(config.model)
+    accelerator = build_accelerator(config)
+    family = get_family(config.model)
     with Build.opened(config.data, family, accelerator) as build:
-        planned = build.plan(not config.bucket_mode)
+        plan = build.plan(not config.bucket_mode)
         if not accelerator.is_main_process:
             return 0
-        survey = Survey(
-            planned, build.split(planned.work.rows)[1], family, config.export.trigger_words or ""
-        )
-        print(report(config, planned, survey))
+        _, held_out_indices = build.split(plan.work.rows)
+        samples = PlanSamples(plan, held_out_indices)
+        print(report(config, plan, samples, family))
         if options.sheets is None:
             return 0
-        drawn = contact_sheets.draw(planned, survey, Path(options.sheets), options.decode)
-        print("\n".join(["", *drawn.lines()]))
-        return drawn.exit_code
+        result = draw_sheets(samples, family, Path(options.sheets), options.decode)
+        print()
+        for line in result.lines():
+            print(line)
+        return result.exit_code
 
 
-def report(config: TrainConfig, planned: Planned, survey: Survey) -> str:
-    """All that is printed, section by section."""
-    held_out = int(survey.held_out.sum())
-    most = Encoding.of(planned, survey.family)
+def report(config: TrainConfig, plan: Planned, samples: PlanSamples, family: ModelFamily) -> str:
+    """Return the report, section by section."""
+    survey = Survey(samples, family, config.export.trigger_words or "")
+    latents = latents_amount(plan, samples, family)
+    conditioning = conditioning_amount(plan, family)
     sections = {
-        "sources": source_table(config.data, survey),
-        "buckets": bucket_table(config.batch_size, survey),
-        "images": image_lines(config.data, planned, survey),
+        "sources": source_lines(survey),
+        "buckets": bucket_lines(survey, config.batch_size),
+        "images": image_lines(survey, plan.skipped),
         "captions": caption_lines(config, survey),
-        "validation": [
-            validation_line(config.data, f"{held_out} of {len(survey.held_out)} images")
-        ],
-        "encoding": encoding_lines(config.data, most),
+        "validation": [validation_line(config.data, samples)],
+        "encoding": encoding_lines(config.data, latents, conditioning),
     }
-    return "\n\n".join(
-        "\n".join([name, *(INDENT + line for line in lines)]) for name, lines in sections.items()
-    )
+    texts = []
+    for name, lines in sections.items():
+        indented_lines = [INDENT + line for line in lines]
+        texts.append("\n".join([name, *indented_lines]))
+    return "\n\n".join(texts)
 
 
-def aligned(lines: Iterable[list[str]], left: int = 1) -> list[str]:
-    """Columns of words, all but the first `left` of them aligned to the right."""
-    table = list(lines)
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
-
-
-def facts(found: dict[str, str | list[str]]) -> list[str]:
-    """Named facts, one below the other; of a list, all but the first are indented."""
-    width = max(map(len, found))
-    lines: list[str] = []
-    for name, value in found.items():
-        first, *others = [value] if isinstance(value, str) else value
-        lines += [
-            f"{name.ljust(width)}  {first}",
-            *(f"{' ' * width}    {other}" for other in others),
+def source_lines(survey: Survey) -> list[str]:
+    """Return a table with a line per source, and one for all."""
+    table = [SOURCE_COLUMNS]
+    for number, config in enumerate(survey.samples.source_configs):
+        counts = survey.sources[number]
+        row = [
+            config.path,
+            source_kind(config),
+            source_use(config, is_validation=number >= survey.samples.first_validation_source),
+            str(counts.num_samples),
+            str(counts.num_held_out),
+            str(counts.num_captions),
+            str(counts.repeats),
+            str(counts.weight),
+            str(counts.visits),
         ]
-    return lines
-
-
-def counted(found: Named, what: str = "") -> str | list[str]:
-    """None, or how many there are and which."""
-    return [f"{found.count}{what}", *found.lines()] if found.count else "none"
-
-
-def source_table(data: DataConfig, survey: Survey) -> list[str]:
-    lines = [
-        [
-            "path",
-            "kind",
-            "used for",
-            "images",
-            "held out",
-            "captions",
-            "repeats",
-            "weight",
-            "visits per epoch",
-        ]
-    ]
-    sources = survey.work.planner.sources
-    for number, (opened, counts) in enumerate(zip(sources.opened, survey.sources, strict=True)):
-        use = "regularization" if opened.config.regularization else "training"
-        use = "validation" if number >= sources.held_out_from else use
-        lines.append(
-            [
-                opened.config.path,
-                kind(opened.config),
-                use,
-                str(counts.images),
-                str(counts.held_out),
-                str(counts.captions),
-                str(counts.repeats),
-                str(counts.weight),
-                str(counts.visits),
-            ]
-        )
-    total = [
-        sum(getattr(s, n) for s in survey.sources)
-        for n in ("images", "held_out", "captions", "visits")
-    ]
+        table.append(row)
     if len(survey.sources) > 1:
-        lines.append(["all", "", "", *map(str, total[:3]), "", "", str(total[3])])
-    return aligned(lines, 3)
+        table.append(total_row(survey))
+    return align_columns(table, num_left=3)
 
 
-def bucket_table(batch_size: int, survey: Survey) -> list[str]:
-    lines = [
-        [
-            "width x height",
-            "images",
-            "held out",
-            "visits per epoch",
-            "micro-batches per epoch",
-            "cropped away",
-            "at most",
-        ]
+def total_row(survey: Survey) -> list[str]:
+    """Return the line for all sources."""
+    counts = survey.sources
+    num_samples = sum(source.num_samples for source in counts)
+    num_held_out = sum(source.num_held_out for source in counts)
+    num_captions = sum(source.num_captions for source in counts)
+    visits = sum(source.visits for source in counts)
+    return [
+        "all",
+        "",
+        "",
+        str(num_samples),
+        str(num_held_out),
+        str(num_captions),
+        "",
+        "",
+        str(visits),
     ]
-    slow = []
-    for (width, height, frames), counts in sorted(survey.buckets.items()):
-        batches = counts.visits / batch_size
-        size = f"{width} x {height}" + f", {frames} frames" * (frames > 1)
-        lines.append(
-            [
-                size,
-                str(counts.images),
-                str(counts.held_out),
-                str(counts.visits),
-                f"{batches:.4g}",
-                f"{counts.cropped.mean:.1%}",
-                f"{counts.cropped.most:.1%}",
-            ]
-        )
-        if 0 < batches < 1:
-            slow.append(
-                f"{size} has {counts.visits} visits per epoch, and a micro-batch of {batch_size} "
-                f"every {batch_size / counts.visits:.3g} epochs"
+
+
+def source_kind(config: SourceConfig) -> str:
+    """Return the kind of a source, detected if it is not set."""
+    if config.kind != "auto":
+        return config.kind
+    return kind_of(Path(config.path))
+
+
+def source_use(config: SourceConfig, is_validation: bool) -> str:
+    if is_validation:
+        return "validation"
+    return "regularization" if config.regularization else "training"
+
+
+def bucket_lines(survey: Survey, batch_size: int) -> list[str]:
+    """Return a table with a line per bucket, and notes on buckets that rarely fill a
+    micro-batch."""
+    table = [BUCKET_COLUMNS]
+    rarely_full = NameList()
+    for bucket, counts in sorted(survey.buckets.items()):
+        num_batches = counts.visits / batch_size
+        row = [
+            str(bucket),
+            str(counts.num_samples),
+            str(counts.num_held_out),
+            str(counts.visits),
+            f"{num_batches:.4g}",
+            f"{counts.cropped.mean:.1%}",
+            f"{counts.cropped.maximum:.1%}",
+        ]
+        table.append(row)
+        if 0 < num_batches < 1:
+            rarely_full.add(
+                f"{bucket} has {counts.visits} visits per epoch, and a micro-batch of {batch_size} "
+                f"every {1 / num_batches:.3g} epochs"
             )
-    found = Named()
-    for line in slow:
-        found.add(line)
-    return aligned(lines) + found.lines()
+    return align_columns(table) + rarely_full.lines()
 
 
-def image_lines(data: DataConfig, planned: Planned, survey: Survey) -> list[str]:
-    images = len(planned.work.rows)
-    found: dict[str, str | list[str]] = {
-        "in all": f"{images}" + f", {planned.skipped} skipped" * bool(planned.skipped)
+def image_lines(survey: Survey, num_skipped: int) -> list[str]:
+    """Return facts about the images. `num_skipped`: unusable files."""
+    total = f"{len(survey.samples)}"
+    if num_skipped:
+        total += f", {num_skipped} skipped"
+    enlarged = survey.enlarged.names()
+    copies = find_copies(survey.samples)
+    group_noun = " group" if copies.count == 1 else " groups"
+    facts = {
+        "total": total,
+        "smaller than their bucket": counted(
+            enlarged, ", enlarged; --data.no_upscale gives them a smaller bucket"
+        ),
+        "the same file more than once": counted(copies, group_noun),
     }
-    same = alike(survey.work, survey.held_out)
-    if survey.enlarged:
-        error_list = Named(survey.enlarged, [said for _, _, said in survey.most_enlarged]).lines()
-        how = f"{survey.enlarged}, enlarged; --data.no_upscale gives them a smaller bucket"
-        found["smaller than their bucket"] = [how, *error_list]
-    else:
-        found["smaller than their bucket"] = "none"
-    found["the same file more than once"] = counted(same, " group" + "s" * (same.count > 1))
-    return facts(found)
+    return list_facts(facts)
+
+
+def counted(names: NameList, note: str = "") -> Fact:
+    """Return a number with a note, and the names; "none" for an empty list."""
+    if not names.count:
+        return "none"
+    return [f"{names.count}{note}", *names.lines()]
 
 
 def caption_lines(config: TrainConfig, survey: Survey) -> list[str]:
+    """Return facts about the captions."""
     captions = survey.captions
-    given = sum(source.captions for source in survey.sources)
-    found: dict[str, str | list[str]] = {"in all": f"{given}, {captions.distinct} of them differ"}
-    if not given:
-        return facts({"in all": "none: what was encoded elsewhere keeps no captions"})
-    found["variants per image"] = f"{survey.variants}"
-    found["tokens"] = f"{captions.tokens}; the text encoder sees {captions.limit} at most"
-    found["too long, cut by the encoder"] = counted(captions.over)
-    found["empty"] = counted(captions.empty)
-    for trigger, lacking in captions.given_trigger.items():
-        found[f"without {trigger!r}"] = counted(lacking, ", which the run puts before them")
-    if config.export.trigger_words:
-        name = f"trained without {config.export.trigger_words!r}"
-        found[name] = counted(
-            captions.without_trigger,
-            " (--export.trigger_words; --data.captions.trigger puts it there)",
+    num_captions = sum(counts.num_captions for counts in survey.sources)
+    if not num_captions:
+        return list_facts({"total": "none: data that was encoded elsewhere has no captions"})
+    max_tokens = captions.max_tokens
+    facts: dict[str, Fact] = {
+        "total": f"{num_captions}, {captions.num_different} of them different",
+        "variants per image": str(survey.caption_variants),
+        "tokens": f"{captions.tokens}; the text encoder reads at most {max_tokens}",
+        "too long, cut by the encoder": counted(captions.too_long),
+        "empty": counted(captions.empty),
+    }
+    for trigger, names in captions.without_trigger.items():
+        facts[f"without {trigger!r}"] = counted(names, "; the run puts it before them")
+    trigger_words = config.export.trigger_words
+    if trigger_words:
+        facts[f"trained without {trigger_words!r}"] = counted(
+            captions.without_trigger_words,
+            " (--export.trigger_words); --data.captions.trigger adds it",
         )
-    return facts(found)
+    return list_facts(facts)
 
 
-def validation_line(data: DataConfig, held_out: str) -> str:
+def validation_line(data: DataConfig, samples: PlanSamples) -> str:
+    """Return how many images are held out, and which."""
+    num_held_out = int(samples.is_held_out.sum())
+    text = f"{num_held_out} of {len(samples)} images"
     if data.validation_path is not None:
-        return f"{held_out}: those of {data.validation_path}"
+        return f"{text}: those of {data.validation_path}"
     if data.validation_fraction:
         return (
-            f"{held_out}: those with the lowest content hash (--data.validation_fraction "
+            f"{text}: those with the lowest content hash (--data.validation_fraction "
             f"{data.validation_fraction:g})"
         )
     return "no image is held out (--data.validation_fraction, --data.validation_path)"
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """Latents and conditionings that differ, how many of them are not stored, and the bytes that
-    these will take."""
-
-    latents: int
-    new_latents: int
-    latent_bytes: int
-    texts: int
-    new_texts: int
-    text_bytes: int
-
-    @classmethod
-    def of(cls, planned: Planned, family: ModelFamily) -> "Encoding":
-        rows, stores, config = planned.work.rows, planned.stores, planned.work.config
-        media, texts = tables.keys(rows.column("media")), tables.keys(rows.column("texts"))
-        lacking = missing(media, stores.media, np.ones(len(media), bool))
-        owners = lists_to_rows(tables.lengths(rows.column("media")))[lacking]
-        numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (
-            config.masks != "none"
-        )
-        cells = (sizes(rows)[owners].astype(np.int64) // family.limits.latent_step).prod(axis=1)
-        cells *= 1 + (np.maximum(frames_of(rows), 1)[owners] - 1) // family.limits.frame_step
-        of_images = planned.work.has_images()[lists_to_rows(tables.lengths(rows.column("texts")))]
-        # caption dropout needs the empty prompt, which is in no row
-        empty = planned.missing_captions - len(missing(texts, stores.text, of_images))
-        new_texts = len(missing(texts, stores.text, np.ones(len(texts), bool))) + empty
-        return cls(
-            len(np.unique(media)),
-            len(lacking),
-            int(cells.sum()) * numbers * FLOAT_BYTES,
-            len(np.unique(texts)) + empty,
-            new_texts,
-            new_texts * family.cond_bytes() if new_texts else 0,
-        )
+def encoding_lines(data: DataConfig, latents: Amount, conditioning: Amount) -> list[str]:
+    """Return a table of the rows that will be encoded, and their size."""
+    latents_name = "latents, with mirrored ones" if data.random_flip else "latents"
+    table = [
+        ["", "total", "stored", "to encode", "size to write"],
+        [latents_name, *amount_cells(latents)],
+        ["conditioning", *amount_cells(conditioning)],
+    ]
+    num_bytes = latents.missing_bytes + conditioning.missing_bytes
+    return [*align_columns(table), space_line(data.cache_dir, num_bytes)]
 
 
-def encoding_lines(data: DataConfig, encoding: Encoding) -> list[str]:
-    total = encoding.latent_bytes + encoding.text_bytes
-    free = shutil.disk_usage(data.cache_dir).free
-    mirrored = ", with mirrored ones" * data.random_flip
-    written = (
-        f"{size_of(total)} will be written to {data.cache_dir}, where {size_of(free)} are free"
-    )
+def amount_cells(amount: Amount) -> list[str]:
+    """Return the numbers of one line of the table."""
     return [
-        *aligned(
-            [
-                ["", "in all", "stored", "to be made", "size of these"],
-                [
-                    "latents" + mirrored,
-                    *amounts(encoding.latents, encoding.new_latents, encoding.latent_bytes),
-                ],
-                [
-                    "conditionings",
-                    *amounts(encoding.texts, encoding.new_texts, encoding.text_bytes),
-                ],
-            ]
-        ),
-        (written + ": NOT ENOUGH" * (free < total))
-        if total
-        else f"nothing is left to do for {data.cache_dir}",
+        str(amount.num_rows),
+        str(amount.num_stored),
+        str(amount.num_missing),
+        format_bytes(amount.missing_bytes),
     ]
 
 
-def amounts(every: int, new: int, size: int) -> list[str]:
-    return [str(every), str(every - new), str(new), size_of(size)]
+def space_line(cache_dir: str, num_bytes: int) -> str:
+    """Return the space that the encoded data takes, and the free space."""
+    if not num_bytes:
+        return f"everything is stored in {cache_dir} already"
+    num_free = shutil.disk_usage(cache_dir).free
+    line = (
+        f"{format_bytes(num_bytes)} will be written to {cache_dir}, where "
+        f"{format_bytes(num_free)} are free"
+    )
+    if num_free < num_bytes:
+        line += ": NOT ENOUGH"
+    return line
 
 
-def size_of(count: float) -> str:
-    """Bytes in the unit that suits them."""
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in a suitable unit."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

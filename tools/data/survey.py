@@ -1,257 +1,204 @@
-"""Counts what a run would be trained on, row by row over the tables of the plan: of the rows, only
-a few are kept."""
+"""Counts over the samples of a plan, in one pass. Only the names of a few samples are kept."""
 
 import heapq
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from data.config import SourceConfig
-from data.media.buckets import Crop
-from data.media.captions import trigger_of, with_trigger
-from data.media.video import Clip
-from data.precompute.build import Planned
-from data.precompute.encode import Work
-from data.sources import kind_of
-from data.store import tables
 from models.base import ModelFamily
+from tools.data.caption_survey import CaptionSurvey
+from tools.data.counts import MAX_NAMES, NameList, ValueRange
+from tools.data.samples import PlanSamples, Sample
 
-MOST_NAMED = 10
-MOST_ALIKE = 5
-TOKENISED_TOGETHER = 1000
-
-
-@dataclass
-class Named:
-    """How many there are, and what the first of them are called."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, name: str, times: int = 1) -> None:
-        self.count += times
-        if len(self.first) < MOST_NAMED:
-            self.first.append(name)
-
-    def lines(self) -> list[str]:
-        more = self.count - len(self.first)
-        return [*self.first, *([f"... and {more} more"] if more else [])]
-
-
-@dataclass
-class Span:
-    """Least, most and mean of numbers that are not kept."""
-
-    least: float = float("inf")
-    most: float = float("-inf")
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, value: float) -> None:
-        self.least, self.most = min(self.least, value), max(self.most, value)
-        self.total, self.count = self.total + value, self.count + 1
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-    def __str__(self) -> str:
-        if not self.count:
-            return "-"
-        return f"{self.least:g}" if self.least == self.most else f"{self.least:g} to {self.most:g}"
+MAX_COPIES = 5
+"""Copies of one file that are named."""
 
 
 @dataclass
 class SourceCounts:
-    """What one source gives."""
+    """Counts over the samples of a source."""
 
-    images: int = 0
-    held_out: int = 0
-    captions: int = 0
+    num_samples: int = 0
+    num_held_out: int = 0
+    num_captions: int = 0
     visits: int = 0
-    repeats: Span = field(default_factory=Span)
-    weight: Span = field(default_factory=Span)
+    """Number of times that the samples are seen per epoch."""
+    repeats: ValueRange = field(default_factory=ValueRange)
+    weight: ValueRange = field(default_factory=ValueRange)
 
 
 @dataclass
 class BucketCounts:
-    """The images of one size and number of frames; `cropped`: which share of the scaled image is
-    not seen."""
+    """Counts over the samples of one size and number of frames."""
 
-    images: int = 0
-    held_out: int = 0
+    num_samples: int = 0
+    num_held_out: int = 0
     visits: int = 0
-    cropped: Span = field(default_factory=Span)
+    cropped: ValueRange = field(default_factory=ValueRange)
+    """Share of the scaled image that is outside of the bucket."""
 
 
-@dataclass
-class Captions:
-    """What is odd about the captions, each with its trigger where the run puts that before it."""
+class Bucket(NamedTuple):
+    """Size in pixels and number of frames."""
 
-    hashes: bytearray = field(default_factory=bytearray)
-    tokens: Span = field(default_factory=Span)
-    limit: int = 0
-    over: Named = field(default_factory=Named)
-    empty: Named = field(default_factory=Named)
-    given_trigger: dict[str, Named] = field(default_factory=dict)
-    """Trigger -> captions that do not have it, and that the run puts it before."""
-    without_trigger: Named = field(default_factory=Named)
-    """Captions in which what the adapter's file names as its trigger is not."""
+    width: int
+    height: int
+    num_frames: int
 
-    @property
-    def distinct(self) -> int:
-        return len(np.unique(np.frombuffer(self.hashes, "<u8")))
+    def __str__(self) -> str:
+        frames = f", {self.num_frames} frames" if self.num_frames > 1 else ""
+        return f"{self.width} x {self.height}{frames}"
+
+
+class Enlargement(NamedTuple):
+    """An image that is smaller than its bucket. Tuples sort by factor, then by the order of
+    images."""
+
+    factor: float
+    negative_index: int
+    line: str
+
+
+class EnlargedImages:
+    """Images that are smaller than their buckets: their number, and the most enlarged ones."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.heap: list[Enlargement] = []
+
+    def add(self, index: int, factor: float, line: str) -> None:
+        """Add the image with an index in the plan. `line`: describes it."""
+        self.count += 1
+        heapq.heappush(self.heap, Enlargement(factor, -index, line))
+        if len(self.heap) > MAX_NAMES:
+            heapq.heappop(self.heap)
+
+    def names(self) -> NameList:
+        """Return the most enlarged images, the largest factor first."""
+        most_enlarged = sorted(self.heap, reverse=True)
+        lines = [image.line for image in most_enlarged]
+        return NameList(self.count, lines)
 
 
 class Survey:
-    """One pass over `planned`; `held_out`: rows that are not trained on, `trigger`:
-    export.trigger_words."""
+    """All counts of a plan."""
 
-    def __init__(self, planned: Planned, held_out: np.ndarray, family: ModelFamily, trigger: str):
-        self.work, self.family, self.trigger = planned.work, family, trigger
-        self.held_out = np.zeros(len(planned.work.rows), bool)
-        self.held_out[held_out] = True
-        self.sources = [SourceCounts() for _ in self.work.planner.sources.opened]
-        self.buckets: dict[tuple[int, int, int], BucketCounts] = {}
-        self.captions = Captions()
-        self.variants = Span()
-        self.enlarged = 0
-        self.most_enlarged: list[tuple[float, int, str]] = []
-        self._waiting: dict[str, list[str]] = {}
-        entry = -1
-        for number, row, cells in pairs(self.work):
-            self._add(number, row, cells)
-            if row["entry"] != entry:  # clips of one video share their captions
-                self._add_captions(row, cells)
-            entry = row["entry"]
-        self._tokenise()
-        self.most_enlarged.sort(reverse=True)
+    def __init__(self, samples: PlanSamples, family: ModelFamily, trigger_words: str):
+        """`trigger_words`: those of export.trigger_words."""
+        self.samples = samples
+        self.sources = [SourceCounts() for _ in samples.source_configs]
+        self.buckets: dict[Bucket, BucketCounts] = {}
+        self.captions = CaptionSurvey(family, trigger_words)
+        self.caption_variants = ValueRange()
+        """Numbers of variants of each sample's captions."""
+        self.enlarged = EnlargedImages()
+        listed_index = -1
+        for sample in samples.all():
+            self._add_counts(sample)
+            self._add_if_enlarged(sample)
+            if sample.planned.listed != listed_index:  # clips of one video share their captions
+                self._add_captions(sample)
+            listed_index = sample.planned.listed
+        self.captions.count_tokens()
 
-    def name(self, cells: dict[str, Any]) -> str:
-        """What an image is called: with its source, if there are several."""
-        return name_of(self.work, cells)
-
-    def _add(self, number: int, row: dict[str, Any], cells: dict[str, Any]) -> None:
-        crop, source = Crop(*row["crop"]), self.sources[cells["source"]]
-        frames = Clip.of(row["clip"]).frames if row["clip"] else 1
-        bucket = self.buckets.setdefault(
-            (crop.crop_width, crop.crop_height, frames), BucketCounts()
-        )
-        visits = 0 if self.held_out[number] else row["repeats"]
+    def _add_counts(self, sample: Sample) -> None:
+        source = self.sources[sample.listed.source]
+        bucket = self._bucket(sample)
+        planned = sample.planned
+        is_held_out = bool(self.samples.is_held_out[sample.index])
         for counts in (source, bucket):
-            counts.images += 1
-            counts.held_out += bool(self.held_out[number])
-            counts.visits += visits
-        source.repeats.add(row["repeats"])
-        source.weight.add(round(row["weight"], 4))
-        bucket.cropped.add(
-            1 - crop.crop_width * crop.crop_height / (crop.scaled_width * crop.scaled_height)
-        )
-        self.variants.add(len(row["texts"]))
-        factor = max(crop.crop_width / crop.width, crop.crop_height / crop.height)
+            counts.num_samples += 1
+            if is_held_out:
+                counts.num_held_out += 1
+            else:
+                counts.visits += planned.repeats
+        source.repeats.add(planned.repeats)
+        source.weight.add(round(planned.weight, 4))
+        bucket.cropped.add(cropped_share(sample))
+        self.caption_variants.add(len(planned.caption_keys))
+
+    def _bucket(self, sample: Sample) -> BucketCounts:
+        """Return the counts of the bucket of a sample."""
+        width, height = sample.bucket_size
+        bucket = Bucket(width, height, sample.num_frames)
+        counts = self.buckets.get(bucket)
+        if counts is None:
+            counts = BucketCounts()
+            self.buckets[bucket] = counts
+        return counts
+
+    def _add_if_enlarged(self, sample: Sample) -> None:
+        """Note an image that is smaller than its bucket."""
+        factor = enlargement_factor(sample)
         if factor > 1:
-            self.enlarged += 1
-            said = f"{self.name(cells)}  {crop.width}x{crop.height}, x {factor:.2f}"
-            heapq.heappush(self.most_enlarged, (factor, -number, said))
-            if len(self.most_enlarged) > MOST_NAMED:
-                heapq.heappop(self.most_enlarged)
+            name = self.samples.name(sample)
+            crop = sample.planned.crop
+            line = f"{name}  {crop.width}x{crop.height}, x {factor:.2f}"
+            self.enlarged.add(sample.index, factor, line)
 
-    def _add_captions(self, row: dict[str, Any], cells: dict[str, Any]) -> None:
-        source, name, found = self._config(cells), self.name(cells), self.captions
-        self.sources[cells["source"]].captions += len(cells["captions"])
-        for given in cells["captions"]:
-            found.hashes += blake2b(given.encode(), digest_size=8).digest()
-            caption = with_trigger(given, source)
-            if not given.strip():
-                found.empty.add(name)
-            if caption != given and not row["held_out"]:
-                found.given_trigger.setdefault(trigger_of(source), Named()).add(
-                    f"{name}  {shown(given)}"
-                )
-            if self.trigger and self.trigger not in caption and not source.regularization:
-                found.without_trigger.add(f"{name}  {shown(caption)}")
-            self._waiting.setdefault(caption, []).append(name)
-        if len(self._waiting) >= TOKENISED_TOGETHER:
-            self._tokenise()
-
-    def _config(self, cells: dict[str, Any]) -> SourceConfig:
-        return self.work.planner.sources.opened[cells["source"]].config
-
-    def _tokenise(self) -> None:
-        """Counts the tokens of the captions that wait for it."""
-        if not self._waiting:
-            return
-        counts, self.captions.limit = self.family.count_tokens(list(self._waiting))
-        for count, (caption, names) in zip(counts, self._waiting.items(), strict=True):
-            self.captions.tokens.add(count)
-            if count > self.captions.limit:
-                more = f" and {len(names) - 1} more" * (len(names) > 1)
-                self.captions.over.add(
-                    f"{names[0]}{more}  {count} tokens: {shown(caption)}", len(names)
-                )
-        self._waiting = {}
+    def _add_captions(self, sample: Sample) -> None:
+        source_counts = self.sources[sample.listed.source]
+        source_counts.num_captions += len(sample.listed.captions)
+        self.captions.add(
+            sample,
+            name=self.samples.name(sample),
+            source=self.samples.source_config(sample),
+        )
 
 
-def pairs(work: Work) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """Number and cells of each row of the plan, with the cells of its entry in the listing; both
-    ascend."""
-    error_list = tables.rows_of(work.listing)
-    entry, cells = -1, dict[str, Any]()
-    for number, row in tables.rows_of(work.rows):
-        while entry < row["entry"]:
-            entry, cells = next(error_list)
-        yield number, row, cells
+def enlargement_factor(sample: Sample) -> float:
+    """Return the largest factor by which a side of the image is scaled."""
+    crop = sample.planned.crop
+    horizontal_factor = crop.crop_width / crop.width
+    vertical_factor = crop.crop_height / crop.height
+    return max(horizontal_factor, vertical_factor)
 
 
-def name_of(work: Work, cells: dict[str, Any]) -> str:
-    opened = work.planner.sources.opened
-    name = shown(cells["name"], 200)
-    return name if len(opened) == 1 else f"{opened[cells['source']].config.path}/{name}"
+def cropped_share(sample: Sample) -> float:
+    """Return the share of the scaled image that is outside of the bucket."""
+    crop = sample.planned.crop
+    bucket_area = crop.crop_width * crop.crop_height
+    scaled_area = crop.scaled_width * crop.scaled_height
+    return 1 - bucket_area / scaled_area
 
 
-def shown(text: str, most: int = 60) -> str:
-    """One line that does a terminal no harm."""
-    line = "".join(c if c.isprintable() else " " for c in " ".join(text[: 4 * most].split()))
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def kind(config: SourceConfig) -> str:
-    return config.kind if config.kind != "auto" else kind_of(Path(config.path))
-
-
-def alike(work: Work, held_out: np.ndarray) -> Named:
-    """Groups of images whose files are the same."""
-    entries, first_rows = np.unique(
-        work.rows.column("entry").to_numpy(), return_index=True
-    )  # not each of its clips
-    contents, held_out = tables.keys(work.rows.column("content"))[first_rows], held_out[first_rows]
-    order = np.argsort(contents, kind="stable")
-    same = np.concatenate([[False], contents[order][1:] == contents[order][:-1], [False]]).astype(
-        np.int8
-    )
-    starts, ends = np.flatnonzero(np.diff(same) == 1), np.flatnonzero(np.diff(same) == -1) + 1
-    first = np.argsort(order[starts], kind="stable")[:MOST_NAMED]
-    groups = Named(len(starts))
-    for start, end in zip(starts[first].tolist(), ends[first].tolist(), strict=True):
-        rows = order[start:end]
-        named = rows[:MOST_ALIKE]
-        cells = tables.rows_of(work.listing, entries[named])
-        names = [
-            name_of(work, found) + " (held out)" * bool(held_out[row])
-            for row, (_, found) in zip(named, cells, strict=True)
-        ]
-        more = f" = ... and {len(rows) - len(named)} more" * (len(rows) > len(named))
-        groups.first.append(" = ".join(names) + more)
+def find_copies(samples: PlanSamples) -> NameList:
+    """Return the groups of files with the same content, a line for each group."""
+    indices = samples.first_of_files()
+    hashes = samples.content_hashes()[indices]
+    order = np.argsort(hashes, kind="stable")
+    starts, ends = runs_of_equal(hashes[order])
+    first_files = order[starts]
+    groups = NameList(len(starts))
+    for number in np.argsort(first_files, kind="stable")[:MAX_NAMES]:
+        start = starts[number]
+        end = ends[number]
+        group = indices[order[start:end]]
+        line = describe_copies(samples, group)
+        groups.names.append(line)
     return groups
 
 
-def sizes(rows: Any) -> np.ndarray:
-    """Width and height of each row's bucket."""
-    parts = [
-        chunk.flatten().to_numpy().reshape(-1, 8)[:, 6:] for chunk in rows.column("crop").chunks
-    ]
-    return np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
+def runs_of_equal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the starts and the ends of runs of at least two equal values.
+
+    IN: values in sorted order."""
+    equals_previous = np.zeros(len(values) + 1, np.int8)
+    equals_previous[1:-1] = values[1:] == values[:-1]
+    changes = np.diff(equals_previous)
+    starts = np.flatnonzero(changes == 1)
+    ends = np.flatnonzero(changes == -1) + 1
+    return starts, ends
+
+
+def describe_copies(samples: PlanSamples, indices: np.ndarray) -> str:
+    """Return the names of samples with the same content."""
+    names = []
+    for sample in samples.at(indices[:MAX_COPIES]):
+        name = samples.label(sample)
+        names.append(name)
+    num_unnamed = len(indices) - len(names)
+    if num_unnamed:
+        names.append(f"... and {num_unnamed} more")
+    return " = ".join(names)

@@ -1,5 +1,7 @@
 """FSDP2's shards of the frozen base model, block by block."""
 
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -28,7 +30,7 @@ def shard_base(
     plugin = accelerator.state.fsdp_plugin
     assert plugin is not None
     adapter_parameters = set(adapted.all_parameters().values())
-    options = {"ignored_params": adapter_parameters}
+    options: dict[str, Any] = {"ignored_params": adapter_parameters}
     if plugin.cpu_offload:
         options["offload_policy"] = plugin.cpu_offload
     for block in blocks_to_shard(family, denoiser, plugin.transformer_cls_names_to_wrap):

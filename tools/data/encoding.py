@@ -1,0 +1,116 @@
+"""Amount of data that a run with these options will encode and store."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.config import DataConfig
+from data.media.video import frames_of
+from data.precompute.build import Planned
+from data.precompute.encode import lists_to_rows
+from data.precompute.plan import missing
+from data.store import tables
+from data.store.store import Store
+from models.base import ModelFamily
+from tools.data.samples import PlanSamples
+
+LATENT_BYTES = 4
+"""Latents are stored in fp32."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Numbers of different rows of a store, and of those that are not stored, with their size."""
+
+    num_rows: int
+    num_missing: int
+    missing_bytes: int
+
+    @property
+    def num_stored(self) -> int:
+        return self.num_rows - self.num_missing
+
+
+@dataclass(frozen=True)
+class KeyColumn:
+    """A column of lists of keys, one list after another."""
+
+    keys: np.ndarray
+    owners: np.ndarray
+    """For each key, the index of its sample."""
+
+    @classmethod
+    def read(cls, plan: Planned, name: str) -> "KeyColumn":
+        """Read a column of the table of planned samples."""
+        column = plan.work.rows.column(name)
+        lengths = tables.lengths(column)
+        keys = tables.keys(column)
+        return cls(keys, owners=lists_to_rows(lengths))
+
+    @property
+    def num_different(self) -> int:
+        return len(np.unique(self.keys))
+
+    def missing_positions(self, store: Store, are_needed: np.ndarray | None = None) -> np.ndarray:
+        """Return a position of each different key that is not in the store.
+
+        `are_needed`: for each key; None: all are."""
+        if are_needed is None:
+            are_needed = np.ones(len(self.keys), bool)
+        return missing(self.keys, store, are_needed)
+
+
+def latents_amount(plan: Planned, samples: PlanSamples, family: ModelFamily) -> Amount:
+    """Return the amount of latents, with mirrored ones."""
+    media = KeyColumn.read(plan, "media")
+    positions = media.missing_positions(plan.stores.media)
+    elements = elements_of(plan, samples, family)
+    missing_elements = elements[media.owners[positions]]
+    num_elements = int(missing_elements.sum())
+    return Amount(
+        num_rows=media.num_different,
+        num_missing=len(positions),
+        missing_bytes=num_elements * LATENT_BYTES,
+    )
+
+
+def elements_of(plan: Planned, samples: PlanSamples, family: ModelFamily) -> np.ndarray:
+    """Return the number of elements that are stored of each sample: of its latents and its mask.
+
+    OUT: (samples,), int64."""
+    sizes = samples.bucket_sizes().astype(np.int64)
+    latent_sizes = sizes // family.limits.latent_step
+    areas = latent_sizes.prod(axis=1)
+    num_frames = np.maximum(frames_of(plan.work.rows), 1)
+    num_latent_frames = 1 + (num_frames - 1) // family.limits.frame_step
+    elements_per_channel = areas * num_latent_frames
+    return elements_per_channel * num_channels(plan.work.config, family)
+
+
+def num_channels(config: DataConfig, family: ModelFamily) -> int:
+    """Return the number of channels that are stored: of the latents, and of the mask."""
+    num_latent_channels = family.latent_channels
+    if config.vae_sampling == "sample":
+        num_latent_channels *= 2  # mean and standard deviation
+    if config.masks == "none":
+        return num_latent_channels
+    return num_latent_channels + 1
+
+
+def conditioning_amount(plan: Planned, family: ModelFamily) -> Amount:
+    """Return the amount of conditioning."""
+    texts = KeyColumn.read(plan, "texts")
+    store = plan.stores.text
+    # caption dropout needs the empty prompt, which is not in the table
+    are_captions = plan.work.has_images()[texts.owners]
+    num_missing_captions = len(texts.missing_positions(store, are_captions))
+    num_empty_prompts = plan.missing_captions - num_missing_captions
+    num_missing = len(texts.missing_positions(store)) + num_empty_prompts
+    missing_bytes = 0
+    if num_missing:
+        missing_bytes = num_missing * family.cond_bytes()
+    return Amount(
+        num_rows=texts.num_different + num_empty_prompts,
+        num_missing=num_missing,
+        missing_bytes=missing_bytes,
+    )
