@@ -42,7 +42,7 @@ BANNED_WORDS = (
     "kin", "by itself", "there is none", "there are none", "as it is", "of which", "whatever", "wants?", "wanted",
     "no such", "a word to", "kept apart", "behind them",
 )  # fmt: skip
-ALLOWED_PHRASES = ("no such option", "no such argument", "no such file")
+ALLOWED_PHRASES = ("no such option", "no such argument", "no such file", "ou want", "page fault")
 MAX_GENERIC_SHARE, MAX_NODES_PER_LINE, MAX_FILE_LINES = 0.01, 9.0, 400
 MAX_FUNCTION_LINES, MAX_SENTENCE_WORDS, MAX_ATTRIBUTES = 60, 22, 15
 
