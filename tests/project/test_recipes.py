@@ -13,14 +13,14 @@ from data.media.buckets import Buckets
 from models import FAMILIES
 from models.config import ModelConfig
 from models.detect import get_family
-from training.cli import validate
+from training.cli import validate_options
 from training.config import TrainConfig
 
 RECIPES = {path.stem: path for path in sorted((PROJECT / "recipes").glob("*.yaml"))}
 
 
 def config_of(family: str) -> TrainConfig:
-    return validate(
+    return validate_options(
         yaml.safe_load(RECIPES[family].read_text(encoding="utf-8")), RECIPES[family].name, ""
     )
 
