@@ -1,8 +1,8 @@
-"""Counts what would make the host wait for a GPU, on a machine without one.
+"""Counts reads that would make the host wait for a GPU, on a machine without one.
 
-An operator hands a tensor's value to Python (item, float, bool, `if tensor`), or has an output whose size depends on
-values; Tensor.cpu, numpy, tolist and to("cpu") copy to the host. What cannot be seen here: Tensor.to with a device
-object and copies from memory that is not pinned, which do nothing on a CPU.
+A read is an operator that gives a tensor's value to Python (item, float, bool, `if tensor`), an operator whose output
+size depends on values, or a copy to the host (Tensor.cpu, numpy, tolist, to("cpu")). Two reads are not visible here,
+because they do nothing on a CPU: Tensor.to with a device object, and copies from memory that is not pinned.
 """
 
 import sys
@@ -21,7 +21,7 @@ METHODS = ("cpu", "numpy", "tolist", "to")
 
 @dataclass(frozen=True)
 class Read:
-    """One read: the `label` that was set, its kind, and where it happened as file:line."""
+    """One read: the `label` that was set, its kind, and its place as file:line."""
 
     label: object
     kind: str
@@ -29,7 +29,7 @@ class Read:
 
 
 class DeviceReads(TorchDispatchMode):
-    """Records the reads of a block into `reads`, each with the `label` that was set at the time."""
+    """Records the reads of a block into `reads`, each with the current `label`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class DeviceReads(TorchDispatchMode):
         masked = name in INDEXING and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
-        # with its output size given, repeat_interleave needs no value
+        # repeat_interleave reads no value if the output size is an argument
         sized = name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is not None
         if masked or (name in READS and not sized):
             self.note(name)
@@ -55,7 +55,7 @@ class DeviceReads(TorchDispatchMode):
 
 
 def callers() -> str:
-    """file:line of the innermost frame outside this file, and of the innermost one outside the installed packages."""
+    """Return file:line of the innermost frame outside this file, and of the innermost one in this project."""
     found: list[str] = []
     frame = sys._getframe(1)
     while frame is not None:
@@ -71,7 +71,7 @@ def callers() -> str:
 
 @contextmanager
 def device_reads() -> Iterator[DeviceReads]:
-    """Counts the reads of the block."""
+    """Count the reads of a block."""
     counter, originals = DeviceReads(), {name: getattr(torch.Tensor, name) for name in METHODS}
 
     def counted(name: str):

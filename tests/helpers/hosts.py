@@ -1,6 +1,6 @@
-"""Made-up machines for tests: Linux namespaces with a host name, processes and, if asked for, a network of their own.
+"""Simulated machines for tests: Linux namespaces with a separate host name, processes and, optionally, network.
 
-A machine lives as long as its first process; nothing of it is left on the real one, even if the tests are killed.
+A machine lives as long as its first process. It leaves nothing on the real machine, even if the tests are killed.
 """
 
 import os
@@ -15,9 +15,9 @@ TOOLS = ("unshare", "nsenter", "setpriv")
 
 
 def missing(*programs: str) -> str | None:
-    """Why there can be no made-up machines here that have `programs`, if there cannot."""
+    """Return why simulated machines with these programs are not possible here; None if they are."""
     if os.geteuid() != 0:
-        return "made-up machines need root"
+        return "simulated machines need root"
     absent = [name for name in (*TOOLS, *programs) if not shutil.which(name)]
     if absent:
         return f"not installed: {', '.join(absent)}"
@@ -27,7 +27,7 @@ def missing(*programs: str) -> str | None:
 
 
 class Machine:
-    """`command` as the first process of a machine called `name`, whose /etc/hosts is the file `hosts`."""
+    """A machine with a name and an /etc/hosts file, and `command` as its first process."""
 
     def __init__(
         self, name: str, hosts: Path, command: list[str], log: Path, network: bool = False
@@ -65,11 +65,11 @@ class Machine:
 
     @property
     def first(self) -> psutil.Process:
-        """The machine's first process, from which all others on it descend."""
+        """Return the first process of the machine, from which all others on it descend."""
         return psutil.Process(self.process.pid).children()[0]
 
     def running(self, words: str) -> list[psutil.Process]:
-        """The machine's Python processes that have `words` in their command line, but not their launchers."""
+        """Return the Python processes with `words` in their command line, without launchers."""
         found = []
         for process in self.first.children(recursive=True):
             try:
@@ -86,11 +86,11 @@ class Machine:
         return found
 
     def inside(self, *command: str, **options) -> subprocess.Popen:
-        """Runs `command` on the machine."""
+        """Run a command on the machine."""
         enter = ["nsenter", "--target", str(self.first.pid), "--uts", "--mount", "--pid", "--net"]
         return subprocess.Popen([*enter, *command], **options)
 
     def crash(self) -> None:
-        """Ends all of the machine at once, as a power cut does."""
+        """End all processes of the machine at once, as a power cut does."""
         self.process.kill()
         self.process.wait()

@@ -1,7 +1,7 @@
-"""A real SLURM on this machine, for tests: a slurmctld, and a slurmd for each of a few made-up nodes.
+"""A real SLURM on this machine, for tests: a slurmctld, and a slurmd for each of a few simulated nodes.
 
-Nodes are called n1, n2, ... and have addresses of their own on the loopback device. All files lie in one folder, and no
-daemon outlives the process that started it.
+The nodes are n1, n2, ... and have separate addresses on the loopback device. All files are in one folder, and no daemon
+outlives the process that started it.
 """
 
 import os
@@ -29,7 +29,7 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 MpiDefault=none
-# the ranks that torchrun starts have sessions of their own, and proctrack/pgid would lose them
+# the processes that torchrun starts have separate sessions, and proctrack/pgid would lose them
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -47,7 +47,7 @@ KillWait=20
 ReturnToService=2
 SlurmdTimeout={node_down_after}
 JobRequeue=1
-# nodes may claim what they like
+# nodes may claim any resources
 SlurmdParameters=config_overrides
 GresTypes=gpu
 """
@@ -56,12 +56,12 @@ PARTITION = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
 
 
 def why_not() -> str | None:
-    """Why SLURM cannot run here, if it cannot."""
+    """Return why SLURM cannot run here; None if it can."""
     return missing(*PROGRAMS)
 
 
 def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Waits for a condition; AssertionError after `seconds`."""
+    """Wait for a condition. Raises AssertionError after `seconds`. `what`: names the condition."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -69,7 +69,7 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
 
 
 class SlurmCluster:
-    """Start it once; `stop` it whatever happens."""
+    """A cluster that is started once. Tests must call `stop` at the end, also after a failure."""
 
     def __init__(self, folder: Path, nodes: int = 2):
         self.folder = folder
@@ -88,7 +88,7 @@ class SlurmCluster:
         files = {"key-file": key} | {
             f"{f}-file": self.folder / f"munge.{f}" for f in ("pid", "seed", "log")
         }
-        # --force: the folders above this one may be writable by others, which munged does not like
+        # --force: munged requires that nobody else can write to the folders above this one
         munge = [f"--{name}={path}" for name, path in files.items()]
         self._daemon(
             "munged", "--foreground", "--force", f"--socket={self.folder / 'munge.socket'}", *munge
@@ -112,7 +112,7 @@ class SlurmCluster:
         (self.folder / "slurm.conf").write_text(
             "\n".join([CONFIG.format(**fields), *nodes, PARTITION, ""])
         )
-        # pretended GPUs: devices that every machine has, and that are only counted
+        # simulated GPUs: devices that every machine has, and that are only counted
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         (self.folder / "cgroup.conf").touch()
         hosts = [
@@ -129,7 +129,7 @@ class SlurmCluster:
             )
 
     def start_node(self, name: str) -> None:
-        """A node whose name gethostname() answers in its jobs, as on a real cluster."""
+        """Start a node. In its jobs gethostname() returns its name, as on a real cluster."""
         words = ["env", f"SLURM_CONF={self.folder / 'slurm.conf'}", "slurmd", "-D", "-N", name]
         self.machines[name] = Machine(
             name, self.folder / "hosts", words, self.folder / f"slurmd-{name}.log"
@@ -143,7 +143,7 @@ class SlurmCluster:
             daemon.wait()
 
     def run(self, *command: str) -> str:
-        """One of SLURM's commands; returns what it printed."""
+        """Run a command of SLURM; return its output."""
         result = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -155,23 +155,23 @@ class SlurmCluster:
                 if line.split()[1] in states}  # fmt: skip
 
     def submit(self, *words: str, cwd: Path, **environment: str) -> str:
-        """Hands in a batch job; returns its id."""
+        """Submit a batch job; return its id."""
         result = subprocess.run(["sbatch", "--parsable", *words], cwd=cwd, env={**self.environment, **environment},
                                 capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, ExitCode, Restarts, NodeList, ..."""
+        """Return the facts of a job: JobState, ExitCode, Restarts, NodeList, ..."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ended(self, job: str) -> bool:
-        """Whether a job is over. One that is being requeued may look so for a moment."""
-        going_on = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        """Return whether a job has ended. It is checked twice, because a requeued job seems to end for a moment."""
+        active_states = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
         for pause in (0, 1.5):
             time.sleep(pause)
-            if self.job(job)["JobState"] in going_on:
+            if self.job(job)["JobState"] in active_states:
                 return False
         return True
 
@@ -180,22 +180,24 @@ class SlurmCluster:
         return known["JobState"] == "PENDING" and known["Restarts"] == str(restarts)
 
     def start_now(self, job: str) -> None:
-        """Lets a requeued job begin: SLURM would hold it back for two minutes."""
-        # before its old processes are gone, the new ones would be given a wrong allocation
+        """Let a requeued job start now. SLURM would wait for two minutes."""
+        # a job that starts before its old processes have ended gets a wrong allocation
         clean = ("idle", "mixed", "allocated")
         until(lambda: self.nodes(*clean) == set(self.addresses), 60, "nodes are clean")
-        time.sleep(2)  # slurmd refuses a start in the second in which it ended the one before
+        time.sleep(
+            2
+        )  # slurmd does not start a job in the second in which it ended the previous one
         self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, on any node."""
+        """Return the training processes of all nodes."""
         return [
             rank for machine in self.machines.values() for rank in machine.running("train_lora.py")
         ]
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those that outgoing connections are given."""
+    """Return the first of `count` consecutive free ports, below the range of outgoing connections."""
     while True:
         first = random.randint(16000, 30000)
         try:

@@ -1,4 +1,4 @@
-"""What the tests of the tools share: the embedded model in fp32, in each form of a model, adapters."""
+"""Models and adapters for the tests of the tools: the embedded model as folder and file, and adapters."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def base_folder(path: Path, shards: int = 1) -> Path:
-    """The embedded model with fp32 weights, the UNet's in one or several files."""
+    """Write the embedded model with fp32 weights, those of the UNet in one or several files."""
     shutil.copytree(BASE, path)
     unet = path / "unet"
     tensors = {key: tensor.float() for key, tensor in load_file(unet / WEIGHTS).items()}
@@ -53,7 +53,7 @@ def base_file(path: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 def adapter_file(path: Path, adapted: AdaptedModel, file_format: str = "kohya") -> Path:
-    """The adapter as a file, or as a folder of PEFT's, with metadata as trainers write it."""
+    """Write an adapter as a file, or as a folder of PEFT, with metadata as trainers write it."""
     return save(path, written(adapted, file_format))
 
 
@@ -70,7 +70,7 @@ def save(path: Path, content: FileContent) -> Path:
 
 @functools.cache
 def adapted_in(case: str) -> AdaptedModel:
-    """To be read only: all tests of a worker have the same."""
+    """Return a shared adapter. Tests must not change it."""
     return on_layers(case)
 
 
@@ -80,7 +80,7 @@ def content_of(case: str, file_format: str) -> FileContent:
 
 
 def of_case(folder: Path, case: str, file_format: str = "kohya") -> tuple[Path, AdaptedModel]:
-    """An adapter of that case on ten layers, in a file."""
+    """Write an adapter of a case on ten layers; return the file and the adapter."""
     name = case.replace(" ", "_") + ("" if file_format == "peft" else ".safetensors")
     return save(folder / name, content_of(case, file_format)), adapted_in(case)
 
@@ -104,7 +104,7 @@ def relative_error(there: Tensor, here: Tensor) -> float:
 def run(*words) -> int:
     try:
         return train_lora.main([str(word) for word in words])
-    except SystemExit as stopped:  # tyro's, for names and types
+    except SystemExit as stopped:  # raised by tyro for wrong names and types
         return stopped.code
 
 
@@ -114,7 +114,7 @@ def scratch() -> nn.Module:
 
 
 def deltas(path) -> dict[str, torch.Tensor]:
-    """The updates that a file makes of the embedded UNet, which is as it was after that."""
+    """Return the updates that a file makes of the embedded UNet. The UNet is unchanged afterwards."""
     model = scratch()
     layers, unknown = files.from_file(*files.read(path), model, names())
     adapted = attach_from_file(model, layers, unknown)

@@ -6,11 +6,11 @@ from pathlib import Path
 from wandb.proto.wandb_internal_pb2 import Record
 
 FILE_HEADER, RECORD_HEADER, BLOCK = 7, 7, 32768
-LAST_OF_RECORD = (1, 4)  # a whole record, or its last piece
+LAST_OF_RECORD = (1, 4)  # types: a whole record, and the last piece of a record
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Every record of a .wandb file, in order."""
+    """Yield all records of a .wandb file, in order."""
     data, position, pieces = path.read_bytes(), FILE_HEADER, b""
     while position + RECORD_HEADER <= len(data):
         room = BLOCK - position % BLOCK

@@ -15,7 +15,7 @@ def test_every_choice_is_an_option(group, choice):
     load_config([str(quality.RECIPE), *quality.COMMON_OPTIONS, *quality.GROUPS[group][choice]])
 
 
-def test_groups_differ_in_what_they_say():
+def test_the_choices_of_a_group_differ():
     for choices in quality.GROUPS.values():
         assert len({tuple(options) for options in choices.values()}) == len(choices)
 

@@ -1,4 +1,4 @@
-"""`train_lora.py data`: what it says of small folders in which everything is odd, and the sheets that it draws."""
+"""`train_lora.py data`: the report on small folders with many problems, and the sheets."""
 
 import json
 import re
@@ -28,7 +28,7 @@ PAGE = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def image(path, size=(64, 64), color=(200, 30, 30), caption: str | None = "a face"):
-    """An image whose content no other has, with its caption."""
+    """Write an image with unique content, and its caption."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.new("RGB", size, color)
     picture.putpixel(
@@ -41,7 +41,7 @@ def image(path, size=(64, 64), color=(200, 30, 30), caption: str | None = "a fac
 
 @pytest.fixture
 def odd(tmp_path):
-    """Seven images: two alike, a small one, a wide one, captions without text, too long, in other letters."""
+    """Write seven images: two copies, a small one, a wide one; empty, long and non-Latin captions."""
     folder = tmp_path / "odd"
     image(folder / "a.png", caption="sks face")
     image(folder / "b.png", caption="a face")
@@ -61,7 +61,7 @@ def odd(tmp_path):
 
 @pytest.fixture
 def told(tmp_path, run_here, capsys):
-    """Runs the command; returns the exit code, the report and what went to stderr."""
+    """Return a function that runs the command, and returns exit code, stdout and stderr."""
 
     def run(*options, images=None, recipe=()):
         argv = [
@@ -79,7 +79,7 @@ def told(tmp_path, run_here, capsys):
 
 
 def fact(report: str, name: str) -> list[str]:
-    """What stands behind a name, and the lines below it that are indented further."""
+    """Return the value of a fact, and its further lines."""
     lines = report.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"  {name}  "))
     margin = re.match(r"  .*?\S  +(?=\S)", lines[at].replace(name, "x" * len(name))).end()
@@ -92,7 +92,7 @@ def fact(report: str, name: str) -> list[str]:
 
 
 def table(report: str, section: str) -> list[list[str]]:
-    """The cells of a section's table."""
+    """Return the cells of a section's table."""
     lines = (
         report.split(f"\n{section}\n" if section != "sources" else "sources\n")[1]
         .split("\n\n")[0]
@@ -129,20 +129,20 @@ def test_everything_odd_is_counted_and_named(odd, told):
     assert fact(report, "trained without 'sks'") == ["none"]
 
 
-def test_a_trigger_that_nothing_is_trained_with(odd, told):
+def test_captions_without_the_trigger_words_are_counted(odd, told):
     _, report, _ = told("--export.trigger_words=sks", images=odd)
     assert "without 'sks'" not in report.replace("trained without", "")
     assert fact(report, "trained without 'sks'")[0].startswith("3 (")
     assert len(fact(report, "trained without 'sks'")) == 4
 
 
-def test_buckets_with_their_crops_and_visits(odd, told):
+def test_buckets_are_listed_with_their_crops_and_visits(odd, told):
     _, report, _ = told("--batch_size=4", images=odd)
     header, *rows = table(report, "buckets")
     assert header == ["width x height", "images", "held out", "visits per epoch", "micro-batches per epoch",
                       "cropped away", "at most"]  # fmt: skip
     by_size = {row[0]: row[1:] for row in rows if len(row) == len(header)}
-    # 32 x 40 becomes 64 x 80, of which 64 are seen; 160 x 64 becomes 96 x 38, of which 32 are
+    # 32 x 40 becomes 64 x 80 and is cropped to 64 x 64; 160 x 64 becomes 96 x 38, cropped to 96 x 32
     assert by_size["64 x 64"] == ["6", "0", "6", "1.5", f"{20 / 6:.1f}%", "20.0%"]
     assert by_size["96 x 32"] == ["1", "0", "3", "0.75", "15.8%", "15.8%"]
     assert "96 x 32 has 3 visits per epoch, and a micro-batch of 4 every 1.33 epochs" in report
@@ -150,7 +150,7 @@ def test_buckets_with_their_crops_and_visits(odd, told):
     assert [row[0] for row in table(report, "buckets")[1:]] == ["64 x 64"]
 
 
-def test_several_sources_from_a_recipe(odd, tmp_path, told):
+def test_several_sources_of_a_recipe_are_listed(odd, tmp_path, told):
     image(tmp_path / "class" / "x.png")
     (tmp_path / "class" / "y.png").write_bytes((odd / "b.png").read_bytes())
     (tmp_path / "class" / "y.txt").write_text("a face")
@@ -185,11 +185,11 @@ def test_several_sources_from_a_recipe(odd, tmp_path, told):
     ]  # fmt: skip
     assert f"{held_out} of {9 + held_out} images: those of {TWEMOJI / 'validation'}" in report
     assert len(fact(report, "without 'sks'")) == 4, (
-        "neither regularization nor validation is asked for it"
+        "neither regularization nor validation needs the trigger"
     )
 
 
-def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
+def test_the_amount_to_encode_equals_the_encoded_amount(odd, told, tmp_path):
     options = [
         "--data.random_flip",
         "--data.vae_sampling=sample",
@@ -222,7 +222,7 @@ def data_size(count: int) -> str:
     return format_bytes(count)
 
 
-def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
+def test_all_errors_are_reported_at_once_as_in_a_run(odd, told, tmp_path):
     (odd / "zero.png").write_bytes(b"")
     (odd / "zero.txt").write_text("x")
     (odd / "lonely.txt").write_text("no image")
@@ -283,7 +283,7 @@ def test_sheets_show_the_crops_with_captions(odd, told, tmp_path, monkeypatch):
     assert Image.open(files[0]).width < width / 2, "two of six images, from both ends"
 
 
-def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path):
+def test_sheets_of_latents_show_decoded_latents(told, images, tmp_path):
     words = [f"--sheets={tmp_path / 'sheets'}", "--decode"]
     code, out, _ = told(*words, images=images)
     assert code == 1
@@ -309,7 +309,7 @@ def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path
     assert "bucket_64x64.png shows 4 of 5 images, those that are encoded" in out
 
 
-def test_data_of_comfyui_need_decode(told, tmp_path):
+def test_data_of_comfyui_needs_decode(told, tmp_path):
     folder = tmp_path / "comfy"
     folder.mkdir()
     items = [{"samples": torch.randn(1, 4, 32, 32)} for _ in range(2)]
@@ -329,7 +329,7 @@ def test_data_of_comfyui_need_decode(told, tmp_path):
     assert len(list((tmp_path / "sheets").glob("bucket_*.png"))) == 1
 
 
-def test_data_that_are_encoded_already(told, images, tmp_path):
+def test_encoded_data_is_reported(told, images, tmp_path):
     data = data_config(path=str(images), cache_dir=str(tmp_path / "elsewhere"), resolution=64)
     reset_accelerate()
     with Build.opened(
@@ -344,7 +344,7 @@ def test_data_that_are_encoded_already(told, images, tmp_path):
     assert (tmp_path / "sheets" / "bucket_64x64.png").is_file()
 
 
-def test_sheets_of_a_streamed_dataset(told, tmp_path):
+def test_sheets_of_a_streamed_dataset_are_drawn(told, tmp_path):
     pictures = []
     for i in range(5):
         image(tmp_path / "images" / f"{i}.png", (64, 64 + 64 * (i % 2)))
@@ -364,7 +364,7 @@ def test_sheets_of_a_streamed_dataset(told, tmp_path):
     assert len(list((tmp_path / "sheets").iterdir())) == 2
 
 
-def test_lists_are_cut(told, tmp_path):
+def test_long_lists_are_shortened(told, tmp_path):
     for i in range(counts.MAX_NAMES + 3):
         image(tmp_path / "many" / f"{i:02}.png", (20, 20), caption="")
     _, report, _ = told(images=tmp_path / "many")

@@ -1,4 +1,4 @@
-"""The sub-commands: each one's numbers against another way to compute them."""
+"""The commands: the numbers of each one, computed in another way."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from adapter_files.safetensors_stream import addnet_hashes
 # inspect
 
 
-def test_inspect_says_what_is_in_a_file(tmp_path, capsys):
+def test_inspect_prints_the_content_of_a_file(tmp_path, capsys):
     path, adapted = of_case(tmp_path, "LoRA")
     assert run("inspect", path, "--model", BASE) == 0
     out = capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_inspect_says_what_is_in_a_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_inspect_without_a_model_has_the_norms_that_need_none(case, tmp_path, capsys):
+def test_inspect_without_a_model_prints_the_norms_that_do_not_need_it(case, tmp_path, capsys):
     path, adapted = of_case(tmp_path, case)
     assert run("inspect", path) == 0
     last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all"))
@@ -55,7 +55,7 @@ def test_inspect_without_a_model_has_the_norms_that_need_none(case, tmp_path, ca
     assert last.endswith("needs --model" if needs else f"{whole:.4g}")
 
 
-def test_inspect_names_the_keys_that_fit_nothing(tmp_path, capsys):
+def test_inspect_names_the_keys_that_do_not_fit(tmp_path, capsys):
     content = {
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2),
         "junk": torch.ones(1),
@@ -163,7 +163,7 @@ def test_convert_full_and_lora_svd(tmp_path, capsys):
     assert error == pytest.approx(best, rel=1e-4)
 
 
-def test_convert_rounds_and_drops_as_asked(tmp_path, capsys):
+def test_convert_rounds_and_drops_as_requested(tmp_path, capsys):
     path, adapted = of_case(tmp_path, "LoRA")
     out = tmp_path / "out.safetensors"
     words = ("--dtype", "bf16", "--drop", "lora_unet_mid.*", "--drop", ".*conv_in.*")
@@ -206,7 +206,7 @@ def test_merge_equals_attach_and_merge(shards, tmp_path, capsys):
     assert torch.equal(pipeline.unet.state_dict()["conv_in.weight"], there["conv_in.weight"])
 
 
-def test_merge_of_strength_one_is_the_trainers_own(fp32_model, tmp_path):
+def test_merge_with_strength_one_equals_the_trainer(fp32_model, tmp_path):
     for case in ("LoRA", "DoRA", "LoKr"):
         path, adapted = of_case(tmp_path, case)
         out, merged = tmp_path / case, unet()
@@ -216,7 +216,7 @@ def test_merge_of_strength_one_is_the_trainers_own(fp32_model, tmp_path):
         assert max(float((there[n] - p).abs().max()) for n, p in merged.state_dict().items()) < 1e-6
 
 
-def test_merge_into_a_single_file_leaves_all_else_as_it_is(tmp_path):
+def test_merge_into_a_single_file_leaves_other_tensors_unchanged(tmp_path):
     source, out = (
         base_file(tmp_path / "base.safetensors", torch.float16),
         tmp_path / "out.safetensors",

@@ -1,4 +1,4 @@
-"""The page on the tools is true: each of its commands runs, and prints what the page shows in kind."""
+"""docs/tools.md: each of its commands runs, and prints a table like the one on the page."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def test_every_tool_is_on_the_page():
     assert [name for name, _, _ in SECTIONS] == list(OPTIONS)
 
 
-def test_the_commands_run_and_print_tables_of_that_kind(tmp_path, monkeypatch, capsys):
+def test_the_commands_run_and_print_such_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output" / "demo").mkdir(parents=True)
     (tmp_path / "examples").symlink_to(PROJECT / "examples")

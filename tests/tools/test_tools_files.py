@@ -1,4 +1,4 @@
-"""The tools' files: a model seen without its weights, and what is said to wrong input."""
+"""Files of the tools: a model without its weights, and the messages for wrong input."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ from tools.options import OPTIONS
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_a_model_is_seen_without_its_weights(single, tmp_path):
+def test_a_model_is_opened_without_its_weights(single, tmp_path):
     config = (
         ModelConfig(str(base_file(tmp_path / "a.safetensors")), config=str(BASE))
         if single
@@ -112,7 +112,7 @@ def test_a_bad_model_is_named_and_nothing_is_left_behind(name, kind, lora_file, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_model_without_all_its_weights_is_refused(lora_file, tmp_path, capsys):
+def test_an_incomplete_model_is_an_error(lora_file, tmp_path, capsys):
     path = base_file(tmp_path / "base.safetensors")
     tensors = load_file(path)
     del tensors["model.diffusion_model.out.2.weight"]
@@ -123,7 +123,7 @@ def test_a_model_without_all_its_weights_is_refused(lora_file, tmp_path, capsys)
     assert "model.diffusion_model.out.2.weight: missing" in capsys.readouterr().err
 
 
-def test_nothing_that_exists_is_overwritten_unasked(lora_file, tmp_path, capsys):
+def test_nothing_is_overwritten_without_the_option(lora_file, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
     assert run(*command("convert", lora_file, out)) == 2
@@ -142,7 +142,7 @@ def test_nothing_that_exists_is_overwritten_unasked(lora_file, tmp_path, capsys)
     assert (folder / "me.png").read_text() == "mine"
 
 
-def test_all_faults_are_said_at_once(tmp_path, capsys):
+def test_all_errors_are_reported_at_once(tmp_path, capsys):
     words = [
         "--format",
         "kohya",
@@ -169,7 +169,7 @@ def test_all_faults_are_said_at_once(tmp_path, capsys):
     assert "resize: 5 errors" in capsys.readouterr().err
 
 
-def test_what_a_format_cannot_hold_is_said(tmp_path, capsys):
+def test_layers_that_a_format_cannot_hold_are_an_error(tmp_path, capsys):
     path, _ = of_case(tmp_path, "OFT")
     before = sorted(tmp_path.iterdir())
     assert (
@@ -183,7 +183,7 @@ def test_what_a_format_cannot_hold_is_said(tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_too_large_for_fp16_is_said_not_written(tmp_path, capsys):
+def test_values_too_large_for_fp16_are_an_error(tmp_path, capsys):
     path = tmp_path / "a.safetensors"
     stem = "lora_unet_conv_in"
     shape = on_layers("LoRA", ["conv_in"]).layers()["conv_in"].base_layer.weight.shape
@@ -255,7 +255,7 @@ def test_messages_name_the_flags_of_the_tools(lora_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_wrong_arguments_are_refused_before_torch_loads(name):
+def test_wrong_arguments_are_reported_before_torch_loads(name):
     code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import train_lora\n"
     code += f"code = train_lora.main({[name, *WRONG[name]]})\nassert 'torch' not in sys.modules; sys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     assert names(tmp_path) == {"out"}
 
 
-def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
+def test_the_target_of_a_link_is_replaced(tmp_path):
     filled(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to("real")
     replace(tmp_path / "link")
@@ -53,7 +53,7 @@ def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
     assert names(tmp_path) == {"real", "link"}
 
 
-def test_the_folder_one_is_in_is_replaced(tmp_path, monkeypatch):
+def test_the_current_folder_is_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(filled(tmp_path / "here", "old"))
     replace(Path("."))
     assert names(tmp_path / "here") == {"new"}
@@ -83,7 +83,7 @@ def files(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("parts", [["vae"], ["unet", "text_encoder"]])
-def test_parts_of_a_model_that_are_links_are_merged_and_copied(parts, source, lora_file, tmp_path):
+def test_components_that_are_links_are_merged_and_copied(parts, source, lora_file, tmp_path):
     for part in parts:
         (source / part).rename(tmp_path / part)
         (source / part).symlink_to(tmp_path / part)
@@ -97,7 +97,7 @@ def test_parts_of_a_model_that_are_links_are_merged_and_copied(parts, source, lo
     )
 
 
-def test_links_to_each_other_have_an_end(source, lora_file, tmp_path):
+def test_links_to_each_other_are_followed_once(source, lora_file, tmp_path):
     (tmp_path / "more").mkdir()
     (source / "there").symlink_to(tmp_path / "more")
     (tmp_path / "more" / "back").symlink_to(source)
@@ -105,7 +105,7 @@ def test_links_to_each_other_have_an_end(source, lora_file, tmp_path):
     assert files(tmp_path / "out") == files(BASE)
 
 
-def test_a_link_to_nothing_is_said_not_skipped(source, lora_file, tmp_path, capsys):
+def test_a_broken_link_is_an_error(source, lora_file, tmp_path, capsys):
     (source / "vae" / "config.json").unlink()
     (source / "vae" / "config.json").symlink_to(tmp_path / "gone.json")
     assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 2
@@ -113,7 +113,7 @@ def test_a_link_to_nothing_is_said_not_skipped(source, lora_file, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_that_cannot_be_copied_is_said(source, lora_file, tmp_path, capsys):
+def test_a_component_that_cannot_be_copied_is_an_error(source, lora_file, tmp_path, capsys):
     shutil.rmtree(source / "vae")
     (source / "vae").symlink_to(source)
     assert run("merge", source, tmp_path / "out", "--lora", lora_file) == 1
@@ -121,7 +121,7 @@ def test_a_part_that_cannot_be_copied_is_said(source, lora_file, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_merge_copies_no_weights_that_nothing_is_merged_into(source, lora_file, tmp_path, capsys):
+def test_merge_copies_no_foreign_weights(source, lora_file, tmp_path, capsys):
     foreign = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
                "v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt"]  # fmt: skip
     for name in foreign:
@@ -143,7 +143,7 @@ def test_a_broken_list_of_shards_is_named(name, text, source, lora_file, tmp_pat
     assert f"{name} is not readable as JSON" in capsys.readouterr().err
 
 
-def test_out_may_be_a_link_or_the_folder_one_is_in(source, lora_file, tmp_path, monkeypatch):
+def test_out_may_be_a_link_or_the_current_folder(source, lora_file, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(source)
     for name, here in (("link", tmp_path), (".", source)):
         filled(source, "old")
@@ -164,7 +164,7 @@ def test_merge_into_fp8(dtype, source, lora_file, tmp_path, capsys):
     assert "too large for" in capsys.readouterr().err
 
 
-def test_merge_says_what_is_not_finite(source, lora_file, tmp_path, capsys):
+def test_merge_names_values_that_are_not_finite(source, lora_file, tmp_path, capsys):
     assert run("merge", source, tmp_path / "out", "--lora", f"{lora_file}:1e39") == 1
     assert "the updates of the adapters are not finite" in capsys.readouterr().err
     with_weights(

@@ -1,4 +1,4 @@
-"""The sub-commands on a single file in the original model's names, where layers are parts of tensors: a small FLUX."""
+"""The commands on a single file of a small FLUX, in which several layers share a tensor."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ PREFIX = "model.diffusion_model."
 
 
 class Small(ModelFamily):
-    """What the sub-commands ask of a family, for a single file."""
+    """The members of a family that the commands need for a single file."""
 
     name, denoiser_component = "small", "transformer"
     layer_names: LayerNames = TableNames(table=FLUX_TABLE)
@@ -69,7 +69,7 @@ class Small(ModelFamily):
 
 
 class SmallWan(Small):
-    """A model with parameters of its own, outside of layers."""
+    """A model with parameters outside of layers."""
 
     layer_names = WAN_NAMES
 
@@ -92,7 +92,7 @@ def denoiser(family: type[Small] = Small) -> nn.Module:
 
 
 def native_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights in the original model's names, norms as FLUX's own file has them."""
+    """Return the weights under the names of the original model, with norms as in FLUX's file."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for layer, native in Small.layer_names.original(model).items():
         for kind, tensor in model.get_submodule(layer).named_parameters():
@@ -156,7 +156,7 @@ def assert_same(there: AdaptedModel, here: AdaptedModel) -> None:
 
 @pytest.mark.parametrize("file_format", ["comfyui", "kohya"])
 @pytest.mark.parametrize("algorithm", SPECS)
-def test_merge_writes_into_the_parts(algorithm, file_format, tmp_path):
+def test_merge_changes_the_rows_of_each_layer(algorithm, file_format, tmp_path):
     base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere(algorithm)
     lora, out = (
         saved(tmp_path / "lora.safetensors", adapted, base, file_format),
@@ -191,7 +191,7 @@ def test_merge_rounds_only_what_it_changes(tmp_path):
 
 @pytest.mark.parametrize("file_format", ["comfyui", "kohya"])
 @pytest.mark.parametrize("algorithm", SPECS)
-def test_inspect_and_convert_know_the_parts(algorithm, file_format, tmp_path, capsys):
+def test_inspect_and_convert_read_the_rows_of_each_layer(algorithm, file_format, tmp_path, capsys):
     base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere(algorithm)
     lora = saved(tmp_path / "lora.safetensors", adapted, base, file_format)
     assert run("inspect", lora, "--model", base) == 0
@@ -206,7 +206,7 @@ def test_inspect_and_convert_know_the_parts(algorithm, file_format, tmp_path, ca
 
 
 @pytest.mark.parametrize("algorithm", ["LoRA", "LoKr", "Full"])
-def test_extract_finds_the_parts(algorithm, tmp_path):
+def test_extract_finds_the_rows_of_each_layer(algorithm, tmp_path):
     base, tuned = model_file(tmp_path / "base.safetensors", denoiser()), denoiser()
     adapted = trained(dict.fromkeys(LAYERS, LayerSpec(2, 3.0, "LoRA")))
     adapted.merge_into(tuned)
@@ -222,7 +222,7 @@ def test_extract_finds_the_parts(algorithm, tmp_path):
         assert_same(found, adapted)
 
 
-def test_resize_keeps_the_parts(tmp_path):
+def test_resize_keeps_the_rows_of_each_layer(tmp_path):
     base, adapted = model_file(tmp_path / "base.safetensors", denoiser()), everywhere("LoRA")
     lora, out = (
         saved(tmp_path / "lora.safetensors", adapted, base, "kohya"),
@@ -232,7 +232,7 @@ def test_resize_keeps_the_parts(tmp_path):
     assert_same(reread(out, base), adapted)
 
 
-def test_a_file_with_a_part_missing_is_not_whole(tmp_path, capsys):
+def test_a_file_with_missing_rows_is_incomplete(tmp_path, capsys):
     state = native_state(denoiser())
     key = f"{PREFIX}single_blocks.0.linear1.weight"
     save_file({**state, key: state[key][:100].clone()}, tmp_path / "base.safetensors")
@@ -241,7 +241,7 @@ def test_a_file_with_a_part_missing_is_not_whole(tmp_path, capsys):
     assert f"{key}: (100, 24) in the file, (96, 24) by its config" in capsys.readouterr().err
 
 
-def test_extract_tells_of_parameters_outside_of_layers(tmp_path, monkeypatch, capsys):
+def test_extract_lists_parameters_outside_of_layers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tools.base_model, "get_family", SmallWan)
     for name, change in (("base", 0.0), ("tuned", 0.5)):
         model = denoiser(SmallWan)

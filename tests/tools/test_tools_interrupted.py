@@ -1,4 +1,4 @@
-"""Tools that are stopped leave nothing behind, and the next run removes what a killed one left."""
+"""Stopped commands leave nothing behind, and the next run removes the files of a killed one."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ import pytest
 from helpers.project import BASE, PROJECT
 from helpers.tool_cases import run
 
-ENDED = subprocess.Popen([sys.executable, "-c", ""])  # a process id that is no one's
+ENDED = subprocess.Popen([sys.executable, "-c", ""])  # its process id is free afterwards
 ENDED.wait()
 
 
 @pytest.fixture
 def handler():
-    """What SIGTERM did before; without it a test that fails would end the tests."""
+    """Install a SIGTERM handler that fails; without it a failed test would end all tests."""
 
     def failing(*_):
         raise AssertionError("SIGTERM was not caught")
@@ -52,7 +52,7 @@ def test_a_signal_leaves_nothing_behind(when, number, lora_file, handler, tmp_pa
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(lora_file, tmp_path):
+def test_only_the_files_of_a_killed_run_are_removed(lora_file, tmp_path):
     out = tmp_path / "out.safetensors"
     stale = [tmp_path / f".out.safetensors.{pid}.spool" for pid in (ENDED.pid, os.getpid())]
     others = [

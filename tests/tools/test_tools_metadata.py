@@ -1,4 +1,4 @@
-"""What the tools' files say about themselves is what is in them."""
+"""The metadata of written files describes their content."""
 
 import json
 
@@ -38,11 +38,11 @@ def test_convert_names_the_algorithm(case, tmp_path):
     assert "modelspec.hash_sha256" not in there
     assert_same_updates(
         out, adapted, 2e-5
-    )  # read with this metadata, of which a rotation's alpha depends
+    )  # read with this metadata, because the alpha of a rotation depends on it
 
 
 @pytest.mark.parametrize("case", ["LoHa", "OFT constraint"])
-def test_resize_and_extract_name_theirs(case, tmp_path):
+def test_resize_and_extract_name_the_algorithm(case, tmp_path):
     path, _ = of_case(tmp_path, case)
     lora, lokr, merged = (
         tmp_path / "lora.safetensors",
@@ -65,7 +65,7 @@ def test_resize_and_extract_name_theirs(case, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["networks.oft", "lycoris.kohya"])
-def test_a_constraint_is_worked_in(module, tmp_path):
+def test_a_constraint_becomes_part_of_the_blocks(module, tmp_path):
     path, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
     blocks = torch.randn(7, 8, 8, generator=torch.Generator().manual_seed(0))
     alpha = torch.tensor(0.5 if module == "networks.oft" else 0.5 / 56)  # LyCORIS' is per channel

@@ -1,4 +1,4 @@
-"""`resize` and `extract`: their numbers against another way to compute them."""
+"""`resize` and `extract`: their numbers, computed in another way."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_resize_of_a_lora_needs_no_model(file_format, tmp_path, capsys):
     assert max(relative_error(other[name], there[name]) for name in there) < 1e-5
 
 
-def test_resize_by_energy_takes_the_least_rank_that_keeps_it(tmp_path):
+def test_resize_by_energy_takes_the_smallest_sufficient_rank(tmp_path):
     path, adapted = of_case(tmp_path, "LoHa")
     out = tmp_path / "out.safetensors"
     assert run("resize", path, out, "--energy", 0.9, "--model", BASE) == 0
@@ -63,7 +63,7 @@ def test_resize_by_energy_takes_the_least_rank_that_keeps_it(tmp_path):
 # extract
 
 
-def test_extract_gives_back_what_was_merged(fp32_model, tmp_path):
+def test_extract_returns_the_merged_adapter(fp32_model, tmp_path):
     adapted = trained(dict.fromkeys(list(adaptable_layers(base()))[::4], LayerSpec(4, 6.0)))
     path = adapter_file(tmp_path / "a.safetensors", adapted)
     assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
@@ -129,7 +129,7 @@ def test_extract_of_any_difference_is_the_nearest_kronecker_product(fp32_model, 
         )
 
 
-def test_a_resized_adapter_says_its_new_rank(tmp_path):
+def test_the_metadata_of_a_resized_adapter_has_its_new_rank(tmp_path):
     path, _ = of_case(tmp_path, "LoRA")
     assert run("resize", path, tmp_path / "out.safetensors", "--rank", 3) == 0
     assert metadata_of(tmp_path / "out.safetensors")["ss_network_dim"] == "3"

@@ -1,4 +1,4 @@
-"""What the tools write with: byte for byte as safetensors writes it, in little memory."""
+"""The streaming writer: byte for byte as safetensors writes, in little memory."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("metadata", [{}, {"b": 'x\n"\u00e9' * 99}])
-def test_the_writer_writes_what_safetensors_writes(metadata, tmp_path):
+def test_the_writer_writes_as_safetensors(metadata, tmp_path):
     tensors = every_dtype()
     infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
     write_tensors(tmp_path / "a", infos, list(tensors.items())[::-1], metadata)
@@ -64,7 +64,7 @@ def test_the_hashes_are_those_of_the_whole_file(size, tmp_path):
 
 
 class Counting(io.BytesIO):
-    """A file that knows the most that was asked of it at once."""
+    """A file that records the largest size of a read."""
 
     most = 0
 
@@ -95,7 +95,7 @@ print("PEAK", peak_memory() - before, small, code)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_merging_takes_the_memory_of_a_tensor_not_of_the_model(tmp_path):
+def test_merging_takes_the_memory_of_a_tensor(tmp_path):
     small, large = (
         base_file(tmp_path / "small.safetensors", torch.float16),
         tmp_path / "large.safetensors",

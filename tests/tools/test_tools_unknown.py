@@ -1,4 +1,4 @@
-"""Adapter files without their model: what is wrong with them is found all the same, and they keep their format."""
+"""Adapter files without their model: errors are still found, and the format is kept."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
 def halves(spelling: str, down: str, up: str) -> dict[str, torch.Tensor]:
-    """A LoRA of rank 4 on a text encoder's layer."""
+    """Return a LoRA of rank 4 on a layer of a text encoder."""
     torch.manual_seed(0)
     return {
         f"{spelling}.{down}": torch.randn(4, 96) * 0.05,
@@ -20,7 +20,7 @@ def halves(spelling: str, down: str, up: str) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_file_of_diffusers_with_a_text_encoder_stays_one(tmp_path):
+def test_a_diffusers_file_with_a_text_encoder_keeps_its_format(tmp_path):
     path, out = of_case(tmp_path, "LoRA", "diffusers")[0], tmp_path / "out.safetensors"
     text = halves(f"text_encoder.{TEXT}", "lora_A.weight", "lora_B.weight")
     save_file({**load_file(path), **text}, path)
@@ -44,7 +44,7 @@ STARTS = {"kohya": "lora_unet_", "comfyui": "diffusion_model.", "diffusers": "un
 
 @pytest.mark.parametrize("model", [(), ("--model", BASE)], ids=["without", "with"])
 @pytest.mark.parametrize("file_format", STARTS)
-def test_resize_keeps_the_format_and_says_it(file_format, model, tmp_path, capsys):
+def test_resize_keeps_and_prints_the_format(file_format, model, tmp_path, capsys):
     path, out = of_case(tmp_path, "LoRA", file_format)[0], tmp_path / "out.safetensors"
     assert run("resize", path, out, "--rank", 2, *model) == 0
     assert f"wrote {out}: {file_format}," in capsys.readouterr().out
@@ -98,13 +98,13 @@ def test_a_layer_of_two_algorithms_is_damaged(other, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("blocks", [(3, 16, 8), (2, 7)], ids=str)
-def test_blocks_that_are_no_rotation_are_damaged(blocks, tmp_path, capsys):
+def test_blocks_that_are_not_rotations_are_damaged(blocks, tmp_path, capsys):
     save_file({"lora_unet_conv_in.oft_blocks": torch.ones(blocks)}, tmp_path / "a.safetensors")
     assert run("inspect", tmp_path / "a.safetensors") == 1
     assert "lora_unet_conv_in: " in capsys.readouterr().out
 
 
-def test_an_update_that_is_not_finite_needs_no_model_to_be_named(tmp_path, capsys):
+def test_an_update_that_is_not_finite_is_named_without_a_model(tmp_path, capsys):
     path, _ = of_case(tmp_path, "LoRA")
     tensors = {
         key: t * (1e30 if "conv_in" in key and "alpha" not in key else 1)
