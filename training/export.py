@@ -12,6 +12,7 @@ from torch import Tensor
 from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
 from common.atomic import WriteError, new_folder, write_file
+from common.dtypes import DTYPES
 from common.errors import AdapterError, error_list
 from objectives.schedulers import override_scheduler
 from training.build import on_one_process
@@ -26,8 +27,6 @@ from training.reporting.loss_files import loss_json, loss_png
 from training.reporting.trackers import log_images
 from training.services import RunServices
 from training.train_state import TrainState
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
