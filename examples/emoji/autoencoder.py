@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from emoji_source import Emoji, load_pixels, read_emoji, to_tensor
-from pretraining import MovingAverage, TrainingLog, cosine, take_step
+from pretraining import MovingAverage, SavedTraining, TrainingLog, cosine, take_step
 from restyle import Color, blueprint, over_white, screen_print
 from torch import Tensor
 
@@ -61,14 +61,17 @@ def luminance(color: Color) -> float:
     return 0.3 * red + 0.59 * green + 0.11 * blue
 
 
-def train_autoencoder(autoencoder: AutoencoderKL, pixels: Tensor, steps: int) -> None:
+def train_autoencoder(
+    autoencoder: AutoencoderKL, pixels: Tensor, steps: int, state_file: Path
+) -> None:
     """Train an autoencoder in place: L1 + L2 + L1 of the gradients, and a small KL term."""
     autoencoder.to(memory_format=torch.channels_last)
     parameters = list(autoencoder.parameters())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     average = MovingAverage(parameters, decay=0.998)
     log = TrainingLog("autoencoder", steps)
-    for step in range(steps):
+    saved = SavedTraining(state_file, optimizer, average)
+    for step in range(saved.load(), steps):
         batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,))]
         is_flipped = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
         batch = torch.where(is_flipped, batch.flip(3), batch)
@@ -81,6 +84,7 @@ def train_autoencoder(autoencoder: AutoencoderKL, pixels: Tensor, steps: int) ->
         take_step(loss, optimizer, max(MIN_RATE, PEAK_RATE * cosine(step, steps, warmup=200)))
         average.update(step)
         log.add(step, reconstruction)
+        saved.save(step + 1)
     average.copy_to_parameters()
 
 
@@ -140,7 +144,7 @@ def load_or_train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
         autoencoder = build_autoencoder()
         count = sum(parameter.numel() for parameter in autoencoder.parameters())
         print(f"autoencoder: {count:,} parameters", flush=True)
-        train_autoencoder(autoencoder, autoencoder_images(all_emoji), steps)
+        train_autoencoder(autoencoder, autoencoder_images(all_emoji), steps, work / "autoencoder.pt")
         ratio = psnr(autoencoder, load_pixels(read_emoji(modules, "google")))
         print(f"autoencoder: PSNR {ratio:.2f} dB", flush=True)
         autoencoder.save_pretrained(folder)

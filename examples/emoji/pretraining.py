@@ -17,7 +17,9 @@ SHOWN_NAMES = (
     "pizza", "strawberry", "doughnut", "beer", "tulip", "cactus", "heart", "ghost",
 )  # fmt: skip
 SNAPSHOT_EVERY = 2000
-"""Steps between two snapshots of a training in its work folder."""
+"""Steps between two pictures of an unfinished base in the work folder."""
+SAVE_EVERY = 250
+"""Steps between two saved states of a training, from which a stopped script continues."""
 
 
 class MovingAverage:
@@ -45,10 +47,47 @@ class MovingAverage:
         """Replace the parameters by their average."""
         self._copy(self.values)
 
+    def load(self, parameters: list[Tensor], values: list[Tensor]) -> None:
+        """Replace the parameters and their average by saved ones."""
+        self._copy(parameters)
+        self.values = [value.detach().clone() for value in values]
+
     @torch.no_grad()
     def _copy(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
+
+
+class SavedTraining:
+    """The state of a training in a file, so that a stopped script continues where it was."""
+
+    def __init__(self, file: Path, optimizer: torch.optim.Optimizer, average: MovingAverage):
+        self.file, self.optimizer, self.average = file, optimizer, average
+
+    def load(self) -> int:
+        """Load the saved state if there is one. Return the number of steps taken."""
+        if not self.file.exists():
+            return 0
+        state = torch.load(self.file, weights_only=True)
+        self.average.load(state["parameters"], state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps, on each `SAVE_EVERY`-th step."""
+        if step % SAVE_EVERY:
+            return
+        state = {
+            "step": step,
+            "parameters": self.average.parameters,
+            "average": self.average.values,
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        partial = self.file.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.file)
 
 
 class TrainingLog:
@@ -57,18 +96,23 @@ class TrainingLog:
     def __init__(self, name: str, steps: int):
         self.name, self.steps = name, steps
         self.losses: list[float] = []
-        self.start = time.perf_counter()
+        self.seconds: list[float] = []
+        self.previous = time.perf_counter()
 
     def add(self, step: int, loss: Tensor) -> None:
         self.losses.append(loss.item())
+        now = time.perf_counter()
+        self.seconds.append(now - self.previous)
+        self.previous = now
         if (step + 1) % 250 == 0 or step + 1 == self.steps:
-            seconds = (time.perf_counter() - self.start) / (step + 1)
+            seconds = sum(self.seconds) / len(self.seconds)
             mean = sum(self.losses) / len(self.losses)
             print(
                 f"{self.name} step {step + 1}/{self.steps} loss {mean:.5f} {seconds:.3f} s/step",
                 flush=True,
             )
             self.losses.clear()
+            self.seconds.clear()
 
 
 def take_step(loss: Tensor, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

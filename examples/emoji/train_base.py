@@ -20,6 +20,7 @@ from emoji_source import Emoji, load_pixels, read_emoji
 from pretraining import (
     SNAPSHOT_EVERY,
     MovingAverage,
+    SavedTraining,
     TrainingLog,
     cosine,
     print_sizes,
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--autoencoder-steps", type=int, default=7000)
+    parser.add_argument("--autoencoder-steps", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=9000)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -122,7 +123,8 @@ def train_denoiser(
     weights = (1 / scheduler.alphas_cumprod).clamp(max=MAX_LEVEL_WEIGHT)
     weights /= weights.mean()
     log = TrainingLog("unet", steps)
-    for step in range(steps):
+    saved = SavedTraining(snapshot.with_suffix(".pt"), optimizer, average)
+    for step in range(saved.load(), steps):
         index = torch.randint(len(emoji), (BATCH_SIZE,))
         flip = torch.randint(2, (BATCH_SIZE,))
         noise = torch.randn(BATCH_SIZE, *latents.shape[2:])
@@ -136,6 +138,7 @@ def train_denoiser(
         take_step(loss, optimizer, PEAK_RATE * cosine(step, steps, warmup=200))
         average.update(step)
         log.add(step, errors.mean())
+        saved.save(step + 1)
         if (step + 1) % SNAPSHOT_EVERY == 0:
             with average.applied():
                 save_base(pipeline, emoji, snapshot, draw)

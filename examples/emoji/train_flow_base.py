@@ -19,6 +19,7 @@ from emoji_source import Emoji, load_pixels, read_emoji
 from pretraining import (
     SNAPSHOT_EVERY,
     MovingAverage,
+    SavedTraining,
     TrainingLog,
     cosine,
     print_sizes,
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "flow_base")
-    parser.add_argument("--autoencoder-steps", type=int, default=7000)
+    parser.add_argument("--autoencoder-steps", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=9000)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -108,7 +109,8 @@ def train_denoiser(
     average = MovingAverage(parameters, decay=0.999)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     log = TrainingLog("transformer", steps)
-    for step in range(steps):
+    saved = SavedTraining(snapshot.with_suffix(".pt"), optimizer, average)
+    for step in range(saved.load(), steps):
         index = torch.randint(len(emoji), (BATCH_SIZE,))
         flip = torch.randint(2, (BATCH_SIZE,))
         is_dropped = torch.rand(BATCH_SIZE) < 0.1
@@ -127,6 +129,7 @@ def train_denoiser(
         take_step(loss, optimizer, PEAK_RATE * cosine(step, steps, warmup=200))
         average.update(step)
         log.add(step, loss)
+        saved.save(step + 1)
         if (step + 1) % SNAPSHOT_EVERY == 0:
             with average.applied():
                 save_base(pipeline, emoji, snapshot, draw)
