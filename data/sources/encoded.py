@@ -22,7 +22,7 @@ from data.store.store import MISSING, Store, damaged
 
 ABOUT = "encoded.json"
 FORMAT = 1
-OPTIONS = ("vae_sampling", "masks", "flip")
+OPTIONS = ("vae_sampling", "masks", "random_flip")
 
 
 def options_of(data: DataConfig) -> dict[str, Any]:

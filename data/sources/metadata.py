@@ -58,9 +58,9 @@ def read_metadata(file: Path, config: SourceConfig, faults: list[str]) -> dict[P
 
 def columns(config: SourceConfig) -> dict[str, str]:
     """The columns that are read besides that of the image, by the option that names them."""
-    wanted = {"caption_column": config.captions.column, "weight_column": config.weight_column}
+    wanted = {"captions.column": config.captions.column, "weight_column": config.weight_column}
     if config.captions.text is not None:
-        del wanted["caption_column"]
+        del wanted["captions.column"]
     return {flag: column for flag, column in wanted.items() if column is not None}
 
 

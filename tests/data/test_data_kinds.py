@@ -80,7 +80,7 @@ def test_comfyui_folders_go_out_and_come_back(build, images, tmp_path, form):
 
 
 def test_encoded_folders_train_without_the_images(build, images, tmp_path):
-    options = {"flip": True, "caption_multi": True, "caption_dropout": 0.1}
+    options = {"random_flip": True, "caption_one_per_line": True, "caption_dropout": 0.1}
     (images / "cat.txt").write_text("one\ntwo")
     first = build(path=str(images), export=tmp_path / "encoded", **options)
     seeds = [key("sample", 0, v) for v in range(40)]
@@ -95,7 +95,8 @@ def test_encoded_folders_train_without_the_images(build, images, tmp_path):
     assert batch.latents.equal(expected.latents)
     assert batch.cond["prompt_embeds"].equal(expected.cond["prompt_embeds"])
     with pytest.raises(
-        DataError, match=r"encoded with \{.*'flip': True.*this run asks for \{.*'flip': False"
+        DataError,
+        match=r"encoded with \{.*'random_flip': True.*this run asks for \{.*'random_flip': False",
     ):
         build(path=str(tmp_path / "encoded"))
     about = json.loads((tmp_path / "encoded" / "encoded.json").read_text())

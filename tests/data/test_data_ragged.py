@@ -171,7 +171,7 @@ def built(images, tmp_path):
         given = {
             "resolution": 64,
             "cache_dir": str(tmp_path / "cache"),
-            "images": str(images),
+            "path": str(images),
             **options,
         }
         return build_datasets(data_config(**given), family, Accelerator(cpu=True)).train

@@ -91,7 +91,7 @@ def test_a_mask_counts_in_all_channels_and_frames(tmp_path, family, shape, monke
     family = family if len(shape) == 4 else StableDiffusion(family.config)
     loss = build_loss(family, ObjectiveConfig(), "MSE", torch.float32)
     monkeypatch.setattr(
-        loss, "compare", lambda prediction, target, reduction: torch.ones_like(target - prediction)
+        loss, "compare", lambda prediction, target: torch.ones_like(target - prediction)
     )
     losses = loss(
         family.load_denoiser(torch.float32), make_batch(dataset, [0, 1], [0, 1], range(2))
@@ -101,7 +101,7 @@ def test_a_mask_counts_in_all_channels_and_frames(tmp_path, family, shape, monke
 
 def test_images_are_videos_of_one_frame_with_conditioning_of_their_own(build, family, images):
     Image.open(images / "cat.png").convert("RGB").resize((96, 48)).save(images / "cat.png")
-    options = {"images": str(images), "flip": True, "masks": "alpha", "vae_sampling": "sample"}
+    options = {"path": str(images), "random_flip": True, "masks": "alpha", "vae_sampling": "sample"}
     dataset, plain = build(family, **options), build(StableDiffusion(family.config), **options)
     assert len(dataset.buckets) == len(plain.buckets) == 2
     assert {dataset.latents(row)[:, 0].numpy().tobytes() for row in range(4)} == stored(
@@ -183,7 +183,7 @@ def test_comfyui_latents_with_and_without_frames(build, family, tmp_path):
 
 
 def test_a_video_family_trains_and_draws_sheets(options, images, run_here, tmp_path, monkeypatch):
-    monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
+    monkeypatch.setitem(models.FAMILIES, Video.name, "helpers.data_families")
     more = [
         f"--data.cache_dir={tmp_path / 'cache'}",
         "--data.validation_fraction=0.25",

@@ -22,8 +22,9 @@ WORKER = """
 import json, sys, torch
 from pathlib import Path
 from accelerate import Accelerator
-from data.config import DataConfig, DataError
-from data.precompute import build_datasets
+from common.errors import DataError
+from data.precompute.build import build_datasets
+from helpers.data_cases import data_config
 from models import get_family
 from models.config import ModelConfig
 
@@ -55,7 +56,11 @@ def launch(out: Path, ranks: int, **options) -> list[str]:
             str(ranks)]  # fmt: skip
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def ran(out: Path, ranks: int, **options) -> list[dict]:
@@ -67,7 +72,7 @@ def ran(out: Path, ranks: int, **options) -> list[dict]:
 
 def options_for(images: Path, cache: Path, **more) -> dict:
     return {
-        "images": str(images),
+        "path": str(images),
         "cache_dir": str(cache),
         "resolution": 64,
         "encode_batch_size": 3,
@@ -176,7 +181,7 @@ def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ra
     command = launch(tmp_path / "out", ranks, **options)
     small = (tmp_path / "out" / "worker.py").read_text()
     (tmp_path / "out" / "worker.py").write_text(
-        f"import data.store; data.store.ROWS_PER_PART = 2\n{small}"
+        f"import data.store.store; data.store.store.ROWS_PER_PART = 2\n{small}"
     )
     kept: dict[Path, int] = {}
     for delay in (2.0, 5.0, 6.0, 7.0):

@@ -162,7 +162,7 @@ def build(tmp_path, family):
         given = {
             "resolution": 96,
             "cache_dir": str(tmp_path / "cache"),
-            "images": str(images),
+            "path": str(images),
             **options,
         }
         return build_datasets(data_config(**given), family, Accelerator(cpu=True))
@@ -212,7 +212,9 @@ def test_several_clips_of_a_video_are_rows_that_are_held_out_together(build, fol
     }  # fmt: skip
     assert len(held_out) == 1
     assert not every.keys() & held_out.keys()
-    assert build(folder, frames=5, clip="first").encoded_images == 0, "the first clips are the same"
+    assert build(folder, frames=5, video_clips="first").encoded_images == 0, (
+        "the first clips are the same"
+    )
     rate = build(folder, frames=5, fps=8.0)
     assert (len(rate.train), rate.encoded_images) == (4, 3)
 
@@ -293,7 +295,7 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
 
 
 def test_the_report_and_the_sheets_show_clips(folder, run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.FAMILIES, Video.name, "data_families")
+    monkeypatch.setitem(models.FAMILIES, Video.name, "helpers.data_families")
     options = [
         f"--model.path={BASE}", f"--data.path={folder}", f"--data.cache_dir={tmp_path / 'cache'}",
         "--data.resolution=96", "--data.frames=5", "--data.video_clips=spread", f"--output_dir={tmp_path / 'out'}",

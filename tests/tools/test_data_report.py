@@ -155,8 +155,8 @@ def test_several_sources_from_a_recipe(odd, tmp_path, told):
     (tmp_path / "class" / "y.png").write_bytes((odd / "b.png").read_bytes())
     (tmp_path / "class" / "y.txt").write_text("a face")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"data": {"images": str(odd), "validation_images": str(TWEMOJI / "validation"),
-        "prior_weight": 0.5, "caption_trigger": "sks", "caption_shuffle": True, "caption_dropout": 0.1,
+    recipe.write_text(yaml.safe_dump({"data": {"path": str(odd), "validation_path": str(TWEMOJI / "validation"),
+        "prior_loss_weight": 0.5, "captions": {"trigger": "sks", "shuffle": True, "dropout": 0.1},
         "sources": [{"path": str(tmp_path / "class"), "regularization": True, "repeats": 2}]}}))  # fmt: skip
     code, report, _ = told(recipe=[str(recipe)])
     assert code == 0
@@ -245,7 +245,7 @@ def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
     assert code == 2
     assert "2 errors" in err
     assert "exists and is not a folder" in err
-    assert "no is not a folder" in err
+    assert f"--data.path {tmp_path / 'no'}: is not a folder" in err
 
 
 def test_sheets_show_the_crops_with_captions(odd, told, tmp_path, monkeypatch):
