@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -37,10 +37,11 @@ from data.dataset import LatentDataset, Stores
 from data.loader import load_micro_batches
 from data.media.buckets import Crop
 from data.precompute.index import write_index
+from data.samples import PlannedSample
 from data.schedule import Schedule
-from data.store import tables
-from data.store.hashing import key_of
+from data.store.keys import key_of
 from data.store.store import Store
+from data.store.tables import Table, new_table
 
 BAR, GROWTH_BAR = 0.40, 1.10
 BATCHES, WARM_UP = 200, 5
@@ -78,31 +79,26 @@ def encoded(
     beyond the last of the texts share it."""
     Store(folder / "media").write((key_of(str(n)), row) for n, row in enumerate(media))
     Store(folder / "text").write((key_of(str(n)), row) for n, row in enumerate(texts))
-    crop = list(astuple(Crop(side, side, side, side, 0, 0, side, side)))
-    with tables.writing(folder / "rows.arrow", tables.ROWS) as table:
+    crop = Crop(side, side, side, side, 0, 0, side, side)
+    with new_table(folder / "planned.arrow", PlannedSample) as table:
         for n in range(count):
             table.add(
-                {
-                    "entry": n,
-                    "content": key_of(str(n)),
-                    "media": [key_of(str(n))],
-                    "texts": [key_of(str(min(n, len(texts) - 1)))],
-                    "shares": [1.0],
-                    "crop": crop,
-                    "repeats": 1,
-                    "weight": 1.0,
-                    "dropout": 0.0,
-                    "held_out": False,
-                    "may_hold_out": True,
-                }
+                PlannedSample(
+                    listed=n,
+                    content_hash=key_of(str(n)),
+                    media_keys=[key_of(str(n))],
+                    caption_keys=[key_of(str(min(n, len(texts) - 1)))],
+                    caption_probabilities=[1.0],
+                    crop=crop,
+                )
             )
     return indexed(folder)
 
 
 def indexed(folder: Path) -> LatentDataset:
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
-    rows = tables.mapped(folder / "rows.arrow")
-    write_index(folder / "index", rows, np.arange(len(rows)), stores)
+    planned = Table(folder / "planned.arrow", PlannedSample)
+    write_index(folder / "index", planned, np.arange(len(planned)), stores)
     return LatentDataset(folder / "index", stores)
 
 
@@ -152,7 +148,7 @@ def without_noise(batches: MicroBatches) -> Callable[[int], object]:
 def through_worker(dataset: LatentDataset, batch_size: int, turns: int) -> Way:
     """One after the other as fast as the worker makes them: in turns with others it would have time
     to make them."""
-    schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
+    schedule = Schedule(dataset.buckets, dataset.content_hash, 0, batch_size)
     loader = load_micro_batches(
         MicroBatches(dataset, schedule), range(turns + WARM_UP), 1, pin_memory=False
     )
@@ -212,7 +208,7 @@ def ways(folder: Path, count: int, batch_size: int, turns: int) -> list[Way]:
     media, texts = sdxl(count)
     rows = [{**a, **b} for a, b in zip(media, texts, strict=True)]
     dataset = encoded(folder / "ours", count, media, texts, 1024)
-    schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
+    schedule = Schedule(dataset.buckets, dataset.content_hash, 0, batch_size)
     batches = MicroBatches(dataset, schedule)
     stored = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     delivered = {**stored, "noise": torch.randn(count, *LATENTS)}
@@ -305,7 +301,7 @@ def use_rows(folder: Path, batches: int) -> dict[str, float]:
     opened = time.perf_counter()
     dataset = LatentDataset(folder / "index", stores)
     numbers = load_micro_batches(
-        MicroBatches(dataset, Schedule(dataset.buckets, dataset.fingerprint, 0, 8)),
+        MicroBatches(dataset, Schedule(dataset.buckets, dataset.content_hash, 0, 8)),
         range(batches),
         0,
         False,

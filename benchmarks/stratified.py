@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from common.process import ProcessInfo
 from data.batches import MicroBatches
 from data.precompute.build import build_datasets
 from data.schedule import Schedule
@@ -47,7 +48,10 @@ class Gradients:
     def __init__(self, config: TrainConfig):
         self.config, self.family = config, get_family(config.model)
         self.dataset = build_datasets(
-            config.data, self.family, Accelerator(cpu=True), not config.bucket_mode
+            config.data,
+            self.family,
+            ProcessInfo.of(Accelerator(cpu=True)),
+            not config.bucket_mode,
         ).train
         self.denoiser, self.dtype = build.load_denoiser(config, self.family)
         adapted, _ = build.attach_adapters(config, self.family, self.denoiser, None)  # type: ignore[arg-type]
@@ -56,7 +60,7 @@ class Gradients:
     def of_steps(self, config: TrainConfig, size: int, steps: int) -> tuple[Tensor, Tensor]:
         """Gradients (steps, numbers) and losses (steps,)."""
         loss_function = build_loss(self.family, config.objective, config.loss_function, self.dtype)
-        schedule = Schedule(self.dataset.buckets, self.dataset.fingerprint, config.seed, size)
+        schedule = Schedule(self.dataset.buckets, self.dataset.content_hash, config.seed, size)
         batches, gradients, losses = MicroBatches(self.dataset, schedule, config.objective), [], []
         for step in range(steps):
             loss = loss_function(self.denoiser, batches[step]).mean()

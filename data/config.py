@@ -23,7 +23,7 @@ class CaptionConfig:
     column: str = "text"
     """Caption column of a Hugging Face dataset or a metadata file."""
     one_per_line: bool = False
-    """Each line of a caption file is a caption of its own; one of them is drawn each time the image
+    """Each line of a caption file is a separate caption; one of them is drawn each time the image
     is seen."""
     trigger: str = ""
     """Words put before every caption that does not contain them."""
@@ -122,7 +122,8 @@ class DataConfig:
     """Frames of a video clip, for video models. A shorter video gives as many frames as the model supports.
     Image-to-video models need more than one."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Frames per second of a clip, whatever the rate of the video. None: the rate of the model."""
+    """Frames per second of a clip; the frames of other videos are repeated or left out. None: the
+    rate of the model."""
     video_clips: Literal["first", "spread"] = "first"
     """Clips of a video that are trained on. first: its beginning. spread: as many as fit, evenly
     spaced."""
@@ -135,8 +136,8 @@ class DataConfig:
     background: str = "white"
     """Color behind transparent images: a name or #rrggbb."""
     masks: Literal["none", "alpha", "files"] = "none"
-    """Where the loss counts. alpha: where the image is opaque. files: where <name>_mask.<extension> next to the image
-    is white."""
+    """Masks of the loss. alpha: the loss counts where the image is opaque. files: it counts where
+    <name>_mask.<extension> next to the image is white."""
     mask_min_value: Fraction = 0.0
     """Weight of the loss where the mask is black."""
     prior_loss_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -161,8 +162,10 @@ class DataConfig:
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return data.path, as the first source, and data.sources, with the options that they take
         from `data`."""
-        first = () if self.path is None else (SourceConfig(self.path),)
-        return tuple(self.with_defaults(source) for source in (*first, *self.sources))
+        sources = list(self.sources)
+        if self.path is not None:
+            sources.insert(0, SourceConfig(self.path))
+        return tuple(self.with_defaults(source) for source in sources)
 
     def with_defaults(self, source: SourceConfig) -> SourceConfig:
         """Fill the options of `source` that are not set."""
@@ -177,5 +180,5 @@ class DataConfig:
         return replace(source, captions=captions, **unset)
 
     def _caption_option(self, source: SourceConfig, name: str) -> Any:
-        own = getattr(source.captions, name)
-        return getattr(self.captions, name) if own is None else own
+        value = getattr(source.captions, name)
+        return getattr(self.captions, name) if value is None else value

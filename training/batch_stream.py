@@ -9,7 +9,7 @@ from common.process import ProcessInfo
 from data.batches import Batch, MicroBatches
 from data.dataset import LatentDataset
 from data.loader import load_micro_batches
-from data.schedule import Schedule, key
+from data.schedule import Schedule, random_key
 from training.config import TrainConfig
 from training.reporting.history import DataTimer
 from training.reporting.sample_log import SampleLog
@@ -22,7 +22,7 @@ class BatchStream:
     def __init__(self, config: TrainConfig, dataset: LatentDataset, process: ProcessInfo):
         self.config, self.dataset, self.process = config, dataset, process
         self.schedule = Schedule(
-            dataset.buckets, dataset.fingerprint, config.seed, config.batch_size
+            dataset.buckets, dataset.content_hash, config.seed, config.batch_size
         )
         self.timer = DataTimer()
         self.sample_log = None
@@ -47,7 +47,7 @@ class BatchStream:
                 step_number = number // micro_batches_per_step + 1
                 self.sample_log.add(step_number, self.schedule.rows(number), batch)
             if self.has_dropout:
-                torch.manual_seed(key("dropout", self.config.seed, number))
+                torch.manual_seed(random_key("dropout", self.config.seed, number))
             yield batch.to(self.process.device)
 
     def sample_names(self, step: int, micro_batches_per_step: int) -> list[str]:

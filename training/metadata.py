@@ -9,8 +9,8 @@ from pathlib import Path
 
 from adapter_files.files import Layers
 from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
+from common.hashing import hash_of_files
 from data.dataset import LatentDataset
-from data.store.hashing import hash_of_files
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
 from training.optim.registry import OPTIMIZERS
@@ -116,7 +116,7 @@ def trainer_metadata(
         "train_lora.base_model_hash": hash_of_files(
             family.component_files("denoiser"), Path(config.data.cache_dir)
         ),
-        "train_lora.dataset_hash": dataset.fingerprint,
+        "train_lora.dataset_hash": dataset.content_hash,
         "train_lora.versions": json.dumps({name: version(name) for name in packages(config)}),
     }
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from data.batches import Batch, make_batch
 from data.dataset import LatentDataset
-from data.schedule import key
+from data.schedule import random_key
 from training.config import TrainConfig
 from training.loss import LossFunction
 
@@ -53,7 +53,7 @@ class Chunk:
 def validation_kind(dataset: LatentDataset, config: TrainConfig) -> str:
     """Return a text that is equal for validations with comparable losses."""
     weights = config.ema.evaluate_with if config.ema.decay else "raw"
-    return f"{key('validation kind', dataset.fingerprint, str(config.validation.noise_levels), weights):x}"
+    return f"{random_key('validation kind', dataset.content_hash, str(config.validation.noise_levels), weights):x}"
 
 
 def validation_chunks(dataset: LatentDataset, num_levels: int, batch_size: int) -> list[Chunk]:
@@ -80,7 +80,7 @@ def chunk_batch(
     rows = [chunk.first_row + pair % chunk.num_rows for pair in pairs]
     level_indices = [pair // chunk.num_rows for pair in pairs]
     quantile = torch.tensor([noise_levels[index] for index in level_indices])
-    seeds = [key("validation", row) for row in rows]
+    seeds = [random_key("validation", row) for row in rows]
     return rows, level_indices, make_batch(dataset, rows, seeds, range(len(rows)), quantile)
 
 

@@ -3,13 +3,13 @@
 from collections import Counter
 
 import pytest
-from helpers.data_cases import data_config, dataset_of, row_of, source_config
+from helpers.data_cases import data_config, dataset_of, sample_of, source_config
 
 from data.batches import make_batch
 from data.config import SourceConfig
 from data.media.captions import caption_variants, variants_of_one
-from data.schedule import key
-from data.store.hashing import key_of
+from data.schedule import random_key
+from data.store.keys import key_of
 
 
 def source(**options) -> SourceConfig:
@@ -85,9 +85,13 @@ def test_several_captions_share_the_visits():
 
 def test_visits_draw_variants_and_the_empty_prompt_as_often_as_they_should(tmp_path):
     texts = [key_of("a"), key_of("b"), key_of("c")]
-    row = row_of(0, texts=texts, shares=[0.5, 0.3, 0.2], dropout=0.25)
+    row = sample_of(
+        0, caption_keys=texts, caption_probabilities=[0.5, 0.3, 0.2], caption_dropout=0.25
+    )
     dataset = dataset_of(tmp_path, 1, [row])
-    batch = make_batch(dataset, [0] * 4000, [key("sample", 0, v) for v in range(4000)], range(4000))
+    batch = make_batch(
+        dataset, [0] * 4000, [random_key("sample", 0, v) for v in range(4000)], range(4000)
+    )
     names = {
         float(dataset.text[text]["prompt_embeds"][0, 0]): name
         for text, name in zip(texts, "abc", strict=True)
@@ -104,9 +108,13 @@ def test_visits_draw_variants_and_the_empty_prompt_as_often_as_they_should(tmp_p
 
 
 def test_visits_mirror_every_other_image(tmp_path):
-    row = row_of(0, media=[key_of("plain"), key_of("mirrored")])
+    row = sample_of(0, media_keys=[key_of("plain"), key_of("mirrored")])
     dataset = dataset_of(tmp_path, 1, [row])
-    batch = make_batch(dataset, [0] * 1000, [key("sample", 0, v) for v in range(1000)], range(1000))
+    batch = make_batch(
+        dataset, [0] * 1000, [random_key("sample", 0, v) for v in range(1000)], range(1000)
+    )
     assert 430 < (batch.latents[:, 0, 0, 0] == 0.5).sum() < 570
-    again = make_batch(dataset, [0] * 1000, [key("sample", 0, v) for v in range(1000)], range(1000))
+    again = make_batch(
+        dataset, [0] * 1000, [random_key("sample", 0, v) for v in range(1000)], range(1000)
+    )
     assert again.latents.equal(batch.latents)

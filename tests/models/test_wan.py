@@ -9,7 +9,7 @@ from helpers.family_cases import Case, cases, family_of, folder_of
 from PIL import Image
 
 from common.errors import ModelError
-from data.sources.comfy_shards import scan
+from data.sources.comfy_shards import scan_folder
 from models.base import take_comfy_cond
 from training.config import SampleConfig
 from training.preview import draw, first_frame
@@ -81,7 +81,10 @@ def test_comfyuis_latents_of_one_frame_are_refused_by_it_too(tmp_path):
             tmp_path / "shard_0000.pkl",
         )
         assert (
-            any("so one alone teaches it nothing" in fault for fault in scan(tmp_path, family)[1])
+            any(
+                "so one alone teaches it nothing" in fault
+                for fault in scan_folder(tmp_path, family)[1]
+            )
             == wrong
         )
 

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
-from helpers.data_cases import data_config
+from helpers.data_cases import SINGLE_PROCESS, data_config
 from helpers.project import BASE, PROJECT, TWEMOJI, reset_accelerate
 from PIL import Image
 
 from data.export import write_dataset
 from data.media.buckets import Crop
 from data.media.images import pixels
-from data.precompute.build import Build, build_datasets
+from data.precompute.build import DatasetBuilder, build_datasets
 from data.store.store import Store
 from models import get_family
 from models.config import ModelConfig
@@ -195,10 +194,10 @@ def test_what_is_encoded_and_how_large_it_will_be(odd, told, tmp_path):
     data = data_config(path=str(odd), cache_dir=str(tmp_path / "cache"), resolution=64, random_flip=True,
                       vae_sampling="sample", masks="alpha", caption_dropout=0.2)  # fmt: skip
     reset_accelerate()
-    built = build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
+    built = build_datasets(data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS)
     media, text = Store(built.train.media.folder), Store(built.train.text.folder)
-    latents = [media.row(int(place)) for place in media.places]
-    texts = [text.row(int(place)) for place in text.places]
+    latents = [media.read_row(int(row_id)) for row_id in media.row_ids]
+    texts = [text.read_row(int(row_id)) for row_id in text.row_ids]
     sizes = [sum(t.nbytes for row in rows for t in row.values()) for rows in (latents, texts)]
     made = {row[0]: row[1:] for row in table(before, "encoding") if len(row) == 5}
     assert made["latents, with mirrored ones"] == ["12", "0", "12", data_size(sizes[0])], (
@@ -228,9 +227,9 @@ def test_faults_are_told_all_at_once_as_a_run_does(odd, told, tmp_path):
     assert "lonely.txt: a caption without an image" in err
     code, out, err = told("--data.on_error=skip", images=odd)
     assert code == 0
-    assert out.startswith("2 errors in the training data; 7 samples without one remain")
+    assert out.startswith("2 errors in the training data, 7 samples without errors")
     assert fact(out, "in all") == ["7, 1 skipped"]
-    assert not list((tmp_path / "cache").glob(".turns-*")), "what the look left is gone"
+    assert not list((tmp_path / "cache").glob(".stages-*")), "what the look left is gone"
 
 
 def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
@@ -289,7 +288,7 @@ def test_sheets_of_latents_are_what_the_vae_makes_of_them(told, images, tmp_path
     assert not (tmp_path / "sheets").exists()
     reset_accelerate()
     data = data_config(path=str(images), cache_dir=str(tmp_path / "cache"), resolution=64)
-    build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
+    build_datasets(data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS)
     assert told(*words, images=images)[0] == 0
     decoded = np.asarray(Image.open(tmp_path / "sheets" / "bucket_64x64.png"), np.float32)
     assert told(words[0], images=images)[0] == 0
@@ -325,8 +324,8 @@ def test_data_of_comfyui_need_decode(told, tmp_path):
 def test_data_that_are_encoded_already(told, images, tmp_path):
     data = data_config(path=str(images), cache_dir=str(tmp_path / "elsewhere"), resolution=64)
     reset_accelerate()
-    with Build.opened(
-        data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True)
+    with DatasetBuilder.opened(
+        data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS
     ) as build:
         write_dataset(build, build.run(False), tmp_path / "encoded", "encoded")
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", "--decode", images=tmp_path / "encoded")

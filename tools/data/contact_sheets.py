@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from common.atomic import write_file
 from common.errors import DataError
-from data.media.buckets import Crop
-from data.media.video import Clip
-from data.precompute.build import Planned
-from data.precompute.encode import pixels_of
-from data.precompute.plan import ahead
-from data.store import tables
+from data.precompute.build import DataPlan
+from data.precompute.encode import decode_pixels
+from data.precompute.run_sources import ListedContent
+from data.precompute.streams import IMAGES_AHEAD, map_ahead
+from data.samples import ListedSample, PlannedSample
 from data.store.store import MISSING
+from data.store.tables import list_starts
 from models.base import ModelFamily
 from tools.data.survey import Survey, shown, sizes
 from training.reporting.image_grid import to_image, wrapped_text
@@ -35,7 +35,7 @@ FIRST_LETTERS = 300  # of a caption are looked at: no more has a place
 BEFORE_IMAGES = "run the training with these options, which encodes first, and then ask again"
 
 Size = tuple[int, int]
-Cells = dict[str, Any]
+Drawable = tuple[int, PlannedSample, ListedSample, Image.Image]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Drawn:
         return [*(f"wrote {file}" for file in self.written), *self.lacking]
 
 
-def draw(planned: Planned, survey: Survey, folder: Path, decode: bool) -> Drawn:
+def draw(planned: DataPlan, survey: Survey, folder: Path, decode: bool) -> Drawn:
     """Writes a sheet into `folder` for every bucket, of the images or, with `decode`, of their
     latents."""
     chosen, images_of = chosen_rows(planned, decode)
@@ -71,8 +71,8 @@ def draw(planned: Planned, survey: Survey, folder: Path, decode: bool) -> Drawn:
     make = decoded(planned, survey, rows) if decode else pictured(planned, rows)
     for number, row, cells, picture in tqdm(make, desc="drawing", total=len(rows)):
         name = survey.name(cells) + " (held out)" * bool(survey.held_out[number])
-        crop = Crop(*row["crop"])
-        caption = (cells["captions"] or [""])[0]
+        crop = row.crop
+        caption = (cells.captions or [""])[0]
         tiles[(crop.crop_width, crop.crop_height)].append(Tile(picture, name, caption))
     drawn = Drawn()
     for (width, height), found in tiles.items():
@@ -103,11 +103,11 @@ def lack(file: Path, count: int, found: int, decode: bool) -> str:
     return f"{file.name} {some}. The others are latents already; --decode draws them"
 
 
-def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray], dict[Size, int]]:
+def chosen_rows(planned: DataPlan, decode: bool) -> tuple[dict[Size, np.ndarray], dict[Size, int]]:
     """For every bucket the rows to draw, spread evenly over those that can be, and how many rows it
     has."""
-    found = sizes(planned.work.rows).astype(np.int64)
-    can = drawable(planned) if decode else planned.work.has_images()
+    found = sizes(planned.job.planned).astype(np.int64)
+    can = drawable(planned) if decode else planned.job.have_images()
     codes, of_row, counts = np.unique(
         found[:, 0] << 32 | found[:, 1], return_inverse=True, return_counts=True
     )
@@ -120,74 +120,69 @@ def chosen_rows(planned: Planned, decode: bool) -> tuple[dict[Size, np.ndarray],
     return chosen, dict(zip(buckets, counts.tolist(), strict=True))
 
 
-def drawable(planned: Planned) -> np.ndarray:
+def drawable(planned: DataPlan) -> np.ndarray:
     """The rows whose latents are stored, or in the source as latents."""
-    rows = planned.work.rows
-    first = tables.starts(tables.lengths(rows.column("media")))
+    rows = planned.job.planned
+    first = list_starts(rows.lengths("media_keys"))
     return (
-        planned.stores.media.find(tables.keys(rows.column("media"))[first]) != MISSING
-    ) | ~planned.work.has_images()
+        planned.stores.media.find(rows.keys("media_keys")[first]) != MISSING
+    ) | ~planned.job.have_images()
 
 
-def cells_of(planned: Planned, rows: np.ndarray) -> list[tuple[int, Cells, Cells]]:
+def cells_of(planned: DataPlan, rows: np.ndarray) -> list[tuple[int, PlannedSample, ListedSample]]:
     """Number and cells of rows, with those of their entries; a sheet's worth for every bucket."""
     return [
-        (number, row, {**entry, "entry": row["entry"]})
-        for number, (row, entry) in zip(rows.tolist(), planned.work.cells(rows), strict=True)
+        (number, row, entry)
+        for number, (row, entry) in zip(rows.tolist(), planned.job.samples(rows), strict=True)
     ]
 
 
-def pictured(planned: Planned, rows: np.ndarray) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
+def pictured(planned: DataPlan, rows: np.ndarray) -> Iterator[Drawable]:
     """Thumbnails of images, each source read once from front to back."""
     wanted = cells_of(planned, rows)
-    by_entry: dict[int, list[tuple[int, Cells]]] = {}
-    for number, row, cells in wanted:
-        by_entry.setdefault(cells["entry"], []).append((number, row))
-    background = planned.work.config.background
+    by_entry: dict[int, list[tuple[int, PlannedSample]]] = {}
+    for number, row, _ in wanted:
+        by_entry.setdefault(row.listed, []).append((number, row))
+    background = planned.job.config.background
 
-    def thumbnails_of(
-        given: tuple[Cells, bytes | DataError],
-    ) -> list[tuple[int, Cells, Cells, Image.Image]]:
-        cells, content = given
+    def thumbnails_of(given: ListedContent) -> list[Drawable]:
+        entry, cells, content = given
         found = []
         try:
             if isinstance(content, DataError):
                 raise content
-            for number, row in by_entry[cells["entry"]]:
-                first = replace(Clip.of(row["clip"]), frames=1) if row["clip"] else None
-                pixels = pixels_of(content, Crop(*row["crop"]), first, background)
+            for number, row in by_entry[entry]:
+                first = replace(row.clip, frames=1) if row.clip else None
+                pixels = decode_pixels(content, row.crop, first, background)
                 found.append((number, row, cells, thumbnail(pixels)))
         except DataError as error:
-            raise DataError(f"{cells['name']}: {error}") from error
+            raise DataError(f"{cells.name}: {error}") from error
         return found
 
-    for found in ahead(
-        thumbnails_of, planned.work.planner.sources.contents([cells for _, _, cells in wanted])
-    ):
+    listed = {row.listed: cells for _, row, cells in wanted}
+    contents = planned.job.planner.sources.contents(listed.items())
+    for found in map_ahead(thumbnails_of, contents, IMAGES_AHEAD):
         yield from found
 
 
 @torch.no_grad()
-def decoded(
-    planned: Planned, survey: Survey, rows: np.ndarray
-) -> Iterator[tuple[int, Cells, Cells, Image.Image]]:
+def decoded(planned: DataPlan, survey: Survey, rows: np.ndarray) -> Iterator[Drawable]:
     """Thumbnails of what the VAE makes of latents, one after another: large ones take gigabytes."""
     if not len(rows):
         return
-    family, device = survey.family, planned.work.device
+    family, device = survey.family, planned.job.device
     encoders = family.load_encoders("media").to(device)
-    of_source: dict[int, dict[int, tuple[int, Cells, Cells]]] = {}
+    of_source: dict[int, dict[int, tuple[int, PlannedSample, ListedSample]]] = {}
     for number, row, cells in cells_of(planned, rows):
-        if row["media"][0] in planned.stores.media:
-            latents = planned.stores.media[row["media"][0]]["latents"]
+        if row.media_keys[0] in planned.stores.media:
+            latents = planned.stores.media[row.media_keys[0]]["latents"]
             yield number, row, cells, picture_of(family, encoders, latents.to(device))
         else:
-            of_source.setdefault(cells["source"], {})[cells["row"]] = (number, row, cells)
+            of_source.setdefault(cells.source, {})[cells.row] = (number, row, cells)
     for source, found in of_source.items():
-        for row_number, latents, _ in planned.work.planner.sources.opened[source].tensors(
-            sorted(found)
-        ):
-            yield *found[row_number], picture_of(family, encoders, latents.to(device))
+        samples = [cells for _, (_, _, cells) in sorted(found.items())]
+        for sample, latents, _ in planned.job.planner.sources.opened[source].tensors(samples):
+            yield *found[sample.row], picture_of(family, encoders, latents.to(device))
 
 
 def picture_of(family: ModelFamily, encoders: Any, latents: Tensor) -> Image.Image:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.process import ProcessInfo
 from data.config import DataConfig
-from data.media.video import frames_of
-from data.precompute.build import Build, Planned
-from data.precompute.encode import lists_to_rows
-from data.precompute.plan import missing
-from data.store import tables
+from data.precompute.build import DataPlan, DatasetBuilder
+from data.precompute.plan import clip_frames, missing_positions
+from data.store.tables import list_owners
 from models import get_family
 from models.base import ModelFamily
 from tools.data import contact_sheets
@@ -36,12 +35,13 @@ def run(options: DataOptions) -> int:
         )  # captions may have what the terminal does not
     config = options.config
     accelerator, family = build_accelerator(config), get_family(config.model)
-    with Build.opened(config.data, family, accelerator) as build:
+    process = ProcessInfo.of(accelerator)
+    with DatasetBuilder.opened(config.data, family, process) as build:
         planned = build.plan(not config.bucket_mode)
         if not accelerator.is_main_process:
             return 0
         survey = Survey(
-            planned, build.split(planned.work.rows)[1], family, config.export.trigger_words or ""
+            planned, build.split(planned.job.planned)[1], family, config.export.trigger_words or ""
         )
         print(report(config, planned, survey))
         if options.sheets is None:
@@ -51,7 +51,7 @@ def run(options: DataOptions) -> int:
         return drawn.exit_code
 
 
-def report(config: TrainConfig, planned: Planned, survey: Survey) -> str:
+def report(config: TrainConfig, planned: DataPlan, survey: Survey) -> str:
     """All that is printed, section by section."""
     held_out = int(survey.held_out.sum())
     most = Encoding.of(planned, survey.family)
@@ -118,7 +118,7 @@ def source_table(data: DataConfig, survey: Survey) -> list[str]:
     sources = survey.work.planner.sources
     for number, (opened, counts) in enumerate(zip(sources.opened, survey.sources, strict=True)):
         use = "regularization" if opened.config.regularization else "training"
-        use = "validation" if number >= sources.held_out_from else use
+        use = "validation" if number >= sources.first_held_out else use
         lines.append(
             [
                 opened.config.path,
@@ -179,8 +179,8 @@ def bucket_table(batch_size: int, survey: Survey) -> list[str]:
     return aligned(lines) + found.lines()
 
 
-def image_lines(data: DataConfig, planned: Planned, survey: Survey) -> list[str]:
-    images = len(planned.work.rows)
+def image_lines(data: DataConfig, planned: DataPlan, survey: Survey) -> list[str]:
+    images = len(planned.job.planned)
     found: dict[str, str | list[str]] = {
         "in all": f"{images}" + f", {planned.skipped} skipped" * bool(planned.skipped)
     }
@@ -240,20 +240,20 @@ class Encoding:
     text_bytes: int
 
     @classmethod
-    def of(cls, planned: Planned, family: ModelFamily) -> "Encoding":
-        rows, stores, config = planned.work.rows, planned.stores, planned.work.config
-        media, texts = tables.keys(rows.column("media")), tables.keys(rows.column("texts"))
-        lacking = missing(media, stores.media, np.ones(len(media), bool))
-        owners = lists_to_rows(tables.lengths(rows.column("media")))[lacking]
+    def of(cls, planned: DataPlan, family: ModelFamily) -> "Encoding":
+        rows, stores, config = planned.job.planned, planned.stores, planned.job.config
+        media, texts = rows.keys("media_keys"), rows.keys("caption_keys")
+        lacking = missing_positions(media, stores.media, np.ones(len(media), bool))
+        owners = list_owners(rows.lengths("media_keys"))[lacking]
         numbers = family.latent_channels * (2 if config.vae_sampling == "sample" else 1) + (
             config.masks != "none"
         )
         cells = (sizes(rows)[owners].astype(np.int64) // family.latent_step()).prod(axis=1)
-        cells *= 1 + (np.maximum(frames_of(rows), 1)[owners] - 1) // family.frame_step
-        of_images = planned.work.has_images()[lists_to_rows(tables.lengths(rows.column("texts")))]
+        cells *= 1 + (np.maximum(clip_frames(rows), 1)[owners] - 1) // family.frame_step
+        of_images = planned.job.have_images()[list_owners(rows.lengths("caption_keys"))]
         # caption dropout needs the empty prompt, which is in no row
-        empty = planned.missing_captions - len(missing(texts, stores.text, of_images))
-        new_texts = len(missing(texts, stores.text, np.ones(len(texts), bool))) + empty
+        empty = planned.missing_captions - len(missing_positions(texts, stores.text, of_images))
+        new_texts = len(missing_positions(texts, stores.text, np.ones(len(texts), bool))) + empty
         return cls(
             len(np.unique(media)),
             len(lacking),

@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.config import SourceConfig
-from data.media.buckets import Crop
 from data.media.captions import trigger_of, with_trigger
-from data.media.video import Clip
-from data.precompute.build import Planned
-from data.precompute.encode import Work
-from data.sources import kind_of
-from data.store import tables
+from data.precompute.build import DataPlan
+from data.precompute.encode import EncodeJob
+from data.samples import ListedSample, PlannedSample
+from data.sources import detect_kind
+from data.store.tables import Table
 from models.base import ModelFamily
 
 MOST_NAMED = 10
@@ -111,9 +109,9 @@ class Survey:
     """One pass over `planned`; `held_out`: rows that are not trained on, `trigger`:
     export.trigger_words."""
 
-    def __init__(self, planned: Planned, held_out: np.ndarray, family: ModelFamily, trigger: str):
-        self.work, self.family, self.trigger = planned.work, family, trigger
-        self.held_out = np.zeros(len(planned.work.rows), bool)
+    def __init__(self, planned: DataPlan, held_out: np.ndarray, family: ModelFamily, trigger: str):
+        self.work, self.family, self.trigger = planned.job, family, trigger
+        self.held_out = np.zeros(len(planned.job.planned), bool)
         self.held_out[held_out] = True
         self.sources = [SourceCounts() for _ in self.work.planner.sources.opened]
         self.buckets: dict[tuple[int, int, int], BucketCounts] = {}
@@ -125,33 +123,33 @@ class Survey:
         entry = -1
         for number, row, cells in pairs(self.work):
             self._add(number, row, cells)
-            if row["entry"] != entry:  # clips of one video share their captions
+            if row.listed != entry:  # clips of one video share their captions
                 self._add_captions(row, cells)
-            entry = row["entry"]
+            entry = row.listed
         self._tokenise()
         self.most_enlarged.sort(reverse=True)
 
-    def name(self, cells: dict[str, Any]) -> str:
+    def name(self, cells: ListedSample) -> str:
         """What an image is called: with its source, if there are several."""
         return name_of(self.work, cells)
 
-    def _add(self, number: int, row: dict[str, Any], cells: dict[str, Any]) -> None:
-        crop, source = Crop(*row["crop"]), self.sources[cells["source"]]
-        frames = Clip.of(row["clip"]).frames if row["clip"] else 1
+    def _add(self, number: int, row: PlannedSample, cells: ListedSample) -> None:
+        crop, source = row.crop, self.sources[cells.source]
+        frames = row.clip.frames if row.clip else 1
         bucket = self.buckets.setdefault(
             (crop.crop_width, crop.crop_height, frames), BucketCounts()
         )
-        visits = 0 if self.held_out[number] else row["repeats"]
+        visits = 0 if self.held_out[number] else row.repeats
         for counts in (source, bucket):
             counts.images += 1
             counts.held_out += bool(self.held_out[number])
             counts.visits += visits
-        source.repeats.add(row["repeats"])
-        source.weight.add(round(row["weight"], 4))
+        source.repeats.add(row.repeats)
+        source.weight.add(round(row.weight, 4))
         bucket.cropped.add(
             1 - crop.crop_width * crop.crop_height / (crop.scaled_width * crop.scaled_height)
         )
-        self.variants.add(len(row["texts"]))
+        self.variants.add(len(row.caption_keys))
         factor = max(crop.crop_width / crop.width, crop.crop_height / crop.height)
         if factor > 1:
             self.enlarged += 1
@@ -160,15 +158,15 @@ class Survey:
             if len(self.most_enlarged) > MOST_NAMED:
                 heapq.heappop(self.most_enlarged)
 
-    def _add_captions(self, row: dict[str, Any], cells: dict[str, Any]) -> None:
+    def _add_captions(self, row: PlannedSample, cells: ListedSample) -> None:
         source, name, found = self._config(cells), self.name(cells), self.captions
-        self.sources[cells["source"]].captions += len(cells["captions"])
-        for given in cells["captions"]:
+        self.sources[cells.source].captions += len(cells.captions)
+        for given in cells.captions:
             found.hashes += blake2b(given.encode(), digest_size=8).digest()
             caption = with_trigger(given, source)
             if not given.strip():
                 found.empty.add(name)
-            if caption != given and not row["held_out"]:
+            if caption != given and not row.is_held_out:
                 found.given_trigger.setdefault(trigger_of(source), Named()).add(
                     f"{name}  {shown(given)}"
                 )
@@ -178,8 +176,8 @@ class Survey:
         if len(self._waiting) >= TOKENISED_TOGETHER:
             self._tokenise()
 
-    def _config(self, cells: dict[str, Any]) -> SourceConfig:
-        return self.work.planner.sources.opened[cells["source"]].config
+    def _config(self, cells: ListedSample) -> SourceConfig:
+        return self.work.planner.sources.opened[cells.source].config
 
     def _tokenise(self) -> None:
         """Counts the tokens of the captions that wait for it."""
@@ -196,21 +194,22 @@ class Survey:
         self._waiting = {}
 
 
-def pairs(work: Work) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+def pairs(work: EncodeJob) -> Iterator[tuple[int, PlannedSample, ListedSample]]:
     """Number and cells of each row of the plan, with the cells of its entry in the listing; both
     ascend."""
-    error_list = tables.rows_of(work.listing)
-    entry, cells = -1, dict[str, Any]()
-    for number, row in tables.rows_of(work.rows):
-        while entry < row["entry"]:
-            entry, cells = next(error_list)
+    listed = work.listed.rows()
+    entry, cells = next(listed, (-1, None))
+    for number, row in work.planned.rows():
+        while entry < row.listed:
+            entry, cells = next(listed)
+        assert cells is not None
         yield number, row, cells
 
 
-def name_of(work: Work, cells: dict[str, Any]) -> str:
+def name_of(work: EncodeJob, cells: ListedSample) -> str:
     opened = work.planner.sources.opened
-    name = shown(cells["name"], 200)
-    return name if len(opened) == 1 else f"{opened[cells['source']].config.path}/{name}"
+    name = shown(cells.name, 200)
+    return name if len(opened) == 1 else f"{opened[cells.source].config.path}/{name}"
 
 
 def shown(text: str, most: int = 60) -> str:
@@ -220,15 +219,15 @@ def shown(text: str, most: int = 60) -> str:
 
 
 def kind(config: SourceConfig) -> str:
-    return config.kind if config.kind != "auto" else kind_of(Path(config.path))
+    return config.kind if config.kind != "auto" else detect_kind(Path(config.path))
 
 
-def alike(work: Work, held_out: np.ndarray) -> Named:
+def alike(work: EncodeJob, held_out: np.ndarray) -> Named:
     """Groups of images whose files are the same."""
     entries, first_rows = np.unique(
-        work.rows.column("entry").to_numpy(), return_index=True
+        work.planned.column("listed"), return_index=True
     )  # not each of its clips
-    contents, held_out = tables.keys(work.rows.column("content"))[first_rows], held_out[first_rows]
+    contents, held_out = work.planned.keys("content_hash")[first_rows], held_out[first_rows]
     order = np.argsort(contents, kind="stable")
     same = np.concatenate([[False], contents[order][1:] == contents[order][:-1], [False]]).astype(
         np.int8
@@ -239,7 +238,7 @@ def alike(work: Work, held_out: np.ndarray) -> Named:
     for start, end in zip(starts[first].tolist(), ends[first].tolist(), strict=True):
         rows = order[start:end]
         named = rows[:MOST_ALIKE]
-        cells = tables.rows_of(work.listing, entries[named])
+        cells = work.listed.rows(entries[named])
         names = [
             name_of(work, found) + " (held out)" * bool(held_out[row])
             for row, (_, found) in zip(named, cells, strict=True)
@@ -249,9 +248,8 @@ def alike(work: Work, held_out: np.ndarray) -> Named:
     return groups
 
 
-def sizes(rows: Any) -> np.ndarray:
+def sizes(rows: Table[PlannedSample]) -> np.ndarray:
     """Width and height of each row's bucket."""
-    parts = [
-        chunk.flatten().to_numpy().reshape(-1, 8)[:, 6:] for chunk in rows.column("crop").chunks
-    ]
-    return np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
+    return np.column_stack(
+        [rows.nested_column("crop", name) for name in ("crop_width", "crop_height")]
+    )
