@@ -47,7 +47,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def file_hashes(paths: Iterable[Path], cache_dir: Path) -> dict[Path, str]:
-    """Return the SHA-256 of each file. `cache_dir` remembers those of large files by their stamps."""
+    """Return the SHA-256 of each file. `cache_dir` remembers those of large files."""
     memory_path = cache_dir / REMEMBERED_HASHES
     remembered = read_remembered(memory_path)
     hashes: dict[Path, str] = {}

@@ -52,13 +52,16 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with a function applied to all tensors."""
-        cond = self.cond | map_tensors(function, self.cond)
-        values = map_tensors(function, vars(self))
-        return replace(self, **values, cond=cond)  # type: ignore[arg-type]
+        tensors = map_tensors(function, vars(self))
+        cond_tensors = map_tensors(function, self.cond)
+        cond = {**self.cond, **cond_tensors}
+        return replace(self, **tensors, cond=cond)  # type: ignore[arg-type]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the result of a function for each tensor among the values."""
+    """Return the result of a function for each tensor among the values.
+
+    Other values are left out."""
     mapped = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
@@ -113,8 +116,9 @@ class MicroBatches:
         seeds = []
         for visit in visits:
             seeds.append(random_key("sample", schedule.seed, visit))
-        batch = make_batch(self.dataset, rows, seeds, visits, options=self.options)
-        if not self.options.stratified_timesteps:
+        options = self.options
+        batch = make_batch(self.dataset, rows, seeds, visits, options=options)
+        if not options.stratified_timesteps:
             return batch
         quantile = stratify(batch.quantile, schedule, micro_batch, self.per_step)
         return replace(batch, quantile=quantile)
@@ -167,14 +171,14 @@ def gather_media(
     dataset: LatentDataset, samples: np.ndarray, draws: list[SampleDraw] | None
 ) -> dict[str, Any]:
     """Read the latents and all that is stored with them. Without `draws`, nothing is mirrored."""
-    media_ids = samples["media"]
-    has_mirrored = media_ids.shape[1] == 2
-    chosen_ids = media_ids[:, 0]
-    if has_mirrored and draws is not None:
-        is_flipped = np.array([draw.flip < 0.5 for draw in draws])
-        mirrored_ids = media_ids[:, 1]
-        chosen_ids = np.where(is_flipped, mirrored_ids, chosen_ids)
-    return dataset.media.read_batch(chosen_ids.tolist())
+    all_ids = samples["media"].tolist()
+    chosen_ids = [row_ids[0] for row_ids in all_ids]
+    if draws is not None:
+        for index, draw in enumerate(draws):
+            mirrored_id = all_ids[index][-1]  # the same if images are not mirrored
+            if draw.flip < 0.5:
+                chosen_ids[index] = mirrored_id
+    return dataset.media.read_batch(chosen_ids)
 
 
 def gather_text(
@@ -232,8 +236,9 @@ def stratify(quantile: Tensor, schedule: Schedule, micro_batch: int, per_step: i
     The interval (0, 1) has as many equal strata as the step has samples. A permutation, a function
     of seed and step, gives each sample a stratum. The sample's own quantile is its position in it.
     """
-    num_samples = per_step * schedule.batch_size
-    first_sample = micro_batch * schedule.batch_size
+    batch_size = schedule.batch_size
+    num_samples = per_step * batch_size
+    first_sample = micro_batch * batch_size
     step, first = divmod(first_sample, num_samples)
     key = random_key("strata", schedule.seed, step)
     order = permutation(num_samples, key)

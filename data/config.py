@@ -39,8 +39,8 @@ class CaptionConfig:
     dropout: Fraction = 0.0
     """Probability of replacing the caption by the empty prompt."""
     max_variants: Annotated[int, Field(ge=1)] = 16
-    """Largest number of variants of a caption that are encoded. If shuffling and tag dropout can make more, this many
-    are drawn once, and one of them is drawn each time the image is seen."""
+    """Largest number of variants of a caption that are encoded. If shuffling and tag dropout can
+    make more, this many are drawn once, and one of them is drawn each time the image is seen."""
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ else:
         namespace={
             "__pydantic_config__": {**STRICT, "use_attribute_docstrings": False},
             "__module__": __name__,
-            "__doc__": "Caption options of one source. Options that are not set are taken from data.captions.",
+            "__doc__": "Caption options of one source. Options that are not set are taken from "
+            "data.captions.",
         },
     )
 
@@ -85,9 +86,9 @@ class SourceConfig:
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of the images."""
     regularization: bool = False
-    """Regularization images of the class, which keep the model from forgetting it (prior preservation). They have no
-    trigger and no caption dropout, are never held out, and their loss is multiplied by data.prior_loss_weight.
-    """
+    """Regularization images of the class, which keep the model from forgetting it (prior
+    preservation). They have no trigger and no caption dropout, are never held out, and their loss is
+    multiplied by data.prior_loss_weight."""
     captions: CaptionOverrides = field(default_factory=CaptionOverrides)
     """Caption options of this source."""
 
@@ -99,8 +100,8 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     path: str | None = None
-    """A folder of images with captions, a Hugging Face image dataset (folder or Hub id), a ComfyUI dataset or an
-    encoded dataset (docs/data.md). For several of them, use data.sources."""
+    """A folder of images with captions, a Hugging Face image dataset (folder or Hub id), a ComfyUI
+    dataset or an encoded dataset (docs/data.md). For several of them, use data.sources."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources, each with its own options."""
     image_column: str = "image"
@@ -119,8 +120,8 @@ class DataConfig:
     upscale: bool = True
     """Enlarge images that are smaller than their bucket. Off: they get a smaller bucket."""
     frames: Annotated[int, Field(ge=1)] = 1
-    """Frames of a video clip, for video models. A shorter video gives as many frames as the model supports.
-    Image-to-video models need more than one."""
+    """Frames of a video clip, for video models. A shorter video gives as many frames as the model
+    supports. Image-to-video models need more than one."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Frames per second of a clip; the frames of other videos are repeated or left out. None: the
     rate of the model."""
@@ -144,8 +145,8 @@ class DataConfig:
     """Factor on the loss of regularization images."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     on_error: Literal["fail", "skip"] = "fail"
-    """Action on unusable files. fail: list all errors and end the run. skip: list them and train without these
-    files."""
+    """Action on unusable files. fail: list all errors and end the run. skip: list them and train
+    without these files."""
     encode_batch_size: Annotated[int, Field(ge=1)] = 8
     """Images or captions that are encoded together."""
     cache_dir: Annotated[str, CHANGEABLE] = "output/cache"

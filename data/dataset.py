@@ -91,10 +91,12 @@ class DatasetIndex:
 
     @property
     def buckets(self) -> tuple[tuple[Segment, ...], ...]:
-        """The segments of each bucket."""
+        """Return the segments of each bucket."""
         buckets = []
         for segments in self.segments:
-            bucket = [Segment(*numbers) for numbers in segments]
+            bucket = []
+            for first, count, repeats in segments:
+                bucket.append(Segment(first, count, repeats))
             buckets.append(tuple(bucket))
         return tuple(buckets)
 
@@ -104,8 +106,10 @@ class LatentDataset:
 
     def __init__(self, folder: Path, stores: Stores, min_mask_weight: float = 0.0):
         """`folder`: written by write_index. `min_mask_weight`: weight where a mask is black."""
-        self.folder, self.min_mask_weight = folder, min_mask_weight
-        self.media, self.text = stores.media, stores.text
+        self.folder = folder
+        self.min_mask_weight = min_mask_weight
+        self.media = stores.media
+        self.text = stores.text
         self.variable_lengths = stores.variable_lengths
         index = DatasetIndex.load(folder)
         self.content_hash = index.content_hash
@@ -175,27 +179,31 @@ class LatentDataset:
         It is the caption at `draw` in [0, 1), if captions are laid out by their probabilities, or
         the first caption."""
         sample = self.samples[row]
-        first = int(sample["first_caption"])
-        num_captions = int(sample["num_captions"])
-        if draw is None or num_captions == 1:
-            return int(self.caption_ids[first])
-        end = first + num_captions
+        first = sample["first_caption"]
+        end = first + sample["num_captions"]
+        if draw is None or end == first + 1:
+            return self.caption_ids.item(first)
         cumulative = np.cumsum(self.caption_probabilities[first:end])
-        position = first + np.searchsorted(cumulative, draw * cumulative[-1], "right")
-        return int(self.caption_ids[min(position, end - 1)])
+        threshold = draw * cumulative[-1]
+        position = first + np.searchsorted(cumulative, threshold, "right")
+        last = end - 1
+        return self.caption_ids.item(min(position, last))
 
     def latents(self, row: int) -> Tensor:
         """Return the raw latents (C, [F,] h, w) of a sample."""
         return self.media.read_tensor(self.media_id(row), "latents")
 
     def cond(self, row: int) -> dict[str, Tensor]:
-        """Return the conditioning of a sample with its first caption, without batch and padding."""
+        """Return the conditioning of a sample with its first caption.
+
+        The tensors have no batch dimension and no padding."""
         caption_id = self.caption_id(row)
-        cond = self.text.read_row(caption_id)
         media_id = self.media_id(row)
+        cond = self.text.read_row(caption_id)
         for name in self.media.tensor_names(media_id):
-            if name not in MEDIA_TENSORS:
-                cond[name] = self.media.read_tensor(media_id, name)
+            if name in MEDIA_TENSORS:
+                continue
+            cond[name] = self.media.read_tensor(media_id, name)
         return cond
 
 

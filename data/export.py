@@ -46,48 +46,55 @@ def write_dataset(
 
 
 def write_encoded(builder: DatasetBuilder, datasets: Datasets, folder: Path) -> int:
-    """Write the tables of the plan, and stores with all rows that it needs."""
+    """Write the tables of the plan, and stores with all rows that it needs.
+
+    Raises DataError if something cannot be written."""
     planned = builder.open_planned()
-    stores = {"media": datasets.train.media, "text": datasets.train.text}
+    train = datasets.train
+    stores = {"media": train.media, "text": train.text}
     description = describe_encoding(builder.config, builder.component_hashes)
     try:
         with new_folder(folder) as partial_path:
             shutil.copy(planned.path, partial_path / PLANNED_TABLE)
             shutil.copy(builder.listed_path, partial_path / LISTED_TABLE)
             for name, column in STORES.items():
-                keys = np.unique(planned.keys(column))
-                rows = read_rows(stores[name], keys)
-                exported_store = Store(partial_path / name)
-                exported_store.write(rows)
+                keys = planned.keys(column)
+                copy_rows(stores[name], Store(partial_path / name), keys)
             text = json.dumps(description, indent=1)
-            (partial_path / DESCRIPTION).write_text(text, encoding="utf-8")
+            path = partial_path / DESCRIPTION
+            path.write_text(text, encoding="utf-8")
             check_is_new(folder)
     except WriteError as error:
         raise DataError(str(error)) from error
     return len(planned)
 
 
-def read_rows(run_store: Store, keys: np.ndarray) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-    """Yield the rows with these keys.
+def copy_rows(source: Store, target: Store, keys: np.ndarray) -> None:
+    """Copy each row with one of these keys once.
 
-    The store is opened again, because the store of a dataset does not keep its keys."""
-    store = Store(run_store.folder, run_store.other_folders)
-    row_ids = store.find(keys)
-    for key, row_id in zip(keys.tolist(), row_ids.tolist(), strict=True):
-        tensors = store.read_row(row_id)
-        yield full_key(key), tensors
+    The source is opened again, because the store of a dataset does not keep its keys."""
+    store = Store(source.folder, source.other_folders)
+    different_keys = np.unique(keys)
+    row_ids = store.find(different_keys).tolist()
+    with target.writer() as writer:
+        for key, row_id in zip(different_keys.tolist(), row_ids, strict=True):
+            tensors = store.read_row(row_id)
+            writer.add(full_key(key), tensors)
 
 
 def comfy_samples(
     family: ModelFamily, datasets: Datasets
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Yield latents, cond and extras of each sample, as ComfyUI has them."""
+    """Yield latents, cond and extras of each sample, as ComfyUI has them.
+
+    Validation samples follow the training samples."""
     has_frames = family.comfy_frames or family.media != "image"
     for dataset in (datasets.train, datasets.validation):
         if dataset is None:
             continue
         for row in range(len(dataset)):
-            latents = dataset.latents(row)
-            batch = with_frames(latents[None], has_frames)
-            cond, extras = family.cond_to_comfy(dataset.cond(row))
+            batch = dataset.latents(row)[None]
+            batch = with_frames(batch, has_frames)
+            sample_cond = dataset.cond(row)
+            cond, extras = family.cond_to_comfy(sample_cond)
             yield batch[0], cond, extras

@@ -24,7 +24,7 @@ class ListedSample:
     """Name for messages: a path in the folder of the source, or the number of the row."""
     captions: list[str]
     stamp: str
-    """Text that changes when the content may have changed, as far as is known without reading it."""
+    """Text that changes when the content may have changed, without reading the content."""
     repeats: int = 1
     """Number of times that the sample is seen per epoch."""
     weight: float = 1.0
@@ -65,8 +65,12 @@ class PlannedSample:
 
 
 def media_keys(planned: Table[PlannedSample]) -> np.ndarray:
-    """Return the keys of the latents: a line for each sample, a column for each orientation."""
-    num_keys = planned.lengths("media_keys")
-    assert len(np.unique(num_keys)) <= 1, "all samples have equally many orientations"
-    num_orientations = int(num_keys[0]) if len(num_keys) else 1
-    return planned.keys("media_keys").reshape(-1, num_orientations)
+    """Return the keys of the latents: a line for each sample, a column for each orientation.
+
+    All samples have equally many orientations."""
+    keys = planned.keys("media_keys")
+    num_samples = len(planned)
+    num_orientations = len(keys) // max(1, num_samples)
+    lengths = planned.lengths("media_keys")
+    assert (lengths == num_orientations).all()
+    return keys.reshape(num_samples, num_orientations)

@@ -76,7 +76,8 @@ class Permutation:
 def mix_bits(value: int) -> int:
     """Mix 64 bits, as the finalizer of splitmix64 does after its first shift."""
     value = (value * 0xBF58476D1CE4E5B9) & MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
+    value ^= value >> 27
+    value = (value * 0x94D049BB133111EB) & MASK_64
     return value ^ (value >> 31)
 
 
@@ -100,7 +101,7 @@ class Segment:
 
 
 class BucketBatch(NamedTuple):
-    """A micro-batch as one of its bucket: index of the bucket, and number among its micro-batches."""
+    """A micro-batch as one of its bucket: index of the bucket, and number in the bucket."""
 
     bucket: int
     number: int
@@ -117,8 +118,12 @@ class Schedule:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Visits per epoch of each bucket."""
-        return tuple(sum(segment.visits for segment in bucket) for bucket in self.buckets)
+        """Return the visits per epoch of each bucket."""
+        sizes = []
+        for bucket in self.buckets:
+            num_visits = sum(segment.visits for segment in bucket)
+            sizes.append(num_visits)
+        return tuple(sizes)
 
     @property
     def epoch_size(self) -> int:
@@ -128,19 +133,19 @@ class Schedule:
     def visits(self, micro_batch: int) -> range:
         """Return the visits of a micro-batch."""
         first = micro_batch * self.batch_size
-        return range(first, first + self.batch_size)
+        end = first + self.batch_size
+        return range(first, end)
 
     def rows(self, micro_batch: int) -> list[int]:
         """Return the dataset rows of the visits of a micro-batch."""
         bucket, number = self.bucket_batch(micro_batch)
-        first = number * self.batch_size
-        rows = []
-        for visit in range(first, first + self.batch_size):
-            rows.append(self._row(bucket, visit))
-        return rows
+        bucket_visits = self.visits(number)
+        return [self._row(bucket, visit) for visit in bucket_visits]
 
     def bucket_batch(self, micro_batch: int) -> BucketBatch:
-        """Return the bucket of a micro-batch, and its number among those of the bucket."""
+        """Return the bucket of a micro-batch, and its number among those of the bucket.
+
+        The micro-batches that become full in an epoch are trained on in a random order."""
         epoch = self.epoch_of(micro_batch)
         starts = self._num_full(epoch)
         ends = self._num_full(epoch + 1)
@@ -158,9 +163,10 @@ class Schedule:
 
     def epoch_of(self, micro_batch: int) -> int:
         """Return the epoch, counted from 0, in which a micro-batch is trained on."""
+        first_visit = micro_batch * self.batch_size
+        earliest = first_visit // self.epoch_size
         # all buckets together fall short of n / B micro-batches per epoch by less than their number
         max_missing_visits = len(self.buckets) * self.batch_size
-        earliest = micro_batch * self.batch_size // self.epoch_size
         max_missing_epochs = max_missing_visits // self.epoch_size + 1
         latest = earliest + max_missing_epochs
         epochs = range(earliest, latest + 1)
@@ -175,7 +181,9 @@ class Schedule:
         return [num_epochs * size // self.batch_size for size in self.sizes]
 
     def _row(self, bucket: int, visit: int) -> int:
-        """Return the dataset row of a visit, counted within its bucket."""
+        """Return the dataset row of a visit, counted within its bucket.
+
+        Every epoch of a bucket has a new permutation of the visits of its samples."""
         size = self.sizes[bucket]
         epoch, position = divmod(visit, size)
         key = random_key("epoch", self.seed, self.content_hash, bucket, epoch)

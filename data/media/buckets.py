@@ -82,7 +82,7 @@ class Buckets:
         return min(sizes, key=lambda size: abs(size.log_ratio - ratio))
 
     def crop(self, width: int, height: int) -> Crop:
-        """Return the crop that scales an image to just cover its bucket, and cuts out the middle."""
+        """Return the crop that scales an image to just cover its bucket, and keeps the middle."""
         size = self.size(width, height)
         scale = max(size.width / width, size.height / height)
         scaled_width = max(size.width, round(width * scale))

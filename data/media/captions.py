@@ -118,7 +118,7 @@ def all_orders(tags: list[str], options: CaptionConfig) -> Iterator[tuple[TagOrd
 
 
 def random_orders(tags: list[str], options: CaptionConfig) -> Iterator[tuple[TagOrder, float]]:
-    """Yield `max_variants` random orders of random subsets, always the same ones for the same tags."""
+    """Yield `max_variants` random orders of random subsets, always the same for the same tags."""
     generator = np.random.Philox(key=random_key("caption", *tags))
     random = np.random.Generator(generator)
     for _ in range(options.max_variants):

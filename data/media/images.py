@@ -46,8 +46,8 @@ INTEGER_WHITES = ((255, 255), (65535, 65535), (2**31 - 1, 2**31 - 1), (2**32 - 1
 """(largest pixel, white): scales of integer files that do not state theirs. The first entry that no
 pixel exceeds is used."""
 FLOAT_WHITES = ((16, 1), (255, 255), (65535, 65535))
-"""The same for floats. They are usually 0..1, and highlights above 1 are common, so only much larger
-pixels indicate another scale."""
+"""The same for floats. They are usually 0..1, and highlights above 1 are common, so only much
+larger pixels indicate another scale."""
 Result = TypeVar("Result")
 
 
@@ -118,10 +118,10 @@ def check(data: bytes) -> ImageFacts:
 
 
 def pixels(data: bytes, crop: Crop, background: str, flip: bool = False) -> Tensor:
-    """Return an image's sRGB colors over `background`, (3, crop_height, crop_width) float32 in [-1, 1].
+    """Return an image's sRGB colors over `background`.
 
-    `flip` mirrors the window horizontally. Raises DataError as check() does, and if `background` is
-    not a color."""
+    They are (3, crop_height, crop_width) float32 in [-1, 1]. `flip` mirrors the window
+    horizontally. Raises DataError as check() does, and if `background` is not a color."""
     error = color_error(background)
     if error:
         raise DataError(error)
@@ -294,7 +294,7 @@ def white_of(values: np.ndarray, whites: tuple[tuple[int, int], ...]) -> float:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8. It is 1 for a TIFF, which Pillow rotates when loading."""
+    """Return the EXIF orientation, 1 to 8. It is 1 for a TIFF, which Pillow rotates on loading."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # viewers ignore unreadable EXIF too; the pixels are intact
@@ -349,7 +349,7 @@ def crop_window(image: Image.Image, crop: Crop, flip: bool) -> np.ndarray:
     """Return the crop of the image, 0 to 255: (height, width) or (height, width, 3) float32.
 
     Only the window is scaled, but the filter sees the pixels around it, so the result is the same
-    as scaling all. Draft mode and reducing_gap are not used: both change it by more than rounding."""
+    as scaling all. Draft mode and reducing_gap would change it by more than rounding."""
     right = crop.left + crop.crop_width
     bottom = crop.top + crop.crop_height
     box = (

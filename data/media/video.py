@@ -111,7 +111,7 @@ class ClipSampling:
 
 
 class ShownFrame(NamedTuple):
-    """A frame of a file: the time when it is shown, for how long, and a function for its picture."""
+    """A frame of a file: when it is shown, for how long, and a function for its picture."""
 
     start: float
     seconds: float
@@ -145,9 +145,9 @@ def check(content: bytes) -> VideoFacts:
 
 
 def pixels(content: bytes, crop: Crop, clip: Clip, background: str, flip: bool = False) -> Tensor:
-    """Return a clip's colors (3, frames, crop_height, crop_width), or (3, height, width) of one frame.
+    """Return a clip's colors (3, frames, crop_height, crop_width), as images.pixels does.
 
-    Otherwise the same as images.pixels."""
+    A clip of one frame has no dimension of frames."""
     times = clip.times()
     frames: list[Tensor] = []
     for picture, end in shown_pictures(content):

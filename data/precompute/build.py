@@ -77,7 +77,7 @@ class Datasets:
 
     @property
     def has_caption_variants(self) -> bool:
-        """Whether samples have several captions, from which visits draw."""
+        """Return whether samples have several captions, from which visits draw."""
         return len(self.train.caption_ids) > len(self.train)
 
 
@@ -199,7 +199,7 @@ class DatasetBuilder:
         return hashes
 
     def _open_sources(self) -> RunSources:
-        """Open all sources. Raises DataError if the model does not support the configured frames."""
+        """Open all sources. Raises DataError if the model does not support the number of frames."""
         config, family = self.config, self.family
         configs = list(config.all_sources())
         num_training = len(configs)
@@ -239,8 +239,8 @@ class DatasetBuilder:
             raise DataError(error_list("the training data", errors, MAX_LISTED))
         if errors and self.process.is_main:
             num_errors = counted(len(errors), "error")
-            rest = counted(num_usable, "sample")
-            heading = f"{num_errors} in the training data, {rest} without errors"
+            usable = counted(num_usable, "sample")
+            heading = f"{num_errors} in the training data, {usable} without errors"
             print(bullet_list(heading, errors, MAX_LISTED))
         return set(messages)
 
@@ -349,7 +349,7 @@ class DatasetBuilder:
         details = hash_of(index_content, sha256_of_file(self.listed_path))
         name = f"index-{content_hash}-{details[:8]}"
         target = self.cache_dir / name
-        if not (target / INDEX_FILE).is_file():  # an old index whose removal was interrupted
+        if target.is_dir() and not (target / INDEX_FILE).is_file():  # its removal was interrupted
             shutil.rmtree(target, ignore_errors=True)
         publish_folder(folder, target)
         os.utime(target)  # it is in use

@@ -80,21 +80,23 @@ class EncodeJob:
         """Yield the indices of planned samples in blocks.
 
         The processes take turns, block by block."""
-        all_indices = np.arange(len(self.planned))
-        for number, start in enumerate(range(0, len(self.planned), ROWS_PER_BATCH)):
+        num_samples = len(self.planned)
+        all_indices = np.arange(num_samples)
+        starts = range(0, num_samples, ROWS_PER_BATCH)
+        for number, start in enumerate(starts):
             if number % self.process.count == self.process.index:
                 end = start + ROWS_PER_BATCH
                 yield all_indices[start:end]
 
     def samples(self, indices: np.ndarray) -> Iterator[tuple[PlannedSample, ListedSample]]:
-        """Yield the planned samples with these indices, and their listed samples."""
-        planned_rows = self.planned.rows(indices)
-        for batch in batched(planned_rows, ROWS_PER_BATCH):
-            planned_samples = [planned for _, planned in batch]
-            listed_indices = [planned.listed for planned in planned_samples]
-            listed_rows = self.listed.rows(np.array(listed_indices))
-            for planned, (_, listed) in zip(planned_samples, listed_rows, strict=True):
-                yield planned, listed
+        """Yield the planned samples with these indices, and their listed samples.
+
+        All planned samples are in memory at a time."""
+        planned_samples = [planned for _, planned in self.planned.rows(indices)]
+        listed_indices = [planned.listed for planned in planned_samples]
+        listed_rows = self.listed.rows(np.array(listed_indices))
+        for planned, (_, listed) in zip(planned_samples, listed_rows, strict=True):
+            yield planned, listed
 
     def progress(self, items: Iterable[Item], total: int, noun: str) -> Iterable[Item]:
         """Show the progress on the main process."""
@@ -130,25 +132,27 @@ class LongCaptions:
             if count <= max_tokens:
                 continue
             self.count += 1
-            if len(self.texts) < MAX_LONG_CAPTIONS:
-                shortened = text[:MAX_LONG_CAPTION_LETTERS]
-                self.texts.append(shortened)
+            if len(self.texts) == MAX_LONG_CAPTIONS:
+                continue
+            shortened = text[:MAX_LONG_CAPTION_LETTERS]
+            self.texts.append(shortened)
 
 
 @torch.no_grad()
 def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]) -> LongCaptions:
     """Encode this process's share of the missing captions; return the captions that are cut."""
     long_captions = LongCaptions()
+    family = job.family
     different = first_occurrences(missing.keys("key"))
     share = job.own_share(different)
     if not len(share):
         return long_captions
-    encoders = job.family.load_encoders("text").to(job.device)
+    encoders = family.load_encoders("text").to(job.device)
     captions = job.progress(missing.rows(share), len(share), "captions")
     with store.writer() as writer:
         for batch in batched(captions, job.config.encode_batch_size):
             texts = [caption.text for _, caption in batch]
-            num_tokens, max_tokens = job.family.token_counts(texts)
+            num_tokens, max_tokens = family.token_counts(texts)
             long_captions.add(texts, num_tokens, max_tokens)
             conds = encode_texts(job, encoders, texts)
             for (_, caption), cond in zip(batch, conds, strict=True):
@@ -160,10 +164,11 @@ def encode_texts(job: EncodeJob, encoders: Any, texts: list[str]) -> list[dict[s
     """Return the conditioning of each text.
 
     The batch is filled up with empty prompts."""
-    num_padding = job.config.encode_batch_size - len(texts)
+    num_texts = len(texts)
+    num_padding = job.config.encode_batch_size - num_texts
     padding = [""] * num_padding
     conds = job.family.encode_prompt(encoders, texts + padding)
-    return conds[: len(texts)]
+    return conds[:num_texts]
 
 
 class MediaView(NamedTuple):
@@ -196,10 +201,11 @@ def encode_media(job: EncodeJob, store: Store, missing: Table[MissingMedia]) -> 
     if not len(share):
         return
     encoders = job.family.load_encoders("media").to(job.device)
-    tasks = media_tasks(job, missing, share)
     num_flips = missing.lengths("flips")
     num_tasks = int(num_flips[share].sum())
-    prepared = map_ahead(partial(prepare_media, job), tasks, job.planner.sources.num_ahead)
+    tasks = media_tasks(job, missing, share)
+    prepare = partial(prepare_media, job)
+    prepared = map_ahead(prepare, tasks, job.planner.sources.num_ahead)
     waiting: dict[torch.Size, list[PreparedMedia]] = {}
     with store.writer() as writer:
         for media in job.progress(prepared, num_tasks, "images"):
@@ -218,16 +224,18 @@ def media_tasks(
     """Yield a task for everything that is missing.
 
     A file is read once for its orientations and neighboring clips."""
+    sources = job.planner.sources
     for batch in batched(missing.rows(share), ROWS_PER_BATCH):
         flips = {media.planned: media.flips for _, media in batch}
-        planned_rows = job.planned.rows(np.array([*flips]))
+        planned_indices = np.array(list(flips))
         views: dict[int, list[MediaView]] = {}
-        for index, planned in planned_rows:
+        for index, planned in job.planned.rows(planned_indices):
+            views_of_listed = views.setdefault(planned.listed, [])
             for flip in flips[index]:
                 view = MediaView(planned, flip)
-                views.setdefault(planned.listed, []).append(view)
-        listed_rows = job.listed.rows(np.array([*views]))
-        for file in job.planner.sources.contents(listed_rows):
+                views_of_listed.append(view)
+        listed_indices = np.array(list(views))
+        for file in sources.contents(job.listed.rows(listed_indices)):
             for view in views[file.listed]:
                 yield MediaTask(view, file)
 
@@ -272,8 +280,11 @@ def media_batch_size(job: EncodeJob, pixels: Tensor) -> int:
 def encode_batch(
     job: EncodeJob, encoders: Any, batch: list[PreparedMedia], writer: StoreWriter
 ) -> None:
-    """Encode media of one shape, and write a row for each."""
-    encoded = encode_pixels(job, encoders, [media.pixels for media in batch])
+    """Encode media of one shape, and write a row for each.
+
+    The last batch of a shape may be smaller than the others."""
+    pixels = [media.pixels for media in batch]
+    encoded = encode_pixels(job, encoders, pixels)
     for index, media in enumerate(batch):
         tensors = {}
         for name, tensor in encoded.items():
@@ -284,7 +295,9 @@ def encode_batch(
 
 
 def resize_mask(mask: Tensor, latents: Tensor) -> Tensor:
-    """Return the mean of a mask (H, W) in each cell of the latents (C, [F,] h, w)."""
+    """Return the mean of a mask (H, W) in each cell of the latents (C, [F,] h, w).
+
+    It is the weight of the loss in this cell."""
     height, width = latents.shape[-2:]
     means = F.adaptive_avg_pool2d(mask[None], (height, width))
     return means[0]
@@ -297,7 +310,8 @@ def encode_pixels(job: EncodeJob, encoders: Any, pixels: list[Tensor]) -> dict[s
     first = pixels[0]
     num_padding = media_batch_size(job, first) - len(pixels)
     padding = [first] * num_padding
-    batch = torch.stack(pixels + padding).to(job.device)
+    batch = torch.stack(pixels + padding)
+    batch = batch.to(job.device)
     latents, deviation = job.family.encode_media(encoders, batch)
     encoded = {"latents": latents}
     declared_names = set(job.family.media_cond)
@@ -306,6 +320,7 @@ def encode_pixels(job: EncodeJob, encoders: Any, pixels: list[Tensor]) -> dict[s
         assert set(cond) == declared_names
         assert declared_names.isdisjoint(MEDIA_TENSORS)
         encoded |= cond
-    if job.config.vae_sampling == "sample":
+    stores_deviation = job.config.vae_sampling == "sample"
+    if stores_deviation:
         encoded["deviation"] = deviation
     return encoded

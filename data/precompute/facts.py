@@ -1,4 +1,4 @@
-"""Facts about the content of images and videos, each of which is decoded once to find them.
+"""Facts about the content of images and videos. Each content is decoded once to find them.
 
 The cache of the facts is a folder of small tables, <hash of its content>.arrow. A file whose
 content does not have this hash is damaged. Several processes may write to the folder.
@@ -44,7 +44,7 @@ class MediaFacts:
 
 
 class CheckedSample(NamedTuple):
-    """Index of a listed sample, and its facts or the error because of which it cannot be used."""
+    """Index of a listed sample, and its facts or the error that makes it unusable."""
 
     listed: int
     facts: MediaFacts | DataError
@@ -55,8 +55,8 @@ def facts_key(sample: ListedSample, has_videos: bool) -> bytes:
 
     `has_videos`: files are checked as videos too, which makes other facts of animations."""
     mask_stamp = file_stamp(Path(sample.mask_path)) if sample.mask_path else ""
-    kind = "with videos" if has_videos else "images"
-    return key_of("facts", sample.stamp, mask_stamp, kind)
+    checks = "with videos" if has_videos else "images"
+    return key_of("facts", sample.stamp, mask_stamp, checks)
 
 
 class FactsCache:
@@ -99,7 +99,7 @@ class FactsCache:
         return from_cells(MediaFacts, cells)
 
     def remove_damaged(self) -> list[Path]:
-        """Remove damaged files, and the unfinished files of killed processes; return the damaged."""
+        """Remove damaged files, which are returned, and unfinished files of killed processes."""
         remove_old(self.folder.glob(".*.partial"), MAX_PARTIAL_DAYS)
         damaged_paths = []
         for path in self.folder.glob("*.arrow"):
@@ -186,12 +186,12 @@ def check_content(item: ListedContent, has_videos: bool) -> CheckedSample:
         if isinstance(content, DataError):
             raise content
         seconds = None
-        found: images.ImageFacts | video.VideoFacts
+        media: images.ImageFacts | video.VideoFacts
         if has_videos and video.is_video(content):
-            found = video.check(content)
-            seconds = found.seconds
+            media = video.check(content)
+            seconds = media.seconds
         else:
-            found = images.check(content)
+            media = images.check(content)
         mask = read_mask(sample)
         if sample.mask_path:
             images.check(mask)
@@ -201,8 +201,8 @@ def check_content(item: ListedContent, has_videos: bool) -> CheckedSample:
         key=facts_key(sample, has_videos),
         content_hash=key_of(content),
         mask_hash=key_of(mask),
-        width=found.width,
-        height=found.height,
+        width=media.width,
+        height=media.height,
         seconds=seconds,
     )
     return CheckedSample(item.listed, facts)

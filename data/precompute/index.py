@@ -53,8 +53,10 @@ class IndexWriter:
 
     def write(self, order: TrainingOrder) -> str:
         """Write the samples in this order; return the content hash."""
-        empty_caption = self.stores.text.find(key_array([key_of("")]))
-        is_droppable = can_drop_captions(order, empty_caption, self.stores)
+        stores = self.stores
+        empty_key = key_of("")
+        empty_caption = stores.text.find(key_array([empty_key]))
+        is_droppable = can_drop_captions(order, empty_caption, stores)
         num_never_dropped = self._write_samples(order.rows, is_droppable)
         self._write_captions(order.rows)
         repeats = self.planned.column("repeats")[order.rows]
@@ -63,8 +65,8 @@ class IndexWriter:
             segments=find_segments(repeats, order.starts_bucket),
             empty_caption=empty_caption.item(),
             num_never_dropped=num_never_dropped,
-            media_shards=[str(shard) for shard in self.stores.media.shards],
-            text_shards=[str(shard) for shard in self.stores.text.shards],
+            media_shards=list(map(str, stores.media.shards)),
+            text_shards=list(map(str, stores.text.shards)),
         )
         index.save(self.folder)
         return index.content_hash
@@ -117,9 +119,12 @@ class IndexWriter:
 
 
 def find_rows(keys: np.ndarray, store: Store) -> np.ndarray:
-    """Return the row ids of keys, which the store has."""
+    """Return the row ids of keys, in an array of the same shape.
+
+    The store has all of them, because every sample was encoded."""
     row_ids = store.find(keys.reshape(-1))
-    assert not (row_ids == MISSING).any(), "every sample was encoded"
+    is_missing = row_ids == MISSING
+    assert not is_missing.any()
     return row_ids.reshape(keys.shape)
 
 
@@ -138,9 +143,10 @@ def training_order(
 ) -> TrainingOrder:
     """Return the order of the chosen samples, which follows from what they hold.
 
-    Samples of a bucket may share a batch: they have one size, and their tensors have the same names,
-    dtypes and shapes, except the numbers of tokens of tensors with variable lengths."""
-    first_captions = list_starts(planned.lengths("caption_keys"))[chosen]
+    Samples of a bucket may share a batch: they have one size, and their tensors have the same
+    names, dtypes and shapes, except the numbers of tokens of tensors with variable lengths."""
+    num_captions = planned.lengths("caption_keys")
+    first_captions = list_starts(num_captions)[chosen]
     captions = planned.keys("caption_keys")[first_captions]
     media = media_keys(planned)[chosen, 0]
     repeats = planned.column("repeats")[chosen]
@@ -163,7 +169,8 @@ def training_order(
 def differs_from_previous(values: np.ndarray) -> np.ndarray:
     """Return whether each value differs from the one before; true for the first."""
     differs = np.ones(len(values), bool)
-    differs[1:] = values[1:] != values[:-1]
+    previous = values[:-1]
+    differs[1:] = values[1:] != previous
     return differs
 
 
@@ -171,11 +178,12 @@ def find_segments(repeats: np.ndarray, starts_bucket: np.ndarray) -> list[list[l
     """Return the segments of each bucket: first sample, number of samples, repeats."""
     starts_segment = starts_bucket | differs_from_previous(repeats)
     starts = np.flatnonzero(starts_segment)
-    counts = np.diff(starts, append=len(repeats))
+    ends = np.append(starts[1:], len(repeats))
     buckets: list[list[list[int]]] = []
-    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         if starts_bucket[start]:
             buckets.append([])
-        segment = [start, count, int(repeats[start])]
+        num_repeats = repeats.item(start)
+        segment = [start, end - start, num_repeats]
         buckets[-1].append(segment)
     return buckets

@@ -95,14 +95,14 @@ class Planner:
         captions = {key_of(text): text for text in variants}
         samples = []
         for clip in self._clips(facts):
-            media_keys = []
+            keys = []
             for flip in self._flips(sample):
                 key = self.media_key(facts.content_hash, facts.mask_hash, crop, clip, flip)
-                media_keys.append(key)
+                keys.append(key)
             planned = PlannedSample(
                 listed=index,
                 content_hash=facts.content_hash,
-                media_keys=media_keys,
+                media_keys=keys,
                 caption_keys=list(captions),
                 caption_probabilities=list(variants.values()),
                 crop=crop,
@@ -260,7 +260,7 @@ def missing_positions(keys: np.ndarray, store: Store, is_needed: np.ndarray) -> 
 
 
 def first_occurrences(keys: np.ndarray) -> np.ndarray:
-    """Return the position where each different key is for the first time, ascending."""
+    """Return the first position of each different key, ascending."""
     _, first = np.unique(keys, return_index=True)
     return np.sort(first)
 

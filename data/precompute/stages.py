@@ -1,9 +1,9 @@
 """Stages of work on shared files, which all processes of a run take together.
 
 No collective operation is used, because work that takes hours must not run into the timeout of a
-process group. After each stage, each process leaves a small JSON file with its result in a folder
-that all processes see, and waits for the files of the others. If a process fails with a DataError,
-all others raise it too.
+process group. After each stage, each process leaves a small JSON file with its result in a shared
+folder, and waits for the files of the others. If a process fails with a DataError, all others raise
+it too.
 """
 
 import json
@@ -77,7 +77,7 @@ class Stages:
         return [self._result_of(index) for index in range(self.process.count)]
 
     def close(self) -> None:
-        """End the last stage. The main process removes the folder when no other process needs it."""
+        """End the last stage. The main process removes the folder when no process needs it."""
         self.stage += 1
         if not self.process.is_main:
             self._write_result({"result": None})

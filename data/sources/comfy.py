@@ -54,12 +54,15 @@ class ComfySource(Source):
         return self.scan.entries[sample.row].shard
 
     def _shard_tensors(self, shard: str, samples: list[ListedSample]) -> Iterator[SampleTensors]:
-        """Yield the tensors of samples from one shard."""
+        """Yield the tensors of samples from one shard, which is read once."""
+        entries = self.scan.entries
         by_index = {}
         for sample in samples:
-            entry = self.scan.entries[sample.row]
-            by_index[entry.index] = sample
-        for stored in read_samples(self.folder, self.family, shard):
-            if stored.index in by_index:
-                sample = by_index[stored.index]
-                yield SampleTensors(sample, stored.latents, stored.cond)
+            index = entries[sample.row].index
+            by_index[index] = sample
+        stored_samples = read_samples(self.folder, self.family, shard)
+        for stored in stored_samples:
+            if stored.index not in by_index:
+                continue
+            sample = by_index[stored.index]
+            yield SampleTensors(sample, stored.latents, stored.cond)

@@ -13,7 +13,8 @@ shard_0000.safetensors holds the same without pickle; ComfyUI does not read it. 
   latents.<i>        "samples"
   cond.<i>           cond
   cond.<i>.<name>    each of the extras that is a tensor, such as cond.<i>.pooled_output
-  metadata           "extras": JSON, a list of the other extras of each sample, such as [{"pooled_output": null}]
+  metadata           "extras": JSON, a list of the other extras of each sample, such as
+                     [{"pooled_output": null}]
 """
 
 import json
@@ -47,7 +48,7 @@ Checked = TypeVar("Checked")
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """A usable sample: file name of its shard, its index in the shard, and the size of its latents."""
+    """A usable sample: file name of its shard, index in the shard, and size of its latents."""
 
     shard: str
     index: int
@@ -203,7 +204,7 @@ def check_latents(item: Any, family: ModelFamily) -> Tensor:
 
 
 def check_conditioning(elements: Any, count: int) -> list[tuple[Tensor, dict]]:
-    """Return a pair (cond, extras) for each of `count` samples that one element of a shard holds."""
+    """Return a pair (cond, extras) for each of the `count` samples of one element of a shard."""
     if not isinstance(elements, list) or not elements:
         raise DataError("no conditioning")
     for element in elements:

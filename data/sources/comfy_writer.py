@@ -20,7 +20,7 @@ ShardFormat = Literal["pkl", "safetensors"]
 
 
 class ShardItem(NamedTuple):
-    """A sample in the form of a shard: latents (1, C, [F,] h, w), cond (1, L, D), and its extras."""
+    """A sample in the form of a shard: latents (1, C, [F,] h, w), cond (1, L, D), and extras."""
 
     latents: Tensor
     cond: Tensor

@@ -201,7 +201,7 @@ def find_mask(image: Path, directory: Directory) -> Path:
 
 
 def folder_repeats(image: Path, folder: Path) -> int:
-    """Return how often an image is seen per epoch by the name of its folder, in kohya's convention."""
+    """Return the repeats of an image by the name of its folder, in kohya's convention."""
     for parent in image.parents:
         match = REPEATS_FOLDER.fullmatch(parent.name)
         if match:

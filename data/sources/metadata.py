@@ -76,7 +76,7 @@ def missing_columns_error(rows: list[dict[str, Any]], columns: dict[str, str]) -
 
 
 def used_columns(config: SourceConfig) -> dict[str, str]:
-    """Return the columns that are read, without that of the image, by the option that names them."""
+    """Return the columns of captions and weights, by the option that names each."""
     columns = {}
     if config.captions.text is None:
         columns["captions.column"] = str(config.captions.column)

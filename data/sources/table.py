@@ -43,6 +43,7 @@ class TableSource(Source):
     def __init__(self, config: SourceConfig, cache_dir: str):
         super().__init__(config)
         self.library_cache = str(Path(cache_dir) / "datasets")
+        """Folder for the files that `datasets` makes."""
         self.image_column = str(config.image_column)
         self.stream: Iterator[dict[str, Any]] | None = None
         self.stream_row = 0
@@ -191,7 +192,9 @@ class TableSource(Source):
         return getattr(self.dataset, "_fingerprint", "") or uuid.uuid4().hex
 
     def _read_row(self, row: int) -> dict[str, Any]:
-        """Return a row. Rows of a stream are read in their order, so their numbers should ascend."""
+        """Return a row.
+
+        A stream is read in the order of its rows, and starts again for an earlier row."""
         if hasattr(self.dataset, "__len__"):
             return self.dataset[row]
         if self.stream is None or row < self.stream_row:

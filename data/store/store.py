@@ -232,8 +232,8 @@ def complete_shards(folder: Path) -> list[Path]:
 def damaged_shards(folder: Path, is_own: bool = True) -> list[Path]:
     """Return the shards in a folder whose data differ from the written data.
 
-    A shard is not read if its file has the size and the time that it was written with. Shards of the
-    own cache that are intact copies are not read next time either."""
+    A shard is not read if its file has the size and the time that it was written with. An intact
+    copy in the own cache is not read next time either."""
     return [shard for shard in sorted(folder.glob("shard-*")) if not is_intact(shard, is_own)]
 
 

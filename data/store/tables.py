@@ -1,4 +1,4 @@
-"""Tables on disk: Arrow files whose rows are dataclasses, and whose columns follow from their fields.
+"""Tables on disk: Arrow files whose rows are dataclasses, with a column for each field.
 
 A table is written row by row, and read a few rows or one column at a time, so that no table is ever
 in memory as a whole.
@@ -79,8 +79,9 @@ def from_cells(row_class: type[Row], cells: dict[str, Any]) -> Row:
     """Return the row with these cells."""
     for name, nested_class in nested_classes(row_class).items():  # type: ignore[arg-type]
         nested_cells = cells[name]
-        if nested_cells is not None:
-            cells[name] = nested_class(**nested_cells)
+        if nested_cells is None:
+            continue
+        cells[name] = nested_class(**nested_cells)
     return row_class(**cells)
 
 
@@ -139,7 +140,8 @@ class Table(Generic[Row]):
     """A table on disk. Raises OSError or pa.ArrowException if its file is missing or damaged."""
 
     def __init__(self, path: Path, row_class: type[Row]):
-        self.path, self.row_class = path, row_class
+        self.path = path
+        self.row_class = row_class
         self.schema = arrow_schema(row_class)
         with pa.OSFile(str(path), "rb") as file:
             stored_schema = pa.ipc.open_file(file).schema
@@ -197,9 +199,8 @@ class Table(Generic[Row]):
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers; of a list column, the items of all rows one after another."""
-        item_type = self._item_type(name)
-        dtype = item_type.to_pandas_dtype()
-        return self._collect(name, dtype, numbers_of)
+        dtype = self._item_type(name).to_pandas_dtype()
+        return self._collect(name, dtype, self._num_items(name), numbers_of)
 
     def nested_column(self, name: str, nested_name: str) -> np.ndarray:
         """Return a number of the dataclass in a column."""
@@ -209,38 +210,35 @@ class Table(Generic[Row]):
         def nested_numbers(column: pa.Array) -> np.ndarray:
             return numbers_of(column.field(nested_name))
 
-        return self._collect(name, dtype, nested_numbers)
+        return self._collect(name, dtype, len(self), nested_numbers)
 
     def is_none(self, name: str) -> np.ndarray:
         """Return whether each row has no value in a column."""
-        return self._collect(name, bool, missing_of)
+        return self._collect(name, bool, len(self), missing_of)
 
     def keys(self, name: str) -> np.ndarray:
         """Return a column of keys; of a list column, the keys of all rows one after another."""
-        return self._collect(name, KEY_DTYPE, keys_of)
+        return self._collect(name, KEY_DTYPE, self._num_items(name), keys_of)
 
     def lengths(self, name: str) -> np.ndarray:
         """Return the length of each row's list in a list column."""
-        lengths = np.empty(len(self), np.int64)
-        position = 0
-        for column in self._read_column(name):
-            end = position + len(column)
-            lengths[position:end] = np.diff(column.offsets.to_numpy())
-            position = end
-        return lengths
+        return self._collect(name, np.int64, len(self), lengths_of)
 
     def _item_type(self, name: str) -> pa.DataType:
         """Return the type of a column, or of the items of a list column."""
         column_type = self.schema.field(name).type
         return column_type.value_type if pa.types.is_list(column_type) else column_type
 
+    def _num_items(self, name: str) -> int:
+        """Return the number of items in all lists of a list column, or of rows."""
+        if pa.types.is_list(self.schema.field(name).type):
+            return int(self.lengths(name).sum())
+        return len(self)
+
     def _collect(
-        self, name: str, dtype: Any, to_array: Callable[[pa.Array], np.ndarray]
+        self, name: str, dtype: Any, num_values: int, to_array: Callable[[pa.Array], np.ndarray]
     ) -> np.ndarray:
         """Return the arrays of all batches of a column one after another."""
-        num_values = len(self)
-        if pa.types.is_list(self.schema.field(name).type):
-            num_values = self.lengths(name).sum()
         result = np.empty(num_values, dtype)
         position = 0
         for column in self._read_column(name):
@@ -251,7 +249,9 @@ class Table(Generic[Row]):
         return result
 
     def _read_column(self, name: str) -> Iterator[pa.Array]:
-        """Yield a column batch by batch. Nothing else of the table is in memory."""
+        """Yield a column batch by batch.
+
+        Nothing else of the table is in memory."""
         index = self.schema.get_field_index(name)
         options = pa.ipc.IpcReadOptions(included_fields=[index])
         with pa.OSFile(str(self.path), "rb") as file:
@@ -270,6 +270,11 @@ def numbers_of(column: pa.Array) -> np.ndarray:
     return list_items(column).to_numpy(zero_copy_only=False)
 
 
+def lengths_of(column: pa.Array) -> np.ndarray:
+    """Return the lengths of the lists of a column."""
+    return np.diff(column.offsets.to_numpy())
+
+
 def missing_of(column: pa.Array) -> np.ndarray:
     return column.is_null().to_numpy(zero_copy_only=False)
 
@@ -280,9 +285,10 @@ def keys_of(column: pa.Array) -> np.ndarray:
     _, data = items.buffers()
     if data is None:
         return np.empty(0, KEY_DTYPE)
+    all_keys = np.frombuffer(data, KEY_DTYPE)
     first = items.offset
     last = first + len(items)
-    return np.frombuffer(data, KEY_DTYPE)[first:last]
+    return all_keys[first:last]
 
 
 def list_starts(lengths: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -72,6 +73,18 @@ def test_batches_are_stacked_from_any_parts(tmp_path, monkeypatch):
         DataError, match=r"x of one batch differ: \(2, 3\) torch.int64 and \(3, 2\) torch.float32"
     ):
         store.read_batch(row_ids)
+
+
+@pytest.mark.parametrize("positioned", [True, False])
+def test_threads_read_from_one_file_at_a_time_or_together(tmp_path, monkeypatch, positioned):
+    """Windows has no reads at a position: the file is moved there, by one thread after another."""
+    monkeypatch.setattr("data.store.shard.HAS_POSITIONED_READS", positioned)
+    Store(tmp_path).write((k(str(i)), {"x": torch.full((1000,), i)}) for i in range(50))
+    store = Store(tmp_path)
+    row_ids = store.find(np.array([k(str(i)) for i in range(50)], "S16")).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda row_id: store.read_tensor(row_id, "x"), row_ids * 4))
+    assert all((row == i % 50).all() for i, row in enumerate(rows))
 
 
 def test_the_store_is_a_datasets_dataset(tmp_path):

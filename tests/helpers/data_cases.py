@@ -1,4 +1,4 @@
-"""Encoded data sets for tests, without models: samples with latents and conditioning of numbers that tell them apart."""
+"""Encoded data sets for tests, without models: latents and conditioning are numbers that tell samples apart."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def sample_of(number: int, side: int = 16, **options: Any) -> PlannedSample:
 def dataset_of(
     folder: Path, count: int, samples: list[PlannedSample] | None = None
 ) -> LatentDataset:
-    """A data set of `count` samples, or of `samples`; latents (4, side / 8, side / 8) are full of the sample's number."""
+    """A data set of `count` samples, or of `samples`; latents (4, side / 8, side / 8) hold the sample's number."""
     samples = samples if samples is not None else [sample_of(i) for i in range(count)]
     media = {
         key: {
