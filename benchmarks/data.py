@@ -114,7 +114,7 @@ def worker_reader(dataset: LatentDataset, batch_size: int, turns: int) -> Reader
     """Measure batches of a worker, one after another.
 
     In turns with other readers the worker would have time to prepare them."""
-    schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
+    schedule = Schedule(dataset.buckets, dataset.content_hash, 0, batch_size)
     loader = load_micro_batches(
         MicroBatches(dataset, schedule), range(turns + WARM_UP_TURNS), 1, pin_memory=False
     )
@@ -189,7 +189,7 @@ def measure_readers(folder: Path, count: int, batch_size: int, turns: int) -> li
     media, texts = sdxl_tensors(count)
     rows = [{**a, **b} for a, b in zip(media, texts, strict=True)]
     dataset = write_dataset(folder / "ours", count, media, texts, 1024)
-    schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, batch_size)
+    schedule = Schedule(dataset.buckets, dataset.content_hash, 0, batch_size)
     batches = MicroBatches(dataset, schedule)
     stored = stack_rows(rows)
     with_noise = {**stored, "noise": torch.randn(count, *LATENTS)}

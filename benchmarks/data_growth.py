@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import astuple
 from pathlib import Path
 from statistics import median
 
@@ -24,10 +23,11 @@ from data.dataset import LatentDataset, Stores
 from data.loader import load_micro_batches
 from data.media.buckets import Crop
 from data.precompute.index import write_index
+from data.samples import PlannedSample
 from data.schedule import Schedule
-from data.store import tables
-from data.store.hashing import key_of
+from data.store.keys import key_of
 from data.store.store import Store
+from data.store.tables import Table, new_table
 
 GROWTH_BAR = 1.10
 """With ten times as many rows, relative to the fewer rows."""
@@ -48,24 +48,19 @@ def write_dataset(
     it. `side`: of the images, in pixels."""
     Store(folder / "media").write((key_of(str(n)), row) for n, row in enumerate(media))
     Store(folder / "text").write((key_of(str(n)), row) for n, row in enumerate(texts))
-    crop = list(astuple(Crop(side, side, side, side, 0, 0, side, side)))
-    with tables.writing(folder / "rows.arrow", tables.ROWS) as table:
+    crop = Crop(side, side, side, side, 0, 0, side, side)
+    with new_table(folder / "planned.arrow", PlannedSample) as table:
         for number in range(count):
             key = key_of(str(number))
             table.add(
-                {
-                    "entry": number,
-                    "content": key,
-                    "media": [key],
-                    "texts": [key_of(str(min(number, len(texts) - 1)))],
-                    "shares": [1.0],
-                    "crop": crop,
-                    "repeats": 1,
-                    "weight": 1.0,
-                    "dropout": 0.0,
-                    "held_out": False,
-                    "may_hold_out": True,
-                }
+                PlannedSample(
+                    listed=number,
+                    content_hash=key,
+                    media_keys=[key],
+                    caption_keys=[key_of(str(min(number, len(texts) - 1)))],
+                    caption_probabilities=[1.0],
+                    crop=crop,
+                )
             )
     return write_and_open_index(folder)
 
@@ -73,8 +68,8 @@ def write_dataset(
 def write_and_open_index(folder: Path) -> LatentDataset:
     """Write the index of a data set, and open the data set."""
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
-    rows = tables.mapped(folder / "rows.arrow")
-    write_index(folder / "index", rows, np.arange(len(rows)), stores)
+    planned = Table(folder / "planned.arrow", PlannedSample)
+    write_index(folder / "index", planned, np.arange(len(planned)), stores)
     return LatentDataset(folder / "index", stores)
 
 
@@ -93,7 +88,7 @@ def use_rows(folder: Path, num_batches: int) -> dict[str, float]:
     stores = Stores(Store(folder / "media"), Store(folder / "text"))
     opened_at = time.perf_counter()
     dataset = LatentDataset(folder / "index", stores)
-    schedule = Schedule(dataset.buckets, dataset.fingerprint, 0, 8)
+    schedule = Schedule(dataset.buckets, dataset.content_hash, 0, 8)
     batches = load_micro_batches(MicroBatches(dataset, schedule), range(num_batches), 0, False)
     next(batches)
     first_at = time.perf_counter()

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from adapter_files.keys import file_names
+from common.process import ProcessInfo
 from data.batches import MicroBatches
 from data.precompute.build import build_datasets
 from data.schedule import Schedule
@@ -48,10 +49,9 @@ class GradientSampler:
 
     def __init__(self, config: TrainConfig):
         self.config, self.family = config, get_family(config.model)
-        accelerator = Accelerator(cpu=True)
-        self.dataset = build_datasets(
-            config.data, self.family, accelerator, not config.bucket_mode
-        ).train
+        process = ProcessInfo.of(Accelerator(cpu=True))
+        datasets = build_datasets(config.data, self.family, process, not config.bucket_mode)
+        self.dataset = datasets.train
         self.denoiser, self.dtype = build.load_denoiser(config, self.family)
         names = file_names(self.family, self.denoiser)
         adapted, _ = build.attach_adapters(config, self.family, self.denoiser, names)
@@ -60,7 +60,9 @@ class GradientSampler:
     def sample(self, config: TrainConfig, batch_size: int, num_steps: int) -> tuple[Tensor, Tensor]:
         """Return gradients (steps, elements) and losses (steps,)."""
         loss_function = build_loss(self.family, config.objective, config.loss_function, self.dtype)
-        schedule = Schedule(self.dataset.buckets, self.dataset.fingerprint, config.seed, batch_size)
+        schedule = Schedule(
+            self.dataset.buckets, self.dataset.content_hash, config.seed, batch_size
+        )
         batches = MicroBatches(self.dataset, schedule, config.objective)
         gradients, losses = [], []
         for step in range(num_steps):

@@ -30,10 +30,12 @@ class AdapterError(UserError):
 def error_list(heading: str, errors: list[str], limit: int = MAX_LISTED) -> str:
     """Join many errors into one message: a heading with their number, and a line for each of the
     first `limit`."""
-    count = f"{len(errors)} errors"
-    if len(errors) == 1:
-        count = "1 error"
-    return bullet_list(f"{heading}: {count}", errors, limit)
+    return bullet_list(f"{heading}: {counted(len(errors), 'error')}", errors, limit)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and a noun, in the plural unless the number is 1."""
+    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def bullet_list(heading: str, lines: list[str], limit: int = MAX_LISTED) -> str:

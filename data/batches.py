@@ -1,77 +1,102 @@
-"""From stored rows to the batches of the loop; everything random in them is drawn here, on the CPU,
-by sample visit."""
+"""Batches of the training loop, from stored rows. Everything random is drawn here, on the CPU.
+
+Each sample has its own seed, a function of the run's seed and of its visit (schedule.py). The
+quantile, caption, dropout and flip come from a hash of the seed (`draw_sample`). The noise comes
+from a generator with this seed, in a fixed order: first the noise, then the noise that draws
+latents around their mean (data.vae_sampling), then the modifiers of objectives/noise.py. So a
+sample does not depend on its batch, the number of processes, or where a run was resumed.
+"""
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.dataset import LatentDataset
-from data.schedule import Schedule, key, permutation
-from data.store.schema import MEDIA_TENSORS
+from data.dataset import LatentDataset, sample_cond
+from data.schedule import Schedule, permutation, random_key
 from objectives.config import ObjectiveConfig
 from objectives.noise import modify_noise
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: raw `latents` and `noise` (B, C, [F,] h, w), `quantile` (B,), `cond` with
-    batch dimension.
-
-    `weight` (B,): factors on the loss. `mask` (B, h, w) in [0, 1]: where the loss counts, if the data has masks.
-    `crop` (B, 8): the fields of buckets.Crop. `visits` names the samples in reports. `input_noise`: the noise that the
-    denoiser sees, where it is not `noise`.
-    """
+    """One micro-batch: raw `latents` and `noise` (B, C, [F,] h, w), and their conditioning."""
 
     latents: Tensor
     noise: Tensor
     quantile: Tensor
+    """Noise quantiles (B,)."""
     cond: dict[str, Any]
+    """Conditioning, batch first."""
     weight: Tensor
+    """Factors (B,) on the loss."""
     crop: Tensor
+    """The fields (B, 8) of buckets.Crop."""
     visits: range
+    """The visits, which name the samples in reports."""
     mask: Tensor | None = None
+    """Weights (B, h, w) of the loss in [0, 1], if the data has masks."""
     input_noise: Tensor | None = None
+    """The noise that the denoiser sees, if it differs from `noise`."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; copies from pinned memory do not wait for the device."""
+        """Return the batch on `device`. Copies from pinned memory do not wait for the device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> "Batch":
-        def moved(values: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: function(value) for name, value in values.items() if isinstance(value, Tensor)
-            }
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with a function applied to all tensors."""
+        tensors = map_tensors(function, vars(self))
+        cond_tensors = map_tensors(function, self.cond)
+        cond = {**self.cond, **cond_tensors}
+        return replace(self, **tensors, cond=cond)  # type: ignore[arg-type]
 
-        own = moved({f.name: getattr(self, f.name) for f in fields(self)})
-        return replace(self, **own, cond=self.cond | moved(self.cond))
+
+def map_tensors(function: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the result of a function for each tensor among the values.
+
+    Other values are left out."""
+    mapped = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            mapped[name] = function(value)
+    return mapped
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What is random in a sample besides its noise, each in [0, 1)."""
+class SampleDraw:
+    """The random numbers of a visit except its noise, each in [0, 1)."""
 
     quantile: float
     caption: float
+    """Position of the caption among the captions of the sample."""
     drop: float
+    """The caption is dropped if this is below its dropout probability."""
     flip: float
+    """The mirrored image is used if this is below 1/2."""
 
-    @classmethod
-    def of(cls, seed: int) -> "Drawn":
-        words = np.frombuffer(
-            hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16).digest(), "<u4"
-        )
-        return cls(*(int(word >> 8) * 2.0**-24 for word in words))  # exact in fp32
+
+def draw_sample(seed: int) -> SampleDraw:
+    """Return the random numbers of the visit with this seed.
+
+    Each has 24 bits, and so is exact in fp32."""
+    seed_bytes = seed.to_bytes(8, "little")
+    state = hashlib.blake2b(seed_bytes, digest_size=16)
+    words = np.frombuffer(state.digest(), "<u4")
+    numbers = (words >> 8) * 2.0**-24
+    return SampleDraw(*numbers.tolist())
 
 
 class MicroBatches:
-    """Micro-batch number -> Batch. `per_step` micro-batches, of all ranks together, make one step."""
+    """Batches by the number of the micro-batch.
+
+    `per_step` micro-batches, of all processes together, make one step."""
 
     def __init__(
         self,
@@ -84,16 +109,19 @@ class MicroBatches:
         self.options = options or ObjectiveConfig()
 
     def __getitem__(self, micro_batch: int) -> Batch:
-        visits = self.schedule.visits(micro_batch)
-        seeds = [key("sample", self.schedule.seed, visit) for visit in visits]
-        batch = make_batch(
-            self.dataset, self.schedule.rows(micro_batch), seeds, visits, options=self.options
-        )
-        if not self.options.stratified_timesteps:
+        """Return the batch with this number."""
+        schedule = self.schedule
+        visits = schedule.visits(micro_batch)
+        rows = schedule.rows(micro_batch)
+        seeds = []
+        for visit in visits:
+            seeds.append(random_key("sample", schedule.seed, visit))
+        options = self.options
+        batch = make_batch(self.dataset, rows, seeds, visits, options=options)
+        if not options.stratified_timesteps:
             return batch
-        return replace(
-            batch, quantile=stratified(batch.quantile, self.schedule, micro_batch, self.per_step)
-        )
+        quantile = stratify(batch.quantile, schedule, micro_batch, self.per_step)
+        return replace(batch, quantile=quantile)
 
 
 def make_batch(
@@ -104,81 +132,119 @@ def make_batch(
     quantile: Tensor | None = None,
     options: ObjectiveConfig | None = None,
 ) -> Batch:
-    """Collates `rows`; each sample's noise, caption and flip, and its quantile unless given, are functions of its own
-    seed. With `quantile` given (validation), the first caption is taken and nothing is mirrored or dropped. `options`
-    may ask for noise that is not standard normal."""
+    """Return the batch of these rows; everything random in a sample is a function of its seed.
+
+    If `quantile` is given, as in validation, the first caption is used, and nothing is mirrored or
+    dropped. `options` may modify the noise."""
+    options = options or ObjectiveConfig()
+    samples = dataset.samples[rows]
+    draws = [draw_sample(seed) for seed in seeds]
+    choices = None if quantile is not None else draws
+    media = gather_media(dataset, samples, choices)
+    cond = gather_text(dataset, rows, samples, choices)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = [Drawn.of(seed) for seed in seeds]
-    fixed = quantile is not None
-    of_row = {
-        name: np.asarray(dataset.arrays[name])[rows]
-        for name in ("media", "dropout", "weight", "crop")
-    }
-    turns = [
-        0 if fixed or len(p) == 1 else int(d.flip < 0.5)
-        for p, d in zip(of_row["media"], drawn, strict=True)
-    ]
-    media = dataset.media.rows(p.item(turn) for p, turn in zip(of_row["media"], turns, strict=True))
     latents = media["latents"]
     noise = standard_normal(latents.shape, generators)
     if "deviation" in media:
         latents = latents + media["deviation"] * standard_normal(latents.shape, generators)
-    noise, input_noise = altered_noise(noise, options or ObjectiveConfig(), generators)
-    dropout = [0.0] * len(rows) if fixed else of_row["dropout"].tolist()
-    texts = [
-        dataset.empty_text if d.drop < share else dataset.text_of(row, None if fixed else d.caption)
-        for row, share, d in zip(rows, dropout, drawn, strict=True)
-    ]
-    cond = dataset.text.rows(texts, dataset.ragged)
-    cond |= {name: tensor for name, tensor in media.items() if name not in MEDIA_TENSORS}
+    noise, input_noise = apply_noise_modifiers(noise, options, generators)
+    if quantile is None:
+        quantile = torch.tensor([draw.quantile for draw in draws])
+    mask = media.get("mask")
+    if mask is not None:
+        floor = dataset.min_mask_weight
+        mask = floor + (1 - floor) * mask
     return Batch(
-        latents,
-        noise,
-        torch.tensor([d.quantile for d in drawn]) if quantile is None else quantile,
-        cond,
-        torch.from_numpy(of_row["weight"]),
-        torch.from_numpy(of_row["crop"]),
-        visits,
-        dataset.mask_floor + (1 - dataset.mask_floor) * media["mask"] if "mask" in media else None,
-        input_noise,
+        latents=latents,
+        noise=noise,
+        quantile=quantile,
+        cond=cond | sample_cond(media),
+        weight=torch.from_numpy(samples["weight"].copy()),
+        crop=torch.from_numpy(samples["crop"].copy()),
+        visits=visits,
+        mask=mask,
+        input_noise=input_noise,
     )
 
 
-def altered_noise(
+def gather_media(
+    dataset: LatentDataset, samples: np.ndarray, draws: list[SampleDraw] | None
+) -> dict[str, Any]:
+    """Read the latents and all that is stored with them. Without `draws`, nothing is mirrored."""
+    all_ids = samples["media"].tolist()
+    chosen_ids = [row_ids[0] for row_ids in all_ids]
+    if draws is not None:
+        for index, draw in enumerate(draws):
+            mirrored_id = all_ids[index][-1]  # the same if images are not mirrored
+            if draw.flip < 0.5:
+                chosen_ids[index] = mirrored_id
+    return dataset.media.read_batch(chosen_ids)
+
+
+def gather_text(
+    dataset: LatentDataset,
+    rows: list[int],
+    samples: np.ndarray,
+    draws: list[SampleDraw] | None,
+) -> dict[str, Any]:
+    """Read the conditioning of the captions. Without `draws`, the first caption is used."""
+    if draws is None:
+        caption_ids = [dataset.caption_id(row) for row in rows]
+        return dataset.text.read_batch(caption_ids, dataset.variable_lengths)
+    caption_ids = []
+    dropouts = samples["caption_dropout"].tolist()
+    for row, dropout, draw in zip(rows, dropouts, draws, strict=True):
+        if draw.drop < dropout:
+            caption_ids.append(dataset.empty_caption)
+        else:
+            caption_ids.append(dataset.caption_id(row, draw.caption))
+    return dataset.text.read_batch(caption_ids, dataset.variable_lengths)
+
+
+def apply_noise_modifiers(
     noise: Tensor, options: ObjectiveConfig, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor | None]:
-    """The noise of a batch as `options` ask, and what the denoiser sees in its place, if that is
-    not the same."""
-    if not (
-        options.multires_noise_iterations or options.noise_offset or options.input_perturbation
-    ):
+    """Return the noise with the configured modifiers, and the denoiser's noise if it differs."""
+    has_modifiers = options.multires_noise_iterations or options.noise_offset
+    if not has_modifiers and not options.input_perturbation:
         return noise, None
-    both = [
-        modify_noise(one, options, generator)
-        for one, generator in zip(noise, generators, strict=True)
-    ]
-    noise, seen = (torch.stack(tensors) for tensors in zip(*both, strict=True))
-    return noise, seen if options.input_perturbation else None
+    modified = []
+    inputs = []
+    for sample_noise, generator in zip(noise, generators, strict=True):
+        target_noise, input_noise = modify_noise(sample_noise, options, generator)
+        modified.append(target_noise)
+        inputs.append(input_noise)
+    stacked = torch.stack(modified)
+    if not options.input_perturbation:
+        return stacked, None
+    return stacked, torch.stack(inputs)
 
 
 def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    """The next numbers of each sample's generator. Drawing the bits takes most of the loader's
-    time."""
-    batch = torch.empty(shape)
-    for one, generator in zip(batch, generators, strict=True):
-        torch.randn(one.shape, generator=generator, out=one)
-    return batch
+    """Draw the next numbers of each sample's generator.
+
+    Drawing the bits takes most of the time of making a batch."""
+    noise = torch.empty(shape)
+    for sample_noise, generator in zip(noise, generators, strict=True):
+        torch.randn(sample_noise.shape, generator=generator, out=sample_noise)
+    return noise
 
 
-def stratified(quantile: Tensor, schedule: Schedule, micro_batch: int, per_step: int) -> Tensor:
-    """The quantiles (B,) of a micro-batch, spread evenly over the `per_step` micro-batches of its
-    step.
+def stratify(quantile: Tensor, schedule: Schedule, micro_batch: int, per_step: int) -> Tensor:
+    """Return the quantiles (B,) of a micro-batch, spread evenly over the samples of its step.
 
-    The interval (0, 1) has as many equal parts as the step has samples, and each sample one of them: a permutation of
-    the places in the step, a function of seed and step. Where in its part a sample lies, its own `quantile` says.
+    The interval (0, 1) has as many equal strata as the step has samples. A permutation, a function
+    of seed and step, gives each sample a stratum. The sample's own quantile is its position in it.
     """
-    samples = per_step * schedule.batch_size
-    step, place = divmod(micro_batch * schedule.batch_size, samples)
-    strata = permutation(samples, key("strata", schedule.seed, step))
-    parts = torch.tensor([strata[place + i] for i in range(len(quantile))], dtype=torch.float64)
-    return ((parts + quantile.double()) / samples).float().clamp(max=1 - 2**-24)
+    batch_size = schedule.batch_size
+    num_samples = per_step * batch_size
+    first_sample = micro_batch * batch_size
+    step, first = divmod(first_sample, num_samples)
+    key = random_key("strata", schedule.seed, step)
+    order = permutation(num_samples, key)
+    strata = []
+    for index in range(len(quantile)):
+        strata.append(order[first + index])
+    positions = torch.tensor(strata, dtype=torch.float64) + quantile.double()
+    stratified = positions / num_samples
+    return stratified.float().clamp(max=1 - 2**-24)

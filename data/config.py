@@ -23,7 +23,7 @@ class CaptionConfig:
     column: str = "text"
     """Caption column of a Hugging Face dataset or a metadata file."""
     one_per_line: bool = False
-    """Each line of a caption file is a caption of its own; one of them is drawn each time the image
+    """Each line of a caption file is a separate caption; one of them is drawn each time the image
     is seen."""
     trigger: str = ""
     """Words put before every caption that does not contain them."""
@@ -39,8 +39,8 @@ class CaptionConfig:
     dropout: Fraction = 0.0
     """Probability of replacing the caption by the empty prompt."""
     max_variants: Annotated[int, Field(ge=1)] = 16
-    """Largest number of variants of a caption that are encoded. If shuffling and tag dropout can make more, this many
-    are drawn once, and one of them is drawn each time the image is seen."""
+    """Largest number of variants of a caption that are encoded. If shuffling and tag dropout can
+    make more, this many are drawn once, and one of them is drawn each time the image is seen."""
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ else:
         namespace={
             "__pydantic_config__": {**STRICT, "use_attribute_docstrings": False},
             "__module__": __name__,
-            "__doc__": "Caption options of one source. Options that are not set are taken from data.captions.",
+            "__doc__": "Caption options of one source. Options that are not set are taken from "
+            "data.captions.",
         },
     )
 
@@ -85,9 +86,9 @@ class SourceConfig:
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of the images."""
     regularization: bool = False
-    """Regularization images of the class, which keep the model from forgetting it (prior preservation). They have no
-    trigger and no caption dropout, are never held out, and their loss is multiplied by data.prior_loss_weight.
-    """
+    """Regularization images of the class, which keep the model from forgetting it (prior
+    preservation). They have no trigger and no caption dropout, are never held out, and their loss is
+    multiplied by data.prior_loss_weight."""
     captions: CaptionOverrides = field(default_factory=CaptionOverrides)
     """Caption options of this source."""
 
@@ -99,8 +100,8 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     path: str | None = None
-    """A folder of images with captions, a Hugging Face image dataset (folder or Hub id), a ComfyUI dataset or an
-    encoded dataset (docs/data.md). For several of them, use data.sources."""
+    """A folder of images with captions, a Hugging Face image dataset (folder or Hub id), a ComfyUI
+    dataset or an encoded dataset (docs/data.md). For several of them, use data.sources."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources, each with its own options."""
     image_column: str = "image"
@@ -119,10 +120,11 @@ class DataConfig:
     upscale: bool = True
     """Enlarge images that are smaller than their bucket. Off: they get a smaller bucket."""
     frames: Annotated[int, Field(ge=1)] = 1
-    """Frames of a video clip, for video models. A shorter video gives as many frames as the model supports.
-    Image-to-video models need more than one."""
+    """Frames of a video clip, for video models. A shorter video gives as many frames as the model
+    supports. Image-to-video models need more than one."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Frames per second of a clip, whatever the rate of the video. None: the rate of the model."""
+    """Frames per second of a clip; the frames of other videos are repeated or left out. None: the
+    rate of the model."""
     video_clips: Literal["first", "spread"] = "first"
     """Clips of a video that are trained on. first: its beginning. spread: as many as fit, evenly
     spaced."""
@@ -135,16 +137,16 @@ class DataConfig:
     background: str = "white"
     """Color behind transparent images: a name or #rrggbb."""
     masks: Literal["none", "alpha", "files"] = "none"
-    """Where the loss counts. alpha: where the image is opaque. files: where <name>_mask.<extension> next to the image
-    is white."""
+    """Masks of the loss. alpha: the loss counts where the image is opaque. files: it counts where
+    <name>_mask.<extension> next to the image is white."""
     mask_min_value: Fraction = 0.0
     """Weight of the loss where the mask is black."""
     prior_loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of regularization images."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     on_error: Literal["fail", "skip"] = "fail"
-    """Action on unusable files. fail: list all errors and end the run. skip: list them and train without these
-    files."""
+    """Action on unusable files. fail: list all errors and end the run. skip: list them and train
+    without these files."""
     encode_batch_size: Annotated[int, Field(ge=1)] = 8
     """Images or captions that are encoded together."""
     cache_dir: Annotated[str, CHANGEABLE] = "output/cache"
@@ -161,8 +163,10 @@ class DataConfig:
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return data.path, as the first source, and data.sources, with the options that they take
         from `data`."""
-        first = () if self.path is None else (SourceConfig(self.path),)
-        return tuple(self.with_defaults(source) for source in (*first, *self.sources))
+        sources = list(self.sources)
+        if self.path is not None:
+            sources.insert(0, SourceConfig(self.path))
+        return tuple(self.with_defaults(source) for source in sources)
 
     def with_defaults(self, source: SourceConfig) -> SourceConfig:
         """Fill the options of `source` that are not set."""
@@ -177,5 +181,5 @@ class DataConfig:
         return replace(source, captions=captions, **unset)
 
     def _caption_option(self, source: SourceConfig, name: str) -> Any:
-        own = getattr(source.captions, name)
-        return getattr(self.captions, name) if own is None else own
+        value = getattr(source.captions, name)
+        return getattr(self.captions, name) if value is None else value

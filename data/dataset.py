@@ -1,119 +1,212 @@
-"""Encoded images with their captions, whose rows are read from disk on demand."""
+"""Encoded samples in training order. Their tensors are read from disk when they are needed.
+
+<folder>/index.json                   content hash, buckets, shards of the stores
+<folder>/samples.npy                  a record for each sample (`record_dtype`)
+<folder>/captions.npy                 row ids of the captions of all samples, one after another
+<folder>/caption_probabilities.npy    the probabilities of drawing them
+<folder>/listed.arrow                 names and captions, which training does not read
+"""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from data.media.buckets import Crop
+from data.samples import ListedSample
 from data.schedule import Segment
-from data.store import tables
-from data.store.schema import MEDIA_TENSORS, Ragged
+from data.store.schema import MEDIA_TENSORS, VariableLengths
 from data.store.store import Store
+from data.store.tables import Table
 
-CROP_HEIGHT, CROP_WIDTH = 7, 6  # of the fields of buckets.Crop
+INDEX_FILE = "index.json"
+SAMPLES_FILE = "samples.npy"
+CAPTIONS_FILE = "captions.npy"
+PROBABILITIES_FILE = "caption_probabilities.npy"
+LISTED_FILE = "listed.arrow"
 
 
-ARRAYS = ("entry", "media", "text_first", "texts", "shares", "crop", "weight", "dropout")
+def record_dtype(num_orientations: int) -> np.dtype:
+    """Return the fields of a sample's record.
+
+    listed              index in the table of listed samples
+    media               row ids of the latents, and of the mirrored latents if images are mirrored
+    first_caption       position of the first caption in the captions of all samples
+    num_captions        number of captions
+    crop                the fields of buckets.Crop
+    weight              factor on the loss
+    caption_dropout     probability of using the empty prompt
+    """
+    return np.dtype(
+        [
+            ("listed", np.int64),
+            ("media", np.int64, (num_orientations,)),
+            ("first_caption", np.int64),
+            ("num_captions", np.int64),
+            ("crop", np.int32, (len(fields(Crop)),)),
+            ("weight", np.float32),
+            ("caption_dropout", np.float32),
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Where the run's latents and conditioning are."""
+    """The stores of the latents and of the conditioning of a run."""
 
     media: Store
     text: Store
-    ragged: Ragged = field(default_factory=dict)
-    """As the family's."""
+    variable_lengths: VariableLengths = field(default_factory=dict)
+    """Conditioning with as many tokens as the caption has, as the family declares it."""
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """The content of the index file."""
+
+    content_hash: str
+    """Hash of all that training depends on; neither names nor the order of files matter."""
+    segments: list[list[list[int]]]
+    """For each bucket its segments: first sample, number of samples, repeats."""
+    empty_caption: int
+    """Row id of the empty prompt; MISSING if it is not needed."""
+    num_never_dropped: int
+    """Samples whose captions are never dropped, though that is configured."""
+    media_shards: list[str]
+    text_shards: list[str]
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(asdict(self))
+        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "DatasetIndex":
+        text = (folder / INDEX_FILE).read_text(encoding="utf-8")
+        return cls(**json.loads(text))
+
+    @property
+    def buckets(self) -> tuple[tuple[Segment, ...], ...]:
+        """Return the segments of each bucket."""
+        buckets = []
+        for segments in self.segments:
+            bucket = []
+            for first, count, repeats in segments:
+                bucket.append(Segment(first, count, repeats))
+            buckets.append(tuple(bucket))
+        return tuple(buckets)
 
 
 class LatentDataset:
-    """Encoded images with their captions; rows are read from disk when they are asked for."""
+    """Encoded images or videos with their captions, in training order."""
 
-    def __init__(self, folder: Path, stores: Stores, mask_floor: float = 0.0):
-        """`folder`: what write_index wrote, with the listing for names and captions, which training does not read.
-        `mask_floor`: the least that a mask counts."""
-        self.folder, self.listing, self.mask_floor = folder, folder / "listing.arrow", mask_floor
-        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        self.fingerprint: str = about["fingerprint"]
-        self.buckets = tuple(
-            tuple(Segment(*segment) for segment in bucket) for bucket in about["segments"]
-        )
-        self.empty_text: int = about["empty_text"]
-        self.media, self.text, self.ragged = stores.media, stores.text, stores.ragged
-        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    def __init__(self, folder: Path, stores: Stores, min_mask_weight: float = 0.0):
+        """`folder`: written by write_index. `min_mask_weight`: weight where a mask is black."""
+        self.folder = folder
+        self.min_mask_weight = min_mask_weight
+        self.media = stores.media
+        self.text = stores.text
+        self.variable_lengths = stores.variable_lengths
+        index = DatasetIndex.load(folder)
+        self.content_hash = index.content_hash
+        self.empty_caption = index.empty_caption
+        self.buckets = index.buckets
+        self.samples = np.load(folder / SAMPLES_FILE, mmap_mode="r")
+        self.caption_ids = np.load(folder / CAPTIONS_FILE, mmap_mode="r")
+        self.caption_probabilities = np.load(folder / PROBABILITIES_FILE, mmap_mode="r")
 
     def __len__(self) -> int:
-        return len(self.arrays["entry"])
+        return len(self.samples)
 
     @property
     def epoch_size(self) -> int:
-        """Visits per epoch."""
+        """Number of samples seen per epoch."""
         return sum(segment.visits for bucket in self.buckets for segment in bucket)
 
-    def entry(self, row: int) -> dict[str, Any]:
-        """Where a row comes from."""
-        return tables.mapped(self.listing).slice(int(self.arrays["entry"][row]), 1).to_pylist()[0]
+    @cached_property
+    def listed(self) -> Table[ListedSample]:
+        """Open the table with names and captions."""
+        return Table(self.folder / LISTED_FILE, ListedSample)
 
     def name(self, row: int) -> str:
-        return self.entry(row)["name"]
+        """Return the name of a sample."""
+        index = int(self.samples["listed"][row])
+        return self.listed[index].name
 
     def first_captions(self) -> Iterator[str]:
-        """Of each row the first of its captions."""
-        table = tables.mapped(self.listing).select(["captions"])
-        for _, cells in tables.rows_of(table, np.asarray(self.arrays["entry"])):
-            yield (cells["captions"] or [""])[0]
+        """Yield the first caption of each sample; an empty one for stored conditioning."""
+        for _, sample in self.listed.rows(np.asarray(self.samples["listed"])):
+            yield sample.captions[0] if sample.captions else ""
 
     def captions(self, count: int) -> list[str]:
-        """The first captions that differ."""
-        found: dict[str, None] = {}
+        """Return the first captions that differ, at most `count`."""
+        different: dict[str, None] = {}
         for caption in self.first_captions():
-            found.setdefault(caption)
-            if len(found) == count:
+            different[caption] = None
+            if len(different) == count:
                 break
-        return list(found)
+        return list(different)
+
+    def crop(self, row: int) -> Crop:
+        """Return the size of a sample before encoding, and its crop."""
+        return Crop(*self.samples["crop"][row].tolist())
 
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width in pixels."""
-        crop = self.arrays["crop"][row]
-        return int(crop[CROP_HEIGHT]), int(crop[CROP_WIDTH])
+        """Return height and width of a sample in pixels."""
+        crop = self.crop(row)
+        return crop.crop_height, crop.crop_width
+
+    def media_id(self, row: int) -> int:
+        """Return the row id of a sample's latents."""
+        return int(self.samples["media"][row, 0])
 
     def latent_shape(self, row: int) -> tuple[int, ...]:
-        """(C, [F,] h, w) of a row's latents, which are not read."""
-        part, place = self.media.part(int(self.arrays["media"][row, 0]))
-        return part.columns["latents"].kind(place)[1]
+        """Return (C, [F,] h, w) of a sample's latents, which are not read."""
+        return self.media.locate(self.media_id(row)).spec("latents").shape
 
     def latent_frames(self, row: int) -> int:
-        """Frames of a row's latents; 1 of an image."""
+        """Return the number of frames of a sample's latents; 1 for an image."""
         _, *frames, _, _ = self.latent_shape(row)
         return frames[0] if frames else 1
 
-    def text_of(self, row: int, draw: float | None) -> int:
-        """The place of a row's caption: of several, the one that `draw` in [0, 1) falls on, or the
-        first."""
-        first, last = self.arrays["text_first"][row : row + 2]
-        if last - first == 1 or draw is None:
-            return int(self.arrays["texts"][first])
-        ends = np.cumsum(self.arrays["shares"][first:last])
-        return int(
-            self.arrays["texts"][
-                first + min(np.searchsorted(ends, draw * ends[-1], "right"), last - first - 1)
-            ]
-        )
+    def caption_id(self, row: int, draw: float | None = None) -> int:
+        """Return the row id of a caption of a sample.
+
+        It is the caption at `draw` in [0, 1), if captions are laid out by their probabilities, or
+        the first caption."""
+        sample = self.samples[row]
+        first = sample["first_caption"]
+        end = first + sample["num_captions"]
+        if draw is None or end == first + 1:
+            return self.caption_ids.item(first)
+        cumulative = np.cumsum(self.caption_probabilities[first:end])
+        threshold = draw * cumulative[-1]
+        position = first + np.searchsorted(cumulative, threshold, "right")
+        last = end - 1
+        return self.caption_ids.item(min(position, last))
 
     def latents(self, row: int) -> Tensor:
-        """Raw latents (C, [F,] h, w) of one row."""
-        return self.media.stacked([int(self.arrays["media"][row, 0])], "latents")[0]
+        """Return the raw latents (C, [F,] h, w) of a sample."""
+        return self.media.read_tensor(self.media_id(row), "latents")
 
     def cond(self, row: int) -> dict[str, Tensor]:
-        """Conditioning of one row with its first caption, without batch dimension and padding."""
-        media = int(self.arrays["media"][row, 0])
-        own = {
-            name: self.media.stacked([media], name)[0]
-            for name in self.media.columns(media)
-            if name not in MEDIA_TENSORS
-        }
-        return self.text.row(int(self.arrays["texts"][self.arrays["text_first"][row]])) | own
+        """Return the conditioning of a sample with its first caption.
+
+        The tensors have no batch dimension and no padding."""
+        caption_id = self.caption_id(row)
+        media_id = self.media_id(row)
+        cond = self.text.read_row(caption_id)
+        for name in self.media.tensor_names(media_id):
+            if name in MEDIA_TENSORS:
+                continue
+            cond[name] = self.media.read_tensor(media_id, name)
+        return cond
+
+
+def sample_cond(media: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of media rows that are conditioning."""
+    return {name: tensor for name, tensor in media.items() if name not in MEDIA_TENSORS}

@@ -9,36 +9,38 @@ import torch
 
 from data.batches import Batch, MicroBatches
 
-AHEAD = 2  # batches per thread that may wait for the loop
+BATCHES_AHEAD = 2
+"""Batches per thread that may wait for the training loop."""
 
 
 def load_micro_batches(
     source: MicroBatches, numbers: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """The micro-batches `numbers` of `source`, in order; `num_workers` threads make them ahead of
-    time.
+    """Yield the micro-batches with these numbers, in order. Threads make them ahead of time.
 
-    Threads, not processes: nearly all of a batch's time goes into reads and random bits, in which they do not hold
-    Python's lock, and what a process would make had to be sent here through shared memory, which costs twice as much.
-    """
+    Threads are used instead of processes. Nearly all time goes into reads and random bits, which
+    release Python's lock. A process would have to send its batch through shared memory, which
+    costs twice as much."""
 
-    def make(number: int) -> Batch:
-        return source[number].pin_memory() if pin_memory else source[number]
+    def make_batch(number: int) -> Batch:
+        batch = source[number]
+        return batch.pin_memory() if pin_memory else batch
 
     if not num_workers:
-        yield from map(make, numbers)
+        yield from map(make_batch, numbers)
         return
-    # a thread begins on the first GPU, and pinning memory there would take some of that GPU from
-    # its own process
-    device = torch.cuda.current_device() if pin_memory else None
-    begin = None if device is None else partial(torch.cuda.set_device, device)
-    pool, ahead = ThreadPoolExecutor(num_workers, "data", begin), deque[Future[Batch]]()
+    # a new thread uses the first GPU, and pinning memory would allocate some of that GPU's memory
+    initialize = None
+    if pin_memory:
+        initialize = partial(torch.cuda.set_device, torch.cuda.current_device())
+    pool = ThreadPoolExecutor(num_workers, "data", initialize)
+    waiting: deque[Future[Batch]] = deque()
     try:
         for number in numbers:
-            ahead.append(pool.submit(make, number))
-            if len(ahead) > AHEAD * num_workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            waiting.append(pool.submit(make_batch, number))
+            if len(waiting) > BATCHES_AHEAD * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,42 +1,40 @@
-"""Which samples meet in which step, as a pure function of (seed, dataset, batch size): there is no
-sampler state.
+"""The schedule: the samples of each step, as a pure function of (seed, dataset, batch size).
 
-Visit v (v = 0, 1, 2, ...) is one sample seen once; micro-batch m holds the visits from m *
-batch_size to (m + 1) * batch_size - 1, all of one bucket. Step s on W ranks with accumulation A
-consumes micro-batches s*W*A ... (s+1)*W*A - 1, of which rank r takes those with m mod W = r. So one
-rank with A = 4, two with A = 2 and four with A = 1 train on the same samples in the same step.
+There is no sampler state. Visit v (v = 0, 1, 2, ...) is one sample seen once. Micro-batch m holds
+the visits from m * batch_size to (m + 1) * batch_size - 1, all of one bucket. Step s on W processes
+with accumulation A consumes micro-batches s*W*A ... (s+1)*W*A - 1. Process r takes those with
+m mod W = r. So one process with A = 4, two with A = 2 and four with A = 1 train on the same samples
+in the same step.
 
-Each bucket is an endless row of epochs, every one a new permutation of its n samples, cut into
-micro-batches of B. By the end of epoch e (counted from 1) floor(e n / B) of them are full; those
-that become full in epoch e are trained on in epoch e, in an order mixed over all buckets. So none
-is ever smaller, a bucket with fewer samples than B waits until more visits fill it, and after e
-epochs every sample was or is about to be seen e times. All of this is computed from m; nothing is
-listed but permutations of up to 2^16 positions.
+Each bucket is an endless row of epochs, cut into micro-batches of B. Every epoch is a new
+permutation of the bucket's n samples. By the end of epoch e (counted from 1) floor(e n / B)
+micro-batches are full. Those that become full in epoch e are trained on in epoch e, in an order
+mixed over all buckets. So no micro-batch is ever smaller, and a bucket with fewer samples than B
+waits until more visits fill it. After e epochs every sample was seen e times, or is about to be.
+All of this is computed from m. Only permutations of up to 2^16 positions are ever listed.
 """
 
-import hashlib
-import struct
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
-EXACT = 2**16
-"""Up to here a permutation is drawn from all there are; beyond, computed position by position."""
-ROUNDS = 8
-MASK = 2**64 - 1
+from common.hashing import hash_number
+
+MAX_LISTED_SIZE = 2**16
+"""Up to this size a permutation is drawn from all permutations; above, it is computed position by
+position."""
+NUM_ROUNDS = 8
+MASK_64 = 2**64 - 1
 
 
-def key(purpose: str, *numbers: int | str) -> int:
-    """A 64-bit key that differs for every purpose and numbers: the seed of whatever is random
-    there."""
-    data = b"".join(
-        struct.pack("<Q", n) if isinstance(n, int) else n.encode() + b"\0"
-        for n in (purpose, *numbers)
-    )
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def random_key(purpose: str, *numbers: int | str) -> int:
+    """Return a seed of 64 bits, which differs between purposes and between numbers."""
+    return hash_number(purpose, *numbers)
 
 
 class Permutation:
@@ -44,34 +42,43 @@ class Permutation:
 
     def __init__(self, size: int, seed: int):
         self.size = size
-        if size <= EXACT:
-            # sorting the generator's raw bits, whose stream numpy guarantees; it does not guarantee
-            # `permutation`
+        if size <= MAX_LISTED_SIZE:
+            # the order of the generator's raw bits, whose stream numpy guarantees, unlike that of
+            # its `permutation`
             bits = np.random.Philox(key=seed).random_raw(size)
-            self.order = np.argsort(bits, kind="stable").astype(np.uint16)
+            order = np.argsort(bits, kind="stable")
+            self.order = order.astype(np.uint16)
             return
-        self.half = (size.bit_length() + 1) // 2
-        self.round_keys = [key("round", seed, i) for i in range(ROUNDS)]
+        self.half_bits = (size.bit_length() + 1) // 2
+        self.round_keys = [random_key("round", seed, number) for number in range(NUM_ROUNDS)]
 
     def __getitem__(self, position: int) -> int:
-        if self.size <= EXACT:
+        """Return the number at a position."""
+        if self.size <= MAX_LISTED_SIZE:
             return int(self.order[position])
-        place = self._feistel(position)
-        while (
-            place >= self.size
-        ):  # outside: a bijection of 2^(2 half) places, followed until it comes back
-            place = self._feistel(place)
-        return place
+        number = self._feistel(position)
+        while number >= self.size:  # the bijection of a larger range, until it returns to this one
+            number = self._feistel(number)
+        return number
 
-    def _feistel(self, place: int) -> int:
-        """A bijection of the numbers of 2 * half bits (Luby and Rackoff 1988)."""
-        low = (1 << self.half) - 1
-        left, right = place >> self.half, place & low
+    def _feistel(self, number: int) -> int:
+        """Apply a bijection of the numbers of 2 * half_bits bits (Luby and Rackoff 1988)."""
+        half_mask = (1 << self.half_bits) - 1
+        left = number >> self.half_bits
+        right = number & half_mask
         for round_key in self.round_keys:
-            mixed = ((right ^ round_key) * 0xBF58476D1CE4E5B9) & MASK  # the finaliser of splitmix64
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
-            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & low)
-        return left << self.half | right
+            mixed = mix_bits(right ^ round_key)
+            new_right = left ^ (mixed & half_mask)
+            left, right = right, new_right
+        return left << self.half_bits | right
+
+
+def mix_bits(value: int) -> int:
+    """Mix 64 bits, as the finalizer of splitmix64 does after its first shift."""
+    value = (value * 0xBF58476D1CE4E5B9) & MASK_64
+    value ^= value >> 27
+    value = (value * 0x94D049BB133111EB) & MASK_64
+    return value ^ (value >> 31)
 
 
 @lru_cache(maxsize=128)
@@ -89,23 +96,34 @@ class Segment:
 
     @property
     def visits(self) -> int:
-        """Per epoch."""
+        """Visits per epoch."""
         return self.count * self.repeats
+
+
+class BucketBatch(NamedTuple):
+    """A micro-batch as one of its bucket: index of the bucket, and number in the bucket."""
+
+    bucket: int
+    number: int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`buckets`: the segments of each bucket."""
+    """The order of training. `buckets`: the segments of each bucket."""
 
     buckets: tuple[tuple[Segment, ...], ...]
-    fingerprint: str
+    content_hash: str
     seed: int
     batch_size: int
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Visits per epoch of each bucket."""
-        return tuple(sum(segment.visits for segment in bucket) for bucket in self.buckets)
+        """Return the visits per epoch of each bucket."""
+        sizes = []
+        for bucket in self.buckets:
+            num_visits = sum(segment.visits for segment in bucket)
+            sizes.append(num_visits)
+        return tuple(sizes)
 
     @property
     def epoch_size(self) -> int:
@@ -113,47 +131,71 @@ class Schedule:
         return sum(self.sizes)
 
     def visits(self, micro_batch: int) -> range:
-        return range(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
+        """Return the visits of a micro-batch."""
+        first = micro_batch * self.batch_size
+        end = first + self.batch_size
+        return range(first, end)
 
     def rows(self, micro_batch: int) -> list[int]:
-        """The dataset rows of the visits of a micro-batch."""
-        bucket, number = self.place(micro_batch)
-        first = number * self.batch_size
-        return [self._row(bucket, visit) for visit in range(first, first + self.batch_size)]
+        """Return the dataset rows of the visits of a micro-batch."""
+        bucket, number = self.bucket_batch(micro_batch)
+        bucket_visits = self.visits(number)
+        return [self._row(bucket, visit) for visit in bucket_visits]
 
-    def place(self, micro_batch: int) -> tuple[int, int]:
-        """The bucket of a micro-batch, and which of that bucket's micro-batches it is."""
+    def bucket_batch(self, micro_batch: int) -> BucketBatch:
+        """Return the bucket of a micro-batch, and its number among those of the bucket.
+
+        The micro-batches that become full in an epoch are trained on in a random order."""
         epoch = self.epoch_of(micro_batch)
-        starts, ends = self._full(epoch), self._full(epoch + 1)
-        counts = [end - start for start, end in zip(starts, ends, strict=True)]
-        order = permutation(sum(counts), key("batches", self.seed, self.fingerprint, epoch))
-        index, ahead = order[micro_batch - sum(starts)], list(accumulate(counts))
-        bucket = bisect_right(ahead, index)
-        return bucket, starts[bucket] + index - (ahead[bucket] - counts[bucket])
+        starts = self._num_full(epoch)
+        ends = self._num_full(epoch + 1)
+        counts = []
+        for start, end in zip(starts, ends, strict=True):
+            counts.append(end - start)
+        key = random_key("batches", self.seed, self.content_hash, epoch)
+        order = permutation(sum(counts), key)
+        index = order[micro_batch - sum(starts)]
+        # the micro-batches of the epoch, laid out bucket by bucket
+        index_ends = list(accumulate(counts))
+        bucket = bisect_right(index_ends, index)
+        num_left = index_ends[bucket] - index
+        return BucketBatch(bucket, ends[bucket] - num_left)
 
     def epoch_of(self, micro_batch: int) -> int:
-        """The epoch, counted from 0, in which a micro-batch is trained on."""
-        # each bucket falls short of n / B micro-batches per epoch by less than one in all
-        least = micro_batch * self.batch_size // self.epoch_size
-        most = least + len(self.buckets) * self.batch_size // self.epoch_size + 1
-        return (
-            least
-            + bisect_right(range(least, most + 1), micro_batch, key=lambda e: sum(self._full(e)))
-            - 1
-        )
+        """Return the epoch, counted from 0, in which a micro-batch is trained on."""
+        first_visit = micro_batch * self.batch_size
+        earliest = first_visit // self.epoch_size
+        # all buckets together fall short of n / B micro-batches per epoch by less than their number
+        max_missing_visits = len(self.buckets) * self.batch_size
+        max_missing_epochs = max_missing_visits // self.epoch_size + 1
+        latest = earliest + max_missing_epochs
+        epochs = range(earliest, latest + 1)
+        num_started = bisect_right(epochs, micro_batch, key=self._first_micro_batch)
+        return earliest + num_started - 1
 
-    def _full(self, epochs: int) -> list[int]:
-        """How many micro-batches of each bucket are full after so many epochs."""
-        return [epochs * size // self.batch_size for size in self.sizes]
+    def _first_micro_batch(self, epoch: int) -> int:
+        return sum(self._num_full(epoch))
+
+    def _num_full(self, num_epochs: int) -> list[int]:
+        """Return how many micro-batches of each bucket are full after so many epochs."""
+        return [num_epochs * size // self.batch_size for size in self.sizes]
 
     def _row(self, bucket: int, visit: int) -> int:
-        epoch, position = divmod(visit, self.sizes[bucket])
-        shuffled = permutation(
-            self.sizes[bucket], key("epoch", self.seed, self.fingerprint, bucket, epoch)
-        )
-        place = shuffled[position]
-        for segment in self.buckets[bucket]:
-            if place < segment.visits:
-                return segment.first + place % segment.count
-            place -= segment.visits
-        raise AssertionError("a place beyond the bucket")
+        """Return the dataset row of a visit, counted within its bucket.
+
+        Every epoch of a bucket has a new permutation of the visits of its samples."""
+        size = self.sizes[bucket]
+        epoch, position = divmod(visit, size)
+        key = random_key("epoch", self.seed, self.content_hash, bucket, epoch)
+        order = permutation(size, key)
+        number = order[position]
+        return nth_row(self.buckets[bucket], number)
+
+
+def nth_row(segments: Sequence[Segment], number: int) -> int:
+    """Return the row of a number, if the rows of all segments are laid out with their repeats."""
+    for segment in segments:
+        if number < segment.visits:
+            return segment.first + number % segment.count
+        number -= segment.visits
+    raise AssertionError("a number beyond the bucket")

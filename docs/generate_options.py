@@ -33,7 +33,7 @@ adapter:
 ```
 
 The command line overrides the recipe, and the recipe overrides the defaults. Choices ignore upper and lower case.
-Switches are turned on with `--export.merged_model` and off with `--export.no_merged_model`; `true` and `false` work too.
+Turn switches on with `--export.merged_model` and off with `--export.no_merged_model`; `true` and `false` work too.
 """
 BOUNDS = {
     "minimum": "from",

@@ -273,7 +273,8 @@ def main(arguments: list[str]) -> int:
         ("longest function", f"{longest[0][0]} ({longest[0][1]})", str(MAX_FUNCTION_LINES),
          longest[0][0] <= MAX_FUNCTION_LINES),
         ("import circles", str(len(circles)), "0", not circles),
-        ("most attributes of a class", f"{attributes} ({class_name})", str(MAX_ATTRIBUTES), attributes <= MAX_ATTRIBUTES),
+        ("most attributes of a class", f"{attributes} ({class_name})", str(MAX_ATTRIBUTES),
+         attributes <= MAX_ATTRIBUTES),
         ("generic names", f"{generic} of {bound} = {100 * generic / bound:.2f} %", "1 %",
          generic <= MAX_GENERIC_SHARE * bound),
         ("AST nodes per line, median of all files / of the densest", f"{statistics.median(densities):.1f} / "

@@ -9,7 +9,7 @@ from common.process import ProcessInfo
 from data.batches import Batch, MicroBatches
 from data.dataset import LatentDataset
 from data.loader import load_micro_batches
-from data.schedule import Schedule, key
+from data.schedule import Schedule, random_key
 from training.config import TrainConfig
 from training.reporting.history import DataTimer
 from training.reporting.sample_log import SampleLog
@@ -25,7 +25,7 @@ class BatchStream:
         self.process = process
         self.schedule = Schedule(
             dataset.buckets,
-            dataset.fingerprint,
+            dataset.content_hash,
             config.seed,
             config.batch_size,
         )
@@ -62,7 +62,7 @@ class BatchStream:
                 step_number = number // micro_batches_per_step + 1
                 self.sample_log.add(step_number, rows, batch)
             if self.has_dropout:
-                torch.manual_seed(key("dropout", config.seed, number))
+                torch.manual_seed(random_key("dropout", config.seed, number))
             yield batch.to(device)
 
     def sample_names(self, step: int, micro_batches_per_step: int) -> list[str]:

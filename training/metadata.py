@@ -9,8 +9,8 @@ from pathlib import Path
 
 from adapter_files.files import Layers
 from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
+from common.hashing import hash_of_files
 from data.dataset import LatentDataset
-from data.store.hashing import hash_of_files
 from training.components import RunComponents
 from training.config import to_yaml
 from training.optim.registry import OPTIMIZERS
@@ -113,7 +113,7 @@ def trainer_metadata(components: RunComponents, facts: ExportFacts) -> dict[str,
         "train_lora.weights": facts.weights,
         "train_lora.config": to_yaml(config),
         "train_lora.base_model_hash": hash_of_files(base_files, Path(config.data.cache_dir)),
-        "train_lora.dataset_hash": components.datasets.train.fingerprint,
+        "train_lora.dataset_hash": components.datasets.train.content_hash,
         "train_lora.versions": json.dumps({name: version(name) for name in packages}),
     }
 

@@ -105,6 +105,7 @@ def train(
 ) -> None:
     """Build the run, train, and export the result."""
     from adapter_files.keys import file_names
+    from common.process import ProcessInfo
     from data.precompute.build import build_datasets
     from training import build
     from training.batch_stream import BatchStream
@@ -121,7 +122,9 @@ def train(
 
     family = build.load_family(config)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
-    datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
+    datasets = build_datasets(
+        config.data, family, ProcessInfo.of(accelerator), not config.bucket_mode
+    )
     denoiser, dtype = build.load_denoiser(config, family, needs_contiguous_weights(accelerator))
     names = file_names(family, denoiser)
     adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)

@@ -15,7 +15,7 @@ from torch import nn
 
 from data.batches import Batch, make_batch
 from data.dataset import LatentDataset
-from data.schedule import key
+from data.schedule import random_key
 from training.config import TrainConfig
 from training.loss import LossFunction
 
@@ -55,7 +55,7 @@ def comparison_key(dataset: LatentDataset, config: TrainConfig) -> str:
     if config.ema.decay:
         weights = config.ema.evaluate_with
     noise_levels = str(config.validation.noise_levels)
-    number = key("validation", dataset.fingerprint, noise_levels, weights)
+    number = random_key("validation", dataset.content_hash, noise_levels, weights)
     return f"{number:x}"
 
 
@@ -89,7 +89,7 @@ def chunk_batch(
         level_indices.append(level_index)
         rows.append(chunk.first_row + offset)
     quantile = torch.tensor(noise_levels)[level_indices]
-    seeds = [key("validation", row) for row in rows]
+    seeds = [random_key("validation", row) for row in rows]
     batch = make_batch(
         dataset,
         rows,

@@ -1,1 +1,1 @@
-"""data.media."""
+"""Images, videos and captions, and how they become training data."""

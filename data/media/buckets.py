@@ -1,18 +1,29 @@
-"""Aspect buckets: sizes of about one area, and the way an image is scaled and cropped to the size
-nearest its shape."""
+"""Aspect ratio buckets: image sizes of about one area, and the scaling and cropping to them."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.config import DataConfig
 
 
+class Size(NamedTuple):
+    """A size in pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def log_ratio(self) -> float:
+        """Logarithm of the aspect ratio."""
+        return math.log(self.width / self.height)
+
+
 @dataclass(frozen=True)
 class Crop:
-    """How pixels are made of an image: scaled to (scaled_width, scaled_height), of which a window
-    is taken.
+    """Size of an image, the size to which it is scaled, and the window of that which is used.
 
-    Everything in pixels. `width`, `height`: of the image as it is shown, after its EXIF turn.
+    Everything is in pixels. `width` and `height` are those of the image after its EXIF rotation.
     """
 
     width: int
@@ -24,9 +35,10 @@ class Crop:
     crop_width: int
     crop_height: int
 
-    def name(self) -> str:
-        """The same for what makes the same pixels of the same file."""
-        return f"{self.scaled_width}x{self.scaled_height}+{self.left}+{self.top} {self.crop_width}x{self.crop_height}"
+    def describe(self) -> str:
+        """Return a text that is equal for crops which make the same pixels of the same file."""
+        scaled = f"{self.scaled_width}x{self.scaled_height}+{self.left}+{self.top}"
+        return f"{scaled} {self.crop_width}x{self.crop_height}"
 
 
 @dataclass(frozen=True)
@@ -42,50 +54,70 @@ class Buckets:
 
     @classmethod
     def of(cls, config: DataConfig, step: int, only_square: bool) -> "Buckets":
+        """Return the buckets that are configured. `step`: the smallest step of the model."""
         return cls(
-            config.resolution,
-            config.bucket_step or step,
-            config.bucket_min_side or config.resolution // 2,
-            config.bucket_max_side or config.resolution * 2,
-            config.upscale,
-            only_square,
+            resolution=config.resolution,
+            step=config.bucket_step or step,
+            min_side=config.bucket_min_side or config.resolution // 2,
+            max_side=config.bucket_max_side or config.resolution * 2,
+            upscale=config.upscale,
+            only_square=only_square,
         )
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the bucket for an image: of all with the most area for their width, the one whose shape
-        is nearest, on a logarithmic scale."""
-        resolution = (
-            self.resolution if self.upscale else min(self.resolution, math.isqrt(width * height))
-        )
+    def size(self, width: int, height: int) -> Size:
+        """Return the size of the bucket for an image.
+
+        It is the size with the nearest aspect ratio, on a logarithmic scale, among those that have
+        the largest area for their width."""
         if self.only_square:
-            side = self.resolution if self.upscale else min(self.resolution, width, height)
-            return (max(self.step, side // self.step * self.step),) * 2
-        shape = math.log(width / height)
-        return min(
-            self._sizes(max(resolution, self.step)),
-            key=lambda size: abs(math.log(size[0] / size[1]) - shape),
-        )
-
-    def _sizes(self, resolution: int) -> list[tuple[int, int]]:
-        """All sizes, the square first, so that it wins a tie."""
-        step, most, smaller = self.step, resolution * resolution, resolution / self.resolution
-        least = max(step, int(self.min_side * smaller) // step * step)
-        largest = max(least, int(self.max_side * smaller) // step * step)
-        square = max(step, resolution // step * step)
-        found = [(square, square)]
-        for side in range(least, largest + 1, step):
-            other = min(most // side // step * step, largest)
-            if other >= least:
-                found += [(side, other), (other, side)]
-        return found
+            side = self.resolution
+            if not self.upscale:
+                side = min(side, width, height)
+            return self._square(side)
+        resolution = self.resolution
+        if not self.upscale:
+            resolution = min(resolution, math.isqrt(width * height))
+        ratio = Size(width, height).log_ratio
+        sizes = self._sizes(max(resolution, self.step))
+        return min(sizes, key=lambda size: abs(size.log_ratio - ratio))
 
     def crop(self, width: int, height: int) -> Crop:
-        """The image scaled until it just covers its bucket, and the window in its middle."""
-        crop_width, crop_height = self.size(width, height)
-        scale = max(crop_width / width, crop_height / height)
-        scaled_width, scaled_height = (
-            max(crop_width, round(width * scale)),
-            max(crop_height, round(height * scale)),
+        """Return the crop that scales an image to just cover its bucket, and keeps the middle."""
+        size = self.size(width, height)
+        scale = max(size.width / width, size.height / height)
+        scaled_width = max(size.width, round(width * scale))
+        scaled_height = max(size.height, round(height * scale))
+        return Crop(
+            width=width,
+            height=height,
+            scaled_width=scaled_width,
+            scaled_height=scaled_height,
+            left=(scaled_width - size.width) // 2,
+            top=(scaled_height - size.height) // 2,
+            crop_width=size.width,
+            crop_height=size.height,
         )
-        left, top = (scaled_width - crop_width) // 2, (scaled_height - crop_height) // 2
-        return Crop(width, height, scaled_width, scaled_height, left, top, crop_width, crop_height)
+
+    def _sizes(self, resolution: int) -> list[Size]:
+        """Return all sizes for an area. The square comes first, so that it wins a tie."""
+        scale = resolution / self.resolution
+        min_side = self._round_down(self.min_side * scale)
+        max_side = max(min_side, self._round_down(self.max_side * scale))
+        sizes = [self._square(resolution)]
+        for side in range(min_side, max_side + 1, self.step):
+            longest_side = resolution * resolution // side // self.step * self.step
+            other_side = min(longest_side, max_side)
+            if other_side >= min_side:
+                sizes.append(Size(side, other_side))
+                sizes.append(Size(other_side, side))
+        return sizes
+
+    def _square(self, side: int) -> Size:
+        """Return the largest square whose sides are at most `side`, and at least one step."""
+        rounded_side = self._round_down(side)
+        return Size(rounded_side, rounded_side)
+
+    def _round_down(self, side: float) -> int:
+        """Return the largest multiple of the step up to `side`, and at least one step."""
+        num_steps = int(side) // self.step
+        return self.step * max(1, num_steps)

@@ -12,7 +12,7 @@ from itertools import combinations, permutations
 import numpy as np
 
 from data.config import CaptionConfig, SourceConfig
-from data.schedule import key
+from data.schedule import random_key
 
 Variants = dict[str, float]
 """Caption -> probability of drawing it; the probabilities sum to 1."""
@@ -26,8 +26,10 @@ def caption_variants(captions: list[str], source: SourceConfig) -> Variants:
     is never drawn."""
     result: Variants = {with_trigger(captions[0], source): 0.0}
     for caption in captions:
-        for text, probability in variants_of_one(caption, source).items():
-            result[text] = result.get(text, 0.0) + probability / len(captions)
+        variants = variants_of_one(caption, source)
+        for text, probability in variants.items():
+            share = probability / len(captions)
+            result[text] = result.get(text, 0.0) + share
     return result
 
 
@@ -36,7 +38,7 @@ def variants_of_one(caption: str, source: SourceConfig) -> Variants:
     options = source.captions
     if not (options.shuffle or options.tag_dropout):
         return {with_trigger(caption, source): 1.0}
-    tags = [tag.strip() for tag in caption.split(options.separator) if tag.strip()]
+    tags = split_tags(caption, options.separator)
     trigger = trigger_of(source)
     if trigger in tags:
         tags.remove(trigger)
@@ -48,7 +50,8 @@ def variants_of_one(caption: str, source: SourceConfig) -> Variants:
         orders = random_orders(free_tags, options)
     result: Variants = {}
     for order, probability in orders:
-        text = with_trigger(join_tags([*fixed_tags, *order], options.separator), source)
+        joined = join_tags([*fixed_tags, *order], options.separator)
+        text = with_trigger(joined, source)
         result[text] = result.get(text, 0.0) + probability
     return result
 
@@ -61,9 +64,18 @@ def trigger_of(source: SourceConfig) -> str:
 def with_trigger(caption: str, source: SourceConfig) -> str:
     """Return a caption with the source's trigger in front, unless it contains the trigger."""
     trigger = trigger_of(source)
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+    pattern = rf"(?<!\w){re.escape(trigger)}(?!\w)"
+    if not trigger or re.search(pattern, caption):
         return caption
-    return join_tags([trigger, caption], source.captions.separator) if caption else trigger
+    if not caption:
+        return trigger
+    return join_tags([trigger, caption], source.captions.separator)
+
+
+def split_tags(caption: str, separator: str) -> list[str]:
+    """Return the tags of a caption without surrounding spaces; empty tags are left out."""
+    tags = [tag.strip() for tag in caption.split(separator)]
+    return [tag for tag in tags if tag]
 
 
 def join_tags(tags: list[str], separator: str) -> str:
@@ -72,31 +84,48 @@ def join_tags(tags: list[str], separator: str) -> str:
     return f"{visible} ".join(tags) if visible else separator.join(tags)
 
 
+def kept_counts(num_tags: int, options: CaptionConfig) -> range:
+    """Return the numbers of tags that can be left after tags were dropped."""
+    if options.tag_dropout:
+        return range(num_tags + 1)
+    return range(num_tags, num_tags + 1)
+
+
 def number_of_orders(tags: list[str], options: CaptionConfig) -> int:
     """Count the orders of all subsets of tags that `all_orders` yields."""
-    count = len(tags)
-    sizes = range(count + 1) if options.tag_dropout else (count,)
-    if options.shuffle:
-        return sum(math.perm(count, size) for size in sizes)
-    return sum(math.comb(count, size) for size in sizes)
+    num_tags = len(tags)
+    count_orders = math.perm if options.shuffle else math.comb
+    total = 0
+    for size in kept_counts(num_tags, options):
+        total += count_orders(num_tags, size)
+    return total
 
 
 def all_orders(tags: list[str], options: CaptionConfig) -> Iterator[tuple[TagOrder, float]]:
     """Yield every order of every subset of tags, with its probability."""
-    count, dropout = len(tags), options.tag_dropout
-    for size in range(count + 1) if dropout else (count,):
-        probability = dropout ** (count - size) * (1 - dropout) ** size
+    num_tags = len(tags)
+    dropout = options.tag_dropout
+    for size in kept_counts(num_tags, options):
+        drop_probability = dropout ** (num_tags - size)
+        keep_probability = (1 - dropout) ** size
+        probability = drop_probability * keep_probability
         for subset in combinations(tags, size):
-            orders = list(permutations(subset)) if options.shuffle else [subset]
-            yield from ((order, probability / len(orders)) for order in orders)
+            orders = [subset]
+            if options.shuffle:
+                orders = list(permutations(subset))
+            for order in orders:
+                yield order, probability / len(orders)
 
 
 def random_orders(tags: list[str], options: CaptionConfig) -> Iterator[tuple[TagOrder, float]]:
-    """Yield `max_variants` random orders of random subsets, always the same ones for the same tags."""
-    random = np.random.Generator(np.random.Philox(key=key("caption", *tags)))
+    """Yield `max_variants` random orders of random subsets, always the same for the same tags."""
+    generator = np.random.Philox(key=random_key("caption", *tags))
+    random = np.random.Generator(generator)
     for _ in range(options.max_variants):
         is_kept = random.random(len(tags)) >= options.tag_dropout
         order = np.arange(len(tags))
         if options.shuffle:
             order = np.argsort(random.random(len(tags)))
-        yield tuple(tags[i] for i in order if is_kept[i]), 1 / options.max_variants
+        kept_order = order[is_kept[order]]
+        kept_tags = tuple(tags[index] for index in kept_order)
+        yield kept_tags, 1 / options.max_variants

@@ -1,18 +1,16 @@
-"""Turns the content of a video file, or of an animated GIF or WebP, into pixels; the one place
-where videos are opened.
+"""Pixels from the content of video files, and of animated GIF and WebP files.
 
-Frame k of a clip is the picture that is shown k / fps seconds after the clip's start, whatever the
-file's own rate.
+No other file opens videos. Frame k of a clip is the picture shown k / fps seconds after the start
+of the clip. The frame rate of the file does not matter.
 """
 
 import io
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
 import torch
 from PIL import GifImagePlugin, Image, WebPImagePlugin
 from torch import Tensor
@@ -21,21 +19,20 @@ from common.errors import DataError
 from data.config import DataConfig
 from data.media import images
 from data.media.buckets import Crop
+from data.store.tables import Float64
 
 EXTENSIONS = {".mp4", ".webm", ".mov", ".mkv"}
-LATE = 0.05  # of a frame: how much the times in a file may be rounded
-SHORTEST, USUAL = (
-    0.011,
-    0.1,
-)  # seconds: what a GIF shows for less has the usual time in all browsers
-Shown = tuple[
-    float, float, Callable[[], Image.Image]
-]  # a frame's first second, how long it is shown, and its picture
+TIME_TOLERANCE = 0.05
+"""Fraction of a frame by which the times in a file may be rounded."""
+MIN_GIF_SECONDS, USUAL_GIF_SECONDS = 0.011, 0.1
+"""Browsers show frames with a shorter time than the first for the second."""
+USUAL_FPS = 25
+ANIMATION_READERS = (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile)
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Size in pixels of a video as it is shown, and its length in seconds."""
+class VideoFacts:
+    """Size in pixels of a video after its rotation, and its length in seconds."""
 
     width: int
     height: int
@@ -44,27 +41,31 @@ class Facts:
 
 @dataclass(frozen=True)
 class Clip:
-    """What is taken of a video: `frames`, 1 / `fps` seconds apart, from `start` on (seconds)."""
+    """The frames of a video that are used: from `start` (seconds) on, 1 / `fps` seconds apart."""
 
-    start: float
+    start: Float64
     frames: int
-    fps: float
+    fps: Float64
 
-    @classmethod
-    def of(cls, fields: list[float]) -> "Clip":
-        """From a cell of tables.ROWS."""
-        start, frames, fps = fields
-        return cls(start, int(frames), fps)
-
-    def name(self) -> str:
-        """The same for what takes the same frames."""
+    def describe(self) -> str:
+        """Return a text that is equal for clips with the same frames."""
         return f"{self.start:.6f}+{self.frames} at {self.fps:g}"
+
+    def times(self) -> list[float]:
+        """Return the times of the frames, in seconds, with a tolerance for rounded times."""
+        times = []
+        for number in range(self.frames):
+            time = self.start + number / self.fps
+            times.append(time + TIME_TOLERANCE / self.fps)
+        return times
 
 
 @dataclass(frozen=True)
-class Clips:
-    """Which clips are taken of a video: of up to `frames`, one more than a multiple of `step`; from its start, or if
-    `spread`, as many as fit without sharing frames, spread evenly."""
+class ClipSampling:
+    """The choice of clips of a video.
+
+    Clips have up to `frames` frames, one more than a multiple of `step`. One clip is taken from the
+    start of a video, or if `spread`, as many as fit without sharing frames, evenly spaced."""
 
     frames: int
     fps: float
@@ -72,125 +73,139 @@ class Clips:
     spread: bool
 
     @classmethod
-    def wanted(cls, config: DataConfig, step: int, fps: float) -> "Clips":
-        """As `config` says, for a model whose frames are one more than a multiple of `step`, `fps` of them a second.
-        Raises DataError for a number of frames that the model does not take."""
-        if (config.frames - 1) % step:
-            least = (config.frames - 1) // step * step + 1
-            raise DataError(
-                f"--data.frames {config.frames}: this model takes one more than a multiple of {step}, "
-                f"such as {least} or {least + step}"
-            )
-        return cls(config.frames, config.fps or fps, step, config.video_clips == "spread")
+    def of(cls, config: DataConfig, step: int, fps: float) -> "ClipSampling":
+        """Return the configured choice.
 
-    def of(self, seconds: float) -> list[Clip]:
-        """Those of a video of that length; of one that is too short, the most frames it has that
-        the model takes."""
-        there = max(1, int(seconds * self.fps + LATE))
-        if there < self.frames:
-            return [Clip(0.0, 1 + (there - 1) // self.step * self.step, self.fps)]
-        count = there // self.frames if self.spread else 1
-        apart = (there - self.frames) // max(1, count - 1) if count > 1 else 0
-        return [Clip(number * apart / self.fps, self.frames, self.fps) for number in range(count)]
+        `step`, `fps`: the model takes one more than a multiple of `step` frames, and its videos
+        have this rate. Raises DataError for a number of frames that the model does not take."""
+        if (config.frames - 1) % step:
+            smaller = (config.frames - 1) // step * step + 1
+            raise DataError(
+                f"--data.frames {config.frames}: this model takes one more than a multiple of "
+                f"{step} frames. Use {smaller} or {smaller + step}"
+            )
+        return cls(
+            frames=config.frames,
+            fps=config.fps or fps,
+            step=step,
+            spread=config.video_clips == "spread",
+        )
+
+    def clips(self, seconds: float) -> list[Clip]:
+        """Return the clips of a video of this length.
+
+        A video that is too short gives one clip, as long as the model supports."""
+        num_frames = max(1, int(seconds * self.fps + TIME_TOLERANCE))
+        if num_frames < self.frames:
+            num_steps = (num_frames - 1) // self.step
+            return [Clip(0.0, 1 + num_steps * self.step, self.fps)]
+        num_clips = 1
+        if self.spread:
+            num_clips = num_frames // self.frames
+        distance = (num_frames - self.frames) // max(1, num_clips - 1)
+        clips = []
+        for number in range(num_clips):
+            start = number * distance / self.fps
+            clips.append(Clip(start, self.frames, self.fps))
+        return clips
+
+
+class ShownFrame(NamedTuple):
+    """A frame of a file: when it is shown, for how long, and a function for its picture."""
+
+    start: float
+    seconds: float
+    picture: Callable[[], Image.Image]
 
 
 def is_video(content: bytes) -> bool:
-    """Whether a file is more than one picture, or nothing that an image is."""
+    """Return whether a file has more than one picture, or is not in an image format."""
     reader = images.reader_of(content)
-    if reader not in (GifImagePlugin.GifImageFile, WebPImagePlugin.WebPImageFile):
+    if reader not in ANIMATION_READERS:
         return bool(content) and reader is None
     try:
-        with images.under_our_limit(lambda: reader(io.BytesIO(content))) as image:
+        with images.with_pixel_limit(lambda: reader(io.BytesIO(content))) as image:
             return getattr(image, "n_frames", 1) > 1
-    except Exception:  # what is damaged is told when it is looked at as an image
+    except Exception:  # its check as an image reports the damage
         return False
 
 
-def check(content: bytes) -> Facts:
-    """Decodes a video once; raises DataError saying why it cannot be used."""
-    size, end = (0, 0), 0.0
-    for number, (start, length, picture) in enumerate(shown(content)):
-        if not number:
-            size = picture().size
-            if size[0] * size[1] > images.MAX_PIXELS:
-                raise DataError(
-                    f"{size[0]}x{size[1]} pixels; more than {images.MAX_PIXELS} are taken for an attack"
-                )
-        end = start + length
+def check(content: bytes) -> VideoFacts:
+    """Decode a video once. Raises DataError with the reason why it cannot be used."""
+    width, height = 0, 0
+    end = 0.0
+    for number, frame in enumerate(decode_frames(content)):
+        if number == 0:
+            width, height = frame.picture().size
+            images.check_num_pixels(width, height)
+        end = frame.start + frame.seconds
     if not end:
-        raise DataError("a video without pictures")
-    return Facts(*size, end)
+        raise DataError("the video has no frames")
+    return VideoFacts(width, height, end)
 
 
 def pixels(content: bytes, crop: Crop, clip: Clip, background: str, flip: bool = False) -> Tensor:
-    """A clip's colors, (3, frames, crop_height, crop_width) float32 in [-1, 1]; of one frame (3,
-    height, width).
+    """Return a clip's colors (3, frames, crop_height, crop_width), as images.pixels does.
 
-    Otherwise as images.pixels.
-    """
-    times = [clip.start + number / clip.fps + LATE / clip.fps for number in range(clip.frames)]
-    found: list[Tensor] = []
-    last: Callable[[], Image.Image] | None = None
-
-    def take(until: float) -> None:
-        """The last frame's pixels for all times before the next one's."""
-        made = None
-        while last is not None and len(found) < len(times) and times[len(found)] < until:
-            made = (
-                images.scaled(images.over(last(), background), crop, flip) if made is None else made
-            )
-            found.append(made)
-
-    for start, _, picture in shown(content):
-        take(start)
-        last = picture
-        if len(found) == len(times):
+    A clip of one frame has no dimension of frames."""
+    times = clip.times()
+    frames: list[Tensor] = []
+    for picture, end in shown_pictures(content):
+        num_new = bisect_left(times, end) - len(frames)
+        if num_new > 0:
+            image = images.paste_over(picture(), background)
+            frames += [images.scale(image, crop, flip)] * num_new
+        if len(frames) == len(times):
             break
-    take(float("inf"))
-    if not found:
-        raise DataError("a video without pictures")
-    return torch.stack(found, 1) if clip.frames > 1 else found[0]
+    if not frames:
+        raise DataError("the video has no frames")
+    if clip.frames == 1:
+        return frames[0]
+    return torch.stack(frames, dim=1)
 
 
-def frames_of(rows: pa.Table) -> np.ndarray:
-    """Frames of each row of tables.ROWS that is a clip; 0 of images, and of latents that are taken
-    as they are."""
-    clips = rows.column("clip")
-    if clips.null_count == len(clips):
-        return np.zeros(len(clips), np.int64)
-    return np.array([int(clip[1]) if clip else 0 for clip in clips.to_pylist()], np.int64)
+def shown_pictures(content: bytes) -> Iterator[tuple[Callable[[], Image.Image], float]]:
+    """Yield the picture of each frame, and the time when the next frame replaces it."""
+    picture: Callable[[], Image.Image] | None = None
+    for frame in decode_frames(content):
+        if picture is not None:
+            yield picture, frame.start
+        picture = frame.picture
+    if picture is not None:
+        yield picture, float("inf")
 
 
-def shown(content: bytes) -> Iterator[Shown]:
-    """The frames of a file in their order."""
-    return in_container(content) if images.reader_of(content) is None else in_animation(content)
+def decode_frames(content: bytes) -> Iterator[ShownFrame]:
+    """Yield the frames of a file in their order."""
+    if images.reader_of(content) is None:
+        return container_frames(content)
+    return animation_frames(content)
 
 
-def in_animation(content: bytes) -> Iterator[Shown]:
-    """Those of an animated GIF or WebP."""
+def animation_frames(content: bytes) -> Iterator[ShownFrame]:
+    """Yield the frames of an animated GIF or WebP."""
     reader: Any = images.reader_of(content)
     start = 0.0
     try:
-        with images.under_our_limit(lambda: reader(io.BytesIO(content))) as image:
+        with images.with_pixel_limit(lambda: reader(io.BytesIO(content))) as image:
             for number in range(image.n_frames):
                 image.seek(number)
                 image.load()
-                length = image.info.get("duration", 0) / 1000
-                length = length if length >= SHORTEST else USUAL
-                yield (
-                    start,
-                    length,
-                    image.convert("RGBA").copy,
-                )  # now: the reader goes on to the next
-                start += length
+                seconds = image.info.get("duration", 0) / 1000
+                if seconds < MIN_GIF_SECONDS:
+                    seconds = USUAL_GIF_SECONDS
+                frame = image.convert("RGBA")  # a copy, because the reader moves to the next frame
+                yield ShownFrame(start, seconds, frame.copy)
+                start += seconds
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
-        raise DataError(f"damaged ({error or type(error).__name__})") from error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"damaged ({reason})") from error
 
 
-def in_container(content: bytes) -> Iterator[Shown]:
-    """Those of a video file."""
+def container_frames(content: bytes) -> Iterator[ShownFrame]:
+    """Yield the frames of a video file."""
     try:
-        import av  # an extra, and a slow import
+        import av  # optional, and a slow import
     except ImportError as error:
         raise DataError(
             "videos are read with PyAV, which is not installed: pip install 'train-lora[video]'"
@@ -198,25 +213,26 @@ def in_container(content: bytes) -> Iterator[Shown]:
     try:
         with av.open(io.BytesIO(content), "r") as container:
             if not container.streams.video:
-                raise DataError("a file without a video")
-            stream, first = container.streams.video[0], None
-            usual = float(1 / (stream.average_rate or 25))
+                raise DataError("the file has no video stream")
+            stream = container.streams.video[0]
+            usual_seconds = float(1 / (stream.average_rate or USUAL_FPS))
+            first_time: float | None = None
             for number, frame in enumerate(container.decode(stream)):
-                time = number * usual if frame.time is None else frame.time
-                first = time if first is None else first
-                length = (
-                    float(frame.duration * frame.time_base)
-                    if frame.duration and frame.time_base
-                    else usual
-                )
-                yield time - first, length, partial(upright, frame)
+                time = frame.time
+                if time is None:
+                    time = number * usual_seconds
+                if first_time is None:
+                    first_time = time
+                seconds = usual_seconds
+                if frame.duration and frame.time_base:
+                    seconds = float(frame.duration * frame.time_base)
+                yield ShownFrame(time - first_time, seconds, partial(upright_picture, frame))
     except av.FFmpegError as error:
-        raise DataError(
-            f"neither an image nor a video that can be read ({error.strerror or error})"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"neither an image nor a readable video ({reason})") from error
 
 
-def upright(frame: Any) -> Image.Image:
-    """A frame in RGB, turned as the file says (phones write it so)."""
+def upright_picture(frame: Any) -> Image.Image:
+    """Return a frame in RGB, rotated as the file says, as the files of phones do."""
     picture = frame.to_image()
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture

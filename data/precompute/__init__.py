@@ -1,1 +1,1 @@
-"""data.precompute."""
+"""Encoding of the training data before training: listing, checking, planning, encoding."""

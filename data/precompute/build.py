@@ -1,64 +1,73 @@
-"""Encodes images and captions once, into stores on disk; a second run encodes nothing, a changed
-caption one row.
+"""The datasets of a run, encoded before training into stores on disk.
 
-In turn, on all ranks (turns.py), each stage leaving a file that the next one reads:
+A second run encodes nothing, and a changed caption is one new row. The processes take these stages
+together (stages.py), and each leaves a file that the next one reads:
 
-    listing   rank 0    every row of every source: names, captions, stamps; no image is opened
-    facts     all       size and content hash of each image, which is decoded once to see that it is whole
-    plan      rank 0    crops, caption variants, the keys of what is trained on, and which of them are missing
-    text      all       the missing captions; then the text encoders are freed
-    media     all       the missing images
-    index     rank 0    the rows in training order, with the places of all that belongs to them
+    listing    main process    all samples of all sources: names, captions, stamps; opens no image
+    facts      all             size and content hash of each image, which is decoded once
+    plan       main process    crops, captions and keys of each sample, and what the stores lack
+    text       all             the missing captions; then the text encoders are freed
+    media      all             the missing images and videos
+    import     all             latents and conditioning that sources have already
+    index      main process    the samples in training order, with the row ids of their tensors
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 
-from common.errors import DataError, bullet_list, error_list
+from common.atomic import publish_folder, remove_old
+from common.errors import DataError, bullet_list, counted, error_list
+from common.hashing import hash_of, hash_of_files, sha256_of_file
+from common.process import ProcessInfo
 from data.config import DataConfig, SourceConfig
-from data.dataset import LatentDataset, Stores
+from data.dataset import INDEX_FILE, LISTED_FILE, DatasetIndex, LatentDataset, Stores
 from data.media import images
 from data.media.buckets import Buckets
-from data.media.video import Clips
+from data.media.video import ClipSampling
 from data.precompute import encode
+from data.precompute.facts import FactsCache, check_share
+from data.precompute.import_tensors import import_tensors
 from data.precompute.index import write_index
 from data.precompute.plan import (
-    VERSION,
+    MissingCaption,
+    MissingMedia,
     Planner,
-    Sources,
-    has_images,
-    inspect_share,
-    missing,
+    PlanTables,
+    Split,
+    have_images,
     short_videos,
-    stills,
-    write_listing,
-    write_rows,
+    split_samples,
+    still_errors,
+    write_missing_media,
+    write_plan,
 )
-from data.precompute.stages import Turns
+from data.precompute.run_sources import RunSources
+from data.precompute.stages import Stages
+from data.samples import ListedSample, PlannedSample
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
-from data.store import tables
-from data.store.hashing import KEY_BYTES, digest, hash_of_files, is_old, key_of
-from data.store.store import Store, damaged, discard
+from data.store.store import Store, damaged_shards, remove_shards
+from data.store.tables import Table
 from models.base import ModelFamily
 
+STORE_VERSION = "2"
+"""Version of the rows in stores; another version makes all rows be encoded again."""
+FACTS_VERSION = "3"
 MAX_LISTED = 50
-DAYS_KEPT = 30  # of an index that no run asks for any more; it is made anew in seconds
+"""Lines of one note."""
+MAX_INDEX_DAYS = 30
+"""Age at which an index that no run has used is removed. Writing it again takes seconds."""
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """The run's encoded images, how much of them had to be encoded now, and what was left out."""
+    """The encoded samples of a run, and how many of them had to be encoded or were left out."""
 
     train: LatentDataset
     validation: LatentDataset | None
@@ -67,17 +76,16 @@ class Datasets:
     skipped: int = 0
 
     @property
-    def several_captions(self) -> bool:
-        """Whether visits draw from captions."""
-        return len(self.train.arrays["texts"]) > len(self.train)
+    def has_caption_variants(self) -> bool:
+        """Return whether samples have several captions, from which visits draw."""
+        return len(self.train.caption_ids) > len(self.train)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What there is to train on, before anything is encoded: `work.rows` (tables.ROWS) and
-    `work.listing`."""
+class DataPlan:
+    """The samples of a run, before anything is encoded."""
 
-    work: encode.Work
+    job: encode.EncodeJob
     stores: Stores
     missing_images: int
     missing_captions: int
@@ -85,290 +93,292 @@ class Planned:
 
 
 def build_datasets(
-    config: DataConfig, family: ModelFamily, accelerator: Accelerator, only_square: bool = False
+    config: DataConfig, family: ModelFamily, process: ProcessInfo, only_square: bool = False
 ) -> Datasets:
-    """Scans, checks and encodes what `config` names. Raises DataError with all bad files at once.
+    """List, check and encode the training data; return the same datasets on every process.
 
-    All ranks call it together, and every rank returns the same datasets.
-    """
-    with Build.opened(config, family, accelerator) as build:
-        return build.run(only_square)
+    Collective. Raises DataError with all unusable files at once."""
+    with DatasetBuilder.opened(config, family, process) as builder:
+        return builder.run(only_square)
 
 
-class Build:
-    """One look at the data of a run: its folders, sources and stores."""
+class DatasetBuilder:
+    """The folders, sources and stores of a run, and the stages of its precomputation."""
 
     @classmethod
     @contextmanager
     def opened(
-        cls, config: DataConfig, family: ModelFamily, accelerator: Accelerator
-    ) -> Iterator["Build"]:
-        """With a folder for what the stages leave each other, which is removed at the end."""
-        turns = Turns(accelerator, Path(config.cache_dir))
-        try:
-            yield cls(config, family, turns, accelerator)
-            turns.close()
-        except BaseException as error:
-            turns.give_up(error)
-            raise
+        cls, config: DataConfig, family: ModelFamily, process: ProcessInfo
+    ) -> "Iterator[DatasetBuilder]":
+        """Open the data for a block. The files of the stages are removed at its end."""
+        with Stages.opened(process, Path(config.cache_dir)) as stages:
+            yield cls(config, family, stages)
 
-    def __init__(
-        self, config: DataConfig, family: ModelFamily, turns: Turns, accelerator: Accelerator
-    ):
-        self.config, self.family, self.turns, self.accelerator = config, family, turns, accelerator
-        self.cache = Path(config.cache_dir)
-        self.listing, self.rows = turns.folder / "listing.arrow", turns.folder / "rows.arrow"
-        if fault := images.color_fault(config.background):
-            raise DataError(f"--data.background: {fault}")
-        held_out = () if config.validation_path is None else (SourceConfig(config.validation_path),)
-        configs = (*config.all_sources(), *(config.with_defaults(source) for source in held_out))
-        self.identities = turns.main(self._identities)
-        try:
-            opened = tuple(
-                open_source(source, config, family, self.identities) for source in configs
-            )
-        except OSError as error:
-            raise DataError(f"the training data cannot be read: {error}") from error
-        clips = (
-            Clips.wanted(config, family.limits.frame_step, family.limits.fps)
-            if family.media == "video"
-            else None
-        )
-        if (fault := family.limits.frame_error(config.frames)) and (
-            clips is None or any(s.has_images for s in opened)
-        ):
-            raise DataError(f"--data.frames {config.frames}: {fault}")
-        self.sources = Sources(config, opened, len(configs) - len(held_out), clips)
-
-    def plan(self, only_square: bool) -> "Planned":
-        """All but encoding: what there is, what of it is trained on, and what is missing."""
-        faults = self.turns.main(lambda: write_listing(self.sources, self.listing))
-        bad = self._inspect(faults)
-        stores = self._stores()
-        planner = Planner(
-            self.sources,
-            Store(self._facts_folder),
-            Buckets.of(self.config, self.family.limits.pixel_step, only_square),
-        )
-        todo = self.turns.main(lambda: self._plan(planner, bad, stores))
-        work = encode.Work(
-            planner,
-            tables.mapped(self.listing),
-            tables.mapped(self.rows),
-            self.family,
-            self.accelerator.device,
-            (self.turns.rank, self.turns.ranks),
-        )
-        return Planned(work, stores, todo["media"], todo["texts"], len(bad))
+    def __init__(self, config: DataConfig, family: ModelFamily, stages: Stages):
+        self.config, self.family, self.stages = config, family, stages
+        self.process = stages.process
+        self.cache_dir = Path(config.cache_dir)
+        self.listed_path = stages.folder / LISTED_FILE
+        self.tables = PlanTables.in_folder(stages.folder)
+        color_error = images.color_error(config.background)
+        if color_error:
+            raise DataError(f"--data.background: {color_error}")
+        self.component_hashes = stages.run_on_main(self._hash_components)
+        self.sources = self._open_sources()
 
     def run(self, only_square: bool) -> Datasets:
-        planned = self.plan(only_square)
-        work, stores = planned.work, planned.stores
-        with encode.noted_if_too_large(self.config):
-            self._encode(work, stores)
-        self.turns.each(lambda: encode.import_tensors(work, stores))
-        indices = self.turns.main(lambda: self._index(stores))
-        train, validation = (self._dataset(name, stores) for name in indices)
+        """Encode everything that is missing; return the datasets. Collective."""
+        plan = self.plan(only_square)
+        with encode.memory_advice(self.config):
+            self._encode(plan)
+        self.stages.run_on_all(lambda: import_tensors(plan.job, plan.stores))
+        names = self.stages.run_on_main(lambda: self._write_indices(plan.stores))
+        train, validation = [self._open_dataset(name, plan.stores) for name in names]
         assert train is not None
         return Datasets(
-            train, validation, planned.missing_images, planned.missing_captions, planned.skipped
+            train=train,
+            validation=validation,
+            encoded_images=plan.missing_images,
+            encoded_captions=plan.missing_captions,
+            skipped=plan.skipped,
         )
 
-    def _encode(self, work: encode.Work, stores: Stores) -> None:
-        """Captions, then images, of which each encoder has the device to itself."""
-        texts = np.load(self.turns.folder / "texts.npy")
-        found = self.turns.each(lambda: encode.encode_texts(work, stores.text, texts))
-        number, first = (
-            sum(count for count, _ in found),
-            [text for _, texts in found for text in texts],
+    def plan(self, only_square: bool) -> DataPlan:
+        """List, check and plan all samples, and encode nothing. Collective."""
+        errors = self.stages.run_on_main(lambda: self.sources.write_listing(self.listed_path))
+        unusable = self._check_contents(errors)
+        stores = self._open_stores()
+        step = self.family.limits.pixel_step
+        planner = Planner(
+            sources=self.sources,
+            facts=FactsCache(self._facts_folder),
+            buckets=Buckets.of(self.config, step, only_square),
         )
-        if number and self.turns.rank == 0:
-            print(
-                bullet_list(
-                    f"{number} captions are longer than the text encoder reads; the end is cut",
-                    unique(first),
-                    MAX_LISTED,
-                )
-            )
-        self.turns.each(
-            lambda: encode.encode_media(
-                work, stores.media, np.load(self.turns.folder / "media.npy")
-            )
+        counts = self.stages.run_on_main(lambda: self._write_plan(planner, unusable, stores))
+        job = encode.EncodeJob(
+            planner=planner,
+            listed=self.open_listed(),
+            planned=self.open_planned(),
+            family=self.family,
+            process=self.process,
+        )
+        return DataPlan(
+            job=job,
+            stores=stores,
+            missing_images=counts["images"],
+            missing_captions=counts["captions"],
+            skipped=len(unusable),
         )
 
-    def _stores(self) -> Stores:
-        encoded = [
-            source.folder for source in self.sources.opened if isinstance(source, EncodedSource)
-        ]
-        # families that share encoders need not make the same of them; latents of images are alike
-        kind = (self.family.media, *self.family.sample_conditioning)
-        of_media = kind if kind != ("image",) else ()
-        names = {
-            "media": digest(
-                VERSION,
-                self.config.vae_sampling,
-                self.config.masks,
-                self.identities["vae"],
-                *of_media,
-            ),
-            "text": digest(VERSION, self.identities["text"], self.family.name),
-        }
-        folders = {kind: self.cache / f"{kind}-{name}" for kind, name in names.items()}
-        self.turns.main(lambda: discard_damaged(folders.values()))
-        media, text = (
-            Store(own, tuple(folder / kind for folder in encoded)) for kind, own in folders.items()
-        )
-        return Stores(media, text, self.family.variable_length)
+    def split(self, planned: Table[PlannedSample]) -> Split:
+        """Return the samples to train on and those held out. Prints a note if they overlap."""
+        split = split_samples(planned, self.config.validation_fraction)
+        if split.num_shared:
+            print(f"note: training and validation data share {counted(split.num_shared, 'image')}")
+        return split
 
-    def _identities(self) -> dict[str, str]:
-        family, cache = self.family, self.cache
-        hashes = {
-            name: hash_of_files(family.identity_files(name), cache) for name in ("vae", "text")
-        }
-        if family.text_cache_tag:
-            hashes["text"] = digest(hashes["text"], family.text_cache_tag)
-        return {**hashes, "family": family.name}
+    def open_listed(self) -> Table[ListedSample]:
+        return Table(self.listed_path, ListedSample)
+
+    def open_planned(self) -> Table[PlannedSample]:
+        return Table(self.tables.planned, PlannedSample)
 
     @property
     def _facts_folder(self) -> Path:
-        return self.cache / f"facts-{VERSION}"
+        return self.cache_dir / f"facts-{FACTS_VERSION}"
 
-    def _inspect(self, faults: list[str]) -> set[int]:
-        """Looks at all images that are not known; the entries that are skipped."""
-        self.turns.main(lambda: discard_damaged([self._facts_folder]))
-        share = (self.turns.rank, self.turns.ranks)
-        found = self.turns.each(
-            lambda: inspect_share(self.sources, self.listing, Store(self._facts_folder), share)
+    def _hash_components(self) -> dict[str, str]:
+        """Return the hashes of everything that decides the encoded rows."""
+        hashes = {}
+        for name in ("vae", "text"):
+            files = self.family.identity_files(name)
+            hashes[name] = hash_of_files(files, self.cache_dir)
+        if self.family.text_cache_tag:
+            hashes["text"] = hash_of(hashes["text"], self.family.text_cache_tag)
+        hashes["family"] = self.family.name
+        return hashes
+
+    def _open_sources(self) -> RunSources:
+        """Open all sources. Raises DataError if the model does not support the number of frames."""
+        config, family = self.config, self.family
+        configs = list(config.all_sources())
+        num_training = len(configs)
+        if config.validation_path is not None:
+            configs.append(config.with_defaults(SourceConfig(config.validation_path)))
+        try:
+            opened = []
+            for source_config in configs:
+                opened.append(open_source(source_config, config, family, self.component_hashes))
+        except OSError as error:
+            raise DataError(f"the training data cannot be read: {error}") from error
+        sampling = None
+        if family.media == "video":
+            sampling = ClipSampling.of(config, family.limits.frame_step, family.limits.fps)
+        frames_error = family.limits.frame_error(config.frames)
+        if frames_error and (sampling is None or any(source.has_images for source in opened)):
+            raise DataError(f"--data.frames {config.frames}: {frames_error}")
+        return RunSources(config, tuple(opened), num_training, sampling)
+
+    def _check_contents(self, errors: list[str]) -> set[int]:
+        """Check all contents that were not checked yet; return the indices of unusable samples.
+
+        `errors`: those of the listing. Raises DataError if there are errors, unless the samples
+        with errors are skipped."""
+        self.stages.run_on_main(self._remove_damaged_facts)
+        reports = self.stages.run_on_all(self._check_share)
+        frames_error = self.family.limits.frame_error(1)
+        if frames_error:
+            reports.append(self.stages.run_on_main(lambda: self._find_stills(frames_error)))
+        messages: dict[int, str] = {}
+        for report in reports:
+            messages |= dict(report)
+        content_errors = [messages[index] for index in sorted(messages)]
+        errors = unique([*errors, *content_errors])
+        num_usable = len(self.open_listed()) - len(messages)
+        if errors and (self.config.on_error == "fail" or not num_usable):
+            raise DataError(error_list("the training data", errors, MAX_LISTED))
+        if errors and self.process.is_main:
+            num_errors = counted(len(errors), "error")
+            usable = counted(num_usable, "sample")
+            heading = f"{num_errors} in the training data, {usable} without errors"
+            print(bullet_list(heading, errors, MAX_LISTED))
+        return set(messages)
+
+    def _remove_damaged_facts(self) -> None:
+        for path in FactsCache(self._facts_folder).remove_damaged():
+            print(f"{path} is damaged: its images are checked again")
+
+    def _check_share(self) -> list[tuple[int, str]]:
+        """Check this process's share of the contents; return indices and errors."""
+        facts = FactsCache(self._facts_folder)
+        return check_share(self.sources, self.open_listed(), facts, self.process)
+
+    def _find_stills(self, frames_error: str) -> list[tuple[int, str]]:
+        """Return indices and errors of samples with a single frame, which the model cannot use."""
+        facts = FactsCache(self._facts_folder)
+        return still_errors(self.sources, self.open_listed(), facts, frames_error)
+
+    def _open_stores(self) -> Stores:
+        """Open the stores whose names follow from everything that decides the encoded rows."""
+        family, config = self.family, self.config
+        # families that share encoders may use them differently, except for latents of images
+        media_kind = (family.media, *family.sample_conditioning)
+        if media_kind == ("image",):
+            media_kind = ()
+        media_hash = hash_of(
+            STORE_VERSION,
+            config.vae_sampling,
+            config.masks,
+            self.component_hashes["vae"],
+            *media_kind,
         )
-        if wrong := self.family.limits.frame_error(1):
-            found.append(
-                self.turns.main(
-                    lambda: stills(self.sources, self.listing, Store(self._facts_folder), wrong)
-                )
-            )
-        bad = sorted((entry, fault) for part in found for entry, fault in part)
-        faults = [*faults, *(fault for _, fault in bad)]
-        if faults and (
-            self.config.on_error == "fail" or not len(tables.mapped(self.listing)) > len(bad)
-        ):
-            raise DataError(error_list("the training data", unique(faults), MAX_LISTED))
-        if faults and self.turns.rank == 0:
-            remain = len(tables.mapped(self.listing)) - len(bad)
-            count = "1 error" if len(faults) == 1 else f"{len(faults)} errors"
-            heading = f"{count} in the training data; {remain} samples without one remain"
-            print(bullet_list(heading, unique(faults), MAX_LISTED))
-        return {entry for entry, _ in bad}
+        text_hash = hash_of(STORE_VERSION, self.component_hashes["text"], family.name)
+        media_folder = self.cache_dir / f"media-{media_hash}"
+        text_folder = self.cache_dir / f"text-{text_hash}"
+        self.stages.run_on_main(lambda: remove_damaged([media_folder, text_folder]))
+        encoded = [source for source in self.sources.opened if isinstance(source, EncodedSource)]
+        return Stores(
+            media=Store(media_folder, tuple(source.folder / "media" for source in encoded)),
+            text=Store(text_folder, tuple(source.folder / "text" for source in encoded)),
+            variable_lengths=family.variable_length,
+        )
 
-    def _plan(self, planner: Planner, bad: set[int], stores: Stores) -> dict[str, int]:
-        """Writes the rows, and which of their media and captions are to be encoded; returns how
-        many these are."""
-        write_rows(planner, self.listing, self.rows, bad)
-        rows = tables.mapped(self.rows)
-        if short := short_videos(rows, tables.mapped(self.listing), self.sources.clips):
-            print(
-                bullet_list(
-                    f"{len(short)} videos have fewer frames than --data.frames {self.config.frames}",
-                    unique(short),
-                    MAX_LISTED,
-                )
-            )
+    def _write_plan(self, planner: Planner, unusable: set[int], stores: Stores) -> dict[str, int]:
+        """Write the tables of the plan; return how many images and captions have to be encoded."""
         stores.media.reload()
         stores.text.reload()
-        texts = tables.keys(rows.column("texts"))
-        if any(value > 0 for value in rows.column("dropout").unique().to_pylist()):
-            texts = np.concatenate([texts, np.array([key_of("")], f"S{KEY_BYTES}")])
-        with_images = has_images(rows, tables.mapped(self.listing), self.sources)
-        of_media = np.repeat(with_images, tables.lengths(rows.column("media")))
-        of_texts = np.ones(len(texts), bool)  # the last may be the empty prompt, which is no row's
-        owned = np.repeat(with_images, tables.lengths(rows.column("texts")))
-        of_texts[: len(owned)] = owned
-        todo = {
-            "texts": missing(texts, stores.text, of_texts),
-            "media": missing(tables.keys(rows.column("media")), stores.media, of_media),
-        }
-        for name, places in todo.items():
-            np.save(self.turns.folder / f"{name}.npy", places)
-        return {name: len(places) for name, places in todo.items()}
+        listed = self.open_listed()
+        write_plan(planner, listed, unusable, stores.text, self.tables)
+        planned = self.open_planned()
+        sampling = self.sources.clip_sampling
+        short = [] if sampling is None else short_videos(planned, listed, sampling)
+        if short:
+            verb = "has" if len(short) == 1 else "have"
+            heading = f"{counted(len(short), 'video')} {verb} fewer frames than --data.frames"
+            print(bullet_list(f"{heading} {self.config.frames}", unique(short), MAX_LISTED))
+        has_images = have_images(planned, listed, self.sources)
+        num_images = write_missing_media(planned, has_images, stores.media, self.tables.media)
+        missing_captions = Table(self.tables.captions, MissingCaption)
+        num_captions = len(np.unique(missing_captions.keys("key")))
+        return {"images": num_images, "captions": num_captions}
 
-    def _index(self, stores: Stores) -> list[str | None]:
-        """Writes the indices of training and validation, if there is any; returns their names."""
+    def _encode(self, plan: DataPlan) -> None:
+        """Encode captions, then images. Each encoder has the device to itself."""
+        missing_captions = Table(self.tables.captions, MissingCaption)
+        missing_media = Table(self.tables.media, MissingMedia)
+        job, stores = plan.job, plan.stores
+        reports = self.stages.run_on_all(
+            lambda: vars(encode.encode_captions(job, stores.text, missing_captions))
+        )
+        num_long = sum(report["count"] for report in reports)
+        if num_long and self.process.is_main:
+            texts = [text for report in reports for text in report["texts"]]
+            verb = "is" if num_long == 1 else "are"
+            heading = (
+                f"{counted(num_long, 'caption')} {verb} longer than the text encoder reads, and "
+                f"{verb} cut off at the end"
+            )
+            print(bullet_list(heading, unique(texts), MAX_LISTED))
+        self.stages.run_on_all(lambda: encode.encode_media(job, stores.media, missing_media))
+
+    def _write_indices(self, stores: Stores) -> list[str | None]:
+        """Write the indices for training and validation; return their names in the cache.
+
+        The name is None if there are no samples for validation."""
         stores.media.reload()
         stores.text.reload()
-        rows = tables.mapped(self.rows)
-        train, held_out = self.split(rows)
+        planned = self.open_planned()
+        split = self.split(planned)
         names: list[str | None] = []
-        for chosen in (train, held_out):
-            folder = self.turns.folder / f"index{len(names)}"
-            names.append(
-                self._keep(folder, write_index(folder, rows, chosen, stores))
-                if len(chosen)
-                else None
-            )
+        for rows in (split.train, split.held_out):
+            if not len(rows):
+                names.append(None)
+                continue
+            folder = self.stages.folder / f"index{len(names)}"
+            content_hash = write_index(folder, planned, rows, stores)
+            names.append(self._keep_index(folder, content_hash))
+        remove_old(self.cache_dir.glob("index-*"), MAX_INDEX_DAYS)
         return names
 
-    def _keep(self, folder: Path, identity: str) -> str:
-        """Moves an index and its listing to their place in the cache; returns the name of the
-        place."""
-        shutil.copy(self.listing, folder / "listing.arrow")
-        with self.listing.open("rb") as file:  # other names are another index, though the same data
-            names = hashlib.file_digest(file, "sha256").hexdigest()
-        name = f"index-{identity}-{digest((folder / 'index.json').read_bytes(), names)[:8]}"
-        try:
-            folder.rename(self.cache / name)
-        except OSError:
-            if not (
-                self.cache / name / "listing.arrow"
-            ).is_file():  # else it is there from an earlier run
-                raise
-        os.utime(self.cache / name)
-        if never := json.loads((self.cache / name / "index.json").read_text(encoding="utf-8"))[
-            "never_dropped"
-        ]:
+    def _keep_index(self, folder: Path, content_hash: str) -> str:
+        """Move an index to its name in the cache, which is returned.
+
+        Other names or captions of the same content are another index."""
+        shutil.copy(self.listed_path, folder / LISTED_FILE)
+        index_content = (folder / INDEX_FILE).read_bytes()
+        details = hash_of(index_content, sha256_of_file(self.listed_path))
+        name = f"index-{content_hash}-{details[:8]}"
+        target = self.cache_dir / name
+        if target.is_dir() and not (target / INDEX_FILE).is_file():  # its removal was interrupted
+            shutil.rmtree(target, ignore_errors=True)
+        publish_folder(folder, target)
+        os.utime(target)  # it is in use
+        num_never_dropped = DatasetIndex.load(target).num_never_dropped
+        if num_never_dropped:
             print(
-                f"note: {never} samples have conditioning unlike the empty prompt's, and are never shown with it"
+                f"note: the conditioning of {counted(num_never_dropped, 'sample')} has another "
+                "form than that of the empty prompt, so their captions are never dropped"
             )
-        for other in self.cache.glob("index-*"):
-            if is_old(other, DAYS_KEPT):
-                shutil.rmtree(other, ignore_errors=True)
         return name
 
-    def _dataset(self, name: str | None, stores: Stores) -> LatentDataset | None:
+    def _open_dataset(self, name: str | None, stores: Stores) -> LatentDataset | None:
+        """Open a dataset by the name of its index."""
         if name is None:
             return None
-        folder = self.cache / name
-        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        stores.media.only_places(about["media_parts"])  # as the index numbers them
-        stores.text.only_places(about["text_parts"])
+        folder = self.cache_dir / name
+        index = DatasetIndex.load(folder)
+        stores.media.use_shards(index.media_shards)
+        stores.text.use_shards(index.text_shards)
         return LatentDataset(folder, stores, self.config.mask_min_value)
 
-    def split(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to train on, and rows held out: those of validation sources, and the share of different images with the
-        lowest content hash, whatever the seed and the file names, with all their copies."""
-        held_out = rows.column("held_out").to_numpy()
-        content, every = tables.keys(rows.column("content")), np.arange(len(rows))
-        if share := self.config.validation_fraction:
-            may = rows.column("may_hold_out").to_numpy() & ~held_out
-            different = np.unique(content[may])
-            count = max(1, round(share * len(different)))
-            if count >= len(different):
-                raise DataError(
-                    f"--data.validation_fraction {share} of {len(different)} images leaves none to train on"
-                )
-            held_out = held_out | (may & np.isin(content, different[:count]))
-        if held_out.all():
-            raise DataError("no image is left to train on")
-        both = np.intersect1d(content[held_out], content[~held_out])
-        if len(both):
-            print(f"note: {len(both)} of the validation images are trained on too")
-        return every[~held_out], every[held_out]
 
-
-def discard_damaged(folders: Iterable[Path]) -> None:
+def remove_damaged(folders: Iterable[Path]) -> None:
+    """Remove the damaged shards of stores, with a note."""
     for folder in folders:
-        found = damaged(folder)
-        for part in found:
-            print(f"{part} is damaged: its rows are encoded again")
-        discard(folder, found)
+        shards = damaged_shards(folder)
+        for shard in shards:
+            print(f"{shard} is damaged: its rows are encoded again")
+        remove_shards(folder, shards)
 
 
 def unique(lines: list[str]) -> list[str]:

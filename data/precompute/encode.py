@@ -1,13 +1,14 @@
-"""Runs the text encoders and the VAE over what the stores lack.
+"""The text encoders and the VAE, run over everything that the stores lack.
 
-Every batch has encode_batch_size rows, filled up if need be, so that the bytes of a row do not
-depend on which others happen to be missing, nor on the number of ranks.
+All batches of an encoder have the same size, and are filled up if necessary. So the bytes of a row
+do not depend on the other missing rows, nor on the number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,174 +17,177 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import DataError
+from common.process import ProcessInfo
 from data.config import DataConfig
-from data.dataset import Stores
 from data.media import images, video
 from data.media.buckets import Crop
 from data.media.video import Clip
-from data.precompute.plan import AHEAD, FEW, Planner, ahead, has_images
-from data.store import schema, tables
-from data.store.hashing import key_of
-from data.store.store import Store
+from data.precompute.facts import read_mask
+from data.precompute.plan import (
+    MissingCaption,
+    MissingMedia,
+    Planner,
+    first_occurrences,
+    have_images,
+)
+from data.precompute.run_sources import ListedContent
+from data.precompute.streams import batched, map_ahead
+from data.samples import ListedSample, PlannedSample
+from data.store.keys import key_of
+from data.store.schema import MEDIA_TENSORS
+from data.store.store import Store, StoreWriter
+from data.store.tables import ROWS_PER_BATCH, Table
 from models.base import ModelFamily
 
-MOST_NAMED, MOST_LETTERS = 20, 100  # of captions that are too long
+MAX_LONG_CAPTIONS, MAX_LONG_CAPTION_LETTERS = 20, 100
+"""Captions that are cut by the text encoder and named in a note, and letters of each."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What an encoder is run over, and how: `share` is (rank, ranks)."""
+class EncodeJob:
+    """The samples of a plan, and the model and the process that encode them."""
 
     planner: Planner
-    listing: Any
-    rows: Any
+    listed: Table[ListedSample]
+    planned: Table[PlannedSample]
     family: ModelFamily
-    device: torch.device
-    share: tuple[int, int]
+    process: ProcessInfo
 
     @property
     def config(self) -> DataConfig:
         return self.planner.config
 
-    def mine(self, todo: np.ndarray) -> np.ndarray:
-        """This rank's part of `todo`: every so many batches."""
-        rank, ranks = self.share
-        return todo[np.arange(len(todo)) // self.config.encode_batch_size % ranks == rank]
+    @property
+    def device(self) -> torch.device:
+        return self.process.device
 
-    def has_images(self) -> np.ndarray:
-        """Whether each row is an image, or else latents already."""
-        return has_images(self.rows, self.listing, self.planner.sources)
+    def own_share(self, indices: np.ndarray) -> np.ndarray:
+        """Return the indices that this process encodes.
 
-    def progress(self, items: Iterator, total: int, what: str) -> Iterator:
-        return tqdm(
-            items, desc=f"encoding {what}", total=total, disable=self.share[0] != 0 or not total
-        )
+        The processes take turns, batch by batch."""
+        positions = np.arange(len(indices))
+        batch_numbers = positions // self.config.encode_batch_size
+        process_indices = batch_numbers % self.process.count
+        is_own = process_indices == self.process.index
+        return indices[is_own]
 
-    def cells(self, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Cells of rows of the plan, with those of their entries in the listing."""
-        for _, row in tables.rows_of(self.rows, rows):
-            yield row, self.listing.slice(row["entry"], 1).to_pylist()[0]
+    def have_images(self) -> np.ndarray:
+        """Return whether each planned sample is an image or a clip, or has latents already."""
+        return have_images(self.planned, self.listed, self.planner.sources)
+
+    def own_blocks(self) -> Iterator[np.ndarray]:
+        """Yield the indices of planned samples in blocks.
+
+        The processes take turns, block by block."""
+        num_samples = len(self.planned)
+        all_indices = np.arange(num_samples)
+        starts = range(0, num_samples, ROWS_PER_BATCH)
+        for number, start in enumerate(starts):
+            if number % self.process.count == self.process.index:
+                end = start + ROWS_PER_BATCH
+                yield all_indices[start:end]
+
+    def samples(self, indices: np.ndarray) -> Iterator[tuple[PlannedSample, ListedSample]]:
+        """Yield the planned samples with these indices, and their listed samples.
+
+        All planned samples are in memory at a time."""
+        planned_samples = [planned for _, planned in self.planned.rows(indices)]
+        listed_indices = [planned.listed for planned in planned_samples]
+        listed_rows = self.listed.rows(np.array(listed_indices))
+        for planned, (_, listed) in zip(planned_samples, listed_rows, strict=True):
+            yield planned, listed
+
+    def progress(self, items: Iterable[Item], total: int, noun: str) -> Iterable[Item]:
+        """Show the progress on the main process."""
+        is_hidden = not self.process.is_main or not total
+        return tqdm(items, desc=f"encoding {noun}", total=total, disable=is_hidden)
 
 
 @contextmanager
-def noted_if_too_large(config: DataConfig) -> Iterator[None]:
-    """What does not fit into a GPU's memory in this block says what takes less."""
+def memory_advice(config: DataConfig) -> Iterator[None]:
+    """Add to an out-of-memory error of the block how encoding takes less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        size, ways = config.encode_batch_size, [f"a --data.resolution below {config.resolution}"]
+        size = config.encode_batch_size
+        advice = [f"a --data.resolution below {config.resolution}"]
         if size > 1:
-            ways.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
-        ways.append("encoding on another machine (train_lora.py export-dataset)")
-        error.add_note(f"What takes less memory in encoding: {', or '.join(ways)}")
+            advice.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
+        advice.append("encoding on another machine (train_lora.py export-dataset)")
+        error.add_note(f"To use less memory in encoding, try {', or '.join(advice)}")
         raise
 
 
-def lists_to_rows(lengths: np.ndarray) -> np.ndarray:
-    """For lists laid end to end, the row of each item."""
-    return np.repeat(np.arange(len(lengths)), lengths)
+@dataclass
+class LongCaptions:
+    """Captions that are longer than the text encoder reads: their number, and the first of them."""
+
+    count: int = 0
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, texts: list[str], num_tokens: list[int], max_tokens: int) -> None:
+        """Add the captions that have too many tokens."""
+        for text, count in zip(texts, num_tokens, strict=True):
+            if count <= max_tokens:
+                continue
+            self.count += 1
+            if len(self.texts) == MAX_LONG_CAPTIONS:
+                continue
+            shortened = text[:MAX_LONG_CAPTION_LETTERS]
+            self.texts.append(shortened)
 
 
 @torch.no_grad()
-def encode_texts(work: Work, store: Store, todo: np.ndarray) -> tuple[int, list[str]]:
-    """`todo`: places among all captions of all rows, laid end to end; a place after the last is the empty prompt.
-    Returns how many captions are longer than what the encoders see, and the first of them."""
-    places = work.mine(todo)
-    too_long: list[str] = []
-    number = 0
-    if not len(places):
-        return number, too_long
-    counts = tables.lengths(work.rows.column("texts"))
-    owner, first = lists_to_rows(counts), tables.starts(counts)
-    encoders = work.family.load_encoders("text").to(work.device)
-    size = work.config.encode_batch_size
-
-    def captions() -> Iterator[str]:
-        here = places[places < len(owner)]
-        for place, (row, entry) in zip(here, work.cells(owner[here]), strict=True):
-            source = work.planner.sources.opened[entry["source"]].config
-            shares = work.planner.shares(entry, source, row["held_out"])
-            yield list(shares)[place - first[owner[place]]]
-        yield from [""] * (len(places) - len(here))
-
-    def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        nonlocal number
-        for batch in batched(work.progress(captions(), len(places), "captions"), size):
-            filled = batch + [""] * (size - len(batch))
-            counts, limit = work.family.count_tokens(batch)
-            found = [
-                text[:MOST_LETTERS]
-                for text, count in zip(batch, counts, strict=True)
-                if count > limit
-            ]
-            number += len(found)
-            too_long.extend(found[: MOST_NAMED - len(too_long)])
-            conds = work.family.encode_prompt(encoders, filled)
-            yield from ((key_of(text), cond) for text, cond in zip(batch, conds, strict=False))
-
-    store.write(rows())
-    return number, too_long
+def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]) -> LongCaptions:
+    """Encode this process's share of the missing captions; return the captions that are cut."""
+    long_captions = LongCaptions()
+    family = job.family
+    different = first_occurrences(missing.keys("key"))
+    share = job.own_share(different)
+    if not len(share):
+        return long_captions
+    encoders = family.load_encoders("text").to(job.device)
+    captions = job.progress(missing.rows(share), len(share), "captions")
+    with store.writer() as writer:
+        for batch in batched(captions, job.config.encode_batch_size):
+            texts = [caption.text for _, caption in batch]
+            num_tokens, max_tokens = family.count_tokens(texts)
+            long_captions.add(texts, num_tokens, max_tokens)
+            conds = encode_texts(job, encoders, texts)
+            for (_, caption), cond in zip(batch, conds, strict=True):
+                writer.add(caption.key, cond)
+    return long_captions
 
 
-def batched(items: Iterator, size: int) -> Iterator[list]:
-    batch: list = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def encode_texts(job: EncodeJob, encoders: Any, texts: list[str]) -> list[dict[str, Tensor]]:
+    """Return the conditioning of each text.
+
+    The batch is filled up with empty prompts."""
+    num_texts = len(texts)
+    num_padding = job.config.encode_batch_size - num_texts
+    padding = [""] * num_padding
+    conds = job.family.encode_prompt(encoders, texts + padding)
+    return conds[:num_texts]
 
 
-def import_tensors(work: Work, stores: Stores) -> None:
-    """Copies this rank's part of the latents and conditioning that sources have already."""
+class MediaView(NamedTuple):
+    """One orientation of a planned sample."""
 
-    def media() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        for row, latents, cond in to_import(work, stores):
-            tensors = {"latents": latents}
-            if work.config.vae_sampling == "sample":
-                tensors["deviation"] = torch.zeros_like(latents)
-            if work.config.masks != "none":
-                tensors["mask"] = torch.ones(latents.shape[-2:])
-            yield row["media"][0], tensors | {name: cond[name] for name in of_media}
-
-    def texts() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        for row, _, cond in to_import(work, stores):
-            yield (
-                row["texts"][0],
-                {name: tensor for name, tensor in cond.items() if name not in of_media},
-            )
-
-    of_media = work.family.sample_conditioning
-    stores.media.write(media())
-    stores.text.write(texts())
+    planned: PlannedSample
+    flip: bool
 
 
-def to_import(
-    work: Work, stores: Stores
-) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
-    """Rows of the plan with latents and conditioning, of what the stores lack."""
-    rank, ranks = work.share
-    sources = work.planner.sources.opened
-    if all(source.has_images for source in sources):
-        return
-    for start in range(rank * tables.BATCH, len(work.rows), ranks * tables.BATCH):
-        part = np.arange(start, min(start + tables.BATCH, len(work.rows)))
-        wanted: dict[int, dict[int, dict[str, Any]]] = {}
-        for row, entry in work.cells(part):
-            source = sources[entry["source"]]
-            there = row["media"][0] in stores.media and row["texts"][0] in stores.text
-            if not (source.has_images or there or source.planned(entry["row"]) is not None):
-                wanted.setdefault(entry["source"], {})[entry["row"]] = row
-        for number, found in wanted.items():
-            for row_number, latents, cond in sources[number].tensors(sorted(found)):
-                yield found[row_number], latents, cond
+class MediaTask(NamedTuple):
+    """A view that has to be encoded, and the content of its file."""
+
+    view: MediaView
+    file: ListedContent
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that is ready to be encoded."""
+class PreparedMedia:
+    """Pixels (3, [F,] H, W) and mask (H, W) that are ready to be encoded."""
 
     key: bytes
     pixels: Tensor
@@ -191,107 +195,132 @@ class Picture:
 
 
 @torch.no_grad()
-def encode_media(work: Work, store: Store, todo: np.ndarray) -> None:
-    """`todo`: places among all media of all rows, laid end to end."""
-    places = work.mine(todo)
-    if not len(places):
+def encode_media(job: EncodeJob, store: Store, missing: Table[MissingMedia]) -> None:
+    """Encode this process's share of the missing latents."""
+    share = job.own_share(np.arange(len(missing)))
+    if not len(share):
         return
-    encoders = work.family.load_encoders("media").to(work.device)
-    pending: dict[torch.Size, list[Picture]] = {}
-
-    def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        most = AHEAD if work.planner.sources.clips is None else FEW
-        decoded = ahead(lambda make: make(), decoding(work, places), most)
-        for picture in work.progress(decoded, len(places), "images"):
-            waiting = pending.setdefault(picture.pixels.shape, [])
-            waiting.append(picture)
-            if len(waiting) == together(work, picture):
-                yield from encoded(work, encoders, pending.pop(picture.pixels.shape))
-        for waiting in pending.values():
-            yield from encoded(work, encoders, waiting)
-
-    store.write(rows())
-
-
-def decoding(work: Work, places: np.ndarray) -> Iterator[Any]:
-    """A function for each place that makes its Picture, and can run in a thread of its own."""
-    counts = tables.lengths(work.rows.column("media"))
-    owner, first = lists_to_rows(counts), tables.starts(counts)
-    for start in range(0, len(places), tables.BATCH):
-        part = places[start : start + tables.BATCH]
-        wanted: dict[int, list[tuple[dict[str, Any], bool]]] = {}
-        entries: dict[int, dict[str, Any]] = {}
-        for place, (row, entry) in zip(part, work.cells(owner[part]), strict=True):
-            wanted.setdefault(row["entry"], []).append((row, bool(place - first[owner[place]])))
-            entries[row["entry"]] = {**entry, "entry": row["entry"]}
-        for entry, content in work.planner.sources.contents(list(entries.values())):
-            for row, flip in wanted[entry["entry"]]:
-                yield lambda row=row, flip=flip, entry=entry, content=content: picture(
-                    work, (row, entry), content, flip
-                )
+    encoders = job.family.load_encoders("media").to(job.device)
+    num_flips = missing.lengths("flips")
+    num_tasks = int(num_flips[share].sum())
+    tasks = media_tasks(job, missing, share)
+    prepare = partial(prepare_media, job)
+    prepared = map_ahead(prepare, tasks, job.planner.sources.num_ahead)
+    waiting: dict[torch.Size, list[PreparedMedia]] = {}
+    with store.writer() as writer:
+        for media in job.progress(prepared, num_tasks, "images"):
+            shape = media.pixels.shape
+            batch = waiting.setdefault(shape, [])
+            batch.append(media)
+            if len(batch) == media_batch_size(job, media.pixels):
+                encode_batch(job, encoders, waiting.pop(shape), writer)
+        for batch in waiting.values():
+            encode_batch(job, encoders, batch, writer)
 
 
-def picture(
-    work: Work, given: tuple[dict[str, Any], dict[str, Any]], content: bytes | DataError, flip: bool
-) -> Picture:
-    row, entry = given
+def media_tasks(
+    job: EncodeJob, missing: Table[MissingMedia], share: np.ndarray
+) -> Iterator[MediaTask]:
+    """Yield a task for everything that is missing.
+
+    A file is read once for its orientations and neighboring clips."""
+    sources = job.planner.sources
+    for batch in batched(missing.rows(share), ROWS_PER_BATCH):
+        flips = {media.planned: media.flips for _, media in batch}
+        planned_indices = np.array(list(flips))
+        views: dict[int, list[MediaView]] = {}
+        for index, planned in job.planned.rows(planned_indices):
+            views_of_listed = views.setdefault(planned.listed, [])
+            for flip in flips[index]:
+                view = MediaView(planned, flip)
+                views_of_listed.append(view)
+        listed_indices = np.array(list(views))
+        for file in sources.contents(job.listed.rows(listed_indices)):
+            for view in views[file.listed]:
+                yield MediaTask(view, file)
+
+
+def prepare_media(job: EncodeJob, task: MediaTask) -> PreparedMedia:
+    """Decode pixels and mask. Raises DataError if the file changed after it was checked."""
+    (planned, flip), (_, sample, content) = task
     if isinstance(content, DataError):
-        raise DataError(f"{entry['name']}: {content}")
-    crop, config, mask, mask_content = Crop(*row["crop"]), work.config, None, b""
-    clip = Clip.of(row["clip"]) if row["clip"] else None
-    if entry["mask"]:
-        with open(entry["mask"], "rb") as file:
-            mask_content = file.read()
-    key = work.planner.media_key(key_of(content), key_of(mask_content), (crop, clip), flip)
-    if key != row["media"][int(flip)]:
-        raise DataError(f"{entry['name']}: changed since it was looked at; run again")
-    whole = torch.ones(crop.crop_height, crop.crop_width)
-    if config.masks == "alpha":
-        mask = images.alpha_mask(content, crop, flip) if clip is None else whole
-    elif config.masks == "files":
-        mask = images.mask_file(mask_content, crop, flip) if entry["mask"] else whole
-    return Picture(
-        row["media"][int(flip)], pixels_of(content, crop, clip, config.background, flip), mask
-    )
+        raise DataError(f"{sample.name}: {content}")
+    crop, clip = planned.crop, planned.clip
+    mask_content = read_mask(sample)
+    mask_hash = key_of(mask_content)
+    key = job.planner.media_key(key_of(content), mask_hash, crop, clip, flip)
+    if key != planned.media_keys[int(flip)]:
+        raise DataError(f"{sample.name}: has changed since it was checked. Run the command again")
+    pixels = decode_pixels(content, crop, clip, job.config.background, flip)
+    mask = None
+    if job.config.masks != "none":
+        mask = torch.ones(crop.crop_height, crop.crop_width)
+    if job.config.masks == "alpha" and clip is None:
+        mask = images.alpha_mask(content, crop, flip)
+    if job.config.masks == "files" and mask_content:
+        mask = images.mask_file(mask_content, crop, flip)
+    return PreparedMedia(key, pixels, mask)
 
 
-def pixels_of(
+def decode_pixels(
     content: bytes, crop: Crop, clip: Clip | None, background: str, flip: bool = False
 ) -> Tensor:
-    """Of an image or of a clip of a video: (3, [F,] H, W)."""
+    """Return the pixels (3, [F,] H, W) of an image or of a clip of a video."""
     if clip is None:
         return images.pixels(content, crop, background, flip)
     return video.pixels(content, crop, clip, background, flip)
 
 
-def together(work: Work, picture: Picture) -> int:
-    """How many like it are encoded together: videos one by one."""
-    return work.config.encode_batch_size if picture.pixels.ndim == 3 else 1
+def media_batch_size(job: EncodeJob, pixels: Tensor) -> int:
+    """Return the number of images that are encoded together; videos are encoded one by one."""
+    is_image = pixels.ndim == 3
+    return job.config.encode_batch_size if is_image else 1
 
 
-def encoded(
-    work: Work, encoders: Any, pictures: list[Picture]
-) -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-    size = together(work, pictures[0])
-    pixels = torch.stack(
-        [p.pixels for p in pictures] + [pictures[0].pixels] * (size - len(pictures))
-    )
-    pixels = pixels.to(work.device)
-    mean, deviation = work.family.encode_media(encoders, pixels)
-    cond = (
-        work.family.encode_sample_conditioning(encoders, pixels)
-        if work.family.sample_conditioning
-        else {}
-    )
-    assert cond.keys() == {*work.family.sample_conditioning} - {*schema.MEDIA_TENSORS}, (
-        "as the family says, under its own names"
-    )
-    for i, one in enumerate(pictures):
-        tensors = {"latents": mean[i], **{name: tensor[i] for name, tensor in cond.items()}}
-        if work.config.vae_sampling == "sample":
-            tensors["deviation"] = deviation[i]
-        if one.mask is not None:
-            tensors["mask"] = F.adaptive_avg_pool2d(
-                one.mask[None], (mean.shape[-2], mean.shape[-1])
-            )[0]
-        yield one.key, tensors
+def encode_batch(
+    job: EncodeJob, encoders: Any, batch: list[PreparedMedia], writer: StoreWriter
+) -> None:
+    """Encode media of one shape, and write a row for each.
+
+    The last batch of a shape may be smaller than the others."""
+    pixels = [media.pixels for media in batch]
+    encoded = encode_pixels(job, encoders, pixels)
+    for index, media in enumerate(batch):
+        tensors = {}
+        for name, tensor in encoded.items():
+            tensors[name] = tensor[index]
+        if media.mask is not None:
+            tensors["mask"] = resize_mask(media.mask, tensors["latents"])
+        writer.add(media.key, tensors)
+
+
+def resize_mask(mask: Tensor, latents: Tensor) -> Tensor:
+    """Return the mean of a mask (H, W) in each cell of the latents (C, [F,] h, w).
+
+    It is the weight of the loss in this cell."""
+    height, width = latents.shape[-2:]
+    means = F.adaptive_avg_pool2d(mask[None], (height, width))
+    return means[0]
+
+
+def encode_pixels(job: EncodeJob, encoders: Any, pixels: list[Tensor]) -> dict[str, Tensor]:
+    """Return raw latents, their deviation if it is stored, and the conditioning on the samples.
+
+    The batch is filled up with the first pixels."""
+    first = pixels[0]
+    num_padding = media_batch_size(job, first) - len(pixels)
+    padding = [first] * num_padding
+    batch = torch.stack(pixels + padding)
+    batch = batch.to(job.device)
+    latents, deviation = job.family.encode_media(encoders, batch)
+    encoded = {"latents": latents}
+    declared_names = set(job.family.sample_conditioning)
+    if declared_names:
+        cond = job.family.encode_sample_conditioning(encoders, batch)
+        assert set(cond) == declared_names
+        assert declared_names.isdisjoint(MEDIA_TENSORS)
+        encoded |= cond
+    stores_deviation = job.config.vae_sampling == "sample"
+    if stores_deviation:
+        encoded["deviation"] = deviation
+    return encoded

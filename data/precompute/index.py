@@ -1,137 +1,189 @@
-"""The rows of a run in the order of their buckets, with the places of what belongs to them: mapped
-arrays on disk."""
+"""The index of a data set: its samples in training order, with the row ids of their tensors."""
 
 import hashlib
-import json
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from data.dataset import CROP_HEIGHT, CROP_WIDTH, Stores
-from data.store import tables
-from data.store.hashing import KEY_BYTES, key_of
+from data.dataset import (
+    CAPTIONS_FILE,
+    PROBABILITIES_FILE,
+    SAMPLES_FILE,
+    DatasetIndex,
+    Stores,
+    record_dtype,
+)
+from data.media.buckets import Crop
+from data.samples import PlannedSample, media_keys
+from data.store.keys import KEY_BYTES, key_array, key_of
 from data.store.store import MISSING, Store
+from data.store.tables import Table, list_starts
 
 
-def write_index(folder: Path, rows: pa.Table, chosen: np.ndarray, stores: Stores) -> str:
-    """Writes the index of the rows `chosen` of a plan, sorted by bucket and content; returns its
-    fingerprint.
+class TrainingOrder(NamedTuple):
+    """The order of samples: by bucket, repeats and content."""
 
-    All of it follows from what the rows hold, not from the names or the order of files. One array is in memory at a
-    time, besides the order.
-    """
-    taken, bucket, text_kinds = training_order(rows, chosen, stores)
-    arrays = Arrays(folder)
-    arrays.add_places("media", media_keys(rows)[taken], stores.media)
-    arrays.add("weight", rows.column("weight").to_numpy()[taken])
-    empty = stores.text.find(np.array([key_of("")], f"S{KEY_BYTES}"))
-    dropout = rows.column("dropout").to_numpy()[taken]
-    fits = (
-        text_kinds == stores.text.kinds(empty, stores.ragged)
-        if empty[0] != MISSING
-        else np.ones(len(taken), bool)
+    rows: np.ndarray
+    """Index of each sample in the table of planned samples."""
+    starts_bucket: np.ndarray
+    """True where a sample is the first one of a bucket."""
+    caption_signatures: np.ndarray
+    """Signature of each sample's conditioning."""
+
+
+def write_index(
+    folder: Path, planned: Table[PlannedSample], chosen: np.ndarray, stores: Stores
+) -> str:
+    """Write the index of the planned samples with the indices `chosen`; return its content hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = training_order(planned, chosen, stores)
+    return IndexWriter(folder, planned, stores).write(order)
+
+
+class IndexWriter:
+    """Writes an index, and hashes all columns on which training depends.
+
+    One column of the table is in memory at a time, in addition to the order and the records."""
+
+    def __init__(self, folder: Path, planned: Table[PlannedSample], stores: Stores):
+        self.folder, self.planned, self.stores = folder, planned, stores
+        self.hash_state = hashlib.blake2b(digest_size=KEY_BYTES)
+
+    def write(self, order: TrainingOrder) -> str:
+        """Write the samples in this order; return the content hash."""
+        stores = self.stores
+        empty_key = key_of("")
+        empty_caption = stores.text.find(key_array([empty_key]))
+        is_droppable = can_drop_captions(order, empty_caption, stores)
+        num_never_dropped = self._write_samples(order.rows, is_droppable)
+        self._write_captions(order.rows)
+        repeats = self.planned.column("repeats")[order.rows]
+        index = DatasetIndex(
+            content_hash=self.hash_state.hexdigest(),
+            segments=find_segments(repeats, order.starts_bucket),
+            empty_caption=empty_caption.item(),
+            num_never_dropped=num_never_dropped,
+            media_shards=list(map(str, stores.media.shards)),
+            text_shards=list(map(str, stores.text.shards)),
+        )
+        index.save(self.folder)
+        return index.content_hash
+
+    def _write_samples(self, rows: np.ndarray, is_droppable: np.ndarray) -> int:
+        """Write the record of each sample; return how many captions are never dropped."""
+        planned = self.planned
+        media = self._hash(media_keys(planned)[rows])
+        records = np.zeros(len(rows), record_dtype(media.shape[1]))
+        records["media"] = find_rows(media, self.stores.media)
+        records["listed"] = planned.column("listed")[rows]
+        records["weight"] = self._hash(planned.column("weight")[rows])
+        dropout = planned.column("caption_dropout")[rows]
+        is_never_dropped = ~is_droppable & (dropout > 0)
+        dropout[is_never_dropped] = 0
+        records["caption_dropout"] = self._hash(dropout)
+        self._hash(planned.column("repeats")[rows])
+        crops = records["crop"]
+        for position, field in enumerate(fields(Crop)):
+            crops[:, position] = planned.nested_column("crop", field.name)[rows]
+        self._hash(crops)
+        num_captions = planned.lengths("caption_keys")[rows]
+        records["num_captions"] = num_captions
+        records["first_caption"] = list_starts(num_captions)
+        np.save(self.folder / SAMPLES_FILE, records)
+        return int(is_never_dropped.sum())
+
+    def _write_captions(self, rows: np.ndarray) -> None:
+        """Write the captions of the samples one after another, and their probabilities."""
+        planned = self.planned
+        lengths = planned.lengths("caption_keys")
+        starts = list_starts(lengths)[rows]
+        lengths = lengths[rows]
+        ends = np.cumsum(lengths)
+        self._hash(np.concatenate([[0], ends]))
+        # position in the table of each caption in the new order
+        shifts = np.repeat(starts - list_starts(lengths), lengths)
+        positions = np.arange(len(shifts)) + shifts
+        probabilities = planned.column("caption_probabilities")[positions]
+        np.save(self.folder / PROBABILITIES_FILE, self._hash(probabilities))
+        keys = planned.keys("caption_keys")[positions]
+        caption_ids = find_rows(self._hash(keys), self.stores.text)
+        np.save(self.folder / CAPTIONS_FILE, caption_ids)
+
+    def _hash(self, values: np.ndarray) -> np.ndarray:
+        """Add a column to the content hash, and return it."""
+        contiguous = np.ascontiguousarray(values)
+        self.hash_state.update(contiguous.data)
+        return values
+
+
+def find_rows(keys: np.ndarray, store: Store) -> np.ndarray:
+    """Return the row ids of keys, in an array of the same shape.
+
+    The store has all of them, because every sample was encoded."""
+    row_ids = store.find(keys.reshape(-1))
+    is_missing = row_ids == MISSING
+    assert not is_missing.any()
+    return row_ids.reshape(keys.shape)
+
+
+def can_drop_captions(
+    order: TrainingOrder, empty_caption: np.ndarray, stores: Stores
+) -> np.ndarray:
+    """Return whether the conditioning of each sample can share a batch with the empty prompt."""
+    if empty_caption.item() == MISSING:
+        return np.ones(len(order.rows), bool)
+    signature = stores.text.signatures(empty_caption, stores.variable_lengths)
+    return order.caption_signatures == signature
+
+
+def training_order(
+    planned: Table[PlannedSample], chosen: np.ndarray, stores: Stores
+) -> TrainingOrder:
+    """Return the order of the chosen samples, which follows from what they hold.
+
+    Samples of a bucket may share a batch: they have one size, and their tensors have the same
+    names, dtypes and shapes, except the numbers of tokens of tensors with variable lengths."""
+    num_captions = planned.lengths("caption_keys")
+    first_captions = list_starts(num_captions)[chosen]
+    captions = planned.keys("caption_keys")[first_captions]
+    media = media_keys(planned)[chosen, 0]
+    repeats = planned.column("repeats")[chosen]
+    caption_rows = stores.text.find(captions)
+    caption_signatures = stores.text.signatures(caption_rows, stores.variable_lengths)
+    media_signatures = stores.media.signatures(stores.media.find(media))
+    bucket_columns = (
+        caption_signatures,
+        media_signatures,
+        planned.nested_column("crop", "crop_width")[chosen],
+        planned.nested_column("crop", "crop_height")[chosen],
     )
-    arrays.add("dropout", np.where(fits, dropout, 0).astype(np.float32))
-    repeats = rows.column("repeats").to_numpy()[taken]
-    arrays.add("repeats", repeats)
-    arrays.add("crop", crops(rows)[taken])
-    arrays.save("entry", rows.column("entry").to_numpy()[taken])
-    lengths = tables.lengths(rows.column("texts"))
-    starts = tables.starts(lengths)[taken]
-    lengths = lengths[taken]
-    arrays.add("text_first", np.concatenate([[0], np.cumsum(lengths)]))
-    items = np.arange(lengths.sum()) + np.repeat(
-        starts - tables.starts(lengths), lengths
-    )  # lists in the new order
-    arrays.add("shares", flat(rows.column("shares"))[items])
-    arrays.add_places("texts", tables.keys(rows.column("texts"))[items], stores.text)
-    fingerprint = arrays.state.hexdigest()
-    about = {
-        "fingerprint": fingerprint,
-        "segments": segments(repeats, bucket),
-        "empty_text": int(empty[0]),
-        "never_dropped": int((~fits & (dropout > 0)).sum()),
-        "media_parts": [str(part) for part in stores.media.parts],
-        "text_parts": [str(part) for part in stores.text.parts],
-    }
-    (folder / "index.json").write_text(json.dumps(about), encoding="utf-8")
-    return fingerprint
+    order = np.lexsort((captions, media, repeats, *bucket_columns))  # the last column counts most
+    starts_bucket = np.zeros(len(chosen), bool)
+    for column in bucket_columns:
+        starts_bucket |= differs_from_previous(column[order])
+    return TrainingOrder(chosen[order], starts_bucket, caption_signatures[order])
 
 
-class Arrays:
-    """Writes arrays into a folder, and hashes what they stand for."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.state = folder, hashlib.blake2b(digest_size=KEY_BYTES)
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def save(self, name: str, array: np.ndarray) -> None:
-        np.save(self.folder / f"{name}.npy", array)
-
-    def add(self, name: str, array: np.ndarray) -> None:
-        self.state.update(np.ascontiguousarray(array).data)
-        self.save(name, array)
-
-    def add_places(self, name: str, keys: np.ndarray, store: Store) -> None:
-        """The places of `keys`, which stand for the content."""
-        self.state.update(np.ascontiguousarray(keys).data)
-        places = store.find(keys.reshape(-1)).reshape(keys.shape)
-        assert not (places == MISSING).any(), "every row was encoded"
-        self.save(name, places)
+def differs_from_previous(values: np.ndarray) -> np.ndarray:
+    """Return whether each value differs from the one before; true for the first."""
+    differs = np.ones(len(values), bool)
+    previous = values[:-1]
+    differs[1:] = values[1:] != previous
+    return differs
 
 
-def media_keys(rows: pa.Table) -> np.ndarray:
-    counts = tables.lengths(rows.column("media"))
-    assert len(set(counts.tolist())) <= 1, "all rows have as many media"
-    return tables.keys(rows.column("media")).reshape(len(counts), -1)
-
-
-def crops(rows: pa.Table) -> np.ndarray:
-    """The fields of buckets.Crop, a line for each row."""
-    return rows.column("crop").combine_chunks().flatten().to_numpy().reshape(-1, 8)
-
-
-def training_order(rows: pa.Table, chosen: np.ndarray, stores: Stores) -> tuple[np.ndarray, ...]:
-    """`chosen` in the order of buckets, repeats and content; for each whether another bucket begins there, and the kind
-    of its caption.
-
-    Rows of a bucket may share a batch: they have one size, and all their tensors the same dtypes and shapes, whatever
-    the number of tokens where that is ragged.
-    """
-    lengths = tables.lengths(rows.column("texts"))
-    text = tables.keys(rows.column("texts"))[tables.starts(lengths)][chosen]
-    media, crop = media_keys(rows)[chosen, 0], crops(rows)[chosen]
-    bucket = [
-        stores.text.kinds(stores.text.find(text), stores.ragged),
-        stores.media.kinds(stores.media.find(media)),
-        crop[:, CROP_WIDTH],
-        crop[:, CROP_HEIGHT],
-    ]
-    order = np.arange(len(chosen))
-    for column in (text, media, rows.column("repeats").to_numpy()[chosen], *bucket):
-        order = order[np.argsort(column[order], kind="stable")]  # the last sort counts most
-    another = np.zeros(len(chosen), bool)
-    for column in bucket:
-        another[1:] |= column[order][1:] != column[order][:-1]
-    return chosen[order], another, bucket[0][order]
-
-
-def flat(column: pa.ChunkedArray) -> np.ndarray:
-    """Lists laid end to end."""
-    parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
-
-
-def segments(repeats: np.ndarray, another: np.ndarray) -> list[list[list[int]]]:
-    """Buckets, and in each of them (first row, count, repeats) of rows that are seen equally often."""
-    if not len(repeats):
-        return []
-    starts = np.concatenate([[0], 1 + np.flatnonzero(another[1:] | (repeats[1:] != repeats[:-1]))])
-    ends = np.concatenate([starts[1:], [len(repeats)]])
-    result: list[list[list[int]]] = []
+def find_segments(repeats: np.ndarray, starts_bucket: np.ndarray) -> list[list[list[int]]]:
+    """Return the segments of each bucket: first sample, number of samples, repeats."""
+    starts_segment = starts_bucket | differs_from_previous(repeats)
+    starts = np.flatnonzero(starts_segment)
+    ends = np.append(starts[1:], len(repeats))
+    buckets: list[list[list[int]]] = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        if start == 0 or another[start]:
-            result.append([])
-        result[-1].append([start, end - start, int(repeats[start])])
-    return result
+        if starts_bucket[start]:
+            buckets.append([])
+        num_repeats = repeats.item(start)
+        segment = [start, end - start, num_repeats]
+        buckets[-1].append(segment)
+    return buckets

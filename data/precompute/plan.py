@@ -1,298 +1,345 @@
-"""From the rows of all sources to what is trained on: content, crop, captions, and the keys of what
-is stored."""
+"""The plan: for each listed sample, how it is trained on, and what has to be encoded for that."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import torch
-from torch import Tensor
 
-from common.errors import DataError
-from data.config import DataConfig, SourceConfig
-from data.media import images, video
+from common.errors import DataError, counted
 from data.media.buckets import Buckets, Crop
-from data.media.captions import caption_variants, with_trigger
-from data.sources import Source
-from data.store import tables
-from data.store.hashing import key_of, stamp_of
+from data.media.captions import Variants, caption_variants, with_trigger
+from data.media.video import Clip, ClipSampling
+from data.precompute.facts import FactsCache, MediaFacts, facts_key
+from data.precompute.run_sources import RunSources
+from data.precompute.streams import batched
+from data.samples import ListedSample, PlannedSample, media_keys
+from data.store.keys import key_array, key_of
 from data.store.store import MISSING, Store
-
-AHEAD = 32  # rows that are read ahead of the one that is worked on
-FEW = 2  # where they may be videos: a clip's pixels take hundreds of MB
-VERSION = "2"  # of what is stored; a change makes every row be encoded anew
-T = TypeVar("T")
-R = TypeVar("R")
+from data.store.tables import ROWS_PER_BATCH, Table, TableWriter, new_table
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The sources of a run: of `opened`, those from `held_out_from` on are for validation."""
+class MissingCaption:
+    """A caption whose conditioning has to be encoded."""
 
-    config: DataConfig
-    opened: tuple[Source, ...]
-    held_out_from: int
-    clips: video.Clips | None = None
-    """What is taken of a video; None for models of images."""
-
-    def contents(
-        self, cells: list[dict[str, Any]]
-    ) -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
-        """Rows of a listing, which ascend, with their files."""
-        for number, source in enumerate(self.opened):
-            mine = {row["row"]: row for row in cells if row["source"] == number}
-            if not mine or not source.has_images:
-                continue
-            try:
-                for row, content in source.contents(
-                    {row: mine[row]["name"] for row in sorted(mine)}
-                ):
-                    yield mine.pop(row), content
-            except DataError as error:  # of the source as a whole
-                yield from ((row, error) for row in mine.values())
+    key: bytes
+    text: str
 
 
-def write_listing(sources: Sources, path: Path) -> list[str]:
-    """Writes a row for every entry of every source; returns what is wrong with some."""
-    faults: list[str] = []
-    with tables.writing(path, tables.LISTING) as table:
-        for number, source in enumerate(sources.opened):
-            for entry in source.entries(faults):
-                table.add({"source": number, **vars(entry)})
-    return faults
+@dataclass(frozen=True)
+class MissingMedia:
+    """A planned sample whose latents have to be encoded."""
+
+    planned: int
+    """Index in the table of planned samples."""
+    flips: list[bool]
+    """Orientations that have to be encoded: false for the original, true for the mirrored image."""
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], most: int = AHEAD) -> Iterator[R]:
-    """`work` of each item, in order, in threads that are a bounded number of items ahead."""
-    pending: list[Any] = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) >= most:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+class PlannedRows(NamedTuple):
+    """The planned samples of one listed sample, and their captions by key.
 
+    Stored conditioning has no captions."""
 
-def facts_key(cells: dict[str, Any], videos: bool) -> bytes:
-    mask = stamp_of(Path(cells["mask"])) if cells["mask"] else ""
-    return key_of("facts", cells["stamp"], mask, *["videos"] * videos)
-
-
-def look(
-    videos: bool, given: tuple[dict[str, Any], bytes | DataError]
-) -> tuple[dict[str, Any], dict[str, Tensor] | str]:
-    """A row with what must be known of its content, or what is wrong with it."""
-    cells, content = given
-    try:
-        if isinstance(content, DataError):
-            raise content
-        facts = (
-            video.check(content) if videos and video.is_video(content) else images.check(content)
-        )
-        mask = b""
-        if cells["mask"]:
-            mask = Path(cells["mask"]).read_bytes()
-            images.check(mask)
-    except (OSError, DataError) as error:
-        return cells, f"{cells['name']}: {error}"
-    found = torch.frombuffer(bytearray(key_of(content) + key_of(mask)), dtype=torch.uint8)
-    known = {"content": found, "size": torch.tensor([facts.width, facts.height], dtype=torch.int32)}
-    if isinstance(facts, video.Facts):
-        known["seconds"] = torch.tensor(facts.seconds, dtype=torch.float64)
-    return cells, known
-
-
-def inspect_share(
-    sources: Sources, listing: Path, facts: Store, share: tuple[int, int]
-) -> list[tuple[int, str]]:
-    """Opens the images of every `share[1]`th row from `share[0]` on that are not known yet, and notes their size and
-    content. Returns the rows with a fault, and the fault."""
-    table = tables.mapped(listing)
-    rank, ranks = share
-    videos = sources.clips is not None
-    faults: list[tuple[int, str]] = []
-
-    def unknown() -> Iterator[tuple[dict[str, Any], bytes | DataError]]:
-        for start in range(0, len(table), tables.BATCH):
-            numbers = np.arange(start, min(start + tables.BATCH, len(table)))
-            cells = [
-                {**row, "entry": n}
-                for n, row in tables.rows_of(table, numbers[numbers % ranks == rank])
-            ]
-            yield from sources.contents(
-                [row for row in cells if facts_key(row, videos) not in facts]
-            )
-
-    def rows() -> Iterator[tuple[bytes, dict[str, Tensor]]]:
-        for cells, found in ahead(partial(look, videos), unknown(), FEW if videos else AHEAD):
-            if isinstance(found, str):
-                faults.append((cells["entry"], found))
-            else:
-                yield facts_key(cells, videos), found
-
-    facts.write(rows())
-    return faults
-
-
-def stills(sources: Sources, listing: Path, facts: Store, fault: str) -> list[tuple[int, str]]:
-    """The entries that are looked at, of which one frame would be taken, and that this is a
-    `fault`."""
-    found = []
-    for entry, cells in tables.rows_of(tables.mapped(listing)):
-        key = facts_key(cells, videos=True)
-        if sources.opened[cells["source"]].has_images and key in facts:
-            seconds = facts[key].get("seconds")
-            if (
-                seconds is None
-                or sources.clips is None
-                or sources.clips.of(seconds.item())[0].frames == 1
-            ):
-                found.append(
-                    (
-                        entry,
-                        f"{cells['name']}: {'an image' if seconds is None else 'too short'}; {fault}",
-                    )
-                )
-    return found
+    samples: list[PlannedSample]
+    captions: dict[bytes, str]
 
 
 class Planner:
-    """Makes rows of tables.ROWS from a row of the listing: one, or of a video one for each clip."""
+    """Makes planned samples from a listed sample: one, or one for each clip of a video."""
 
-    def __init__(self, sources: Sources, facts: Store, buckets: Buckets):
+    def __init__(self, sources: RunSources, facts: FactsCache, buckets: Buckets):
         self.sources, self.facts, self.buckets = sources, facts, buckets
         self.config = sources.config
 
-    def rows(self, entry: int, cells: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        source = self.sources.opened[cells["source"]]
-        held_out = cells["source"] >= self.sources.held_out_from
-        config = source.config
-        planned = source.planned(cells["row"])
-        if planned is not None:
-            every = [planned]
+    def plan(self, index: int, sample: ListedSample) -> PlannedRows:
+        """Return the planned samples of the listed sample with this index."""
+        source = self.sources.source_of(sample)
+        if source.has_images:
+            rows = self._plan_media(index, sample)
+        elif source.is_planned:
+            rows = PlannedRows([source.planned(sample.row)], {})
         else:
-            every = (
-                self._images(cells, config, held_out)
-                if source.has_images
-                else [self._tensors(cells)]
-            )
-        yield from (self._row(entry, cells, known, held_out) for known in every)
-
-    def _row(
-        self, entry: int, cells: dict[str, Any], known: dict[str, Any], held_out: bool
-    ) -> dict[str, Any]:
-        config = self.sources.opened[cells["source"]].config
-        prior = self.config.prior_loss_weight if config.regularization else 1.0
-        held_out = held_out or bool(known.get("held_out"))  # an encoded dataset says so itself
-        trained_on = not (config.regularization or held_out) and known.get("may_hold_out", True)
-        return {
-            **known,
-            "entry": entry,
-            "repeats": cells["repeats"],
-            "weight": known.get("weight", 1.0) * cells["weight"] * config.weight * prior,
-            "dropout": config.captions.dropout if trained_on else 0.0,
-            "held_out": held_out,
-            "may_hold_out": not config.regularization and known.get("may_hold_out", True),
-        }
-
-    def _images(
-        self, cells: dict[str, Any], config: SourceConfig, held_out: bool
-    ) -> list[dict[str, Any]]:
-        """What is stored of an image, or of each clip of a video."""
-        shares = self.shares(cells, config, held_out)
-        found = self.facts[facts_key(cells, self.sources.clips is not None)]
-        both = bytes(found["content"].tolist())
-        content, mask, crop = both[:16], both[16:], self.buckets.crop(*found["size"].tolist())
-        # held-out rows are never mirrored, but all rows have as many keys
-        flips = (False, not held_out) if self.config.random_flip else (False,)
-        clips: list[video.Clip | None] = [None]
-        if self.sources.clips is not None and "seconds" in found:
-            clips = [*self.sources.clips.of(found["seconds"].item())]
-        return [
-            {
-                "content": content,
-                "media": [self.media_key(content, mask, (crop, clip), flip) for flip in flips],
-                "texts": [key_of(text) for text in shares],
-                "shares": list(shares.values()),
-                "crop": list(astuple(crop)),
-                "clip": clip and list(astuple(clip)),
-            }
-            for clip in clips
-        ]
-
-    def _tensors(self, cells: dict[str, Any]) -> dict[str, Any]:
-        """What is stored of latents and conditioning that are taken as they are."""
-        width, height = cells["width"], cells["height"]
-        content = key_of("tensors", cells["stamp"])
-        return {
-            "content": content,
-            "media": [key_of("latents", content, self.config.masks)]
-            * (2 if self.config.random_flip else 1),
-            "texts": [key_of("cond", content)],
-            "shares": [1.0],
-            "crop": list(astuple(Crop(width, height, width, height, 0, 0, width, height))),
-        }
-
-    def shares(
-        self, cells: dict[str, Any], config: SourceConfig, held_out: bool
-    ) -> dict[str, float]:
-        """The captions of a row, and how often each is drawn; held-out rows have one that never
-        changes."""
-        if held_out:  # nothing of it is left to chance
-            return {with_trigger(cells["captions"][0], config): 1.0}
-        return caption_variants(cells["captions"], config)
+            rows = PlannedRows([self._plan_tensors(index, sample)], {})
+        samples = []
+        for planned in rows.samples:
+            samples.append(self._with_options(index, sample, planned))
+        return rows._replace(samples=samples)
 
     def media_key(
-        self, content: bytes, mask: bytes, part: tuple[Crop, video.Clip | None], flip: bool
+        self, content_hash: bytes, mask_hash: bytes, crop: Crop, clip: Clip | None, flip: bool
     ) -> bytes:
-        masks, (crop, clip) = (
-            self.config.masks if self.config.masks != "files" else mask.hex(),
-            part,
+        """Return the key of the latents of a content: a hash of all that decides them."""
+        masks = self.config.masks
+        contents: list[str | bytes] = [
+            content_hash,
+            crop.describe(),
+            "mirrored" if flip else "",
+            self.config.background,
+            mask_hash.hex() if masks == "files" else masks,
+        ]
+        if clip is not None:
+            contents.append(clip.describe())
+        return key_of(*contents)
+
+    def _plan_media(self, index: int, sample: ListedSample) -> PlannedRows:
+        """Plan an image, or each clip of a video."""
+        has_videos = self.sources.clip_sampling is not None
+        facts = self.facts[facts_key(sample, has_videos)]
+        crop = self.buckets.crop(facts.width, facts.height)
+        variants = self._variants(sample)
+        captions = {key_of(text): text for text in variants}
+        samples = []
+        for clip in self._clips(facts):
+            keys = []
+            for flip in self._flips(sample):
+                key = self.media_key(facts.content_hash, facts.mask_hash, crop, clip, flip)
+                keys.append(key)
+            planned = PlannedSample(
+                listed=index,
+                content_hash=facts.content_hash,
+                media_keys=keys,
+                caption_keys=list(captions),
+                caption_probabilities=list(variants.values()),
+                crop=crop,
+                clip=clip,
+            )
+            samples.append(planned)
+        return PlannedRows(samples, captions)
+
+    def _plan_tensors(self, index: int, sample: ListedSample) -> PlannedSample:
+        """Plan latents and conditioning that are used unchanged."""
+        width, height = sample.width, sample.height
+        content_hash = key_of("tensors", sample.stamp)
+        media_key = key_of("latents", content_hash, self.config.masks)
+        num_orientations = 2 if self.config.random_flip else 1
+        return PlannedSample(
+            listed=index,
+            content_hash=content_hash,
+            media_keys=[media_key] * num_orientations,
+            caption_keys=[key_of("cond", content_hash)],
+            caption_probabilities=[1.0],
+            crop=Crop(width, height, width, height, 0, 0, width, height),
         )
-        frames = () if clip is None else (clip.name(),)
-        return key_of(
-            content, crop.name(), "mirrored" if flip else "", self.config.background, masks, *frames
+
+    def _with_options(
+        self, index: int, sample: ListedSample, planned: PlannedSample
+    ) -> PlannedSample:
+        """Return a planned sample with the options of its source."""
+        config = self.sources.config_of(sample)
+        prior_weight = self.config.prior_loss_weight if config.regularization else 1.0
+        is_held_out = planned.is_held_out or self._is_held_out(sample)
+        can_be_held_out = planned.can_be_held_out and not config.regularization
+        can_drop_caption = can_be_held_out and not is_held_out
+        return replace(
+            planned,
+            listed=index,
+            repeats=sample.repeats,
+            weight=planned.weight * sample.weight * config.weight * prior_weight,
+            caption_dropout=config.captions.dropout if can_drop_caption else 0.0,
+            is_held_out=is_held_out,
+            can_be_held_out=can_be_held_out,
+        )
+
+    def _is_held_out(self, sample: ListedSample) -> bool:
+        return sample.source >= self.sources.first_held_out
+
+    def _clips(self, facts: MediaFacts) -> Sequence[Clip | None]:
+        """Return the clips of a video; None for an image."""
+        sampling = self.sources.clip_sampling
+        if sampling is None or facts.seconds is None:
+            return [None]
+        return sampling.clips(facts.seconds)
+
+    def _flips(self, sample: ListedSample) -> list[bool]:
+        """Return the orientations of a sample.
+
+        Held-out samples are never mirrored, but all samples have equally many orientations."""
+        if not self.config.random_flip:
+            return [False]
+        return [False, not self._is_held_out(sample)]
+
+    def _variants(self, sample: ListedSample) -> Variants:
+        """Return the captions of a sample, and their probabilities.
+
+        Held-out samples have one that never changes, because nothing is drawn in validation."""
+        config = self.sources.config_of(sample)
+        if self._is_held_out(sample):
+            return {with_trigger(sample.captions[0], config): 1.0}
+        return caption_variants(sample.captions, config)
+
+
+@dataclass(frozen=True)
+class PlanTables:
+    """Paths of the tables of a plan."""
+
+    planned: Path
+    captions: Path
+    """Captions that the text store lacks; some may be there several times."""
+    media: Path
+    """Samples whose latents the media store lacks."""
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "PlanTables":
+        return cls(
+            planned=folder / "planned.arrow",
+            captions=folder / "missing_captions.arrow",
+            media=folder / "missing_media.arrow",
         )
 
 
-def write_rows(planner: Planner, listing: Path, path: Path, bad: set[int]) -> None:
-    """Writes the row of every entry that is not `bad`."""
-    with tables.writing(path, tables.ROWS) as table:
-        for entry, cells in tables.rows_of(tables.mapped(listing)):
-            if entry not in bad:
-                for row in planner.rows(entry, cells):
-                    table.add(row)
+def write_plan(
+    planner: Planner,
+    listed: Table[ListedSample],
+    unusable: set[int],
+    text: Store,
+    tables: PlanTables,
+) -> None:
+    """Write the planned samples, and the captions that the text store lacks.
+
+    `unusable`: indices of listed samples that are left out."""
+    with (
+        new_table(tables.planned, PlannedSample) as planned,
+        new_table(tables.captions, MissingCaption) as missing_captions,
+    ):
+        uses_dropout = False
+        for batch in batched(listed.rows(), ROWS_PER_BATCH):
+            captions: dict[bytes, str] = {}
+            for index, sample in batch:
+                if index in unusable:
+                    continue
+                rows = planner.plan(index, sample)
+                captions |= rows.captions
+                for planned_sample in rows.samples:
+                    planned.add(planned_sample)
+                    uses_dropout |= planned_sample.caption_dropout > 0
+            add_missing_captions(captions, text, missing_captions)
+        if uses_dropout:
+            add_missing_captions({key_of(""): ""}, text, missing_captions)
 
 
-def short_videos(rows: pa.Table, listing: pa.Table, wanted: video.Clips | None) -> list[str]:
-    """The videos of which less is taken than is wanted, and how much."""
-    if wanted is None:
-        return []
-    found = video.frames_of(rows)
-    short = np.flatnonzero((found > 0) & (found < wanted.frames))
-    entries = tables.rows_of(listing, rows.column("entry").to_numpy()[short])
-    taken = zip(entries, found[short].tolist(), strict=True)
-    return [
-        f"{cells['name']}: {frames} of them are taken, {wanted.fps:g} a second"
-        for (_, cells), frames in taken
-    ]
+def add_missing_captions(
+    captions: dict[bytes, str], text: Store, table: TableWriter[MissingCaption]
+) -> None:
+    """Add the captions that the text store lacks to a table."""
+    row_ids = text.find(key_array(list(captions)))
+    for (key, caption), row_id in zip(captions.items(), row_ids.tolist(), strict=True):
+        if row_id == MISSING:
+            table.add(MissingCaption(key, caption))
 
 
-def missing(keys: np.ndarray, store: Store, wanted: np.ndarray) -> np.ndarray:
-    """Where the `wanted` keys are that the store lacks, one place for each key, ascending."""
-    lacking = np.flatnonzero((store.find(keys) == MISSING) & wanted)
-    _, first = np.unique(keys[lacking], return_index=True)
-    return np.sort(lacking[first])
+def write_missing_media(
+    planned: Table[PlannedSample], has_images: np.ndarray, media: Store, path: Path
+) -> int:
+    """Write the samples whose latents the media store lacks; return the number of latents.
+
+    `has_images`: whether each planned sample is encoded, or has latents already."""
+    keys = media_keys(planned)
+    num_orientations = keys.shape[1]
+    is_encoded = np.repeat(has_images, num_orientations)
+    positions = missing_positions(keys.reshape(-1), media, is_encoded)
+    samples, orientations = np.divmod(positions, num_orientations)
+    with new_table(path, MissingMedia) as table:
+        pairs = zip(samples.tolist(), orientations.tolist(), strict=True)
+        for sample, group in groupby(pairs, key=itemgetter(0)):
+            flips = [bool(orientation) for _, orientation in group]
+            table.add(MissingMedia(sample, flips))
+    return len(positions)
 
 
-def has_images(rows: pa.Table, listing: pa.Table, sources: Sources) -> np.ndarray:
-    """Whether each row is an image, or else latents already."""
-    source = listing.column("source").to_numpy()[rows.column("entry").to_numpy()]
-    return np.array([opened.has_images for opened in sources.opened])[source]
+def missing_positions(keys: np.ndarray, store: Store, is_needed: np.ndarray) -> np.ndarray:
+    """Return the positions of needed keys that a store lacks, ascending, one for each key."""
+    is_missing = (store.find(keys) == MISSING) & is_needed
+    positions = np.flatnonzero(is_missing)
+    first = first_occurrences(keys[positions])
+    return positions[first]
+
+
+def first_occurrences(keys: np.ndarray) -> np.ndarray:
+    """Return the first position of each different key, ascending."""
+    _, first = np.unique(keys, return_index=True)
+    return np.sort(first)
+
+
+def have_images(
+    planned: Table[PlannedSample], listed: Table[ListedSample], sources: RunSources
+) -> np.ndarray:
+    """Return whether each planned sample is an image or a clip, or has latents already."""
+    source_numbers = listed.column("source")
+    return sources.have_images(source_numbers[planned.column("listed")])
+
+
+def clip_frames(planned: Table[PlannedSample]) -> np.ndarray:
+    """Return the number of frames of each sample that is a clip; 0 of others."""
+    frames = planned.nested_column("clip", "frames")
+    frames[planned.is_none("clip")] = 0
+    return frames
+
+
+def still_errors(
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, message: str
+) -> list[tuple[int, str]]:
+    """Return index and error of all samples that would be trained on as a single frame.
+
+    `message`: the reason why the model does not support that."""
+    errors = []
+    for index, sample in listed.rows():
+        key = facts_key(sample, has_videos=True)
+        if not sources.source_of(sample).has_images or key not in facts:
+            continue
+        seconds = facts[key].seconds
+        if seconds is None:
+            errors.append((index, f"{sample.name}: an image; {message}"))
+        elif sources.clip_sampling is None or sources.clip_sampling.clips(seconds)[0].frames == 1:
+            errors.append((index, f"{sample.name}: too short; {message}"))
+    return errors
+
+
+def short_videos(
+    planned: Table[PlannedSample], listed: Table[ListedSample], sampling: ClipSampling
+) -> list[str]:
+    """Return a line for each clip that has fewer frames than configured."""
+    frames = clip_frames(planned)
+    is_short = (frames > 0) & (frames < sampling.frames)
+    indices = planned.column("listed")[is_short]
+    lines = []
+    for (_, sample), count in zip(listed.rows(indices), frames[is_short].tolist(), strict=True):
+        lines.append(f"{sample.name}: {counted(count, 'frame')} at {sampling.fps:g} per second")
+    return lines
+
+
+class Split(NamedTuple):
+    """Indices of the planned samples to train on, and of those that are held out."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    num_shared: int
+    """Number of different contents in both."""
+
+
+def split_samples(planned: Table[PlannedSample], fraction: float) -> Split:
+    """Return the samples to train on, and the samples of validation sources.
+
+    With a `fraction`, the different images with the lowest content hash are held out too, with all
+    their copies. Neither the seed nor file names matter."""
+    is_held_out = planned.column("is_held_out")
+    contents = planned.keys("content_hash")
+    if fraction:
+        is_candidate = planned.column("can_be_held_out") & ~is_held_out
+        images = np.unique(contents[is_candidate])
+        count = max(1, round(fraction * len(images)))
+        if count >= len(images):
+            raise DataError(
+                f"--data.validation_fraction {fraction}: leaves none of {len(images)} images for "
+                "training. Use a smaller fraction"
+            )
+        is_chosen = is_candidate & np.isin(contents, images[:count])
+        is_held_out = is_held_out | is_chosen
+    if is_held_out.all():
+        raise DataError("no image is left to train on")
+    shared = np.intersect1d(contents[is_held_out], contents[~is_held_out])
+    return Split(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), len(shared))

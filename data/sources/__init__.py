@@ -1,42 +1,40 @@
-"""Where training data comes from: one file per kind of source."""
+"""Sources of training data: one file per kind of source."""
 
 from pathlib import Path
 
 from data.config import DataConfig, SourceConfig
-from data.sources.base import Entry, Source
+from data.sources.base import Source
 from models.base import ModelFamily
 
-__all__ = ["Entry", "Source", "open_source"]
+__all__ = ["Source", "detect_kind", "open_source"]
 
 
-def kind_of(path: Path) -> str:
-    """The kind of a source, by the files in its folder."""
+def detect_kind(path: Path) -> str:
+    """Return the kind of a source, by the files in its folder."""
     from data.sources.comfy_shards import is_comfy_folder
-    from data.sources.table import files_of
+    from data.sources.encoded import is_encoded_folder
+    from data.sources.table import data_files, is_saved_dataset
 
     if is_comfy_folder(path):
         return "comfyui"
-    if (path / "encoded.json").is_file():
+    if is_encoded_folder(path):
         return "encoded"
-    if (
-        not path.is_dir()
-        or (path / "state.json").is_file()
-        or (path / "dataset_dict.json").is_file()
-    ):
+    if not path.is_dir() or is_saved_dataset(path) or data_files(path):
         return "dataset"
-    return "dataset" if files_of(path) else "images"
+    return "images"
 
 
 def open_source(
-    config: SourceConfig, data: DataConfig, family: ModelFamily, identities: dict[str, str]
+    config: SourceConfig, data: DataConfig, family: ModelFamily, component_hashes: dict[str, str]
 ) -> Source:
-    """A source without anything of it read. `identities`: hashes of the family's VAE and text
-    encoders."""
-    kind = config.kind if config.kind != "auto" else kind_of(Path(config.path))
+    """Return a source, without reading anything of it.
+
+    `component_hashes`: hashes of the family's VAE and text encoders."""
+    kind = config.kind if config.kind != "auto" else detect_kind(Path(config.path))
     if kind == "images":
         from data.sources.folder import FolderSource
 
-        return FolderSource(config, data, family.media == "video")
+        return FolderSource(config, data, has_videos=family.media == "video")
     if kind == "dataset":
         from data.sources.table import TableSource
 
@@ -47,4 +45,4 @@ def open_source(
         return ComfySource(config, family)
     from data.sources.encoded import EncodedSource
 
-    return EncodedSource(config, data, identities)
+    return EncodedSource(config, data, component_hashes)

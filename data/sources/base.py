@@ -1,59 +1,59 @@
-"""What a source of training data is to the rest: rows with captions, and each row's content when it
-is asked for."""
+"""The interface of a source of training data: rows with captions, and the content of each row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
 from common.errors import DataError
 from data.config import SourceConfig
+from data.samples import ListedSample, PlannedSample
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row of a source, without its content.
+class SampleContent(NamedTuple):
+    """A sample, and the content of its file, or the error that occurred when it was read."""
 
-    `stamp` changes when the content may have changed, as far as can be seen without reading it.
-    """
+    sample: ListedSample
+    content: bytes | DataError
 
-    row: int
-    name: str
-    captions: list[str]
-    stamp: str
-    repeats: int = 1
-    weight: float = 1.0
-    mask: str = ""
-    """A mask file's path."""
-    width: int = 0
-    height: int = 0
-    """In pixels, where the rows are latents."""
+
+class SampleTensors(NamedTuple):
+    """A sample with raw latents (C, [F,] h, w) and conditioning as the family's encode_prompt
+    makes it."""
+
+    sample: ListedSample
+    latents: Tensor
+    cond: dict[str, Tensor]
 
 
 class Source(ABC):
-    """One of the run's sources. Rows are numbered from 0."""
+    """One of the sources of a run. Its rows are numbered from 0."""
 
     has_images = True
-    """Else its rows are latents and conditioning already."""
+    """Rows are images or videos; otherwise they are latents and conditioning."""
+    is_planned = False
+    """Rows are planned already, and their latents and conditioning are in stores."""
 
     def __init__(self, config: SourceConfig):
         self.config = config
+        self.errors: list[str] = []
+        """Errors that `samples` has met so far."""
 
     @abstractmethod
-    def entries(self, faults: list[str]) -> Iterator[Entry]:
-        """All rows in a fixed order; what is wrong with some is added to `faults`. Opens no image."""
+    def samples(self) -> Iterator[ListedSample]:
+        """Yield all usable rows in a fixed order, and add the errors of the others to `errors`.
 
-    def contents(self, names: dict[int, str]) -> Iterator[tuple[int, bytes | DataError]]:
-        """The files of rows, which ascend, with their names. A DataError stands for one that cannot
-        be read."""
+        Opens no image."""
+
+    def contents(self, samples: Iterable[ListedSample]) -> Iterator[SampleContent]:
+        """Yield the content of rows, whose numbers ascend."""
         raise NotImplementedError(f"{self.config.path} has no images")
 
-    def planned(self, row: int) -> dict[str, Any] | None:
-        """A row of tables.ROWS, where that is known already."""
-        return None
+    def planned(self, row: int) -> PlannedSample:
+        """Return the plan of a row, if the source is planned."""
+        raise NotImplementedError(f"{self.config.path} is not planned")
 
-    def tensors(self, rows: Iterable[int]) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-        """Latents and conditioning of `rows`, which ascend."""
-        raise NotImplementedError(f"{self.config.path} is images")
+    def tensors(self, samples: Iterable[ListedSample]) -> Iterator[SampleTensors]:
+        """Yield latents and conditioning of rows, whose numbers ascend."""
+        raise NotImplementedError(f"{self.config.path} has images, not tensors")

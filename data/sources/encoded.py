@@ -1,14 +1,16 @@
-"""A dataset that is encoded already, in a folder of its own, as `train_lora.py export-dataset`
-writes it, so that machines without the images can train.
+"""A dataset that is encoded already, in a folder that `train_lora.py export-dataset` wrote.
 
-<folder>/encoded.json     {"format": 1, "family", "vae", "text", "options"}: what it was encoded with
-<folder>/listing.arrow    names and captions (tables.LISTING)
-<folder>/rows.arrow       what is trained on (tables.ROWS)
+Machines without the images can train on it.
+
+<folder>/encoded.json     {"format": 2, "family", "vae", "text", "options"}: how it was encoded
+<folder>/listed.arrow     names and captions (ListedSample)
+<folder>/planned.arrow    samples to train on (PlannedSample)
 <folder>/media, text      stores of latents and of conditioning (data/store/store.py)
 """
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,87 +18,108 @@ import numpy as np
 import pyarrow as pa
 
 from data.config import DataConfig, SourceConfig
-from data.sources.base import Entry, Source
-from data.store import tables
-from data.store.store import MISSING, Store, damaged
+from data.samples import ListedSample, PlannedSample
+from data.sources.base import Source
+from data.store.store import MISSING, Store, damaged_shards
+from data.store.tables import Table
 
-ABOUT = "encoded.json"
-FORMAT = 1
+DESCRIPTION = "encoded.json"
+LISTED_TABLE = "listed.arrow"
+PLANNED_TABLE = "planned.arrow"
+STORES = {"media": "media_keys", "text": "caption_keys"}
+"""Folder of a store -> the column of PlannedSample with its keys."""
+FORMAT = 2
 OPTIONS = ("vae_sampling", "masks", "random_flip")
+"""Options that decide which tensors a sample has."""
+COMPONENTS = {"vae": "VAE", "text": "text encoder", "family": "model family", "format": "format"}
 
 
-def options_of(data: DataConfig) -> dict[str, Any]:
-    """What decides which tensors a row has."""
-    return {name: getattr(data, name) for name in OPTIONS}
+def is_encoded_folder(folder: Path) -> bool:
+    """Return whether export-dataset wrote a folder."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def describe_encoding(data: DataConfig, component_hashes: dict[str, str]) -> dict[str, Any]:
+    """Return everything that must be equal to train on encoded data."""
+    options = {name: getattr(data, name) for name in OPTIONS}
+    return {"format": FORMAT, **component_hashes, "options": options}
 
 
 class EncodedSource(Source):
     """A folder that export-dataset wrote."""
 
     has_images = False
+    is_planned = True
 
-    def __init__(self, config: SourceConfig, data: DataConfig, identities: dict[str, str]):
-        """`identities`: hashes of the model's VAE and text encoders."""
+    def __init__(self, config: SourceConfig, data: DataConfig, component_hashes: dict[str, str]):
+        """`component_hashes`: hashes of the model's VAE and text encoders."""
         super().__init__(config)
-        self.folder, self.data, self.identities = Path(config.path), data, identities
-        self.rows: pa.Table | None = None
+        self.folder = Path(config.path)
+        self.expected_description = describe_encoding(data, component_hashes)
 
-    def entries(self, faults: list[str]) -> Iterator[Entry]:
-        found = self._faults()
-        faults += found
-        if found:
+    def samples(self) -> Iterator[ListedSample]:
+        errors = self._find_errors()
+        self.errors += errors
+        if errors:
             return
-        listing = tables.mapped(self.folder / "listing.arrow")
-        for number, row in tables.rows_of(self._rows()):
-            cells = listing.slice(row["entry"], 1).to_pylist()[0]
-            repeats = cells["repeats"] * self.config.repeats
-            yield Entry(number, cells["name"], cells["captions"], "", repeats)
+        listed = Table(self.folder / LISTED_TABLE, ListedSample)
+        for index, sample in self.planned_table.rows():
+            original = listed[sample.listed]
+            yield ListedSample(
+                row=index,
+                name=original.name,
+                captions=original.captions,
+                stamp="",
+                repeats=original.repeats * self.config.repeats,
+            )
 
-    def _faults(self) -> list[str]:
+    def planned(self, row: int) -> PlannedSample:
+        return self.planned_table[row]
+
+    @cached_property
+    def planned_table(self) -> Table[PlannedSample]:
+        """Open the table of planned samples."""
+        return Table(self.folder / PLANNED_TABLE, PlannedSample)
+
+    def _find_errors(self) -> list[str]:
+        """Return how the folder differs from what this run needs, and its damages."""
         try:
-            about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
-            wanted = {"format": FORMAT, **self.identities, "options": options_of(self.data)}
-            differing = [name for name in wanted if about.get(name) != wanted[name]]
-            rows = self._rows()
-        except (OSError, ValueError, pa.ArrowException) as error:
+            text = (self.folder / DESCRIPTION).read_text(encoding="utf-8")
+            description = dict(json.loads(text))
+            errors = self._compare_description(description)
+            if description.get("format") == FORMAT:
+                for name in STORES:
+                    errors += self._check_store(name)
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             return [f"{self.folder}: not a dataset that export-dataset wrote: {error}"]
-        faults = [
-            f"{self.folder}: {self._difference(name, about.get(name), wanted[name])}"
-            for name in differing
-        ]
-        for name, column in (("media", "media"), ("text", "texts")):
-            broken = [
-                f"{part}: damaged; export the dataset again"
-                for part in damaged(self.folder / name, ours=False)
-            ]
-            faults += broken
-            lost = (
-                0
-                if broken
-                else Store(self.folder / name).find(tables.keys(rows.column(column))) == MISSING
-            )
-            faults += (
-                [f"{self.folder / name}: {int(np.sum(lost))} of its rows are not there"]
-                if np.any(lost)
-                else []
-            )
-        return faults
+        return errors
 
-    def _difference(self, name: str, there: Any, here: Any) -> str:
-        what = {
-            "vae": "the VAE",
-            "text": "the text encoder",
-            "family": "the model family",
-            "format": "the format",
-        }
-        if name != "options":
-            return f"encoded with another {what[name].removeprefix('the ')} than --model.path has ({there}, not {here})"
-        return f"encoded with {there}; this run asks for {here}"
+    def _compare_description(self, description: dict[str, Any]) -> list[str]:
+        """Return an error for each difference of the encoding."""
+        errors = []
+        for name, expected in self.expected_description.items():
+            value = description.get(name)
+            if value == expected:
+                continue
+            if name == "options":
+                message = f"encoded with {value}; this run has {expected}"
+            else:
+                component = COMPONENTS[name]
+                message = (
+                    f"encoded with another {component} than that of --model.path ({value}, not "
+                    f"{expected})"
+                )
+            errors.append(f"{self.folder}: {message}")
+        return errors
 
-    def _rows(self) -> pa.Table:
-        if self.rows is None:
-            self.rows = tables.mapped(self.folder / "rows.arrow")
-        return self.rows
-
-    def planned(self, row: int) -> dict[str, Any] | None:
-        return self._rows().slice(row, 1).to_pylist()[0]
+    def _check_store(self, name: str) -> list[str]:
+        """Return an error for each damaged shard, or one if rows are missing."""
+        folder = self.folder / name
+        damaged = damaged_shards(folder, is_own=False)
+        if damaged:
+            return [f"{shard}: damaged. Export the dataset again" for shard in damaged]
+        keys = self.planned_table.keys(STORES[name])
+        num_missing = np.count_nonzero(Store(folder).find(keys) == MISSING)
+        if num_missing:
+            return [f"{folder}: {num_missing} of its rows are missing"]
+        return []

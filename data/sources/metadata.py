@@ -1,107 +1,134 @@
-"""What a metadata file in a folder, or the columns of a dataset, say of each image: captions and
-weights."""
+"""Captions and weights of images, from a metadata file in a folder or the columns of a dataset."""
 
 import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from data.config import SourceConfig
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FILE_NAME = "file_name"  # the column of `datasets`' imagefolder
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE_COLUMN = "file_name"
+"""Column with the path of the image, as in the image folders of `datasets`."""
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a metadata file says of an image."""
+class Description:
+    """Captions and weight of an image; no captions if one caption is configured for all images."""
 
     captions: list[str] | None
     weight: float
 
 
-def read_metadata(file: Path, config: SourceConfig, faults: list[str]) -> dict[Path, Described]:
-    """By the images' paths, which `file` names as seen from its folder."""
-    if config.captions.text is not None and config.weight_column is None:
-        return {}
+@dataclass
+class Metadata:
+    """The descriptions in a metadata file, by the paths of the images, and its errors."""
+
+    descriptions: dict[Path, Description] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+
+def read_metadata(file: Path, config: SourceConfig) -> Metadata:
+    """Read a metadata file. It names images relative to its folder."""
+    metadata = Metadata()
+    columns = used_columns(config)
+    if not columns:
+        return metadata
     try:
         rows = list(metadata_rows(file))
     except (OSError, ValueError, csv.Error, DataError) as error:
-        faults.append(f"{file}: cannot be read: {error}")
-        return {}
-    lacking = [] if rows and FILE_NAME in rows[0] else [FILE_NAME]
-    lacking += [
-        f"{c} (--data.{flag})"
-        for flag, c in columns(config).items()
-        if not rows or c not in rows[0]
-    ]
-    if lacking:
-        known = ", ".join(map(str, rows[0])) if rows else "none"
-        faults.append(f"{file}: no column {' and '.join(lacking)}; it has {known}")
-        return {}
-    result: dict[Path, Described] = {}
+        metadata.errors.append(f"{file}: cannot be read: {error}")
+        return metadata
+    columns_error = missing_columns_error(rows, columns)
+    if columns_error:
+        metadata.errors.append(f"{file}: {columns_error}")
+        return metadata
     for number, row in enumerate(rows, 1):
-        name = str(row.get(FILE_NAME))
-        if not os.path.lexists(file.parent / name):
-            faults.append(f"{file} row {number}: {name} is not in {file.parent}")
+        name = str(row.get(FILE_COLUMN))
+        image = file.parent / name
+        if not os.path.lexists(image):
+            metadata.errors.append(f"{file} row {number}: {name} is not in {file.parent}")
             continue
         try:
-            result[file.parent / name] = described(row, config)
+            metadata.descriptions[image] = describe(row, config)
         except DataError as error:
-            faults.append(f"{file} row {number}: {name} {error}")
-    return result
+            metadata.errors.append(f"{file} row {number}: {name} {error}")
+    return metadata
 
 
-def columns(config: SourceConfig) -> dict[str, str]:
-    """The columns that are read besides that of the image, by the option that names them."""
-    wanted = {"caption_column": config.captions.column, "weight_column": config.weight_column}
-    if config.captions.text is not None:
-        del wanted["caption_column"]
-    return {flag: column for flag, column in wanted.items() if column is not None}
+def missing_columns_error(rows: list[dict[str, Any]], columns: dict[str, str]) -> str | None:
+    """Return an error if the rows lack the file name or one of the columns."""
+    existing_columns = list(rows[0]) if rows else []
+    missing_columns = []
+    if FILE_COLUMN not in existing_columns:
+        missing_columns.append(FILE_COLUMN)
+    for flag, column in columns.items():
+        if column not in existing_columns:
+            missing_columns.append(f"{column} (--data.{flag})")
+    if not missing_columns:
+        return None
+    existing = ", ".join(map(str, existing_columns)) or "none"
+    return f"no column {' and '.join(missing_columns)}. Its columns: {existing}"
 
 
-def described(row: dict[str, Any], config: SourceConfig) -> Described:
-    """A row of a metadata file or of a dataset."""
+def used_columns(config: SourceConfig) -> dict[str, str]:
+    """Return the columns of captions and weights, by the option that names each."""
+    columns = {}
+    if config.captions.text is None:
+        columns["captions.column"] = str(config.captions.column)
+    if config.weight_column is not None:
+        columns["weight_column"] = config.weight_column
+    return columns
+
+
+def describe(row: dict[str, Any], config: SourceConfig) -> Description:
+    """Return the description in a row of a metadata file or of a dataset."""
     captions = None
     if config.captions.text is None:
-        captions = captions_of(row.get(str(config.captions.column)))
+        column = str(config.captions.column)
+        captions = captions_of(row.get(column))
         if captions is None:
-            raise DataError(f"has no caption in {config.captions.column}")
-    if config.weight_column is None:
-        return Described(captions, 1.0)
+            raise DataError(f"has no caption in {column}")
+    weight = 1.0
+    if config.weight_column is not None:
+        weight = read_weight(row, config.weight_column)
+    return Description(captions, weight)
+
+
+def read_weight(row: dict[str, Any], column: str) -> float:
+    """Return the weight in a column. Raises DataError if it is not a number of 0 or more."""
+    value = row.get(column)
     try:
-        weight = float(row.get(config.weight_column))  # type: ignore[arg-type]  # None is a fault too
+        weight = float(value)  # type: ignore[arg-type]  # None raises a TypeError
     except (TypeError, ValueError):
         weight = -1.0
     if not 0 <= weight < float("inf"):
-        raise DataError(
-            f"has no weight of 0 or more in {config.weight_column}: {row.get(config.weight_column)!r}"
-        )
-    return Described(captions, weight)
+        raise DataError(f"has no weight of 0 or more in {column}: {value!r}")
+    return weight
 
 
 def captions_of(cell: Any) -> list[str] | None:
-    """One caption or a list of them."""
-    texts = [cell] if isinstance(cell, str) else cell
-    if (
-        isinstance(texts, list)
-        and texts
-        and all(isinstance(text, str) and is_text(text) for text in texts)
-    ):
-        return texts
-    return None
+    """Return the caption or the list of captions in a cell; None if it has other values."""
+    captions = [cell] if isinstance(cell, str) else cell
+    if not isinstance(captions, list) or not captions:
+        return None
+    for caption in captions:
+        if not isinstance(caption, str) or not is_utf8(caption):
+            return None
+    return captions
 
 
-def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: what the system could not decode cannot."""
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written as UTF-8. Names that the system cannot decode cannot."""
     return not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def metadata_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a metadata file."""
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -114,6 +141,6 @@ def metadata_rows(file: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             row = json.loads(line) if line.strip() else {}
             if not isinstance(row, dict):
-                raise DataError(f"line {number} is no JSON object")
+                raise DataError(f"line {number} is not a JSON object")
             if row:
                 yield row

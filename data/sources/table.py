@@ -1,28 +1,40 @@
-"""A Hugging Face dataset: on disk (save_to_disk, parquet files, webdataset archives) or on the hub,
+"""A Hugging Face dataset: on disk (save_to_disk, parquet files, webdataset archives), from the Hub,
 or streamed."""
 
 import tarfile
 import uuid
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.hashing import file_stamp, hash_of
 from data.config import SourceConfig
-from data.sources.base import Entry, Source
-from data.sources.metadata import METADATA, Described, columns, described
-from data.store.hashing import digest, stamp_of
+from data.samples import ListedSample
+from data.sources.base import SampleContent, Source
+from data.sources.metadata import METADATA_NAMES, Description, describe, used_columns
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+SAVED_NAMES = ("state.json", "dataset_dict.json")
+"""Files that save_to_disk writes."""
 
 
-def files_of(folder: Path) -> dict[str, list[str]]:
-    """The data files directly in a folder, by the name of the loader that reads them."""
-    found: dict[str, list[str]] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix in LOADERS and file.name not in METADATA:
-            found.setdefault(LOADERS[file.suffix], []).append(str(file))
-    return found
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether save_to_disk wrote a folder."""
+    return any((folder / name).is_file() for name in SAVED_NAMES)
+
+
+def data_files(folder: Path) -> dict[str, list[str]]:
+    """Return the data files directly in a folder, by the name of the loader that reads them."""
+    files: dict[str, list[str]] = {}
+    if not folder.is_dir():
+        return files
+    for path in sorted(folder.iterdir()):
+        loader = LOADERS.get(path.suffix)
+        if loader is not None and path.name not in METADATA_NAMES:
+            files.setdefault(loader, []).append(str(path))
+    return files
 
 
 class TableSource(Source):
@@ -30,134 +42,175 @@ class TableSource(Source):
 
     def __init__(self, config: SourceConfig, cache_dir: str):
         super().__init__(config)
-        self.cache_dir = str(
-            Path(cache_dir) / "datasets"
-        )  # where the library puts what it makes of files
-        self._loaded: Any = None
-        self._stream: Iterator[dict[str, Any]] | None = None
-        self._position = 0
+        self.library_cache = str(Path(cache_dir) / "datasets")
+        """Folder for the files that `datasets` makes."""
+        self.image_column = str(config.image_column)
+        self.stream: Iterator[dict[str, Any]] | None = None
+        self.stream_row = 0
+        """Row that the stream yields next."""
+
+    def samples(self) -> Iterator[ListedSample]:
+        path = self.config.path
+        try:
+            dataset = self.dataset
+        except DataError as error:
+            self.errors.append(str(error))
+            return
+        stamp = f"{self._content_stamp()} {self.image_column}"
+        num_rows = 0
+        for row, description in enumerate(self._descriptions(dataset)):
+            num_rows += 1
+            if isinstance(description, DataError):
+                self.errors.append(f"{path} row {row}: {description}")
+                continue
+            yield ListedSample(
+                row=row,
+                name=f"row {row}",
+                captions=description.captions or [str(self.config.captions.text)],
+                stamp=f"{stamp} {row}",
+                repeats=self.config.repeats,
+                weight=description.weight,
+            )
+        if not num_rows:
+            self.errors.append(f"{path}: the dataset is empty")
+
+    def contents(self, samples: Iterable[ListedSample]) -> Iterator[SampleContent]:
+        for sample in samples:
+            content: bytes | DataError
+            try:
+                cells = self._read_row(sample.row)
+                cell = cells[self.image_column]
+                content = image_content(cell)
+            except (OSError, tarfile.TarError) as error:
+                content = DataError(f"cannot be read: {error}")
+            yield SampleContent(sample, content)
+
+    @cached_property
+    def dataset(self) -> Any:
+        """Load the dataset. Raises DataError if it cannot be loaded or lacks a column."""
+        import datasets
+
+        dataset = self._select_split(self._load())
+        if dataset.column_names is None:
+            dataset = dataset._resolve_features()
+        self._check_columns(dataset)
+        return dataset.cast_column(self.image_column, datasets.Image(decode=False))
 
     def _load(self) -> Any:
-        """The dataset; DataError if it cannot be had or lacks a column."""
-        import datasets  # slow import
+        """Load the dataset, or all of its splits."""
+        import datasets  # a slow import
 
-        config, folder = self.config, Path(self.config.path)
-        files = files_of(folder)
-        cached = {"cache_dir": self.cache_dir}
-        try:
-            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-                loaded: Any = datasets.load_from_disk(config.path)
-            elif files:
-                (loader, names), *others = files.items()
-                if others:
-                    raise DataError(
-                        f"{folder}: {' and '.join(files)} files; keep those of one kind"
-                    )
-                options = {"data_files": {"train": names}, "streaming": config.streaming, **cached}
-                loaded = datasets.load_dataset(loader, **options)
-            else:
-                loaded = datasets.load_dataset(config.path, streaming=config.streaming, **cached)
-        except (
+        path = self.config.path
+        load_errors = (
             OSError,
             ValueError,
             RuntimeError,
             tarfile.TarError,
             datasets.exceptions.DatasetsError,
-        ) as error:
-            raise DataError(f"{config.path}: could not be loaded as a dataset: {error}") from error
-        return self._checked(self._split(loaded))
+        )
+        try:
+            if is_saved_dataset(Path(path)):
+                return datasets.load_from_disk(path)
+            loader, files = self._loader()
+            return datasets.load_dataset(
+                loader,
+                data_files=files,
+                streaming=self.config.streaming,
+                cache_dir=self.library_cache,
+            )
+        except load_errors as error:
+            raise DataError(f"{path}: could not be loaded as a dataset: {error}") from error
 
-    def _split(self, loaded: Any) -> Any:
-        config = self.config
-        if not isinstance(loaded, dict):  # DatasetDict and IterableDatasetDict are
+    def _loader(self) -> tuple[str, dict[str, list[str]] | None]:
+        """Return the name of the loader and its files; for other folders and the Hub, the path."""
+        path = self.config.path
+        files = data_files(Path(path))
+        if not files:
+            return path, None
+        if len(files) > 1:
+            formats = " and ".join(files)
+            raise DataError(f"it has {formats} files. Keep the files of one format")
+        ((loader, names),) = files.items()
+        return loader, {"train": names}
+
+    def _select_split(self, loaded: Any) -> Any:
+        """Return the configured split, `train`, or the only split."""
+        path, split = self.config.path, self.config.split
+        if not isinstance(loaded, dict):  # DatasetDict and IterableDatasetDict are dicts
             return loaded
-        if config.split is not None and config.split not in loaded:
-            raise DataError(f"{config.path}: no split {config.split}; it has {', '.join(loaded)}")
-        if config.split is None and "train" not in loaded and len(loaded) > 1:
-            raise DataError(f"{config.path}: splits {', '.join(loaded)}; choose one with split")
-        return loaded[config.split or ("train" if "train" in loaded else next(iter(loaded)))]
+        names = ", ".join(loaded)
+        if split is None and len(loaded) == 1:
+            (split,) = loaded
+        if split is None and "train" not in loaded:
+            raise DataError(f"{path}: has the splits {names}. Choose one with the option split")
+        split = split or "train"
+        if split not in loaded:
+            raise DataError(f"{path}: has no split {split}. Its splits: {names}")
+        return loaded[split]
 
-    def _checked(self, loaded: Any) -> Any:
+    def _check_columns(self, dataset: Any) -> None:
+        """Raise DataError if a column is missing, or the image column holds something else."""
         import datasets
 
-        config = self.config
-        if loaded.column_names is None:
-            loaded = loaded._resolve_features()
-        wanted = [("image_column", config.image_column), *columns(config).items()]
-        faults = [
-            f"{config.path}: no column {column}; it has {', '.join(loaded.column_names)} (--data.{flag})"
-            for flag, column in wanted
-            if column not in loaded.column_names
-        ]
-        if faults:
-            raise DataError("\n  ".join(faults))
-        feature = (loaded.features or {}).get(config.image_column)
+        path, column_names = self.config.path, dataset.column_names
+        columns = {"image_column": self.image_column, **used_columns(self.config)}
+        errors = []
+        for flag, column in columns.items():
+            if column not in column_names:
+                errors.append(f"no column {column} (--data.{flag})")
+        if errors:
+            message = f"{path}: {', '.join(errors)}. Its columns: {', '.join(column_names)}"
+            raise DataError(message)
+        feature = (dataset.features or {}).get(self.image_column)
         if feature is not None and not isinstance(feature, datasets.Image):
-            raise DataError(
-                f"{config.path}: column {config.image_column} holds {feature}, not images"
-            )
-        return loaded.cast_column(config.image_column, datasets.Image(decode=False))
+            message = f"{path}: column {self.image_column} holds {feature}, not images"
+            raise DataError(message)
 
-    def _identity(self) -> str:
-        """What changes with the content: without a way to know, nothing is the same as in another
-        run."""
-        files = [name for found in files_of(Path(self.config.path)).values() for name in found]
-        if files:
-            return digest(
-                *(stamp_of(Path(name)) for name in files)
-            )  # of many files, and it is in every row's stamp
-        return getattr(self.loaded, "_fingerprint", "") or uuid.uuid4().hex
-
-    @property
-    def loaded(self) -> Any:
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
-    def entries(self, faults: list[str]) -> Iterator[Entry]:
-        try:
-            loaded = self.loaded
-        except DataError as error:
-            faults.append(str(error))
+    def _descriptions(self, dataset: Any) -> Iterator[Description | DataError]:
+        """Yield the description of each row, or its error."""
+        columns = list(used_columns(self.config).values())
+        if not columns:
+            rows = range(len(dataset)) if hasattr(dataset, "__len__") else dataset
+            for _ in rows:
+                yield Description(None, 1.0)
             return
-        config, row = self.config, -1
-        identity = f"{self._identity()} {config.image_column}"
-        read = list(columns(config).values())
-        for row, cells in enumerate(loaded.select_columns(read) if read else range_of(loaded)):
+        for cells in dataset.select_columns(columns):
             try:
-                found = described(cells, config) if read else Described(None, 1.0)
+                yield describe(cells, self.config)
             except DataError as error:
-                faults.append(f"{config.path} row {row}: {error}")
-                continue
-            texts = found.captions or [str(config.captions.text)]
-            yield Entry(row, f"row {row}", texts, f"{identity} {row}", config.repeats, found.weight)
-        if row < 0:
-            faults.append(f"{config.path}: the dataset is empty")
+                yield error
 
-    def contents(self, names: dict[int, str]) -> Iterator[tuple[int, bytes | DataError]]:
-        for row in names:
-            try:
-                cells = self.loaded[row] if hasattr(self.loaded, "__len__") else self._streamed(row)
-                yield row, content_of(cells[str(self.config.image_column)])
-            except (OSError, tarfile.TarError) as error:
-                yield row, DataError(f"cannot be read: {error}")
+    def _content_stamp(self) -> str:
+        """Return a text that changes with the content.
 
-    def _streamed(self, row: int) -> dict[str, Any]:
-        """A row of a stream, which goes on from the row before."""
-        if self._stream is None or row < self._position:
-            self._stream, self._position = iter(self.loaded), 0
-        while self._position < row:
-            next(self._stream)
-            self._position += 1
-        self._position += 1
-        return next(self._stream)
+        If there is no way to know, it differs in every run."""
+        files = data_files(Path(self.config.path))
+        paths = [Path(name) for names in files.values() for name in names]
+        if paths:
+            stamps = [file_stamp(path) for path in paths]
+            return hash_of(*stamps)  # short, because every row's stamp contains it
+        return getattr(self.dataset, "_fingerprint", "") or uuid.uuid4().hex
+
+    def _read_row(self, row: int) -> dict[str, Any]:
+        """Return a row.
+
+        A stream is read in the order of its rows, and starts again for an earlier row."""
+        if hasattr(self.dataset, "__len__"):
+            return self.dataset[row]
+        if self.stream is None or row < self.stream_row:
+            self.stream = iter(self.dataset)
+            self.stream_row = 0
+        while self.stream_row < row:
+            next(self.stream)
+            self.stream_row += 1
+        self.stream_row += 1
+        return next(self.stream)
 
 
-def range_of(loaded: Any) -> Iterable[Any]:
-    return range(len(loaded)) if hasattr(loaded, "__len__") else loaded
-
-
-def content_of(cell: Any) -> bytes:
+def image_content(cell: Any) -> bytes:
+    """Return the content of an image file, which is in a cell or at the path in it."""
     if cell is None:
         return b""
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    return Path(cell["path"]).read_bytes()

@@ -1,1 +1,1 @@
-"""data.store."""
+"""Encoded tensors and tables of samples on disk."""

@@ -1,76 +1,134 @@
-"""From rows of a store to the tensors of a batch: stacked, or padded where rows have different
-numbers of tokens."""
+"""Batches from rows of a store: stacked, or padded where rows have different numbers of tokens."""
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import DataError
-from data.store.schema import LENGTHS, MASK, Ragged, is_ragged
+from data.store.schema import (
+    ATTENTION_MASK,
+    LENGTHS,
+    TensorSpec,
+    VariableLengths,
+    has_variable_length,
+)
+from data.store.shard import StoredRow
 
-if TYPE_CHECKING:
-    from data.store.part import Part
+
+class PaddedTensors(NamedTuple):
+    """A batch (B, tokens, ...) filled up with zeros, and the number of tokens of each row."""
+
+    tensor: Tensor
+    lengths: list[int]
 
 
-def batch_of(found: "list[tuple[Part, int]]", ragged: Ragged) -> dict[str, Any]:
-    """All tensors of those rows of parts, each name's as one batch. If some are `ragged`, with an attention_mask, and
-    with `lengths`: the numbers of tokens of the first of these, which stay on the host."""
-    names = found[0][0].columns
-    batch: dict[str, Any] = {
-        name: stacked(found, name) for name in names if not is_ragged(name, ragged)
-    }
-    mask = None
-    for name in [name for name in ragged if name in names]:
-        batch[name], lengths = padded(found, name, ragged[name])
+def collate(rows: list[StoredRow], variable_lengths: VariableLengths) -> dict[str, Any]:
+    """Return all tensors of the rows, one batch per name.
+
+    If some have variable lengths, there is also an attention mask, and `lengths`: the numbers of
+    tokens of the first of these tensors."""
+    names = rows[0].shard.columns
+    batch: dict[str, Any] = {}
+    for name in names:
+        if not has_variable_length(name, variable_lengths):
+            batch[name] = stack_rows(rows, name)
+    mask: Tensor | None = None
+    for name, length in variable_lengths.items():
+        if name not in names:
+            continue
+        padded = pad_rows(rows, name, length)
+        batch[name] = padded.tensor
         if mask is None:
-            batch[LENGTHS] = tuple(lengths)
-            mask = torch.arange(batch[name].shape[1]) < torch.tensor(lengths)[:, None]
-    if mask is not None and MASK not in batch:
-        batch[MASK] = padded(found, MASK, mask.shape[1])[0] if MASK in names else mask
+            batch[LENGTHS] = tuple(padded.lengths)
+            mask = length_mask(padded)
+    if mask is not None and ATTENTION_MASK in names:
+        mask = pad_rows(rows, ATTENTION_MASK, mask.shape[1]).tensor
+    if mask is not None:
+        batch[ATTENTION_MASK] = mask
     return batch
 
 
-def stacked(found: "list[tuple[Part, int]]", name: str) -> Tensor:
-    """The tensors `name` of those rows of parts, as one batch."""
-    first, row = found[0]
-    kind = dtype, shape = first.columns[name].kind(row)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(len(found) * size, np.uint8)
+def length_mask(padded: PaddedTensors) -> Tensor:
+    """Return (B, tokens), true where a row has tokens."""
+    positions = torch.arange(padded.tensor.shape[1])
+    return positions < torch.tensor(padded.lengths)[:, None]
+
+
+def stack_rows(rows: list[StoredRow], name: str) -> Tensor:
+    """Read one tensor of each row, all of the same shape and dtype, into one batch.
+
+    The bytes go from the page cache directly to their position in the batch. Raises DataError if
+    shapes or dtypes differ."""
+    spec = rows[0].spec(name)
+    check_specs(rows, name, spec)
+    num_bytes = spec.num_bytes
+    memory = np.empty(len(rows) * num_bytes, np.uint8)
     target = memory.data
-    for i, (part, row) in enumerate(found):
-        if (other := part.columns[name].kind(row)) != kind:
-            raise DataError(
-                f"{name} of one batch differ: {shape} {dtype} and {other[1]} {other[0]}, "
-                f"the latter in {part.path.parent}"
-            )
-        part.read_into(name, row, target[i * size : (i + 1) * size])
-    if not size:
-        return torch.empty((len(found), *shape), dtype=dtype)
-    return torch.from_numpy(memory).view(dtype).view(len(found), *shape)
+    start = 0
+    for row in rows:
+        end = start + num_bytes
+        row.read_into(name, target[start:end])
+        start = end
+    shape = (len(rows), *spec.shape)
+    return view_bytes(memory, TensorSpec(spec.dtype, shape))
 
 
-def padded(
-    found: "list[tuple[Part, int]]", name: str, most: int | None
-) -> tuple[Tensor, list[int]]:
-    """The tensors `name` (tokens, ...) of those rows as one batch, filled up with zeros to `most` tokens or to the
-    longest of them (at least 1), and the number of tokens of each."""
-    kinds = [part.columns[name].kind(row) for part, row in found]
-    dtype, (_, *others) = kinds[0]
-    lengths = [shape[0] for _, shape in kinds]
-    longest = max(1, *lengths) if most is None else most
-    for (other, shape), (part, _) in zip(kinds, found, strict=True):
-        if other != dtype or [*shape[1:]] != others or shape[0] > longest:
-            raise DataError(
-                f"{name} of one batch differ: {(longest, *others)} {dtype} at most and {shape} {other}, "
-                f"the latter in {part.path.parent}"
-            )
-    size = math.prod(others) * dtype.itemsize
-    memory = np.zeros((len(found), longest * size), np.uint8)
-    for line, length, (part, row) in zip(memory, lengths, found, strict=True):
-        part.read_into(name, row, line.data[: length * size])
-    return torch.from_numpy(memory.reshape(-1)).view(dtype).view(
-        len(found), longest, *others
-    ), lengths
+def check_specs(rows: list[StoredRow], name: str, expected: TensorSpec) -> None:
+    """Raise DataError unless the tensors of all rows have this shape and dtype."""
+    description = str(expected)
+    for row in rows:
+        if row.spec(name) != expected:
+            message = difference(name, description, row)
+            raise DataError(message)
+
+
+def pad_rows(rows: list[StoredRow], name: str, length: int | None) -> PaddedTensors:
+    """Read one tensor (tokens, ...) of each row into one batch, filled up with zeros.
+
+    `length`: tokens in the batch; None for those of the longest row, at least one."""
+    specs = [row.spec(name) for row in rows]
+    lengths = [spec.shape[0] for spec in specs]
+    if length is None:
+        length = max(1, *lengths)
+    dtype, (_, *sides) = specs[0]
+    token = TensorSpec(dtype, tuple(sides))
+    check_padded_specs(rows, name, length, token)
+    row_bytes = length * token.num_bytes
+    memory = np.zeros((len(rows), row_bytes), np.uint8)
+    for line, num_tokens, row in zip(memory, lengths, rows, strict=True):
+        num_bytes = num_tokens * token.num_bytes
+        row.read_into(name, line.data[:num_bytes])
+    shape = (len(rows), length, *token.shape)
+    batch = view_bytes(memory.reshape(-1), TensorSpec(dtype, shape))
+    return PaddedTensors(batch, lengths)
+
+
+def check_padded_specs(rows: list[StoredRow], name: str, length: int, token: TensorSpec) -> None:
+    """Raise DataError unless all rows have at most `length` tokens with this shape and dtype."""
+    for row in rows:
+        dtype, (num_tokens, *sides) = row.spec(name)
+        row_token = TensorSpec(dtype, tuple(sides))
+        if row_token != token or num_tokens > length:
+            limit = TensorSpec(token.dtype, (length, *token.shape))
+            message = difference(name, f"{limit} at most", row)
+            raise DataError(message)
+
+
+def view_bytes(memory: np.ndarray, spec: TensorSpec) -> Tensor:
+    """Return a tensor that shares the memory of an array of bytes."""
+    dtype, shape = spec
+    if not len(memory):
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.from_numpy(memory).view(dtype)
+    return flat.view(shape)
+
+
+def difference(name: str, expected: str, row: StoredRow) -> str:
+    """Return the message about a tensor that does not fit the others of a batch.
+
+    `expected`: description of tensors that fit."""
+    spec = row.spec(name)
+    folder = row.shard.path.parent
+    return f"{name} of one batch differ: {expected} and {spec}, the latter in {folder}"

@@ -1,19 +1,17 @@
-"""A folder of encoded tensors on disk, addressed by content; written in parts, each whole or
-absent.
+"""A folder of encoded tensors, found by keys that follow from their content.
 
-<folder>/part-<hash of its keys>/    a `datasets` dataset (schema.py) and check.json, the checksum of its file
+<folder>/shard-<hash of its keys>/    a `datasets` dataset (schema.py) and check.json with its hash
 
-A row is read with one positioned read from the operating system's page cache into the tensor where
-it is wanted: nothing stays mapped but the small columns, so reading a whole data set takes no more
-memory than reading one row.
+Rows are written in shards. Each shard is complete or does not exist. A row is read with one
+positioned read from the operating system's page cache directly into the batch. No file stays
+mapped, so reading a whole data set takes no more memory than reading one row.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,169 +19,258 @@ import datasets
 import numpy as np
 from torch import Tensor
 
+from common.atomic import (
+    flush_file,
+    publish_folder,
+    remove_old,
+    unique_partial_path,
+    write_file,
+)
 from common.errors import DataError
+from common.hashing import hash_of, sha256_of_file
 from data.store import schema
-from data.store.collate import batch_of, stacked
-from data.store.hashing import KEY_BYTES, digest, is_old, write_beside
-from data.store.part import Part, data_file, open_part, opened
-from data.store.schema import NONE, Ragged
+from data.store.collate import collate, stack_rows
+from data.store.keys import KEY_DTYPE, join_keys, key_array
+from data.store.schema import FIXED_LENGTHS, VariableLengths
+from data.store.shard import Shard, StoredRow, close_shards, data_path, open_shard
 
-ROWS_PER_PART = 1024
-BYTES_PER_PART = 2**27
+ROWS_PER_SHARD = 1024
+BYTES_PER_SHARD = 2**27
 CHECK = "check.json"
+ROW_BITS = 32
+"""Bits of a row id that hold the index of the row in its shard."""
+ROW_MASK = (1 << ROW_BITS) - 1
 MISSING = -1
+"""Row id of a key that a store does not have."""
+MAX_PARTIAL_DAYS = 1
+"""Age at which the unfinished shard of a killed process is removed."""
 
 
 class Store:
-    """Tensors by key, or by place: the number of a part and that of a row in it, as one int64. Other processes may
-    write parts of their own; `reload` makes them visible here."""
+    """Tensors by key, or by row id: number of a shard and index of a row in it, as one int64.
 
-    def __init__(self, folder: Path, also: tuple[Path, ...] = ()):
-        """`also`: other folders whose parts are read too."""
-        self.folder, self.also = folder, also
+    Other processes may write more shards meanwhile; `reload` makes them visible here."""
+
+    def __init__(self, folder: Path, other_folders: tuple[Path, ...] = ()):
+        """`other_folders`: folders whose shards are read too, but not written."""
+        self.folder, self.other_folders = folder, other_folders
         self.reload()
 
     def reload(self) -> None:
-        parts = [
-            part for folder in (self.folder, *self.also) for part in sorted(folder.glob("part-*"))
-        ]
-        self.parts = [part for part in parts if data_file(part).is_file()]
-        keys = [Part(part).keys for part in self.parts]
-        places = [np.arange(len(k), dtype=np.int64) + (i << 32) for i, k in enumerate(keys)]
-        every = np.concatenate(keys) if keys else np.empty(0, f"S{KEY_BYTES}")
-        order = np.argsort(every, kind="stable")
-        self.keys = every[order]
-        self.places = (np.concatenate(places) if places else np.empty(0, np.int64))[order]
+        """Read the keys of all shards that exist now."""
+        self.shards: list[Path] = []
+        for folder in (self.folder, *self.other_folders):
+            self.shards += complete_shards(folder)
+        keys = []
+        row_ids = [np.empty(0, np.int64)]
+        for number, shard in enumerate(self.shards):
+            shard_keys = Shard(shard).keys
+            first_id = number << ROW_BITS
+            last_id = first_id + len(shard_keys)
+            keys.append(shard_keys)
+            row_ids.append(np.arange(first_id, last_id))
+        all_keys = join_keys(keys)
+        order = np.argsort(all_keys, kind="stable")
+        self.keys = all_keys[order]
+        self.row_ids = np.concatenate(row_ids)[order]
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def only_places(self, parts: list[str]) -> None:
-        """Numbers the parts like this, whatever others there are by now, and forgets the keys: training asks for rows
-        by place alone, and the keys take 24 bytes a row."""
-        self.parts = [Path(part) for part in parts]
-        self.keys, self.places = np.empty(0, f"S{KEY_BYTES}"), np.empty(0, np.int64)
+    def use_shards(self, shards: list[str]) -> None:
+        """Number the shards in this order, and forget the keys, which take 24 bytes per row.
+
+        Training reads rows by row id alone."""
+        self.shards = [Path(shard) for shard in shards]
+        self.keys = np.empty(0, KEY_DTYPE)
+        self.row_ids = np.empty(0, np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The place of each key, MISSING where there is none."""
+        """Return the row id of each key, or MISSING."""
         if not len(self.keys):
             return np.full(len(keys), MISSING, np.int64)
-        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[at] == keys, self.places[at], MISSING)
+        last = len(self.keys) - 1
+        positions = np.searchsorted(self.keys, keys).clip(max=last)
+        is_found = self.keys[positions] == keys
+        row_ids = self.row_ids[positions]
+        return np.where(is_found, row_ids, MISSING)
 
     def __contains__(self, key: bytes) -> bool:
-        return bool(self.find(np.array([key], f"S{KEY_BYTES}"))[0] != MISSING)
+        return self.find(key_array([key])).item() != MISSING
 
     def __getitem__(self, key: bytes) -> dict[str, Tensor]:
-        (place,) = self.find(np.array([key], f"S{KEY_BYTES}"))
-        if place == MISSING:
+        """Return the tensors of the row with this key. Raises KeyError."""
+        keys = key_array([key])
+        row_ids = self.find(keys)
+        row_id = row_ids.item()
+        if row_id == MISSING:
             raise KeyError(key.hex())
-        return self.row(int(place))
+        return self.read_row(row_id)
 
-    def part(self, place: int) -> tuple[Part, int]:
-        """The part of a place, and the row in it."""
-        return open_part(self.parts[place >> 32]), place & (2**32 - 1)
+    def locate(self, row_id: int) -> StoredRow:
+        """Return the shard of a row, and its index in the shard."""
+        shard = open_shard(self.shards[row_id >> ROW_BITS])
+        return StoredRow(shard, row_id & ROW_MASK)
 
-    def columns(self, place: int) -> list[str]:
-        """Names of a row's tensors."""
-        return list(self.part(place)[0].columns)
+    def tensor_names(self, row_id: int) -> list[str]:
+        return list(self.locate(row_id).shard.columns)
 
-    def row(self, place: int) -> dict[str, Tensor]:
-        return {name: batch[0] for name, batch in self.rows([place]).items()}
+    def read_row(self, row_id: int) -> dict[str, Tensor]:
+        """Return the tensors of a row."""
+        batch = self.read_batch([row_id])
+        return {name: tensors[0] for name, tensors in batch.items()}
 
-    def rows(self, places: Iterable[int], ragged: Ragged = NONE) -> dict[str, Any]:
-        """As collate.batch_of of those rows."""
-        return batch_of([self.part(place) for place in places], ragged)
+    def read_batch(
+        self, row_ids: Iterable[int], variable_lengths: VariableLengths = FIXED_LENGTHS
+    ) -> dict[str, Any]:
+        """Return all tensors of the rows as one batch per name (collate.py)."""
+        rows = [self.locate(row_id) for row_id in row_ids]
+        return collate(rows, variable_lengths)
 
-    def kinds(self, places: np.ndarray, ragged: Ragged = NONE) -> np.ndarray:
-        """For each place a number that is the same for rows whose tensors have the same names, dtypes and shapes, but
-        for the number of tokens of those that are `ragged`."""
-        result = np.zeros(len(places), np.int64)
-        order = np.argsort(places >> 32, kind="stable")
-        numbers, starts = np.unique(places[order] >> 32, return_index=True)
-        for number, here in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-            result[here] = Part(self.parts[number]).kinds(ragged)[places[here] & (2**32 - 1)]
+    def read_tensor(self, row_id: int, name: str) -> Tensor:
+        """Return one tensor of a row."""
+        return stack_rows([self.locate(row_id)], name)[0]
+
+    def signatures(
+        self, row_ids: np.ndarray, variable_lengths: VariableLengths = FIXED_LENGTHS
+    ) -> np.ndarray:
+        """Return for each row a number that is equal for rows which can share a batch."""
+        result = np.zeros(len(row_ids), np.int64)
+        shard_numbers = row_ids >> ROW_BITS
+        row_indices = row_ids & ROW_MASK
+        order = np.argsort(shard_numbers, kind="stable")
+        numbers, starts = np.unique(shard_numbers[order], return_index=True)
+        groups = np.split(order, starts[1:])
+        for number, group in zip(numbers.tolist(), groups, strict=True):
+            signatures = Shard(self.shards[number]).signatures(variable_lengths)
+            result[group] = signatures[row_indices[group]]
         return result
 
-    def stacked(self, places: Iterable[int], name: str) -> Tensor:
-        """The tensors `name` of those rows, which have one shape and dtype, as one batch."""
-        return stacked([self.part(place) for place in places], name)
+    @contextmanager
+    def writer(self) -> "Iterator[StoreWriter]":
+        """Yield a writer. The last rows are written when the block ends without an error."""
+        writer = StoreWriter(self.folder)
+        yield writer
+        writer.flush()
 
     def write(self, rows: Iterable[tuple[bytes, dict[str, Tensor]]]) -> None:
-        """Writes rows in parts of a bounded size; what was complete when the process died is kept."""
-        pending: dict[tuple[str, ...], list[dict]] = {}  # of a part, all rows have the same tensors
-        sizes: dict[tuple[str, ...], int] = {}
-        for name, tensors in rows:
-            kind = tuple(tensors)
-            pending.setdefault(kind, []).append(schema.to_row(name, tensors))
-            sizes[kind] = sizes.get(kind, 0) + sum(tensor.nbytes for tensor in tensors.values())
-            if len(pending[kind]) == ROWS_PER_PART or sizes[kind] >= BYTES_PER_PART:
-                self._write_part(pending.pop(kind))
-                del sizes[kind]
-        for rest in pending.values():
-            self._write_part(rest)
+        """Write rows: keys with their tensors."""
+        with self.writer() as writer:
+            for key, tensors in rows:
+                writer.add(key, tensors)
 
-    def _write_part(self, rows: list[dict]) -> None:
-        names = [column.removesuffix(".data") for column in rows[0] if column.endswith(".data")]
-        part = self.folder / f"part-{digest(*(row['key'] for row in rows))}"
-        beside = self.folder / f".{part.name}.{socket.gethostname()}.{os.getpid()}"
+
+class StoreWriter:
+    """Takes rows one at a time and writes them in shards of a limited size.
+
+    Shards that are complete survive a kill."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.buffers: dict[tuple[str, ...], ShardBuffer] = {}
+        """All rows of a shard have tensors with the same names."""
+
+    def add(self, key: bytes, tensors: dict[str, Tensor]) -> None:
+        """Add a row."""
+        names = tuple(tensors)
+        if names not in self.buffers:
+            self.buffers[names] = ShardBuffer(list(names))
+        buffer = self.buffers[names]
+        buffer.add(key, tensors)
+        if buffer.is_full:
+            buffer.write(self.folder)
+            del self.buffers[names]
+
+    def flush(self) -> None:
+        """Write the rows that are not written yet."""
+        for buffer in self.buffers.values():
+            buffer.write(self.folder)
+        self.buffers = {}
+
+
+class ShardBuffer:
+    """Rows that will be written as one shard."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.keys: list[bytes] = []
+        self.rows: list[dict[str, Any]] = []
+        self.num_bytes = 0
+
+    def add(self, key: bytes, tensors: dict[str, Tensor]) -> None:
+        self.keys.append(key)
+        self.rows.append(schema.to_row(key, tensors))
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.rows) == ROWS_PER_SHARD or self.num_bytes >= BYTES_PER_SHARD
+
+    def write(self, folder: Path) -> None:
+        """Write the shard. Raises DataError if that fails."""
+        shard = folder / f"shard-{hash_of(*self.keys)}"
+        partial_path = unique_partial_path(shard)
         datasets.disable_progress_bars()
-        dataset = datasets.Dataset.from_list(rows, features=schema.features(names))
+        features = schema.features(self.names)
+        dataset = datasets.Dataset.from_list(self.rows, features=features)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            dataset.save_to_disk(str(beside), num_shards=1)
-            write_check(beside)
-            beside.rename(part)
+            folder.mkdir(parents=True, exist_ok=True)
+            dataset.save_to_disk(str(partial_path), num_shards=1)
+            write_check(partial_path)
+            publish_folder(partial_path, shard)
         except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            if not part.is_dir():  # else another process wrote the same rows meanwhile
-                raise DataError(
-                    f"--data.cache_dir: {part} could not be written: {error}"
-                ) from error
+            shutil.rmtree(partial_path, ignore_errors=True)
+            message = f"--data.cache_dir: {shard} could not be written: {error}"
+            raise DataError(message) from error
 
 
-def damaged(folder: Path, ours: bool = True) -> list[Path]:
-    """The parts in a store's folder that are not as they were written. A part whose file has the size and the time of
-    change that it was written with is not read again, nor is one of `ours` that was found whole."""
-    return [part for part in sorted(folder.glob("part-*")) if not is_whole(part, ours)]
+def complete_shards(folder: Path) -> list[Path]:
+    """Return the shards in a folder that have their data file."""
+    return [shard for shard in sorted(folder.glob("shard-*")) if data_path(shard).is_file()]
 
 
-def discard(folder: Path, parts: Iterable[Path]) -> None:
-    """Removes `parts`, and what was left by processes that were killed more than a day ago."""
-    for part in parts:
-        shutil.rmtree(part, ignore_errors=True)
-    open_part.cache_clear()  # which may hold what was removed
-    opened.cache_clear()
-    for beside in folder.glob(".part-*"):
-        if is_old(beside, 1):
-            shutil.rmtree(beside, ignore_errors=True)
+def damaged_shards(folder: Path, is_own: bool = True) -> list[Path]:
+    """Return the shards in a folder whose data differ from the written data.
+
+    A shard is not read if its file has the size and the time that it was written with. An intact
+    copy in the own cache is not read next time either."""
+    return [shard for shard in sorted(folder.glob("shard-*")) if not is_intact(shard, is_own)]
 
 
-def write_check(part: Path) -> None:
-    """Writes the size, the time of change and the SHA-256 of a part's data."""
-    file = data_file(part)
-    with file.open("rb") as content:
-        checksum = hashlib.file_digest(content, "sha256").hexdigest()
-        os.fsync(content.fileno())
-    stat = file.stat()
-    write_beside(
-        part / CHECK,
-        json.dumps({"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}),
-    )
+def remove_shards(folder: Path, shards: Iterable[Path]) -> None:
+    """Remove shards, and the unfinished shards of processes that were killed long ago."""
+    close_shards()  # Windows cannot remove open files
+    for shard in shards:
+        shutil.rmtree(shard, ignore_errors=True)
+    remove_old(folder.glob(".shard-*"), MAX_PARTIAL_DAYS)
 
 
-def is_whole(part: Path, ours: bool) -> bool:
-    file = data_file(part)
+def write_check(shard: Path) -> None:
+    """Write the data of a shard to the disk, and its size, time and hash into the check file."""
+    path = data_path(shard)
+    flush_file(path)
+    stat = path.stat()
+    check = {
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "sha256": sha256_of_file(path),
+    }
+    write_file(shard / CHECK, json.dumps(check), is_shared=True)
+
+
+def is_intact(shard: Path, is_own: bool) -> bool:
+    """Return whether the data of a shard are as written. Damaged check files count as damage."""
+    path = data_path(shard)
     try:
-        noted, stat = json.loads((part / CHECK).read_text(encoding="utf-8")), file.stat()
-        if stat.st_size != noted["size"]:
+        check = json.loads((shard / CHECK).read_text(encoding="utf-8"))
+        stat = path.stat()
+        if stat.st_size != check["size"]:
             return False
-        if stat.st_mtime_ns == noted["mtime_ns"]:
+        if stat.st_mtime_ns == check["mtime_ns"]:
             return True
-        with file.open("rb") as content:
-            same = hashlib.file_digest(content, "sha256").hexdigest() == noted["sha256"]
+        has_same_hash = sha256_of_file(path) == check["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if same and ours and os.access(part, os.W_OK):
-        write_check(part)  # a copy: not to be read as a whole each time
-    return same
+    if has_same_hash and is_own and os.access(shard, os.W_OK):
+        write_check(shard)  # a copy, which need not be read each time
+    return has_same_hash

@@ -144,7 +144,9 @@ def load_or_train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
         autoencoder = build_autoencoder()
         count = sum(parameter.numel() for parameter in autoencoder.parameters())
         print(f"autoencoder: {count:,} parameters", flush=True)
-        train_autoencoder(autoencoder, autoencoder_images(all_emoji), steps, work / "autoencoder.pt")
+        train_autoencoder(
+            autoencoder, autoencoder_images(all_emoji), steps, work / "autoencoder.pt"
+        )
         ratio = psnr(autoencoder, load_pixels(read_emoji(modules, "google")))
         print(f"autoencoder: PSNR {ratio:.2f} dB", flush=True)
         autoencoder.save_pretrained(folder)

@@ -3,13 +3,13 @@
 from collections import Counter
 
 import pytest
-from helpers.data_cases import data_config, dataset_of, row_of, source_config
+from helpers.data_cases import data_config, dataset_of, sample_of, source_config
 
 from data.batches import make_batch
 from data.config import SourceConfig
-from data.media.captions import of_caption, variants
-from data.schedule import key
-from data.store.hashing import key_of
+from data.media.captions import caption_variants, variants_of_one
+from data.schedule import random_key
+from data.store.keys import key_of
 
 
 def source(**options) -> SourceConfig:
@@ -17,7 +17,7 @@ def source(**options) -> SourceConfig:
 
 
 def test_a_caption_is_left_alone():
-    assert of_caption("b,  a photo. Of b", source(), 16) == {"b,  a photo. Of b": 1.0}
+    assert variants_of_one("b,  a photo. Of b", source()) == {"b,  a photo. Of b": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -25,27 +25,31 @@ def test_a_caption_is_left_alone():
     [("a dog", "sks, a dog"), ("a sks dog", "a sks dog"), ("", "sks"), ("risks", "sks, risks")],
 )
 def test_the_trigger_comes_first_unless_it_is_there(caption, expected):
-    assert of_caption(caption, source(caption_trigger="sks"), 16) == {expected: 1.0}
+    assert variants_of_one(caption, source(caption_trigger="sks")) == {expected: 1.0}
 
 
 def test_regularization_images_have_no_trigger():
     config = data_config(caption_trigger="sks").with_defaults(
         source_config("x", regularization=True)
     )
-    assert of_caption("a dog", config, 16) == {"a dog": 1.0}
+    assert variants_of_one("a dog", config) == {"a dog": 1.0}
 
 
 def test_all_orders_are_known_if_there_are_few():
-    found = of_caption("k, a, b, c", source(caption_shuffle=True, caption_keep_tokens=1), 6)
+    options = {"caption_shuffle": True, "caption_max_variants": 6}
+    found = variants_of_one("k, a, b, c", source(caption_keep_tokens=1, **options))
     orders = ("a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a")
     assert found == {f"k, {order}": pytest.approx(1 / 6) for order in orders}
-    assert len(of_caption("k, a, b, c", source(caption_shuffle=True), 6)) <= 6
+    assert len(variants_of_one("k, a, b, c", source(**options))) <= 6
 
 
 def test_dropped_tags_come_as_often_as_they_should():
-    found = of_caption("k, a, b", source(caption_tag_dropout=0.25, caption_keep_tokens=1), 4)
+    dropout = {"caption_tag_dropout": 0.25}
+    found = variants_of_one(
+        "k, a, b", source(caption_keep_tokens=1, caption_max_variants=4, **dropout)
+    )
     assert found == pytest.approx({"k, a, b": 0.5625, "k, a": 0.1875, "k, b": 0.1875, "k": 0.0625})
-    both = of_caption("a, b", source(caption_tag_dropout=0.25, caption_shuffle=True), 16)
+    both = variants_of_one("a, b", source(caption_shuffle=True, **dropout))
     assert both == pytest.approx(
         {"a, b": 0.28125, "b, a": 0.28125, "a": 0.1875, "b": 0.1875, "": 0.0625}
     )
@@ -53,10 +57,10 @@ def test_dropped_tags_come_as_often_as_they_should():
 
 def test_of_many_variants_a_fixed_number_is_drawn():
     tags = ", ".join(f"t{i}" for i in range(12))
-    options = source(caption_shuffle=True, caption_tag_dropout=0.5)
-    found = of_caption(tags, options, 200)
-    assert found == of_caption(tags, options, 200)
-    assert found != of_caption(f"{tags}, t12", options, 200)
+    options = source(caption_shuffle=True, caption_tag_dropout=0.5, caption_max_variants=200)
+    found = variants_of_one(tags, options)
+    assert found == variants_of_one(tags, options)
+    assert found != variants_of_one(f"{tags}, t12", options)
     assert sum(found.values()) == pytest.approx(1)
     drawn = Counter(
         tag
@@ -68,23 +72,26 @@ def test_of_many_variants_a_fixed_number_is_drawn():
 
 
 def test_the_trigger_is_neither_shuffled_nor_dropped():
-    found = of_caption(
+    found = variants_of_one(
         "a, sks, b",
         source(caption_trigger="sks", caption_shuffle=True, caption_tag_dropout=0.9),
-        16,
     )
     assert all(text.startswith("sks") for text in found)
 
 
 def test_several_captions_share_the_visits():
-    assert variants(["a", "b", "b"], source(), 16) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
+    assert caption_variants(["a", "b", "b"], source()) == pytest.approx({"a": 1 / 3, "b": 2 / 3})
 
 
 def test_visits_draw_variants_and_the_empty_prompt_as_often_as_they_should(tmp_path):
     texts = [key_of("a"), key_of("b"), key_of("c")]
-    row = row_of(0, texts=texts, shares=[0.5, 0.3, 0.2], dropout=0.25)
+    row = sample_of(
+        0, caption_keys=texts, caption_probabilities=[0.5, 0.3, 0.2], caption_dropout=0.25
+    )
     dataset = dataset_of(tmp_path, 1, [row])
-    batch = make_batch(dataset, [0] * 4000, [key("sample", 0, v) for v in range(4000)], range(4000))
+    batch = make_batch(
+        dataset, [0] * 4000, [random_key("sample", 0, v) for v in range(4000)], range(4000)
+    )
     names = {
         float(dataset.text[text]["prompt_embeds"][0, 0]): name
         for text, name in zip(texts, "abc", strict=True)
@@ -101,9 +108,13 @@ def test_visits_draw_variants_and_the_empty_prompt_as_often_as_they_should(tmp_p
 
 
 def test_visits_mirror_every_other_image(tmp_path):
-    row = row_of(0, media=[key_of("plain"), key_of("mirrored")])
+    row = sample_of(0, media_keys=[key_of("plain"), key_of("mirrored")])
     dataset = dataset_of(tmp_path, 1, [row])
-    batch = make_batch(dataset, [0] * 1000, [key("sample", 0, v) for v in range(1000)], range(1000))
+    batch = make_batch(
+        dataset, [0] * 1000, [random_key("sample", 0, v) for v in range(1000)], range(1000)
+    )
     assert 430 < (batch.latents[:, 0, 0, 0] == 0.5).sum() < 570
-    again = make_batch(dataset, [0] * 1000, [key("sample", 0, v) for v in range(1000)], range(1000))
+    again = make_batch(
+        dataset, [0] * 1000, [random_key("sample", 0, v) for v in range(1000)], range(1000)
+    )
     assert again.latents.equal(batch.latents)

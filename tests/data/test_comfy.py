@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import DataError, ModelError
-from data.sources.comfy_shards import Entry, is_comfy_folder, samples, scan, shards, write_folder
+from data.sources.comfy_shards import (
+    ShardEntry,
+    is_comfy_folder,
+    read_samples,
+    scan_folder,
+    shard_paths,
+)
+from data.sources.comfy_writer import write_folder
 from models import family_classes
 from models.base import ModelFamily
 from models.config import ModelConfig
@@ -66,15 +73,15 @@ def node_saves(folder: Path, latents: list, conditioning: list, shard_size: int 
 
 def read(folder: Path, family: ModelFamily) -> list:
     """All samples, after a scan that found nothing wrong and the same samples."""
-    entries, faults, warned = scan(folder, family)
+    entries, faults, warned = scan_folder(folder, family)
     assert (faults, warned) == ([], [])
     found = [
         (file.name, sample)
-        for file in shards(folder)
-        for sample in samples(folder, family, file.name)
+        for file in shard_paths(folder)
+        for sample in read_samples(folder, family, file.name)
     ]
     assert entries == [
-        Entry(name, sample.index, *sample.latents.shape[1:]) for name, sample in found
+        ShardEntry(name, sample.index, *sample.latents.shape[1:]) for name, sample in found
     ]
     return [sample for _, sample in found]
 
@@ -139,10 +146,10 @@ def test_of_scheduled_conditioning_the_first_is_taken_and_that_is_said(tmp_path,
         [{"samples": random(1, 4, 8, 8)}] * 3,
         [scheduled, conditioning(), scheduled],
     )
-    entries, faults, warned = scan(tmp_path, family)
+    entries, faults, warned = scan_folder(tmp_path, family)
     assert (len(entries), faults, len(warned)) == (3, [], 1)
     assert "shard_0000.pkl samples 0, 2: 2 elements of conditioning" in warned[0]
-    first = next(samples(tmp_path, family, "shard_0000.pkl"))
+    first = next(read_samples(tmp_path, family, "shard_0000.pkl"))
     assert same(first.cond["prompt_embeds"], scheduled[0][0][0])
 
 
@@ -151,7 +158,7 @@ def test_a_folder_is_known_by_its_shards(tmp_path, family):
     (tmp_path / "part.pkl").write_bytes(b"")
     assert not is_comfy_folder(tmp_path)
     assert not is_comfy_folder(tmp_path / "absent")
-    assert "no shard" in scan(tmp_path, family)[1][0]
+    assert "no shard" in scan_folder(tmp_path, family)[1][0]
     for name in ("shard_0000.safetensors", "shard_7.pkl"):
         (tmp_path / name).write_bytes(b"")
         assert is_comfy_folder(tmp_path)
@@ -217,12 +224,15 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
     )
     (tmp_path / "shard_0008.pkl").mkdir()
     save(tmp_path / "shard_0009.pkl", [GOOD], [conditioning()])
-    entries, faults, warned = scan(tmp_path, family)
+    entries, faults, warned = scan_folder(tmp_path, family)
     last = len(BAD_SAMPLES) + 3  # the bucket of three counts as three
-    assert entries == [Entry("shard_0000.pkl", i, 8, 8) for i in (0, last)] + [
-        Entry("shard_0009.pkl", 0, 8, 8)
+    assert entries == [ShardEntry("shard_0000.pkl", i, 8, 8) for i in (0, last)] + [
+        ShardEntry("shard_0009.pkl", 0, 8, 8)
     ]
-    assert [sample.index for sample in samples(tmp_path, family, "shard_0000.pkl")] == [0, last]
+    assert [sample.index for sample in read_samples(tmp_path, family, "shard_0000.pkl")] == [
+        0,
+        last,
+    ]
     assert warned == []
     listed = "\n".join(faults)
     for number, what in [
@@ -238,7 +248,7 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
         ], what
     assert "shard_0000.pkl samples 5, 6, 7: latents that are not" in listed  # said once
     with pytest.raises(DataError, match=r"shard_0006\.pkl: damaged"):
-        list(samples(tmp_path, family, "shard_0006.pkl"))
+        list(read_samples(tmp_path, family, "shard_0006.pkl"))
 
 
 class Bomb:
@@ -267,19 +277,19 @@ def test_no_pickle_is_executed(tmp_path, family):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's, of protocols, say less than the fault
-        entries, faults, _ = scan(tmp_path, family)
+        entries, faults, _ = scan_folder(tmp_path, family)
     assert entries == []
     assert not executed.exists()
     assert len(faults) == 6
     for number, fault in enumerate(faults):
         assert fault.startswith(
-            f"{tmp_path}/shard_000{number}.pkl: refused, since it holds more than tensors"
+            f"{tmp_path}/shard_000{number}.pkl: not loaded, because it holds more than tensors"
         )
         assert "weights_only" not in fault
     assert "posix.mkdir" in faults[0]
     assert "early versions of ComfyUI" in faults[3]
-    with pytest.raises(DataError, match="refused"):
-        next(samples(tmp_path, family, "shard_0000.pkl"))
+    with pytest.raises(DataError, match="not loaded"):
+        next(read_samples(tmp_path, family, "shard_0000.pkl"))
 
 
 def test_what_another_library_lets_torch_trust_is_refused_too(tmp_path, family):
@@ -287,7 +297,7 @@ def test_what_another_library_lets_torch_trust_is_refused_too(tmp_path, family):
         tmp_path / "shard_0000.pkl", [GOOD], [[[torch.zeros(1, 77, WIDTH), {"when": Path("/tmp")}]]]
     )
     with torch.serialization.safe_globals([type(Path("/tmp"))]):
-        _, faults, _ = scan(tmp_path, family)
+        _, faults, _ = scan_folder(tmp_path, family)
     assert len(faults) == 1
     assert "PosixPath" in faults[0]
 
@@ -300,7 +310,7 @@ def test_damage_anywhere_is_a_fault_at_most(tmp_path, family):
         damaged = bytearray(whole)
         damaged[place] ^= 0xFF
         file.write_bytes(damaged)
-        entries, faults, _ = scan(tmp_path, family)
+        entries, faults, _ = scan_folder(tmp_path, family)
         assert entries or faults, place
 
 
@@ -325,18 +335,18 @@ def test_a_shard_is_mapped_not_read(tmp_path, family, form):
     )
     write_folder(tmp_path / "set", made, form=form)
     size = 16 * 4 * 512 * 512 * 4
-    assert shards(tmp_path / "set")[0].stat().st_size > size
+    assert shard_paths(tmp_path / "set")[0].stat().st_size > size
     read(tmp_path / "set", family)  # what is imported and allocated once
     held = [
         sample
-        for file in shards(tmp_path / "set")
-        for sample in samples(tmp_path / "set", family, file.name)
+        for file in shard_paths(tmp_path / "set")
+        for sample in read_samples(tmp_path / "set", family, file.name)
     ]
     before = own_memory()
     held = [
         sample
-        for file in shards(tmp_path / "set")
-        for sample in samples(tmp_path / "set", family, file.name)
+        for file in shard_paths(tmp_path / "set")
+        for sample in read_samples(tmp_path / "set", family, file.name)
     ]
     assert sum(sample.latents.sum().item() for sample in held) == size / 4
     assert own_memory() - before < size / 2
@@ -399,7 +409,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path, family, dtype, form):
     made = triples(7, dtype)
     write_folder(tmp_path / "set", made, shard_size=3, form=form)
     found = read(tmp_path / "set", family)
-    assert [file.name for file in shards(tmp_path / "set")] == [
+    assert [file.name for file in shard_paths(tmp_path / "set")] == [
         f"shard_000{i}.{form}" for i in range(3)
     ]
     for sample, (latents, cond, _) in zip(found, made, strict=True):
@@ -415,8 +425,8 @@ def test_extras_are_read_back_exactly(tmp_path, family, form, monkeypatch):
     made, seen = triples(4), []
     write_folder(tmp_path / "set", made, shard_size=3, form=form)
     monkeypatch.setattr(family.comfy, "read", lambda cond, extras: seen.append(extras) or {})
-    for file in shards(tmp_path / "set"):
-        list(samples(tmp_path / "set", family, file.name))
+    for file in shard_paths(tmp_path / "set"):
+        list(read_samples(tmp_path / "set", family, file.name))
     for extras, (_, _, expected) in zip(seen, made, strict=True):
         assert extras.keys() == expected.keys()
         for name, value in expected.items():
@@ -443,16 +453,16 @@ def test_writing_holds_one_shard_and_nothing_else(tmp_path, form):
             del whole
 
     assert write_folder(folder, made(), shard_size=4, form=form) == 20
-    assert len(shards(folder)) == 5
+    assert len(shard_paths(folder)) == 5
     assert (
-        max(file.stat().st_size for file in shards(folder)) < 200_000
+        max(file.stat().st_size for file in shard_paths(folder)) < 200_000
     )  # no sample brings its whole batch along
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_folder_is_never_overwritten_nor_left_half_written(tmp_path):
     (tmp_path / "old").mkdir()
-    with pytest.raises(DataError, match="old is there already"):
+    with pytest.raises(DataError, match="old exists already"):
         write_folder(tmp_path / "old", triples(1))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not be written"):
@@ -472,7 +482,7 @@ def test_a_folder_is_never_overwritten_nor_left_half_written(tmp_path):
     (tmp_path / ".set.partial").mkdir()  # of a process that was killed
     (tmp_path / ".set.partial" / "shard_0007.pkl").write_text("")
     write_folder(tmp_path / "set", triples(1))
-    assert len(shards(tmp_path / "set")) == 1
+    assert len(shard_paths(tmp_path / "set")) == 1
 
 
 def test_what_a_shard_cannot_hold_is_not_written(tmp_path):
@@ -510,12 +520,12 @@ def test_a_bad_safetensors_shard_is_a_fault(tmp_path, family):
         ),
     ]:
         save_file(tensors, file, metadata)
-        entries, faults, _ = scan(tmp_path, family)
+        entries, faults, _ = scan_folder(tmp_path, family)
         assert (entries, len(faults)) == ([], 1), what
         assert faults[0].startswith(str(file))
         assert what in faults[0]
     file.write_bytes(file.read_bytes()[:-1])
-    assert "damaged" in scan(tmp_path, family)[1][0]
+    assert "damaged" in scan_folder(tmp_path, family)[1][0]
 
 
 def test_the_safetensors_form_is_as_documented(tmp_path, family):
@@ -533,7 +543,7 @@ def test_the_safetensors_form_is_as_documented(tmp_path, family):
     assert tensors.keys() == names
     assert same(tensors["latents.1"], made[1][0][None])
     node_saves(tmp_path / "set", [GOOD], [conditioning()])  # beside it
-    assert "keep one of the two" in scan(tmp_path / "set", family)[1][0]
+    assert "keep one of the two" in scan_folder(tmp_path / "set", family)[1][0]
 
 
 def test_a_family_takes_its_own_conditioning_and_says_whose_another_is(tmp_path, family):
@@ -567,5 +577,5 @@ def test_a_shard_that_contains_itself_ends(tmp_path, family):
     endless: list = []
     endless.append(endless)
     save(tmp_path / "shard_0000.pkl", [GOOD, endless], [conditioning(), endless])
-    entries, faults, _ = scan(tmp_path, family)
+    entries, faults, _ = scan_folder(tmp_path, family)
     assert (len(entries), len(faults)) == (1, 2)

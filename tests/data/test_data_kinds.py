@@ -5,17 +5,16 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers.data_cases import data_config, source_config
+from helpers.data_cases import SINGLE_PROCESS, data_config, source_config
 from helpers.project import BASE, TWEMOJI, reset_accelerate
 from PIL import Image
 
 from common.errors import DataError
 from data.batches import make_batch
 from data.export import write_dataset
-from data.precompute.build import Build, Datasets
-from data.schedule import key
-from data.sources import comfy_shards
+from data.precompute.build import DatasetBuilder, Datasets
+from data.schedule import random_key
+from data.sources.comfy_writer import write_folder
 from models.config import ModelConfig
 from models.detect import get_family
 
@@ -34,7 +33,7 @@ def build(tmp_path, family):
         config = data_config(
             resolution=64, cache_dir=str(tmp_path / options.pop("cache", "cache")), **options
         )
-        with Build.opened(config, family, Accelerator(cpu=True)) as opened:
+        with DatasetBuilder.opened(config, family, SINGLE_PROCESS) as opened:
             built = opened.run(False)
             if export is not None:
                 write_dataset(opened, built, export, form)
@@ -75,46 +74,47 @@ def test_comfyui_folders_go_out_and_come_back(build, images, tmp_path, form):
     assert_same_rows(first, again)
     assert (again.encoded_images, again.encoded_captions) == (0, 0)
     assert_same_rows(first, build(path=str(tmp_path / "out"), cache="cache2"))
-    with pytest.raises(DataError, match="there already"):
+    with pytest.raises(DataError, match="out exists already"):
         build(path=str(images), export=tmp_path / "out", form=form)
 
 
 def test_encoded_folders_train_without_the_images(build, images, tmp_path):
-    options = {"flip": True, "caption_multi": True, "caption_dropout": 0.1}
+    options = {"random_flip": True, "caption_one_per_line": True, "caption_dropout": 0.1}
     (images / "cat.txt").write_text("one\ntwo")
     first = build(path=str(images), export=tmp_path / "encoded", **options)
-    seeds = [key("sample", 0, v) for v in range(40)]
+    seeds = [random_key("sample", 0, v) for v in range(40)]
     expected = make_batch(first.train, [v % 4 for v in range(40)], seeds, range(40))
     shutil.rmtree(images)
     shutil.rmtree(tmp_path / "cache")
     again = build(path=str(tmp_path / "encoded"), **options)
     assert again.encoded_images == 0
     assert again.encoded_captions == 1, "the empty prompt"
-    assert again.train.fingerprint == first.train.fingerprint
+    assert again.train.content_hash == first.train.content_hash
     batch = make_batch(again.train, [v % 4 for v in range(40)], seeds, range(40))
     assert batch.latents.equal(expected.latents)
     assert batch.cond["prompt_embeds"].equal(expected.cond["prompt_embeds"])
     with pytest.raises(
-        DataError, match=r"encoded with \{.*'flip': True.*this run asks for \{.*'flip': False"
+        DataError,
+        match=r"encoded with \{.*'random_flip': True.*this run has \{.*'random_flip': False",
     ):
         build(path=str(tmp_path / "encoded"))
     about = json.loads((tmp_path / "encoded" / "encoded.json").read_text())
     (tmp_path / "encoded" / "encoded.json").write_text(json.dumps({**about, "vae": "another"}))
-    with pytest.raises(DataError, match=r"encoded with another VAE than --model\.path has"):
+    with pytest.raises(DataError, match=r"encoded with another VAE than that of --model\.path"):
         build(path=str(tmp_path / "encoded"), **options)
 
 
 def test_a_damaged_encoded_folder_is_refused(build, images, tmp_path):
     build(path=str(images), export=tmp_path / "encoded")
-    (part,) = (tmp_path / "encoded" / "media").iterdir()
-    data = next(part.glob("*.arrow"))
+    (shard,) = (tmp_path / "encoded" / "media").iterdir()
+    data = next(shard.glob("*.arrow"))
     content = bytearray(data.read_bytes())
     content[-100] ^= 1
     data.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{part.name}: damaged; export the dataset again"):
+    with pytest.raises(DataError, match=rf"{shard.name}: damaged. Export the dataset again"):
         build(path=str(tmp_path / "encoded"))
-    shutil.rmtree(part)
-    with pytest.raises(DataError, match="media: 4 of its rows are not there"):
+    shutil.rmtree(shard)
+    with pytest.raises(DataError, match="media: 4 of its rows are missing"):
         build(path=str(tmp_path / "encoded"))
 
 
@@ -163,7 +163,7 @@ def test_conditioning_of_other_lengths_and_dtypes_never_shares_a_batch(build, tm
         (torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(6)
     ]
     samples.append((torch.randn(4, 16, 16).half(), torch.randn(1, 24, 96).half(), none))
-    comfy_shards.write_folder(tmp_path / "mixed", samples)
+    write_folder(tmp_path / "mixed", samples)
     built = build(path=str(tmp_path / "mixed"))
     assert sorted(sum(s.visits for s in bucket) for bucket in built.train.buckets) == [1, 3, 3]
     for bucket in built.train.buckets:
@@ -173,10 +173,9 @@ def test_conditioning_of_other_lengths_and_dtypes_never_shares_a_batch(build, tm
 
 def test_latents_are_drawn_anew_at_each_visit(build, images):
     built = build(path=str(images), vae_sampling="sample")
-    seeds = [key("sample", 0, v) for v in range(500)]
+    seeds = [random_key("sample", 0, v) for v in range(500)]
     batch = make_batch(built.train, [0] * 500, seeds, range(500))
-    place = int(built.train.arrays["media"][0, 0])
-    row = built.train.media.row(place)
+    row = built.train.media.read_row(built.train.media_id(0))
     scaled = (batch.latents - row["latents"]) / row["deviation"]
     assert abs(scaled.mean()) < 0.02
     assert abs(scaled.std() - 1) < 0.02
@@ -281,7 +280,9 @@ def test_an_image_that_changes_while_it_is_read_is_not_stored(build, images, mon
         plan(*arguments)
 
     monkeypatch.setattr(encode, "encode_media", changed)
-    with pytest.raises(DataError, match=r"cat\.png: changed since it was looked at; run again"):
+    with pytest.raises(
+        DataError, match=r"cat\.png: has changed since it was checked\. Run the command again"
+    ):
         build(path=str(images))
 
 
@@ -304,10 +305,11 @@ def test_conditioning_unlike_the_empty_prompts_is_never_dropped(build, tmp_path,
     samples = [
         (torch.randn(4, 16, 16), torch.randn(1, 24 * (1 + i % 2), 96), none) for i in range(4)
     ]
-    comfy_shards.write_folder(tmp_path / "mixed", samples)
+    write_folder(tmp_path / "mixed", samples)
     built = build(path=str(tmp_path / "mixed"), caption_dropout=0.5)
-    assert "2 samples have conditioning unlike the empty prompt's" in capsys.readouterr().out
-    assert sorted(built.train.arrays["dropout"].tolist()) == [0, 0, 0.5, 0.5]
+    note = "note: the conditioning of 2 samples has another form than that of the empty prompt"
+    assert note in capsys.readouterr().out
+    assert sorted(built.train.samples["caption_dropout"].tolist()) == [0, 0, 0.5, 0.5]
     for bucket in built.train.buckets:
         rows = [row for s in bucket for row in range(s.first, s.first + s.count)]
         for seed in range(20):

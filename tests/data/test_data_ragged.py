@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers.data_cases import data_config, dataset_with, row_of
+from helpers.data_cases import SINGLE_PROCESS, data_config, dataset_with, sample_of
 from helpers.data_families import VariableLength
 from helpers.project import BASE, reset_accelerate
 
 from common.errors import DataError
 from data.batches import make_batch
 from data.precompute.build import build_datasets
-from data.schedule import key
-from data.sources.comfy_shards import write_folder
-from data.store.hashing import key_of
+from data.samples import PlannedSample
+from data.schedule import random_key
+from data.sources.comfy_writer import write_folder
+from data.store.keys import key_of
 from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
 from objectives.config import ObjectiveConfig
@@ -39,10 +39,13 @@ def tokens(caption: int, count: int, dtype: torch.dtype = torch.bfloat16) -> tor
 
 def rows(
     dropout: float = 0.0, texts: tuple[tuple[int, ...], ...] = ((1,), (2,), (3,), (4,))
-) -> list[dict]:
+) -> list[PlannedSample]:
     return [
-        row_of(
-            i, texts=[key_of(f"c{c}") for c in of_row], shares=[1.0] * len(of_row), dropout=dropout
+        sample_of(
+            i,
+            caption_keys=[key_of(f"c{c}") for c in of_row],
+            caption_probabilities=[1.0] * len(of_row),
+            caption_dropout=dropout,
         )
         for i, of_row in enumerate(texts)
     ]
@@ -82,7 +85,7 @@ def test_rows_may_have_a_mask_of_their_own_and_tensors_that_are_not_ragged(tmp_p
     )
     dataset = dataset_with(tmp_path, rows(0.5), media(), texts, {"prompt_embeds": None})
     assert len(dataset.buckets) == 1
-    assert dataset.arrays["dropout"].tolist() == [0.5] * 4
+    assert dataset.samples["caption_dropout"].tolist() == [0.5] * 4
     batch = make_batch(dataset, [0, 1, 2, 3], [0, 1, 2, 3], range(4), torch.full((4,), 0.5))
     order = [int(value) for value in batch.latents[:, 0, 0, 0]]
     assert batch.cond["attention_mask"].sum(1).tolist() == [LENGTHS[i] - 1 for i in order]
@@ -107,10 +110,12 @@ def test_the_empty_prompt_and_variants_may_have_other_lengths(tmp_path):
         tmp_path, rows(0.3, ((1, 2), (3, 4))), media(2), conds(), {"prompt_embeds": None}
     )
     assert len(dataset.buckets) == 1
-    assert dataset.arrays["dropout"].tolist() == pytest.approx([0.3] * 2)
+    assert dataset.samples["caption_dropout"].tolist() == pytest.approx([0.3] * 2)
     seen = set()
     for seed in range(60):
-        batch = make_batch(dataset, [0, 1], [key("a", seed), key("b", seed)], range(2))
+        batch = make_batch(
+            dataset, [0, 1], [random_key("a", seed), random_key("b", seed)], range(2)
+        )
         seen |= {
             (int(e[0, 0]) // 10, int(m.sum()))
             for e, m in zip(batch.cond["prompt_embeds"], batch.cond["attention_mask"], strict=True)
@@ -131,13 +136,13 @@ def test_what_truly_differs_parts_rows_and_is_never_dropped(tmp_path, what):
     )
     dataset = dataset_with(tmp_path, rows(0.5), media(), texts, {"prompt_embeds": None})
     assert sorted(sum(s.count for s in bucket) for bucket in dataset.buckets) == [1, 3]
-    assert sorted(dataset.arrays["dropout"].tolist()) == [0, 0.5, 0.5, 0.5]
+    assert sorted(dataset.samples["caption_dropout"].tolist()) == [0, 0.5, 0.5, 0.5]
 
 
 def test_without_ragged_tensors_lengths_part_rows_as_before(tmp_path):
     dataset = dataset_with(tmp_path, rows(0.5), media(), conds())
     assert len(dataset.buckets) == 4
-    assert sorted(dataset.arrays["dropout"].tolist()) == [0, 0, 0, 0.5], (
+    assert sorted(dataset.samples["caption_dropout"].tolist()) == [0, 0, 0, 0.5], (
         "that of one token is like the empty prompt"
     )
     batch = make_batch(dataset, [0], [0], range(1))
@@ -174,7 +179,7 @@ def built(images, tmp_path):
             "path": str(images),
             **options,
         }
-        return build_datasets(data_config(**given), family, Accelerator(cpu=True)).train
+        return build_datasets(data_config(**given), family, SINGLE_PROCESS).train
 
     yield build
     reset_accelerate()
@@ -191,7 +196,7 @@ def test_a_batch_trains_on_each_caption_as_if_it_were_alone(built):
     )
     denoiser = family.load_denoiser(torch.float32)
     loss = build_loss(family, ObjectiveConfig(), "MSE", torch.float32)
-    chosen, seeds = [0, 1, 2, 3] * 2, [key("sample", 0, i) for i in range(8)]
+    chosen, seeds = [0, 1, 2, 3] * 2, [random_key("sample", 0, i) for i in range(8)]
     batch = make_batch(dataset, chosen, seeds, range(8))
     together = loss(denoiser, batch)
     singles = [
@@ -209,8 +214,8 @@ def test_a_batch_trains_on_each_caption_as_if_it_were_alone(built):
 
 
 def stored_bytes(dataset) -> int:
-    stored = [dataset.text.part(number << 32)[0] for number in range(len(dataset.text.parts))]
-    return sum(int(part.columns["prompt_embeds"].length.sum()) for part in stored)
+    stored = [dataset.text.locate(number << 32).shard for number in range(len(dataset.text.shards))]
+    return sum(int(shard.columns["prompt_embeds"].num_bytes.sum()) for shard in stored)
 
 
 def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
@@ -219,7 +224,7 @@ def test_comfyui_captions_of_all_lengths_share_batches(built, tmp_path):
     write_folder(tmp_path / "set", samples)
     dataset = built(family, path=str(tmp_path / "set"), caption_dropout=0.5)
     assert len(dataset.buckets) == 1
-    assert dataset.arrays["dropout"].tolist() == [0.5] * 4
+    assert dataset.samples["caption_dropout"].tolist() == [0.5] * 4
     crop = make_batch(dataset, [0], [0], range(1)).crop
     assert crop.tolist() == [[64, 64, 64, 64, 0, 0, 64, 64]], (
         "as large as the latents, and not cropped"

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers.data_cases import data_config, dataset_with, row_of
+from helpers.data_cases import SINGLE_PROCESS, data_config, dataset_with, sample_of
 from helpers.data_families import Video
 from helpers.project import BASE, reset_accelerate
 from PIL import Image
@@ -12,9 +11,9 @@ import models
 from common.errors import DataError
 from data.batches import make_batch
 from data.export import write_dataset
-from data.precompute.build import Build
+from data.precompute.build import DatasetBuilder
 from data.sources import comfy_shards
-from data.store.hashing import key_of
+from data.store.keys import key_of
 from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
 from objectives.config import ObjectiveConfig
@@ -37,7 +36,7 @@ def build(tmp_path):
             "cache_dir": str(tmp_path / options.pop("cache", "cache")),
             **options,
         }
-        with Build.opened(data_config(**given), family, Accelerator(cpu=True)) as opened:
+        with DatasetBuilder.opened(data_config(**given), family, SINGLE_PROCESS) as opened:
             built = opened.run(False)
             if export is not None:
                 write_dataset(opened, built, export, form)
@@ -63,7 +62,7 @@ def test_rows_of_one_size_and_other_numbers_of_frames_never_share_a_batch(tmp_pa
         key_of(f"media {i}"): {"latents": torch.randn(4, n, 2, 2)} for i, n in enumerate(frames)
     }
     texts = {text: {"prompt_embeds": torch.ones(3, 5)} for text in TEXTS}
-    dataset = dataset_with(tmp_path, [row_of(i) for i in range(5)], media, texts)
+    dataset = dataset_with(tmp_path, [sample_of(i) for i in range(5)], media, texts)
     found = {
         dataset.latent_frames(bucket[0].first): sum(s.count for s in bucket)
         for bucket in dataset.buckets
@@ -86,12 +85,12 @@ def test_a_mask_counts_in_all_channels_and_frames(tmp_path, family, shape, monke
     row = {"latents": torch.randn(shape), "mask": mask, "first_frame": torch.randn(4, 16, 16)}
     texts = {text: {"prompt_embeds": torch.randn(24, 96)} for text in TEXTS}
     dataset = dataset_with(
-        tmp_path, [row_of(0), row_of(1)], {key_of(f"media {i}"): row for i in range(2)}, texts
+        tmp_path, [sample_of(0), sample_of(1)], {key_of(f"media {i}"): row for i in range(2)}, texts
     )
     family = family if len(shape) == 4 else StableDiffusion(family.config)
     loss = build_loss(family, ObjectiveConfig(), "MSE", torch.float32)
     monkeypatch.setattr(
-        loss, "compare", lambda prediction, target, reduction: torch.ones_like(target - prediction)
+        loss, "compare", lambda prediction, target: torch.ones_like(target - prediction)
     )
     losses = loss(
         family.load_denoiser(torch.float32), make_batch(dataset, [0, 1], [0, 1], range(2))
@@ -101,7 +100,7 @@ def test_a_mask_counts_in_all_channels_and_frames(tmp_path, family, shape, monke
 
 def test_images_are_videos_of_one_frame_with_conditioning_of_their_own(build, family, images):
     Image.open(images / "cat.png").convert("RGB").resize((96, 48)).save(images / "cat.png")
-    options = {"images": str(images), "flip": True, "masks": "alpha", "vae_sampling": "sample"}
+    options = {"path": str(images), "random_flip": True, "masks": "alpha", "vae_sampling": "sample"}
     dataset, plain = build(family, **options), build(StableDiffusion(family.config), **options)
     assert len(dataset.buckets) == len(plain.buckets) == 2
     assert {dataset.latents(row)[:, 0].numpy().tobytes() for row in range(4)} == stored(
@@ -124,13 +123,13 @@ def test_they_go_out_and_come_back(build, family, images, tmp_path, form):
     first = build(family, path=str(images), export=tmp_path / "out", form=form, caption_dropout=0.5)
     if form != "encoded":
         sample = next(
-            comfy_shards.samples(
-                tmp_path / "out", family, comfy_shards.shards(tmp_path / "out")[0].name
+            comfy_shards.read_samples(
+                tmp_path / "out", family, comfy_shards.shard_paths(tmp_path / "out")[0].name
             )
         )
         assert sample.latents.shape == (4, 1, 16, 16)
     again = build(family, path=str(tmp_path / "out"), cache="other", caption_dropout=0.5)
-    assert again.arrays["dropout"].tolist() == [0.5] * 4
+    assert again.samples["caption_dropout"].tolist() == [0.5] * 4
     one, other = stored(first), stored(again)
     assert one.keys() == other.keys()
     assert all(

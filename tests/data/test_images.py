@@ -20,7 +20,7 @@ from data.media.images import (
     ImageFacts,
     alpha_mask,
     check,
-    color_fault,
+    color_error,
     mask_file,
     pixels,
 )
@@ -602,7 +602,7 @@ def test_bombs_are_refused_before_they_are_decoded(image_format, limit, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
     data = bomb(image_format, 2**14 + 1, 2**14)
-    assert fault(data) == f"16385x16384 pixels; more than {MAX_PIXELS} are taken for an attack"
+    assert fault(data) == f"16385x16384 pixels are more than the limit of {MAX_PIXELS} pixels"
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
@@ -635,7 +635,7 @@ def outgrown(side: int) -> bytes:
 
 
 def test_a_frame_larger_than_its_screen_counts():
-    assert "taken for an attack" in fault(outgrown(2**14 + 1))
+    assert "more than the limit of" in fault(outgrown(2**14 + 1))
 
 
 def test_threads_leave_pillows_limit_alone(monkeypatch):
@@ -656,7 +656,7 @@ def test_threads_leave_pillows_limit_alone(monkeypatch):
 
 @pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
 def test_no_area_is_damaged(size):
-    assert fault(png_header(*size)) == "damaged (no width, no height or no known kind of pixels)"
+    assert fault(png_header(*size)) == "damaged (no width, no height or an unknown kind of pixels)"
     for image_format in ("BMP", "JPEG", "TIFF"):
         assert fault(bomb(image_format, *size)).startswith("damaged"), image_format
 
@@ -717,14 +717,14 @@ def test_hidden_colors_do_not_bleed_into_edges():
 
 @pytest.mark.parametrize("color", ["white", "White", "rebeccapurple", "#00ff7F"])
 def test_colors(color):
-    assert color_fault(color) is None
+    assert color_error(color) is None
 
 
 @pytest.mark.parametrize(
     "color", ["", "whit", "#fff", "#ggg000", "#ffffff80", "ffffff", "rgb(1,2,3)", "#ffffff\n"]
 )
 def test_what_is_no_color(color):
-    assert repr(color) in color_fault(color)
+    assert repr(color) in color_error(color)
     with pytest.raises(DataError, match="is not a color"):
         pixels(solid("RGB", 0), whole(6, 4), color)
 

@@ -11,32 +11,38 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.project import BASE, PROJECT, TWEMOJI
 
 from common.errors import DataError
-from data.precompute.stages import Turns
-from data.store.part import data_file
+from common.process import ProcessInfo
+from data.precompute.build import FACTS_VERSION
+from data.precompute.facts import FactsCache
+from data.precompute.stages import Stages
+from data.store.shard import data_path
 from data.store.store import Store
 
 WORKER = """
 import json, sys, torch
 from pathlib import Path
 from accelerate import Accelerator
-from data.config import DataConfig, DataError
-from data.precompute import build_datasets
+from common.errors import DataError
+from common.process import ProcessInfo
+from data.precompute.build import build_datasets
+from helpers.data_cases import data_config
 from models.detect import get_family
 from models.config import ModelConfig
 
 out, base, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == int(sys.argv[4]), accelerator.num_processes
+process = ProcessInfo.of(Accelerator(cpu=True))
+assert process.count == int(sys.argv[4]), process.count
 try:
-    built = build_datasets(data_config(**options), get_family(ModelConfig(path=base)), accelerator)
-    result = {"fingerprint": built.train.fingerprint, "encoded": [built.encoded_images, built.encoded_captions],
+    built = build_datasets(data_config(**options), get_family(ModelConfig(path=base)), process)
+    result = {"content_hash": built.train.content_hash, "encoded": [built.encoded_images, built.encoded_captions],
               "first": built.train.latents(0).sum().item(), "rows": len(built.train)}
 except DataError as error:
     result = {"error": str(error)}
-(out / f"rank{accelerator.process_index}.json").write_text(json.dumps(result))
+(out / f"rank{process.index}.json").write_text(json.dumps(result))
 """
 
 
@@ -55,7 +61,11 @@ def launch(out: Path, ranks: int, **options) -> list[str]:
             str(ranks)]  # fmt: skip
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def ran(out: Path, ranks: int, **options) -> list[dict]:
@@ -67,7 +77,7 @@ def ran(out: Path, ranks: int, **options) -> list[dict]:
 
 def options_for(images: Path, cache: Path, **more) -> dict:
     return {
-        "images": str(images),
+        "path": str(images),
         "cache_dir": str(cache),
         "resolution": 64,
         "encode_batch_size": 3,
@@ -92,7 +102,7 @@ def test_the_bytes_are_the_same_whatever_the_number_of_ranks(tmp_path):
     assert a.keys() == b.keys()
     assert len(a) == sum(one[0]["encoded"])
     assert all(tensor.equal(b[key][name]) for key, row in a.items() for name, tensor in row.items())
-    assert not list((tmp_path / "cache3").glob(".turns-*"))
+    assert not list((tmp_path / "cache3").glob(".stages-*"))
 
 
 def test_faults_found_by_any_rank_end_them_all_with_the_same_message(tmp_path):
@@ -106,20 +116,13 @@ def test_faults_found_by_any_rank_end_them_all_with_the_same_message(tmp_path):
     assert all(name in results[0]["error"] for name in names)
 
 
-class Ranks:
-    """Stands in for an Accelerator where only the rank counts."""
-
-    def __init__(self, rank: int, ranks: int):
-        self.process_index, self.num_processes = rank, ranks
-
-
 def in_threads(folder: Path, ranks: int, work) -> list[object]:
-    """What `work(turns)` returns or raises on each of `ranks` ranks at once."""
+    """Return what `work(stages)` returns or raises on each of `ranks` processes at once."""
 
     def run(rank: int) -> object:
-        turns = Turns(Ranks(rank, ranks), folder)
+        stages = Stages(ProcessInfo(rank, ranks, torch.device("cpu")), folder)
         try:
-            return work(turns)
+            return work(stages)
         except Exception as error:
             return error
 
@@ -132,10 +135,10 @@ def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
         "data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same")
     )
 
-    def work(turns: Turns) -> tuple:
-        first = turns.main(lambda: turns.rank + 10)
-        every = turns.each(lambda: turns.rank * turns.rank)
-        turns.close()
+    def work(stages: Stages) -> tuple:
+        first = stages.run_on_main(lambda: stages.process.index + 10)
+        every = stages.run_on_all(lambda: stages.process.index**2)
+        stages.close()
         return first, every
 
     assert in_threads(tmp_path, 3, work) == [(10, [0, 1, 4])] * 3
@@ -146,7 +149,7 @@ def test_ranks_wait_for_each_other_by_files(tmp_path, monkeypatch):
     ("error", "expected"),
     [
         (DataError("a bad file"), ["a bad file"] * 3),
-        (OSError("disk"), ["rank 1 failed: OSError: disk", "disk"] * 2),
+        (OSError("disk"), ["process 1 failed: OSError: disk", "disk"] * 2),
     ],
 )
 def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
@@ -154,12 +157,12 @@ def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
         "data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same")
     )
 
-    def work(turns: Turns) -> object:
+    def work(stages: Stages) -> object:
         def fail() -> None:
-            if turns.rank == 1:
+            if stages.process.index == 1:
                 raise error
 
-        return turns.each(fail)
+        return stages.run_on_all(fail)
 
     results = in_threads(tmp_path, 3, work)
     assert all(isinstance(result, Exception) for result in results)
@@ -169,14 +172,15 @@ def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ranks, monkeypatch):
-    """SIGKILL at other moments of listing, checking and encoding; parts of two rows, so that some are always whole."""
+    """SIGKILL at other moments of listing, checking and encoding; shards of two rows, so some are always complete."""
     images, cache = TWEMOJI / "train", tmp_path / "cache"
     expected = ran(tmp_path / "straight", 1, **options_for(images, tmp_path / "straight_cache"))[0]
     options = options_for(images, cache, encode_batch_size=1)
     command = launch(tmp_path / "out", ranks, **options)
     small = (tmp_path / "out" / "worker.py").read_text()
     (tmp_path / "out" / "worker.py").write_text(
-        f"import data.store; data.store.ROWS_PER_PART = 2\n{small}"
+        "import data.precompute.facts, data.store.store\n"
+        f"data.store.store.ROWS_PER_SHARD = data.precompute.facts.FACTS_PER_FILE = 2\n{small}"
     )
     kept: dict[Path, int] = {}
     for delay in (2.0, 5.0, 6.0, 7.0):
@@ -186,16 +190,23 @@ def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ra
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert all(data_file(part).stat().st_mtime_ns == written for part, written in kept.items())
-        parts = [part for folder in cache.glob("*-*") for part in folder.glob("part-*")]
-        kept = {part: data_file(part).stat().st_mtime_ns for part in parts}
+        assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+        shards = [shard for folder in cache.glob("*-*") for shard in folder.glob("shard-*")]
+        files = [*(data_path(shard) for shard in shards), *facts_folder(cache).glob("*.arrow")]
+        kept = {path: path.stat().st_mtime_ns for path in files}
     last = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     assert last.returncode == 0
     results = [
         json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in range(ranks)
     ]
-    assert all(result["fingerprint"] == expected["fingerprint"] for result in results)
+    assert all(result["content_hash"] == expected["content_hash"] for result in results)
     straight, killed = rows_in(tmp_path / "straight_cache"), rows_in(cache)
     assert straight.keys() == killed.keys()
     stored = [key for folder in cache.glob("*-*") for key in Store(folder).keys.tolist()]
     assert len(stored) == len(set(stored)), "a row was written twice"
+    facts = FactsCache(facts_folder(cache)).keys.tolist()
+    assert len(facts) == len(set(facts)) == expected["rows"], "an image was checked twice"
+
+
+def facts_folder(cache: Path) -> Path:
+    return cache / f"facts-{FACTS_VERSION}"

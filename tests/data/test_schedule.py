@@ -9,11 +9,11 @@ from helpers.data_cases import dataset_of
 
 from data.batches import Batch, MicroBatches, make_batch
 from data.loader import load_micro_batches
-from data.schedule import EXACT, Permutation, Schedule, Segment, key
+from data.schedule import MAX_LISTED_SIZE, Permutation, Schedule, Segment, random_key
 
 
-def schedule(rows=10, seed=0, batch_size=3, fingerprint="f") -> Schedule:
-    return Schedule(((Segment(0, rows),),), fingerprint, seed, batch_size)
+def schedule(rows=10, seed=0, batch_size=3, content_hash="f") -> Schedule:
+    return Schedule(((Segment(0, rows),),), content_hash, seed, batch_size)
 
 
 BUCKETS = ((Segment(0, 3), Segment(3, 2, 2)), (Segment(5, 1),), (Segment(6, 20), Segment(26, 1, 3)))
@@ -43,7 +43,7 @@ def test_a_micro_batch_is_of_one_bucket_and_every_one_comes_once(batch_size):
     of_row = [
         bucket for bucket, segments in enumerate(BUCKETS) for x in segments for _ in range(x.count)
     ]
-    places = [s.place(m) for m in range(300)]
+    places = [s.bucket_batch(m) for m in range(300)]
     for m, (bucket, _) in enumerate(places):
         assert {of_row[row] for row in s.rows(m)} == {bucket}
     assert len(s.rows(0)) == batch_size
@@ -65,7 +65,7 @@ def test_epochs_seeds_and_data_sets_shuffle_differently():
     orders = [rows_of(schedule(rows=50, batch_size=50), [epoch]) for epoch in (0, 1)]
     orders += [
         rows_of(schedule(rows=50, batch_size=50, **other), [0])
-        for other in ({"seed": 1}, {"fingerprint": "g"})
+        for other in ({"seed": 1}, {"content_hash": "g"})
     ]
     assert len({tuple(order) for order in orders}) == 4
 
@@ -74,7 +74,7 @@ def test_epochs_seeds_and_data_sets_shuffle_differently():
 def test_positions_are_uniform(exact, monkeypatch):
     """Chi-square of where a position goes, over seeds; for both kinds of permutations."""
     if not exact:
-        monkeypatch.setattr("data.schedule.EXACT", 1)
+        monkeypatch.setattr("data.schedule.MAX_LISTED_SIZE", 1)
     count, tries = 20, 2000
     for position in (0, 7):
         to = np.bincount(
@@ -84,7 +84,7 @@ def test_positions_are_uniform(exact, monkeypatch):
         assert chi_square < 43.8  # 19 degrees of freedom: exceeded once in a thousand times
 
 
-@pytest.mark.parametrize("count", [1, 2, 17, 1000, EXACT, EXACT + 1, 100_003])
+@pytest.mark.parametrize("count", [1, 2, 17, 1000, MAX_LISTED_SIZE, MAX_LISTED_SIZE + 1, 100_003])
 def test_permutations_are_permutations(count):
     p = Permutation(count, 3)
     assert sorted(p[i] for i in range(count)) == list(range(count))
@@ -135,16 +135,16 @@ def test_ranks_and_accumulation_share_the_same_steps(ranks, accumulation):
 
 
 def test_keys_are_stable_and_keep_their_parts_apart():
-    assert key("sample", 0, 1) == 189391374906045227
+    assert random_key("sample", 0, 1) == 189391374906045227
     assert (
         len(
             {
-                key("a", 1, 2),
-                key("a", 2, 1),
-                key("b", 1, 2),
-                key("a", 1),
-                key("a", 12),
-                key("a", "1", 2),
+                random_key("a", 1, 2),
+                random_key("a", 2, 1),
+                random_key("b", 1, 2),
+                random_key("a", 1),
+                random_key("a", 12),
+                random_key("a", "1", 2),
             }
         )
         == 6
@@ -165,14 +165,16 @@ def test_noise_belongs_to_the_visit_not_to_the_batch(dataset):
         assert single.quantile[0] == large.quantile[i]
     rows = Schedule(dataset.buckets, "f", 0, 4).rows(1)
     assert large.latents[:, 0, 0, 0].tolist() == [
-        float(dataset.arrays["entry"][row]) for row in rows
+        float(dataset.samples["listed"][row]) for row in rows
     ]
     other_seed = MicroBatches(dataset, Schedule(dataset.buckets, "f", 1, 4))[1]
     assert not other_seed.noise.equal(large.noise)
 
 
 def test_noise_is_standard_normal_and_quantiles_uniform(dataset):
-    batch = make_batch(dataset, [0] * 4000, [key("sample", 0, v) for v in range(4000)], range(4000))
+    batch = make_batch(
+        dataset, [0] * 4000, [random_key("sample", 0, v) for v in range(4000)], range(4000)
+    )
     assert abs(batch.noise.mean()) < 0.02
     assert abs(batch.noise.std() - 1) < 0.02
     counts = torch.histc(batch.quantile, 10, 0, 1)

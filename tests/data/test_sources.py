@@ -16,6 +16,7 @@ from helpers.project import BASE, script
 from PIL import Image
 
 from common.errors import DataError
+from data.samples import ListedSample
 from data.sources import open_source
 from models.config import ModelConfig
 from models.detect import get_family
@@ -33,11 +34,11 @@ def opened(folder, **options):
 
 
 def found(folder, **options):
-    faults: list[str] = []
-    entries = list(opened(folder, **options).entries(faults))
+    source = opened(folder, **options)
+    samples = list(source.samples())
     return {
-        e.name: (e.captions[0] if len(e.captions) == 1 else e.captions, e.repeats) for e in entries
-    }, faults
+        e.name: (e.captions[0] if len(e.captions) == 1 else e.captions, e.repeats) for e in samples
+    }, source.errors
 
 
 def test_folders_may_be_nested_and_carry_kohyas_repeats(tmp_path):
@@ -67,14 +68,14 @@ def test_one_caption_for_many_images_is_repeated(tmp_path):
 def test_any_other_mismatch_of_images_and_captions_is_a_fault(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_bytes(png())
-    assert "give one caption for all as --data.captions.text" in found(tmp_path)[1][0]
+    assert "set one caption for all images with --data.captions.text" in found(tmp_path)[1][0]
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "d.txt").write_text("nobody's")
     faults = found(tmp_path)[1]
     assert len(faults) == 2
     assert "d.txt: a caption without an image" in faults[0]
-    assert "c.png: no caption file c.txt" in faults[1]
+    assert "c.png: no caption file c.txt next to it" in faults[1]
     assert len(found(tmp_path, caption_text="x")[1]) == 3, (
         "--data.captions.text and caption files contradict each other"
     )
@@ -115,12 +116,12 @@ def test_captions_of_a_metadata_file(tmp_path, kind):
     assert (
         "no column words (--data.captions.column)" in found(tmp_path, caption_column="words")[1][0]
     )
-    source, faults = opened(tmp_path, weight_column="id"), []
-    assert [entry.weight for entry in source.entries(faults)] == [1.0, 2.0]
-    assert faults == []
+    source = opened(tmp_path, weight_column="id")
+    assert [sample.weight for sample in source.samples()] == [1.0, 2.0]
+    assert source.errors == []
     source = opened(tmp_path, weight_column="text")
-    list(source.entries(faults))
-    assert "a.png has no weight of 0 or more in text: 'of a'" in faults[0]
+    list(source.samples())
+    assert "a.png has no weight of 0 or more in text: 'of a'" in source.errors[0]
 
 
 def test_a_metadata_file_may_speak_of_sub_folders(tmp_path):
@@ -134,7 +135,9 @@ def test_a_metadata_file_may_speak_of_sub_folders(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert found(tmp_path) == ({row["file_name"]: (row["text"], 1) for row in rows}, [])
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,other\n")
-    assert any("is there too; keep one of the two" in fault for fault in found(tmp_path)[1])
+    assert any(
+        "is in the same folder. Keep one of the two" in fault for fault in found(tmp_path)[1]
+    )
 
 
 def test_every_fault_of_a_metadata_file_is_named(tmp_path):
@@ -152,10 +155,10 @@ def test_every_fault_of_a_metadata_file_is_named(tmp_path):
     assert [fault.rpartition("/")[2] for fault in faults] == [
         f"metadata.jsonl row 2: gone.png is not in {tmp_path}".rpartition("/")[2],
         "metadata.jsonl row 3: b.png has no caption in text",
-        "b.png: no caption file b.txt beside it",
+        "b.png: no caption file b.txt next to it",
     ]
     (tmp_path / "metadata.jsonl").write_text("[1, 2]")
-    assert "line 1 is no JSON object" in found(tmp_path)[1][0]
+    assert "line 1 is not a JSON object" in found(tmp_path)[1][0]
 
 
 def test_names_that_differ_by_case_and_links_in_a_circle(tmp_path):
@@ -167,19 +170,16 @@ def test_names_that_differ_by_case_and_links_in_a_circle(tmp_path):
     entries, faults = found(tmp_path)
     assert sorted(entries) == ["A.png", "a.png"], "the folder is walked once"
     assert (
-        len([fault for fault in faults if "differs from" in fault and "by case alone" in fault])
-        == 2
+        len([fault for fault in faults if "differs from" in fault and "only by case" in fault]) == 2
     )
 
 
 def test_masks_are_no_images(tmp_path):
     for name in ("a.png", "a_mask.png", "b.png"):
         (tmp_path / name).write_bytes(png())
-    source, faults = opened(tmp_path, caption_text="x", masks="files"), []
-    assert [(e.name, Path(e.mask).name) for e in source.entries(faults)] == [
-        ("a.png", "a_mask.png")
-    ]
-    assert "b.png: no mask b_mask.<extension> beside it" in faults[0]
+    source = opened(tmp_path, caption_text="x", masks="files")
+    assert [(e.name, Path(e.mask_path).name) for e in source.samples()] == [("a.png", "a_mask.png")]
+    assert "b.png: no mask b_mask.<extension> next to it" in source.errors[0]
     assert sorted(found(tmp_path, caption_text="x")[0]) == ["a.png", "b.png"], (
         "nor where masks are not used"
     )
@@ -187,7 +187,7 @@ def test_masks_are_no_images(tmp_path):
 
 def test_an_empty_folder_says_what_it_holds(tmp_path):
     (tmp_path / "notes.md").write_text("")
-    assert found(tmp_path)[1][0].endswith("it holds .md")
+    assert found(tmp_path)[1][0].endswith("It holds .md")
 
 
 def table(tmp_path, captions=("one", "two", "three")) -> datasets.Dataset:
@@ -203,7 +203,8 @@ COLUMNS = {"image_column": "picture", "caption_column": "words"}
 
 
 def contents(source, rows) -> list[bytes]:
-    return [content for _, content in source.contents({row: "" for row in rows})]
+    samples = [ListedSample(row, "", [], "") for row in rows]
+    return [content for _, content in source.contents(samples)]
 
 
 def test_a_hugging_face_dataset_on_disk(tmp_path):
@@ -211,10 +212,10 @@ def test_a_hugging_face_dataset_on_disk(tmp_path):
     dataset.save_to_disk(tmp_path / "single")
     datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "splits")
     for folder in ("single", "splits"):
-        source, faults = opened(tmp_path / folder, **COLUMNS), []
-        names = [(e.name, e.captions) for e in source.entries(faults)]
+        source = opened(tmp_path / folder, **COLUMNS)
+        names = [(e.name, e.captions) for e in source.samples()]
         assert names == [("row 0", ["one"]), ("row 1", ["two"]), ("row 2", ["three"])]
-        assert faults == []
+        assert source.errors == []
         assert contents(source, [0, 2]) == [png((0, 0, 0)), png((2, 0, 0))]
     faults = found(tmp_path / "single")[1]
     assert "no column image" in faults[0]
@@ -242,9 +243,9 @@ def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch
                     tar.addfile(info, io.BytesIO(content))
     sources = (source_config(str(folder), streaming=streaming),)
     data = data_config(sources=sources, cache_dir=str(tmp_path / "cache"), **columns)
-    source, faults = open_source(data.all_sources()[0], data, None, {}), []
-    assert [e.captions for e in source.entries(faults)] == [["one"], ["two"], ["three"]]
-    assert faults == []
+    source = open_source(data.all_sources()[0], data, None, {})
+    assert [e.captions for e in source.samples()] == [["one"], ["two"], ["three"]]
+    assert source.errors == []
     assert contents(source, [0, 2]) == [png((0, 0, 0)), png((2, 0, 0))]
     assert contents(source, [1]) == [png((1, 0, 0))]
     assert not (tmp_path / "nothing is written here").exists()
@@ -253,7 +254,7 @@ def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch
 def test_a_dataset_that_cannot_be_had_says_so(tmp_path):
     assert "could not be loaded as a dataset" in found("nobody/nothing")[1][0]
     datasets.DatasetDict(a=table(tmp_path), b=table(tmp_path)).save_to_disk(tmp_path / "splits")
-    assert "splits a, b; choose one" in found(tmp_path / "splits", **COLUMNS)[1][0]
+    assert "has the splits a, b. Choose one" in found(tmp_path / "splits", **COLUMNS)[1][0]
     table(tmp_path).rename_column("words", "picture2").save_to_disk(tmp_path / "text")
     faults = found(tmp_path / "text", image_column="picture2", caption_column="picture2")[1]
     assert "holds Value('string'), not images" in faults[0]
@@ -303,10 +304,10 @@ def test_a_row_that_cannot_be_read_does_not_take_others_with_it(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_bytes(png())
     source = opened(tmp_path, caption_text="x")
-    names = {entry.row: entry.name for entry in source.entries([])}
+    samples = list(source.samples())
     (tmp_path / "b.png").unlink()
     (tmp_path / "aa.png").write_bytes(b"new")
-    read = dict(source.contents(names))
+    read = {sample.row: content for sample, content in source.contents(samples)}
     assert [read[0], read[2]] == [png()] * 2
     assert isinstance(read[1], DataError)
 
@@ -321,7 +322,7 @@ def test_a_streamed_row_is_another_when_its_column_or_file_is(tmp_path):
         data = data_config(
             sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more}
         )
-        return [e.stamp for e in open_source(data.all_sources()[0], data, None, {}).entries([])]
+        return [e.stamp for e in open_source(data.all_sources()[0], data, None, {}).samples()]
 
     first = stamps()
     assert stamps() == first

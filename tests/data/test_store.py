@@ -3,31 +3,30 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers.data_cases import data_config, source_config
-from helpers.project import BASE, reset_accelerate
+from helpers.data_cases import SINGLE_PROCESS, data_config, source_config
+from helpers.project import BASE
 from PIL import Image
 
 from common.errors import DataError
+from common.hashing import file_hashes
 from data.config import DataConfig
 from data.precompute.build import build_datasets
-from data.store.hashing import file_hashes, key_of
-from data.store.part import data_file
-from data.store.store import Store, damaged
+from data.store.keys import key_of
+from data.store.shard import data_path
+from data.store.store import Store, damaged_shards
 from models.config import ModelConfig
 from models.detect import get_family
 
 
 @pytest.fixture
-def accelerator():
-    reset_accelerate()
-    yield Accelerator(cpu=True)
-    reset_accelerate()
+def process():
+    return SINGLE_PROCESS
 
 
 @pytest.fixture
@@ -61,25 +60,37 @@ def test_tensors_come_back_exactly_in_their_dtype(tmp_path, dtype):
 
 
 def test_batches_are_stacked_from_any_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.store.store.ROWS_PER_PART", 3)
+    monkeypatch.setattr("data.store.store.ROWS_PER_SHARD", 3)
     Store(tmp_path).write((k(str(i)), {"x": torch.full((2, 3), i)}) for i in range(10))
     store = Store(tmp_path)
-    assert len(store.parts) == 4
-    places = store.find(np.array([k(str(i)) for i in (7, 0, 3, 7, 9)], "S16")).tolist()
-    assert store.stacked(places, "x")[:, 1, 2].tolist() == [7, 0, 3, 7, 9]
+    assert len(store.shards) == 4
+    row_ids = store.find(np.array([k(str(i)) for i in (7, 0, 3, 7, 9)], "S16")).tolist()
+    assert store.read_batch(row_ids)["x"][:, 1, 2].tolist() == [7, 0, 3, 7, 9]
     Store(tmp_path).write([(k("odd"), {"x": torch.zeros(3, 2)})])
     store.reload()
-    places = store.find(np.array([k("1"), k("odd")], "S16")).tolist()
+    row_ids = store.find(np.array([k("1"), k("odd")], "S16")).tolist()
     with pytest.raises(
         DataError, match=r"x of one batch differ: \(2, 3\) torch.int64 and \(3, 2\) torch.float32"
     ):
-        store.stacked(places, "x")
+        store.read_batch(row_ids)
+
+
+@pytest.mark.parametrize("positioned", [True, False])
+def test_threads_read_from_one_file_at_a_time_or_together(tmp_path, monkeypatch, positioned):
+    """Windows has no reads at a position: the file is moved there, by one thread after another."""
+    monkeypatch.setattr("data.store.shard.HAS_POSITIONED_READS", positioned)
+    Store(tmp_path).write((k(str(i)), {"x": torch.full((1000,), i)}) for i in range(50))
+    store = Store(tmp_path)
+    row_ids = store.find(np.array([k(str(i)) for i in range(50)], "S16")).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda row_id: store.read_tensor(row_id, "x"), row_ids * 4))
+    assert all((row == i % 50).all() for i, row in enumerate(rows))
 
 
 def test_the_store_is_a_datasets_dataset(tmp_path):
     Store(tmp_path).write((k(str(i)), {"x": torch.arange(4.0).bfloat16()}) for i in range(3))
-    (part,) = Store(tmp_path).parts
-    rows = datasets.load_from_disk(str(part))
+    (shard,) = Store(tmp_path).shards
+    rows = datasets.load_from_disk(str(shard))
     assert rows.features["x.data"].dtype == "large_binary"
     assert rows[1]["x.dtype"] == "bfloat16"
     assert torch.frombuffer(bytearray(rows[1]["x.data"]), dtype=torch.bfloat16).tolist() == [
@@ -91,7 +102,7 @@ def test_the_store_is_a_datasets_dataset(tmp_path):
 
 
 def test_a_part_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.store.store.ROWS_PER_PART", 2)
+    monkeypatch.setattr("data.store.store.ROWS_PER_SHARD", 2)
 
     def rows():
         for i in range(4):
@@ -100,30 +111,30 @@ def test_a_part_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         Store(tmp_path).write(rows())
-    (tmp_path / ".part-broken").mkdir()
+    (tmp_path / ".shard-broken").mkdir()
     assert sorted(Store(tmp_path).keys.tolist()) == sorted(k(str(i)) for i in range(4))
 
 
 def test_a_damaged_part_is_found_and_a_copied_one_is_not_taken_for_damaged(tmp_path):
     store = Store(tmp_path / "a")
     store.write([(k("x"), {"x": torch.arange(1000)})])
-    assert damaged(store.folder) == []
+    assert damaged_shards(store.folder) == []
     shutil.copytree(
         tmp_path / "a", tmp_path / "b", copy_function=shutil.copy
     )  # with times of its own
-    (part,) = (tmp_path / "b").iterdir()
-    before = json.loads((part / "check.json").read_text())
-    os.utime(data_file(part), ns=(1, 1))
-    assert damaged(tmp_path / "b") == []
-    assert json.loads((part / "check.json").read_text()) == {**before, "mtime_ns": 1}, (
+    (shard,) = (tmp_path / "b").iterdir()
+    before = json.loads((shard / "check.json").read_text())
+    os.utime(data_path(shard), ns=(1, 1))
+    assert damaged_shards(tmp_path / "b") == []
+    assert json.loads((shard / "check.json").read_text()) == {**before, "mtime_ns": 1}, (
         "not to be read each time"
     )
-    content = bytearray(data_file(part).read_bytes())
+    content = bytearray(data_path(shard).read_bytes())
     content[len(content) // 2] ^= 1
-    data_file(part).write_bytes(content)
-    assert damaged(tmp_path / "b") == [part]
-    (part / "check.json").unlink()
-    assert damaged(tmp_path / "b") == [part]
+    data_path(shard).write_bytes(content)
+    assert damaged_shards(tmp_path / "b") == [shard]
+    (shard / "check.json").unlink()
+    assert damaged_shards(tmp_path / "b") == [shard]
 
 
 def config_for(images, tmp_path, **options) -> DataConfig:
@@ -135,8 +146,8 @@ def names_of(dataset) -> list[str]:
     return [dataset.name(row) for row in range(len(dataset))]
 
 
-def test_rows_hold_what_the_encoders_give_raw(images, tmp_path, family, accelerator):
-    built = build_datasets(config_for(images, tmp_path), family, accelerator)
+def test_rows_hold_what_the_encoders_give_raw(images, tmp_path, family, process):
+    built = build_datasets(config_for(images, tmp_path), family, process)
     assert (built.encoded_images, built.encoded_captions) == (4, 4)
     encoders = family.load_encoders("text")
     row = names_of(built.train).index("owl.png")
@@ -149,9 +160,9 @@ def test_rows_hold_what_the_encoders_give_raw(images, tmp_path, family, accelera
     assert 2 < latents.std() < 12, "raw: 1 / 0.18215 times the scale of the loop"
 
 
-def test_only_what_changed_is_encoded_again(images, tmp_path, family, accelerator):
+def test_only_what_changed_is_encoded_again(images, tmp_path, family, process):
     def encoded(**options) -> tuple[int, int]:
-        built = build_datasets(config_for(images, tmp_path, **options), family, accelerator)
+        built = build_datasets(config_for(images, tmp_path, **options), family, process)
         return built.encoded_images, built.encoded_captions
 
     assert encoded() == (4, 4)
@@ -165,7 +176,7 @@ def test_only_what_changed_is_encoded_again(images, tmp_path, family, accelerato
     assert encoded(random_flip=True) == (4, 0), "the mirrored ones"
     assert encoded() == (0, 0)
     other = get_family(ModelConfig(path=str(other_vae(tmp_path))))
-    built = build_datasets(config_for(images, tmp_path), other, accelerator)
+    built = build_datasets(config_for(images, tmp_path), other, process)
     assert (built.encoded_images, built.encoded_captions) == (4, 0), (
         "another VAE, the same text encoder"
     )
@@ -179,23 +190,23 @@ def other_vae(tmp_path):
     return folder
 
 
-def test_a_damaged_part_is_named_and_encoded_again(images, tmp_path, family, accelerator, capsys):
-    first = build_datasets(config_for(images, tmp_path), family, accelerator)
+def test_a_damaged_part_is_named_and_encoded_again(images, tmp_path, family, process, capsys):
+    first = build_datasets(config_for(images, tmp_path), family, process)
     expected = [first.train.latents(row) for row in range(4)]
-    (part,) = first.train.media.parts
-    content = bytearray(data_file(part).read_bytes())
+    (shard,) = first.train.media.shards
+    content = bytearray(data_path(shard).read_bytes())
     content[-500] ^= 1
-    data_file(part).write_bytes(content)
-    again = build_datasets(config_for(images, tmp_path), family, accelerator)
-    assert f"{part} is damaged: its rows are encoded again" in capsys.readouterr().out
+    data_path(shard).write_bytes(content)
+    again = build_datasets(config_for(images, tmp_path), family, process)
+    assert f"{shard} is damaged: its rows are encoded again" in capsys.readouterr().out
     assert again.encoded_images == 4
     assert all(again.train.latents(row).equal(latents) for row, latents in enumerate(expected))
 
 
-def test_rows_do_not_depend_on_what_else_is_encoded(images, tmp_path, family, accelerator):
+def test_rows_do_not_depend_on_what_else_is_encoded(images, tmp_path, family, process):
     """With full batches of one size, whichever rows happen to share them."""
     options = {"encode_batch_size": 3}
-    whole = build_datasets(config_for(images, tmp_path, **options), family, accelerator).train
+    whole = build_datasets(config_for(images, tmp_path, **options), family, process).train
     expected = {
         whole.name(row): (whole.latents(row), whole.cond(row)["prompt_embeds"]) for row in range(4)
     }
@@ -206,73 +217,67 @@ def test_rows_do_not_depend_on_what_else_is_encoded(images, tmp_path, family, ac
         for name in kept:
             for suffix in (".png", ".txt"):
                 shutil.copy(images / f"{name}{suffix}", part)
-        built = build_datasets(config_for(part, tmp_path, **options), family, accelerator).train
+        built = build_datasets(config_for(part, tmp_path, **options), family, process).train
         for row in range(len(built)):
             latents, embeds = expected[built.name(row)]
             assert built.latents(row).equal(latents)
             assert built.cond(row)["prompt_embeds"].equal(embeds)
 
 
-def test_the_fingerprint_follows_content_and_repeats_not_names(
-    images, tmp_path, family, accelerator
-):
-    def fingerprint(**options) -> str:
+def test_the_content_hash_follows_content_and_repeats_not_names(images, tmp_path, family, process):
+    def content_hash(**options) -> str:
         return build_datasets(
-            config_for(images, tmp_path, **options), family, accelerator
-        ).train.fingerprint
+            config_for(images, tmp_path, **options), family, process
+        ).train.content_hash
 
-    first = fingerprint()
+    first = content_hash()
     for suffix in (".png", ".txt"):
         (images / f"cat{suffix}").rename(images / f"z_cat{suffix}")
-    assert fingerprint() == first
-    renamed = build_datasets(config_for(images, tmp_path), family, accelerator).train
+    assert content_hash() == first
+    renamed = build_datasets(config_for(images, tmp_path), family, process).train
     assert "z_cat.png" in names_of(renamed), (
         "an index that is there is not taken for one with other names"
     )
     folder = images / "3_more"
     folder.mkdir()
-    others = [fingerprint(caption_dropout=0.1), fingerprint(random_flip=True)]
+    others = [content_hash(caption_dropout=0.1), content_hash(random_flip=True)]
     for suffix in (".png", ".txt"):
         (images / f"z_cat{suffix}").rename(folder / f"z_cat{suffix}")
-    others.append(fingerprint())
+    others.append(content_hash())
     (images / "dog.txt").write_text("changed")
-    others.append(fingerprint())
+    others.append(content_hash())
     assert len({first, *others}) == 5
 
 
-def test_held_out_images_are_chosen_by_content(images, tmp_path, family, accelerator):
-    built = build_datasets(
-        config_for(images, tmp_path, validation_fraction=0.25), family, accelerator
-    )
+def test_held_out_images_are_chosen_by_content(images, tmp_path, family, process):
+    built = build_datasets(config_for(images, tmp_path, validation_fraction=0.25), family, process)
     assert (len(built.train), len(built.validation)) == (3, 1)
     held_out = built.validation.captions(1)
     for file in list(images.iterdir()):
         file.rename(images / f"{len(file.stem)}{file.name}")
-    again = build_datasets(
-        config_for(images, tmp_path, validation_fraction=0.25), family, accelerator
-    )
+    again = build_datasets(config_for(images, tmp_path, validation_fraction=0.25), family, process)
     assert again.validation.captions(1) == held_out
     with pytest.raises(DataError, match="leaves none"):
-        build_datasets(config_for(images, tmp_path, validation_fraction=0.9), family, accelerator)
+        build_datasets(config_for(images, tmp_path, validation_fraction=0.9), family, process)
 
 
-def test_the_same_name_in_both_sets_is_two_images(images, tmp_path, family, accelerator):
+def test_the_same_name_in_both_sets_is_two_images(images, tmp_path, family, process):
     held_out = tmp_path / "held_out"
     held_out.mkdir()
     shutil.copy(images / "dog.png", held_out / "cat.png")
     shutil.copy(images / "cat.txt", held_out / "cat.txt")
     built = build_datasets(
-        config_for(images, tmp_path, validation_path=str(held_out)), family, accelerator
+        config_for(images, tmp_path, validation_path=str(held_out)), family, process
     )
     cat = names_of(built.train).index("cat.png")
     assert not built.validation.latents(0).equal(built.train.latents(cat))
 
 
-def test_images_of_all_shapes_go_into_buckets(images, tmp_path, family, accelerator):
+def test_images_of_all_shapes_go_into_buckets(images, tmp_path, family, process):
     for name, size in (("wide", (300, 100)), ("wider", (310, 100)), ("tall", (40, 90))):
         Image.effect_noise(size, 50).save(images / f"{name}.png")
         (images / f"{name}.txt").write_text(name)
-    built = build_datasets(config_for(images, tmp_path), family, accelerator).train
+    built = build_datasets(config_for(images, tmp_path), family, process).train
     sizes = {built.name(row): built.size(row) for row in range(len(built))}
     assert sizes == {
         "cat.png": (64, 64), "dog.png": (64, 64), "owl.png": (64, 64), "tiger.png": (64, 64),
@@ -282,14 +287,12 @@ def test_images_of_all_shapes_go_into_buckets(images, tmp_path, family, accelera
         height, width = built.size(row)
         assert built.latents(row).shape == (4, height // 4, width // 4)
     assert sorted(sum(s.visits for s in bucket) for bucket in built.buckets) == [1, 2, 4]
-    square = build_datasets(
-        config_for(images, tmp_path), family, accelerator, only_square=True
-    ).train
+    square = build_datasets(config_for(images, tmp_path), family, process, only_square=True).train
     assert len(square.buckets) == 1
 
 
 def test_several_sources_with_weights_repeats_and_captions_of_their_own(
-    images, tmp_path, family, accelerator
+    images, tmp_path, family, process
 ):
     regular = tmp_path / "regular"
     regular.mkdir()
@@ -306,31 +309,31 @@ def test_several_sources_with_weights_repeats_and_captions_of_their_own(
         caption_dropout=0.3,
         validation_fraction=0.25,
     )
-    built = build_datasets(config, family, accelerator)
+    built = build_datasets(config, family, process)
     rows = {built.train.name(row): row for row in range(len(built.train))}
     assert len(built.validation) == 1
     assert "any.png" in rows, "regularization images are never held out"
-    weights = built.train.arrays["weight"]
+    weights = built.train.samples["weight"]
     assert [float(weights[row]) for name, row in sorted(rows.items())] == [0.25, 0.5, 0.5, 0.5]
     assert built.train.epoch_size == 3 * 2 + 1
-    assert built.train.arrays["dropout"][rows["any.png"]] == 0
+    assert built.train.samples["caption_dropout"][rows["any.png"]] == 0
     assert built.encoded_captions == 4 + 1 + 1, "the captions, the class and the empty prompt"
 
 
-def test_bad_images_can_be_skipped(images, tmp_path, family, accelerator, capsys):
+def test_bad_images_can_be_skipped(images, tmp_path, family, process, capsys):
     (images / "dog.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"1 error\n  dog.png: "):
-        build_datasets(config_for(images, tmp_path), family, accelerator)
-    built = build_datasets(config_for(images, tmp_path, on_error="skip"), family, accelerator)
+        build_datasets(config_for(images, tmp_path), family, process)
+    built = build_datasets(config_for(images, tmp_path, on_error="skip"), family, process)
     assert (len(built.train), built.skipped) == (3, 1)
     assert (
-        "1 error in the training data; 3 samples without one remain\n  dog.png: "
+        "1 error in the training data, 3 samples without errors\n  dog.png: "
         in capsys.readouterr().out
     )
     for file in images.glob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="4 errors"):
-        build_datasets(config_for(images, tmp_path, on_error="skip"), family, accelerator)
+        build_datasets(config_for(images, tmp_path, on_error="skip"), family, process)
 
 
 def test_large_files_are_hashed_once(tmp_path):
@@ -344,12 +347,12 @@ def test_large_files_are_hashed_once(tmp_path):
     assert file_hashes([file], tmp_path)[file] not in ("remembered", first[file])
 
 
-def test_captions_that_are_cut_are_named(images, tmp_path, family, accelerator, capsys):
+def test_captions_that_are_cut_are_named(images, tmp_path, family, process, capsys):
     (images / "cat.txt").write_text("cat " * 50)
-    build_datasets(config_for(images, tmp_path), family, accelerator)
+    build_datasets(config_for(images, tmp_path), family, process)
     assert (
-        "1 captions are longer than the text encoder reads; the end is cut\n  cat cat"
+        "1 caption is longer than the text encoder reads, and is cut off at the end\n  cat cat"
         in capsys.readouterr().out
     )
-    build_datasets(config_for(images, tmp_path), family, accelerator)
+    build_datasets(config_for(images, tmp_path), family, process)
     assert "longer" not in capsys.readouterr().out

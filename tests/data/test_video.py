@@ -7,8 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers.data_cases import data_config
+from helpers.data_cases import SINGLE_PROCESS, data_config
 from helpers.data_families import Video
 from helpers.project import BASE, reset_accelerate
 from PIL import Image
@@ -17,7 +16,7 @@ import models
 from common.errors import DataError
 from data.batches import make_batch
 from data.media.buckets import Crop
-from data.media.video import Clip, Clips, check, is_video, pixels
+from data.media.video import Clip, ClipSampling, check, is_video, pixels
 from data.precompute.build import build_datasets
 from models.config import ModelConfig
 from models.families.sd15 import StableDiffusion
@@ -131,7 +130,7 @@ def test_what_is_transparent_in_an_animation_is_of_the_background():
     ],
 )  # fmt: skip
 def test_clips_are_as_many_as_asked_for_and_never_share_frames(frames, spread, seconds, expected):
-    found = Clips(frames, 16, 4, spread).of(seconds)
+    found = ClipSampling(frames, 16, 4, spread).clips(seconds)
     assert [(clip.start * 16, clip.frames) for clip in found] == expected
 
 
@@ -162,10 +161,10 @@ def build(tmp_path, family):
         given = {
             "resolution": 96,
             "cache_dir": str(tmp_path / "cache"),
-            "images": str(images),
+            "path": str(images),
             **options,
         }
-        return build_datasets(data_config(**given), family, Accelerator(cpu=True))
+        return build_datasets(data_config(**given), family, SINGLE_PROCESS)
 
     yield run
     reset_accelerate()
@@ -188,13 +187,13 @@ def test_videos_become_rows_of_clips_in_buckets_of_their_size_and_length(
     assert len(built.train.buckets) == 3
     assert built.encoded_images == 2 * 4
     assert (
-        "1 videos have fewer frames than --data.frames 9\n  short.webm: 5 of them are taken"
+        "1 video has fewer frames than --data.frames 9\n  short.webm: 5 frames at 16 per second"
         in capsys.readouterr().out
     )
     assert build(folder, frames=9, random_flip=True).encoded_images == 0
     encoders = family.load_encoders("media")
     row = [built.train.name(row) for row in range(4)].index("long.mp4")
-    crop = Crop(*built.train.arrays["crop"][row].tolist())
+    crop = Crop(*built.train.samples["crop"][row].tolist())
     clip = pixels((folder / "long.mp4").read_bytes(), crop, Clip(0, 9, 16), "white")
     with torch.no_grad():
         expected = family.encode_media(encoders, clip[None])[0][0]
@@ -212,7 +211,9 @@ def test_several_clips_of_a_video_are_rows_that_are_held_out_together(build, fol
     }  # fmt: skip
     assert len(held_out) == 1
     assert not every.keys() & held_out.keys()
-    assert build(folder, frames=5, clip="first").encoded_images == 0, "the first clips are the same"
+    assert build(folder, frames=5, video_clips="first").encoded_images == 0, (
+        "the first clips are the same"
+    )
     rate = build(folder, frames=5, fps=8.0)
     assert (len(rate.train), rate.encoded_images) == (4, 3)
 
@@ -252,7 +253,8 @@ def test_a_model_of_images_takes_no_videos(build, folder):
 
 def test_frames_that_the_model_does_not_take_are_refused(build, folder):
     with pytest.raises(
-        DataError, match=r"--data\.frames 16: this model takes one more than .* 4, such as 13 or 17"
+        DataError,
+        match=r"--data\.frames 16: this model takes one more than a multiple of 4 frames\. Use 13 or 17",
     ):
         build(folder, frames=16)
 
@@ -279,8 +281,8 @@ def test_all_bad_videos_are_named(build, folder, monkeypatch):
         build(folder)
     message = str(caught.value)
     assert "4 errors" in message
-    for said in ("empty.mp4: the file is empty", "noise.mp4: neither an image nor a video", "cut.mp4: ",
-                 "sound.mp4: a file without a video"):  # fmt: skip
+    for said in ("empty.mp4: the file is empty", "noise.mp4: neither an image nor a readable video", "cut.mp4: ",
+                 "sound.mp4: the file has no video stream"):  # fmt: skip
         assert said in message
     assert len(build(folder, on_error="skip").train) == 4
     (folder / "other.mp4").write_bytes(video(2))

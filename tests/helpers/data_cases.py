@@ -1,82 +1,91 @@
-"""Encoded data sets for tests, without models: rows with latents and conditioning of numbers that tell them apart."""
+"""Encoded data sets for tests, without models: latents and conditioning are numbers that tell samples apart."""
 
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
+from common.process import ProcessInfo
 from data.config import CaptionConfig, CaptionOverrides, DataConfig, SourceConfig
 from data.dataset import LatentDataset, Stores
 from data.media.buckets import Crop
 from data.precompute.index import write_index
-from data.store import tables
-from data.store.hashing import key_of
-from data.store.schema import NONE, Ragged
+from data.samples import ListedSample, PlannedSample
+from data.store.keys import key_of
+from data.store.schema import FIXED_LENGTHS, VariableLengths
 from data.store.store import Store
+from data.store.tables import Table, new_table
 
 Tensors = dict[bytes, dict[str, torch.Tensor]]
+SINGLE_PROCESS = ProcessInfo(0, 1, torch.device("cpu"))
 
 
-def row_of(number: int, **given) -> dict:
-    """A row of tables.ROWS."""
-    side = given.pop("side", 16)
-    return {
-        "entry": number, "content": key_of(f"content {number}"), "media": [key_of(f"media {number}")],
-        "texts": [key_of(f"caption {number % 2}")], "shares": [1.0], "repeats": 1, "weight": 1.0, "dropout": 0.0,
-        "crop": list(astuple(Crop(side, side, side, side, 0, 0, side, side))), "held_out": False, "may_hold_out": True,
-        **given,
-    }  # fmt: skip
+def sample_of(number: int, side: int = 16, **options: Any) -> PlannedSample:
+    """A planned sample of a square image."""
+    defaults = {
+        "content_hash": key_of(f"content {number}"),
+        "media_keys": [key_of(f"media {number}")],
+        "caption_keys": [key_of(f"caption {number % 2}")],
+        "caption_probabilities": [1.0],
+        "crop": Crop(side, side, side, side, 0, 0, side, side),
+    }
+    return PlannedSample(listed=number, **{**defaults, **options})
 
 
-def dataset_of(folder: Path, count: int, rows: list[dict] | None = None) -> LatentDataset:
-    """A data set of `count` rows, or of `rows`; latents (4, side / 8, side / 8) are full of the row's number."""
-    rows = rows if rows is not None else [row_of(i) for i in range(count)]
+def dataset_of(
+    folder: Path, count: int, samples: list[PlannedSample] | None = None
+) -> LatentDataset:
+    """A data set of `count` samples, or of `samples`; latents (4, side / 8, side / 8) hold the sample's number."""
+    samples = samples if samples is not None else [sample_of(i) for i in range(count)]
     media = {
         key: {
             "latents": torch.full(
-                (4, row["crop"][7] // 8, row["crop"][6] // 8), row["entry"] + 0.5 * flip
+                (4, sample.crop.crop_height // 8, sample.crop.crop_width // 8),
+                sample.listed + 0.5 * flip,
             )
         }
-        for row in rows
-        for flip, key in enumerate(row["media"])
+        for sample in samples
+        for flip, key in enumerate(sample.media_keys)
     }
-    texts = dict.fromkeys([key_of(""), *(text for row in rows for text in row["texts"])])
+    texts = dict.fromkeys([key_of(""), *(key for sample in samples for key in sample.caption_keys)])
     conds = {text: {"prompt_embeds": torch.full((3, 5), float(i))} for i, text in enumerate(texts)}
-    return dataset_with(folder, rows, media, conds)
+    return dataset_with(folder, samples, media, conds)
 
 
 def dataset_with(
-    folder: Path, rows: list[dict], media: Tensors, texts: Tensors, ragged: Ragged = NONE
+    folder: Path,
+    samples: list[PlannedSample],
+    media: Tensors,
+    texts: Tensors,
+    variable_lengths: VariableLengths = FIXED_LENGTHS,
 ) -> LatentDataset:
-    """A data set of `rows`, whose media and texts are these tensors."""
-    stores = Stores(Store(folder / "media"), Store(folder / "text"), ragged)
+    """A data set of `samples`, whose media and texts are these tensors."""
+    stores = Stores(Store(folder / "media"), Store(folder / "text"), variable_lengths)
     stores.media.write(media.items())
     stores.text.write(texts.items())
     stores.media.reload()
     stores.text.reload()
-    with tables.writing(folder / "index" / "listing.arrow", tables.LISTING) as listing:
-        for i in range(max(row["entry"] for row in rows) + 1):
-            listing.add(
-                {name: None for name in tables.LISTING.names}
-                | {"name": f"image {i}", "captions": [f"{i}"]}
-            )
-    table = pa.Table.from_pylist(rows, tables.ROWS)
-    write_index(folder / "index", table, np.arange(len(rows)), stores)
+    with new_table(folder / "index" / "listed.arrow", ListedSample) as listed:
+        for i in range(max(sample.listed for sample in samples) + 1):
+            listed.add(ListedSample(row=i, name=f"image {i}", captions=[f"{i}"], stamp=""))
+    with new_table(folder / "planned.arrow", PlannedSample) as planned:
+        for sample in samples:
+            planned.add(sample)
+    table = Table(folder / "planned.arrow", PlannedSample)
+    write_index(folder / "index", table, np.arange(len(samples)), stores)
     return LatentDataset(folder / "index", stores)
 
 
 def data_config(**options: Any) -> DataConfig:
-    """A DataConfig; `caption_<option>` stands for data.captions.<option>."""
+    """A DataConfig; `caption_<option>` means data.captions.<option>."""
     captions = {name: options.pop(name) for name in list(options) if name.startswith("caption_")}
-    own = {name.removeprefix("caption_"): value for name, value in captions.items()}
-    return DataConfig(captions=CaptionConfig(**own), **options)
+    values = {name.removeprefix("caption_"): value for name, value in captions.items()}
+    return DataConfig(captions=CaptionConfig(**values), **options)
 
 
 def source_config(path: str, **options: Any) -> SourceConfig:
-    """A SourceConfig; `caption_<option>` stands for source.captions.<option>."""
+    """A SourceConfig; `caption_<option>` means source.captions.<option>."""
     captions = {name: options.pop(name) for name in list(options) if name.startswith("caption_")}
-    own = {name.removeprefix("caption_"): value for name, value in captions.items()}
-    return SourceConfig(path, captions=CaptionOverrides(**own), **options)
+    values = {name.removeprefix("caption_"): value for name, value in captions.items()}
+    return SourceConfig(path, captions=CaptionOverrides(**values), **options)

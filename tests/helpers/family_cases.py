@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.store.hashing import key_of
+from data.store.keys import key_of
 from data.store.store import Store
 from models import FAMILIES
 from models.base import ModelFamily
@@ -173,7 +173,7 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         store = Store(Path(folder))
         store.write((key_of(str(i)), row) for i, row in enumerate(rows))
         store.reload()
-        return store.rows(
+        return store.read_batch(
             store.find(np.array([key_of(str(i)) for i in range(len(rows))])).tolist(),
             family.variable_length,
         )

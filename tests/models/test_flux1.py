@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from helpers.data_cases import data_config
+from helpers.data_cases import SINGLE_PROCESS, data_config
 from helpers.families import chroma as family_chroma
 from helpers.families import flux1 as family_flux1
 from helpers.family_cases import (
@@ -89,9 +88,7 @@ def test_dev_and_schnell_do_not_share_captions_though_they_share_encoders(images
     data = data_config(path=str(images), resolution=32, cache_dir=str(tmp_path / "cache"))
     lengths, encoded = [], []
     for folder in (folder_of(DEV), other, folder_of(DEV)):
-        built = build_datasets(
-            data, get_family(ModelConfig(path=str(folder))), Accelerator(cpu=True)
-        )
+        built = build_datasets(data, get_family(ModelConfig(path=str(folder))), SINGLE_PROCESS)
         lengths.append(len(built.train.cond(0)["prompt_embeds"]))
         encoded.append((built.encoded_images > 0, built.encoded_captions > 0))
     assert lengths == [512, 256, 512]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError
-from data.store.hashing import hash_of_files
+from common.hashing import hash_of_files
 from models.base import ModelFamily
 from models.config import ModelConfig
 from models.detect import get_family

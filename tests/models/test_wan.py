@@ -9,7 +9,7 @@ from helpers.family_cases import Case, cases, family_of, folder_of
 from PIL import Image
 
 from common.errors import ModelError
-from data.sources.comfy_shards import scan
+from data.sources.comfy_shards import scan_folder
 from training.config import SampleConfig
 from training.preview import draw_sample, first_frame
 
@@ -82,7 +82,7 @@ def test_comfyuis_latents_of_one_frame_are_refused_by_it_too(tmp_path):
         assert (
             any(
                 "so one frame alone teaches it nothing" in fault
-                for fault in scan(tmp_path, family)[1]
+                for fault in scan_folder(tmp_path, family)[1]
             )
             == wrong
         )

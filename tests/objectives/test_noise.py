@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.batches import Batch, MicroBatches, make_batch
-from data.schedule import Schedule, key
+from data.schedule import Schedule, random_key
 from objectives.config import ObjectiveConfig
 from objectives.noise import add_multires_noise, modify_noise, upsampled_variance
 
@@ -171,7 +171,7 @@ def test_each_samples_stratified_quantile_is_uniform_over_the_steps(dataset):
 def test_quantiles_of_large_steps_stay_below_one(dataset, visit):
     found = source(dataset, 2, 2**15, stratified_timesteps=True)[visit].quantile
     assert (found < 1).all()
-    assert key("strata", 0, 0) != key("strata", 0, 1)
+    assert random_key("strata", 0, 0) != random_key("strata", 0, 1)
 
 
 def test_a_stratified_run_goes_on_where_it_stopped(options, run_here, tmp_path):

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
-from helpers.data_cases import data_config
+from helpers.data_cases import SINGLE_PROCESS, data_config
 from helpers.project import BASE, PROJECT, TWEMOJI, reset_accelerate
 from PIL import Image
 
 from data.export import write_dataset
 from data.media.buckets import Crop
 from data.media.images import pixels
-from data.precompute.build import Build, build_datasets
+from data.precompute.build import DatasetBuilder, build_datasets
 from data.store.store import Store
 from models.config import ModelConfig
 from models.detect import get_family
@@ -200,10 +199,10 @@ def test_the_amount_to_encode_equals_the_encoded_amount(odd, told, tmp_path):
     data = data_config(path=str(odd), cache_dir=str(tmp_path / "cache"), resolution=64, random_flip=True,
                       vae_sampling="sample", masks="alpha", caption_dropout=0.2)  # fmt: skip
     reset_accelerate()
-    built = build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
+    built = build_datasets(data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS)
     media, text = Store(built.train.media.folder), Store(built.train.text.folder)
-    latents = [media.row(int(place)) for place in media.places]
-    texts = [text.row(int(place)) for place in text.places]
+    latents = [media.read_row(int(row_id)) for row_id in media.row_ids]
+    texts = [text.read_row(int(row_id)) for row_id in text.row_ids]
     sizes = [sum(t.nbytes for row in rows for t in row.values()) for rows in (latents, texts)]
     made = {row[0]: row[1:] for row in table(before, "encoding") if len(row) == 5}
     assert made["latents, with mirrored ones"] == ["12", "0", "12", data_size(sizes[0])], (
@@ -235,7 +234,7 @@ def test_all_errors_are_reported_at_once_as_in_a_run(odd, told, tmp_path):
     assert code == 0
     assert out.startswith("2 errors in the training data; 7 samples without one remain")
     assert fact(out, "total") == ["7, 1 skipped"]
-    assert not list((tmp_path / "cache").glob(".turns-*")), "what the look left is gone"
+    assert not list((tmp_path / "cache").glob(".stages-*")), "what the look left is gone"
 
 
 def test_mistakes_in_the_options_end_with_2(odd, told, tmp_path):
@@ -294,7 +293,7 @@ def test_sheets_of_latents_show_decoded_latents(told, images, tmp_path):
     assert not (tmp_path / "sheets").exists()
     reset_accelerate()
     data = data_config(path=str(images), cache_dir=str(tmp_path / "cache"), resolution=64)
-    build_datasets(data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True))
+    build_datasets(data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS)
     assert told(*words, images=images)[0] == 0
     decoded = np.asarray(Image.open(tmp_path / "sheets" / "bucket_64x64.png"), np.float32)
     assert told(words[0], images=images)[0] == 0
@@ -332,8 +331,8 @@ def test_data_of_comfyui_needs_decode(told, tmp_path):
 def test_encoded_data_is_reported(told, images, tmp_path):
     data = data_config(path=str(images), cache_dir=str(tmp_path / "elsewhere"), resolution=64)
     reset_accelerate()
-    with Build.opened(
-        data, get_family(ModelConfig(path=str(BASE))), Accelerator(cpu=True)
+    with DatasetBuilder.opened(
+        data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS
     ) as build:
         write_dataset(build, build.run(False), tmp_path / "encoded", "encoded")
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", "--decode", images=tmp_path / "encoded")

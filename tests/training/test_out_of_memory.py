@@ -16,7 +16,7 @@ def advice(capsys) -> str:
     after = said.split(
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.\n"
     )[-1]
-    (line,) = [line for line in after.splitlines() if line.startswith("To use less memory, try")]
+    (line,) = [line for line in after.splitlines() if line.startswith("To use less memory")]
     return line
 
 
@@ -61,7 +61,7 @@ def test_a_sharded_run_is_not_told_to_shard(monkeypatch):
 
 @pytest.mark.parametrize("size", [8, 1])
 def test_encoding_that_does_not_fit_says_so(size, options, run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encode, "encoded", full)
+    monkeypatch.setattr(encode, "encode_batch", full)
     fresh = [*options, f"--data.cache_dir={tmp_path / 'cache'}", f"--data.encode_batch_size={size}"]
     assert run_here(fresh) == 1
     line = advice(capsys)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from common.atomic import write_file
 from common.errors import DataError
-from data.precompute.encode import pixels_of
-from data.precompute.plan import ahead
+from data.precompute.encode import decode_pixels
+from data.precompute.streams import IMAGES_AHEAD, map_ahead
 from models.base import ModelFamily
 from tools.data.samples import FileContent, PlanSamples, Sample
 from tools.data.sheet_png import MAX_SIDE, Tile, sheet_png
@@ -159,7 +159,7 @@ def thumbnails_of_images(samples: PlanSamples, indices: np.ndarray) -> Iterator[
     chosen_samples = list(samples.at(indices))
     make_thumbnails = partial(thumbnails_of_file, background=samples.config.background)
     contents = samples.read_contents(chosen_samples)
-    for thumbnails in ahead(make_thumbnails, contents):
+    for thumbnails in map_ahead(make_thumbnails, contents, IMAGES_AHEAD):
         yield from thumbnails
 
 
@@ -174,7 +174,7 @@ def thumbnails_of_file(file: FileContent, background: str) -> list[Thumbnail]:
             clip = sample.planned.clip
             if clip is not None:
                 clip = replace(clip, frames=1)
-            pixels = pixels_of(file.content, sample.planned.crop, clip, background)
+            pixels = decode_pixels(file.content, sample.planned.crop, clip, background)
             thumbnails.append(Thumbnail(sample, to_thumbnail(pixels)))
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
@@ -190,7 +190,7 @@ def thumbnails_of_latents(
     Latents are decoded one after another, because large ones take gigabytes."""
     if not len(indices):
         return
-    device = samples.work.device
+    device = samples.job.device
     encoders = family.load_encoders("media").to(device)
     chosen_samples = list(samples.at(indices))
     for sample, latents in samples.read_latents(chosen_samples):

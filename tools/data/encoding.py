@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.config import DataConfig
-from data.media.video import frames_of
-from data.precompute.build import Planned
-from data.precompute.encode import lists_to_rows
-from data.precompute.plan import missing
-from data.store import tables
+from data.precompute.build import DataPlan
+from data.precompute.plan import clip_frames, missing_positions
 from data.store.store import Store
+from data.store.tables import list_owners
 from models.base import ModelFamily
 from tools.data.samples import PlanSamples
 
@@ -40,12 +38,10 @@ class KeyColumn:
     """For each key, the index of its sample."""
 
     @classmethod
-    def read(cls, plan: Planned, name: str) -> "KeyColumn":
+    def read(cls, plan: DataPlan, name: str) -> "KeyColumn":
         """Read a column of the table of planned samples."""
-        column = plan.work.rows.column(name)
-        lengths = tables.lengths(column)
-        keys = tables.keys(column)
-        return cls(keys, owners=lists_to_rows(lengths))
+        planned = plan.job.planned
+        return cls(planned.keys(name), owners=list_owners(planned.lengths(name)))
 
     @property
     def num_different(self) -> int:
@@ -57,12 +53,12 @@ class KeyColumn:
         `are_needed`: for each key; None: all are."""
         if are_needed is None:
             are_needed = np.ones(len(self.keys), bool)
-        return missing(self.keys, store, are_needed)
+        return missing_positions(self.keys, store, are_needed)
 
 
-def latents_amount(plan: Planned, samples: PlanSamples, family: ModelFamily) -> Amount:
+def latents_amount(plan: DataPlan, samples: PlanSamples, family: ModelFamily) -> Amount:
     """Return the amount of latents, with mirrored ones."""
-    media = KeyColumn.read(plan, "media")
+    media = KeyColumn.read(plan, "media_keys")
     positions = media.missing_positions(plan.stores.media)
     elements = elements_of(plan, samples, family)
     missing_elements = elements[media.owners[positions]]
@@ -74,17 +70,17 @@ def latents_amount(plan: Planned, samples: PlanSamples, family: ModelFamily) -> 
     )
 
 
-def elements_of(plan: Planned, samples: PlanSamples, family: ModelFamily) -> np.ndarray:
+def elements_of(plan: DataPlan, samples: PlanSamples, family: ModelFamily) -> np.ndarray:
     """Return the number of elements that are stored of each sample: of its latents and its mask.
 
     OUT: (samples,), int64."""
     sizes = samples.bucket_sizes().astype(np.int64)
     latent_sizes = sizes // family.limits.latent_step
     areas = latent_sizes.prod(axis=1)
-    num_frames = np.maximum(frames_of(plan.work.rows), 1)
+    num_frames = np.maximum(clip_frames(plan.job.planned), 1)
     num_latent_frames = 1 + (num_frames - 1) // family.limits.frame_step
     elements_per_channel = areas * num_latent_frames
-    return elements_per_channel * num_channels(plan.work.config, family)
+    return elements_per_channel * num_channels(plan.job.config, family)
 
 
 def num_channels(config: DataConfig, family: ModelFamily) -> int:
@@ -97,12 +93,12 @@ def num_channels(config: DataConfig, family: ModelFamily) -> int:
     return num_latent_channels + 1
 
 
-def conditioning_amount(plan: Planned, family: ModelFamily) -> Amount:
+def conditioning_amount(plan: DataPlan, family: ModelFamily) -> Amount:
     """Return the amount of conditioning."""
-    texts = KeyColumn.read(plan, "texts")
+    texts = KeyColumn.read(plan, "caption_keys")
     store = plan.stores.text
     # caption dropout needs the empty prompt, which is not in the table
-    are_captions = plan.work.has_images()[texts.owners]
+    are_captions = plan.job.have_images()[texts.owners]
     num_missing_captions = len(texts.missing_positions(store, are_captions))
     num_empty_prompts = plan.missing_captions - num_missing_captions
     num_missing = len(texts.missing_positions(store)) + num_empty_prompts

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from common.process import ProcessInfo
 from data.export import write_dataset
-from data.precompute.build import Build
+from data.precompute.build import DatasetBuilder
 from models.detect import get_family
 from tools.data.options import ExportOptions
 from training.distributed.accelerator import build_accelerator
@@ -17,15 +18,16 @@ def run(options: ExportOptions) -> int:
     out = Path(options.out)
     accelerator = build_accelerator(config)
     family = get_family(config.model)
-    with Build.opened(config.data, family, accelerator) as build:
-        datasets = build.run(not config.bucket_mode)
+    process = ProcessInfo.of(accelerator)
+    with DatasetBuilder.opened(config.data, family, process) as builder:
+        datasets = builder.run(not config.bucket_mode)
 
         def write() -> int:
-            return write_dataset(build, datasets, out, options.form)
+            return write_dataset(builder, datasets, out, options.form)
 
-        count = build.turns.main(write)
+        count = builder.stages.run_on_main(write)
     accelerator.print(f"wrote {count} samples to {out}")
-    has_variants = datasets.several_captions or config.data.random_flip
+    has_variants = datasets.has_caption_variants or config.data.random_flip
     if options.form != "encoded" and has_variants:
         accelerator.print(
             f"note: the form {options.form} has each image once, not mirrored, with its first "

@@ -4,9 +4,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from common.process import ProcessInfo
 from data.config import DataConfig, SourceConfig
-from data.precompute.build import Build, Planned
-from data.sources import kind_of
+from data.precompute.build import DataPlan, DatasetBuilder
+from data.sources import detect_kind
 from models.base import ModelFamily
 from models.detect import get_family
 from tools.data.contact_sheets import draw_sheets
@@ -50,12 +51,13 @@ def run(options: DataOptions) -> int:
     config = options.config
     accelerator = build_accelerator(config)
     family = get_family(config.model)
-    with Build.opened(config.data, family, accelerator) as build:
-        plan = build.plan(not config.bucket_mode)
+    process = ProcessInfo.of(accelerator)
+    with DatasetBuilder.opened(config.data, family, process) as builder:
+        plan = builder.plan(not config.bucket_mode)
         if not accelerator.is_main_process:
             return 0
-        _, held_out_indices = build.split(plan.work.rows)
-        samples = PlanSamples(plan, held_out_indices)
+        split = builder.split(plan.job.planned)
+        samples = PlanSamples(plan, split.held_out)
         print(report(config, plan, samples, family))
         if options.sheets is None:
             return 0
@@ -66,7 +68,7 @@ def run(options: DataOptions) -> int:
         return result.exit_code
 
 
-def report(config: TrainConfig, plan: Planned, samples: PlanSamples, family: ModelFamily) -> str:
+def report(config: TrainConfig, plan: DataPlan, samples: PlanSamples, family: ModelFamily) -> str:
     """Return the report, section by section."""
     survey = Survey(samples, family, config.export.trigger_words or "")
     latents = latents_amount(plan, samples, family)
@@ -132,7 +134,7 @@ def source_kind(config: SourceConfig) -> str:
     """Return the kind of a source, detected if it is not set."""
     if config.kind != "auto":
         return config.kind
-    return kind_of(Path(config.path))
+    return detect_kind(Path(config.path))
 
 
 def source_use(config: SourceConfig, is_validation: bool) -> str:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from common.atomic import write_file
 from common.errors import ConfigError, bullet_list
-from data.store.hashing import hash_of_files
+from common.hashing import hash_of_files
 from training.checkpoints import storage
 from training.checkpoints.best import BestWeights, best_step
 from training.checkpoints.state import (
@@ -109,7 +109,7 @@ class RunCheckpoints:
         assert self.base_hash is not None
         return {
             "config": config_hash(self.config),
-            "dataset": self.components.datasets.train.fingerprint,
+            "dataset": self.components.datasets.train.content_hash,
             "base model": self.base_hash.result(),
             "steps of the existing LoRA": self.components.previous_steps,
         }
