@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_algos.attach import attach
+from lora_algos.autograd_functions import choose_mode
 from lora_algos.config import AdapterOptions, LayerSpec
 
 LYCORIS_VERSION = "4.1.3"
@@ -89,12 +90,12 @@ def ours(setting: Setting, base: nn.Module) -> Layer:
     model = same_weights(base)
     attach(model, {"layer": setting.spec}, 0)
     layer: Any = model["layer"]
-    mode = (
-        (lambda x: layer.mode(x, layer.factors(dict(layer.tensors()))))
-        if hasattr(layer, "mode")
-        else (lambda x: "")
-    )
-    return Layer(layer, list(layer.trained().values()), mode)
+
+    def mode(x: Tensor) -> str:
+        factors = layer.factors(dict(layer.update_tensors()))
+        return choose_mode(layer.kernel, layer.spec.bypass_mode, x, factors)
+
+    return Layer(layer, list(layer.trained_tensors().values()), mode)
 
 
 def peft_config(spec: LayerSpec) -> Any:

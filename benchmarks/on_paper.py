@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_algos.attach import attach, select_layers
+from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
+from lora_algos.targets import select_layers
 
 RANK, PER_NODE, GPUS = 16, 8, (8, 64, 1024)
 FLOPS_PER_SECOND = 0.4 * 989e12  # assumed: 40 % of an H100's dense bf16

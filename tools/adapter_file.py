@@ -9,17 +9,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adapter_files import convert, files
-from adapter_files.keys import group_keys, looks_like
+from adapter_files import files
+from adapter_files.keys import group_keys, guess_model, split_key
+from adapter_files.reader import import_layers
 from adapter_files.safetensors_stream import TensorStore
-from adapter_files.writers import DORA_NORM
 from common.errors import AdapterError, error_list
 from lora_algos import get_algorithm
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import algorithm_name, detect_algorithm, layer_delta
 from tools.base_model import Model
 from tools.unknown_model import UnknownModel, format_of
 
-NEED_BASE = ("DoRA", "OFT", "BOFT", "GLoRA")  # their update is a function of the base's weight
 LayerTensors = dict[str, Tensor]
 
 
@@ -37,13 +36,11 @@ class AdapterFile:
     dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        file, config = files.file_and_config(self.path)
+        file, config = files.weights_and_config(self.path)
         try:
             self.store = TensorStore([file])
         except (SafetensorError, OSError) as error:
-            raise AdapterError(
-                f"{file} is not a readable .safetensors file: {files.unreadable(file, error)}"
-            ) from error
+            raise files.unreadable_error(file, error) from error
         self.metadata = {**self.store.metadata[file], **config}
         self._group()
         if not self.layers and not self.unknown:
@@ -59,7 +56,9 @@ class AdapterFile:
             key for key in infos if any(re.fullmatch(pattern, key) for pattern in self.drop)
         ]
         shapes = {key: info.shape for key, info in infos.items() if key not in self.dropped}
-        self.layers, self.unknown = group_keys(shapes, self.model.names.layer_of(self.model.layers))
+        self.layers, self.unknown = group_keys(
+            shapes, self.model.names.layers_by_spelling(self.model.layers)
+        )
         self.layers = {
             layer: self.layers[layer] for layer in self.model.layers if layer in self.layers
         }
@@ -69,8 +68,9 @@ class AdapterFile:
     def _changes_others_alone(self, layer: str) -> bool:
         """Whether what the file has for a fused weight is of other layers that this is made of."""
         names = self.model.names
-        if layer not in names.rows or not all(
-            names.is_native(key, layer) for key in self.layers[layer].values()
+        if layer not in names.slices or not all(
+            names.names_other_weight(split_key(key).spelling, layer)
+            for key in self.layers[layer].values()
         ):
             return False
         try:
@@ -82,7 +82,7 @@ class AdapterFile:
         """AdapterError naming the keys that belong to no layer."""
         if not self.unknown:
             return
-        looks = looks_like(self.store.infos)
+        looks = guess_model(self.store.infos)
         hint = [f"the file looks like one for {looks}"] if looks and not self.layers else []
         what = f"{self.path} does not fit the model: {len(self.unknown)} of {len(self.store.infos)} keys (--drop leaves"
         raise AdapterError(
@@ -137,11 +137,8 @@ class AdapterFile:
     def _found(self, layer: str, weight: Tensor) -> LayerTensors:
         """Nothing if the file changes other parts of a fused weight alone."""
         given = {key: self.store.get(key) for key in self.layers[layer].values()}
-        # without the base's values a dora_scale stays what the file says; its update is not asked
-        # for then
-        metadata = {k: v for k, v in self.metadata.items() if k != DORA_NORM or not weight.is_meta}
-        found, faults = files.from_file(
-            given, metadata, self.model.alone({layer: weight}), self.model.names
+        found, faults = import_layers(
+            given, self.metadata, self.model.alone({layer: weight}), self.model.names
         )
         if faults:
             raise AdapterError("; ".join(fault.removeprefix(f"{layer}: ") for fault in faults))
@@ -152,9 +149,10 @@ class AdapterFile:
         not fit it."""
         weight = self.model.weight(layer)
         tensors = self.tensors(layer, weight)
-        algorithm = algorithm_of(tensors)
-        get_algorithm(algorithm).read_spec(tensors, weight.shape)
-        if algorithm in NEED_BASE and not weight.is_meta and not weight.isfinite().all():
+        algorithm = detect_algorithm(tensors)
+        algorithm.read_spec(tensors, weight.shape)
+        needs_weight = algorithm.traits.needs_base_weight
+        if needs_weight and not weight.is_meta and not weight.isfinite().all():
             raise AdapterError("the model's weight is not finite (NaN or infinite values)")
         if "diff_b" in tensors and isinstance(self.model, Model):
             there = tuple(tensors["diff_b"].shape)
@@ -168,12 +166,12 @@ class AdapterFile:
 def needs_base(algorithm: str, weight: Tensor) -> bool:
     """Whether an update cannot be had, as it is a function of the base's values and these are not
     known."""
-    return weight.is_meta and algorithm in NEED_BASE
+    return weight.is_meta and get_algorithm(algorithm).traits.needs_base_weight
 
 
 def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """The update of `weight`, fp32; AdapterError if it cannot be had without the base's values."""
-    algorithm = algorithm_of(dict(tensors))
+    algorithm = algorithm_name(dict(tensors))
     if needs_base(algorithm, weight):
         raise AdapterError(f"{algorithm} needs --model")
-    return convert.delta_of(dict(tensors), weight)
+    return layer_delta(dict(tensors), weight)

@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from adapter_files.fused_weights import swap
-from adapter_files.keys import file_names
+from adapter_files.fused_weights import swap_halves
+from adapter_files.layer_names import layer_names
 from adapter_files.safetensors_stream import TensorInfo, TensorStore
 from common.errors import ModelError, error_list
-from lora_algos.attach import adaptable_layers, norm_layers
+from lora_algos.targets import adaptable_layers, norm_layers
 from models import get_family
 from models.config import ModelConfig
 
@@ -35,7 +35,7 @@ class Model:
             **adaptable_layers(self.skeleton),
             **norm_layers(self.skeleton),
         }
-        self.names = file_names(self.family, self.skeleton)
+        self.names = layer_names(self.family, self.skeleton)
         # in a single file a layer may be a part of a tensor
         self.natives = self.family.native_names(self.skeleton) if self.family.path.is_file() else {}
         self.layers_of_key: dict[str, list[tuple[str, str]]] = {}
@@ -86,12 +86,12 @@ class Model:
         if native is not None and native.rows is not None:
             stored = stored.narrow(0, *native.rows)
         there = stored.float().reshape(self.shape(layer, kind))
-        return swap(there) if native is not None and native.swapped else there
+        return swap_halves(there) if native is not None and native.swapped else there
 
     def put_part(self, stored: Tensor, value: Tensor, layer: str) -> Tensor:
         """`stored` with the layer's part of it replaced, and rounded to its dtype."""
         native = self.natives.get(layer)
-        value = swap(value) if native is not None and native.swapped else value
+        value = swap_halves(value) if native is not None and native.swapped else value
         if native is None or native.rows is None:
             return value.to(stored.dtype).reshape(stored.shape)
         changed = stored.clone()

@@ -6,9 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from adapter_files import convert
-from adapter_files.peft_config import known_rank
 from common.errors import AdapterError, error_list
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import algorithm_name, rank_of
 from tools.adapter_file import AdapterFile, LayerTensors, delta_of
 from tools.base_model import Model
 from tools.options import Convert
@@ -40,7 +39,7 @@ def converted(
             continue
         report.add(
             layer,
-            {"algorithm": algorithm_of(result), "rank": known_rank(result) or "-"},
+            {"algorithm": algorithm_name(result), "rank": rank_of(result) or "-"},
             float(delta.norm()),
             error,
         )
@@ -53,9 +52,9 @@ def converted(
 def as_asked(tensors: LayerTensors, weight: Tensor, options: Convert) -> tuple[LayerTensors, float]:
     """A layer's tensors converted, and ||error|| / ||update||."""
     if options.convert == "full":
-        return convert.full(tensors, weight), 0.0
+        return convert.full_tensors(tensors, weight), 0.0
     if options.convert == "lora-exact":
-        return convert.lora_exact(tensors, weight.shape), 0.0
+        return convert.exact_lora(tensors, weight.shape), 0.0
     if options.convert == "lora-svd":
         assert options.rank is not None  # options.faults refuses it
         return convert.nearest_lora(tensors, weight, options.rank)

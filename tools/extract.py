@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adapter_files import convert
-from adapter_files.peft_config import known_rank
 from common.errors import ModelError, error_list
+from lora_algos.detection import layer_delta, rank_of
 from lora_algos.lokr import factorization
 from tools.adapter_file import LayerTensors
 from tools.base_model import Model
@@ -55,7 +55,7 @@ def run(options: Extract) -> int:
 def file_format_for(base: Model, options: Extract) -> str:
     """The one that the most programs load."""
     file_formats = base.family.file_formats
-    if options.algorithm == "LoRA" and not base.names.native_only:
+    if options.algorithm == "LoRA" and not base.names.original_only:
         return file_formats[0]
     return next((name for name in file_formats if name != "diffusers"), file_formats[-1])
 
@@ -101,8 +101,8 @@ class Extraction:
                 continue
             tensors = {**self.adapter(delta), **({"diff_b": bias} if bias is not None else {})}
             norm = float(delta.norm())
-            error = float((convert.delta_of(tensors, delta) - delta).norm()) / (norm or 1.0)
-            words = {"algorithm": self.options.algorithm, "rank": known_rank(tensors) or "-"}
+            error = float((layer_delta(tensors, delta) - delta).norm()) / (norm or 1.0)
+            words = {"algorithm": self.options.algorithm, "rank": rank_of(tensors) or "-"}
             self.report.add(layer, words, norm, error)
             yield layer, tensors
         inside = {f"{layer}.{kind}" for layer in self.base.layers for kind in ("weight", "bias")}
@@ -129,8 +129,8 @@ class Extraction:
             return {"diff": delta}
         if options.algorithm == "LoKr":
             return nearest_kronecker(delta, options)
-        parts = convert.svd_of(delta)
-        return convert.lora_svd(parts, chosen_rank(parts[1], options), delta.shape)[0]
+        parts = convert.matrix_svd(delta)
+        return convert.truncated_lora(parts, chosen_rank(parts[1], options), delta.shape)[0]
 
 
 def chosen_rank(singular_values: Tensor, options: Extract) -> int:

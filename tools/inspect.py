@@ -7,10 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapter_files.keys import looks_like
-from adapter_files.peft_config import known_rank
+from adapter_files.keys import guess_model
 from common.errors import AdapterError
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import algorithm_name, rank_of
 from tools.adapter_file import AdapterFile, delta_of, needs_base
 from tools.base_model import Model
 from tools.options import Inspect
@@ -53,7 +52,7 @@ def run(options: Inspect) -> int:
     )
     print(f"{options.file}: {len(adapter.store.infos)} tensors, {adapter.size:,} bytes, {dtypes}")
     print(
-        f"looks like an adapter for {looks_like(adapter.store.infos) or 'a model that is not known here'}"
+        f"looks like an adapter for {guess_model(adapter.store.infos) or 'a model that is not known here'}"
     )
     for name, value in facts(adapter.metadata).items():
         print(f"{name:16}{value}")
@@ -75,7 +74,7 @@ def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
     for layer in adapter.layers:
         try:
             tensors, weight = adapter.read(layer)
-            algorithm = algorithm_of(tensors)
+            algorithm = algorithm_name(tensors)
             norm = math.nan if needs_base(algorithm, weight) else size_of(delta_of(tensors, weight))
         except AdapterError as error:
             damaged.append(f"{layer}: {error}")
@@ -83,7 +82,7 @@ def surveyed(adapter: AdapterFile) -> tuple[Report, list[str]]:
         alpha = float(tensors["alpha"]) if "alpha" in tensors else "-"
         report.add(
             layer,
-            {"algorithm": algorithm, "rank": known_rank(tensors) or "-", "alpha": alpha},
+            {"algorithm": algorithm, "rank": rank_of(tensors) or "-", "alpha": alpha},
             norm,
         )
     return report, damaged

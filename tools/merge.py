@@ -10,8 +10,9 @@ from torch import Tensor
 from adapter_files.safetensors_stream import write_tensors
 from common.atomic import new_file, new_folder
 from common.errors import ModelError
-from lora_algos.attach import algorithm_of
-from tools.adapter_file import NEED_BASE, AdapterFile, delta_of
+from lora_algos import get_algorithm
+from lora_algos.detection import algorithm_name
+from tools.adapter_file import AdapterFile, delta_of
 from tools.base_model import Model
 from tools.copy_model import copy_rest
 from tools.options import Merge
@@ -91,10 +92,10 @@ class Merging:
                 total += strength * adapter.tensors(layer, self.model.weight(layer))["diff_b"]
             else:
                 tensors = adapter.tensors(layer, weight)
-                words.add(algorithm_of(tensors))
+                words.add(algorithm_name(tensors))
                 total += strength * delta_of(tensors, weight)
         if kind == "weight":
-            self.of_base |= words & {*NEED_BASE}
+            self.of_base |= {name for name in words if get_algorithm(name).traits.needs_base_weight}
             self.report.add(
                 layer,
                 {"algorithm": ", ".join(sorted(words)), "files": len(parts)},

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from adapter_files import convert
-from adapter_files.peft_config import known_rank
+from adapter_files.normalize import bias_of
 from common.errors import AdapterError, error_list
-from lora_algos.attach import algorithm_of
+from lora_algos import get_algorithm
+from lora_algos.detection import algorithm_name, layer_delta, rank_of
 from tools.adapter_file import AdapterFile, LayerTensors
 from tools.base_model import Model
 from tools.options import Resize
@@ -38,8 +39,10 @@ def resized(
     for layer in adapter.layers:
         try:
             tensors, weight = adapter.read(layer)
-            algorithm = algorithm_of(tensors)
-            if weight.is_meta and algorithm not in ("LoRA", "Full"):
+            algorithm = algorithm_name(tensors)
+            traits = get_algorithm(algorithm).traits
+            needs_model = traits.needs_base_weight or not traits.has_exact_weight_shape
+            if weight.is_meta and needs_model:
                 raise AdapterError(f"{algorithm} needs --model")
         except AdapterError as fault:
             faults.append(f"{layer}: {fault}")
@@ -50,16 +53,16 @@ def resized(
             report.add(
                 layer,
                 {"algorithm": algorithm, "rank": "-", "was": "-"},
-                float(tensors["diff"].norm()),
+                float(layer_delta(tensors, weight).norm()),
             )
             yield layer, tensors
             continue
-        parts = convert.svd(tensors, weight)
-        lora, error = convert.lora_svd(parts, wanted_rank(parts[1], options), weight.shape)
+        parts = convert.update_svd(tensors, weight)
+        lora, error = convert.truncated_lora(parts, wanted_rank(parts[1], options), weight.shape)
         rank = lora["lora_down.weight"].shape[0]
-        words = {"algorithm": algorithm, "rank": rank, "was": known_rank(tensors) or "-"}
+        words = {"algorithm": algorithm, "rank": rank, "was": rank_of(tensors) or "-"}
         report.add(layer, words, float(parts[1].norm()), error)
-        yield layer, {**lora, **convert.bias_of(tensors)}
+        yield layer, {**lora, **bias_of(tensors)}
     if faults:
         raise AdapterError(error_list(f"{options.file} cannot be resized", faults))
 

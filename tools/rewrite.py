@@ -13,13 +13,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from adapter_files import files
-from adapter_files.fused_weights import unconstrained
+from adapter_files import files, get_writer
 from adapter_files.kohya_metadata import network_metadata
-from adapter_files.safetensors_stream import HASHES, TensorInfo, write_tensors
-from adapter_files.writers import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
+from adapter_files.row_slices import portable
+from adapter_files.safetensors_stream import EMPTY_HASHES, TensorInfo, write_tensors
+from adapter_files.verification import MAX_ERROR, verify_content
+from adapter_files.writers import (
+    FORMATS_WITH_SHARED_ALPHA,
+    FileContent,
+    content_metadata_keys,
+    shared_alpha,
+    storage_dtype,
+    with_shared_alpha,
+)
 from common.atomic import WriteError, new_file, new_folder
 from common.errors import AdapterError
+from lora_algos.traits import Layers
 from tools.adapter_file import AdapterFile, LayerTensors
 from tools.base_model import Model
 from tools.options import Convert, Resize
@@ -28,9 +37,8 @@ from tools.unknown_model import UnknownModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_KEPT = (
-    *HASHES,
+    *EMPTY_HASHES,
     "modelspec.hash_sha256",
-    DORA_NORM,
     "adapter_config",
     "lora_adapter_metadata",
     "format",
@@ -63,7 +71,7 @@ class Spool:
         """Layer -> its tensors without values; but alphas have theirs."""
 
     def put(self, layer: str, tensors: LayerTensors) -> None:
-        self.layers[layer] = files.without_values(tensors)
+        self.layers[layer] = files.shapes_only(tensors)
         try:
             self._path(layer).write_bytes(
                 files.to_bytes({key: t.contiguous() for key, t in tensors.items()}, {})
@@ -104,16 +112,16 @@ def write_adapter(out: Path, layers: LayersInTurn, target: Target) -> float:
     """
     with spool_beside(out) as spool:
         for layer, tensors in layers:
-            spool.put(layer, unconstrained(tensors))
+            spool.put(layer, portable(tensors))
         if not spool.layers:
             raise ToolError("there is nothing to write: no layer changes")
         weights = {layer: target.model.empty(layer) for layer in spool.layers}
-        plan = WRITERS[target.file_format](spool.layers, weights, target.model.names)
-        metadata = {**described(target.metadata, spool), **plan.metadata, **HASHES}
+        plan = get_writer(target.file_format)(spool.layers, weights, target.model.names)
+        metadata = {**described(target.metadata, spool), **plan.metadata, **EMPTY_HASHES}
         if plan.config is not None:
             metadata["format"] = "pt"
         infos = {
-            key: TensorInfo(stored_dtype(key, target.dtype), tuple(t.shape))
+            key: TensorInfo(storage_dtype(key, target.dtype), tuple(t.shape))
             for key, t in plan.tensors.items()
         }
         errors: list[float] = []
@@ -164,28 +172,26 @@ def contents(
 ) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors, of one layer at a time, each layer read back as a stranger would and
     compared."""
-    alphas = [
-        float(t["alpha"]) for t in spool.layers.values() if "lora_up.weight" in t and "alpha" in t
-    ]
-    one_for_all = bool(alphas) and target.file_format in ("kohya", "comfyui")
+    alpha = shared_alpha(spool.layers)
+    one_for_all = target.file_format in FORMATS_WITH_SHARED_ALPHA
     for group in target.model.names.groups(spool.layers):
         layers = {layer: spool.get(layer) for layer in group}
         weights = {layer: target.model.weight(layer) for layer in group}
         # these formats have one alpha in all layers, and a writer sees a few layers here
         given = {
-            name: one_alpha(tensors, alphas[0]) if one_for_all else tensors
+            name: with_shared_alpha(tensors, alpha) if one_for_all else tensors
             for name, tensors in layers.items()
         }
-        written = WRITERS[target.file_format](given, weights, target.model.names).tensors
+        written = get_writer(target.file_format)(given, weights, target.model.names).tensors
         error = difference(
             FileContent(written, plan.metadata, plan.config), layers, weights, target
         )
-        if not error <= files.MOST_ERROR:
+        if not error <= MAX_ERROR:
             raise ToolError(
                 f"{', '.join(group)}: in the format {target.file_format} its update would differ by {error:.1e}"
             )
         rounded = {
-            key: tensor.to(stored_dtype(key, target.dtype)) for key, tensor in written.items()
+            key: tensor.to(storage_dtype(key, target.dtype)) for key, tensor in written.items()
         }
         overflown = [key for key, tensor in rounded.items() if not tensor.isfinite().all()]
         if overflown:
@@ -199,7 +205,7 @@ def contents(
 
 
 def difference(
-    content: FileContent, layers: files.Layers, weights: dict[str, Tensor], target: Target
+    content: FileContent, layers: Layers, weights: dict[str, Tensor], target: Target
 ) -> float:
     """||what a reader of `content` makes of a few layers - what `layers` make of them|| /
     ||update||, of the worst."""
@@ -208,15 +214,16 @@ def difference(
         name: torch.zeros_like(w, device="cpu") if w.is_meta else w for name, w in weights.items()
     }
     try:
-        return files.verify(content, layers, target.model.alone(known), target.model.names)
+        return verify_content(content, layers, target.model.alone(known), target.model.names)
     except AdapterError as error:
         raise ToolError(str(error)) from error
 
 
 def described(metadata: dict[str, str], spool: Spool) -> dict[str, str]:
     """Metadata with what it says of the adapter and of the file made true again."""
+    dropped_keys = {*NOT_KEPT, *content_metadata_keys()}
     return {
-        **{key: value for key, value in metadata.items() if key not in NOT_KEPT},
+        **{key: value for key, value in metadata.items() if key not in dropped_keys},
         **network_metadata(spool.layers),
     }
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapter_files.files import Names
 from adapter_files.keys import split_key
+from adapter_files.layer_names import LayerNames
 from adapter_files.safetensors_stream import TensorInfo
+from lora_algos.detection import guess_weight_shape
 from tools.base_model import bare, nested
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
@@ -36,7 +37,7 @@ def format_of(spellings: Iterable[str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Verbatim(Names):
+class Verbatim(LayerNames):
     """Layers are called what the file calls them, without the prefix that PEFT and diffusers put
     before all."""
 
@@ -94,44 +95,7 @@ def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
     """The shape of a layer's weight by the tensors of its adapter; a convolution may come out as a
     matrix."""
     shapes = {name: info.shape for name, info in parts.items()}
-    try:
-        if "diff" in shapes:
-            return torch.Size(shapes["diff"])
-        if "lora_up.weight" in shapes:
-            kernel = shapes.get("lora_mid.weight", shapes["lora_down.weight"])[2:]
-            return torch.Size((shapes["lora_up.weight"][0], shapes["lora_down.weight"][1], *kernel))
-        if "hada_t1" in shapes:
-            return torch.Size(
-                (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
-            )
-        if "hada_w1_a" in shapes:
-            return torch.Size((shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]))
-        if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
-            return lokr_shape(shapes)
-        if "oft_blocks" in shapes:  # which say nothing of the input
-            return torch.Size((shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 1))
-        if "a1.weight" in shapes:
-            return torch.Size(
-                (shapes["b1.weight"][0], shapes["a1.weight"][0], *shapes["b2.weight"][2:])
-            )
-    except (KeyError, IndexError):
-        pass  # reading the layer says what is wrong with it
-    return torch.Size((1, 1))
-
-
-def lokr_shape(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
-    a, c = (
-        shapes["lokr_w1"]
-        if "lokr_w1" in shapes
-        else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-    )[:2]
-    if "lokr_w2" in shapes:
-        b, d, *kernel = shapes["lokr_w2"]
-    elif "lokr_t2" in shapes:
-        b, d, kernel = shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1], [*shapes["lokr_t2"][2:]]
-    else:
-        b, d, kernel = shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1], []
-    return torch.Size((a * b, c * d, *kernel))
+    return guess_weight_shape(shapes)
 
 
 def block_of(layer: str) -> str:

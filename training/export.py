@@ -11,9 +11,13 @@ from torch import Tensor
 
 from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
+from adapter_files.verification import MAX_ERROR, verify_content
+from adapter_files.writers import FileContent, preferred_format
 from common.atomic import WriteError, new_folder, write_file
 from common.errors import AdapterError, error_list
 from lora_algos.adapted_model import AdaptedModel
+from lora_algos.full import DIFF
+from lora_algos.traits import Layers
 from models.base import ModelFamily
 from objectives.processes import sample_as_trained
 from training.build import on_one_process
@@ -78,19 +82,19 @@ def check_export(config: TrainConfig, parts: RunParts) -> None:
         return  # the file will hold a LoRA, which all formats support
     model = parts.adapted.model
     if config.export.convert == "full":
-        layers: files.Layers = {
-            name: {"diff": weight} for name, weight in files.weights_of(model).items()
+        layers: Layers = {
+            name: {DIFF: weight} for name, weight in files.base_weights(model).items()
         }
     else:
         layers = converted_layers(config, parts.adapted)
-    layers = {name: files.without_values(tensors) for name, tensors in layers.items()}
+    layers = {name: files.shapes_only(tensors) for name, tensors in layers.items()}
     for file_format in config.export.formats or (default_format(parts, layers),):
-        files.content_of(layers, model, parts.names, file_format)
+        files.build_content(layers, model, parts.names, file_format)
 
 
-def default_format(parts: RunParts, layers: files.Layers) -> str:
+def default_format(parts: RunParts, layers: Layers) -> str:
     """Return the format that most programs load for this model and adapter."""
-    return files.preferred(parts.family.file_formats, layers, parts.names)
+    return preferred_format(parts.family.file_formats, layers, parts.names)
 
 
 class RunExport:
@@ -177,14 +181,14 @@ def write_adapter(config: TrainConfig, parts: RunParts, facts: ExportFacts) -> l
     metadata = file_metadata(config, parts, layers, facts)
     paths: list[Path] = []
     for file_format in config.export.formats or (default_format(parts, layers),):
-        exact_content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
-        error = files.verify(exact_content, layers, adapted.model, names)
-        if not error <= files.MOST_ERROR:
+        exact_content = files.file_content(layers, adapted.model, names, file_format, torch.float32)
+        error = verify_content(exact_content, layers, adapted.model, names)
+        if not error <= MAX_ERROR:
             raise AdapterError(
                 f"--export.formats {file_format}: the file changes the weights by {error:.1e} relative to the trained "
                 "update, so it was not kept. Report this with the config"
             )
-        content = files.to_file(
+        content = files.file_content(
             layers, adapted.model, names, file_format, DTYPES[config.lora_dtype]
         )
         content.metadata |= metadata
@@ -198,14 +202,14 @@ def write_adapter(config: TrainConfig, parts: RunParts, facts: ExportFacts) -> l
     return paths
 
 
-def file_ending(content: files.FileContent, file_format: str, is_first: bool) -> str:
+def file_ending(content: FileContent, file_format: str, is_first: bool) -> str:
     """Return what follows the name of an adapter: only further formats are named."""
     if content.config is not None:
         return ".peft"
     return ".safetensors" if is_first else f".{file_format}.safetensors"
 
 
-def write_content(path: Path, content: files.FileContent) -> Path:
+def write_content(path: Path, content: FileContent) -> Path:
     """Write a file, or a folder for PEFT, after a bit for bit comparison of what is read back."""
     data = files.to_bytes(content.tensors, content.metadata)
     read_tensors = safetensors.torch.load(data)
@@ -224,28 +228,30 @@ def write_content(path: Path, content: files.FileContent) -> Path:
     return path
 
 
-def converted_layers(config: TrainConfig, adapted: AdaptedModel) -> files.Layers:
+def converted_layers(config: TrainConfig, adapted: AdaptedModel) -> Layers:
     """Return the adapter's tensors by layer, converted as `export.convert` says."""
-    layers, conversion = files.layers_of_adapted(adapted), config.export.convert
+    layers, conversion = files.adapter_layers(adapted), config.export.convert
     if conversion == "none":
         return layers
     weights = {
-        name: weight.detach().cpu() for name, weight in files.weights_of(adapted.model).items()
+        name: weight.detach().cpu() for name, weight in files.base_weights(adapted.model).items()
     }
     if conversion == "full":
-        return {name: convert.full(tensors, weights[name]) for name, tensors in layers.items()}
+        return {
+            name: convert.full_tensors(tensors, weights[name]) for name, tensors in layers.items()
+        }
     if conversion == "lora-exact":
         return {
-            name: convert.lora_exact(tensors, weights[name].shape)
+            name: convert.exact_lora(tensors, weights[name].shape)
             for name, tensors in layers.items()
         }
     return nearest_loras(layers, weights, config.export.svd_rank)
 
 
-def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -> files.Layers:
+def nearest_loras(layers: Layers, weights: dict[str, Tensor], rank: int) -> Layers:
     """Return the nearest LoRA of each layer, and print the errors. Raises AdapterError naming all
     failed layers."""
-    loras: files.Layers = {}
+    loras: Layers = {}
     errors: dict[str, float] = {}
     failures = []
     for name, tensors in layers.items():

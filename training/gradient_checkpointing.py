@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from common.errors import ModelError
-from lora_algos.adapter import Adapter
+from lora_algos.adapter import AdapterLayer
 
 Policy = Literal["full", "keep-attention-output"]
 
@@ -149,7 +149,7 @@ def is_block(module: nn.Module) -> bool:
 
 def num_layers(module: nn.Module) -> int:
     """How many modules with parameters of their own there are; an adapted layer is one."""
-    if isinstance(module, Adapter):
+    if isinstance(module, AdapterLayer):
         return 1
     own = any(True for _ in module.parameters(recurse=False))
     return own + sum(num_layers(child) for child in module.children())

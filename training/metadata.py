@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from adapter_files.files import Layers
 from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
 from data.dataset import LatentDataset
 from data.store.hashing import hash_of_files
+from lora_algos.traits import Layers
 from models.base import ModelFamily
 from training.config import TrainConfig, to_yaml
 from training.optim.registry import OPTIMIZERS

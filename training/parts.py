@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapter_files.keys import Names
+from adapter_files.layer_names import LayerNames
 from data.precompute.build import Datasets
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
@@ -15,6 +15,6 @@ class RunParts:
     family: ModelFamily
     datasets: Datasets
     adapted: AdaptedModel
-    names: Names
+    names: LayerNames
     previous_steps: int
     """Steps for which the existing LoRA was trained."""

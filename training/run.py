@@ -104,7 +104,7 @@ def train(
     config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
 ) -> None:
     """Build the run, train, and export the result."""
-    from adapter_files.keys import file_names
+    from adapter_files.layer_names import layer_names
     from data.precompute.build import build_datasets
     from training import build
     from training.batch_stream import BatchStream
@@ -123,7 +123,7 @@ def train(
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     datasets = build_datasets(config.data, family, accelerator, not config.bucket_mode)
     denoiser, dtype = build.load_denoiser(config, family, needs_contiguous_weights(accelerator))
-    names = file_names(family, denoiser)
+    names = layer_names(family, denoiser)
     adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
     parts = RunParts(family, datasets, adapted, names, previous_steps)

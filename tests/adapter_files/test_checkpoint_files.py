@@ -1,4 +1,4 @@
-"""A checkpoint's weights are adapter files: read by the tools and by a run that goes on from them as what they are."""
+"""The weights of a checkpoint are adapter files, which the tools and further runs read at their strength."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ AVERAGED = ["--rank=8", "--adapter.alpha=1", "--ema.decay=0.7", "--learning_rate
 
 
 def state_at(step: int, best_step: int) -> SavedState:
-    """Of a run that went on from an adapter of 3 steps."""
+    """Return the state of a run that continues an adapter of 3 steps."""
     return SavedState(
         step, 9, 9, 1, 1, {"steps of the existing LoRA": 3}, 0.0, "", {}, best_step=best_step
     )

@@ -9,9 +9,10 @@ from helpers import comfy_keys
 from helpers.exported_keys import exported
 from torch import nn
 
-from adapter_files import files
+from adapter_files.keys import group_keys
+from adapter_files.layer_names import LayerNames
 from lora_algos import ALGORITHMS
-from lora_algos.attach import adaptable_layers, norm_layers
+from lora_algos.targets import adaptable_layers, norm_layers
 from models.base import Native
 from models.layer_names import transformers
 from models.layer_names.unet import native_names
@@ -43,15 +44,15 @@ def natives(architecture: str) -> dict[str, Native]:
     )
 
 
-def names(architecture: str, by_diffusers: str) -> files.Names:
+def names(architecture: str, by_diffusers: str) -> LayerNames:
     found = natives(architecture)
-    return files.Names(
+    return LayerNames(
         {layer: native.name for layer, native in found.items()},
         "transformer",
-        kohya_is_native=True,
-        rows={layer: native.rows for layer, native in found.items() if native.rows},
+        kohya_uses_original=True,
+        slices={layer: native.rows for layer, native in found.items() if native.rows},
         swapped=frozenset(layer for layer, native in found.items() if native.swapped),
-        by_diffusers=by_diffusers,
+        comfyui_prefix=by_diffusers,
     )
 
 
@@ -129,8 +130,8 @@ def test_comfyui_loads_every_key_of_every_file(architecture, form):
     tensors = exported(denoiser, spelt, mixed(architecture), form.split()[0])
     assert not comfy_keys.resolve(tensors, architecture)
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
-    _, unknown = files.names.group_keys(
-        {key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers)
+    _, unknown = group_keys(
+        {key: tuple(t.shape) for key, t in tensors.items()}, spelt.layers_by_spelling(layers)
     )
     assert not unknown
 

@@ -94,7 +94,7 @@ def test_only_the_family_files_name_a_family(path):
 
 def test_every_algorithm_is_one_file_under_its_name():
     for name, module in ALGORITHMS.items():
-        assert get_algorithm(name).algorithm == name
+        assert get_algorithm(name).name == name
         assert (PROJECT / (module.replace(".", "/") + ".py")).is_file()
 
 
