@@ -1,132 +1,123 @@
-"""One layer's update as another algorithm's: exactly, as a LoRA or as a whole matrix, or nearly, as
-a LoRA of given rank.
+"""The update of one layer in another algorithm: exactly, as a LoRA or a whole matrix, or
+approximately, as a LoRA of a given rank."""
 
-Tensors in and out are of one layer, under the names that the adapters here have, alpha among them.
-"""
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adapter_files.normalize import bias_of
 from common.errors import AdapterError
-from lora_algos import get_algorithm
-from lora_algos.attach import algorithm_of
-from lora_algos.loha import khatri_rao
-from lora_algos.low_rank import NOT_FINITE, finite_svd, thin_svd
-from lora_algos.tensors import scaling_of
+from lora_algos.detection import detect_algorithm, layer_delta
+from lora_algos.full import DIFF
+from lora_algos.lora import LoRA
+from lora_algos.low_rank import DOWN, NOT_FINITE, UP, finite_svd, lora_tensors, thin_svd
+from lora_algos.tensors import LayerTensors
+
+MIN_NORM = 1e-30
 
 
-def delta_of(tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """The update that a layer's tensors make of `weight`, fp32 or fp64."""
-    return get_algorithm(algorithm_of(tensors)).delta_of_file(tensors, weight)
+class UpdateSVD(NamedTuple):
+    """Singular vectors and values of an update as a matrix (out, in * kernel) = u diag(s) v."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
 
 
-def full(tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """The update as a matrix of its own."""
-    return {"diff": delta_of(tensors, weight), **bias_of(tensors)}
+class NearestLoRA(NamedTuple):
+    """A LoRA near an update."""
+
+    tensors: LayerTensors
+    error: float
+    """||error|| / ||update||."""
 
 
-def bias_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"diff_b": tensors["diff_b"]} if "diff_b" in tensors else {}
+def full_tensors(tensors: LayerTensors, weight: Tensor) -> LayerTensors:
+    """Return the update of a layer as a matrix."""
+    return {DIFF: layer_delta(tensors, weight), **bias_of(tensors)}
 
 
-def as_lora(up: Tensor, down: Tensor, weight: torch.Size) -> dict[str, Tensor]:
-    """A LoRA whose scaling is 1."""
-    _, channels, *kernel = weight
-    rank = down.shape[0]
-    return {
-        "lora_up.weight": up.reshape(-1, rank, *[1] * len(kernel)).contiguous(),
-        "lora_down.weight": down.reshape(rank, channels, *kernel).contiguous(),
-        "alpha": torch.tensor(float(rank)),
-    }
+def exact_lora(tensors: LayerTensors, weight: torch.Size) -> LayerTensors:
+    """Return the LoRA of the same function. Normalization layers are not changed.
 
-
-def lora_exact(tensors: dict[str, Tensor], weight: torch.Size) -> dict[str, Tensor]:
-    """The same function as a LoRA: LoHa's of rank r^2, LoKr's of the product of its factors' ranks."""
-    algorithm = algorithm_of(tensors)
-    if algorithm == "LoRA" or len(weight) < 2:
+    Raises AdapterError if no LoRA of a rank below the layer's has it."""
+    if len(weight) < 2:
         return tensors
-    if algorithm == "LoHa":
-        up, down = khatri_rao(*(factor for i in (1, 2) for factor in flat_loha(tensors, i)))
-        return {**as_lora(up * scaling_of(tensors), down, weight), **bias_of(tensors)}
-    if algorithm == "LoKr":
-        return {**lokr_as_lora(tensors, weight), **bias_of(tensors)}
-    raise AdapterError(
-        f"{algorithm} is no LoRA of a rank below the layer's; lora-svd makes one that is near it"
-    )
+    algorithm = detect_algorithm(tensors)
+    if algorithm.traits.to_lora is None:
+        raise AdapterError(
+            f"{algorithm.name} is not a LoRA of a rank below the layer's; lora-svd makes an "
+            "approximation"
+        )
+    return {**algorithm.traits.to_lora(tensors, weight), **bias_of(tensors)}
 
 
-def flat_loha(tensors: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """One of a LoHa's two products, as (out, rank) and (rank, in * kernel); of a core and w_b if
-    there is one."""
-    a, b = (tensors[f"hada_w{number}_{side}"] for side in "ab")
-    if f"hada_t{number}" not in tensors:
-        return a, b
-    return a.T, torch.einsum("ij...,jn->in...", tensors[f"hada_t{number}"], b).flatten(1)
+def update_svd(tensors: LayerTensors, weight: Tensor) -> UpdateSVD:
+    """Return the SVD of a layer's update.
 
-
-def lokr_as_lora(tensors: dict[str, Tensor], weight: torch.Size) -> dict[str, Tensor]:
-    """(u1 v1) (x) (u2 v2) = (u1 (x) u2)(v1 (x) v2); a whole factor is split by the identity on its
-    smaller side."""
-    (u1, v1), (u2, v2) = (halves(tensors, f"lokr_w{i}") for i in (1, 2))
-    return as_lora(torch.kron(u1, u2) * scaling_of(tensors), torch.kron(v1, v2), weight)
-
-
-def halves(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    if name not in tensors:
-        return tensors[f"{name}_a"], tensors[f"{name}_b"]
-    whole = tensors[name].flatten(1)
-    identity = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
-    return (identity, whole) if whole.shape[0] <= whole.shape[1] else (whole, identity)
-
-
-def svd(tensors: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values (u, s, v) of a layer's update as a matrix (out, in * kernel).
-
-    Of an update that is a product of thin factors only these are decomposed, the whole matrix is
-    never formed.
-    """
+    An update that is a product of thin factors is decomposed without forming the matrix. Raises
+    AdapterError if it is not finite."""
     try:
-        exact = lora_exact(tensors, weight.shape)
-        up, down = exact["lora_up.weight"].flatten(1), exact["lora_down.weight"].flatten(1)
-    except (AdapterError, KeyError):
-        return svd_of(delta_of(tensors, weight))
-    if down.shape[0] >= min(up.shape[0], down.shape[1]):
-        return svd_of(delta_of(tensors, weight))
-    u, s, v = (part.to(up.dtype) for part in thin_svd(up * scaling_of(exact), down))
-    if not s.isfinite().all():
+        lora = exact_lora(tensors, weight.shape)
+    except AdapterError:
+        lora = {}
+    if UP not in lora or DOWN not in lora:
+        return matrix_svd(layer_delta(tensors, weight))
+    up, down = lora[UP].flatten(1), lora[DOWN].flatten(1)
+    dtype = up.dtype
+    rank, fan_in = down.shape
+    if rank >= min(up.shape[0], fan_in):
+        return matrix_svd(layer_delta(tensors, weight))
+    scaling = LoRA.traits.scaling(lora)
+    u, s, v = thin_svd(up * scaling, down)
+    svd = UpdateSVD(u.to(dtype), s.to(dtype), v.to(dtype))
+    if not svd.s.isfinite().all():
         raise AdapterError(NOT_FINITE)
-    return u, s, v
+    return svd
 
 
-def svd_of(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def matrix_svd(delta: Tensor) -> UpdateSVD:
+    """Return the SVD of an update. Raises AdapterError if it is not finite."""
     if not delta.isfinite().all():
         raise AdapterError(NOT_FINITE)
-    return finite_svd(delta.flatten(1))
+    return UpdateSVD(*finite_svd(delta.flatten(1)))
 
 
-def lora_svd(
-    parts: tuple[Tensor, Tensor, Tensor], rank: int, weight: torch.Size
-) -> tuple[dict[str, Tensor], float]:
-    """The nearest LoRA of at most that rank to an update decomposed by `svd`, and ||error|| /
-    ||update||."""
-    u, s, v = parts
+def truncated_lora(
+    svd: UpdateSVD,
+    rank: int,
+    weight: torch.Size,
+) -> NearestLoRA:
+    """Return the nearest LoRA of at most that rank to a decomposed update."""
+    u, s, v = svd
     root = s[:rank].sqrt()
-    lora = as_lora(u[:, :rank] * root, root[:, None] * v[:rank], weight)
-    return lora, float(s[rank:].norm() / s.norm().clamp_min(1e-30))
+    up = u[:, :rank] * root
+    down = root[:, None] * v[:rank]
+    lost_norm = s[rank:].norm()
+    error = lost_norm / s.norm().clamp_min(MIN_NORM)
+    return NearestLoRA(lora_tensors(up, down, weight), float(error))
 
 
 def nearest_lora(
-    tensors: dict[str, Tensor], weight: Tensor, rank: int
-) -> tuple[dict[str, Tensor], float]:
-    """A layer as the nearest LoRA of at most `rank`, and ||error|| / ||update||; what is no matrix
-    stays as it is."""
+    tensors: LayerTensors,
+    weight: Tensor,
+    rank: int,
+) -> NearestLoRA:
+    """Return the nearest LoRA of at most `rank` to a layer.
+
+    Normalization layers are not changed."""
     if weight.ndim < 2:
-        return tensors, 0.0
-    lora, error = lora_svd(svd(tensors, weight), rank, weight.shape)
-    return {**lora, **bias_of(tensors)}, error
+        return NearestLoRA(tensors, 0.0)
+    svd = update_svd(tensors, weight)
+    lora, error = truncated_lora(svd, rank, weight.shape)
+    return NearestLoRA({**lora, **bias_of(tensors)}, error)
 
 
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
-    """The least rank that keeps this share of the sum of squares."""
-    kept = singular_values.square().cumsum(0) / singular_values.square().sum().clamp_min(1e-30)
-    return min(int((kept < energy).sum()) + 1, singular_values.numel())
+    """Return the smallest rank that keeps this share of the sum of squares."""
+    squares = singular_values.square()
+    total = squares.sum().clamp_min(MIN_NORM)
+    share = squares.cumsum(0) / total
+    num_below = int((share < energy).sum())
+    return min(num_below + 1, singular_values.numel())

@@ -1,100 +1,88 @@
-"""PEFT's adapter_config.json: made for a folder that PEFT loads, and read for the ranks' alphas,
-which it alone holds."""
+"""PEFT's adapter_config.json: written for a folder that PEFT loads, and read for the alphas, which
+PEFT's tensors do not contain."""
 
 import json
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapter_files.normalize import Layers
 from common.errors import AdapterError, error_list
-from lora_algos.tensors import known_rank, rank_and_alpha
+from lora_algos.algorithm import Algorithm
+from lora_algos.detection import detect_algorithm, find_algorithm, rank_of
+from lora_algos.tensors import ALPHA, LayerTensors
+from lora_algos.traits import Layers, PeftTraits, TensorTraits, Weights
 
-# PEFT's initializations that leave the base weight as it is; others move part of it into the
-# adapter
-KEEP_THE_BASE = ("default", "gaussian", "eva", "mica", "true", "false")
-PEFT_TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR"}
-
-
-def rank_of(tensors: dict[str, Tensor]) -> int:
-    """The rank of a layer's update; that from which PEFT divides nothing where there is none."""
-    return known_rank(tensors) or max(tensors["lokr_w2"].shape[:2])
-
-
-def has_rank(tensors: dict[str, Tensor]) -> bool:
-    """Whether a layer's update has a rank: a rotation and a whole matrix have none."""
-    return not tensors.keys() & {"diff", "oft_blocks"}
+INITS_THAT_KEEP_THE_BASE = ("default", "gaussian", "eva", "mica", "true", "false")
+"""PEFT's other initializations move a part of the base weight into the adapter."""
+NUMBER_OPTIONS = ("r", "lora_alpha", "alpha")
+PATTERN_OPTIONS = ("rank_pattern", "alpha_pattern")
+COMPONENT_PREFIX = re.compile(r"^(unet|transformer)\.")
+"""Prefix of options in the metadata of diffusers."""
 
 
-def alpha_of(tensors: dict[str, Tensor]) -> float:
-    """What PEFT has to be told for the scaling to come out."""
-    if {"lokr_w1", "lokr_w2"} <= tensors.keys():
-        return float(rank_of(tensors))  # PEFT scales these too: by 1, then
-    return rank_and_alpha(tensors)[1]
+def peft_traits(algorithm: Algorithm) -> PeftTraits:
+    """Return the form of an algorithm in PEFT, which has it."""
+    traits = algorithm.traits.files.peft
+    assert traits is not None, algorithm.name
+    return traits
 
 
-def peft_config(layers: Layers, weights: dict[str, Tensor], algorithm: str) -> dict:
-    """The config with which PEFT makes layers that these tensors fit. AdapterError if it makes none
-    such."""
-    ranks = {layer: rank_of(tensors) for layer, tensors in layers.items()}
-    alphas = {layer: alpha_of(tensors) for layer, tensors in layers.items()}
+def peft_config(layers: Layers, weights: Weights, algorithm: Algorithm) -> dict[str, Any]:
+    """Return the config with which PEFT makes layers that these tensors fit.
+
+    Raises AdapterError if no config does."""
+    peft = peft_traits(algorithm)
+    ranks = {layer: algorithm.traits.nominal_rank(tensors) for layer, tensors in layers.items()}
+    alphas = {layer: peft_alpha(algorithm.traits, tensors) for layer, tensors in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config: dict = {
-        "peft_type": PEFT_TYPES[algorithm],
+    return {
+        "peft_type": peft.peft_type,
         "target_modules": sorted(layers),
         "r": rank,
-        "rank_pattern": {f"^{re.escape(layer)}": r for layer, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(layer)}": a for layer, a in alphas.items() if a != alpha},
+        "rank_pattern": patterns_of_others(ranks, rank),
+        "alpha_pattern": patterns_of_others(alphas, alpha),
         "base_model_name_or_path": None,
         "inference_mode": True,
+        peft.alpha_option: alpha,
+        **peft.options(layers, weights),
     }
-    if algorithm in ("LoRA", "DoRA"):
-        return {**config, "lora_alpha": alpha, "use_dora": algorithm == "DoRA", "use_rslora": False}
-    config["alpha"] = alpha
-    if algorithm == "LoHa":
-        return {
-            **config,
-            "use_effective_conv2d": any("hada_t1" in tensors for tensors in layers.values()),
-        }
-    return {**config, **lokr_options(layers, weights)}
 
 
-def lokr_options(layers: Layers, weights: dict[str, Tensor]) -> dict:
-    """The factor with which PEFT splits every layer as these were split."""
-    from peft.tuners.lokr.layer import factorization
-
-    splits = {}
-    for layer, tensors in layers.items():
-        out, channels = weights[layer].shape[:2]
-        w1 = (
-            tensors["lokr_w1"]
-            if "lokr_w1" in tensors
-            else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
-        )
-        a, c = w1.shape
-        splits[layer] = ((out, a), (channels, c))
-    wanted = {side[1] for split in splits.values() for side in split}
-    differing = {
-        factor: [
-            name
-            for name, split in splits.items()
-            if any(factorization(n, factor)[0] != s for n, s in split)
-        ]
-        for factor in (-1, *sorted(wanted, reverse=True))
-    }
-    factor = min(differing, key=lambda f: len(differing[f]))
-    if differing[factor]:
-        what = "--export.formats peft: PEFT splits these layers of the LoKr otherwise, whatever its factor"
-        raise AdapterError(error_list(f"{what} (nearest {factor})", differing[factor]))
-    both = any("lokr_w1_a" in tensors for tensors in layers.values())
-    return {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": False}
+def patterns_of_others(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return pattern -> value of the layers whose value is not the default."""
+    return {f"^{re.escape(layer)}": value for layer, value in values.items() if value != default}
 
 
-def config_in(metadata: dict[str, str]) -> dict:
-    """PEFT's config in a file's metadata, be it PEFT's own or diffusers'; empty if there is none. AdapterError naming
-    all that cannot be used."""
+def peft_alpha(traits: TensorTraits, tensors: LayerTensors) -> float:
+    """Return the alpha with which PEFT scales a layer by the same factor.
+
+    PEFT also scales layers without a rank: by 1 then."""
+    if traits.rank(tensors) is None:
+        return float(traits.nominal_rank(tensors) or 1)
+    _, alpha = traits.rank_and_alpha(tensors)
+    return alpha
+
+
+def peft_tensors(tensors: LayerTensors, weight: Tensor) -> LayerTensors:
+    """Return a layer's tensors under PEFT's names, without the alpha."""
+    peft = peft_traits(detect_algorithm(tensors))
+    renamed_tensors = {}
+    for name, tensor in tensors.items():
+        if name == peft.channel_vector and weight.ndim > 2:
+            tensor = tensor.view(1, -1, *[1] * (weight.ndim - 2))
+        if name != ALPHA:
+            renamed_tensors[peft.tensor_names.get(name, name)] = tensor
+    return renamed_tensors
+
+
+def config_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return PEFT's config in a file's metadata, from PEFT or diffusers; empty if it has none.
+
+    Raises AdapterError naming all options that cannot be used."""
     text = metadata.get("adapter_config") or metadata.get("lora_adapter_metadata")
     if not text:
         return {}
@@ -103,72 +91,90 @@ def config_in(metadata: dict[str, str]) -> dict:
     except json.JSONDecodeError as error:
         raise AdapterError(f"the adapter's config is not readable as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"the adapter's config is no JSON object: {text[:40]}")
-    # diffusers puts the component's name before each key
-    config = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in config.items()}
-    if faults := [*config_faults(config), *pattern_faults(config)]:
-        raise AdapterError(error_list("the adapter's config cannot be used", faults))
+        raise AdapterError(f"the adapter's config is not a JSON object: {text[:40]}")
+    config = {COMPONENT_PREFIX.sub("", name): value for name, value in config.items()}
+    errors = [*option_errors(config), *pattern_errors(config)]
+    if errors:
+        raise AdapterError(error_list("the adapter's config cannot be used", errors))
     return config
 
 
-def config_faults(config: dict) -> list[str]:
-    """What is wrong with a config's numbers, and an initialization that has changed the base."""
-    faults = [
-        f"{name} = {config[name]!r}: no number"
-        for name in ("r", "lora_alpha", "alpha")
-        if name in config and not is_number(config[name])
-    ]
+def option_errors(config: dict[str, Any]) -> list[str]:
+    """Return errors of the numbers, and of an initialization that changes the base."""
+    errors = []
+    for name in NUMBER_OPTIONS:
+        if name in config and not is_number(config[name]):
+            errors.append(f"{name} = {config[name]!r}: not a number")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in KEEP_THE_BASE:
-        faults.append(
-            f"init_lora_weights = {init}: its base is not the model's, part of it was moved into the adapter. Save it "
-            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=<the adapter as it was before "
-            "training>), which makes it one for the model itself"
+    if isinstance(init, str) and init.lower() not in INITS_THAT_KEEP_THE_BASE:
+        errors.append(
+            f"init_lora_weights = {init}: it moved a part of the base weight into the adapter, so "
+            "the adapter does not fit the model itself. Save it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=<the adapter before "
+            "training>), which converts it"
         )
-    return faults
+    return errors
 
 
-def pattern_faults(config: dict) -> list[str]:
-    faults = []
-    for name in ("rank_pattern", "alpha_pattern"):
+def pattern_errors(config: dict[str, Any]) -> list[str]:
+    """Return errors of the options that have values by pattern."""
+    errors = []
+    for name in PATTERN_OPTIONS:
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
-            faults.append(f"{name} = {patterns!r}: no JSON object")
+            errors.append(f"{name} = {patterns!r}: not a JSON object")
             continue
         for pattern, value in patterns.items():
             try:
                 re.compile(pattern)
             except re.error as error:
-                faults.append(f"{name}: {pattern} is no regular expression ({error})")
+                errors.append(f"{name}: {pattern} is not a regular expression ({error})")
             if not is_number(value):
-                faults.append(f"{name}: {pattern} = {value!r}: no number")
-    return faults
+                errors.append(f"{name}: {pattern} = {value!r}: not a number")
+    return errors
 
 
 def is_number(value: object) -> bool:
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def patterned(config: dict, patterns: str, layer: str, default: float) -> float:
-    """A layer's own value of those that a config gives by pattern, else the default."""
-    found = (config.get(patterns) or {}).items()
-    return next(
-        (value for pattern, value in found if re.match(rf"(.*\.)?({pattern})$", layer)), default
-    )
+def layer_option(
+    config: dict[str, Any],
+    name: str,
+    layer: str,
+    default: float,
+) -> float:
+    """Return a layer's value of an option with values by pattern, else the default."""
+    for pattern, value in (config.get(name) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
 
 
-def scaled_by_config(config: dict, layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors with the scale that PEFT's config gives them: their alpha or, where nothing has a rank and
-    alpha means nothing here, the scale itself worked in."""
-    rank = known_rank(tensors)
+def scale_by_config(config: dict[str, Any], layer: str, tensors: LayerTensors) -> LayerTensors:
+    """Return a layer's tensors with the alpha that PEFT's config gives them.
+
+    PEFT also scales layers without a rank, in which alpha has no meaning here. Their scale is
+    moved into a tensor."""
+    rank = rank_of(tensors)
     default = config.get("lora_alpha", config.get("alpha", config.get("r", rank or 1)))
-    alpha = patterned(config, "alpha_pattern", layer, default)
-    if config.get("peft_type") == "LOKR" and {"lokr_w1", "lokr_w2"} <= tensors.keys():
-        asked = patterned(config, "rank_pattern", layer, config.get("r", 1)) or 1
-        return {**tensors, "lokr_w1": tensors["lokr_w1"] * (alpha / asked)}
+    alpha = layer_option(config, "alpha_pattern", layer, default)
     if rank is None:
-        return tensors
-    return {
-        **tensors,
-        "alpha": torch.tensor(alpha * (rank**0.5 if config.get("use_rslora") else 1.0)),
-    }
+        name = tensor_with_peft_scale(config, tensors)
+        if not name:
+            return tensors
+        config_rank = layer_option(config, "rank_pattern", layer, config.get("r", 1)) or 1
+        return {**tensors, name: tensors[name] * (alpha / config_rank)}
+    if config.get("use_rslora"):
+        alpha *= rank**0.5
+    return {**tensors, ALPHA: torch.tensor(float(alpha))}
+
+
+def tensor_with_peft_scale(config: dict[str, Any], tensors: LayerTensors) -> str:
+    """Return the tensor of a layer without a rank that takes over PEFT's scale; empty if none."""
+    algorithm = find_algorithm(tensors)
+    peft = None if algorithm is None else algorithm.traits.files.peft
+    if peft is None or peft.peft_type != config.get("peft_type"):
+        return ""
+    return peft.scaled_tensor if peft.scaled_tensor in tensors else ""

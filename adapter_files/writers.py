@@ -1,234 +1,282 @@
-"""The tensors of a whole adapter under the keys of one file format. What a program could not read
-is refused, not written.
+"""The tensors of a whole adapter under the keys of one file format.
 
-    kohya      lora_unet_<layer_>: what ComfyUI, A1111, Forge, kohya's scripts and, for LoRA, diffusers load
-    comfyui    diffusion_model.<ComfyUI's own name>, as ComfyUI's trainer writes
+    kohya      lora_unet_<layer_>: for ComfyUI, A1111, Forge, kohya's scripts and, for LoRA, diffusers
+    comfyui    diffusion_model.<ComfyUI's name>: as ComfyUI's trainer writes
     diffusers  unet.<layer>: for load_lora_weights; LoRA and DoRA only
     peft       a folder for PeftModel.from_pretrained: adapter_model.safetensors and adapter_config.json
 
-Layers that the original model has as one weight (to_q, to_k, to_v): comfyui names each by
-diffusers' name, under which ComfyUI applies it to its rows; kohya, which has no such names, gets
-one adapter of the whole (rows.fused).
+A writer raises AdapterError for an adapter that the format's programs could not read.
 
-In kohya's and ComfyUI's files all LoRA layers have one alpha: diffusers gives attention layers a
-wrong one otherwise. A layer's own scaling is then in its lora_up, which is exact.
+The original model has some layers as one weight (to_q, to_k, to_v). The format comfyui names each
+layer by diffusers' name, under which ComfyUI applies the adapter to the layer's rows. The format
+kohya has names for the whole weight only, so its adapter is written (fused_weights.fuse).
+
+In both formats all LoRA layers have one alpha, because diffusers applies a wrong one to attention
+layers otherwise. A layer's own scaling is then in its lora_up, which is exact.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapter_files import fused_weights
-from adapter_files.keys import Names
-from adapter_files.normalize import Layers, dora_compensation
+from adapter_files.normalize import bias_of
+from adapter_files.peft_config import peft_config, peft_tensors
+from adapter_files.spellings import LayerSpellings
 from common.errors import AdapterError, error_list
-from lora_algos.attach import algorithm_of
-from lora_algos.tensors import rank_and_alpha, scaling_of
+from lora_algos.detection import all_algorithms, detect_algorithm, find_algorithm
+from lora_algos.tensors import ALPHA, BIAS, LayerTensors
+from lora_algos.traits import FileTraits, Layers, Weights
 
-DORA_NORM = "train_lora.dora_scale"  # metadata: what a dora_scale is meant to be divided by
-OF_BASE = "norm of the base weight"
+FORMATS_READ_BY_PEFT = ("diffusers", "peft")
+"""Formats whose layers PEFT computes."""
+FORMATS_WITH_SHARED_ALPHA = ("kohya", "comfyui")
+"""Formats in which all LoRA layers have one alpha."""
 
 
 @dataclass
 class FileContent:
-    """What is written: tensors by key, and what the format adds to the metadata or puts beside the
-    file."""
+    """Content of an adapter file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
-    config: dict | None = None
+    """Metadata that the format needs."""
+    config: dict[str, Any] | None = None
+    """PEFT's config, if the format is a folder of PEFT."""
 
 
-def write_kohya(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    """Parts of fused weights, which have no names there, are fused."""
-    groups = names.groups(layers) if names.kohya_is_native else [[layer] for layer in layers]
-    return lycoris_named(
-        layers, weights, names, [(names.kohya(group[0]), group) for group in groups]
-    )
+Writer = Callable[[Layers, Weights, LayerSpellings], FileContent]
 
 
-def write_comfyui(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    """Parts of fused weights under diffusers' names, but their biases, which ComfyUI loses there."""
-    spelt: list[tuple[str, list[str]]] = []
-    biases: dict[str, Tensor] = {}
+class Spelling(NamedTuple):
+    """A name in a file, and the layers whose adapters are written under it as one."""
+
+    name: str
+    layers: list[str]
+
+
+def write_kohya(layers: Layers, weights: Weights, names: LayerSpellings) -> FileContent:
+    """Return the content of a file with kohya's names."""
+    groups = names.groups(layers) if names.kohya_uses_original else [[layer] for layer in layers]
+    spellings = [Spelling(names.kohya(group[0]), group) for group in groups]
+    return spelled_content(layers, weights, names, spellings)
+
+
+def write_comfyui(layers: Layers, weights: Weights, names: LayerSpellings) -> FileContent:
+    """Return the content of a file with ComfyUI's names.
+
+    Biases of fused weights are under the original names, because ComfyUI ignores them elsewhere."""
+    spellings: list[Spelling] = []
+    fused_biases: dict[str, Tensor] = {}
     for group in names.groups(layers):
-        if group[0] not in names.rows or not names.by_diffusers:
-            spelt.append((names.comfyui(group[0]), group))
+        first_layer = group[0]
+        if first_layer not in names.slices or not names.comfyui_prefix:
+            spellings.append(Spelling(names.comfyui(first_layer), group))
             continue
-        spelt += [(names.by_diffusers + layer, [layer]) for layer in group]
-        parts = {names.rows[layer]: layers[layer] for layer in group}
-        fused = fused_weights.fused_bias(parts, names.native_rows(group[0]))
-        biases |= {f"{names.comfyui(group[0])}.{name}": tensor for name, tensor in fused.items()}
-    own = {
-        layer: without_bias(tensors) if layer in names.rows else tensors
-        for layer, tensors in layers.items()
-    }
-    content = lycoris_named(own if biases else layers, weights, names, spelt, names.alphas)
-    return FileContent({**content.tensors, **biases}, content.metadata)
-
-
-def without_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name != "diff_b"}
-
-
-def lycoris_named(
-    layers: Layers,
-    weights: dict[str, Tensor],
-    names: Names,
-    spelt: list[tuple[str, list[str]]],
-    alphas: bool = True,
-) -> FileContent:
-    """`spelt`: what is written under each name. Several layers are fused; a native name has the native rows. Without
-    `alphas` a LoRA has the names and the scaling of PEFT's."""
-    content = FileContent({})
-    stated = [float(t["alpha"]) for t in layers.values() if "lora_up.weight" in t and "alpha" in t]
-    shared = next((alpha for alpha in stated if alpha), 1.0)
-    for spelling, group in spelt:
-        parts = {layer: one_alpha(layers[layer], shared) for layer in group}
-        tensors, weight = parts[group[0]], weights[group[0]]
-        if spelling in names.native_spellings(group[0]):
-            tensors, weight = in_native_rows(parts, weights, names)
-        if "lora_magnitude_vector" in tensors:
-            # ComfyUI and Forge divide by ||W|| where DoRA says ||W + dW||: the quotient is worked
-            # in
-            magnitude = tensors.pop("lora_magnitude_vector") / dora_compensation(tensors, weight)
-            tensors["dora_scale"] = magnitude.view(-1, *[1] * (weight.ndim - 1))
-            content.metadata[DORA_NORM] = OF_BASE
-        elif "lora_up.weight" in tensors and not alphas:
-            tensors = scaled_peft_tensors(tensors, weight)
-        if tensors.keys() <= {"diff", "diff_b", "alpha"}:
-            tensors.pop("alpha", None)
-        content.tensors |= {f"{spelling}.{name}": tensor for name, tensor in tensors.items()}
+        spellings += [Spelling(names.comfyui_prefix + layer, [layer]) for layer in group]
+        parts_of_weight = {names.slices[layer]: layers[layer] for layer in group}
+        num_rows = names.num_fused_rows(first_layer)
+        bias = fused_weights.fuse_biases(parts_of_weight, num_rows)
+        for name, tensor in bias.items():
+            fused_biases[f"{names.comfyui(first_layer)}.{name}"] = tensor
+    if fused_biases:
+        slices = {layer: without_bias(layers[layer]) for layer in layers if layer in names.slices}
+        layers = {**layers, **slices}
+    content = spelled_content(layers, weights, names, spellings, names.writes_alpha)
+    content.tensors |= fused_biases
     return content
 
 
-def in_native_rows(
-    parts: Layers, weights: dict[str, Tensor], names: Names
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The adapter of the original model's weight, given those of the layers that are it; and of that weight, where it
-    is needed, the values."""
-    layer = next(iter(parts))
+def without_bias(tensors: LayerTensors) -> LayerTensors:
+    """Return a layer's tensors without the change of its bias."""
+    return {name: tensor for name, tensor in tensors.items() if name != BIAS}
+
+
+def spelled_content(
+    layers: Layers,
+    weights: Weights,
+    names: LayerSpellings,
+    spellings: list[Spelling],
+    writes_alpha: bool = True,
+) -> FileContent:
+    """Return the content of a file with one adapter under each spelling.
+
+    An original name has the rows of the original weight. Without `writes_alpha`, a LoRA has PEFT's
+    names and its scaling in a factor."""
+    content = FileContent({})
+    alpha = shared_alpha(layers)
+    for spelling in spellings:
+        group = {layer: with_shared_alpha(layers[layer], alpha) for layer in spelling.layers}
+        first_layer = spelling.layers[0]
+        tensors, weight = group[first_layer], weights[first_layer]
+        if spelling.name in names.original_spellings(first_layer):
+            tensors, weight = original_adapter(group, weights, names)
+        traits = file_traits(tensors)
+        if traits.is_portable_in_diffusers_format and not writes_alpha:
+            tensors = scaled_peft_tensors(tensors, weight)
+        else:
+            tensors, metadata = traits.export_for_weight(tensors, weight)
+            content.metadata |= metadata
+        for name, tensor in tensors.items():
+            if name != ALPHA or traits.writes_alpha:
+                content.tensors[f"{spelling.name}.{name}"] = tensor
+    return content
+
+
+def file_traits(tensors: LayerTensors) -> FileTraits:
+    """Return the traits of a layer's algorithm; a layer may also have the change of a bias alone."""
+    algorithm = find_algorithm(tensors)
+    return FileTraits(writes_alpha=False) if algorithm is None else algorithm.traits.files
+
+
+def original_adapter(
+    group: Layers, weights: Weights, names: LayerSpellings
+) -> tuple[LayerTensors, Tensor]:
+    """Return the adapter of the original model's weight, given those of its layers, and the weight.
+
+    The weight has values only if the algorithm needs them."""
+    layer = next(iter(group))
+    weight = weights[layer]
     if layer in names.swapped:
-        return fused_weights.swapped(parts[layer], weights[layer]), fused_weights.swap(
-            weights[layer]
-        )
-    if layer not in names.rows:
-        return parts[layer], weights[layer]
-    placed = {names.rows[name]: tensors for name, tensors in parts.items()}
-    own = {names.rows[name]: weights[name] for name in parts}
-    tensors = fused_weights.fused(placed, own, names.native_rows(layer))
-    if "lora_magnitude_vector" in tensors:
-        return tensors, torch.cat([weight for _, weight in sorted(own.items())])
-    return tensors, weights[layer]
+        tensors = fused_weights.swap_adapter(group[layer], weight)
+        return tensors, fused_weights.swap_halves(weight)
+    if layer not in names.slices:
+        return group[layer], weight
+    slices = {names.slices[name]: tensors for name, tensors in group.items()}
+    slice_weights = {names.slices[name]: weights[name] for name in group}
+    tensors = fused_weights.fuse(slices, slice_weights, names.num_fused_rows(layer))
+    algorithm = find_algorithm(tensors)
+    if algorithm is not None and not algorithm.traits.zero_rows_change_nothing:
+        # only all rows together were fused
+        weight = torch.cat([weight for _, weight in sorted(slice_weights.items())])
+    return tensors, weight
 
 
-def one_alpha(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A layer with that alpha if it is a LoRA: its own scaling goes into up. Of 0 nothing is a
-    multiple: 1 then."""
-    if "lora_up.weight" not in tensors:
+def shared_alpha(layers: Layers) -> float:
+    """Return the first alpha, except 0, of the layers that need the same one."""
+    for tensors in layers.values():
+        if file_traits(tensors).shared_alpha_tensor and ALPHA in tensors:
+            alpha = float(tensors[ALPHA])
+            if alpha:
+                return alpha
+    return 1.0
+
+
+def with_shared_alpha(tensors: LayerTensors, alpha: float) -> LayerTensors:
+    """Return a layer with that alpha; its own scaling is moved into a factor.
+
+    Layers of algorithms that do not need the same alpha are not changed. With alpha 0 no scaling
+    could be moved, so it becomes 1."""
+    name = file_traits(tensors).shared_alpha_tensor
+    if not name:
         return dict(tensors)
     alpha = alpha or 1.0
-    up = tensors["lora_up.weight"] * (rank_and_alpha(tensors)[1] / alpha)
-    return {**tensors, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+    _, own_alpha = detect_algorithm(tensors).traits.rank_and_alpha(tensors)
+    return {**tensors, name: tensors[name] * (own_alpha / alpha), ALPHA: torch.tensor(alpha)}
 
 
-def stored_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor of a file in `dtype` is stored in. A magnitude's digits are those of the whole weight: in bf16 they
-    would be more than what a short training changes."""
-    return (
-        torch.float32
-        if key.endswith((".alpha", ".dora_scale", ".lora_magnitude_vector"))
-        else dtype
-    )
+def storage_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a tensor in a file of `dtype`.
+
+    A tensor with the digits of the whole weight is stored in fp32: in bf16 its rounding would
+    exceed the change of a short training."""
+    name = key.rpartition(".")[2]
+    return torch.float32 if name in fp32_tensors() else dtype
 
 
-def write_diffusers(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    refuse(layers, "diffusers", ("LoRA", "DoRA"))
+def content_metadata_keys() -> set[str]:
+    """Return the keys of metadata that only belong to the content of one file."""
+    keys: set[str] = set()
+    for algorithm in all_algorithms():
+        keys |= {*algorithm.traits.files.metadata_keys}
+    return keys
+
+
+def fp32_tensors() -> set[str]:
+    """Return the names of tensors that are stored in fp32."""
+    names = {ALPHA}
+    for algorithm in all_algorithms():
+        names |= {*algorithm.traits.fp32_tensors}
+    return names
+
+
+def write_diffusers(layers: Layers, weights: Weights, names: LayerSpellings) -> FileContent:
+    """Return the content of a file for diffusers."""
+    supported = [a.name for a in all_algorithms() if a.traits.files.is_in_diffusers_format]
+    check_supported(layers, "diffusers", supported)
     content = FileContent({})
     for layer, tensors in layers.items():
-        parts = scaled_peft_tensors(tensors, weights[layer])
-        content.tensors |= {
-            f"{names.diffusers(layer)}.{name}": tensor for name, tensor in parts.items()
-        }
+        for name, tensor in scaled_peft_tensors(tensors, weights[layer]).items():
+            content.tensors[f"{names.diffusers(layer)}.{name}"] = tensor
     return content
 
 
-def write_peft(layers: Layers, weights: dict[str, Tensor], names: Names) -> FileContent:
-    from adapter_files.peft_config import peft_config  # imports PEFT, which is slow
-
-    algorithms = {algorithm_of(tensors) for tensors in layers.values()}
-    refuse(layers, "peft", ("LoRA", "DoRA", "LoHa", "LoKr"))
-    if any(layer in names.text for layer in layers):
+def write_peft(layers: Layers, weights: Weights, names: LayerSpellings) -> FileContent:
+    """Return the content of a folder of PEFT."""
+    supported = [a.name for a in all_algorithms() if a.traits.files.peft is not None]
+    check_supported(layers, "peft", supported)
+    if any(layer in names.text_encoders for layer in layers):
         raise AdapterError(
-            "--export.formats peft: a folder of PEFT's is of one model, and text encoders are others"
+            "--export.formats peft: the adapter has layers of text encoders; a folder of PEFT "
+            "holds the adapter of one model"
         )
+    algorithms = {detect_algorithm(tensors) for tensors in layers.values()}
     if len(algorithms) > 1:
+        algorithm_names = ", ".join(sorted(algorithm.name for algorithm in algorithms))
         raise AdapterError(
-            f"--export.formats peft: one file of PEFT's holds one algorithm, not {', '.join(sorted(algorithms))}"
+            f"--export.formats peft: the adapter has layers of {algorithm_names}; a folder of PEFT "
+            "holds one algorithm"
         )
     content = FileContent({}, config=peft_config(layers, weights, algorithms.pop()))
     for layer, tensors in layers.items():
-        parts = peft_tensors(tensors, weights[layer])
-        content.tensors |= {f"{names.peft(layer)}.{name}": tensor for name, tensor in parts.items()}
+        for name, tensor in peft_tensors(tensors, weights[layer]).items():
+            content.tensors[f"{names.peft(layer)}.{name}"] = tensor
     return content
 
 
-def peft_tensors(tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """A layer's tensors under PEFT's names, alpha left out."""
-    renamed = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-    parts = {renamed.get(name, name): tensor for name, tensor in tensors.items() if name != "alpha"}
-    if "lora_magnitude_vector" in parts and weight.ndim > 2:
-        parts["lora_magnitude_vector"] = parts["lora_magnitude_vector"].view(
-            1, -1, *[1] * (weight.ndim - 2)
-        )
-    return parts
+def scaled_peft_tensors(tensors: LayerTensors, weight: Tensor) -> LayerTensors:
+    """Return a layer's tensors under PEFT's names with its scaling in a factor.
+
+    Without an alpha, diffusers scales by 1."""
+    traits = detect_algorithm(tensors).traits
+    name = traits.files.shared_alpha_tensor
+    scaled_tensors = {**tensors, name: tensors[name] * traits.scaling(tensors)}
+    return peft_tensors(scaled_tensors, weight)
 
 
-def scaled_peft_tensors(tensors: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """`peft_tensors` of a LoRA with its scaling in the second factor: without an alpha, diffusers
-    scales by 1."""
-    parts = peft_tensors(tensors, weight)
-    return {**parts, "lora_B.weight": parts["lora_B.weight"] * scaling_of(tensors)}
-
-
-def refuse(layers: Layers, file_format: str, algorithms: tuple[str, ...]) -> None:
-    """AdapterError naming the layers that a format has no tensors for."""
-    faults = []
+def check_supported(layers: Layers, file_format: str, algorithms: list[str]) -> None:
+    """Raise AdapterError naming the layers for which a format has no tensors."""
+    errors = []
     for layer, tensors in layers.items():
-        algorithm = algorithm_of(tensors)
+        algorithm = detect_algorithm(tensors).name
         if algorithm not in algorithms:
-            faults.append(f"{layer}: {algorithm}")
-        elif "diff_b" in tensors:
-            faults.append(f"{layer}: a trained bias")
-    if faults:
-        only = f"--export.formats {file_format} holds {', '.join(algorithms)} alone; kohya and comfyui hold everything"
-        raise AdapterError(
-            error_list(f"{only}, --export.convert lora-exact or lora-svd makes LoRAs", faults)
+            errors.append(f"{layer}: {algorithm}")
+        elif BIAS in tensors:
+            errors.append(f"{layer}: a trained bias")
+    if errors:
+        heading = (
+            f"--export.formats {file_format} only holds {', '.join(algorithms)}; kohya and comfyui "
+            "hold everything, --export.convert lora-exact or lora-svd makes LoRAs"
         )
+        raise AdapterError(error_list(heading, errors))
 
 
-def preferred(file_formats: tuple[str, ...], layers: Layers, names: Names) -> str:
-    """The first of these formats that holds the layers for every program; the last one, if none
-    does."""
-    holds = {
-        "diffusers": all(
-            plain_lora(t) and layer not in names.native_only for layer, t in layers.items()
-        )
-    }
-    return next((name for name in file_formats if holds.get(name, True)), file_formats[-1])
+def preferred_format(file_formats: tuple[str, ...], layers: Layers, names: LayerSpellings) -> str:
+    """Return the first of these formats that all programs read alike; the last one if none is."""
+    for file_format in file_formats:
+        if file_format != "diffusers" or is_portable_in_diffusers_format(layers, names):
+            return file_format
+    return file_formats[-1]
 
 
-def plain_lora(tensors: dict[str, Tensor]) -> bool:
-    """Whether diffusers' file format, which ComfyUI reads too, says all of a layer to both: not of
-    a DoRA."""
-    return algorithm_of(tensors) == "LoRA" and "diff_b" not in tensors
-
-
-WRITERS: dict[str, Callable[[Layers, dict[str, Tensor], Names], FileContent]] = {
-    "kohya": write_kohya,
-    "comfyui": write_comfyui,
-    "diffusers": write_diffusers,
-    "peft": write_peft,
-}
+def is_portable_in_diffusers_format(layers: Layers, names: LayerSpellings) -> bool:
+    """Return whether ComfyUI, too, computes the same function from the format `diffusers`."""
+    return not any(
+        layer in names.original_only
+        or bias_of(tensors)
+        or not detect_algorithm(tensors).traits.files.is_portable_in_diffusers_format
+        for layer, tensors in layers.items()
+    )

@@ -100,8 +100,9 @@ def full_unet() -> nn.Module:
 
 def with_lora(unet: nn.Module) -> nn.Module:
     """Attach LoRA of rank 8 to all layers."""
-    from lora_algos.attach import adaptable_layers, attach
+    from lora_algos.attach import attach
     from lora_algos.config import LayerSpec
+    from lora_algos.targets import adaptable_layers
 
     attach(unet, dict.fromkeys(adaptable_layers(unet), LayerSpec(8, 8.0)), 0)
     return unet.train()

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_algos.attach import attach
+from lora_algos.autograd_functions import choose_mode
 from lora_algos.config import AdapterOptions, LayerSpec
 
 LYCORIS_VERSION = "4.1.3"
@@ -98,10 +99,10 @@ def ours(setting: Setting, base: nn.Module) -> Layer:
     layer: Any = model["layer"]
 
     def mode(x: Tensor) -> str:
-        return layer.mode(x, layer.factors(dict(layer.tensors())))
+        factors = layer.factors(dict(layer.update_tensors()))
+        return choose_mode(layer.kernel, layer.spec.bypass_mode, x, factors)
 
-    has_modes = hasattr(layer, "mode")
-    return Layer(layer, list(layer.trained().values()), mode if has_modes else no_mode)
+    return Layer(layer, list(layer.trained_tensors().values()), mode)
 
 
 def peft_config(spec: LayerSpec) -> Any:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_algos.attach import attach, select_layers
+from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
+from lora_algos.targets import select_layers
 
 RANK = 16
 GPUS_PER_NODE = 8

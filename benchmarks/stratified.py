@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from adapter_files.keys import file_names
+from adapter_files.spellings import layer_spellings
 from common.process import ProcessInfo
 from data.batches import MicroBatches
 from data.precompute.build import build_datasets
@@ -53,7 +53,7 @@ class GradientSampler:
         datasets = build_datasets(config.data, self.family, process, not config.bucket_mode)
         self.dataset = datasets.train
         self.denoiser, self.dtype = build.load_denoiser(config, self.family)
-        names = file_names(self.family, self.denoiser)
+        names = layer_spellings(self.family, self.denoiser)
         adapted, _ = build.attach_adapters(config, self.family, self.denoiser, names)
         self.parameters = list(adapted.named_parameters().values())
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.bars import Bar
 from benchmarks.memory import peak_memory
-from lora_algos.attach import adaptable_layers, attach
+from lora_algos.attach import attach
 from lora_algos.config import AdapterOptions, LayerSpec
+from lora_algos.targets import adaptable_layers
 
 CONFIG = {
     "sample_size": 64,

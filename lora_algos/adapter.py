@@ -1,272 +1,244 @@
-"""What is true of every adapted layer, once. An algorithm adds its tensors' shapes, its first
-values and its kernel.
+"""Adapted layers: a module that replaces the layer it adapts and keeps it as `base_layer`.
 
-An adapter is a module in the place of the layer it adapts, which it keeps as `base_layer`: DDP,
-FSDP and `state_dict` see it, and nothing else of the model changes. Its parameters are fp32
-whatever the base's dtype, and at first the update is exactly zero.
+DDP, FSDP and `state_dict` see the module, and nothing else of the model changes. Its parameters are
+fp32 for every dtype of the base. At first the update is exactly zero.
 """
 
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_algos.config import AdapterOptions, LayerSpec
-from lora_algos.kernels import WIDE, Additive, Branch, Kernel, Mode, Tensors, adapted
-from lora_algos.layer_op import LayerOp, added, autocast_dtype, without_autocast
-from lora_algos.tensors import Shapes
+from lora_algos import get_algorithm
+from lora_algos.algorithm import Algorithm
+from lora_algos.autograd_functions import AdditiveFunction, adapted_forward, choose_mode
+from lora_algos.config import LayerSpec
+from lora_algos.dropout import drop_ranks
+from lora_algos.frozen_weight import (
+    frozen_weight,
+    stored_weight,
+    weight_values,
+    write_frozen_weight,
+)
+from lora_algos.input_cast import shared_cast
+from lora_algos.kernels import AdditiveKernel, Factors, Kernel, Mode
+from lora_algos.layer_op import (
+    LayerOp,
+    add_update,
+    autocast_dtype,
+    bias_like,
+    without_autocast,
+)
+from lora_algos.tensors import ALPHA, BIAS, LayerTensors, Shapes
 
 
-class Adapter(ABC):
-    """An adapted layer. Tensors have the names they have in a file, such as `lora_up.weight`.
+class AdapterLayer(ABC):
+    """An adapted layer. Its tensors have the names that they have in a file.
 
-    A mixin, so that PEFT's layers can be adapters too; it is first among the bases.
-    """
-
-    algorithm: ClassVar[str]
-    detected_by: ClassVar[tuple[str, ...]]
-    """Tensors by which a layer in a file shows its algorithm."""
-    rank_axis: ClassVar[dict[str, int]] = {}
-    """Tensors without which there is no update, and the axis along which rank_dropout drops."""
-    starts_at_zero: ClassVar[tuple[str, ...]] = ()
-    """The factor of a product that LoRA+ trains faster."""
-    own_options: ClassVar[tuple[str, ...]] = ()
-    """Options that not every algorithm has and that mean something to this one."""
-    multiplicative: ClassVar[bool] = False
-    """What rank_dropout leaves is not scaled up."""
+    A mixin, so that PEFT's layers can be adapters too; it is the first of the base classes."""
 
     base_layer: Any
+    algorithm: Algorithm
     spec: LayerSpec
     op: LayerOp
     kernel: Kernel
+    constant_names: tuple[str, ...]
+    """Buffers that follow from the values of the base weight."""
     diff_b: nn.Parameter | None
+    """Change of the bias, if it is trained."""
     unmerged: tuple[Tensor, Tensor | None] | None
+    """Weight and bias of the base while the update is merged into it."""
     training: bool
 
-    @classmethod
-    def detects(cls, tensors: dict[str, Tensor]) -> bool:
-        """Whether a layer with these tensors in a file is of this algorithm, or of one that is made
-        of it."""
-        return any(name in tensors for name in cls.detected_by)
-
-    @classmethod
-    def heeds(cls, option: str, options: AdapterOptions, weight: torch.Size) -> bool:
-        """Whether an option of those that not every algorithm has says anything to a layer with
-        that weight."""
-        return option in cls.own_options
-
-    @classmethod
     @abstractmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
-        """The tensors for a weight of that shape; AdapterError if `spec` does not fit it, saying
-        what would."""
+    def update_tensors(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors of the weight's update, in the order of `Algorithm.shapes`."""
 
-    @classmethod
-    @abstractmethod
-    def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
-    ) -> Kernel:
-        """The computation for a layer with that operation and weight and tensors of these names."""
-
-    @classmethod
-    @abstractmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        """The spec and the tensors' proper shapes of a layer in a file; AdapterError if they do not
-        fit the weight."""
-
-    @classmethod
-    def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
-        """What the kernel is given, differentiably."""
-        return tuple(tensors.values())
-
-    @classmethod
-    @abstractmethod
-    def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> "Adapter":
-        """`base_layer` adapted, with tensors of `shapes` if given (those of a file) instead of what
-        `spec` asks for."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """The trained tensors of the update of the weight, in the order of `shapes`."""
-
-    def setup(self, base_layer: Any, spec: LayerSpec) -> None:
-        """What all constructors end with."""
-        self.spec, self.op = spec, LayerOp.of(base_layer)
-        self.kernel = self.make_kernel(self.op, spec, base_layer.weight.shape, self.tensors())
+    def setup(
+        self,
+        base_layer: Any,
+        algorithm: Algorithm,
+        spec: LayerSpec,
+    ) -> None:
+        """Finish construction. WHEN: `base_layer` and the tensors are registered."""
+        shape, bias = base_layer.weight.shape, getattr(base_layer, "bias", None)
+        tensors: Any = self.update_tensors()
+        self.algorithm, self.spec = algorithm, spec
+        self.op = LayerOp.of(base_layer)
+        self.kernel = algorithm.make_kernel(self.op, spec, shape, tensors)
         self.unmerged = None
         self.diff_b = None
-        if spec.bias and base_layer.bias is not None:
-            self.diff_b = nn.Parameter(torch.zeros_like(base_layer.bias, dtype=torch.float32))
+        if spec.bias and bias is not None:
+            self.diff_b = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
+        constants = algorithm.weight_constants(frozen_weight(base_layer).detach())
+        self.constant_names = tuple(constants)
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)  # type: ignore[attr-defined]
+        if constants:
+            self.register_load_state_dict_post_hook(update_constants)  # type: ignore[attr-defined]
+            with torch.no_grad():
+                algorithm.initialize_from_constants(tensors, constants)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """All trained tensors of the layer."""
-        return {**self.tensors(), **({"diff_b": self.diff_b} if self.diff_b is not None else {})}
+    def trained_tensors(self) -> dict[str, nn.Parameter]:
+        """Return all trained tensors of the layer."""
+        tensors = self.update_tensors()
+        if self.diff_b is not None:
+            tensors[BIAS] = self.diff_b
+        return tensors
 
-    def describe(self) -> str:
-        """The algorithm and its scale, as an equation."""
-        spec, root = self.spec, self.spec.options.rslora
-        by = f"sqrt({spec.rank})" if root else str(spec.rank)
-        rates = "" if spec.lr_scale == 1 else f", learning rate x {spec.lr_scale:g}"
-        scaling = f"scaling = alpha / {'sqrt(rank)' if root else 'rank'} = {spec.alpha:g} / {by} = {spec.scaling:g}"
-        return f"{self.algorithm}, {self.size(scaling)}{rates}"
-
-    def size(self, scaling: str) -> str:
-        return f"rank {self.spec.rank}, {scaling}"
-
-    def constants(self) -> dict[str, Tensor]:
-        """Tensors that are not trained and that a checkpoint must hold."""
+    def constants(self) -> LayerTensors:
+        """Return tensors that are not trained and that a checkpoint must hold."""
         return {}
 
-    @classmethod
-    def from_weight(cls, weight: Tensor) -> Tensors:
-        """Factors that the kernel wants besides the trained ones, made of the base's weight."""
-        return ()
+    def weight_constants(self) -> LayerTensors:
+        """Return tensors that follow from the values of the base weight."""
+        return {name: getattr(self, name) for name in self.constant_names}
 
-    @classmethod
-    def delta_of_file(cls, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """The update that a layer's tensors in a file make of `weight`, fp32 (fp64 if they are); AdapterError if they
-        do not fit."""
-        spec, shapes = cls.read_spec(tensors, weight.shape)
-        op = LayerOp(max(0, weight.ndim - 2))
-        kernel = cls.make_kernel(op, spec, weight.shape, shapes)
-        wide = {
-            name: tensors[name] if tensors[name].dtype in WIDE else tensors[name].float()
-            for name in shapes
-        }
-        fitting = {name: tensor.reshape(shapes[name]) for name, tensor in wide.items()}
-        return kernel.delta(weight, (*cls.factors_of(fitting, spec), *cls.from_weight(weight)))
+    def file_tensors(self) -> LayerTensors:
+        """Return the layer's tensors for a file, in which scaling is alpha / rank.
 
-    def factors(self, tensors: dict[str, Tensor]) -> Tensors:
-        """What the kernel is given, from the trained tensors or what dropout left of them."""
-        return self.factors_of(tensors, self.spec)
+        The alpha is in fp64."""
+        tensors: LayerTensors = {}
+        for name, tensor in self.trained_tensors().items():
+            tensors[name] = tensor.detach()
+        alpha = self.algorithm.checkpoint_alpha(self.spec)
+        tensors[ALPHA] = torch.tensor(alpha, dtype=torch.float64)
+        return self.algorithm.traits.files.portable(tensors)
 
-    def in_file(self) -> tuple[dict[str, Tensor], float]:
-        """The layer's tensors and alpha in a file, where the scaling is alpha / rank."""
-        tensors: dict[str, Tensor] = {
-            name: tensor.detach() for name, tensor in self.trained().items()
-        }
-        return tensors, self.alpha_in_file()
+    def describe(self) -> str:
+        """Return the algorithm, its size and its scaling, as an equation."""
+        spec, algorithm = self.spec, self.algorithm
+        divisor, rank = "rank", f"{spec.rank}"
+        if spec.options.rslora:
+            divisor, rank = "sqrt(rank)", f"sqrt({spec.rank})"
+        scaling = f"scaling = alpha / {divisor} = {spec.alpha:g} / {rank} = {spec.scaling:g}"
+        shapes: Shapes = {}
+        for name, tensor in self.update_tensors().items():
+            shapes[name] = tuple(tensor.shape)
+        text = f"{algorithm.name}, {algorithm.describe_size(spec, shapes, scaling)}"
+        if spec.lr_scale != 1:
+            text += f", learning rate x {spec.lr_scale:g}"
+        return text
 
-    def alpha_in_file(self) -> float:
-        """What a file says beside the tensors as they are trained."""
-        return self.spec.scaling * self.spec.rank
+    def factors(self, tensors: LayerTensors) -> Factors:
+        """Return the kernel's factors, from the trained tensors or their masked forms."""
+        all_tensors = {**self.constants(), **tensors, **self.weight_constants()}
+        return self.algorithm.factors(all_tensors, self.spec)
+
+    def base_weight(self) -> Tensor:
+        """Return the weight of the base, also while the update is merged into it."""
+        if self.unmerged is None:
+            return frozen_weight(self.base_layer)
+        return weight_values(self.unmerged[0])
 
     def delta_weight(self) -> Tensor:
-        """The update: the shape of the weight, in the adapter's dtype, scaling included."""
-        weight = self.base_layer.weight if self.unmerged is None else self.unmerged[0]
-        return self.kernel.delta(weight, self.factors(dict(self.tensors())))
+        """Return the update: the shape of the weight, scaled, in the adapter's dtype."""
+        return self.kernel.delta(self.base_weight(), self.factors(dict(self.update_tensors())))
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the update to the base's weight; `unmerge` puts back what was there, bit for bit."""
+        """Add the update to the weight of the base, until `unmerge`.
+
+        For users of the library: this program merges into copies (AdaptedModel.merge_into)."""
         if self.unmerged is not None:
             return
-        weight, bias = self.base_layer.weight, getattr(self.base_layer, "bias", None)
+        stored, bias = stored_weight(self.base_layer), getattr(self.base_layer, "bias", None)
         delta = self.delta_weight()
-        self.unmerged = (weight.clone(), None if bias is None else bias.clone())
-        weight.copy_(added(weight, delta))
+        self.unmerged = (stored.clone(), None if bias is None else bias.clone())
+        write_frozen_weight(self.base_layer, add_update(weight_values(stored), delta))
         if self.diff_b is not None and bias is not None:
-            bias.copy_(added(bias, self.diff_b))
+            bias.copy_(add_update(bias, self.diff_b))
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        """Restore the weight and bias of the base, bit for bit."""
         if self.unmerged is None:
             return
         weight, bias = self.unmerged
-        self.base_layer.weight.copy_(weight)
+        stored_weight(self.base_layer).copy_(weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)
         self.unmerged = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output with its update, in the dtype in which the base layer would answer."""
+        """Return the layer's output with its update, in the dtype that the base layer returns."""
         if self.unmerged is not None:
             return self.base_layer(x)
-        device, weight = x.device.type, self.base_layer.weight
+        device = x.device.type
         dtype = autocast_dtype(device)
         if dtype is None or x.dtype == torch.float64:
-            # float8 is for storing alone: then it is the input that says what is computed in
-            return self._batched(
-                shared_cast(x, weight.dtype if weight.dtype.itemsize > 1 else x.dtype)
-            )
+            dtype = self.base_layer.weight.dtype
+            if dtype.itemsize == 1:  # float8 is only for storage
+                dtype = x.dtype
+            return self._forward(shared_cast(x, dtype))
         with without_autocast(device):
-            return self._batched(shared_cast(x, dtype))
+            return self._forward(shared_cast(x, dtype))
 
-    def _batched(self, x: Tensor) -> Tensor:
-        if (
-            self.op.spatial and x.ndim == self.op.spatial + 1
-        ):  # a single image, which convolutions take too
-            return self._forward(self.op.padded(x[None]), x.dtype)[0]
-        return self._forward(self.op.padded(x), x.dtype)
-
-    def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weight, bias, op = self.base_layer.weight, self.base_layer.bias, self.op
-        tensors = self._masked(dict(self.trained()))
-        diff_b = tensors.pop("diff_b", None)
+    def _forward(self, x: Tensor) -> Tensor:
+        """Return the output for an input in the dtype that is computed in."""
+        op = self.op
+        is_single_image = op.spatial_dims and x.ndim == op.spatial_dims + 1
+        if is_single_image:
+            x = x[None]
+        x = op.pad(x)
+        tensors = self.masked_tensors(dict(self.trained_tensors()))
+        diff_b = tensors.pop(BIAS, None)
         factors = self.factors(tensors)
-        mode = self.mode(x, factors)
-        dropout = self.spec.options.dropout if self.training else 0.0
-        if not dropout:
-            y = adapted(self.kernel, mode, x, weight, bias, factors)
+        mode = choose_mode(self.kernel, self.spec.bypass_mode, x, factors)
+        if self.training and self.spec.options.dropout:
+            y = self._forward_with_dropout(x, mode, factors)
         else:
-            y, dropped = (
-                op(x, weight.to(dtype), None if bias is None else bias.to(dtype)),
-                F.dropout(x, dropout),
-            )
-            if mode == "factors" and isinstance(self.kernel, Additive):
-                y = Branch.apply(self.kernel, y, dropped, *factors)
-            else:
-                y = y + op(dropped, self.kernel.delta(weight, factors).to(dtype))
-        return y if diff_b is None else y + op.channel_view(diff_b.to(dtype))
+            weight = stored_weight(self.base_layer)
+            y = adapted_forward(self.kernel, mode, x, weight, self.base_layer.bias, factors)
+        if diff_b is not None:
+            y = y + op.channel_view(diff_b.to(x.dtype))
+        return y[0] if is_single_image else y
 
-    def mode(self, x: Tensor, factors: Tensors) -> Mode:
-        """How this input is computed, as `bypass_mode` asks: true by the factors, false by dW, auto
-        the cheaper."""
-        wide, by_factors = x.dtype in WIDE, self.kernel.by_factors(factors)
-        if self.spec.bypass_mode == "true":
-            return "factors" if by_factors else "dense"
-        if self.spec.bypass_mode == "false" or not by_factors:
-            return "merged" if wide else "dense"
-        positions = x.numel() // x.shape[1 if self.op.spatial else -1]
-        for step in self.op.stride:
-            positions //= step
-        return self.kernel.mode(positions, wide, factors)
+    def _forward_with_dropout(
+        self,
+        x: Tensor,
+        mode: Mode,
+        factors: Factors,
+    ) -> Tensor:
+        """Return the output of an update whose input has dropped elements.
 
-    def _masked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` with ranks dropped, or all of them, as `rank_dropout` and `module_dropout` ask.
-        Reads no value."""
+        The input of the base has all elements."""
+        kernel, op = self.kernel, self.op
+        weight = frozen_weight(self.base_layer)
+        bias = bias_like(self.base_layer.bias, x)
+        y = op(x, weight.to(x.dtype), bias)
+        dropped_x = F.dropout(x, self.spec.options.dropout)
+        if mode == "factors" and isinstance(kernel, AdditiveKernel):
+            return AdditiveFunction.apply(kernel, y, dropped_x, *factors)
+        delta = kernel.delta(weight, factors)
+        return y + op(dropped_x, delta.to(x.dtype))
+
+    def masked_tensors(self, tensors: LayerTensors) -> LayerTensors:
+        """Return the tensors with dropped ranks, as `rank_dropout` and `module_dropout` say."""
         options = self.spec.options
-        if not self.training or not (options.rank_dropout or options.module_dropout):
+        has_dropout = options.rank_dropout or options.module_dropout
+        if not self.training or not has_dropout:
             return tensors
-        first = tensors[next(name for name in self.rank_axis if name in tensors)]
-        keep = torch.rand((), device=first.device) >= options.module_dropout
-        masked, masks = {**tensors, **self.constants()}, {}
-        for name in (
-            name for name in self.rank_axis if name in masked
-        ):  # in this order: on every rank the same draws
-            tensor, axis = masked[name], self.rank_axis[name]
-            ranks = tensor.shape[axis]
-            if ranks not in masks:
-                masks[ranks] = (
-                    torch.rand(ranks, device=tensor.device) >= options.rank_dropout
-                ) & keep
-            scale = 1.0 if self.multiplicative else 1 / (1 - options.rank_dropout)
-            sides = [ranks if i == axis else 1 for i in range(tensor.ndim)]
-            masked[name] = tensor * (masks[ranks].view(sides).to(tensor.dtype) * scale)
-        if "diff_b" in masked:
-            masked["diff_b"] = masked["diff_b"] * keep
-        return self.without_update(masked, keep)
-
-    def without_update(self, masked: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-        """What else it takes for the update to be zero where `keep` is false."""
-        return masked
+        all_tensors = {**tensors, **self.constants()}
+        masked_tensors, is_kept = drop_ranks(self.algorithm.traits, all_tensors, options)
+        constants = self.weight_constants()
+        return self.algorithm.without_update(masked_tensors, constants, is_kept)
 
 
-OF_THE_BASE = {
+def update_constants(layer: AdapterLayer, _: Any) -> None:
+    """Compute the constants of the weight again.
+
+    WHEN: a state dict was loaded, which may be that of another base."""
+    weight = frozen_weight(layer.base_layer).detach()
+    constants = layer.algorithm.weight_constants(weight)
+    for name, constant in constants.items():
+        gather = getattr(constant, "full_tensor", None)  # the weight is sharded by FSDP
+        setattr(layer, name, gather() if gather else constant)
+
+
+PASSED_ATTRIBUTES = {
     "weight",
     "bias",
     "in_features",
@@ -279,63 +251,59 @@ OF_THE_BASE = {
     "dilation",
     "groups",
 }
+"""Attributes that models and pipelines read from a layer; PEFT's layers pass them on too."""
 
 
-class OwnAdapter(Adapter, nn.Module):
-    """An adapter whose parameters are registered under their names in a file, `_` for `.`."""
+class StandardLayer(AdapterLayer, nn.Module):
+    """An adapter layer that registers its parameters under their names in a file, `_` for `.`."""
 
-    def __init__(self, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        algorithm: Algorithm,
+        spec: LayerSpec,
+        shapes: Shapes | None = None,
+    ):
+        """`shapes`: those of an existing adapter; None: as `spec` says."""
         super().__init__()
         self.base_layer = base_layer
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
-        self.tensor_names = tuple(shapes or self.shapes(spec, weight.shape))
-        values = {
-            name: torch.empty(
-                shape, dtype=torch.float32, device="meta" if weight.is_meta else "cpu"
-            )
-            for name, shape in (shapes or self.shapes(spec, weight.shape)).items()
-        }
+        weight = stored_weight(base_layer)
+        device = weight.device
+        if shapes is None:
+            shapes = algorithm.shapes(spec, weight.shape)
+        initial_device = "meta" if weight.is_meta else "cpu"
+        values: LayerTensors = {}
+        for name, shape in shapes.items():
+            values[name] = torch.empty(shape, dtype=torch.float32, device=initial_device)
         with torch.no_grad():
-            self.initialize(values)
+            algorithm.initialize(values)
+        self.tensor_names = tuple(values)
         for name, value in values.items():
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(value.to(weight.device)))
-        self.setup(base_layer, spec)
+            self.register_parameter(attribute_name(name), nn.Parameter(value.to(device)))
+        self.setup(base_layer, algorithm, spec)
 
-    @classmethod
-    def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
-        return cls(base_layer, spec, shapes)
-
-    @classmethod
-    @abstractmethod
-    def initialize(cls, tensors: dict[str, Tensor]) -> None:
-        """Fills new tensors in place, from torch's global RNG."""
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, name.replace(".", "_")) for name in self.tensor_names}
+    def update_tensors(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, attribute_name(name)) for name in self.tensor_names}
 
     def __getattr__(self, name: str) -> Any:
-        """What models and pipelines ask a layer for is the base layer's, as it is with PEFT's
-        layers."""
-        return getattr(self.base_layer, name) if name in OF_THE_BASE else super().__getattr__(name)
+        if name in PASSED_ATTRIBUTES:
+            return getattr(self.base_layer, name)
+        return super().__getattr__(name)
 
 
-_last_cast: tuple[Any, int, Any] = (lambda: None, 0, lambda: None)
+def attribute_name(tensor_name: str) -> str:
+    """Return the name under which a module registers a tensor."""
+    return tensor_name.replace(".", "_")
 
 
-def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`; the same tensor for layers that are given the same `x` one after the other (q, k, v), so that
-    what they keep for the backward pass is kept once."""
-    global _last_cast
-    if (
-        x.dtype == dtype
-        or x.is_inference()
-        or torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-    ):
-        return x.to(dtype)
-    source, version, cast = _last_cast
-    found = cast() if source() is x and version == x._version else None
-    if found is None or found.dtype != dtype or found.requires_grad != x.requires_grad:
-        found = x.to(dtype)
-        _last_cast = (weakref.ref(x), x._version, weakref.ref(found))
-    return found
+def adapt_layer(
+    base_layer: nn.Module,
+    spec: LayerSpec,
+    shapes: Shapes | None = None,
+) -> nn.Module:
+    """Return `base_layer` with an adapter. `shapes`: those of an existing adapter."""
+    algorithm = get_algorithm(spec.algorithm)
+    layer_class = algorithm.layer_class(base_layer)
+    if layer_class is None:
+        layer_class = StandardLayer
+    return layer_class(base_layer, algorithm, spec, shapes)

@@ -2,8 +2,9 @@
 permutations of the output channels (Liu et al. 2023, arXiv 2311.06243; the form of LyCORIS and
 ComfyUI). The bias is not rotated.
 
-Shapes, for a weight (out, in, *kernel): oft_blocks (stages, out / b, b, b), zero at first, b even,
-at most block_size, and out / b a power of two. Stage i mixes channels within 2^i b of each other.
+Shapes, for a weight (out, in, *kernel): oft_blocks (stages, out / b, b, b), zero at first. b is
+even and at most block_size; out / b is a power of two. Stage i mixes channels within 2^i b of each
+other.
 """
 
 from collections.abc import Iterable
@@ -14,166 +15,230 @@ from torch import Tensor
 
 from common.errors import AdapterError
 from lora_algos.config import AdapterOptions, LayerSpec
-from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
+from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, SavedTensors
 from lora_algos.layer_op import LayerOp
-from lora_algos.oft import OFT, BlockRotation
-from lora_algos.rotation import Cayley, add_blocks, block_products, times_blocks, without_bias
-from lora_algos.tensors import Shapes, constraint_of, fitted
+from lora_algos.oft import (
+    BLOCKS,
+    OFT,
+    ROTATION_FILES,
+    BlockRotation,
+    constraint_of,
+    row_axes,
+    weight_shape,
+)
+from lora_algos.rotation import Cayley, add_blocks, block_products, rotate_blocks, without_bias
+from lora_algos.tensors import LayerTensors, Shapes, check_shapes
+from lora_algos.traits import TensorTraits
 
 
-def butterfly_side(channels: int, limit: int) -> int:
-    """The largest even b up to `limit` with channels / b a power of two; AdapterError if there is
-    none."""
-    sides = [
-        n
-        for n in range(2, channels + 1, 2)
-        if channels % n == 0 and (channels // n).bit_count() == 1
-    ]
-    fitting = [n for n in sides if n <= limit]
-    if not fitting:
-        hint = (
-            f"the smallest block_size that fits is {sides[0]}"
-            if sides
-            else "an odd number has no butterfly"
-        )
-        raise AdapterError(
-            f"no block_size up to {limit} fits its {channels} output channels; {hint}"
-        )
-    return fitting[-1]
+def is_power_of_two(number: int) -> bool:
+    return number.bit_count() == 1
 
 
-def permuted(x: Tensor, axis: int, stage: int, side: int, inverse: bool = False) -> Tensor:
-    """Channels in the order in which a stage's blocks take them: within 2^stage * side, the two
-    halves interleaved."""
-    half, axis = 2**stage * (side // 2), axis % x.ndim
-    split = x.unflatten(axis, (-1, half, 2) if inverse else (-1, 2, half))
-    return split.transpose(axis + 1, axis + 2).reshape(x.shape)
+def butterfly_side(channels: int, max_side: int) -> int:
+    """Return the largest even b up to `max_side` with channels / b a power of two.
+
+    Raises AdapterError if no side fits."""
+    even_divisors = [side for side in range(2, channels + 1, 2) if channels % side == 0]
+    sides = [side for side in even_divisors if is_power_of_two(channels // side)]
+    fitting_sides = [side for side in sides if side <= max_side]
+    if fitting_sides:
+        return fitting_sides[-1]
+    hint = "an odd number has no butterfly"
+    if sides:
+        hint = f"the smallest block_size that fits is {sides[0]}"
+    raise AdapterError(
+        f"no block_size up to {max_side} fits its {channels} output channels; {hint}"
+    )
 
 
-def next_stage(x: Tensor, axis: int, half: int) -> Tensor:
-    """From the order of a stage whose permutation has this half to the order of the next, in one step; its own
-    inverse."""
+def permute(
+    x: Tensor,
+    axis: int,
+    stage: int,
+    side: int,
+    inverse: bool = False,
+) -> Tensor:
+    """Return channels in the order in which the blocks of a stage take them.
+
+    Within each run of 2^stage * side channels, the two halves are interleaved."""
     axis %= x.ndim
-    return x.unflatten(axis, (-1, 2, half, 2)).transpose(axis + 1, axis + 3).reshape(x.shape)
+    half = 2**stage * (side // 2)
+    sides = (-1, half, 2) if inverse else (-1, 2, half)
+    split_x = x.unflatten(axis, sides)
+    return split_x.transpose(axis + 1, axis + 2).reshape(x.shape)
+
+
+def permute_to_next(x: Tensor, axis: int, half: int) -> Tensor:
+    """Return channels in the order of the next stage, given the order of a stage.
+
+    `half`: the half of that stage's permutation. The step is its own inverse."""
+    axis %= x.ndim
+    split_x = x.unflatten(axis, (-1, 2, half, 2))
+    return split_x.transpose(axis + 1, axis + 3).reshape(x.shape)
 
 
 @dataclass(frozen=True)
 class Butterfly(BlockRotation):
     """Factors (blocks,)."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return the update of `weight` (out, in, *kernel); blocks (stages, out / b, b, b)."""
         (blocks,) = factors
-        stages, _, b, _ = blocks.shape
+        side = blocks.shape[-1]
         start = weight.to(blocks.dtype).flatten(1)
-        turned = start
-        for stage in range(stages):
-            taken = permuted(turned, 0, stage, b).reshape(-1, b, start.shape[1])
-            rotated = taken + Cayley.of(blocks[stage]).minus_identity @ taken
-            turned = permuted(rotated.reshape(start.shape), 0, stage, b, inverse=True)
-        return (turned - start).view(self.shape)
+        rotated = start
+        for stage, stage_blocks in enumerate(blocks):
+            change = Cayley.of(stage_blocks).minus_identity
+            ordered = permute(rotated, 0, stage, side).reshape(-1, side, start.shape[1])
+            ordered = ordered + change @ ordered
+            rotated = permute(ordered.reshape(start.shape), 0, stage, side, inverse=True)
+        return (rotated - start).view(self.shape)
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
-    ) -> tuple[Tensor, Tensors]:
+    def factors_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (blocks,) = factors
         y = self.op(x, weight, bias)
-        changes, before = Cayley.of(factors[0]).minus_identity, without_bias(self.op, y, bias)
-        if y.dtype in WIDE:
-            y.add_(self._turned(before, changes).sub_(before))  # exactly zero at first
+        changes = Cayley.of(blocks).minus_identity
+        start = without_bias(self.op, y, bias)
+        if y.dtype in WIDE_DTYPES:
+            y.add_(self._rotate(start, changes).sub_(start))  # exactly zero at first
         else:
-            y.add_(self._change(before, changes.to(y.dtype)))
+            y.add_(self._total_change(start, changes.to(y.dtype)))
         return y, (y,)
 
-    def _turned(self, y: Tensor, changes: Tensor) -> Tensor:
-        """All stages on an output; `changes` (stages, blocks, b, b) are R_i - I."""
-        b, axis = changes.shape[-1], self._axis
-        y = permuted(y, axis, 0, b)
-        for stage, change in enumerate(changes):
-            y = times_blocks(
-                self.op, next_stage(y, axis, 2**stage * b // 4) if stage else y, change
-            )
-        return permuted(y, axis, changes.shape[0] - 1, b, inverse=True)
+    def _rotate(self, y: Tensor, changes: Tensor) -> Tensor:
+        """Apply all stages to an output.
 
-    def _change(self, y: Tensor, changes: Tensor) -> Tensor:
-        """What all stages add to an output; `changes` (stages, blocks, b, b) are R_i - I. A sum of what each adds,
-        because in a narrow dtype a small change of an output would be rounded away."""
-        b, axis, total = changes.shape[-1], self._axis, torch.zeros_like(y)
+        `changes` (stages, blocks, b, b): R_i - I."""
+        axis = self.op.channel_axis
+        num_stages, _, side, _ = changes.shape
+        y = permute(y, axis, 0, side)
         for stage, change in enumerate(changes):
-            taken = permuted(y + total if stage else y, axis, stage, b)
-            added = torch.zeros_like(taken)
-            add_blocks(self.op, added, change, taken)
-            total += permuted(added, axis, stage, b, inverse=True)
+            if stage:
+                half = 2**stage * side // 4
+                y = permute_to_next(y, axis, half)
+            y = rotate_blocks(self.op, y, change)
+        return permute(y, axis, num_stages - 1, side, inverse=True)
+
+    def _total_change(self, y: Tensor, changes: Tensor) -> Tensor:
+        """Return what all stages add to an output, as the sum of the changes of each stage.
+
+        In a narrow dtype, adding a small change to an output would round it away.
+        `changes` (stages, blocks, b, b): R_i - I."""
+        axis = self.op.channel_axis
+        side = changes.shape[-1]
+        total = torch.zeros_like(y)
+        for stage, change in enumerate(changes):
+            stage_input = y + total if stage else y
+            ordered = permute(stage_input, axis, stage, side)
+            stage_change = torch.zeros_like(ordered)
+            add_blocks(self.op, stage_change, change, ordered)
+            total += permute(stage_change, axis, stage, side, inverse=True)
         return total
 
-    def by_factors(self, factors: Tensors) -> bool:
+    def has_factors_mode(self, factors: Factors) -> bool:
         return self.op.groups == 1
 
-    @property
-    def _axis(self) -> int:
-        return 1 if self.op.spatial else -1
-
-    def backward(
-        self, grad: Tensor, saved: Saved, input_grad: bool
-    ) -> tuple[Tensor | None, Tensors]:
-        (blocks,), b = saved.factors, saved.factors[0].shape[-1]
+    def factors_backward(
+        self,
+        grad: Tensor,
+        saved: SavedTensors,
+        needs_input_grad: bool,
+    ) -> tuple[Tensor | None, Gradients]:
+        (blocks,) = saved.factors
+        op, axis = self.op, self.op.channel_axis
+        num_stages, _, side, _ = blocks.shape
+        last = num_stages - 1
         cayley = Cayley.of(blocks)
-        last, axis, dblocks = blocks.shape[0] - 1, self._axis, torch.empty_like(blocks)
-        y = permuted(without_bias(self.op, saved.x, saved.bias), axis, last, b)
-        grad = permuted(grad, axis, last, b)
+        rotation_grads = torch.empty_like(blocks)
+        y = without_bias(op, saved.activation, saved.bias)
+        y = permute(y, axis, last, side)
+        grad = permute(grad, axis, last, side)
         for stage in range(last, -1, -1):
             change = cayley.minus_identity[stage]
             # y = R y0, so y0 = R^T y, and the gradient of R is g y0^T = (g y^T) R
-            products = block_products(self.op, grad, y, b).to(blocks.dtype)
-            dblocks[stage] = products + products @ change
-            grad = times_blocks(self.op, grad, change.mT)
+            products = block_products(op, grad, y, side).to(blocks.dtype)
+            rotation_grads[stage] = products + products @ change
+            grad = rotate_blocks(op, grad, change.mT)
             if stage:
-                y, half = times_blocks(self.op, y, change.mT), 2**stage * b // 4
-                y, grad = next_stage(y, axis, half), next_stage(grad, axis, half)
-        grad = permuted(grad, axis, 0, b, inverse=True)
-        dx = self.op.input_grad(grad, saved.weight, saved.shape) if input_grad else None
-        return dx, (cayley.grad(dblocks),)
+                half = 2**stage * side // 4
+                y = rotate_blocks(op, y, change.mT)
+                y = permute_to_next(y, axis, half)
+                grad = permute_to_next(grad, axis, half)
+        grad = permute(grad, axis, 0, side, inverse=True)
+        input_grad = None
+        if needs_input_grad:
+            input_grad = op.input_grad(grad, saved.weight, saved.input_shape)
+        return input_grad, (cayley.blocks_grad(rotation_grads),)
 
 
 class BOFT(OFT):
-    """A layer with a BOFT."""
+    """A rotation of the output channels in butterfly stages."""
 
-    algorithm = "BOFT"
-    rank_axis = {"oft_blocks": 1}  # noqa: RUF012
-    own_options = ("block_size", "constraint", "stages")
+    name = "BOFT"
+    options = ("block_size", "constraint", "stages")
+    traits = TensorTraits(
+        names=(BLOCKS,),
+        detected_by=(BLOCKS,),
+        dropout_axes={BLOCKS: 1},
+        is_multiplicative=True,
+        needs_base_weight=True,
+        row_axes=row_axes,
+        weight_shape=weight_shape,
+        files=ROTATION_FILES,
+    )
 
-    @classmethod
-    def detects(cls, tensors: dict[str, Tensor]) -> bool:
-        return "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4
+    def matches_tensors(self, tensors: LayerTensors) -> bool:
+        return BLOCKS in tensors and tensors[BLOCKS].ndim == 4
 
-    @classmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
-        side = butterfly_side(weight[0], spec.options.block_size)
-        blocks = weight[0] // side
-        most = blocks.bit_length()  # then every channel meets every other
-        wanted = spec.options.stages
-        if wanted > most:
-            raise AdapterError(f"stages {wanted}: {blocks} blocks of {side} have at most {most}")
-        return {"oft_blocks": (most if wanted < 1 else wanted, blocks, side, side)}
-
-    @classmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        sides = tuple(tensors["oft_blocks"].shape)
-        fits = len(sides) == 4 and sides[2] == sides[3] and sides[1] * sides[2] == weight[0]
-        if not fits or sides[2] % 2 or sides[1] % 2 ** (sides[0] - 1):
+    def shapes(self, spec: LayerSpec, weight: torch.Size) -> Shapes:
+        channels = weight[0]
+        side = butterfly_side(channels, spec.options.block_size)
+        num_blocks = channels // side
+        # so many stages mix every channel with every other one
+        max_stages = num_blocks.bit_length()
+        num_stages = spec.options.stages
+        if num_stages > max_stages:
             raise AdapterError(
-                f"oft_blocks is {sides}, which is no butterfly over {weight[0]} output channels"
+                f"stages {num_stages}: {num_blocks} blocks of {side} have at most {max_stages}"
             )
-        options = AdapterOptions(
-            block_size=sides[2], stages=sides[0], constraint=constraint_of(tensors)
-        )
-        return LayerSpec(algorithm=cls.algorithm, options=options), fitted(
-            tensors, {"oft_blocks": sides}, weight
-        )
+        if num_stages < 1:
+            num_stages = max_stages
+        return {BLOCKS: (num_stages, num_blocks, side, side)}
 
-    @classmethod
+    def read_spec(self, tensors: LayerTensors, weight: torch.Size) -> tuple[LayerSpec, Shapes]:
+        shape = tuple(tensors[BLOCKS].shape)
+        num_stages, num_blocks, side, last_side = shape
+        tiles_channels = side == last_side and num_blocks * side == weight[0]
+        is_even = side % 2 == 0
+        has_whole_stages = num_blocks % 2 ** (num_stages - 1) == 0
+        if not (tiles_channels and is_even and has_whole_stages):
+            raise AdapterError(
+                f"{BLOCKS} is {shape}, which is not a butterfly over {weight[0]} output channels"
+            )
+        shapes: Shapes = {BLOCKS: shape}
+        check_shapes(tensors, shapes, weight)
+        options = AdapterOptions(
+            block_size=side,
+            stages=num_stages,
+            constraint=constraint_of(tensors),
+        )
+        return LayerSpec(algorithm=self.name, options=options), shapes
+
     def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+        self,
+        op: LayerOp,
+        spec: LayerSpec,
+        weight: torch.Size,
+        names: Iterable[str],
     ) -> Kernel:
         return Butterfly(op, weight, 1.0)
 
 
-ADAPTER = BOFT
+ALGORITHM = BOFT()

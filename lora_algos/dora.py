@@ -1,34 +1,58 @@
-"""DoRA: W' = m V / ||V||, V = W + (alpha / rank) * up @ down, with one norm and one magnitude m per
-output channel (Liu et al. 2024, arXiv 2402.09353), in PEFT's layers. As there, no gradient flows
-through the norm.
+"""DoRA: W' = m V / ||V|| with V = W + (alpha / rank) * up @ down (Liu et al. 2024, arXiv
+2402.09353), in PEFT's layers. There is one norm and one magnitude m per output channel. As in PEFT,
+no gradient flows through the norm.
 
-Shapes: as LoRA's, and the magnitude (out), PEFT's `lora_magnitude_vector`. m starts at ||W||, so at
-first W' = W.
+Shapes: those of LoRA, and the magnitude (out), `lora_magnitude_vector` in PEFT. m starts at ||W||,
+so at first W' = W.
 
-On activations: y = k (V x) + b with k = m / ||V||, and ||V||^2 from products of thin matrices,
-||W||^2 being known. The input and the output are kept for the backward pass; the output gives the
-gradient of m.
+On activations: y = k (V x) + b with k = m / ||V||. ||V||^2 is computed from products of thin
+matrices, because ||W||^2 is known. The backward pass needs the input and the output; the output
+gives the gradient of m.
+
+Other programs write the magnitude as `dora_scale` (out, 1...). ComfyUI and Forge divide by ||W||
+where DoRA divides by ||V||. So a file that is written for them has the magnitude divided by ||V|| / ||W||.
+Its metadata says so, and reading it multiplies by the quotient again.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft.tuners.lora import layer as peft_lora
-from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from common.errors import AdapterError
-from lora_algos.adapter import Adapter, OwnAdapter
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
-from lora_algos.layer_op import LayerOp, channel_sum
-from lora_algos.lora import ADAPTER_NAME, INITS_OF_LINEAR, LoRABase, OwnLoRA, PeftAdapter
-from lora_algos.low_rank import TINY, add_low_rank, low_rank_grads, norms_after, squared_norms
-from lora_algos.tensors import Shapes
+from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, SavedTensors
+from lora_algos.layer_op import LayerOp, channel_sums
+from lora_algos.lora import LINEAR_INITS, PEFT_NAMES, LoRA, import_tensors, weight_shape
+from lora_algos.low_rank import (
+    DOWN,
+    MIN_NORM,
+    UP,
+    LowRankUpdate,
+    add_low_rank,
+    low_rank_grads,
+    merged_norms,
+    squared_norms,
+)
+from lora_algos.peft_layers import DORA_LAYERS, MAGNITUDE, peft_layer_class
+from lora_algos.tensors import LayerTensors, Shapes
+from lora_algos.traits import (
+    FileTraits,
+    Layers,
+    Metadata,
+    PeftTraits,
+    TensorTraits,
+    Weights,
+    first_axes,
+)
 
-MAGNITUDE = "lora_magnitude_vector"
+DORA_SCALE = "dora_scale"
+NORMS = "squared_norms"
+"""||W||^2 per output channel."""
+DIVISOR_KEY, BASE_NORM = "train_lora.dora_scale", "norm of the base weight"
+"""Metadata that states the norm that `dora_scale` is meant to be divided by."""
 
 
 @dataclass(frozen=True)
@@ -37,181 +61,218 @@ class MagnitudeAndDirection(Kernel):
 
     num_constants = 1
 
-    def _norms(self, weight: Tensor, factors: Tensors) -> Tensor:
-        """||V|| per output channel, without forming V."""
-        up, down, _, base = factors
-        return norms_after(weight, up.detach(), down.detach(), self.scaling, base)
+    def merged_norms(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return ||V|| per output channel.
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
+        V is not formed, and no gradient flows."""
+        up, down, _, weight_norms = factors
+        update = LowRankUpdate(up.detach(), down.detach(), self.scaling)
+        return merged_norms(weight, update, weight_norms)
+
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return W' - W for a weight (out, in, *kernel)."""
         up, down, magnitude, _ = factors
-        ratio = (magnitude.flatten() / self._norms(weight, factors)).view(
-            -1, *[1] * (len(self.shape) - 1)
-        )
-        w = weight.to(up.dtype)
-        moved = w + (up.flatten(1) @ (down.flatten(1) * self.scaling)).view(self.shape)
-        return ratio * moved - w
+        wide_weight = weight.to(up.dtype)
+        update = up.flatten(1) @ (down.flatten(1) * self.scaling)
+        direction = wide_weight + update.view(self.shape)
+        norms = self.merged_norms(weight, factors)
+        ratio = magnitude.flatten() / norms
+        ratio = ratio.view(-1, *[1] * (len(self.shape) - 1))
+        return ratio * direction - wide_weight
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
-    ) -> tuple[Tensor, Tensors]:
-        up, down, magnitude = factors[:3]
-        norms = self._norms(weight, factors)
+    def factors_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        up, down, magnitude, _ = factors
+        norms = self.merged_norms(weight, factors)
         ratio = magnitude.flatten() / norms
         y = self.op(x, weight, bias)
-        h = add_low_rank(self.op, y, x, up.to(x.dtype), down.to(x.dtype), self.scaling)
+        update = LowRankUpdate(up.to(x.dtype), down.to(x.dtype), self.scaling)
+        h = add_low_rank(self.op, y, x, update)
         scale = self.op.channel_view(ratio)
         if bias is None:
             y.mul_(scale)
-        else:  # the bias, which is in y, is not scaled
-            shift = self.op.channel_view((1 - ratio) * bias.to(ratio.dtype))
-            # in the magnitude's dtype, so that y is rounded once more only; in place where they are
-            # the same
-            y = (
-                y.mul_(scale).add_(shift)
-                if y.dtype == shift.dtype
-                else torch.addcmul(shift, y, scale).to(y.dtype)
-            )
+            return y, (x, h, y, norms)
+        # y contains the bias, which must not be scaled
+        shift = self.op.channel_view((1 - ratio) * bias.to(ratio.dtype))
+        if y.dtype == shift.dtype:
+            y = y.mul_(scale).add_(shift)
+        else:  # computed in the magnitude's dtype, so that y is rounded only once more
+            y = torch.addcmul(shift, y, scale).to(y.dtype)
         return y, (x, h, y, norms)
 
-    def backward(
-        self, grad: Tensor, saved: Saved, input_grad: bool
-    ) -> tuple[Tensor | None, Tensors]:
+    def factors_backward(
+        self,
+        grad: Tensor,
+        saved: SavedTensors,
+        needs_input_grad: bool,
+    ) -> tuple[Tensor | None, Gradients]:
         up, down, magnitude, _ = saved.factors
-        h, y, norms = saved.kept
-        op, m = self.op, magnitude.flatten()
-        weighted = grad * y
-        products = channel_sum(op, weighted, m.dtype)
+        h, y, norms = saved.extras
+        op = self.op
+        m = magnitude.flatten()
+        weighted_grad = grad * y
+        products = channel_sums(op, weighted_grad, m.dtype)
         if saved.bias is not None:
-            products -= channel_sum(op, grad, m.dtype) * saved.bias.to(m.dtype)
-        d_magnitude = torch.where(m.abs() > TINY, products / m, 0).view(magnitude.shape)
-        through = torch.mul(grad, op.channel_view(m / norms), out=weighted)
-        dx = op.input_grad(through, saved.weight, saved.shape) if input_grad else None
-        low_rank = (up.to(grad.dtype), down.to(grad.dtype), self.scaling)
-        return dx, (*low_rank_grads(op, through, saved.x, low_rank, dx, h), d_magnitude)
+            bias_products = channel_sums(op, grad, m.dtype) * saved.bias.to(m.dtype)
+            products -= bias_products
+        is_nonzero = m.abs() > MIN_NORM
+        magnitude_grad = torch.where(is_nonzero, products / m, 0)
+        ratio = op.channel_view(m / norms)
+        direction_grad = torch.mul(grad, ratio, out=weighted_grad)
+        input_grad = None
+        if needs_input_grad:
+            input_grad = op.input_grad(direction_grad, saved.weight, saved.input_shape)
+        update = LowRankUpdate(up.to(grad.dtype), down.to(grad.dtype), self.scaling)
+        grads = low_rank_grads(op, direction_grad, saved.activation, update, input_grad, h)
+        return input_grad, (*grads, magnitude_grad.view(magnitude.shape))
 
 
-class DoRABase(LoRABase):
-    """What DoRA is, whoever holds its parameters."""
+def norm_quotient(tensors: LayerTensors, weight: Tensor) -> Tensor:
+    """Return ||V|| / ||W|| per output channel, on the device of the tensors.
 
-    algorithm = "DoRA"
-    detected_by: ClassVar[tuple[str, ...]] = (MAGNITUDE,)
-    squared_norms: Tensor
+    It is computed on the device of the weight."""
+    device = weight.device
+    up, down = tensors[UP].to(device), tensors[DOWN].to(device)
+    scaling = LoRA.traits.scaling(tensors)
+    squared = squared_norms(weight, up.dtype)
+    norms = merged_norms(weight, LowRankUpdate(up, down, scaling), squared)
+    quotient = norms / squared.clamp_min(MIN_NORM).sqrt()
+    return quotient.to(tensors[UP].device)
 
-    @classmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
-        if spec.options.init in INITS_OF_LINEAR:
+
+def import_for_weight(tensors: LayerTensors, weight: Tensor, metadata: Metadata) -> LayerTensors:
+    """Return the tensors with the magnitude (out). Raises AdapterError if it has another form.
+
+    A weight without values leaves `dora_scale` as the file has it."""
+    tensors = dict(tensors)
+    if MAGNITUDE in tensors:
+        tensors[MAGNITUDE] = tensors[MAGNITUDE].flatten()
+    if DORA_SCALE not in tensors:
+        return tensors
+    num_channels = weight.shape[0]
+    scale = tensors.pop(DORA_SCALE)
+    has_other_axis = scale.ndim > 1 and scale.shape[0] != num_channels
+    if scale.numel() != num_channels or has_other_axis:
+        raise AdapterError(
+            f"{DORA_SCALE} is {tuple(scale.shape)}: a DoRA with one magnitude per input channel; "
+            f"this trainer and PEFT have one per output channel ({num_channels})"
+        )
+    magnitude = scale.flatten()
+    if metadata.get(DIVISOR_KEY) == BASE_NORM and not weight.is_meta:
+        magnitude = magnitude * norm_quotient(tensors, weight)
+    tensors[MAGNITUDE] = magnitude
+    return tensors
+
+
+def export_for_weight(
+    tensors: LayerTensors,
+    weight: Tensor,
+) -> tuple[LayerTensors, dict[str, str]]:
+    """Return the tensors with a `dora_scale` for programs that divide by ||W||.
+
+    Also returns metadata that states the divisor."""
+    exported_tensors = dict(tensors)
+    magnitude = exported_tensors.pop(MAGNITUDE)
+    scale = magnitude / norm_quotient(tensors, weight)
+    pointwise = [1] * (weight.ndim - 1)
+    exported_tensors[DORA_SCALE] = scale.view(-1, *pointwise)
+    return exported_tensors, {DIVISOR_KEY: BASE_NORM}
+
+
+def peft_options(layers: Layers, weights: Weights) -> dict[str, Any]:
+    """Return PEFT's options of a DoRA."""
+    return {"use_dora": True, "use_rslora": False}
+
+
+class DoRA(LoRA):
+    """A magnitude per output channel and a direction that a LoRA changes."""
+
+    name = "DoRA"
+    traits = TensorTraits(
+        names=(UP, DOWN, MAGNITUDE),
+        detected_by=(MAGNITUDE, DORA_SCALE),
+        groups=((UP, DOWN),),
+        needs={MAGNITUDE: DOWN, DORA_SCALE: DOWN},
+        vectors=(MAGNITUDE, DORA_SCALE),
+        rank_axes={DOWN: 0},
+        dropout_axes={DOWN: 0},
+        starts_at_zero=(UP,),
+        needs_base_weight=True,
+        fp32_tensors=(MAGNITUDE, DORA_SCALE),
+        row_axes=first_axes(UP, MAGNITUDE, DORA_SCALE),
+        zero_rows_change_nothing=False,
+        factor_pairs=((UP, DOWN),),
+        weight_shape=weight_shape,
+        has_exact_weight_shape=True,
+        files=FileTraits(
+            foreign_names=(DORA_SCALE,),
+            alternatives={DORA_SCALE: MAGNITUDE},
+            import_tensors=import_tensors,
+            import_for_weight=import_for_weight,
+            export_for_weight=export_for_weight,
+            metadata_keys=(DIVISOR_KEY,),
+            shared_alpha_tensor=UP,
+            is_in_diffusers_format=True,
+            kohya_module="networks.lora",
+            peft=PeftTraits(
+                "LORA", "lora_alpha", PEFT_NAMES, peft_options, channel_vector=MAGNITUDE
+            ),
+        ),
+    )
+
+    def shapes(self, spec: LayerSpec, weight: torch.Size) -> Shapes:
+        init = spec.options.init
+        if init in LINEAR_INITS:
             raise AdapterError(
-                f"DoRA starts from default or gaussian factors, not from {spec.options.init}"
+                f"--adapter.init {init}: not supported by DoRA; expected default or gaussian"
             )
-        return {**super().shapes(spec, weight), MAGNITUDE: (weight[0],)}
+        shapes = super().shapes(spec, weight)
+        shapes[MAGNITUDE] = (weight[0],)
+        return shapes
 
-    @classmethod
     def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+        self,
+        op: LayerOp,
+        spec: LayerSpec,
+        weight: torch.Size,
+        names: Iterable[str],
     ) -> Kernel:
         return MagnitudeAndDirection(op, weight, spec.scaling)
 
-    @classmethod
-    def peft_layers(cls) -> dict[type[nn.Module], Callable[..., Adapter]]:
-        return {
-            nn.Linear: DoRALinear,
-            nn.Conv1d: DoRAConv1d,
-            nn.Conv2d: DoRAConv2d,
-            nn.Conv3d: DoRAConv3d,
-        }
+    def weight_constants(self, weight: Tensor) -> LayerTensors:
+        dtype = weight.dtype if weight.dtype in WIDE_DTYPES else torch.float32
+        return {NORMS: squared_norms(weight, dtype)}
 
-    @classmethod
-    def own_layer(cls) -> Callable[..., Adapter]:
-        return OwnDoRA
+    def initialize_from_constants(self, tensors: LayerTensors, constants: LayerTensors) -> None:
+        """Set the magnitude to ||W|| by the kernel's own formula: the ratio is exactly 1."""
+        tensors[MAGNITUDE].copy_(first_magnitude(tensors, constants))
 
-    def setup(self, base_layer: Any, spec: LayerSpec) -> None:
-        super().setup(base_layer, spec)
-        (squared,) = self.from_weight(base_layer.weight.detach())
-        self.register_buffer("squared_norms", squared, persistent=False)  # type: ignore[attr-defined]
-        self.register_load_state_dict_post_hook(measure_again)  # type: ignore[attr-defined]
-        with torch.no_grad():
-            # the norm by the kernel's own formula: the ratio is 1 to the last digit
-            magnitude = self.tensors()[MAGNITUDE]
-            magnitude.copy_(squared.clamp_min(TINY).sqrt().view(magnitude.shape))
+    def factors(self, tensors: LayerTensors, spec: LayerSpec) -> Factors:
+        return tensors[UP], tensors[DOWN], tensors[MAGNITUDE], tensors[NORMS]
 
-    @classmethod
-    def from_weight(cls, weight: Tensor) -> Tensors:
-        dtype = weight.dtype if weight.dtype in WIDE else torch.float32
-        return (squared_norms(weight, dtype),)
+    def without_update(
+        self,
+        tensors: LayerTensors,
+        constants: LayerTensors,
+        is_kept: Tensor,
+    ) -> LayerTensors:
+        magnitude = tensors[MAGNITUDE]
+        start = first_magnitude(tensors, constants)
+        return {**tensors, MAGNITUDE: torch.where(is_kept, magnitude, start)}
 
-    def factors(self, tensors: dict[str, Tensor]) -> Tensors:
-        return *super().factors(tensors), self.squared_norms
-
-    def without_update(self, masked: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-        magnitude = masked[MAGNITUDE]
-        start = self.squared_norms.clamp_min(TINY).sqrt().view(magnitude.shape)
-        return {**masked, MAGNITUDE: torch.where(keep, magnitude, start)}
+    def layer_class(self, base_layer: nn.Module) -> Callable[..., nn.Module] | None:
+        return peft_layer_class(DORA_LAYERS, base_layer)
 
 
-class MagnitudeToCome(peft_lora.LoraVariant):
-    """DoRA to PEFT, but that the values are left to `setup`: PEFT's take tensors of the size of the
-    weight."""
-
-    @staticmethod
-    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        weight = module.get_base_layer().weight
-        sides = (
-            (1, weight.shape[0], *[1] * (weight.ndim - 2))
-            if weight.ndim > 2
-            else (weight.shape[0],)
-        )
-        holder = DoraLinearLayer(fan_in_fan_out=False)
-        holder.weight = nn.Parameter(torch.empty(sides, device=weight.device))
-        module.lora_magnitude_vector[adapter_name] = holder
+def first_magnitude(tensors: LayerTensors, constants: LayerTensors) -> Tensor:
+    """Return ||W||, shaped like the magnitude."""
+    norms = constants[NORMS].clamp_min(MIN_NORM).sqrt()
+    return norms.view(tensors[MAGNITUDE].shape)
 
 
-def measure_again(layer: DoRABase, _: Any) -> None:
-    """WHEN: the layer has loaded a state dict, in which the base may be another than the one it was
-    attached to."""
-    (squared,) = layer.from_weight(layer.base_layer.weight.detach())
-    whole = getattr(squared, "full_tensor", None)  # of a weight that FSDP has in parts
-    layer.squared_norms = whole() if whole else squared
-
-
-class PeftDoRA(DoRABase, PeftAdapter):
-    """A layer of PEFT's with our forward pass."""
-
-    has_magnitude = True
-
-    def resolve_lora_variant(self, **kwargs: Any) -> peft_lora.LoraVariant:
-        return MagnitudeToCome()
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        magnitude = self.lora_magnitude_vector[ADAPTER_NAME].weight
-        return {**super().tensors(), MAGNITUDE: magnitude}  # type: ignore[dict-item]
-
-    def in_file(self) -> tuple[dict[str, Tensor], float]:
-        tensors, alpha = super().in_file()
-        return {**tensors, MAGNITUDE: tensors[MAGNITUDE].flatten()}, alpha
-
-
-class DoRALinear(PeftDoRA, peft_lora.Linear):
-    """A Linear layer with a DoRA."""
-
-
-class DoRAConv1d(PeftDoRA, peft_lora.Conv1d):
-    """A Conv1d layer with a DoRA."""
-
-
-class DoRAConv2d(PeftDoRA, peft_lora.Conv2d):
-    """A Conv2d layer with a DoRA."""
-
-
-class DoRAConv3d(PeftDoRA, peft_lora.Conv3d):
-    """A Conv3d layer with a DoRA."""
-
-
-class OwnDoRA(DoRABase, OwnAdapter):
-    """A grouped convolution with a DoRA."""
-
-    @classmethod
-    def initialize(cls, tensors: dict[str, Tensor]) -> None:
-        OwnLoRA.initialize(tensors)
-
-
-ADAPTER = DoRABase
+ALGORITHM = DoRA()

@@ -1,95 +1,123 @@
-"""Full: dW is a matrix of its own, `.diff` (out, in, *kernel), zero at first. As much to train as
-the weight itself."""
+"""Full: dW is a separate matrix, `diff` (out, in, *kernel), zero at first. It has as many trained
+numbers as the weight. Full also adapts the weights of normalization layers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_algos.adapter import Adapter, OwnAdapter
+from lora_algos.adapter import StandardLayer
+from lora_algos.algorithm import Algorithm
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import WIDE, DenseKernel, Kernel, Saved, Tensors
+from lora_algos.frozen_weight import frozen_weight
+from lora_algos.kernels import (
+    WIDE_DTYPES,
+    DeltaOnlyKernel,
+    Factors,
+    Gradients,
+    Kernel,
+    SavedTensors,
+)
 from lora_algos.layer_op import ADAPTED_TYPES, LayerOp, without_autocast
-from lora_algos.tensors import Shapes, fitted
+from lora_algos.tensors import BIAS, LayerTensors, Shapes, check_shapes
+from lora_algos.traits import FileTraits, TensorTraits, first_axes
+
+DIFF = "diff"
 
 
 @dataclass(frozen=True)
-class Difference(DenseKernel):
+class Difference(DeltaOnlyKernel):
     """Factors (diff,)."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
-        return factors[0]
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        (diff,) = factors
+        return diff
 
-    def dense_grads(self, grad: Tensor, saved: Saved) -> Tensors:
-        return (self.op.weight_grad(grad, saved.x, self.shape),)
+    def merged_or_dense_grads(self, grad: Tensor, saved: SavedTensors) -> Gradients:
+        return (self.op.weight_grad(grad, saved.activation, self.shape),)
 
 
-class Full(OwnAdapter):
-    """A layer whose whole weight is trained."""
+def weight_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of the weight."""
+    return shapes[DIFF]
 
-    algorithm = "Full"
-    detected_by = ("diff",)
-    rank_axis = {"diff": 0}  # noqa: RUF012
 
-    @classmethod
-    def on(cls, base_layer: nn.Module, spec: LayerSpec, shapes: Shapes | None = None) -> Adapter:
-        if not isinstance(base_layer, ADAPTED_TYPES):
-            return NormDifference(base_layer, spec, shapes)
-        return cls(base_layer, spec, shapes)
+class Full(Algorithm):
+    """A matrix of the weight's shape."""
 
-    @classmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
-        return {"diff": tuple(weight)}
+    name = "Full"
+    traits = TensorTraits(
+        names=(DIFF,),
+        detected_by=(DIFF,),
+        vectors=(DIFF,),
+        dropout_axes={DIFF: 0},
+        adapts_norms=True,
+        row_axes=first_axes(DIFF),
+        weight_shape=weight_shape,
+        has_exact_weight_shape=True,
+        files=FileTraits(writes_alpha=False),
+    )
 
-    @classmethod
+    def shapes(self, spec: LayerSpec, weight: torch.Size) -> Shapes:
+        return {DIFF: tuple(weight)}
+
+    def read_spec(self, tensors: LayerTensors, weight: torch.Size) -> tuple[LayerSpec, Shapes]:
+        spec = LayerSpec(algorithm=self.name)
+        shapes = self.shapes(spec, weight)
+        check_shapes(tensors, shapes, weight)
+        return spec, shapes
+
     def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+        self,
+        op: LayerOp,
+        spec: LayerSpec,
+        weight: torch.Size,
+        names: Iterable[str],
     ) -> Kernel:
         return Difference(op, weight, 1.0)
 
-    @classmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        spec = LayerSpec(algorithm=cls.algorithm)
-        return spec, fitted(tensors, cls.shapes(spec, weight), weight)
+    def initialize(self, tensors: LayerTensors) -> None:
+        tensors[DIFF].zero_()
 
-    def size(self, scaling: str) -> str:
+    def describe_size(
+        self,
+        spec: LayerSpec,
+        shapes: Shapes,
+        scaling: str,
+    ) -> str:
         return "every weight"
 
-    @classmethod
-    def initialize(cls, tensors: dict[str, Tensor]) -> None:
-        tensors["diff"].zero_()
+    def layer_class(self, base_layer: nn.Module) -> Callable[..., nn.Module] | None:
+        return None if isinstance(base_layer, ADAPTED_TYPES) else NormLayer
 
 
-ADAPTER = Full
-
-
-class NormDifference(Full):
-    """A normalization layer whose weight is trained."""
-
-    def setup(self, base_layer: nn.Module, spec: LayerSpec) -> None:
-        weight, bias = base_layer.weight, getattr(base_layer, "bias", None)
-        self.spec, self.op, self.unmerged, self.diff_b = spec, LayerOp(0), None, None
-        self.kernel = self.make_kernel(self.op, spec, weight.shape, self.tensors())  # type: ignore[arg-type]
-        if spec.bias and bias is not None:
-            self.diff_b = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
+class NormLayer(StandardLayer):
+    """A normalization layer whose weight is trained, for the layers of all libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with the changed weight and bias, computed in fp32 or wider."""
         if self.unmerged is not None:
             return self.base_layer(x)
-        weight, bias = self.base_layer.weight, getattr(self.base_layer, "bias", None)
-        wide = x.dtype if x.dtype in WIDE else torch.float32
-        tensors = self._masked(dict(self.trained()))
-        changed = {"weight": weight.to(wide) + tensors["diff"]}
+        dtype = x.dtype
+        wide_dtype = dtype if dtype in WIDE_DTYPES else torch.float32
+        tensors = self.masked_tensors(dict(self.trained_tensors()))
+        weight = frozen_weight(self.base_layer, wide_dtype)
+        changed_parameters = {"weight": weight + tensors[DIFF]}
+        bias = getattr(self.base_layer, "bias", None)
         if bias is not None:
-            changed["bias"] = (
-                bias.to(wide) + tensors["diff_b"] if "diff_b" in tensors else bias.to(wide)
-            )
-        x, dtype = x.to(wide), x.dtype
+            changed_bias = bias.to(wide_dtype)
+            if BIAS in tensors:
+                changed_bias = changed_bias + tensors[BIAS]
+            changed_parameters["bias"] = changed_bias
+        x = x.to(wide_dtype)
         if torch.is_grad_enabled() and not x.requires_grad:
-            # for a gradient that nobody reads: torch 2.13 dies on CPUs in the backward pass of a
-            # channels-last GroupNorm that is to give one for its weight and none for its input
+            # torch 2.13 crashes on CPUs in the backward pass of a channels-last GroupNorm that
+            # needs a gradient for its weight and none for its input, so it computes both
             x = x.detach().requires_grad_()
         with without_autocast(x.device.type):
-            y = torch.func.functional_call(self.base_layer, changed, (x,))
+            y = torch.func.functional_call(self.base_layer, changed_parameters, (x,))
         return y.to(dtype)
+
+
+ALGORITHM = Full()

@@ -1,5 +1,5 @@
-"""GLoRA: dW = scaling * (W a1 a2 + b1 b2): a LoRA on the layer's input and a LoRA beside it (Chavan
-et al. 2023, arXiv 2306.07967; the form of LyCORIS and ComfyUI).
+"""GLoRA: dW = scaling * (W a1 a2 + b1 b2), a LoRA on the layer's input and a LoRA next to it
+(Chavan et al. 2023, arXiv 2306.07967; the form of LyCORIS and ComfyUI).
 
 Shapes, for a weight (out, in, *kernel): a1.weight (in, rank, 1...), a2.weight (rank, in, 1...),
 b1.weight (out, rank, 1...), b2.weight (rank, in, *kernel). a2 and b2 start at zero.
@@ -8,102 +8,142 @@ On activations: y = W (x + scaling a1 a2 x) + scaling b1 b2 x.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_algos.adapter import OwnAdapter
+from lora_algos.algorithm import Algorithm
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import Kernel, Saved, Tensors
+from lora_algos.kernels import Factors, Gradients, Kernel, SavedTensors
 from lora_algos.layer_op import LayerOp
-from lora_algos.low_rank import add_low_rank, low_rank_grads
-from lora_algos.tensors import Shapes, fitted, rank_and_alpha
+from lora_algos.low_rank import LowRankUpdate, add_low_rank, low_rank_grads
+from lora_algos.tensors import LayerTensors, Shapes
+from lora_algos.traits import TensorTraits, first_axes
+
+A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
 
 
 @dataclass(frozen=True)
-class InputAndBeside(Kernel):
+class InputAndOutputLowRank(Kernel):
     """Factors (a1, a2, b1, b2)."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return the update of `weight` (out, in, *kernel)."""
         a1, a2, b1, b2 = (factor.flatten(1) for factor in factors)
-        w = weight.to(a1.dtype).flatten(2) if weight.ndim > 2 else weight.to(a1.dtype)[..., None]
-        on_input = torch.einsum("oik,ir,rj->ojk", w, a1, a2)
-        return (on_input.reshape(self.shape) + (b1 @ b2).view(self.shape)) * self.scaling
+        wide_weight = weight.to(a1.dtype)
+        if weight.ndim > 2:
+            positions_last = wide_weight.flatten(2)
+        else:
+            positions_last = wide_weight[..., None]
+        input_update = torch.einsum("oik,ir,rj->ojk", positions_last, a1, a2)
+        output_update = b1 @ b2
+        total = input_update.reshape(self.shape) + output_update.view(self.shape)
+        return total * self.scaling
 
-    def _pointwise(self) -> LayerOp:
-        """What a1 and a2 are applied with: a Linear layer over the input channels."""
-        n = self.op.spatial
+    def _pointwise_op(self) -> LayerOp:
+        """Return the operation that applies a1 and a2: a Linear layer over the channels."""
+        n = self.op.spatial_dims
         return LayerOp(n, (1,) * n, (0,) * n, (1,) * n)
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
-    ) -> tuple[Tensor, Tensors]:
+    def factors_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return y = W (x + scaling a1 a2 x) + scaling b1 b2 x, with x and b2 x."""
         a1, a2, b1, b2 = (factor.to(x.dtype) for factor in factors)
-        # added to in place as a matrix of tokens, which a clone with strides of its own is not
-        moved = x.clone(
-            memory_format=torch.preserve_format if self.op.spatial else torch.contiguous_format
-        )
-        add_low_rank(self._pointwise(), moved, x, a1, a2, self.scaling)
-        y = self.op(moved, weight, bias)
-        return y, (x, add_low_rank(self.op, y, x, b1, b2, self.scaling))
+        # a matrix of tokens is changed in place, so its copy must be contiguous
+        layout = torch.contiguous_format
+        if self.op.spatial_dims:
+            layout = torch.preserve_format
+        changed_x = x.clone(memory_format=layout)
+        input_update = LowRankUpdate(a1, a2, self.scaling)
+        output_update = LowRankUpdate(b1, b2, self.scaling)
+        add_low_rank(self._pointwise_op(), changed_x, x, input_update)
+        y = self.op(changed_x, weight, bias)
+        h = add_low_rank(self.op, y, x, output_update)
+        return y, (x, h)
 
-    def backward(
-        self, grad: Tensor, saved: Saved, input_grad: bool
-    ) -> tuple[Tensor | None, Tensors]:
+    def factors_backward(
+        self,
+        grad: Tensor,
+        saved: SavedTensors,
+        needs_input_grad: bool,
+    ) -> tuple[Tensor | None, Gradients]:
         a1, a2, b1, b2 = (factor.to(grad.dtype) for factor in saved.factors)
-        d_moved = self.op.input_grad(grad, saved.weight, saved.shape)
-        dx = (
-            d_moved if input_grad else None
-        )  # added to when all else that needs d_moved is computed
-        da = low_rank_grads(self._pointwise(), d_moved, saved.x, (a1, a2, self.scaling), dx, None)
-        db = low_rank_grads(self.op, grad, saved.x, (b1, b2, self.scaling), dx, saved.kept[0])
-        return dx, (*da, *db)
+        x = saved.activation
+        (h,) = saved.extras
+        input_update = LowRankUpdate(a1, a2, self.scaling)
+        output_update = LowRankUpdate(b1, b2, self.scaling)
+        changed_x_grad = self.op.input_grad(grad, saved.weight, saved.input_shape)
+        # low_rank_grads reads this gradient before it adds to it
+        input_grad = changed_x_grad if needs_input_grad else None
+        a_grads = low_rank_grads(
+            self._pointwise_op(), changed_x_grad, x, input_update, input_grad, None
+        )
+        b_grads = low_rank_grads(self.op, grad, x, output_update, input_grad, h)
+        return input_grad, (*a_grads, *b_grads)
 
-    def by_factors(self, factors: Tensors) -> bool:
-        # a1 a2 stands before the groups of a grouped convolution, which share it in the formula
+    def has_factors_mode(self, factors: Factors) -> bool:
+        # in the formula all groups of a convolution share a1 a2
         return self.op.groups == 1
 
 
-class GLoRA(OwnAdapter):
-    """A layer with a GLoRA."""
+def weight_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of the weight."""
+    return shapes[B1][0], shapes[A1][0], *shapes[B2][2:]
 
-    algorithm = "GLoRA"
-    detected_by = ("a1.weight",)
-    rank_axis = {"a2.weight": 0, "b2.weight": 0}  # noqa: RUF012
-    starts_at_zero = ("a2.weight", "b2.weight")
-    own_options = ("rslora",)
 
-    @classmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
-        (out, channels, *kernel), r = weight, spec.rank
-        ones = [1] * len(kernel)
+class GLoRA(Algorithm):
+    """A LoRA on the input, and a LoRA on the output."""
+
+    name = "GLoRA"
+    options = ("rslora",)
+    traits = TensorTraits(
+        names=(A1, A2, B1, B2),
+        detected_by=(A1,),
+        groups=((A1, A2, B1, B2),),
+        rank_axes={A2: 0},
+        dropout_axes={A2: 0, B2: 0},
+        starts_at_zero=(A2, B2),
+        needs_base_weight=True,
+        row_axes=first_axes(B1),
+        weight_shape=weight_shape,
+        has_exact_weight_shape=True,
+    )
+
+    def shapes(self, spec: LayerSpec, weight: torch.Size) -> Shapes:
+        """Return the shapes: a1 and a2 change the input, b1 and b2 the output."""
+        out, channels, *kernel = weight
+        pointwise = [1] * len(kernel)
+        rank = spec.rank
         return {
-            "a1.weight": (channels, r, *ones),
-            "a2.weight": (r, channels, *ones),
-            "b1.weight": (out, r, *ones),
-            "b2.weight": (r, channels, *kernel),
+            A1: (channels, rank, *pointwise),
+            A2: (rank, channels, *pointwise),
+            B1: (out, rank, *pointwise),
+            B2: (rank, channels, *kernel),
         }
 
-    @classmethod
     def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+        self,
+        op: LayerOp,
+        spec: LayerSpec,
+        weight: torch.Size,
+        names: Iterable[str],
     ) -> Kernel:
-        return InputAndBeside(op, weight, spec.scaling)
+        return InputAndOutputLowRank(op, weight, spec.scaling)
 
-    @classmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        spec = LayerSpec(*rank_and_alpha(tensors), cls.algorithm)
-        return spec, fitted(tensors, cls.shapes(spec, weight), weight)
-
-    @classmethod
-    def initialize(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(self, tensors: LayerTensors) -> None:
+        """Fill new tensors: zeros in one factor of each product, else as PEFT's LoRA."""
         for name, tensor in tensors.items():
-            if name in cls.starts_at_zero:
+            if name in self.traits.starts_at_zero:
                 nn.init.zeros_(tensor)
             else:
                 nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
-ADAPTER = GLoRA
+ALGORITHM = GLoRA()

@@ -1,9 +1,8 @@
-"""What a Linear or Conv layer computes from its weight, and the gradients of that: the same three
-calls for all of them.
+"""The operation of a Linear or Conv layer and its gradients: three calls that are alike for all.
 
 `y = op(x, W, b)`, `dx = op.input_grad(dy, W, x.shape)`, `dW = op.weight_grad(dy, x, W.shape)`. The
-adapters' own forward and backward passes are written with these, so none of them asks what kind of
-layer it is on.
+forward and backward passes of adapters are written with these calls. So they do not depend on the
+type of the layer.
 """
 
 import math
@@ -16,68 +15,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ADAPTED_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ADAPTED_TYPES = (nn.Linear, *CONVOLUTION_TYPES)
 CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True)
 class LayerOp:
-    """A layer without its weight. `spatial` is the number of spatial dimensions, 0 for Linear."""
+    """A layer without its weight."""
 
-    spatial: int
+    spatial_dims: int
+    """Number of spatial dimensions; 0 for Linear."""
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
-    prepad: tuple[int, ...] = ()
-    """What F.pad is given before: padding that is circular, reflected, or not the same on both
-    sides."""
-    prepad_mode: str = "constant"
+    extra_padding: tuple[int, ...] = ()
+    """Argument of F.pad for padding that is circular, reflected or not the same on both sides."""
+    extra_padding_mode: str = "constant"
 
     @classmethod
     def of(cls, layer: Any) -> "LayerOp":
-        """The operation of a Linear or Conv layer."""
-        if isinstance(layer, nn.Linear):
+        """Return the operation of a layer. All layers but convolutions have that of Linear."""
+        if not isinstance(layer, CONVOLUTION_TYPES):
             return cls(0)
-        spatial = len(layer.kernel_size)
-        plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        sides = () if plain else tuple(layer._reversed_padding_repeated_twice)
-        padding = layer.padding if plain else (0,) * spatial
+        spatial_dims = len(layer.kernel_size)
+        pads_zeros = layer.padding_mode == "zeros"
+        if pads_zeros and not isinstance(layer.padding, str):
+            return cls(spatial_dims, layer.stride, layer.padding, layer.dilation, layer.groups)
+        sides = tuple(layer._reversed_padding_repeated_twice)
         return cls(
-            spatial,
+            spatial_dims,
             layer.stride,
-            padding,
-            layer.dilation,
-            layer.groups,
-            sides if any(sides) else (),
-            mode,
+            padding=(0,) * spatial_dims,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            extra_padding=sides if any(sides) else (),
+            extra_padding_mode="constant" if pads_zeros else layer.padding_mode,
         )
 
-    def padded(self, x: Tensor) -> Tensor:
-        """`x` as the other calls want it."""
-        return F.pad(x, self.prepad, mode=self.prepad_mode) if self.prepad else x
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels of an input or output."""
+        return 1 if self.spatial_dims else -1
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self.spatial:
+    def pad(self, x: Tensor) -> Tensor:
+        """Return an input as the other calls take it."""
+        if not self.extra_padding:
+            return x
+        return F.pad(x, self.extra_padding, mode=self.extra_padding_mode)
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        if not self.spatial_dims:
             return F.linear(x, weight, bias)
-        convolution = CONVOLUTIONS[self.spatial - 1]
+        convolution = CONVOLUTIONS[self.spatial_dims - 1]
         return convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def input_grad(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of an input of `shape`, whose values are not needed."""
-        if not self.spatial:
-            return torch.mm(rows(grad), weight).view(shape)
-        return self._backward(grad, blank(grad, shape), weight, (True, False, False))[0]
+    def input_grad(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        shape: torch.Size,
+    ) -> Tensor:
+        """Return the gradient of an input of `shape`, whose values are not needed."""
+        if not self.spatial_dims:
+            return torch.mm(as_matrix(grad), weight).view(shape)
+        x = without_values(grad, shape)
+        return self._convolution_grads(grad, x, weight, (True, False, False))[0]
 
-    def weight_grad(self, grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of a weight of `shape`, whose values are not needed."""
-        if not self.spatial:
-            return torch.mm(rows(grad).T, rows(x))
-        return self._backward(grad, x, blank(grad, shape), (False, True, False))[1]
+    def weight_grad(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        shape: torch.Size,
+    ) -> Tensor:
+        """Return the gradient of a weight of `shape`, whose values are not needed."""
+        if not self.spatial_dims:
+            return torch.mm(as_matrix(grad).T, as_matrix(x))
+        weight = without_values(grad, shape)
+        return self._convolution_grads(grad, x, weight, (False, True, False))[1]
 
-    def _backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    def _convolution_grads(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        output_mask: tuple[bool, bool, bool],
     ) -> Any:
         return torch.ops.aten.convolution_backward(
             grad,
@@ -88,64 +116,73 @@ class LayerOp:
             self.padding,
             self.dilation,
             False,
-            [0] * self.spatial,
+            [0] * self.spatial_dims,
             self.groups,
-            wanted,
+            output_mask,
         )
 
-    def ungrouped(self) -> "LayerOp":
-        """The operation on one group of channels."""
-        return LayerOp(self.spatial, self.stride, self.padding, self.dilation)
+    def for_one_group(self) -> "LayerOp":
+        """Return the operation on one group of channels."""
+        return LayerOp(self.spatial_dims, self.stride, self.padding, self.dilation)
 
-    def channel_view(self, bias: Tensor) -> Tensor:
-        """A vector over the output channels, shaped to meet an output."""
-        return bias.view(-1, *[1] * self.spatial)
+    def channel_view(self, vector: Tensor) -> Tensor:
+        """Return a vector over the output channels, shaped to be broadcast over an output."""
+        return vector.view(-1, *[1] * self.spatial_dims)
 
 
-def blank(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of which torch looks at the shape and the layout alone; an expanded scalar would be
-    copied out."""
-    last = (
+def without_values(like: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor for operations that read its shape and layout alone.
+
+    torch would copy an expanded scalar out."""
+    is_channels_last = (
         like.ndim == 4
-        and like.is_contiguous(memory_format=torch.channels_last)
         and not like.is_contiguous()
+        and like.is_contiguous(memory_format=torch.channels_last)
     )
-    layout = torch.channels_last if last else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast computes in on a device, None where it is off or, as on meta, unknown."""
+    """Return the dtype that autocast computes in; None if it is off or, as on meta, unknown."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
-        else nullcontext()
-    )
+    """Turn autocast off for a block."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
-def positions(x: Tensor) -> int:
-    """How many there are in one channel of one image; known also where there is no image."""
+def num_positions(x: Tensor) -> int:
+    """Count the positions in one channel of one image. An empty batch has a count too."""
     return math.prod(x.shape[2:])
 
 
-def added(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + dW in the wider dtype of the two, to be rounded once. Said, because float8 has no sums."""
-    return weight + delta if weight.dtype.itemsize > 1 else weight.to(delta.dtype) + delta
-
-
-def rows(x: Tensor) -> Tensor:
-    """`x` (..., channels) as a matrix."""
+def as_matrix(x: Tensor) -> Tensor:
+    """Return `x` (..., channels) as a matrix (tokens, channels)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def channel_sum(op: LayerOp, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over all but the channels of an output."""
-    if op.spatial:
+def channel_sums(op: LayerOp, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of an output over everything but its channels."""
+    if op.spatial_dims:
         return y.sum((0, *range(2, y.ndim)), dtype=dtype)
-    return rows(y).sum(0, dtype=dtype)
+    return as_matrix(y).sum(0, dtype=dtype)
+
+
+def add_update(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return W + dW in the wider dtype of the two; the caller rounds it once.
+
+    float8 has no sums, so such a weight is converted first."""
+    if weight.dtype.itemsize == 1:
+        weight = weight.to(delta.dtype)
+    return weight + delta
+
+
+def bias_like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a bias in the dtype of `x`."""
+    return None if bias is None else bias.to(x.dtype)

@@ -2,181 +2,321 @@
 al. 2021, arXiv 2108.06098; tensors as in LyCORIS).
 
 Shapes, for a weight (out, in, *kernel): hada_w*_a (out, rank), hada_w*_b (rank, in * kernel). In
-Tucker form hada_t* (rank, rank, *kernel), hada_w*_a (rank, out), hada_w*_b (rank, in). w2_a starts
+Tucker form: hada_t* (rank, rank, *kernel), hada_w*_a (rank, out), hada_w*_b (rank, in). w2_a starts
 at zero.
 
-An elementwise product of rank-r matrices is a matrix of rank r^2 whose factors are the row-wise and
-column-wise (Khatri-Rao) products of theirs, so for small ranks the update is applied to activations
-like a LoRA of rank r^2.
+An elementwise product of matrices of rank r is a matrix of rank r^2. Its factors are the row-wise
+and column-wise (Khatri-Rao) products of the factors. So for small ranks the update is applied to
+activations like a LoRA of rank r^2.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_algos.adapter import OwnAdapter
+from lora_algos.algorithm import Algorithm
 from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import (
-    Additive,
-    DenseKernel,
+    AdditiveKernel,
+    DeltaOnlyKernel,
+    Factors,
+    Gradients,
     Kernel,
     Mode,
-    Saved,
-    Tensors,
+    SavedTensors,
     cheapest,
-    weight_pass,
+    elementwise_cost,
 )
 from lora_algos.layer_op import LayerOp
-from lora_algos.low_rank import add_low_rank, low_rank_grads
-from lora_algos.tensors import Shapes, fitted, rank_and_alpha
+from lora_algos.low_rank import (
+    LowRankUpdate,
+    add_low_rank,
+    lora_tensors,
+    low_rank_grads,
+    tucker_product,
+)
+from lora_algos.tensors import LayerTensors, Shapes
+from lora_algos.traits import (
+    FileTraits,
+    Layers,
+    PeftTraits,
+    RowAxes,
+    RowAxis,
+    TensorTraits,
+    Weights,
+)
+
+W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
+T1, T2 = "hada_t1", "hada_t2"
+MAX_SAVED_SHARE = 1 / 64
+"""Size of h relative to the input up to which it is saved; a larger one is computed again."""
 
 
-def khatri_rao(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (out, r^2) and (r^2, in) whose product is (w1_a @ w1_b) o (w2_a @ w2_b)."""
-    return (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1), (
-        w1_b[:, None, :] * w2_b[None, :, :]
-    ).flatten(0, 1)
+def khatri_rao(
+    w1_a: Tensor,
+    w1_b: Tensor,
+    w2_a: Tensor,
+    w2_b: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return factors (out, r^2) and (r^2, in) whose product is (w1_a @ w1_b) o (w2_a @ w2_b)."""
+    up = w1_a[:, :, None] * w2_a[:, None, :]
+    down = w1_b[:, None, :] * w2_b[None, :, :]
+    return up.flatten(1), down.flatten(0, 1)
 
 
-def khatri_rao_grads(dup: Tensor, ddown: Tensor, factors: Tensors) -> Tensors:
-    """From the gradients of the two products to those of the four factors."""
+def khatri_rao_grads(up_grad: Tensor, down_grad: Tensor, factors: Factors) -> Gradients:
+    """Return the gradients of the four factors, given those of the two products.
+
+    `up_grad` (out, r^2), `down_grad` (r^2, in)."""
     w1_a, w1_b, w2_a, w2_b = factors
-    r = w1_a.shape[1]
-    dup, ddown = dup.view(-1, r, r), ddown.reshape(r, r, -1)
+    rank = w1_a.shape[1]
+    up_grad = up_grad.view(-1, rank, rank)
+    down_grad = down_grad.reshape(rank, rank, -1)
     return (
-        torch.einsum("oij,oj->oi", dup, w2_a),
-        torch.einsum("ijn,jn->in", ddown, w2_b),
-        torch.einsum("oij,oi->oj", dup, w1_a),
-        torch.einsum("ijn,in->jn", ddown, w1_b),
+        torch.einsum("oij,oj->oi", up_grad, w2_a),
+        torch.einsum("ijn,jn->in", down_grad, w2_b),
+        torch.einsum("oij,oi->oj", up_grad, w1_a),
+        torch.einsum("ijn,in->jn", down_grad, w1_b),
     )
 
 
 @dataclass(frozen=True)
-class Hadamard(Additive):
+class Hadamard(AdditiveKernel):
     """Factors (w1_a, w1_b, w2_a, w2_b)."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return the update (out, in, *kernel)."""
         w1_a, w1_b, w2_a, w2_b = factors
-        return ((w1_a @ (w1_b * self.scaling)) * (w2_a @ w2_b)).view(self.shape)
+        first = w1_a @ (w1_b * self.scaling)
+        second = w2_a @ w2_b
+        return (first * second).view(self.shape)
 
-    def whole(self, weight: Tensor, factors: Tensors) -> Tensor:
+    def merged_weight(self, weight: Tensor, factors: Factors) -> Tensor:
         return self.delta(weight, factors).add_(weight)
 
-    def add(self, y: Tensor, x: Tensor, factors: Tensors) -> Tensors:
-        up, down = khatri_rao(*factors)
-        h = add_low_rank(self.op, y, x, up, down.view(-1, *self.shape[1:]), self.scaling)
-        return (
-            (h,) if 64 * h.shape[1 if self.op.spatial else -1] <= self.shape[1] else ()
-        )  # else computed again
+    def add_output(
+        self,
+        y: Tensor,
+        x: Tensor,
+        factors: Factors,
+    ) -> tuple[Tensor, ...]:
+        h = add_low_rank(self.op, y, x, self._as_low_rank(factors))
+        is_small = h.shape[self.op.channel_axis] <= self.shape[1] * MAX_SAVED_SHARE
+        return (h,) if is_small else ()
 
-    def grads(self, grad: Tensor, saved: Saved, dx: Tensor | None) -> Tensors:
+    def _as_low_rank(self, factors: Factors) -> LowRankUpdate:
+        """Return the update in its form of rank r^2."""
+        up, down = khatri_rao(*factors)
+        return LowRankUpdate(up, down.view(-1, *self.shape[1:]), self.scaling)
+
+    def output_grads(
+        self,
+        grad: Tensor,
+        saved: SavedTensors,
+        input_grad: Tensor | None,
+    ) -> Gradients:
         factors = tuple(factor.to(grad.dtype) for factor in saved.factors)
-        up, down = khatri_rao(*factors)
-        as_low_rank = (up, down.view(-1, *self.shape[1:]), self.scaling)
-        dup, ddown = low_rank_grads(
-            self.op, grad, saved.x, as_low_rank, dx, saved.kept[0] if saved.kept else None
-        )
-        return khatri_rao_grads(dup, ddown, factors)
+        update = self._as_low_rank(factors)
+        h = saved.extras[0] if saved.extras else None
+        x = saved.activation
+        up_grad, down_grad = low_rank_grads(self.op, grad, x, update, input_grad, h)
+        return khatri_rao_grads(up_grad, down_grad, factors)
 
-    def dense_grads(self, grad: Tensor, saved: Saved) -> Tensors:
+    def merged_or_dense_grads(self, grad: Tensor, saved: SavedTensors) -> Gradients:
         w1_a, w1_b, w2_a, w2_b = saved.factors
-        by_rank, by_matrix = self._grad_costs(grad.numel() // self.shape[0], saved.factors)
-        if by_rank < by_matrix:
-            return self.grads(grad, saved, None)
-        g = (
-            self.op.weight_grad(grad, saved.x, self.shape)
-            .flatten(1)
-            .to(w1_a.dtype)
-            .mul_(self.scaling)
+        num_positions = grad.numel() // self.shape[0]
+        costs = self._grad_costs(num_positions, w1_a)
+        if costs.by_rank < costs.by_matrix:
+            return self.output_grads(grad, saved, None)
+        delta_grad = self.op.weight_grad(grad, saved.activation, self.shape)
+        delta_grad = delta_grad.flatten(1).to(w1_a.dtype).mul_(self.scaling)
+        first_grad = (w2_a @ w2_b).mul_(delta_grad)
+        second_grad = (w1_a @ w1_b).mul_(delta_grad)
+        return (
+            first_grad @ w1_b.T,
+            w1_a.T @ first_grad,
+            second_grad @ w2_b.T,
+            w2_a.T @ second_grad,
         )
-        first, second = (w1_a @ w1_b).mul_(g), (w2_a @ w2_b).mul_(g)
-        return second @ w1_b.T, w1_a.T @ second, first @ w2_b.T, w2_a.T @ first
 
-    def _grad_costs(self, tokens: int, factors: Tensors) -> tuple[float, float]:
-        """Of the factors' gradients: through the rank-r^2 form, and through the gradient of the
-        whole weight."""
-        rank, out, fan_in = factors[0].shape[1], self.shape[0], self.shape[1:].numel()
-        by_matrix = out * fan_in * (2 * tokens + 8 * rank) + 6 * weight_pass(
-            self.shape, factors[0].device
-        )
-        return 4.0 * tokens * rank**2 * (out + fan_in), by_matrix
+    def _grad_costs(self, num_positions: int, w1_a: Tensor) -> "GradCosts":
+        """Return the costs of the two ways to compute the gradients of the factors.
 
-    def mode(self, tokens: int, wide: bool, factors: Tensors) -> Mode:
-        rank, out, fan_in = factors[0].shape[1], self.shape[0], self.shape[1:].numel()
-        grads = self._grad_costs(tokens, factors)
-        # of dW, in both passes
-        build = 8 * out * fan_in * rank + 8 * weight_pass(self.shape, factors[0].device)
+        In operations, for an input with that many positions."""
+        rank = w1_a.shape[1]
+        out, fan_in = self.shape[0], self.shape[1:].numel()
+        by_rank = 4.0 * num_positions * rank**2 * (out + fan_in)
+        products = out * fan_in * (2 * num_positions + 8 * rank)
+        elementwise = 6 * elementwise_cost(self.shape, w1_a.device)
+        return GradCosts(by_rank, products + elementwise)
+
+    def cheapest_mode(
+        self,
+        num_positions: int,
+        is_wide: bool,
+        factors: Factors,
+    ) -> Mode:
+        """Return the cheapest mode. Costs are operations, in the forward and backward pass."""
+        w1_a = factors[0]
+        rank = w1_a.shape[1]
+        out, fan_in = self.shape[0], self.shape[1:].numel()
+        grad_costs = self._grad_costs(num_positions, w1_a)
+        cheapest_grads = min(grad_costs.by_rank, grad_costs.by_matrix)
+        # dW is formed in both passes
+        elementwise = 8 * elementwise_cost(self.shape, w1_a.device)
+        delta_cost = 8 * out * fan_in * rank + elementwise
+        forward_cost = 2 * num_positions * rank**2 * (2 * fan_in + out)
+        merged_cost = cheapest_grads + delta_cost
+        second_product_cost = 4 * num_positions * out * fan_in
         costs: dict[Mode, float] = {
-            "factors": grads[0] + 2 * tokens * rank**2 * (2 * fan_in + out),
-            "merged": min(grads) + build,
-            "dense": min(grads) + build + 4 * tokens * out * fan_in,
+            "factors": grad_costs.by_rank + forward_cost,
+            "merged": merged_cost,
+            "dense": merged_cost + second_product_cost,
         }
-        return cheapest(costs, wide)
+        return cheapest(costs, is_wide)
 
 
 @dataclass(frozen=True)
-class TuckerHadamard(DenseKernel):
+class GradCosts:
+    """Costs of computing the gradients of the factors."""
+
+    by_rank: float
+    """Through the form of rank r^2."""
+    by_matrix: float
+    """Through the gradient of dW."""
+
+
+@dataclass(frozen=True)
+class TuckerHadamard(DeltaOnlyKernel):
     """Factors (w1_a, w1_b, w2_a, w2_b, t1, t2)."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return the update (out, in, *kernel)."""
         w1_a, w1_b, w2_a, w2_b, t1, t2 = factors
-        first, second = (
-            torch.einsum("ij...,jr->ir...", torch.einsum("ij...,ip->pj...", t, a), b)
-            for t, a, b in ((t1, w1_a, w1_b), (t2, w2_a, w2_b))
-        )
+        first = tucker_product(t1, w1_a, w1_b)
+        second = tucker_product(t2, w2_a, w2_b)
         return first * second * self.scaling
 
 
-class LoHa(OwnAdapter):
-    """A layer with a LoHa."""
+def row_axes(tensors: LayerTensors, num_rows: int) -> RowAxes:
+    """Return the axes of the rows: the second ones in Tucker form."""
+    names = [name for name in (W1_A, W2_A) if name in tensors]
+    row_axis = RowAxis(1) if T1 in tensors else RowAxis(0)
+    return dict.fromkeys(names, row_axis)
 
-    algorithm = "LoHa"
-    detected_by = ("hada_w1_a",)
-    rank_axis = {"hada_w1_b": 0}  # noqa: RUF012
-    starts_at_zero = ("hada_w2_a",)
-    own_options = ("rslora", "tucker")
 
-    @classmethod
-    def heeds(cls, option: str, options: AdapterOptions, weight: torch.Size) -> bool:
-        no_core = option == "tucker" and weight[2:].numel() == 1
-        return super().heeds(option, options, weight) and not no_core
+def weight_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of the weight.
 
-    @classmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
+    Without a core it is a matrix, also for convolutions."""
+    a, b = shapes[W1_A], shapes[W1_B]
+    if T1 not in shapes:
+        return a[0], b[1]
+    _, _, *kernel = shapes[T1]
+    return a[1], b[1], *kernel
+
+
+def to_lora(tensors: LayerTensors, weight: torch.Size) -> LayerTensors:
+    """Return the LoRA of rank r^2 of the same function."""
+    w1_a, w1_b = flat_product(tensors[W1_A], tensors[W1_B], tensors.get(T1))
+    w2_a, w2_b = flat_product(tensors[W2_A], tensors[W2_B], tensors.get(T2))
+    up, down = khatri_rao(w1_a, w1_b, w2_a, w2_b)
+    scaling = LoHa.traits.scaling(tensors)
+    return lora_tensors(up * scaling, down, weight)
+
+
+def flat_product(
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return one of the two products as matrices (out, rank) and (rank, in * kernel)."""
+    if core is None:
+        return a, b
+    down = torch.einsum("ij...,jn->in...", core, b)
+    return a.T, down.flatten(1)
+
+
+def peft_options(layers: Layers, weights: Weights) -> dict[str, Any]:
+    """Return PEFT's options of a LoHa."""
+    return {"use_effective_conv2d": any(T1 in tensors for tensors in layers.values())}
+
+
+class LoHa(Algorithm):
+    """The elementwise product of two products of thin factors."""
+
+    name = "LoHa"
+    options = ("rslora", "tucker")
+    traits = TensorTraits(
+        names=(W1_A, W1_B, W2_A, W2_B, T1, T2),
+        detected_by=(W1_A,),
+        groups=((W1_A, W1_B, W2_A, W2_B), (T1, T2)),
+        needs={T1: W1_A},
+        rank_axes={T1: 0, W1_B: 0},
+        dropout_axes={W1_B: 0},
+        starts_at_zero=(W2_A,),
+        row_axes=row_axes,
+        factor_pairs=((W1_A, W1_B), (W2_A, W2_B)),
+        weight_shape=weight_shape,
+        to_lora=to_lora,
+        files=FileTraits(peft=PeftTraits("LOHA", options=peft_options)),
+    )
+
+    def supports_option(
+        self,
+        option: str,
+        options: AdapterOptions,
+        weight: torch.Size,
+    ) -> bool:
+        if option == "tucker" and weight[2:].numel() == 1:
+            return False
+        return super().supports_option(option, options, weight)
+
+    def shapes(self, spec: LayerSpec, weight: torch.Size) -> Shapes:
         out, channels, *kernel = weight
-        r = spec.rank
-        if spec.options.tucker and math.prod(kernel) > 1:
-            sides: Shapes = {
-                f"hada_w{i}_{s}": (r, n) for i in (1, 2) for s, n in (("a", out), ("b", channels))
+        rank = spec.rank
+        kernel_size = math.prod(kernel)
+        if spec.options.tucker and kernel_size > 1:
+            return {
+                W1_A: (rank, out),
+                W1_B: (rank, channels),
+                W2_A: (rank, out),
+                W2_B: (rank, channels),
+                T1: (rank, rank, *kernel),
+                T2: (rank, rank, *kernel),
             }
-            return {**sides, "hada_t1": (r, r, *kernel), "hada_t2": (r, r, *kernel)}
-        fan_in = channels * math.prod(kernel)
         return {
-            f"hada_w{i}_{s}": shape
-            for i in (1, 2)
-            for s, shape in (("a", (out, r)), ("b", (r, fan_in)))
+            W1_A: (out, rank),
+            W1_B: (rank, channels * kernel_size),
+            W2_A: (out, rank),
+            W2_B: (rank, channels * kernel_size),
         }
 
-    @classmethod
+    def read_options(self, tensors: LayerTensors) -> AdapterOptions:
+        return AdapterOptions(tucker=T1 in tensors)
+
     def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+        self,
+        op: LayerOp,
+        spec: LayerSpec,
+        weight: torch.Size,
+        names: Iterable[str],
     ) -> Kernel:
-        return (TuckerHadamard if "hada_t1" in names else Hadamard)(op, weight, spec.scaling)
+        if T1 in names:
+            return TuckerHadamard(op, weight, spec.scaling)
+        return Hadamard(op, weight, spec.scaling)
 
-    @classmethod
-    def initialize(cls, tensors: dict[str, Tensor]) -> None:
+    def initialize(self, tensors: LayerTensors) -> None:
+        """Fill new tensors from normal distributions, and w2_a with zeros."""
         for name, tensor in tensors.items():
-            nn.init.normal_(tensor, std=0.1 if name in ("hada_w1_a", "hada_t1", "hada_t2") else 1.0)
-        nn.init.zeros_(tensors["hada_w2_a"])
-
-    @classmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        tucker = "hada_t1" in tensors
-        spec = LayerSpec(*rank_and_alpha(tensors), cls.algorithm, AdapterOptions(tucker=tucker))
-        return spec, fitted(tensors, cls.shapes(spec, weight), weight)
+            is_small = name in (W1_A, T1, T2)
+            deviation = 0.1 if is_small else 1.0
+            nn.init.normal_(tensor, std=deviation)
+        nn.init.zeros_(tensors[W2_A])
 
 
-ADAPTER = LoHa
+ALGORITHM = LoHa()

@@ -1,69 +1,105 @@
-"""The product of two thin factors as an update: what LoRA is, and what LoHa becomes for small
-ranks.
+"""The product of two thin factors as an update: LoRA, and LoHa for small ranks.
 
-dW = scaling * up @ down, with down (rank, in / groups, *kernel) and up (out, rank, 1...). On
-activations: h = down(x) has `rank` channels and goes through the layer's own stride, padding and
-dilation; up mixes channels. In a grouped convolution each group of input channels meets all of
-down, and each group of output channels its own rows of up.
+dW = scaling * up @ down, with down (rank, in / groups, *kernel) and up (out, rank, 1...).
+
+On activations: h = down(x) has `rank` channels and passes through the layer's own stride, padding
+and dilation; up mixes channels. In a grouped convolution, each group of input channels meets all of
+down. Each group of output channels meets its own rows of up.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.errors import AdapterError
-from lora_algos.kernels import WIDE, Additive, Saved, Tensors, narrowed
-from lora_algos.layer_op import LayerOp, positions, rows
+from lora_algos.frozen_weight import weight_values
+from lora_algos.kernels import (
+    WIDE_DTYPES,
+    AdditiveKernel,
+    Factors,
+    Gradients,
+    SavedTensors,
+)
+from lora_algos.layer_op import LayerOp, as_matrix, bias_like, num_positions
+from lora_algos.tensors import ALPHA, LayerTensors
 
-TINY = 1e-30  # a channel without weights has the norm 0, and no direction
+UP, DOWN = "lora_up.weight", "lora_down.weight"
+"""Names of the factors of a LoRA in a file."""
+MIN_NORM = 1e-30
+"""Lower bound of a channel's norm: a channel without weights has norm 0 and no direction."""
 NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"
-SMALL = (
-    2**17
-)  # elements of an input; a convolution keeps its input whoever writes its backward pass
+MAX_AUTOGRAD_ELEMENTS = 2**17
+"""Size of a Linear layer's input up to which autograd's own passes are faster.
+
+A convolution saves its input in both cases."""
+
+
+class LowRankUpdate(NamedTuple):
+    """The update scaling * up @ down."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
 
 
 def is_channels_last(op: LayerOp, x: Tensor) -> bool:
-    """Whether `x` is a matrix (tokens, channels) in memory."""
-    return not op.spatial or (x.movedim(1, -1).is_contiguous() and not x.is_contiguous())
+    """Return whether `x` is a matrix (tokens, channels) in memory."""
+    if not op.spatial_dims:
+        return True
+    has_channels_first = x.is_contiguous()
+    return not has_channels_first and x.movedim(1, -1).is_contiguous()
 
 
-def channels_last_rows(op: LayerOp, x: Tensor) -> Tensor:
-    """`x` as a matrix (tokens, channels): a view if it is that in memory."""
-    return rows(x.movedim(1, -1) if op.spatial else x)
+def tokens_by_channels(op: LayerOp, x: Tensor) -> Tensor:
+    """Return `x` as a matrix (tokens, channels): a view if `is_channels_last`."""
+    return as_matrix(x.movedim(1, -1) if op.spatial_dims else x)
 
 
-def planes(op: LayerOp, x: Tensor) -> Tensor:
-    """A convolution's `x` (B, C, *spatial) as (B * groups, C / groups, positions)."""
-    return x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, positions(x))
-
-
-def per_group(op: LayerOp, up: Tensor, batch: int) -> Tensor:
-    """up (out, rank, 1...) as (batch * groups, out / groups, rank)."""
-    matrices = up.reshape(op.groups, -1, up.shape[1])
-    return matrices.expand(batch, *matrices.shape).reshape(-1, *matrices.shape[1:])
+def groups_by_positions(op: LayerOp, x: Tensor) -> Tensor:
+    """Return a convolution's (B, C, *spatial) as (B * groups, C / groups, positions)."""
+    return x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, num_positions(x))
 
 
 def groups_as_batch(op: LayerOp, x: Tensor) -> Tensor:
-    """`x` (B, C, *spatial) as (B * groups, C / groups, *spatial)."""
-    return (
-        x
-        if op.groups == 1
-        else x.reshape(x.shape[0] * op.groups, x.shape[1] // op.groups, *x.shape[2:])
-    )
+    """Return (B, C, *spatial) as (B * groups, C / groups, *spatial).
+
+    Linear layers have one group."""
+    if op.groups == 1:
+        return x
+    batch_size, channels, *sides = x.shape
+    return x.reshape(batch_size * op.groups, channels // op.groups, *sides)
+
+
+def up_of_groups(op: LayerOp, up: Tensor, batch_size: int) -> Tensor:
+    """Return up (out, rank, 1...) as (batch * groups, out / groups, rank)."""
+    matrices = up.reshape(op.groups, -1, up.shape[1])
+    return matrices.expand(batch_size, *matrices.shape).reshape(-1, *matrices.shape[1:])
 
 
 def add_low_rank(
-    op: LayerOp, y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
+    op: LayerOp,
+    y: Tensor,
+    x: Tensor,
+    update: LowRankUpdate,
 ) -> Tensor:
-    """Adds the update's output to `y` in place. Returns h, what `down` makes of `x`."""
-    h = op.ungrouped()(groups_as_batch(op, x), down)
+    """Add the update's output to `y` in place. Return h = down(x)."""
+    up, down, scaling = update
+    h = op.for_one_group()(groups_as_batch(op, x), down)
     if op.groups == 1 and is_channels_last(op, y):
-        channels_last_rows(op, y).addmm_(channels_last_rows(op, h), up.flatten(1).T, alpha=scaling)
-    elif y.is_contiguous():
-        planes(op, y).baddbmm_(per_group(op, up, x.shape[0]), h.flatten(2), alpha=scaling)
+        y_matrix = tokens_by_channels(op, y)
+        h_matrix = tokens_by_channels(op, h)
+        y_matrix.addmm_(h_matrix, up.flatten(1).T, alpha=scaling)
+        return h
+    h_groups = h.flatten(2)
+    grouped_up = up_of_groups(op, up, x.shape[0])
+    if y.is_contiguous():
+        y_groups = groups_by_positions(op, y)
+        y_groups.baddbmm_(grouped_up, h_groups, alpha=scaling)
     else:
-        y.add_(torch.bmm(per_group(op, up, x.shape[0]), h.flatten(2)).view(y.shape), alpha=scaling)
+        output = torch.bmm(grouped_up, h_groups)
+        y.add_(output.view(y.shape), alpha=scaling)
     return h
 
 
@@ -71,73 +107,126 @@ def low_rank_grads(
     op: LayerOp,
     grad: Tensor,
     x: Tensor,
-    factors: tuple[Tensor, Tensor, float],
-    dx: Tensor | None,
+    update: LowRankUpdate,
+    input_grad: Tensor | None,
     h: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of up and down, given (up, down, scaling); adds that of the input to `dx`. `h`
-    None: computed again."""
-    up, down, scaling = factors
-    one_group, grouped_x = op.ungrouped(), groups_as_batch(op, x)
-    h = one_group(grouped_x, down) if h is None else h
+    """Return the gradients of up and down; add the gradient of the input to `input_grad`.
+
+    `h`: down(x), computed again if None."""
+    up, down, scaling = update
+    group_op = op.for_one_group()
+    grouped_x = groups_as_batch(op, x)
+    if h is None:
+        h = group_op(grouped_x, down)
     if op.groups == 1 and is_channels_last(op, grad):
-        flat = channels_last_rows(op, grad)
-        dup = (flat.T @ channels_last_rows(op, h)).mul_(scaling)
-        dh = torch.mm(flat, up.flatten(1) * scaling)
-        dh = dh.view(grad.shape[0], *grad.shape[2:], -1).movedim(-1, 1) if op.spatial else dh
+        up_grad, h_grad = token_grads(op, grad, h, update)
     else:
-        flat = planes(op, grad)
-        dup = (
-            torch.bmm(flat, h.flatten(2).mT)
-            .view(x.shape[0], *up.flatten(1).shape)
-            .sum(0)
-            .mul_(scaling)
-        )
-        dh = torch.bmm(per_group(op, up * scaling, x.shape[0]).mT, flat).view_as(h)
-    if dx is not None:
-        if op.spatial:
-            dx.add_(one_group.input_grad(dh, down, grouped_x.shape).reshape(dx.shape))
+        up_grad, h_grad = group_grads(op, grad, h, update)
+    if input_grad is not None:
+        if op.spatial_dims:
+            added_grad = group_op.input_grad(h_grad, down, grouped_x.shape)
+            input_grad.add_(added_grad.reshape(input_grad.shape))
         else:
-            rows(dx).addmm_(dh, down)
-    return dup.view(up.shape), one_group.weight_grad(dh, grouped_x, down.shape)
+            as_matrix(input_grad).addmm_(h_grad, down)
+    down_grad = group_op.weight_grad(h_grad, grouped_x, down.shape)
+    return up_grad.mul_(scaling).view(up.shape), down_grad
+
+
+def token_grads(
+    op: LayerOp,
+    grad: Tensor,
+    h: Tensor,
+    update: LowRankUpdate,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of up, unscaled, and of h, for a channels-last output."""
+    grad_matrix = tokens_by_channels(op, grad)
+    h_matrix = tokens_by_channels(op, h)
+    up_grad = grad_matrix.T @ h_matrix
+    scaled_up = update.up.flatten(1) * update.scaling
+    h_grad = torch.mm(grad_matrix, scaled_up)
+    if op.spatial_dims:
+        batch_size, _, *sides = grad.shape
+        h_grad = h_grad.view(batch_size, *sides, -1).movedim(-1, 1)
+    return up_grad, h_grad
+
+
+def group_grads(
+    op: LayerOp,
+    grad: Tensor,
+    h: Tensor,
+    update: LowRankUpdate,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of up, unscaled, and of h, for the output of a convolution."""
+    batch_size = grad.shape[0]
+    grad_groups = groups_by_positions(op, grad)
+    products = torch.bmm(grad_groups, h.flatten(2).mT)
+    up_shape = update.up.flatten(1).shape
+    up_grad = products.view(batch_size, *up_shape).sum(0)
+    scaled_up = up_of_groups(op, update.up * update.scaling, batch_size)
+    h_grad = torch.bmm(scaled_up.mT, grad_groups)
+    return up_grad, h_grad.view_as(h)
 
 
 def squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """||W||^2 per output channel, with sums in `dtype`."""
-    wide = (
-        weight.to(dtype) if weight.dtype.itemsize == 1 else weight
-    )  # of float8, which has no sums, a copy
-    return torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=dtype).square()
+    """Return ||W||^2 per output channel, summed in `dtype`."""
+    if weight.dtype.itemsize == 1:  # float8 has no sums
+        weight = weight.to(dtype)
+    rows = weight.flatten(1)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return norms.square()
 
 
-def norms_after(weight: Tensor, up: Tensor, down: Tensor, scaling: float, base: Tensor) -> Tensor:
-    """||W + scaling up @ down|| per output channel, without forming the sum; `base` is ||W||^2."""
-    up, down = up.flatten(1), down.flatten(1) * scaling
-    cross = ((weight.reshape(up.shape[0], -1).to(up.dtype) @ down.T) * up).sum(1)
-    own = ((up @ (down @ down.T)) * up).sum(1)
-    return (base + 2 * cross + own).clamp_min(TINY).sqrt()
+def merged_norms(
+    weight: Tensor,
+    update: LowRankUpdate,
+    weight_norms: Tensor,
+) -> Tensor:
+    """Return ||W + dW|| per output channel without forming the sum.
+
+    `weight_norms`: ||W||^2 per output channel."""
+    up = update.up.flatten(1)
+    down = update.down.flatten(1) * update.scaling
+    weight_matrix = weight.reshape(up.shape[0], -1).to(up.dtype)
+    weight_products = weight_matrix @ down.T
+    cross_terms = (weight_products * up).sum(1)
+    update_products = up @ (down @ down.T)
+    update_norms = (update_products * up).sum(1)
+    total = weight_norms + 2 * cross_terms + update_norms
+    return total.clamp_min(MIN_NORM).sqrt()
 
 
 def thin_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values (u, s, v) of up @ down, which is never formed. In fp64, so that what cancels in it
-    does so to the last digit of the factors. AdapterError if it is not finite."""
-    (left, a), (right, b) = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
-    u, s, v = finite_svd(a @ b.T)
+    """Return singular vectors and values (u, s, v) of up @ down, which is never formed.
+
+    Computed in fp64, so that terms that cancel do so to the last digit of the factors. Raises
+    AdapterError if the product is not finite."""
+    left, left_factor = torch.linalg.qr(up.double())
+    right, right_factor = torch.linalg.qr(down.double().T)
+    small_product = left_factor @ right_factor.T
+    u, s, v = finite_svd(small_product)
     return left @ u, s, v @ right.T
 
 
-def difference(
-    up: Tensor, down: Tensor, initial_up: Tensor, initial_down: Tensor
+def product_difference(
+    up: Tensor,
+    down: Tensor,
+    initial_up: Tensor,
+    initial_down: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Factors of up @ down - initial_up @ initial_down, in as few ranks as that takes: side by side the two products
-    would be rounded by themselves, which in bf16 leaves little of a difference that is small."""
-    u, s, v = thin_svd(torch.cat([up, -initial_up], 1), torch.cat([down, initial_down]))
+    """Return factors of up @ down - initial_up @ initial_down of the smallest possible rank.
+
+    Stacked, the two products would be rounded separately. In bf16 this leaves little of a small
+    difference."""
+    stacked_up = torch.cat([up, -initial_up], 1)
+    stacked_down = torch.cat([down, initial_down])
+    u, s, v = thin_svd(stacked_up, stacked_down)
     root = s.sqrt()
     return (u * root).to(up.dtype), (root[:, None] * v).to(up.dtype)
 
 
 def finite_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values (u, s, v); AdapterError if there are none."""
+    """Return singular vectors and values (u, s, v). Raises AdapterError if the SVD fails."""
     try:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError as error:
@@ -145,47 +234,92 @@ def finite_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, v
 
 
+def tucker_product(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the tensor (out, in, *kernel) of a core, `a` (rank, out) and `b` (rank, in)."""
+    with_rows = torch.einsum("ij...,ip->pj...", core, a)
+    return torch.einsum("ij...,jr->ir...", with_rows, b)
+
+
+def lora_tensors(
+    up: Tensor,
+    down: Tensor,
+    weight: torch.Size,
+) -> LayerTensors:
+    """Return the tensors of a LoRA with scaling 1, from matrices (out, rank) and (rank, in)."""
+    _, channels, *kernel = weight
+    rank = down.shape[0]
+    pointwise = [1] * len(kernel)
+    return {
+        UP: up.reshape(-1, rank, *pointwise).contiguous(),
+        DOWN: down.reshape(rank, channels, *kernel).contiguous(),
+        ALPHA: torch.tensor(float(rank)),
+    }
+
+
 @dataclass(frozen=True)
-class LowRank(Additive):
-    """Factors (up, down). `twin`: the second half of the ranks takes away what the first half
-    started with."""
+class LowRank(AdditiveKernel):
+    """Factors (up, down)."""
 
-    twin: bool = False
+    subtracts_start: bool = False
+    """The second half of the ranks subtracts the values that the first half started with."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
-        up, down = factors[0].flatten(1), factors[1].flatten(1) * self.scaling
-        # the halves apart, so that they cancel to exactly zero
-        parts = 2 if self.twin else 1
-        products = [u @ d for u, d in zip(up.chunk(parts, 1), down.chunk(parts), strict=True)]
-        return sum(products[1:], products[0]).view(self.shape)
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return the update (out, in, *kernel)."""
+        up, down = factors
+        up_matrix = up.flatten(1)
+        down_matrix = down.flatten(1) * self.scaling
+        if not self.subtracts_start:
+            return (up_matrix @ down_matrix).view(self.shape)
+        # each half has its own product, so that the products cancel to exactly zero at first
+        up_trained, up_start = up_matrix.chunk(2, 1)
+        down_trained, down_start = down_matrix.chunk(2)
+        difference = up_trained @ down_trained + up_start @ down_start
+        return difference.view(self.shape)
 
-    def plain(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
+    def autograd_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
     ) -> Tensor | None:
         op = self.op
-        if not op.spatial and (x.numel() > SMALL or (bias is None and x.dtype not in WIDE)):
+        rounds_once = bias is None and x.dtype not in WIDE_DTYPES
+        is_large = x.numel() > MAX_AUTOGRAD_ELEMENTS
+        if not op.spatial_dims and (rounds_once or is_large):
             return None
         up, down = (factor.to(x.dtype) for factor in factors)
-        y, h = (
-            op(x, weight.to(x.dtype), narrowed(bias, x)),
-            op.ungrouped()(groups_as_batch(op, x), down),
-        )
-        if op.groups == 1 and is_channels_last(op, y):
-            flat, flat_h = channels_last_rows(op, y), channels_last_rows(op, h)
-            y_flat = torch.addmm(flat, flat_h, up.flatten(1).T, alpha=self.scaling)
-            return (
-                y_flat.view(y.movedim(1, -1).shape).movedim(-1, 1)
-                if op.spatial
-                else y_flat.view(y.shape)
-            )
-        ups = per_group(op, up, x.shape[0])
-        return torch.baddbmm(planes(op, y), ups, h.flatten(2), alpha=self.scaling).view(y.shape)
+        y = op(x, weight_values(weight, x.dtype), bias_like(bias, x))
+        h = op.for_one_group()(groups_as_batch(op, x), down)
+        if op.groups > 1 or not is_channels_last(op, y):
+            y_groups = groups_by_positions(op, y)
+            grouped_up = up_of_groups(op, up, x.shape[0])
+            y_groups = torch.baddbmm(y_groups, grouped_up, h.flatten(2), alpha=self.scaling)
+            return y_groups.view(y.shape)
+        y_matrix = tokens_by_channels(op, y)
+        h_matrix = tokens_by_channels(op, h)
+        y_matrix = torch.addmm(y_matrix, h_matrix, up.flatten(1).T, alpha=self.scaling)
+        if not op.spatial_dims:
+            return y_matrix.view(y.shape)
+        return y_matrix.view(y.movedim(1, -1).shape).movedim(-1, 1)
 
-    def add(self, y: Tensor, x: Tensor, factors: Tensors) -> Tensors:
+    def add_output(
+        self,
+        y: Tensor,
+        x: Tensor,
+        factors: Factors,
+    ) -> tuple[Tensor, ...]:
         up, down = factors
-        return (add_low_rank(self.op, y, x, up, down, self.scaling),)
+        update = LowRankUpdate(up, down, self.scaling)
+        return (add_low_rank(self.op, y, x, update),)
 
-    def grads(self, grad: Tensor, saved: Saved, dx: Tensor | None) -> Tensors:
+    def output_grads(
+        self,
+        grad: Tensor,
+        saved: SavedTensors,
+        input_grad: Tensor | None,
+    ) -> Gradients:
         up, down = (factor.to(grad.dtype) for factor in saved.factors)
-        h = saved.kept[0] if saved.kept else None
-        return low_rank_grads(self.op, grad, saved.x, (up, down, self.scaling), dx, h)
+        update = LowRankUpdate(up, down, self.scaling)
+        h = saved.extras[0] if saved.extras else None
+        return low_rank_grads(self.op, grad, saved.activation, update, input_grad, h)

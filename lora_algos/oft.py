@@ -1,15 +1,19 @@
-"""OFT: W' = R^T W, R block-diagonal and orthogonal over the output channels (Qiu et al. 2023, arXiv
-2306.07280; the form of LyCORIS, ComfyUI and kohya). The bias is not rotated.
+"""OFT: W' = R^T W, with R block-diagonal and orthogonal over the output channels (Qiu et al. 2023,
+arXiv 2306.07280; the form of LyCORIS, ComfyUI and kohya). The bias is not rotated.
 
-Shapes, for a weight (out, in, *kernel): oft_blocks (out / b, b, b), zero at first, b the largest
-divisor of out up to block_size. R = (I + Q) (I - Q)^-1, Q = B - B^T.
+Shapes, for a weight (out, in, *kernel): oft_blocks (out / b, b, b), zero at first, with b the
+largest divisor of out up to block_size. R = (I + Q) (I - Q)^-1, Q = B - B^T.
 
-On activations: the output less its bias is rotated. For the backward pass the output is kept, which
-the next layer mostly keeps too and from which the output before the rotation follows, and three
-quarters of an inverse of the blocks.
+On activations: the output less its bias is rotated. The backward pass needs the output and three
+quarters of an inverse of the blocks. The next layer mostly saves the output too, and the output
+before the rotation follows from it.
+
+A file holds the constraint as alpha; 0 leaves the rotation free. LyCORIS' constraint is per output
+channel, ComfyUI's is that of the whole layer. So files are written with alpha 0 and constrained
+blocks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,146 +21,222 @@ import torch
 from torch import Tensor
 
 from common.errors import AdapterError
-from lora_algos.adapter import OwnAdapter
+from lora_algos.algorithm import Algorithm
 from lora_algos.config import AdapterOptions, LayerSpec
-from lora_algos.kernels import WIDE, Kernel, Saved, Tensors
-from lora_algos.layer_op import LayerOp, channel_sum
-from lora_algos.rotation import Cayley, add_blocks, block_products, constrained, without_bias
-from lora_algos.tensors import Shapes, constraint_of, fitted
+from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, SavedTensors
+from lora_algos.layer_op import LayerOp, channel_sums
+from lora_algos.rotation import Cayley, add_blocks, block_products, constrain, without_bias
+from lora_algos.tensors import ALPHA, LayerTensors, Shapes, check_shapes
+from lora_algos.traits import FileTraits, RowAxes, RowAxis, TensorTraits
+
+BLOCKS = "oft_blocks"
 
 
-def block_side(channels: int, limit: int) -> int:
-    """The largest divisor of `channels` up to `limit`; AdapterError if that is 1, which leaves
-    nothing to rotate."""
-    side = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
-    if side == 1:
-        fitting = next((n for n in range(2, channels + 1) if channels % n == 0), None)
-        hint = f"the smallest block_size that does is {fitting}" if fitting else "none does"
-        raise AdapterError(
-            f"no block_size up to {limit} divides its {channels} output channels; {hint}"
-        )
-    return side
+def block_side(channels: int, max_side: int) -> int:
+    """Return the largest divisor of `channels` up to `max_side`.
+
+    Raises AdapterError if that is 1, which leaves nothing to rotate."""
+    limit = min(max_side, channels)
+    side = next(number for number in range(limit, 0, -1) if channels % number == 0)
+    if side > 1:
+        return side
+    divisors = [number for number in range(2, channels + 1) if channels % number == 0]
+    hint = f"the smallest block_size that does is {divisors[0]}" if divisors else "none does"
+    raise AdapterError(
+        f"no block_size up to {max_side} divides its {channels} output channels; {hint}"
+    )
 
 
 def biased_products(
-    op: LayerOp, y: Tensor, grad: Tensor, bias: Tensor | None, blocks: Tensor
+    op: LayerOp,
+    y: Tensor,
+    grad: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
 ) -> Tensor:
-    """The sum over positions of (y - bias) grad^T per block, in the blocks' dtype."""
+    """Return the sum over positions of (y - bias) grad^T per block, in the blocks' dtype."""
     side = blocks.shape[-1]
-    if bias is None or y.dtype not in WIDE:  # where y is rounded, the bias goes first
-        y = y if bias is None else without_bias(op, y, bias)
-        return block_products(op, y, grad, side).to(blocks.dtype)
-    outer = bias.view(-1, side, 1) * channel_sum(op, grad, blocks.dtype).view(-1, 1, side)
-    return block_products(op, y, grad, side).to(blocks.dtype) - outer
+    if bias is not None and y.dtype not in WIDE_DTYPES:
+        # y is rounded, so the bias is subtracted first
+        y, bias = without_bias(op, y, bias), None
+    products = block_products(op, y, grad, side).to(blocks.dtype)
+    if bias is None:
+        return products
+    grad_sums = channel_sums(op, grad, blocks.dtype)
+    bias_products = bias.view(-1, side, 1) * grad_sums.view(-1, 1, side)
+    return products - bias_products
 
 
 @dataclass(frozen=True)
 class BlockRotation(Kernel):
     """Factors (blocks,)."""
 
-    def delta(self, weight: Tensor, factors: Tensors) -> Tensor:
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        """Return R^T W - W for a weight (out, in, *kernel)."""
         (blocks,) = factors
+        num_blocks, side, _ = blocks.shape
         change = Cayley.of(blocks).minus_identity
-        parts = weight.to(blocks.dtype).reshape(blocks.shape[0], blocks.shape[1], -1)
-        return (change.mT @ parts).view(self.shape)
+        wide_weight = weight.to(blocks.dtype)
+        weight_blocks = wide_weight.reshape(num_blocks, side, -1)
+        return (change.mT @ weight_blocks).view(self.shape)
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Tensors
-    ) -> tuple[Tensor, Tensors]:
+    def factors_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (blocks,) = factors
+        cayley = Cayley.of(blocks)
         y = self.op(x, weight, bias)
-        cayley = Cayley.of(factors[0])
-        add_blocks(self.op, y, cayley.minus_identity.to(y.dtype).mT, without_bias(self.op, y, bias))
-        return y, (y, *cayley.to_keep())
+        start = without_bias(self.op, y, bias)
+        change = cayley.minus_identity.to(y.dtype).mT
+        add_blocks(self.op, y, change, start)
+        return y, (y, *cayley.inverse_to_save())
 
-    def backward(
-        self, grad: Tensor, saved: Saved, input_grad: bool
-    ) -> tuple[Tensor | None, Tensors]:
-        (blocks,), bias = saved.factors, saved.bias
-        cayley = Cayley.of(blocks, saved.kept)
+    def factors_backward(
+        self,
+        grad: Tensor,
+        saved: SavedTensors,
+        needs_input_grad: bool,
+    ) -> tuple[Tensor | None, Gradients]:
+        (blocks,) = saved.factors
+        cayley = Cayley.of(blocks, saved.extras)
         # y = R^T y0, so y0 = R y, and the gradient of R is y0 g^T = R (y g^T)
-        products = biased_products(self.op, saved.x, grad, bias, blocks)
-        dblocks = cayley.grad(products + cayley.minus_identity @ products)
-        if not input_grad:
-            return None, (dblocks,)
-        unrotated = grad.clone()
-        add_blocks(self.op, unrotated, cayley.minus_identity.to(grad.dtype), grad)
-        return self.op.input_grad(unrotated, saved.weight, saved.shape), (dblocks,)
+        products = biased_products(self.op, saved.activation, grad, saved.bias, blocks)
+        rotation_grad = products + cayley.minus_identity @ products
+        blocks_grad = cayley.blocks_grad(rotation_grad)
+        if not needs_input_grad:
+            return None, (blocks_grad,)
+        output_grad = grad.clone()
+        change = cayley.minus_identity.to(grad.dtype)
+        add_blocks(self.op, output_grad, change, grad)
+        input_grad = self.op.input_grad(output_grad, saved.weight, saved.input_shape)
+        return input_grad, (blocks_grad,)
 
-    def by_factors(self, factors: Tensors) -> bool:
-        """Whether rotating outputs is rotating rows of the weight: no block mixes two groups of a
-        convolution."""
-        return self.op.groups == 1 or (self.shape[0] // self.op.groups) % factors[0].shape[-1] == 0
+    def has_factors_mode(self, factors: Factors) -> bool:
+        """Return whether rotating outputs equals rotating the weight's rows.
+
+        No block may mix two groups of a convolution."""
+        (blocks,) = factors
+        channels_per_group = self.shape[0] // self.op.groups
+        return self.op.groups == 1 or channels_per_group % blocks.shape[-1] == 0
 
 
-class OFT(OwnAdapter):
-    """A layer with an OFT."""
+def row_axes(tensors: LayerTensors, num_rows: int) -> RowAxes:
+    """Return the axis of the blocks, for OFT and BOFT.
 
-    algorithm = "OFT"
-    detected_by = ("oft_blocks",)
-    rank_axis = {"oft_blocks": 0}  # noqa: RUF012
-    multiplicative = True
-    own_options: ClassVar[tuple[str, ...]] = ("block_size", "constraint")
+    The last stage of a butterfly mixes all rows within 2^(stages - 1) blocks."""
+    *stages, _, side, _ = tensors[BLOCKS].shape
+    step = side * 2 ** (stages[0] - 1) if stages else side
+    return {BLOCKS: RowAxis(len(stages), side, step)}
 
-    @classmethod
-    def detects(cls, tensors: dict[str, Tensor]) -> bool:
-        return "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 3
 
-    @classmethod
-    def shapes(cls, spec: LayerSpec, weight: torch.Size) -> Shapes:
+def weight_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of the weight; blocks do not show its input channels."""
+    num_blocks, _, side = shapes[BLOCKS][-3:]
+    return num_blocks * side, 1
+
+
+def portable(tensors: LayerTensors) -> LayerTensors:
+    """Return the same rotation without a constraint, which is common to all blocks."""
+    blocks = constrain(tensors[BLOCKS], constraint_of(tensors))
+    return {**tensors, BLOCKS: blocks, ALPHA: torch.tensor(0.0)}
+
+
+def constraint_of(tensors: LayerTensors) -> float:
+    """Return the constraint of a rotation in a file; 0: it is free."""
+    return max(0.0, float(tensors.get(ALPHA, 0.0)))
+
+
+def num_output_channels(tensors: LayerTensors) -> int:
+    """Return the number of output channels, the divisor of LyCORIS' constraint."""
+    num_blocks, side = tensors[BLOCKS].shape[-3:-1]
+    return num_blocks * side
+
+
+ROTATION_FILES = FileTraits(
+    portable=portable, default_alpha=0.0, lycoris_alpha_unit=num_output_channels
+)
+
+
+class OFT(Algorithm):
+    """A rotation of the output channels in blocks."""
+
+    name = "OFT"
+    options: ClassVar[tuple[str, ...]] = ("block_size", "constraint")
+    traits = TensorTraits(
+        names=(BLOCKS,),
+        detected_by=(BLOCKS,),
+        dropout_axes={BLOCKS: 0},
+        is_multiplicative=True,
+        needs_base_weight=True,
+        row_axes=row_axes,
+        weight_shape=weight_shape,
+        files=ROTATION_FILES,
+    )
+
+    def matches_tensors(self, tensors: LayerTensors) -> bool:
+        return BLOCKS in tensors and tensors[BLOCKS].ndim == 3
+
+    def shapes(self, spec: LayerSpec, weight: torch.Size) -> Shapes:
         side = block_side(weight[0], spec.options.block_size)
-        return {"oft_blocks": (weight[0] // side, side, side)}
+        return {BLOCKS: (weight[0] // side, side, side)}
 
-    @classmethod
+    def read_spec(
+        self,
+        tensors: LayerTensors,
+        weight: torch.Size,
+    ) -> tuple[LayerSpec, Shapes]:
+        num_blocks, side, last_side = tensors[BLOCKS].shape
+        shape = (num_blocks, side, last_side)
+        if side != last_side or num_blocks * side != weight[0]:
+            raise AdapterError(
+                f"{BLOCKS} is {shape}, which does not tile {weight[0]} output channels"
+            )
+        shapes: Shapes = {BLOCKS: shape}
+        check_shapes(tensors, shapes, weight)
+        options = AdapterOptions(
+            block_size=max(2, side),
+            constraint=constraint_of(tensors),
+        )
+        return LayerSpec(algorithm=self.name, options=options), shapes
+
     def make_kernel(
-        cls, op: LayerOp, spec: LayerSpec, weight: torch.Size, names: Iterable[str]
+        self,
+        op: LayerOp,
+        spec: LayerSpec,
+        weight: torch.Size,
+        names: Iterable[str],
     ) -> Kernel:
         return BlockRotation(op, weight, 1.0)
 
-    @classmethod
-    def factors_of(cls, tensors: dict[str, Tensor], spec: LayerSpec) -> Tensors:
-        blocks = tensors[
-            "oft_blocks"
-        ]  # bf16 where FSDP or the user casts it, which has no inverse of a matrix
-        return (
-            constrained(
-                blocks if blocks.dtype in WIDE else blocks.float(), spec.options.constraint
-            ),
-        )
+    def initialize(self, tensors: LayerTensors) -> None:
+        tensors[BLOCKS].zero_()
 
-    @classmethod
-    def read_spec(cls, tensors: dict[str, Tensor], weight: torch.Size) -> tuple[LayerSpec, Shapes]:
-        blocks = tensors["oft_blocks"]
-        sides = tuple(blocks.shape)
-        if len(sides) != 3 or sides[1] != sides[2] or sides[0] * sides[1] != weight[0]:
-            raise AdapterError(
-                f"oft_blocks is {sides}, which does not tile {weight[0]} output channels"
-            )
-        options = AdapterOptions(block_size=max(2, sides[1]), constraint=constraint_of(tensors))
-        return LayerSpec(algorithm=cls.algorithm, options=options), fitted(
-            tensors, {"oft_blocks": sides}, weight
-        )
+    def factors(self, tensors: LayerTensors, spec: LayerSpec) -> Factors:
+        blocks = tensors[BLOCKS]
+        if blocks.dtype not in WIDE_DTYPES:  # torch has no inverse of bf16 matrices
+            blocks = blocks.float()
+        return (constrain(blocks, spec.options.constraint),)
 
-    @classmethod
-    def initialize(cls, tensors: dict[str, Tensor]) -> None:
-        tensors["oft_blocks"].zero_()
+    def checkpoint_alpha(self, spec: LayerSpec) -> float:
+        return spec.options.constraint
 
-    def size(self, scaling: str) -> str:
-        *stages, blocks, side, _ = self.tensors()["oft_blocks"].shape
-        constraint = self.spec.options.constraint
-        bound = f", together at most {constraint:g} away from the identity" if constraint else ""
-        return f"{stages[0] if stages else 1} x {blocks} blocks of {side}{bound}"
-
-    def in_file(self) -> tuple[dict[str, Tensor], float]:
-        """With the constraint worked in: programs differ in what they take a file's alpha for, but
-        not for 0."""
-        tensors, _ = super().in_file()
-        blocks = constrained(tensors["oft_blocks"], self.spec.options.constraint)
-        if self.spec.options.constraint:
-            tensors["oft_blocks"] = blocks
-        return tensors, 0.0
-
-    def alpha_in_file(self) -> float:
-        return self.spec.options.constraint
+    def describe_size(
+        self,
+        spec: LayerSpec,
+        shapes: Shapes,
+        scaling: str,
+    ) -> str:
+        *stages, num_blocks, side, _ = shapes[BLOCKS]
+        num_stages = stages[0] if stages else 1
+        text = f"{num_stages} x {num_blocks} blocks of {side}"
+        constraint = spec.options.constraint
+        if constraint:
+            text += f", together at most {constraint:g} away from the identity"
+        return text
 
 
-ADAPTER = OFT
+ALGORITHM = OFT()

@@ -1,9 +1,10 @@
-"""Rotations of output channels in blocks, for OFT and BOFT: the Cayley transform and its gradient,
-and rotating activations.
+"""Rotations of output channels in blocks, for OFT and BOFT: the Cayley transform, its gradient, and
+the rotation of activations.
 
-R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1: R - I = 2 S Q,
-which loses nothing for small Q, and the gradient of Q is 2 S^T G S^T, so one inverse serves both
-passes. It is taken of a symmetric matrix, which costs half: S = (I + Q) P with P = (I - Q^2)^-1.
+R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1:
+R - I = 2 S Q, which loses no precision for small Q. The gradient of Q is 2 S^T G S^T, so one
+inverse serves both passes. S = (I + Q) P with P = (I - Q^2)^-1: the matrix that is inverted is
+symmetric, which halves the cost.
 """
 
 from dataclasses import dataclass
@@ -11,118 +12,183 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_algos.kernels import WIDE
-from lora_algos.layer_op import LayerOp, positions
-from lora_algos.low_rank import channels_last_rows, is_channels_last
+from lora_algos.kernels import WIDE_DTYPES
+from lora_algos.layer_op import LayerOp, num_positions
+from lora_algos.low_rank import is_channels_last, tokens_by_channels
 
 
-def inverse(matrices: Tensor) -> Tensor:
-    """Of symmetric matrices with eigenvalues of at least 1."""
-    if matrices.device.type == "cpu":
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices).L)
-    return torch.linalg.inv_ex(matrices).inverse  # inv would ask the device whether there is one
+def symmetric_inverse(matrices: Tensor) -> Tensor:
+    """Return the inverses of symmetric matrices with eigenvalues of at least 1.
+
+    torch.linalg.inv would wait for the device."""
+    if matrices.device.type != "cpu":
+        return torch.linalg.inv_ex(matrices).inverse
+    factor = torch.linalg.cholesky_ex(matrices).L
+    return torch.cholesky_inverse(factor)
 
 
 @dataclass(frozen=True)
 class Cayley:
-    """R - I of blocks (..., b, b), and what its gradient needs: S, and P of which S is made."""
+    """The Cayley transform of blocks (..., b, b)."""
 
     minus_identity: Tensor
+    """R - I."""
     s: Tensor
     p: Tensor
 
     @classmethod
-    def of(cls, blocks: Tensor, kept: tuple[Tensor, ...] = ()) -> "Cayley":
-        """`kept`: what `to_keep` gave for these blocks, which spares the inverse."""
+    def of(
+        cls,
+        blocks: Tensor,
+        saved_inverse: tuple[Tensor, ...] = (),
+    ) -> "Cayley":
+        """Return the transform. `saved_inverse`: result of `inverse_to_save` for these blocks."""
         q = blocks - blocks.mT
-        if kept:
-            top, corner = kept
-            p = torch.cat([top, torch.cat([top[..., top.shape[-2] :].mT, corner], -1)], -2)
+        if saved_inverse:
+            top, corner = saved_inverse
+            num_top_rows = top.shape[-2]
+            corner_of_top = top[..., num_top_rows:]
+            bottom = torch.cat([corner_of_top.mT, corner], -1)
+            p = torch.cat([top, bottom], -2)
         else:
-            p = inverse(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q @ q)
+            side = q.shape[-1]
+            identity = torch.eye(side, dtype=q.dtype, device=q.device)
+            p = symmetric_inverse(identity - q @ q)
         s = p + q @ p
         return cls(2 * s @ q, s, p)
 
-    def to_keep(self) -> tuple[Tensor, ...]:
-        """P, which is symmetric, without a quarter of it that stands there twice."""
+    def inverse_to_save(self) -> tuple[Tensor, ...]:
+        """Return P without the quarter of it that symmetry repeats."""
         half = (self.p.shape[-1] + 1) // 2
         return self.p[..., :half, :].clone(), self.p[..., half:, half:].clone()
 
-    def grad(self, grad: Tensor) -> Tensor:
-        """From the gradient of R to that of the blocks."""
-        dq = 2 * self.s.mT @ grad @ self.s.mT
-        return dq - dq.mT
+    def blocks_grad(self, rotation_grad: Tensor) -> Tensor:
+        """Return the gradient of the blocks, given that of R."""
+        q_grad = 2 * self.s.mT @ rotation_grad @ self.s.mT
+        return q_grad - q_grad.mT
 
 
-def constrained(blocks: Tensor, constraint: float) -> Tensor:
-    """Blocks whose skew matrices have a Frobenius norm of at most `constraint`, taken over all of a layer's; 0: as
-    is."""
+def constrain(blocks: Tensor, constraint: float) -> Tensor:
+    """Return blocks whose skew matrices have a Frobenius norm of at most `constraint`.
+
+    The norm is taken over all blocks of a layer. 0: return the blocks themselves."""
     if not constraint:
         return blocks
-    norm = (blocks - blocks.mT).square().sum().clamp_min(1e-24).sqrt() + 1e-8
+    skew = blocks - blocks.mT
+    norm = skew.square().sum().clamp_min(1e-24).sqrt() + 1e-8
     return blocks * (constraint / norm).clamp_max(1.0)
 
 
-def add_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor) -> None:
-    """Adds `matrices` (blocks, b, b) times `x`, over blocks of channels, to `y` in place; both are outputs of the
-    layer."""
-    b = matrices.shape[-1]
+def add_blocks(
+    op: LayerOp,
+    y: Tensor,
+    matrices: Tensor,
+    x: Tensor,
+) -> None:
+    """Add `matrices` (blocks, b, b) times `x`, over blocks of channels, to `y` in place.
+
+    `x` and `y` are outputs of the layer."""
     if is_channels_last(op, y):
-        put_blocks(op, y, matrices, x, beta=1)
+        put_token_blocks(op, y, matrices, x, beta=1)
         return
-    every = matrices.expand(y.shape[0], *matrices.shape).reshape(-1, b, b)
-    parts = x.reshape(every.shape[0], b, positions(x))
+    image_matrices = repeat_for_images(matrices, y)
+    x_blocks = image_blocks(x, matrices)
     if y.is_contiguous():
-        y.view(parts.shape).baddbmm_(every, parts)
+        y_blocks = y.view(x_blocks.shape)
+        y_blocks.baddbmm_(image_matrices, x_blocks)
     else:
-        y.add_(torch.bmm(every, parts).view(y.shape))
+        change = torch.bmm(image_matrices, x_blocks)
+        y.add_(change.view(y.shape))
 
 
-def put_blocks(op: LayerOp, y: Tensor, matrices: Tensor, x: Tensor, beta: int) -> None:
-    """y = beta y + `matrices` x for outputs that are matrices (tokens, channels) in memory."""
-    blocks, b = matrices.shape[:2]
-    flat, flat_x = (channels_last_rows(op, t).view(-1, blocks, b).transpose(0, 1) for t in (y, x))
-    if (
-        torch.compiler.is_compiling()
-    ):  # which loses the strides of a transposed view that is written to
-        change = torch.bmm(flat_x, matrices.mT).transpose(0, 1)
-        channels_last_rows(op, y).mul_(beta).add_(change.reshape(-1, blocks * b))
+def repeat_for_images(matrices: Tensor, x: Tensor) -> Tensor:
+    """Return `matrices` (blocks, b, b) once per image: (B * blocks, b, b)."""
+    num_blocks, side, _ = matrices.shape
+    batch_size = x.shape[0]
+    expanded = matrices.expand(batch_size, num_blocks, side, side)
+    return expanded.reshape(-1, side, side)
+
+
+def image_blocks(x: Tensor, matrices: Tensor) -> Tensor:
+    """Return images (B, C, *spatial) as (B * blocks, b, positions)."""
+    num_blocks, side, _ = matrices.shape
+    batch_size = x.shape[0]
+    return x.reshape(batch_size * num_blocks, side, num_positions(x))
+
+
+def token_blocks(
+    op: LayerOp,
+    x: Tensor,
+    num_blocks: int,
+    side: int,
+) -> Tensor:
+    """Return an output that is a matrix (tokens, channels) in memory as (blocks, tokens, b)."""
+    return tokens_by_channels(op, x).view(-1, num_blocks, side).transpose(0, 1)
+
+
+def put_token_blocks(
+    op: LayerOp,
+    y: Tensor,
+    matrices: Tensor,
+    x: Tensor,
+    beta: int,
+) -> None:
+    """Set y = beta y + `matrices` x for outputs that are matrices (tokens, channels) in memory."""
+    num_blocks, side, _ = matrices.shape
+    x_blocks = token_blocks(op, x, num_blocks, side)
+    if torch.compiler.is_compiling():  # it loses the strides of a transposed view that is written
+        changes = torch.bmm(x_blocks, matrices.mT)
+        change = changes.transpose(0, 1).reshape(-1, num_blocks * side)
+        y_matrix = tokens_by_channels(op, y)
+        y_matrix.mul_(beta).add_(change)
     else:
-        flat.baddbmm_(flat_x, matrices.mT, beta=beta)
+        y_blocks = token_blocks(op, y, num_blocks, side)
+        y_blocks.baddbmm_(x_blocks, matrices.mT, beta=beta)
 
 
-def times_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
-    """(I + `changes`) times `x`, over blocks of channels. In a narrow dtype I + changes would be
-    rounded to I."""
-    if x.dtype not in WIDE:
-        turned = x.clone()
-        add_blocks(op, turned, changes.to(x.dtype), x)
-        return turned
-    b = changes.shape[-1]
-    matrices = changes + torch.eye(b, dtype=changes.dtype, device=changes.device)
+def rotate_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
+    """Return (I + `changes`) times `x`, over blocks of channels.
+
+    I + changes is not formed in a narrow dtype, where it would be rounded to I."""
+    if x.dtype not in WIDE_DTYPES:
+        rotated = x.clone()
+        add_blocks(op, rotated, changes.to(x.dtype), x)
+        return rotated
+    side = changes.shape[-1]
+    identity = torch.eye(side, dtype=changes.dtype, device=changes.device)
+    matrices = changes + identity
     if is_channels_last(op, x):
-        turned = torch.zeros_like(x) if torch.compiler.is_compiling() else torch.empty_like(x)
-        put_blocks(op, turned, matrices, x, beta=0)
-        return turned
-    every = matrices.expand(x.shape[0], *matrices.shape).reshape(-1, b, b)
-    return torch.bmm(every, x.reshape(every.shape[0], b, positions(x))).view(x.shape)
+        is_compiling = torch.compiler.is_compiling()
+        rotated = torch.zeros_like(x) if is_compiling else torch.empty_like(x)
+        put_token_blocks(op, rotated, matrices, x, beta=0)
+        return rotated
+    image_matrices = repeat_for_images(matrices, x)
+    rotated_blocks = torch.bmm(image_matrices, image_blocks(x, matrices))
+    return rotated_blocks.view(x.shape)
 
 
-def block_products(op: LayerOp, y: Tensor, x: Tensor, b: int) -> Tensor:
-    """The sum over positions of y x^T, per block of channels: (blocks, b, b)."""
+def block_products(
+    op: LayerOp,
+    y: Tensor,
+    x: Tensor,
+    side: int,
+) -> Tensor:
+    """Return the sum over positions of y x^T, per block of channels: (blocks, b, b)."""
+    num_blocks = y.shape[op.channel_axis] // side
     if is_channels_last(op, y):
-        flat, flat_x = (
-            channels_last_rows(op, t).view(-1, y.shape[1 if op.spatial else -1] // b, b)
-            for t in (y, x)
-        )
-        return torch.bmm(flat.permute(1, 2, 0), flat_x.transpose(0, 1))
-    blocks = y.shape[1] // b
-    flat, flat_x = (t.reshape(t.shape[0] * blocks, b, positions(t)) for t in (y, x))
-    return torch.bmm(flat, flat_x.mT).view(y.shape[0], blocks, b, b).sum(0)
+        y_blocks = token_blocks(op, y, num_blocks, side)
+        x_blocks = token_blocks(op, x, num_blocks, side)
+        return torch.bmm(y_blocks.mT, x_blocks)
+    batch_size = y.shape[0]
+    y_blocks = y.reshape(batch_size * num_blocks, side, num_positions(y))
+    x_blocks = x.reshape(batch_size * num_blocks, side, num_positions(x))
+    products = torch.bmm(y_blocks, x_blocks.mT)
+    return products.view(batch_size, num_blocks, side, side).sum(0)
 
 
 def without_bias(op: LayerOp, y: Tensor, bias: Tensor | None) -> Tensor:
-    """A new tensor: `y` less the bias, dense in memory."""
+    """Return `y` less the bias, in a new tensor that is dense in memory."""
     if bias is None:
         return y.clone()
-    return y - op.channel_view(bias.to(y.dtype))
+    bias_view = op.channel_view(bias.to(y.dtype))
+    return y - bias_view

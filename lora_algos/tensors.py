@@ -1,75 +1,60 @@
-"""One layer's tensors by their names in a file: the rank, the alpha and the scaling they stand for,
-and whether they fit."""
+"""Tensors of one layer by their names in a file, and checks of their shapes."""
+
+import math
 
 import torch
 from torch import Tensor
 
 from common.errors import AdapterError
 
+LayerTensors = dict[str, Tensor]
+"""Tensors of one layer by their names in a file, with those in COMMON_NAMES."""
 Shapes = dict[str, tuple[int, ...]]
+"""Shapes of one layer's tensors by their names in a file."""
+ALPHA, BIAS = "alpha", "diff_b"
+COMMON_NAMES = (ALPHA, BIAS)
+"""Tensors that a layer of any algorithm may have: its alpha, and the change of its bias."""
 
 
-def known_rank(tensors: dict[str, Tensor]) -> int | None:
-    """The rank of a layer's update, if its tensors have one."""
-    for name in ("lora_down.weight", "hada_t1", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2.weight"):
-        if name in tensors and tensors[name].ndim:
-            return tensors[name].shape[0]
-    return None
+def to_device(tensors: LayerTensors, device: torch.device) -> LayerTensors:
+    """Return a layer's tensors on a device.
+
+    The alpha is read as a number, so it is not moved."""
+    moved_tensors: LayerTensors = {}
+    for name, tensor in tensors.items():
+        moved_tensors[name] = tensor if name == ALPHA else tensor.to(device)
+    return moved_tensors
 
 
-def rank_and_alpha(tensors: dict[str, Tensor]) -> tuple[int, float]:
-    """The rank of a layer's update, 1 where it has none, and its alpha: the rank, which scales by 1, if none is
-    given."""
-    rank = known_rank(tensors) or 1
-    alpha = tensors.get("alpha")
-    return rank, float(rank if alpha is None else alpha)
-
-
-def constraint_of(tensors: dict[str, Tensor]) -> float:
-    """A rotation's constraint, which is called alpha in a file; 0: it is free."""
-    return max(0.0, float(tensors.get("alpha", 0.0)))
-
-
-def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A layer's tensors on a device; the alpha, which is read as a number, stays where it is."""
-    return {
-        name: tensor if name == "alpha" else tensor.to(device) for name, tensor in tensors.items()
-    }
-
-
-def scaling_of(tensors: dict[str, Tensor]) -> float:
-    """alpha / rank, and 1 where nothing has a rank: then alpha means nothing."""
-    rank, alpha = rank_and_alpha(tensors)
-    return alpha / rank if known_rank(tensors) else 1.0
-
-
-def bias_faults(tensors: dict[str, Tensor], channels: int, has_bias: bool | None) -> list[str]:
-    """What is wrong with the change of a layer's bias, if there is one; `has_bias` None: not known."""
-    if "diff_b" not in tensors:
+def bias_errors(tensors: LayerTensors, num_channels: int, has_bias: bool | None) -> list[str]:
+    """Return errors of the change of a layer's bias. `has_bias` None: not known."""
+    if BIAS not in tensors:
         return []
     if has_bias is False:
-        return ["diff_b: the layer has no bias"]
-    there = tuple(tensors["diff_b"].shape)
-    return (
-        []
-        if tensors["diff_b"].numel() == channels
-        else [f"diff_b is {there} and should be {(channels,)}"]
-    )
+        return [f"{BIAS}: the layer has no bias"]
+    diff_b = tensors[BIAS]
+    if diff_b.numel() != num_channels:
+        return [f"{BIAS} is {tuple(diff_b.shape)} and should be {(num_channels,)}"]
+    return []
 
 
-def fitted(tensors: dict[str, Tensor], shapes: Shapes, weight: torch.Size) -> Shapes:
-    """`shapes`, if the tensors of a layer are these, be they flattened to matrices or not; else
-    AdapterError."""
-    given = {name: tensor for name, tensor in tensors.items() if name not in ("alpha", "diff_b")}
-    missing, unknown = shapes.keys() - given.keys(), given.keys() - shapes.keys()
-    faults = [f"{name} is missing" for name in sorted(missing)]
-    faults += [
-        f"{name} {tuple(given[name].shape)} does not belong there" for name in sorted(unknown)
-    ]
-    for name in shapes.keys() & given.keys():
-        there, wanted = tuple(given[name].shape), shapes[name]
-        if given[name].numel() != torch.Size(wanted).numel() or there[:1] != wanted[:1]:
-            faults.append(f"{name} is {there} and should be {wanted}")
-    if faults:
-        raise AdapterError(f"for a weight of {tuple(weight)}: {'; '.join(faults)}")
-    return shapes
+def check_shapes(tensors: LayerTensors, shapes: Shapes, weight: torch.Size) -> None:
+    """Raise AdapterError unless the layer has tensors of these shapes and no others.
+
+    Tensors of a convolution may be flattened to matrices."""
+    update_names = tensors.keys() - {*COMMON_NAMES}
+    errors = [f"{name} is missing" for name in sorted(shapes.keys() - update_names)]
+    for name in sorted(update_names):
+        shape = tuple(tensors[name].shape)
+        if name not in shapes:
+            errors.append(f"{name} {shape} does not belong to the algorithm")
+        elif not is_same_or_flat(shape, shapes[name]):
+            errors.append(f"{name} is {shape} and should be {shapes[name]}")
+    if errors:
+        raise AdapterError(f"for a weight of {tuple(weight)}: {'; '.join(errors)}")
+
+
+def is_same_or_flat(shape: tuple[int, ...], expected_shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is the expected one, or has the same first side and size."""
+    has_same_size = math.prod(shape) == math.prod(expected_shape)
+    return has_same_size and shape[:1] == expected_shape[:1]

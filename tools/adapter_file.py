@@ -10,17 +10,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adapter_files import convert, files
-from adapter_files.keys import group_keys, looks_like
+from adapter_files import files
+from adapter_files.keys import group_keys, guess_model, split_key
+from adapter_files.reader import import_layers
 from adapter_files.safetensors_stream import TensorStore
-from adapter_files.writers import DORA_NORM
 from common.errors import AdapterError, error_list
-from lora_algos import get_algorithm
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import detect_algorithm, layer_delta
+from lora_algos.tensors import BIAS
 from tools.base_model import BaseModel
 from tools.unknown_model import UnknownModel, format_of
 
-NEED_BASE = ("DoRA", "OFT", "BOFT", "GLoRA")  # their update is a function of the base's weight
 LayerTensors = dict[str, Tensor]
 """Tensors of one layer, under the names that lora_algos gives them."""
 
@@ -47,7 +46,7 @@ class AdapterFile:
     dropped_keys: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        file, config = files.file_and_config(self.path)
+        file, config = files.weights_and_config(self.path)
         self.store = open_file(file)
         self.metadata = {**self.store.metadata[file], **config}
         self._group_keys()
@@ -66,8 +65,8 @@ class AdapterFile:
                 self.dropped_keys.append(key)
             else:
                 shapes[key] = info.shape
-        layer_of = self.model.names.layer_of(self.model.layers)
-        groups, self.key_errors = group_keys(shapes, layer_of)
+        layers_by_spelling = self.model.names.layers_by_spelling(self.model.layers)
+        groups, self.key_errors = group_keys(shapes, layers_by_spelling)
         for layer in self.model.layers:
             if layer in groups:
                 self.layers[layer] = groups[layer]
@@ -81,10 +80,10 @@ class AdapterFile:
     def _changes_only_siblings(self, layer: str) -> bool:
         """Return whether the tensors for a fused weight leave this layer of it unchanged."""
         names = self.model.names
-        if layer not in names.rows:
+        if layer not in names.slices:
             return False
         for key in self.layers[layer].values():
-            if not names.is_native(key, layer):
+            if not names.names_other_weight(split_key(key).spelling, layer):
                 return False
         try:
             weight = self.model.empty_weight(layer)
@@ -97,7 +96,7 @@ class AdapterFile:
         if not self.key_errors:
             return
         errors = list(self.key_errors)
-        model_name = looks_like(self.store.infos)
+        model_name = guess_model(self.store.infos)
         if model_name and not self.layers:
             errors.insert(0, f"the file looks like one for {model_name}")
         num_errors = len(self.key_errors)
@@ -160,34 +159,24 @@ class AdapterFile:
         stored_tensors = {}
         for key in self.layers[layer].values():
             stored_tensors[key] = self.store.get(key)
-        metadata = self._layer_metadata(weight)
         module = self.model.module_with({layer: weight})
-        layers, errors = files.from_file(stored_tensors, metadata, module, self.model.names)
+        layers, errors = import_layers(stored_tensors, self.metadata, module, self.model.names)
         if errors:
             messages = [error.removeprefix(f"{layer}: ") for error in errors]
             raise AdapterError("; ".join(messages))
         return layers.get(layer, {})
 
-    def _layer_metadata(self, weight: Tensor) -> dict[str, str]:
-        """Return the metadata with which a layer is read.
-
-        Without the base model, the norm of its weight is unknown, and a dora_scale cannot be
-        divided by it. It is then used as stored, because the update is not computed either."""
-        if not weight.is_meta:
-            return self.metadata
-        return {key: value for key, value in self.metadata.items() if key != DORA_NORM}
-
     def read(self, layer: str) -> LayerData:
         """Return a layer's tensors and weight. Raises AdapterError if they do not fit."""
         weight = self.model.weight(layer)
         tensors = self.layer_tensors(layer, weight)
-        algorithm = algorithm_of(tensors)
-        get_algorithm(algorithm).read_spec(tensors, weight.shape)
-        reads_weight = algorithm in NEED_BASE and not weight.is_meta
+        algorithm = detect_algorithm(tensors)
+        algorithm.read_spec(tensors, weight.shape)
+        reads_weight = algorithm.traits.needs_base_weight and not weight.is_meta
         if reads_weight and not weight.isfinite().all():
             raise AdapterError("the model's weight is not finite (NaN or infinite values)")
-        if "diff_b" in tensors:
-            self._check_bias(layer, tuple(tensors["diff_b"].shape))
+        if BIAS in tensors:
+            self._check_bias(layer, tuple(tensors[BIAS].shape))
         return LayerData(tensors, weight)
 
     def _check_bias(self, layer: str, shape: tuple[int, ...]) -> None:
@@ -195,10 +184,10 @@ class AdapterFile:
         if isinstance(self.model, UnknownModel):
             return
         if not self.model.has_parameter(layer, "bias"):
-            raise AdapterError(f"diff_b is {shape}, and the layer has no bias")
+            raise AdapterError(f"{BIAS} is {shape}, and the layer has no bias")
         expected_shape = tuple(self.model.shape(layer, "bias"))
         if shape != expected_shape:
-            raise AdapterError(f"diff_b is {shape} and should be {expected_shape}")
+            raise AdapterError(f"{BIAS} is {shape} and should be {expected_shape}")
 
 
 def open_file(path: Path) -> TensorStore:
@@ -206,19 +195,18 @@ def open_file(path: Path) -> TensorStore:
     try:
         return TensorStore([path])
     except (SafetensorError, OSError) as error:
-        reason = files.unreadable(path, error)
-        raise AdapterError(f"{path} is not a readable .safetensors file: {reason}") from error
+        raise files.unreadable_error(path, error) from error
 
 
-def needs_base(algorithm: str, weight: Tensor) -> bool:
+def needs_base(tensors: LayerTensors, weight: Tensor) -> bool:
     """Return whether an update cannot be computed, because it depends on an unknown base weight."""
-    return weight.is_meta and algorithm in NEED_BASE
+    return weight.is_meta and detect_algorithm(tensors).traits.needs_base_weight
 
 
 def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """Return the update of `weight`, fp32. Raises AdapterError if it depends on an unknown
     weight."""
-    algorithm = algorithm_of(dict(tensors))
-    if needs_base(algorithm, weight):
-        raise AdapterError(f"{algorithm} needs --model")
-    return convert.delta_of(dict(tensors), weight)
+    layer_tensors = dict(tensors)
+    if needs_base(layer_tensors, weight):
+        raise AdapterError(f"{detect_algorithm(layer_tensors).name} needs --model")
+    return layer_delta(layer_tensors, weight)

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from adapter_files.fused_weights import swap
-from adapter_files.keys import file_names
+from adapter_files.fused_weights import swap_halves
 from adapter_files.safetensors_stream import TensorInfo, TensorStore
+from adapter_files.spellings import layer_spellings
 from common.errors import ModelError, error_list
-from lora_algos.attach import adaptable_layers, norm_layers
+from lora_algos.targets import adaptable_layers, norm_layers
 from models.config import ModelConfig
 from models.detect import get_family
 
@@ -47,7 +47,7 @@ class BaseModel:
             **adaptable_layers(self.skeleton),
             **norm_layers(self.skeleton),
         }
-        self.names = file_names(self.family, self.skeleton)
+        self.names = layer_spellings(self.family, self.skeleton)
         self.natives = {}
         if (
             self.family.files.is_single_file
@@ -135,13 +135,13 @@ class BaseModel:
         shape = self.shape(layer, suffix)
         value = stored.float().reshape(shape)
         if self._is_swapped(layer):
-            value = swap(value)
+            value = swap_halves(value)
         return value
 
     def replace_layer(self, stored: Tensor, value: Tensor, layer: str) -> Tensor:
         """Return a stored tensor with the value of one layer replaced, rounded to its dtype."""
         if self._is_swapped(layer):
-            value = swap(value)
+            value = swap_halves(value)
         rows = self._rows(layer)
         if rows is None:
             value = value.to(stored.dtype)

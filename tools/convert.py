@@ -6,9 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from adapter_files import convert
-from adapter_files.peft_config import known_rank
 from common.errors import AdapterError, error_list
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import algorithm_name, rank_of
 from tools.adapter_file import AdapterFile, LayerTensors, delta_of
 from tools.base_model import BaseModel
 from tools.options import ConvertOptions
@@ -43,8 +42,8 @@ def convert_layers(
             errors.append(f"{layer}: {error}")
             continue
         attributes = {
-            "algorithm": algorithm_of(converted_tensors),
-            "rank": known_rank(converted_tensors) or NO_VALUE,
+            "algorithm": algorithm_name(converted_tensors),
+            "rank": rank_of(converted_tensors) or NO_VALUE,
         }
         table.add(layer, attributes, norm, relative_error)
         if not errors:
@@ -58,9 +57,9 @@ def convert_layer(
 ) -> tuple[LayerTensors, float]:
     """Return a layer's tensors as --convert requests, and ||error|| / ||update||."""
     if options.convert == "full":
-        return convert.full(tensors, weight), 0.0
+        return convert.full_tensors(tensors, weight), 0.0
     if options.convert == "lora-exact":
-        return convert.lora_exact(tensors, weight.shape), 0.0
+        return convert.exact_lora(tensors, weight.shape), 0.0
     if options.convert == "lora-svd":
         assert options.rank is not None  # checked by options.errors
         return convert.nearest_lora(tensors, weight, options.rank)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from adapter_files import convert
-from adapter_files.peft_config import known_rank
 from common.dtypes import DTYPES
 from common.errors import ModelError, error_list
+from lora_algos.detection import layer_delta, rank_of
 from lora_algos.lokr import factorization
 from tools.adapter_file import LayerTensors
 from tools.base_model import SUFFIXES, BaseModel, parameter_name
@@ -69,7 +69,7 @@ def extraction_metadata(base: BaseModel, options: ExtractOptions) -> dict[str, s
 def default_format(base: BaseModel, options: ExtractOptions) -> str:
     """Return the format that most programs load for this model and algorithm."""
     file_formats = base.family.layer_names.file_formats
-    if options.algorithm == "LoRA" and not base.names.native_only:
+    if options.algorithm == "LoRA" and not base.names.original_only:
         return file_formats[0]
     for file_format in file_formats:
         if file_format != "diffusers":
@@ -176,18 +176,18 @@ class Extraction:
             return {"diff": delta}
         if algorithm == "LoKr":
             return nearest_kronecker(delta, self.options)
-        svd = convert.svd_of(delta)
+        svd = convert.matrix_svd(delta)
         rank = requested_rank(svd[1], self.options)
-        lora, _ = convert.lora_svd(svd, rank, delta.shape)
+        lora, _ = convert.truncated_lora(svd, rank, delta.shape)
         return lora
 
     def _add_to_table(self, layer: str, tensors: LayerTensors, delta: Tensor) -> None:
         norm = float(delta.norm())
-        difference = convert.delta_of(tensors, delta) - delta
+        difference = layer_delta(tensors, delta) - delta
         relative_error = float(difference.norm()) / (norm or 1.0)
         attributes = {
             "algorithm": self.options.algorithm,
-            "rank": known_rank(tensors) or NO_VALUE,
+            "rank": rank_of(tensors) or NO_VALUE,
         }
         self.table.add(layer, attributes, norm, relative_error)
 

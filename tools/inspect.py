@@ -8,11 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapter_files.keys import looks_like
-from adapter_files.peft_config import known_rank
+from adapter_files.keys import guess_model
 from common.dtypes import dtype_name
 from common.errors import AdapterError
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import algorithm_name, rank_of
 from tools.adapter_file import AdapterFile, LayerData, delta_of, needs_base
 from tools.base_model import BaseModel
 from tools.options import InspectOptions
@@ -58,7 +57,7 @@ def run(options: InspectOptions) -> int:
     print(
         f"{options.file}: {num_keys} tensors, {adapter.num_bytes:,} bytes, {dtypes_text(adapter)}"
     )
-    model_name = looks_like(adapter.store.infos) or "an unknown model"
+    model_name = guess_model(adapter.store.infos) or "an unknown model"
     print(f"looks like an adapter for {model_name}")
     for line in list_facts(metadata_facts(adapter.metadata)):
         print(line)
@@ -101,8 +100,7 @@ def update_norm(data: LayerData) -> float:
     """Return the norm of a layer's update; NaN if it depends on an unknown base weight.
 
     Raises AdapterError if the update is not finite."""
-    algorithm = algorithm_of(data.tensors)
-    if needs_base(algorithm, data.weight):
+    if needs_base(data.tensors, data.weight):
         return math.nan
     return finite_norm(delta_of(data.tensors, data.weight))
 
@@ -122,8 +120,8 @@ def layer_attributes(data: LayerData) -> dict[str, object]:
     if "alpha" in tensors:
         alpha = float(tensors["alpha"])
     return {
-        "algorithm": algorithm_of(tensors),
-        "rank": known_rank(tensors) or NO_VALUE,
+        "algorithm": algorithm_name(tensors),
+        "rank": rank_of(tensors) or NO_VALUE,
         "alpha": alpha,
     }
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from adapter_files.safetensors_stream import write_tensors
 from common.atomic import new_file, new_folder
 from common.errors import ModelError
-from lora_algos.attach import algorithm_of
-from tools.adapter_file import NEED_BASE, AdapterFile, delta_of
+from lora_algos.detection import detect_algorithm
+from lora_algos.tensors import BIAS
+from tools.adapter_file import AdapterFile, delta_of
 from tools.base_model import BaseModel, LayerTensor
 from tools.copy_model import copy_without
 from tools.options import MergeOptions
@@ -128,7 +129,7 @@ class Merger:
         for lora in loras:
             weight = self.model.weight(layer)
             tensors = lora.adapter.layer_tensors(layer, weight)
-            total += lora.strength * tensors["diff_b"]
+            total += lora.strength * tensors[BIAS]
         return total
 
     def weight_update(self, layer: str, weight: Tensor, loras: list[StrongAdapter]) -> Tensor:
@@ -137,9 +138,11 @@ class Merger:
         algorithms = set()
         for lora in loras:
             tensors = lora.adapter.layer_tensors(layer, weight)
-            algorithms.add(algorithm_of(tensors))
+            algorithm = detect_algorithm(tensors)
+            algorithms.add(algorithm.name)
+            if algorithm.traits.needs_base_weight:
+                self.base_algorithms.add(algorithm.name)
             total += lora.strength * delta_of(tensors, weight)
-        self.base_algorithms |= algorithms.intersection(NEED_BASE)
         attributes = {"algorithm": ", ".join(sorted(algorithms)), "files": len(loras)}
         self.table.add(layer, attributes, float(total.norm()))
         return total

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from adapter_files import convert
-from adapter_files.peft_config import known_rank
+from adapter_files.normalize import bias_of
 from common.errors import AdapterError, error_list
-from lora_algos.attach import algorithm_of
+from lora_algos.detection import detect_algorithm, layer_delta, rank_of
+from lora_algos.traits import TensorTraits
 from tools.adapter_file import AdapterFile, LayerTensors
 from tools.base_model import BaseModel
 from tools.options import ResizeOptions
@@ -42,17 +43,17 @@ def resize_layers(
     for layer in adapter.layers:
         try:
             tensors, weight = adapter.read(layer)
-            algorithm = algorithm_of(tensors)
-            if weight.is_meta and algorithm not in ("LoRA", "Full"):
-                raise AdapterError(f"{algorithm} needs --model")
+            algorithm = detect_algorithm(tensors)
+            if weight.is_meta and needs_model(algorithm.traits):
+                raise AdapterError(f"{algorithm.name} needs --model")
         except AdapterError as error:
             errors.append(f"{layer}: {error}")
             continue
         if errors:
             continue
         if weight.ndim < 2:
-            attributes = {"algorithm": algorithm, "rank": NO_VALUE, "was": NO_VALUE}
-            table.add(layer, attributes, float(tensors["diff"].norm()))
+            attributes = {"algorithm": algorithm.name, "rank": NO_VALUE, "was": NO_VALUE}
+            table.add(layer, attributes, float(layer_delta(tensors, weight).norm()))
             yield layer, tensors
             continue
         yield layer, resize_layer(layer, tensors, weight, options, table)
@@ -60,21 +61,26 @@ def resize_layers(
         raise AdapterError(error_list(f"{options.file} cannot be resized", errors))
 
 
+def needs_model(traits: TensorTraits) -> bool:
+    """Return whether the tensors alone do not show the update, or the shape of a convolution."""
+    return traits.needs_base_weight or not traits.has_exact_weight_shape
+
+
 def resize_layer(
     layer: str, tensors: LayerTensors, weight: Tensor, options: ResizeOptions, table: BlockTable
 ) -> LayerTensors:
     """Return a layer as a LoRA, and add it to the table."""
-    svd = convert.svd(tensors, weight)
+    svd = convert.update_svd(tensors, weight)
     singular_values = svd[1]
     rank = new_rank(singular_values, options)
-    lora, relative_error = convert.lora_svd(svd, rank, weight.shape)
+    lora, relative_error = convert.truncated_lora(svd, rank, weight.shape)
     attributes = {
-        "algorithm": algorithm_of(tensors),
+        "algorithm": detect_algorithm(tensors).name,
         "rank": lora["lora_down.weight"].shape[0],
-        "was": known_rank(tensors) or NO_VALUE,
+        "was": rank_of(tensors) or NO_VALUE,
     }
     table.add(layer, attributes, float(singular_values.norm()), relative_error)
-    return {**lora, **convert.bias_of(tensors)}
+    return {**lora, **bias_of(tensors)}
 
 
 def new_rank(singular_values: Tensor, options: ResizeOptions) -> int:

@@ -14,14 +14,23 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from adapter_files import files
-from adapter_files.fused_weights import unconstrained
+from adapter_files import files, get_writer
 from adapter_files.kohya_metadata import network_metadata
-from adapter_files.safetensors_stream import HASHES, TensorInfo, write_tensors
-from adapter_files.writers import DORA_NORM, WRITERS, FileContent, one_alpha, stored_dtype
+from adapter_files.row_slices import portable
+from adapter_files.safetensors_stream import EMPTY_HASHES, TensorInfo, write_tensors
+from adapter_files.verification import MAX_ERROR, verify_content
+from adapter_files.writers import (
+    FORMATS_WITH_SHARED_ALPHA,
+    FileContent,
+    content_metadata_keys,
+    shared_alpha,
+    storage_dtype,
+    with_shared_alpha,
+)
 from common.atomic import WriteError, new_file, new_folder
 from common.dtypes import DTYPES, dtype_name
 from common.errors import AdapterError
+from lora_algos.traits import Layers
 from tools.adapter_file import AdapterFile, LayerTensors
 from tools.argument_checks import PEFT_CONFIG
 from tools.base_model import BaseModel
@@ -30,16 +39,13 @@ from tools.tables import BlockTable
 from tools.unknown_model import UnknownModel
 
 REPLACED_METADATA = (
-    *HASHES,
+    *EMPTY_HASHES,
     "modelspec.hash_sha256",
-    DORA_NORM,
     "adapter_config",
     "lora_adapter_metadata",
     "format",
 )
 """Keys of metadata that describe the input file, and not the adapter in it."""
-SHARED_ALPHA_FORMATS = ("kohya", "comfyui")
-"""Formats in which all LoRA layers have the same alpha."""
 LayerStream = Iterable[tuple[str, LayerTensors]]
 """Layers with their tensors, computed one at a time."""
 
@@ -70,7 +76,7 @@ class Spool:
 
     def put(self, layer: str, tensors: LayerTensors) -> None:
         """Write a layer. Raises WriteError."""
-        self.layers[layer] = files.without_values(tensors)
+        self.layers[layer] = files.shapes_only(tensors)
         contiguous_tensors = {}
         for name, tensor in tensors.items():
             contiguous_tensors[name] = tensor.contiguous()
@@ -135,11 +141,11 @@ def write_adapter(out: Path, layers: LayerStream, target: Target) -> float:
     different function."""
     with temporary_spool(out) as spool:
         for layer, tensors in layers:
-            spool.put(layer, unconstrained(tensors))
+            spool.put(layer, portable(tensors))
         if not spool.layers:
             raise ToolError("there is nothing to write: no layer changes")
         weights = {layer: target.model.empty_weight(layer) for layer in spool.layers}
-        plan = WRITERS[target.file_format](spool.layers, weights, target.model.names)
+        plan = get_writer(target.file_format)(spool.layers, weights, target.model.names)
         plan.metadata = file_metadata(target, spool, plan)
         rounding_errors: list[float] = []
         content = verified_tensors(spool, target, plan, rounding_errors)
@@ -151,12 +157,13 @@ def file_metadata(target: Target, spool: Spool, plan: FileContent) -> dict[str, 
     """Return the metadata of a file, in which everything about the adapter and the file is
     replaced."""
     metadata = {}
+    dropped_keys = {*REPLACED_METADATA, *content_metadata_keys()}
     for key, value in target.metadata.items():
-        if key not in REPLACED_METADATA:
+        if key not in dropped_keys:
             metadata[key] = value
     metadata |= network_metadata(spool.layers)
     metadata |= plan.metadata
-    metadata |= HASHES
+    metadata |= EMPTY_HASHES
     if plan.config is not None:
         metadata["format"] = "pt"
     return metadata
@@ -169,7 +176,7 @@ def write_content(
     infos = {}
     for key, tensor in plan.tensors.items():
         shape = tuple(tensor.shape)
-        infos[key] = TensorInfo(stored_dtype(key, dtype), shape)
+        infos[key] = TensorInfo(storage_dtype(key, dtype), shape)
     if plan.config is None:
         with new_file(out) as partial_path:
             write_tensors(partial_path, infos, tensors, plan.metadata)
@@ -227,13 +234,15 @@ def verified_tensors(
     importer and compared.
 
     `rounding_errors`: gets the error of each layer. Raises ToolError."""
-    alpha = shared_alpha(spool, target.file_format)
+    alpha = None
+    if target.file_format in FORMATS_WITH_SHARED_ALPHA:
+        alpha = shared_alpha(spool.layers)
     for group in target.model.names.groups(spool.layers):
         layers = {layer: spool.get(layer) for layer in group}
         weights = {layer: target.model.weight(layer) for layer in group}
         exact = encode_layers(layers, weights, target, alpha)
         error = update_error(exact, plan, layers, weights, target)
-        if not error <= files.MOST_ERROR:
+        if not error <= MAX_ERROR:
             names = ", ".join(group)
             raise ToolError(
                 f"{names}: in the format {target.file_format} its update would differ by "
@@ -245,19 +254,8 @@ def verified_tensors(
         yield from rounded.items()
 
 
-def shared_alpha(spool: Spool, file_format: str) -> float | None:
-    """Return the alpha that all LoRA layers of a file have; None if each layer has its own
-    alpha."""
-    if file_format not in SHARED_ALPHA_FORMATS:
-        return None
-    for tensors in spool.layers.values():
-        if "lora_up.weight" in tensors and "alpha" in tensors:
-            return float(tensors["alpha"])
-    return None
-
-
 def encode_layers(
-    layers: files.Layers, weights: LayerTensors, target: Target, alpha: float | None
+    layers: Layers, weights: LayerTensors, target: Target, alpha: float | None
 ) -> dict[str, Tensor]:
     """Return the tensors of a few layers by their keys in the file, in fp32.
 
@@ -266,8 +264,8 @@ def encode_layers(
     scaled_layers = dict(layers)
     if alpha is not None:
         for layer, tensors in layers.items():
-            scaled_layers[layer] = one_alpha(tensors, alpha)
-    writer = WRITERS[target.file_format]
+            scaled_layers[layer] = with_shared_alpha(tensors, alpha)
+    writer = get_writer(target.file_format)
     return writer(scaled_layers, weights, target.model.names).tensors
 
 
@@ -277,7 +275,7 @@ def round_tensors(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, T
     rounded = {}
     infinite_keys = []
     for key, tensor in tensors.items():
-        rounded[key] = tensor.to(stored_dtype(key, dtype))
+        rounded[key] = tensor.to(storage_dtype(key, dtype))
         if not rounded[key].isfinite().all():
             infinite_keys.append(key)
     if infinite_keys:
@@ -290,7 +288,7 @@ def round_tensors(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, T
 def update_error(
     tensors: dict[str, Tensor],
     plan: FileContent,
-    layers: files.Layers,
+    layers: Layers,
     weights: LayerTensors,
     target: Target,
 ) -> float:
@@ -305,6 +303,6 @@ def update_error(
         base_weights[name] = weight
     module = target.model.module_with(base_weights)
     try:
-        return files.verify(content, layers, module, target.model.names)
+        return verify_content(content, layers, module, target.model.names)
     except AdapterError as error:
         raise ToolError(str(error)) from error

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapter_files.files import Names
 from adapter_files.keys import split_key
 from adapter_files.safetensors_stream import TensorInfo
+from adapter_files.spellings import LayerSpellings
+from lora_algos.detection import guess_weight_shape
 from tools.base_model import module_with_weight, nest_modules
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
@@ -33,7 +34,7 @@ def format_of(names: Iterable[str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class VerbatimNames(Names):
+class VerbatimNames(LayerSpellings):
     """Layer names as they are in the file, without a prefix that all of them have."""
 
     prefix: str = ""
@@ -70,7 +71,8 @@ class UnknownModel:
         self.layers = {}
         for name, tensors in tensors_of_name.items():
             layer = name.removeprefix(prefix)
-            self.layers[layer] = shape_of(tensors)
+            shapes = {tensor_name: info.shape for tensor_name, info in tensors.items()}
+            self.layers[layer] = guess_weight_shape(shapes)
 
     def empty_weight(self, layer: str) -> Tensor:
         """Return a layer's weight without values."""
@@ -114,47 +116,3 @@ def shared_prefix(layer_names: Iterable[str]) -> str:
         if all(name.startswith(prefix) for name in all_names):
             return prefix
     return ""
-
-
-def shape_of(parts: Mapping[str, TensorInfo]) -> torch.Size:
-    """The shape of a layer's weight by the tensors of its adapter; a convolution may come out as a
-    matrix."""
-    shapes = {name: info.shape for name, info in parts.items()}
-    try:
-        if "diff" in shapes:
-            return torch.Size(shapes["diff"])
-        if "lora_up.weight" in shapes:
-            kernel = shapes.get("lora_mid.weight", shapes["lora_down.weight"])[2:]
-            return torch.Size((shapes["lora_up.weight"][0], shapes["lora_down.weight"][1], *kernel))
-        if "hada_t1" in shapes:
-            return torch.Size(
-                (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
-            )
-        if "hada_w1_a" in shapes:
-            return torch.Size((shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]))
-        if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
-            return lokr_shape(shapes)
-        if "oft_blocks" in shapes:  # which say nothing of the input
-            return torch.Size((shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 1))
-        if "a1.weight" in shapes:
-            return torch.Size(
-                (shapes["b1.weight"][0], shapes["a1.weight"][0], *shapes["b2.weight"][2:])
-            )
-    except (KeyError, IndexError):
-        pass  # reading the layer says what is wrong with it
-    return torch.Size((1, 1))
-
-
-def lokr_shape(shapes: Mapping[str, tuple[int, ...]]) -> torch.Size:
-    a, c = (
-        shapes["lokr_w1"]
-        if "lokr_w1" in shapes
-        else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-    )[:2]
-    if "lokr_w2" in shapes:
-        b, d, *kernel = shapes["lokr_w2"]
-    elif "lokr_t2" in shapes:
-        b, d, kernel = shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1], [*shapes["lokr_t2"][2:]]
-    else:
-        b, d, kernel = shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1], []
-    return torch.Size((a * b, c * d, *kernel))

@@ -9,10 +9,12 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from adapter_files import files
-from adapter_files.keys import Names
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings
 from common.errors import AdapterError, ConfigError, error_list
 from lora_algos.adapted_model import AdaptedModel
-from lora_algos.attach import Plan, attach, attach_from_file
+from lora_algos.attach import attach, attach_from_file
+from lora_algos.plan import AdapterPlan
 from models.base import ModelFamily
 from models.detect import get_family
 from objectives.objective import Objective
@@ -74,11 +76,11 @@ def most_common_dtype(denoiser: nn.Module) -> torch.dtype:
 
 
 def attach_adapters(
-    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: Names
+    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: LayerSpellings
 ) -> tuple[AdaptedModel, int]:
     """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing
     adapter."""
-    plan = Plan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
+    plan = AdapterPlan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
     if config.existing_lora is not None:
         adapted, previous_steps = attach_existing(
             config.existing_lora, family, denoiser, names, plan
@@ -86,7 +88,7 @@ def attach_adapters(
     else:
         adapted = attach(denoiser, plan.specs(denoiser, family.targets), config.seed)
         previous_steps = 0
-    if names.text and not any(name in names.text for name in adapted.layers()):
+    if names.text_encoders and not any(name in names.text_encoders for name in adapted.layers()):
         raise AdapterError(
             "--model.train_text_encoder: no layer of a text encoder is adapted. The file of --existing_lora has none, "
             "or no pattern of --adapter.targets matches one"
@@ -101,12 +103,12 @@ def attach_adapters(
 
 
 def attach_existing(
-    path: str, family: ModelFamily, denoiser: nn.Module, names: Names, plan: Plan
+    path: str, family: ModelFamily, denoiser: nn.Module, names: LayerSpellings, plan: AdapterPlan
 ) -> tuple[AdaptedModel, int]:
     """Attach the adapters of a file; return them and the steps for which they were trained."""
-    tensors, metadata = files.read(path)
-    layers, unknown = files.from_file(tensors, metadata, denoiser, names)
-    if any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors) and not names.text:
+    tensors, metadata = files.read_adapter(path)
+    layers, unknown = import_layers(tensors, metadata, denoiser, names)
+    if any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors) and not names.text_encoders:
         unknown.insert(
             0, "it has layers of text encoders. Use --model.train_text_encoder to continue these"
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapter_files.keys import Names
+from adapter_files.spellings import LayerSpellings
 from data.precompute.build import Datasets
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
@@ -17,6 +17,6 @@ class RunComponents:
     family: ModelFamily
     datasets: Datasets
     adapted: AdaptedModel
-    names: Names
+    names: LayerSpellings
     previous_steps: int
     """Steps for which the existing LoRA was trained."""

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from adapter_files import convert, files
 from adapter_files.safetensors_stream import addnet_hashes, training_metadata
+from adapter_files.verification import MAX_ERROR, verify_content
+from adapter_files.writers import FileContent, preferred_format
 from common.atomic import WriteError, new_folder, write_file
 from common.dtypes import DTYPES
 from common.errors import AdapterError, error_list
+from lora_algos.full import DIFF
+from lora_algos.traits import Layers
 from objectives.schedulers import override_scheduler
 from training.build import on_one_process
 from training.checkpoints.best import BestWeights
@@ -92,25 +96,25 @@ def check_export(components: RunComponents) -> None:
     if conversion == "lora-svd":
         return  # the file will hold a LoRA, which all formats support
     model = components.adapted.model
-    layers: files.Layers = {}
+    layers: Layers = {}
     if conversion == "full":
-        for name, weight in files.weights_of(model).items():
-            layers[name] = {"diff": weight}
+        for name, weight in files.base_weights(model).items():
+            layers[name] = {DIFF: weight}
     else:
         layers = converted_layers(components)
     for name, tensors in layers.items():
-        layers[name] = files.without_values(tensors)
+        layers[name] = files.shapes_only(tensors)
     for file_format in export_formats(components, layers):
-        files.content_of(layers, model, components.names, file_format)
+        files.build_content(layers, model, components.names, file_format)
 
 
-def export_formats(components: RunComponents, layers: files.Layers) -> tuple[str, ...]:
+def export_formats(components: RunComponents, layers: Layers) -> tuple[str, ...]:
     """Return the requested file formats, or the one that most programs load for this model and
     adapter."""
     formats = components.config.export.formats
     if formats:
         return formats
-    preferred = files.preferred(
+    preferred = preferred_format(
         components.family.layer_names.file_formats, layers, components.names
     )
     return (preferred,)
@@ -211,14 +215,14 @@ def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:
     metadata = file_metadata(components, layers, facts)
     paths: list[Path] = []
     for file_format in export_formats(components, layers):
-        exact_content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
-        error = files.verify(exact_content, layers, adapted.model, names)
-        if not error <= files.MOST_ERROR:
+        exact_content = files.file_content(layers, adapted.model, names, file_format, torch.float32)
+        error = verify_content(exact_content, layers, adapted.model, names)
+        if not error <= MAX_ERROR:
             raise AdapterError(
                 f"--export.formats {file_format}: the file changes the weights by {error:.1e} relative to the trained "
                 "update, so it was not kept. Report this with the config"
             )
-        content = files.to_file(
+        content = files.file_content(
             layers, adapted.model, names, file_format, DTYPES[config.lora_dtype]
         )
         content.metadata |= metadata
@@ -230,7 +234,7 @@ def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:
     return paths
 
 
-def file_ending(content: files.FileContent, file_format: str, is_first: bool) -> str:
+def file_ending(content: FileContent, file_format: str, is_first: bool) -> str:
     """Return what follows the name of an adapter: only further formats are named."""
     if content.config is not None:
         return ".peft"
@@ -239,7 +243,7 @@ def file_ending(content: files.FileContent, file_format: str, is_first: bool) ->
     return f".{file_format}.safetensors"
 
 
-def write_content(path: Path, content: files.FileContent) -> Path:
+def write_content(path: Path, content: FileContent) -> Path:
     """Write a file, or a folder for PEFT, after a bit for bit comparison of what is read back."""
     data = files.to_bytes(content.tensors, content.metadata)
     if not are_equal(safetensors.torch.load(data), content.tensors):
@@ -261,32 +265,32 @@ def are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
-def converted_layers(components: RunComponents) -> files.Layers:
+def converted_layers(components: RunComponents) -> Layers:
     """Return the adapter's tensors by layer, converted as `export.convert` says."""
     adapted, options = components.adapted, components.config.export
-    layers = files.layers_of_adapted(adapted)
+    layers = files.adapter_layers(adapted)
     conversion = options.convert
     if conversion == "none":
         return layers
     weights = {}
-    for name, weight in files.weights_of(adapted.model).items():
+    for name, weight in files.base_weights(adapted.model).items():
         weights[name] = weight.detach().cpu()
     if conversion == "lora-svd":
         return nearest_loras(layers, weights, options.svd_rank)
-    converted: files.Layers = {}
+    converted: Layers = {}
     for name, tensors in layers.items():
         weight = weights[name]
         if conversion == "full":
-            converted[name] = convert.full(tensors, weight)
+            converted[name] = convert.full_tensors(tensors, weight)
         else:
-            converted[name] = convert.lora_exact(tensors, weight.shape)
+            converted[name] = convert.exact_lora(tensors, weight.shape)
     return converted
 
 
-def nearest_loras(layers: files.Layers, weights: dict[str, Tensor], rank: int) -> files.Layers:
+def nearest_loras(layers: Layers, weights: dict[str, Tensor], rank: int) -> Layers:
     """Return the nearest LoRA of each layer, and print the errors. Raises AdapterError naming all
     failed layers."""
-    loras: files.Layers = {}
+    loras: Layers = {}
     errors: dict[str, float] = {}
     failures = []
     for name, tensors in layers.items():

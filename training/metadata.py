@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from adapter_files.files import Layers
 from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
 from common.hashing import hash_of_files
 from data.dataset import LatentDataset
+from lora_algos.traits import Layers
 from training.components import RunComponents
 from training.config import to_yaml
 from training.optim.registry import OPTIMIZERS

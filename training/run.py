@@ -104,7 +104,7 @@ def train(
     config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
 ) -> None:
     """Build the run, train, and export the result."""
-    from adapter_files.keys import file_names
+    from adapter_files.spellings import layer_spellings
     from common.process import ProcessInfo
     from data.precompute.build import build_datasets
     from training import build
@@ -126,7 +126,7 @@ def train(
         config.data, family, ProcessInfo.of(accelerator), not config.bucket_mode
     )
     denoiser, dtype = build.load_denoiser(config, family, needs_contiguous_weights(accelerator))
-    names = file_names(family, denoiser)
+    names = layer_spellings(family, denoiser)
     adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
     components = RunComponents(config, family, datasets, adapted, names, previous_steps)

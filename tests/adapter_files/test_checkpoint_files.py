@@ -1,4 +1,4 @@
-"""A checkpoint's weights are adapter files: read by the tools and by a run that goes on from them as what they are."""
+"""The weights of a checkpoint are adapter files, which the tools and further runs read at their strength."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from helpers.runs import adapter, assert_same
 from helpers.tool_cases import assert_same_updates, metadata_of, run
 from safetensors.torch import load_file, save_file
 
-from training.checkpoints.state import ADAPTER, BEST, EMA, SavedState, to_files
+from training.checkpoints.state import ADAPTER_FILE, BEST_FILE, EMA_FILE, SavedState, to_files
 
 AVERAGED = ["--rank=8", "--adapter.alpha=1", "--ema.decay=0.7", "--learning_rate=1e-2", "--validation.every=3",
             f"--data.validation_path={TWEMOJI / 'validation'}", "--validation.noise_levels", "0.5"]  # fmt: skip
 
 
 def state_at(step: int, best_step: int) -> SavedState:
-    """Of a run that went on from an adapter of 3 steps."""
+    """Return the state of a run that continues an adapter of 3 steps."""
     return SavedState(
         step, 9, 9, 1, 1, {"steps of the existing LoRA": 3}, 0.0, "", {}, best_step=best_step
     )
@@ -38,12 +38,12 @@ def test_the_tools_read_a_checkpoint_at_its_strength(case, tmp_path):
     )
     assert averaged.keys() < state.keys()
     weights = {
-        ADAPTER: state,
-        EMA: averaged,
-        BEST: {name: tensor * 0.8 for name, tensor in state.items()},
+        ADAPTER_FILE: state,
+        EMA_FILE: averaged,
+        BEST_FILE: {name: tensor * 0.8 for name, tensor in state.items()},
     }
     files = to_files(state_at(5, best_step=4), weights, adapted.alphas(), {})
-    for name, steps in ((ADAPTER, "8"), (EMA, "8"), (BEST, "7")):
+    for name, steps in ((ADAPTER_FILE, "8"), (EMA_FILE, "8"), (BEST_FILE, "7")):
         path, out = tmp_path / name, tmp_path / f"converted_{name}"
         path.write_bytes(files[name])
         adapted.load_state_dict({**state, **weights[name]})
@@ -57,12 +57,12 @@ def test_the_tools_read_a_checkpoint_at_its_strength(case, tmp_path):
 def test_a_converted_checkpoint_is_what_the_run_exports(options, run_here, tmp_path, capsys):
     assert run_here([*options, *AVERAGED, "--checkpoint.keep_best"]) == 0
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
-    for name, exported in ((ADAPTER, "lora.raw"), (EMA, "lora")):
+    for name, exported in ((ADAPTER_FILE, "lora.raw"), (EMA_FILE, "lora")):
         out = tmp_path / f"converted_{name}"
         assert run("convert", newest / name, out, "--format", "kohya", "--model", BASE) == 0
         assert_same(load_file(out), load_file(tmp_path / "out" / f"{exported}.safetensors"))
     capsys.readouterr()
-    assert run("inspect", newest / BEST) == 0
+    assert run("inspect", newest / BEST_FILE) == 0
     assert re.search(r"all +\d+ +LoRA +8 +1 +", capsys.readouterr().out)
 
 
@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_another(options, run_here, tmp_path)
     assert run_here([*options, *AVERAGED, "--adapter.init=pissa"]) == 0
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     more = [*options, *AVERAGED, f"--output_dir={tmp_path / 'more'}", "--steps=1"]
-    assert run_here([*more, f"--existing_lora={newest / EMA}"]) == 0
+    assert run_here([*more, f"--existing_lora={newest / EMA_FILE}"]) == 0
     before, after = (
         json.loads((tmp_path / name / "loss.json").read_text()) for name in ("out", "more")
     )
@@ -92,20 +92,20 @@ def test_a_run_goes_on_bit_for_bit(options, run_here, tmp_path, older):
     assert run_here(best) == 0
     assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "out"))
     there, here = (next((tmp_path / name / "checkpoints").glob("*6")) for name in ("whole", "out"))
-    for name in (ADAPTER, EMA, BEST):
+    for name in (ADAPTER_FILE, EMA_FILE, BEST_FILE):
         assert_same(load_file(there / name), load_file(here / name))
 
 
 def take_away_alphas(checkpoint: Path) -> None:
     """Leaves what was written before these files said their strength: the EMA alone, without what is not trained."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for name in (ADAPTER, EMA, BEST):
+    for name in (ADAPTER_FILE, EMA_FILE, BEST_FILE):
         tensors = {
             key: tensor
             for key, tensor in load_file(checkpoint / name).items()
             if not key.endswith(".alpha")
         }
-        if name == EMA:
+        if name == EMA_FILE:
             tensors = {key: tensor for key, tensor in tensors.items() if "initial" not in key}
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
         save_file(tensors, checkpoint / name)

@@ -12,10 +12,16 @@ from helpers.comfy_apply import applied
 from helpers.comfy_keys import Place
 from torch import Tensor, nn
 
-from adapter_files import convert, files
+from adapter_files import files
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings
+from adapter_files.verification import MAX_ERROR, verify_content
+from adapter_files.writers import FileContent, preferred_format
 from common.errors import AdapterError
-from lora_algos.attach import AdaptedModel, attach, attach_from_file
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach, attach_from_file
 from lora_algos.config import LayerSpec
+from lora_algos.detection import layer_delta
 
 SLICES = {
     "attn.to_q": ("block.qkv", 0, 24), "attn.to_k": ("block.qkv", 24, 24), "attn.to_v": ("block.qkv", 48, 24),
@@ -41,9 +47,9 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def names(by_diffusers: str = PREFIX) -> files.Names:
+def names(by_diffusers: str = PREFIX) -> LayerSpellings:
     rows = {layer: (first, count) for layer, (_, first, count) in SLICES.items()}
-    return files.Names(NATIVE, "transformer", True, rows, frozenset(SWAPPED), by_diffusers)
+    return LayerSpellings(NATIVE, "transformer", True, rows, frozenset(SWAPPED), by_diffusers)
 
 
 @functools.cache
@@ -128,21 +134,23 @@ def assert_alike(there: dict[str, Tensor], here: dict[str, Tensor]) -> None:
         )
 
 
-def content_of(adapted: AdaptedModel, form: str) -> files.FileContent:
+def content_of(adapted: AdaptedModel, form: str) -> FileContent:
     file_format, by_diffusers = FORMS[form]
-    layers = files.layers_of_adapted(adapted)
-    content = files.to_file(layers, adapted.model, names(by_diffusers), file_format, torch.float32)
-    assert files.verify(content, layers, adapted.model, names(by_diffusers)) <= files.MOST_ERROR
+    layers = files.adapter_layers(adapted)
+    content = files.file_content(
+        layers, adapted.model, names(by_diffusers), file_format, torch.float32
+    )
+    assert verify_content(content, layers, adapted.model, names(by_diffusers)) <= MAX_ERROR
     return content
 
 
-def read(content: files.FileContent, by_diffusers: str = PREFIX) -> AdaptedModel:
+def read(content: FileContent, by_diffusers: str = PREFIX) -> AdaptedModel:
     model = toy()
-    layers, unknown = files.from_file(content.tensors, content.metadata, model, names(by_diffusers))
+    layers, unknown = import_layers(content.tensors, content.metadata, model, names(by_diffusers))
     return attach_from_file(model, layers, unknown)
 
 
-def check(adapted: AdaptedModel, form: str) -> files.FileContent:
+def check(adapted: AdaptedModel, form: str) -> FileContent:
     """ComfyUI, and we, make of the file what was trained."""
     content = content_of(adapted, form)
     by_diffusers = FORMS[form][1]
@@ -252,17 +260,17 @@ def test_a_lora_that_changes_nothing_is_no_fault_of_a_fused_file():
 
 @pytest.mark.parametrize("spec", [ALL_SPECS["LoRA"], ALL_SPECS["Full"]], ids=["LoRA", "Full"])
 def test_the_default_format_is_the_one_that_the_most_programs_read(spec):
-    layers = files.layers_of_adapted(trained({"attn.to_q": spec, "plain": spec}))
+    layers = files.adapter_layers(trained({"attn.to_q": spec, "plain": spec}))
     asked = ("diffusers", "comfyui")
     wanted = "diffusers" if spec.algorithm == "LoRA" else "comfyui"
-    assert files.preferred(asked, layers, names()) == wanted
+    assert preferred_format(asked, layers, names()) == wanted
     assert (
-        files.preferred(asked, layers, replace(names(), native_only=frozenset({"plain"})))
+        preferred_format(asked, layers, replace(names(), original_only=frozenset({"plain"})))
         == "comfyui"
     )
-    assert files.preferred(("kohya",), layers, names()) == "kohya"
+    assert preferred_format(("kohya",), layers, names()) == "kohya"
     with_bias = {name: {**tensors, "diff_b": torch.ones(24)} for name, tensors in layers.items()}
-    assert files.preferred(asked, with_bias, names()) == "comfyui"
+    assert preferred_format(asked, with_bias, names()) == "comfyui"
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -314,7 +322,7 @@ def test_files_trained_on_the_original_weight_are_read(case, prefix):
     for native, rows in (("block.qkv", 72), ("final.1", 24)):
         spelling = prefix.replace("{}", native).replace("{_}", native.replace(".", "_"))
         tensors |= {f"{spelling}.{name}": tensor for name, tensor in make(rows).items()}
-    adapted = read(files.FileContent(tensors))
+    adapted = read(FileContent(tensors))
     found = {name: spec.algorithm for name, spec in adapted.specs().items()}
     assert found == {**dict.fromkeys(ATTENTION, of_parts), "norm_out": of_swapped}
     assert_alike(merged(adapted), applied(tensors, table(PREFIX), native_state(base())))
@@ -334,7 +342,7 @@ def test_a_dora_trained_on_the_original_weight_is_read():
             f"diffusion_model.{name}.{n}": t
             for n, t in {**parts, "dora_scale": magnitude.float()}.items()
         }
-    assert_alike(merged(read(files.FileContent(tensors))), native)
+    assert_alike(merged(read(FileContent(tensors))), native)
 
 
 def test_a_part_by_diffusers_name_beside_the_whole_is_refused():
@@ -345,11 +353,11 @@ def test_a_part_by_diffusers_name_beside_the_whole_is_refused():
         **{f"transformer.attn.to_q.{name}": tensor for name, tensor in lora_tensors(24).items()},
     }
     with pytest.raises(AdapterError, match=r"the same tensor as diffusion_model\.block\.qkv"):
-        read(files.FileContent(tensors))
+        read(FileContent(tensors))
 
 
 BROKEN = {
-    "blocks across layers": ({"oft_blocks": torch.ones(4, 18, 18)}, "blocks of 18, which rotate rows of this layer"),
+    "blocks across layers": ({"oft_blocks": torch.ones(4, 18, 18)}, "blocks of 18 rows mix rows of this layer"),
     "too few rows": ({"diff": torch.ones(48, 12)}, r"diff is \(48, 12\), and the original model's weight has 72 rows"),
     "a short bias": ({"diff": noise(72, 12), "diff_b": torch.ones(24)}, r"diff_b is \(24,\) and should be \(72,\)"),
     "half a LoRA": ({"lora_up.weight": torch.ones(72, 2)}, "lora_down.weight is missing"),
@@ -361,7 +369,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_cannot_be_split_is_refused_by_layer(case):
     tensors, words = BROKEN[case]
-    file = files.FileContent(
+    file = FileContent(
         {f"diffusion_model.block.qkv.{name}": tensor for name, tensor in tensors.items()}
     )
     with pytest.raises(AdapterError, match=rf"attn.to_q: (.|\n)*{words}"):
@@ -369,12 +377,12 @@ def test_what_cannot_be_split_is_refused_by_layer(case):
 
 
 def test_a_split_lora_is_one_of_the_rank_that_was_put_in():
-    """What was block-diagonal: the ranks of other parts are dropped, alpha with them."""
+    """The ranks of other layers are dropped from the block diagonal, and alpha is reduced with them."""
     adapted = trained({name: LayerSpec(2 + i, 4.0) for i, name in enumerate(ATTENTION)})
     kohya = content_of(adapted, "kohya").tensors
     assert kohya["lora_unet_block_qkv.lora_up.weight"].shape == (72, 9)
-    layers, _ = files.from_file(kohya, {}, toy(), names())
+    layers, _ = import_layers(kohya, {}, toy(), names())
     for i, name in enumerate(ATTENTION):
         assert layers[name]["lora_down.weight"].shape == (2 + i, 12)
-        expected = convert.delta_of({**files.layers_of_adapted(adapted)[name]}, torch.zeros(24, 12))
-        torch.testing.assert_close(convert.delta_of(layers[name], torch.zeros(24, 12)), expected)
+        expected = layer_delta({**files.adapter_layers(adapted)[name]}, torch.zeros(24, 12))
+        torch.testing.assert_close(layer_delta(layers[name], torch.zeros(24, 12)), expected)

@@ -10,6 +10,10 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from adapter_files import files
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings
+from adapter_files.verification import MAX_ERROR, verify_content
+from adapter_files.writers import FileContent
 from common.errors import AdapterError
 from lora_algos.attach import attach, attach_from_file
 from lora_algos.config import LayerSpec
@@ -50,7 +54,7 @@ def saved_by_peft(config, folder: Path) -> None:
 
 def ours(folder: Path) -> Small:
     model = base()
-    attach_from_file(model, *files.from_file(*files.read(folder), model, files.Names()))
+    attach_from_file(model, *import_layers(*files.read_adapter(folder), model, LayerSpellings()))
     return model
 
 
@@ -100,9 +104,9 @@ def test_a_lokr_of_pefts_written_for_peft_is_the_same_again(tmp_path, case):
     saved_by_peft(CONFIGS[case], tmp_path / "theirs")
     expected = PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()(INPUT)
     model = base()
-    layers, _ = files.from_file(*files.read(tmp_path / "theirs"), model, files.Names())
-    content = files.to_file(layers, model, files.Names(), "peft", torch.float32)
-    assert files.verify(content, layers, model, files.Names()) <= files.MOST_ERROR
+    layers, _ = import_layers(*files.read_adapter(tmp_path / "theirs"), model, LayerSpellings())
+    content = files.file_content(layers, model, LayerSpellings(), "peft", torch.float32)
+    assert verify_content(content, layers, model, LayerSpellings()) <= MAX_ERROR
     write(tmp_path / "ours", content)
     torch.testing.assert_close(
         PeftModel.from_pretrained(base(), tmp_path / "ours").eval()(INPUT),
@@ -113,7 +117,7 @@ def test_a_lokr_of_pefts_written_for_peft_is_the_same_again(tmp_path, case):
     torch.testing.assert_close(ours(tmp_path / "ours")(INPUT), expected, rtol=0, atol=1e-5)
 
 
-def write(folder: Path, content: files.FileContent) -> None:
+def write(folder: Path, content: FileContent) -> None:
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(
         files.to_bytes(content.tensors, content.metadata)
@@ -155,8 +159,8 @@ def test_one_that_peft_has_converted_is_read(tmp_path):
 def test_our_folders_name_no_init_that_changes_the_base():
     model = base()
     adapted = attach(model, {"linear": LayerSpec(4)}, seed=0)
-    layers = files.layers_of_adapted(adapted)
-    content = files.to_file(layers, model, files.Names(), "peft", torch.float32)
+    layers = files.adapter_layers(adapted)
+    content = files.file_content(layers, model, LayerSpellings(), "peft", torch.float32)
     assert content.config is not None
     assert content.config.get("init_lora_weights", True) is True
 
@@ -165,23 +169,26 @@ CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 BAD_CONFIGS = {
     "not UTF-8": (b"\xff\xfe{", "adapter_config.json"),
     "not JSON": (b"{", "not readable as JSON"),
-    "a list": (b"[1]", "no JSON object"),
+    "a list": (b"[1]", "not a JSON object"),
     "no alpha": (
         json.dumps({**CONFIG, "lora_alpha": None}).encode(),
-        "lora_alpha = None: no number",
+        "lora_alpha = None: not a number",
     ),
     "a word for alpha": (
         json.dumps({**CONFIG, "lora_alpha": "8"}).encode(),
-        "lora_alpha = '8': no number",
+        "lora_alpha = '8': not a number",
     ),
     "a broken pattern": (
         json.dumps({**CONFIG, "alpha_pattern": {"(": 1}}).encode(),
-        "no regular expression",
+        "not a regular expression",
     ),
-    "patterns in a list": (json.dumps({**CONFIG, "rank_pattern": [1]}).encode(), "no JSON object"),
+    "patterns in a list": (
+        json.dumps({**CONFIG, "rank_pattern": [1]}).encode(),
+        "not a JSON object",
+    ),
     "no number in a pattern": (
         json.dumps({**CONFIG, "alpha_pattern": {"a": None}}).encode(),
-        "no number",
+        "not a number",
     ),
 }
 
@@ -199,6 +206,6 @@ def test_a_broken_config_is_an_error_that_says_what_is_wrong(tmp_path, case):
 def test_a_grouped_convolution_is_refused_where_peft_reads(file_format):
     model = nn.ModuleDict({"grouped": nn.Conv2d(8, 8, 3, groups=2), "linear": nn.Linear(8, 8)})
     adapted = attach(copy.deepcopy(model), dict.fromkeys(model, LayerSpec(4)), seed=0)
-    layers = files.layers_of_adapted(adapted)
+    layers = files.adapter_layers(adapted)
     with pytest.raises(AdapterError, match=r"grouped convolutions: 1 error\n  grouped"):
-        files.to_file(layers, adapted.model, files.Names(), file_format, torch.float32)
+        files.file_content(layers, adapted.model, LayerSpellings(), file_format, torch.float32)

@@ -1,5 +1,5 @@
-"""A file in bf16, the default, carries the update that was trained, however small it is beside the weight; and a file
-is made and read whatever device the model is on."""
+"""A file in bf16, the default, carries the trained update, also if it is small next to the weight; and a file is
+written and read with the model on any device."""
 
 import json
 
@@ -16,25 +16,31 @@ from helpers.adapter_cases import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adapter_files import convert, files
+from adapter_files import FORMATS, files
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings
+from adapter_files.verification import verify_content
+from adapter_files.writers import FileContent
 from common.errors import AdapterError
-from lora_algos.attach import AdaptedModel, attach
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
+from lora_algos.detection import layer_delta
 
 OTHER = torch.device(
     "cpu:1"
 )  # fake tensors do not mix it with "cpu", as little as a GPU, and torch needs no CUDA
-NAMES = files.Names({"layer": "layer"})
-every_writer = pytest.mark.parametrize("file_format", files.WRITERS)
+NAMES = LayerSpellings({"layer": "layer"})
+every_writer = pytest.mark.parametrize("file_format", FORMATS)
 
 
 def content_of(
     adapted: AdaptedModel, file_format: str, dtype: torch.dtype
-) -> tuple[files.FileContent, dict[str, str]]:
+) -> tuple[FileContent, dict[str, str]]:
     """The file and its metadata as a reader sees it. Skips what the format does not hold."""
     try:
-        content = files.to_file(
-            files.layers_of_adapted(adapted), adapted.model, NAMES, file_format, dtype
+        content = files.file_content(
+            files.adapter_layers(adapted), adapted.model, NAMES, file_format, dtype
         )
     except AdapterError as error:
         pytest.skip(str(error).splitlines()[0])
@@ -44,9 +50,9 @@ def content_of(
 
 def read_back(adapted: AdaptedModel, file_format: str, dtype: torch.dtype) -> Tensor:
     content, metadata = content_of(adapted, file_format, dtype)
-    found, unknown = files.from_file(content.tensors, metadata, adapted.model, NAMES)
+    found, unknown = import_layers(content.tensors, metadata, adapted.model, NAMES)
     assert not unknown
-    return convert.delta_of(found["layer"], files.weights_of(adapted.model)["layer"].detach())
+    return layer_delta(found["layer"], files.base_weights(adapted.model)["layer"].detach())
 
 
 @every_spec
@@ -82,7 +88,8 @@ def test_what_was_taken_out_of_the_base_is_subtracted_to_the_last_digit(init):
     model.double()
     exact = model["layer"].delta_weight()
     model.float()
-    tensors, alpha = model["layer"].in_file()
+    tensors = model["layer"].file_tensors()
+    alpha = float(tensors.pop("alpha"))
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     rank = tensors["lora_down.weight"].shape[0]
     assert rank <= 16
@@ -146,12 +153,12 @@ def test_a_file_is_made_and_read_with_the_model_on_another_device(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for model in (there, plain_there):
             to_other(model, mode)
-        layers = files.layers_of_adapted(adapted)
+        layers = files.adapter_layers(adapted)
         assert {t.device for tensors in layers.values() for t in tensors.values()} == {
             torch.device("cpu")
         }
-        content = files.to_file(layers, there, NAMES, file_format, torch.bfloat16)
+        content = files.file_content(layers, there, NAMES, file_format, torch.bfloat16)
         assert {tensor.device for tensor in content.tensors.values()} == {torch.device("cpu")}
-        files.verify(content, layers, there, NAMES)
+        verify_content(content, layers, there, NAMES)
         adapted.merge_into(plain)
         adapted.merge_into(plain_there)

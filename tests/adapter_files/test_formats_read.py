@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter_files import files
+from adapter_files.reader import import_layers
 from common.errors import AdapterError
-from lora_algos.attach import attach_from_file, layers_of
+from lora_algos.attach import attach_from_file
+from lora_algos.targets import layers_of
 from training.metadata import total_steps_of
 
-NATIVE = {name: native.replace(".", "_") for name, native in names().native.items()}
+NATIVE = {name: native.replace(".", "_") for name, native in names().original.items()}
 KOHYA = "lora_unet_" + LINEAR.replace(".", "_")
 
 
@@ -46,7 +48,7 @@ def effective(
         for name, module in layers_of(model)
         if hasattr(module, "weight")
     }
-    adapted = attach_from_file(model, *files.from_file(tensors, metadata or {}, model, names()))
+    adapted = attach_from_file(model, *import_layers(tensors, metadata or {}, model, names()))
     adapted.merge()
     return {name: layer.base_layer.weight - plain[name] for name, layer in adapted.layers().items()}
 
@@ -73,7 +75,7 @@ SPELLINGS = {
         f"lycoris_{LINEAR.replace('.', '_')}.lora_{side}.weight" for side in ("up", "down")
     ),
     "ComfyUI": tuple(
-        f"diffusion_model.{names().native[LINEAR]}.lora_{side}.weight" for side in ("up", "down")
+        f"diffusion_model.{names().original[LINEAR]}.lora_{side}.weight" for side in ("up", "down")
     ),
     "diffusers": (f"unet.{LINEAR}.lora_B.weight", f"unet.{LINEAR}.lora_A.weight"),
     "diffusers, old": (f"unet.{LINEAR}.lora.up.weight", f"unet.{LINEAR}.lora.down.weight"),
@@ -103,7 +105,7 @@ def test_each_layer_has_its_own_rank_and_alpha():
         f"{conv}.alpha": torch.tensor(8),
     }  # fmt: skip
     model = unet()
-    specs = attach_from_file(model, *files.from_file(tensors, {}, model, names())).specs()
+    specs = attach_from_file(model, *import_layers(tensors, {}, model, names())).specs()
     assert {name: (spec.rank, spec.alpha) for name, spec in specs.items()} == {
         LINEAR: (3, 1.5),
         CONV: (2, 8.0),
@@ -116,7 +118,7 @@ def test_algorithms_may_be_mixed_in_one_file():
         **written(on_layers("OFT", [LINEAR]), "kohya").tensors,
     }
     model = unet()
-    adapted = attach_from_file(model, *files.from_file(tensors, {}, model, names()))
+    adapted = attach_from_file(model, *import_layers(tensors, {}, model, names()))
     assert {name: spec.algorithm for name, spec in adapted.specs().items()} == {
         CONV: "LoHa",
         LINEAR: "OFT",
@@ -131,10 +133,10 @@ def test_the_nodes_file_with_flat_convolutions_a_trained_alpha_and_norms():
     }
     tensors = {key: t * 1.001 if key.endswith("alpha") else t for key, t in tensors.items()}
     for layer in adapted.layers().values():
-        if layer.algorithm == "LoRA":
-            layer.tensors()["lora_up.weight"].data.mul_(1.001)
+        if layer.algorithm.name == "LoRA":
+            layer.update_tensors()["lora_up.weight"].data.mul_(1.001)
     model = unet()
-    attach_from_file(model, *files.from_file(tensors, {}, model, names()))
+    attach_from_file(model, *import_layers(tensors, {}, model, names()))
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
 
 
@@ -210,7 +212,7 @@ def test_alphas_in_diffusers_and_pefts_metadata_are_used():
 def test_the_constraint_of_lycoris_is_per_channel_and_comfyuis_is_not():
     adapted = on_layers("OFT constraint", [LINEAR])
     layer = adapted.layers()[LINEAR]
-    blocks = layer.tensors()["oft_blocks"].detach()
+    blocks = layer.update_tensors()["oft_blocks"].detach()
     tensors = {f"{KOHYA}.oft_blocks": blocks, f"{KOHYA}.alpha": torch.tensor(0.5)}
     expect(tensors, LINEAR, layer.delta_weight().detach().double())
     tensors[f"{KOHYA}.alpha"] = torch.tensor(0.5 / 128)
@@ -238,9 +240,15 @@ def test_steps_come_from_the_metadata_else_from_the_name(name, metadata, steps):
 
 GOOD = {f"{KOHYA}.lora_up.weight": UP.float(), f"{KOHYA}.lora_down.weight": DOWN.float()}
 BAD: dict[str, tuple[dict[str, Tensor], list[str]]] = {
-    "a layer that is not there": ({"lora_unet_no.alpha": torch.ones(())}, ["lora_unet_no.alpha ()", "no such"]),
+    "a layer that is not there": (
+        {"lora_unet_no.alpha": torch.ones(())},
+        ["lora_unet_no.alpha ()", "the model has no layer of this name"],
+    ),
     "a text encoder": ({"lora_te_mlp_fc1.alpha": torch.ones(())}, ["lora_te_mlp_fc1"]),
-    "no tensor of an adapter": ({f"{KOHYA}.weight": torch.ones(2)}, [f"{KOHYA}.weight (2,)", "no tensor of an"]),
+    "no tensor of an adapter": (
+        {f"{KOHYA}.weight": torch.ones(2)},
+        [f"{KOHYA}.weight (2,)", "not a tensor of an adapter"],
+    ),
     "half a layer": ({f"lora_unet_{CONV.replace('.', '_')}.lora_up.weight": torch.ones(56, 2)}, [CONV, "lora_down"]),
     "NaN": ({f"{KOHYA}.lora_up.weight": UP.float() / 0}, [LINEAR, "not finite"]),
     "wrong shape": ({f"{KOHYA}.lora_down.weight": torch.ones(3, 96)}, [LINEAR, "(3, 96)", "(128, 128)"]),
@@ -257,10 +265,10 @@ def test_what_cannot_be_matched_is_an_error_that_lists_it(case):
     tensors, words = BAD[case]
     model = unet()
     with pytest.raises(AdapterError) as caught:
-        attach_from_file(model, *files.from_file({**GOOD, **tensors}, {}, model, names()))
+        attach_from_file(model, *import_layers({**GOOD, **tensors}, {}, model, names()))
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
     assert not any("lora" in name for name, _ in model.named_modules()), (
-        "the model was changed before the fault was found"
+        "the model was changed before the error was found"
     )
 
 
@@ -280,7 +288,7 @@ def test_what_cannot_be_matched_is_an_error_that_lists_it(case):
 def test_a_file_for_another_model_is_called_by_its_name(key, what):
     model = unet()
     with pytest.raises(AdapterError, match=f"looks like one for {re.escape(what)}"):
-        attach_from_file(model, *files.from_file({key: torch.ones(())}, {}, model, names()))
+        attach_from_file(model, *import_layers({key: torch.ones(())}, {}, model, names()))
 
 
 def test_files_that_are_no_safetensors_are_told_apart(tmp_path):
@@ -296,7 +304,7 @@ def test_files_that_are_no_safetensors_are_told_apart(tmp_path):
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         with pytest.raises(AdapterError, match=words) as caught:
-            files.read(path)
+            files.read_adapter(path)
         assert str(path) in str(caught.value)
     with pytest.raises(AdapterError, match="not a readable"):
-        files.read(tmp_path / "missing.safetensors")
+        files.read_adapter(tmp_path / "missing.safetensors")

@@ -24,10 +24,14 @@ from helpers.project import BASE, FIXTURES
 from peft import PeftModel
 
 from adapter_files import convert, files
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings
+from adapter_files.writers import FileContent
 from common.errors import AdapterError
 from lora_algos import ALGORITHMS, get_algorithm
-from lora_algos.attach import adaptable_layers, attach_from_file, norm_layers
+from lora_algos.attach import attach_from_file
 from lora_algos.config import LayerSpec
+from lora_algos.targets import adaptable_layers, norm_layers
 from models.layer_names.unet import original_names
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
@@ -54,7 +58,7 @@ def full_size() -> torch.nn.Module:
         return UNet2DConditionModel(**SD15)
 
 
-def test_native_names_are_comfyuis_for_every_module_with_a_weight():
+def test_original_names_are_comfyuis_for_every_module_with_a_weight():
     assert original_names(full_size()) == {
         name: native for name, (native, _) in comfy_modules().items()
     }
@@ -62,7 +66,7 @@ def test_native_names_are_comfyuis_for_every_module_with_a_weight():
 
 def test_every_layer_of_sd15_is_called_as_comfyui_accepts_it():
     denoiser, modules = full_size(), comfy_modules()
-    spelt = files.Names(original_names(denoiser))
+    spelt = LayerSpellings(original_names(denoiser))
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
     assert layers.keys() == modules.keys()
     for name, layer in layers.items():
@@ -104,7 +108,7 @@ def test_a_file_comes_back_as_the_same_adapter(case, file_format):
     adapted = on_layers(case)
     content = written(adapted, file_format)
     model = unet()
-    layers, unknown = files.from_file(content.tensors, content.metadata, model, names())
+    layers, unknown = import_layers(content.tensors, content.metadata, model, names())
     assert not unknown
     again = attach_from_file(model, layers, unknown)
     assert {n: s.algorithm for n, s in again.specs().items()} == {
@@ -122,7 +126,7 @@ def test_what_the_node_trains_is_written_whole():
         getattr(layer.base_layer, "bias", None) is not None for layer in adapted.layers().values()
     )
     model = unet()
-    attach_from_file(model, *files.from_file(content.tensors, content.metadata, model, names()))
+    attach_from_file(model, *import_layers(content.tensors, content.metadata, model, names()))
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
 
 
@@ -138,7 +142,7 @@ def test_rotations_are_written_with_alpha_0():
         assert {float(t) for key, t in tensors.items() if key.endswith(".alpha")} == {0.0}
 
 
-def load_in_diffusers(content: files.FileContent, folder: Path, caplog) -> StableDiffusionPipeline:
+def load_in_diffusers(content: FileContent, folder: Path, caplog) -> StableDiffusionPipeline:
     """The embedded pipeline with the file loaded, and no warning about a key."""
     (folder / "lora.safetensors").write_bytes(files.to_bytes(content.tensors, content.metadata))
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
@@ -177,13 +181,13 @@ def image(pipeline: StableDiffusionPipeline) -> torch.Tensor:
 )  # fmt: skip
 def test_diffusers_draws_our_images(tmp_path, caplog, case, file_format):
     adapted = on_layers(case)
-    layers = files.layers_of_adapted(adapted)
+    layers = files.adapter_layers(adapted)
     if case not in ("LoRA", "LoRA pissa", "DoRA"):
         layers = {
-            n: convert.lora_exact(t, files.weights_of(adapted.model)[n].shape)
+            n: convert.exact_lora(t, files.base_weights(adapted.model)[n].shape)
             for n, t in layers.items()
         }
-    content = files.to_file(layers, adapted.model, names(), file_format, torch.float32)
+    content = files.file_content(layers, adapted.model, names(), file_format, torch.float32)
     theirs = load_in_diffusers(content, tmp_path, caplog)
     ours = StableDiffusionPipeline.from_pretrained(
         BASE, torch_dtype=torch.float32, unet=adapted.model
@@ -223,7 +227,7 @@ def test_peft_loads_the_folder_as_the_same_function(tmp_path, case):
     model = PeftModel.from_pretrained(unet(), tmp_path)
     torch.testing.assert_close(output(model), output(adapted.model), rtol=0, atol=2e-5)
     again = unet()
-    attach_from_file(again, *files.from_file(*files.read(tmp_path), again, names()))
+    attach_from_file(again, *import_layers(*files.read_adapter(tmp_path), again, names()))
     torch.testing.assert_close(output(again), output(adapted.model), rtol=0, atol=2e-5)
 
 
@@ -245,7 +249,7 @@ def test_peft_and_diffusers_load_a_dora_in_bf16_with_its_fp32_magnitudes(tmp_pat
 
 
 def test_a_lokr_that_peft_would_split_otherwise_is_refused_by_layer():
-    with pytest.raises(AdapterError, match=r"whatever its factor(.|\n)*conv_in"):
+    with pytest.raises(AdapterError, match=r"for every factor(.|\n)*conv_in"):
         written(on_layers("LoKr"), "peft")
 
 

@@ -151,7 +151,7 @@ def test_faults_of_comfyui_data_are_listed_with_their_files(build, tmp_path, fam
         build(path=str(folder))
     message = str(caught.value)
     assert "shard_0000.pkl sample 1" in message
-    assert "SDXL's" in message
+    assert "(SDXL)" in message
     assert "shard_0001.pkl" in message
     built = build(path=str(folder), on_error="skip")
     assert len(built.train) == 1

@@ -11,7 +11,7 @@ from helpers.family_cases import cases, family_of
 from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
 from training.checkpoints.storage import tensors_to_bytes
-from training.distributed.engine import shard_base
+from training.distributed.sharding import shard_base
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""What the tests of the adapters share: kinds of layers, specs of every algorithm, and the closed form of every update.
+"""Layers of every type, specs of every algorithm, and the closed form of every update, for the tests of adapters.
 
-The closed forms are written from the papers, with indices, and share no line with the code. A new algorithm in the
-registry is in all tables of specs by itself, and needs its closed form here.
+The closed forms are written from the papers, with indices. They share no line with the code. All tables of specs
+contain a new algorithm in the registry; its closed form must be added here.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_algos import ALGORITHMS
-from lora_algos.adapter import Adapter
-from lora_algos.attach import AdaptedModel, attach
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.adapter import AdapterLayer
+from lora_algos.attach import attach
 from lora_algos.config import AdapterOptions, LayerSpec
 
 # kind of layer -> how it is made, the shape of an input to it
@@ -95,7 +96,7 @@ def in_mode(spec: LayerSpec, mode: str) -> LayerSpec:
 
 
 def model_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    """A model of one layer of that kind, called `layer`, and an input to it."""
+    """Return a model of one layer of that kind, called `layer`, and an input to it."""
     make, shape = LAYERS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -104,15 +105,15 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
 
 @torch.no_grad()
 def randomized(adapted: AdaptedModel, size: float = 0.3) -> AdaptedModel:
-    """As after training: the update is no longer zero. Each tensor moves by `size` from where it started."""
+    """Return adapters as after training: each tensor moves by `size` from its first value."""
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.named_parameters().values():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     return adapted
 
 
-def in_double(kind: str, spec: LayerSpec) -> tuple[AdaptedModel, Adapter, Tensor]:
-    """A trained adapter on a layer of that kind, all in fp64, the layer, and an input to it."""
+def in_double(kind: str, spec: LayerSpec) -> tuple[AdaptedModel, AdapterLayer, Tensor]:
+    """Return a trained adapter on a layer of that kind, the layer, and an input to it, all in fp64."""
     # PEFT's pissa and olora refuse an fp64 base, and DoRA keeps the norms of the base it is given
     taken_out = spec.options.init.startswith(TAKEN_OUT)
     model, x = model_of(kind, torch.float32 if taken_out else torch.float64)
@@ -123,7 +124,7 @@ def in_double(kind: str, spec: LayerSpec) -> tuple[AdaptedModel, Adapter, Tensor
 
 @torch.no_grad()
 def scaled_update(adapted: AdaptedModel, ratio: float) -> None:
-    """Trained adapters whose update is `ratio` times as large as the weight, by shrinking how far they have moved."""
+    """Train adapters until their update is `ratio` times as large as the weight, by scaling a random move."""
     start = {name: parameter.clone() for name, parameter in adapted.named_parameters().items()}
     moved = {n: p - start[n] for n, p in randomized(adapted).named_parameters().items()}
     (layer,) = adapted.layers().values()
@@ -137,9 +138,9 @@ def scaled_update(adapted: AdaptedModel, ratio: float) -> None:
 
 
 def closed_form(tensors: dict[str, Tensor], spec: LayerSpec, weight: Tensor) -> Tensor:
-    """The update of `weight` by its definition, from the tensors by their names in a file (and the constants)."""
+    """Return the update of `weight` by its definition, from tensors by their names in a file, and constants."""
     assert spec.algorithm in CLOSED_FORMS, (
-        "a new algorithm needs its closed form in tests/adapter_cases.py"
+        "a new algorithm needs its closed form in tests/helpers/adapter_cases.py"
     )
     return CLOSED_FORMS[spec.algorithm](tensors, spec, weight)
 

@@ -1,4 +1,4 @@
-"""What the tests of adapter files share: the embedded UNet with a trained-looking adapter of each algorithm on it."""
+"""The embedded UNet with an adapter of each algorithm that looks trained, for the tests of adapter files."""
 
 import copy
 import functools
@@ -9,9 +9,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from adapter_files import files
+from adapter_files.spellings import LayerSpellings
+from adapter_files.verification import verify_content
+from adapter_files.writers import FileContent
 from helpers.project import BASE
-from lora_algos.attach import AdaptedModel, adaptable_layers, attach, norm_layers
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach
 from lora_algos.config import AdapterOptions, LayerSpec
+from lora_algos.targets import adaptable_layers, norm_layers
 from models.layer_names.unet import original_names
 
 CONV, LINEAR = (
@@ -49,8 +54,8 @@ def unet() -> nn.Module:
 
 
 @functools.cache
-def names() -> files.Names:
-    return files.Names(original_names(base()))
+def names() -> LayerSpellings:
+    return LayerSpellings(original_names(base()))
 
 
 # layers of every kind (1x1 and 3x3 convolutions, linear ones with and without bias), few so that the tests are quick
@@ -64,12 +69,11 @@ LAYERS = (
 
 @torch.no_grad()
 def trained(specs: dict[str, LayerSpec], scale: float = 0.05) -> AdaptedModel:
-    """The embedded UNet with adapters that change its output; the change of each layer is a small part of its
-    weight."""
+    """Return the embedded UNet with adapters that change each weight by a small share."""
     adapted = attach(unet(), specs, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, layer in adapted.layers().items():
-        for parameter in layer.trained().values():
+        for parameter in layer.trained_tensors().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
         size, whole = layer.delta_weight().norm(), layer.base_layer.weight.norm()
         assert size > 1e-3 * whole, name
@@ -77,12 +81,12 @@ def trained(specs: dict[str, LayerSpec], scale: float = 0.05) -> AdaptedModel:
 
 
 def on_layers(case: str, layers: Iterable[str] = LAYERS) -> AdaptedModel:
-    """An adapter of the case on some layers."""
+    """Return an adapter of the case on some layers."""
     return trained(dict.fromkeys(layers, SPECS[case]))
 
 
 def with_norms() -> AdaptedModel:
-    """LoRA on all layers, of several ranks and alphas, and the norms and biases: what ComfyUI's node trains."""
+    """Return LoRAs on all layers, of several ranks and alphas, with norms and biases, as ComfyUI's node trains."""
     ranks, alphas = (2, 5, 3), (3.0, 0.5, 8.0, 1.0)
     specs = {
         name: LayerSpec(ranks[i % 3], alphas[i % 4], bias=True)
@@ -106,10 +110,10 @@ def output(denoiser: nn.Module) -> Tensor:
 
 def written(
     adapted: AdaptedModel, file_format: str, dtype: torch.dtype = torch.float32
-) -> files.FileContent:
-    """The adapter as a file's content."""
-    layers = files.layers_of_adapted(adapted)
-    content = files.to_file(layers, adapted.model, names(), file_format, dtype)
+) -> FileContent:
+    """Return the adapter as a file's content."""
+    layers = files.adapter_layers(adapted)
+    content = files.file_content(layers, adapted.model, names(), file_format, dtype)
     if dtype == torch.float32:
-        assert files.verify(content, layers, adapted.model, names()) <= 1e-6
+        assert verify_content(content, layers, adapted.model, names()) <= 1e-6
     return content

@@ -1,7 +1,7 @@
-"""What ComfyUI makes of an adapter file: its own formulas (comfy/lora.py, comfy/weight_adapter/), written anew.
+"""ComfyUI's formulas for adapter files (comfy/lora.py, comfy/weight_adapter/), written again from its source.
 
-A table says for each spelling which weight it lands in: `Place`s of tests/comfy_keys.py, with rows to narrow to and
-halves to swap. Nothing here is the project's code.
+A table has the weight of each spelling: `Place`s of tests/helpers/comfy_keys.py, with rows to narrow to and halves to
+swap. Nothing here is the project's code.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,9 @@ SUFFIXES = (
 def applied(
     file: Mapping[str, Tensor], table: Mapping[str, Place], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`base` (name -> weight or bias, fp64) with the file applied. AssertionError for a key that is not loaded."""
+    """Return `base` (name -> weight or bias, fp64) with the file applied.
+
+    Raises AssertionError for a key that is not loaded."""
     result = {name: tensor.clone() for name, tensor in base.items()}
     left = set(file)
     for spelling, place in table.items():
@@ -39,7 +41,7 @@ def applied(
 
 
 def change(weight: Tensor, parts: dict[str, Tensor], swapped: bool) -> None:
-    """Works one adapter into `weight` in place."""
+    """Add one adapter to `weight` in place."""
     scale, update = update_of(weight, parts)
     update = (update * scale).reshape(weight.shape)
     if swapped:
@@ -52,7 +54,7 @@ def change(weight: Tensor, parts: dict[str, Tensor], swapped: bool) -> None:
 
 
 def update_of(weight: Tensor, parts: dict[str, Tensor]) -> tuple[float, Tensor]:
-    """The scale and the update before it."""
+    """Return the scale, and the update without it."""
     alpha = float(parts["alpha"]) if "alpha" in parts else None
     for up, down in SIDES:
         if up in parts:

@@ -1,6 +1,6 @@
-"""Whether ComfyUI 0.33.0 would take an adapter file whole, by its own names at full size (keys/README.md).
+"""The keys that ComfyUI 0.33.0 loads from an adapter file of a full-size model (keys/README.md).
 
-Written from what ComfyUI does (comfy/lora.py, comfy/weight_adapter/), and shares no line with the code it checks.
+Written from ComfyUI's source (comfy/lora.py, comfy/weight_adapter/). It shares no line with the code that it checks.
 """
 
 import functools
@@ -49,7 +49,7 @@ SUFFIXES = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a spelling lands in ComfyUI's model."""
+    """The weight, or its rows, that a spelling means in ComfyUI's model."""
 
     weight: str
     rows: tuple[int, int] | None = None
@@ -62,19 +62,19 @@ class Place:
 
 @functools.cache
 def key_map(architecture: str) -> dict[str, Any]:
-    """What tests/keys has of it."""
+    """Return the facts about an architecture in tests/keys."""
     return json.loads(gzip.decompress((KEYS / f"{architecture}.json.gz").read_bytes()))
 
 
 def empty_denoiser(architecture: str) -> nn.Module:
-    """The full-size diffusers model, without values."""
+    """Return the full-size diffusers model, without values."""
     there = key_map(architecture)
     with torch.device("meta"):
         return getattr(diffusers, there["class"])(**there["config"])
 
 
 def place_of(there: Mapping[str, Any], module: str) -> Place:
-    """Where ComfyUI puts a module by diffusers' name."""
+    """Return the place of a module by its name in diffusers."""
     weight, *part = there["modules"][module]
     if part == ["swapped"]:
         return Place(weight, swapped=True)
@@ -83,7 +83,7 @@ def place_of(there: Mapping[str, Any], module: str) -> Place:
 
 @functools.cache
 def spellings(architecture: str) -> dict[str, Place]:
-    """ComfyUI's table: spelling -> place."""
+    """Return ComfyUI's table: spelling -> place."""
     there = key_map(architecture)
     found = {}
     for weight in there["weights"]:
@@ -105,8 +105,9 @@ def spellings(architecture: str) -> dict[str, Place]:
 
 
 def resolve(tensors: Mapping[str, Any], architecture: str) -> list[str]:
-    """A line for every tensor of an adapter file (anything with a shape) that ComfyUI would not load, would load onto
-    something of another shape, or would let another one replace."""
+    """Return an error for every tensor of an adapter file that ComfyUI does not load.
+
+    Also for a tensor that does not fit its weight, and for one that replaces another tensor."""
     table, shapes = spellings(architecture), key_map(architecture)["weights"]
     faults: list[str] = []
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -131,7 +132,7 @@ def resolve(tensors: Mapping[str, Any], architecture: str) -> list[str]:
 def faults_at(
     place: Place, parts: dict[str, tuple[int, ...]], shapes: Mapping[str, list[int]]
 ) -> Iterable[str]:
-    """What does not fit the weight, its rows or its bias there."""
+    """Yield errors of tensors that do not fit the weight, its rows or its bias."""
     total, *rest = shapes[place.weight]
     yield from part_faults(parts, (place.rows[1] if place.rows else total, *rest))
     bias = shapes.get(place.weight.removesuffix("weight") + "bias")
@@ -144,13 +145,13 @@ def faults_at(
 
 
 def row_range(place: Place, shapes: Mapping[str, list[int]]) -> Iterable[tuple[str, int]]:
-    """One row in 64 stands for its neighbors."""
+    """Return one of 64 rows, to represent its neighbors."""
     first, count = place.rows or (0, shapes[place.weight][0])
     return ((place.weight, row) for row in range(first, first + count, 64))
 
 
 def part_faults(parts: dict[str, tuple[int, ...]], weight: tuple[int, ...]) -> list[str]:
-    """What does not fit a weight of that shape."""
+    """Return errors of tensors that do not fit a weight of that shape."""
     rows, columns = weight[0], math.prod(weight[1:])
     adapters = [
         made
@@ -163,7 +164,7 @@ def part_faults(parts: dict[str, tuple[int, ...]], weight: tuple[int, ...]) -> l
         f"makes {made} for a weight of {weight}" for made in adapters if made != (rows, columns)
     ]
     if len(adapters) > 1:
-        faults.append(f"{sorted(parts)}: several adapters, of which one replaces the others")
+        faults.append(f"{sorted(parts)}: several adapters; one replaces the others")
     if not adapters and parts.keys() - {"diff_b"}:
         faults.append(f"{sorted(parts)}: half an adapter")
     if "dora_scale" in parts and parts["dora_scale"] != (rows, *[1] * (len(weight) - 1)):
@@ -174,7 +175,7 @@ def part_faults(parts: dict[str, tuple[int, ...]], weight: tuple[int, ...]) -> l
 
 
 def product(up: tuple[int, ...] | None, down: tuple[int, ...] | None) -> tuple[int, int] | None:
-    """The shape of up @ down as a matrix; (-1, -1) if there is none."""
+    """Return the shape of up @ down as a matrix; (-1, -1) if they do not fit together."""
     if not up and not down:
         return None
     if not up or not down or up[1] != down[0]:

@@ -1,26 +1,29 @@
-"""An adapter file of a full-size model as it would be written, without values: for names and shapes alone."""
+"""Adapter files of full-size models without values, for names and shapes alone."""
 
 import torch
 from torch import Tensor, nn
 
 from adapter_files import files
+from adapter_files.spellings import LayerSpellings
 from common.errors import AdapterError
 from lora_algos import get_algorithm
-from lora_algos.attach import adaptable_layers, norm_layers
 from lora_algos.config import AdapterOptions, LayerSpec
+from lora_algos.targets import adaptable_layers, norm_layers
+from lora_algos.traits import Layers
 
 
 def spec_for(algorithm: str) -> LayerSpec:
-    """One that fits the layers of large models, whose channels BOFT divides in larger blocks than others do."""
+    """Return a spec that fits the layers of large models, which BOFT divides in larger blocks."""
     return LayerSpec(
         4, 2.0, algorithm, AdapterOptions(block_size=256 if algorithm == "BOFT" else 32)
     )
 
 
-def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) -> files.Layers:
-    """The tensors of each layer with the algorithm named for it; norms are trained whole. A layer that the algorithm
-    does not fit is left out."""
-    layers: files.Layers = {}
+def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) -> Layers:
+    """Return the tensors of each layer with its algorithm; norms have the algorithm for norms.
+
+    A layer that the algorithm does not fit is left out."""
+    layers: Layers = {}
     for name, layer in {**adaptable_layers(denoiser), **norm_layers(denoiser)}.items():
         if name not in algorithms:
             continue
@@ -41,11 +44,11 @@ def empty_layers(denoiser: nn.Module, algorithms: dict[str, str], biases: bool) 
 
 def exported(
     denoiser: nn.Module,
-    names: files.Names,
+    names: LayerSpellings,
     algorithms: dict[str, str],
     file_format: str,
     biases: bool = True,
 ) -> dict[str, Tensor]:
-    """Key -> tensor without values. `algorithms`: layer -> algorithm, of those that are adapted."""
+    """Return key -> tensor without values. `algorithms`: adapted layer -> algorithm."""
     layers = empty_layers(denoiser, algorithms, biases)
-    return files.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
+    return files.file_content(layers, denoiser, names, file_format, torch.bfloat16).tensors

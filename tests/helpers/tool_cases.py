@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import train_lora
 from adapter_files import files
+from adapter_files.reader import import_layers
 from adapter_files.writers import FileContent
 from helpers.adapter_file_cases import SPECS, names, on_layers, unet, written
 from helpers.ldm import save_single_file
 from helpers.project import BASE
-from lora_algos.attach import AdaptedModel, attach_from_file
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach_from_file
 
 METADATA = {
     "ss_steps": "12", "ss_sd_model_name": "base.safetensors", "ss_output_name": "cat", "note": "kept",
@@ -116,7 +118,7 @@ def scratch() -> nn.Module:
 def deltas(path) -> dict[str, torch.Tensor]:
     """Return the updates that a file makes of the embedded UNet. The UNet is unchanged afterwards."""
     model = scratch()
-    layers, unknown = files.from_file(*files.read(path), model, names())
+    layers, unknown = import_layers(*files.read_adapter(path), model, names())
     adapted = attach_from_file(model, layers, unknown)
     found = dict(adapted.deltas())
     for name, layer in adapted.layers().items():

@@ -21,8 +21,9 @@ from helpers.adapter_cases import (
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_algos.adapter import Adapter
-from lora_algos.attach import AdaptedModel, attach
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.adapter import AdapterLayer
+from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
 
 
@@ -168,15 +169,15 @@ def test_little_more_than_the_input_is_kept(spec, grad):
         expected = {output, given} if OF_OUTPUT[spec.algorithm] else {output}
     assert big == expected
     rest = sum(nbytes for pointer, nbytes in found.items() if pointer not in big)
-    # besides small things of the size of the adapter's own tensors (OFT: 0.0234), none of which grows with the tokens
+    # the rest has the size of the adapter's own tensors (OFT: 0.0234) and does not grow with the tokens
     assert rest <= 0.024 * x.nbytes, rest / x.nbytes
 
 
 def test_the_shared_copy_is_of_the_values_as_they_are():
-    """A changed input, another dtype and another tensor get copies of their own."""
+    """A changed input, another dtype and another tensor get separate copies."""
     model, x = model_of("Linear")
     randomized(attach(model, {"layer": spec_of("LoRA")}, seed=0))
-    layer: Adapter = model["layer"]
+    layer: AdapterLayer = model["layer"]
 
     def run(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -123,11 +123,11 @@ def test_gradients_of_a_draw_are_those_of_its_update(spec, dropout):
 
 def test_what_is_drawn_does_not_hang_on_the_order_of_a_set():
     """String hashes differ from process to process, and with them the order of sets of names."""
-    assert isinstance(get_algorithm("GLoRA").rank_axis, dict)
+    assert isinstance(get_algorithm("GLoRA").traits.dropout_axes, dict)
     spec = dropping(ALL_SPECS["GLoRA"], rank_dropout=0.5)
     _, layer, _ = in_double("Linear", spec)
     torch.manual_seed(0)
-    expected = layer._masked(dict(layer.tensors()))
+    expected = layer.masked_tensors(dict(layer.update_tensors()))
     torch.manual_seed(0)
-    backwards = layer._masked(dict(reversed(layer.tensors().items())))
+    backwards = layer.masked_tensors(dict(reversed(layer.update_tensors().items())))
     assert all(backwards[name].equal(tensor) for name, tensor in expected.items())

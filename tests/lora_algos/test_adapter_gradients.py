@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lora_algos.adapter import Adapter
-from lora_algos.attach import AdaptedModel
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.adapter import AdapterLayer
 from lora_algos.config import LayerSpec
 from lora_algos.low_rank import LowRank
 
@@ -30,14 +30,14 @@ MODES = ("true", "false", "auto")
 @pytest.fixture(autouse=True)
 def hand_written(monkeypatch):
     """However small the input: else autograd would do what is tested here."""
-    monkeypatch.setattr(LowRank, "plain", lambda *arguments: None)
+    monkeypatch.setattr(LowRank, "autograd_forward", lambda *arguments: None)
 
 
 def trained(adapted: AdaptedModel) -> dict[str, Tensor]:
     return {name.removeprefix("layer."): p for name, p in adapted.all_parameters().items()}
 
 
-def dense(adapted: AdaptedModel, layer: Adapter, x: Tensor) -> Tensor:
+def dense(adapted: AdaptedModel, layer: AdapterLayer, x: Tensor) -> Tensor:
     """The layer's output with W + dW, dW by the closed form: torch's own layer, and autograd's own gradients."""
     tensors = {**trained(adapted), **layer.constants()}
     weight = layer.base_layer.weight.detach()
@@ -143,9 +143,9 @@ def test_gradcheck(spec, kind, mode, monkeypatch):
     layer.spec = in_mode(spec, mode)
     if spec.algorithm == "DoRA":
         # no gradient flows through the norm, so nor may a change of the factors
-        kernel, factors = layer.kernel, layer.factors(dict(layer.tensors()))
-        norms = kernel._norms(layer.base_layer.weight, factors).detach()
-        monkeypatch.setattr(type(kernel), "_norms", lambda *_: norms)
+        kernel, factors = layer.kernel, layer.factors(dict(layer.update_tensors()))
+        norms = kernel.merged_norms(layer.base_layer.weight, factors).detach()
+        monkeypatch.setattr(type(kernel), "merged_norms", lambda *_: norms)
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
     values = [p.detach().clone().requires_grad_() for p in layer.parameters() if p.requires_grad]
     assert len(names) == len(adapted.named_parameters())
@@ -241,7 +241,7 @@ def test_a_lora_in_autograds_operations_is_the_hand_written_one(kind, channels_l
     expected_grads = gradients(expected, inputs, grad)
     monkeypatch.undo()
     y = layer(inputs[0])
-    assert "AdaptedLayer" not in type(y.grad_fn).__name__
+    assert "AdaptedFunction" not in type(y.grad_fn).__name__
     assert y.stride() == expected.stride() or "group" in kind
     compare([y.detach(), *gradients(y, inputs, grad)], [expected.detach(), *expected_grads])
 

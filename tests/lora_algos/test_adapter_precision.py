@@ -7,7 +7,7 @@ import torch
 from helpers.adapter_cases import every_algorithm, every_mode, in_mode, scaled_update
 from torch import Tensor, nn
 
-from lora_algos.adapter import Adapter
+from lora_algos.adapter import AdapterLayer
 from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
 
@@ -42,7 +42,7 @@ def measured(
 
 def updated(
     spec: LayerSpec, dtype: torch.dtype, ratio: float, bias: bool
-) -> tuple[Adapter, Callable[[Tensor], Tensor], Tensor]:
+) -> tuple[AdapterLayer, Callable[[Tensor], Tensor], Tensor]:
     torch.manual_seed(0)
     model = nn.ModuleDict({"layer": nn.Linear(SIDE, SIDE, bias=bias)}).to(dtype)
     base = model["layer"]

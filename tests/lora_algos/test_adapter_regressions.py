@@ -1,4 +1,4 @@
-"""Faults that other trainers have in their formulas, one test each, named after the fault."""
+"""Errors that other trainers have in their formulas: one test each, named after the error."""
 
 import math
 
@@ -9,7 +9,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lora_algos.attach import AdaptedModel, attach
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach
 
 
 def trained(algorithm: str, **options) -> AdaptedModel:
@@ -140,7 +141,10 @@ def test_dora_divides_by_the_norm_of_what_it_scales():
     _, layer, _ = in_double("Linear", spec_of("DoRA"))
     norms = (layer.base_layer.weight + layer.delta_weight()).norm(dim=1)
     torch.testing.assert_close(
-        norms, layer.tensors()["lora_magnitude_vector"].flatten().abs(), rtol=1e-10, atol=1e-12
+        norms,
+        layer.update_tensors()["lora_magnitude_vector"].flatten().abs(),
+        rtol=1e-10,
+        atol=1e-12,
     )
 
 

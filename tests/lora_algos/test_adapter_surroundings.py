@@ -1,5 +1,4 @@
-"""What may happen around an adapted layer: empty batches, other dtypes, layouts and devices, changes in place, other
-weights, and other programs' switches."""
+"""Empty batches, other dtypes, layouts and devices, changes in place, other weights, and other programs' switches."""
 
 import copy
 import math
@@ -21,8 +20,10 @@ from helpers.adapter_cases import (
 from torch import Tensor, nn
 
 from common.errors import AdapterError
-from lora_algos.attach import AdaptedModel, adaptable_layers, attach
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
+from lora_algos.targets import adaptable_layers
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -116,7 +117,7 @@ def test_a_base_stored_in_float8(spec, kind, mode):
     wide = copy.deepcopy(model).float()
     if kind == "Linear" and spec.options.init not in ("default", "gaussian"):
         with pytest.raises(
-            AdapterError, match=r"takes a base in fp32, bf16 or fp16, not in torch.float8"
+            AdapterError, match=r"the base has dtype torch.float8\w+; expected fp32, bf16 or fp16"
         ):
             attach(model, {"layer": in_mode(spec, mode)}, seed=0)
         return
@@ -166,10 +167,7 @@ def test_other_weights_of_the_base_may_be_loaded_later(spec):
     adapted.model.load_state_dict(other)
     layer = adapted.layers()["layer"]
     plain = copy.deepcopy(layer.base_layer)
-    tensors, alpha = layer.in_file()
-    plain.weight += layer.delta_of_file(
-        {**tensors, "alpha": torch.tensor(alpha)}, plain.weight.clone()
-    )
+    plain.weight += layer.algorithm.delta(layer.file_tensors(), plain.weight.clone())
     for mode in ("true", "false", "auto"):
         layer.spec = in_mode(spec, mode)
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
@@ -235,7 +233,7 @@ def test_pefts_switches_are_refused_not_ignored(algorithm):
         lambda: layer.set_scale("default", 2.0), lambda: layer.delete_adapter("default"),
         lambda: layer.merge(safe_merge=True), lambda: layer.merge(adapter_names=["default"]),
     ):  # fmt: skip
-        with pytest.raises(AdapterError, match="does not follow PEFT's switches"):
+        with pytest.raises(AdapterError, match="do not follow PEFT's switches"):
             switch()
 
 
@@ -271,7 +269,7 @@ def test_module_dropout_drops_a_norms_whole_change():
 
 
 def test_a_norm_before_everything_else_is_trained_channels_last():
-    """Of an input without a gradient: torch's own backward pass dies of that on CPUs, and the process with it."""
+    """Its input has no gradient; torch's own backward pass crashes on CPUs then, and ends the process."""
     model = nn.Sequential(nn.GroupNorm(8, 16), nn.Conv2d(16, 4, 1)).to(
         memory_format=torch.channels_last
     )

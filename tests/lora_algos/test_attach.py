@@ -25,8 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.errors import AdapterError
-from lora_algos.attach import AdaptedModel, Plan, attach, attach_from_file, select_layers
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach, attach_from_file
 from lora_algos.config import AdapterConfig, LayerSpec, Override
+from lora_algos.plan import AdapterPlan
+from lora_algos.targets import select_layers
 from models.config import ModelConfig
 from models.detect import get_family
 
@@ -130,7 +133,7 @@ def test_all_bad_targets_are_listed_at_once():
         select_layers(unet(), ("atention", "conv_in", "to_q(", "to_q", ".*nowhere.*"), presets)
     text = str(caught.value)
     assert "--adapter.targets" in text
-    assert "atention: matches no layer; near it: attention" in text
+    assert "atention: matches no layer; did you mean attention" in text
     assert "to_q(: not a regular expression" in text
     assert "to_q: matches no layer" in text
     assert ".*nowhere.*: matches no layer" in text
@@ -147,7 +150,7 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
     )
     config = AdapterConfig(targets=("all",), alpha=7.0, train_biases=True, overrides=overrides)
     presets = {"all": ".*", "fine": r"b\.1"}
-    specs = Plan(config, "LoRA", 4, "true").specs(model, presets)
+    specs = AdapterPlan(config, "LoRA", 4, "true").specs(model, presets)
     assert list(specs) == [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     ]
@@ -157,7 +160,7 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
         "b.proj": ("LoRA", 4, 7.0, 1.0), "b.projection": ("LoKr", 4, 3.0, 1.0), "b.1": ("LoRA", 4, 7.0, 0.0),
     }  # fmt: skip
     assert {(s.bypass_mode, s.bias) for s in specs.values()} == {("true", True)}
-    plain = Plan(replace(config, alpha=None), "LoRA", 4, "true").specs(model, presets)
+    plain = AdapterPlan(replace(config, alpha=None), "LoRA", 4, "true").specs(model, presets)
     assert [plain[name].scaling for name in ("a.proj", "b.proj", "b.projection")] == [
         1.0,
         1.0,
@@ -169,7 +172,9 @@ def test_overrides_reach_the_layers_they_match_and_the_last_one_counts():
 def test_all_bad_overrides_are_listed_at_once():
     overrides = (Override("nowhere"), Override("proj", algorithm="LoRa"), Override("(", rank=2))
     with pytest.raises(AdapterError) as caught:
-        Plan(AdapterConfig(targets=(".*",), overrides=overrides), "LoRA", 4).specs(block(), {})
+        AdapterPlan(AdapterConfig(targets=(".*",), overrides=overrides), "LoRA", 4).specs(
+            block(), {}
+        )
     text = str(caught.value)
     assert "0.pattern = nowhere: matches no layer" in text
     assert "1.algorithm = LoRa: not one of LoRA, " in text
@@ -215,7 +220,7 @@ def test_norms_are_trained_in_fp32(make, dtype):
     config = AdapterConfig(targets=(".*",), train_norms=True, train_biases=True)
     x = torch.randn(4, 12).to(dtype)
     before, wide = model["some_norm"](x), make()
-    adapted = attach(model, Plan(config, "LoRA", 4).specs(model, {}), seed=0)
+    adapted = attach(model, AdapterPlan(config, "LoRA", 4).specs(model, {}), seed=0)
     layer = adapted.layers()["some_norm"]
     assert layer(x).dtype == dtype
     torch.testing.assert_close(
@@ -377,7 +382,7 @@ def test_options_that_no_layer_has_a_use_for_are_refused_together(spec):
     useless, useful = USELESS[spec.algorithm], USEFUL[spec.algorithm]
     config = AdapterConfig(targets=(".*",), **{**useful, **useless})
     with pytest.raises(AdapterError) as caught:
-        Plan(config, spec.algorithm, 2).specs(both_kinds(), {})
+        AdapterPlan(config, spec.algorithm, 2).specs(both_kinds(), {})
     faults = str(caught.value).splitlines()[1:]
     assert {fault.strip() for fault in faults} == {
         f"{name} = {value}" for name, value in useless.items()
@@ -385,7 +390,9 @@ def test_options_that_no_layer_has_a_use_for_are_refused_together(spec):
     config = AdapterConfig(
         targets=(".*",), dropout=0.1, rank_dropout=0.1, module_dropout=0.1, **useful
     )
-    assert attach(both_kinds(), Plan(config, spec.algorithm, 2).specs(both_kinds(), {}), seed=0)
+    assert attach(
+        both_kinds(), AdapterPlan(config, spec.algorithm, 2).specs(both_kinds(), {}), seed=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -394,14 +401,16 @@ def test_options_that_no_layer_has_a_use_for_are_refused_together(spec):
 )
 def test_an_option_that_fits_none_of_the_chosen_layers_is_refused(algorithm, options, layer):
     with pytest.raises(AdapterError, match="no adapted layer"):
-        Plan(AdapterConfig(targets=(layer,), **options), algorithm, 2).specs(both_kinds(), {})
+        AdapterPlan(AdapterConfig(targets=(layer,), **options), algorithm, 2).specs(
+            both_kinds(), {}
+        )
 
 
 def test_an_override_may_be_the_one_that_has_a_use_for_an_option():
     config = AdapterConfig(
         targets=(".*",), block_size=8, overrides=(Override("linear", algorithm="OFT"),)
     )
-    specs = Plan(config, "LoRA", 2).specs(both_kinds(), {})
+    specs = AdapterPlan(config, "LoRA", 2).specs(both_kinds(), {})
     assert {name: spec.algorithm for name, spec in specs.items()} == {
         "linear": "OFT",
         "conv": "LoRA",
@@ -415,7 +424,9 @@ def continued(overrides: tuple[Override, ...], **options) -> AdaptedModel:
         "conv": {"lora_up.weight": torch.ones(16, 3), "lora_down.weight": torch.ones(3, 8, 3, 3)},
     }
     config = AdapterConfig(targets=("nowhere",), overrides=overrides, **options)
-    return attach_from_file(model, tensors, [], Plan(config, "OFT", 7), {"convolutions": "conv"})
+    return attach_from_file(
+        model, tensors, [], AdapterPlan(config, "OFT", 7), {"convolutions": "conv"}
+    )
 
 
 def test_a_continued_adapter_takes_the_dropouts_and_the_learning_rates_of_the_config():

@@ -9,9 +9,10 @@ from helpers import comfy_keys
 from helpers.exported_keys import exported
 from torch import nn
 
-from adapter_files import files, keys
+from adapter_files.keys import group_keys
+from adapter_files.spellings import LayerSpellings
 from lora_algos import ALGORITHMS
-from lora_algos.attach import adaptable_layers, norm_layers
+from lora_algos.targets import adaptable_layers, norm_layers
 from models import family_classes
 from models.layer_names.names import LayerNames, OriginalLayer
 from models.layer_names.unet import original_names
@@ -40,15 +41,15 @@ def natives(architecture: str) -> dict[str, OriginalLayer]:
     return names_of(architecture).original(denoiser_of(architecture))
 
 
-def names(architecture: str, by_diffusers: str) -> files.Names:
+def names(architecture: str, by_diffusers: str) -> LayerSpellings:
     found = natives(architecture)
-    return files.Names(
+    return LayerSpellings(
         {layer: native.name for layer, native in found.items()},
         "transformer",
-        kohya_is_native=True,
-        rows={layer: native.row_slice for layer, native in found.items() if native.row_slice},
+        kohya_uses_original=True,
+        slices={layer: native.row_slice for layer, native in found.items() if native.row_slice},
         swapped=frozenset(layer for layer, native in found.items() if native.swapped_halves),
-        by_diffusers=by_diffusers,
+        comfyui_prefix=by_diffusers,
     )
 
 
@@ -127,8 +128,8 @@ def test_comfyui_loads_every_key_of_every_file(architecture, form):
     tensors = exported(denoiser, spelt, mixed(architecture), form.split()[0])
     assert not comfy_keys.resolve(tensors, architecture)
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}
-    _, unknown = keys.group_keys(
-        {key: tuple(t.shape) for key, t in tensors.items()}, spelt.layer_of(layers)
+    _, unknown = group_keys(
+        {key: tuple(t.shape) for key, t in tensors.items()}, spelt.layers_by_spelling(layers)
     )
     assert not unknown
 

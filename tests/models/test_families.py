@@ -18,7 +18,7 @@ from helpers.family_cases import (
 )
 from safetensors import safe_open
 
-from adapter_files.keys import file_names
+from adapter_files.spellings import layer_spellings
 from common.errors import ModelError
 from lora_algos import ALGORITHMS
 from models.config import ModelConfig
@@ -239,7 +239,7 @@ def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, flags
     call, family = call_of(case, calls), family_of(case)
     denoiser = family.load_denoiser(torch.float32)
     adapted, _ = attach_adapters(
-        load_config(flags(case)), family, denoiser, file_names(family, denoiser)
+        load_config(flags(case)), family, denoiser, layer_spellings(family, denoiser)
     )
     trained = adapted.named_parameters().keys()
     denoiser.requires_grad_(True)

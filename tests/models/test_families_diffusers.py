@@ -8,9 +8,12 @@ from helpers.family_cases import Case, cases, family_of
 from safetensors.torch import save_file
 
 from adapter_files import files
-from adapter_files.keys import file_names
-from lora_algos.attach import AdaptedModel, Plan, attach
+from adapter_files.spellings import layer_spellings
+from adapter_files.writers import preferred_format
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach
 from lora_algos.config import AdapterConfig
+from lora_algos.plan import AdapterPlan
 
 WAN_ALL = r"(?!patch_embedding).*"  # by ComfyUI's names diffusers refuses what its converter has no name for
 COMFYUI_ALONE = ("chroma", "flux2", "flux2_klein")
@@ -21,7 +24,7 @@ def adapter(case: Case, targets: str, algorithm: str = "LoRA") -> AdaptedModel:
     """An adapter with random weights."""
     family = family_of(case)
     denoiser = family.load_denoiser(torch.float32)
-    plan = Plan(AdapterConfig(alpha=3.0, targets=(targets,)), algorithm, 2, "auto")
+    plan = AdapterPlan(AdapterConfig(alpha=3.0, targets=(targets,)), algorithm, 2, "auto")
     adapted = attach(denoiser, plan.specs(denoiser, family.targets), 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -33,15 +36,15 @@ def adapter(case: Case, targets: str, algorithm: str = "LoRA") -> AdaptedModel:
 def default_of(case: Case, adapted: AdaptedModel) -> str:
     """The format that a run writes if none is asked for."""
     family = family_of(case)
-    names = file_names(family, adapted.model)
-    return files.preferred(family.layer_names.file_formats, files.layers_of_adapted(adapted), names)
+    names = layer_spellings(family, adapted.model)
+    return preferred_format(family.layer_names.file_formats, files.adapter_layers(adapted), names)
 
 
 def check_loads(case: Case, adapted: AdaptedModel, file_format: str, folder) -> None:
     """diffusers' loader makes of the file the weights that the adapter is merged into."""
     family = family_of(case)
-    names, layers = file_names(family, adapted.model), files.layers_of_adapted(adapted)
-    content = files.to_file(layers, adapted.model, names, file_format, torch.float32)
+    names, layers = layer_spellings(family, adapted.model), files.adapter_layers(adapted)
+    content = files.file_content(layers, adapted.model, names, file_format, torch.float32)
     save_file(content.tensors, folder / "lora.safetensors", content.metadata)
     merged = family.load_denoiser(torch.float32)
     adapted.merge_into(merged)

@@ -11,11 +11,13 @@ from helpers.exported_keys import empty_layers, exported
 from helpers.project import FIXTURES
 
 from adapter_files import files
-from adapter_files.keys import file_names
+from adapter_files.spellings import layer_spellings
+from adapter_files.writers import preferred_format
 from common.errors import AdapterError
 from lora_algos import ALGORITHMS
-from lora_algos.attach import attach, select_layers
+from lora_algos.attach import attach
 from lora_algos.config import AdapterOptions, LayerSpec
+from lora_algos.targets import select_layers
 from models.config import ModelConfig
 from models.detect import family_classes, get_family
 
@@ -100,14 +102,14 @@ def full_size(tmp_path_factory):
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, full_size):
     family, denoiser = full_size(architecture)
-    names = file_names(family, denoiser)
+    names = layer_spellings(family, denoiser)
     layers = dict.fromkeys(select_layers(denoiser, ("all",), family.targets), algorithm)
     for file_format in {"comfyui", *family.layer_names.file_formats}:
         plain = file_format == "diffusers"
         if plain and algorithm != "LoRA":
             continue
         known = (
-            {name: algorithm for name in layers if name not in names.native_only}
+            {name: algorithm for name in layers if name not in names.original_only}
             if plain
             else layers
         )
@@ -126,16 +128,16 @@ def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(
     architecture, preset, full_size
 ):
     family, denoiser = full_size(architecture)
-    names = file_names(family, denoiser)
+    names = layer_spellings(family, denoiser)
     lora = dict.fromkeys(select_layers(denoiser, (preset,), family.targets), "LoRA")
     layers = empty_layers(denoiser, lora, biases=False)
-    file_format = files.preferred(family.layer_names.file_formats, layers, names)
+    file_format = preferred_format(family.layer_names.file_formats, layers, names)
     if family.name == "sdxl":
         assert file_format == "kohya"
     else:
         by_comfyui = (family.name, preset) in BY_COMFYUIS_NAMES or "wan" in family.name
         assert file_format == ("comfyui" if by_comfyui else "diffusers")
-    tensors = files.to_file(layers, denoiser, names, file_format, torch.bfloat16).tensors
+    tensors = files.file_content(layers, denoiser, names, file_format, torch.bfloat16).tensors
     assert len(tensors) >= 2 * len(layers)
     assert comfy_keys.resolve(tensors, architecture) == []
 

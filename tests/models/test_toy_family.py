@@ -16,7 +16,7 @@ from helpers.family_cases import (
 from helpers.toy_family import Toy
 from safetensors.torch import save_file
 
-from adapter_files.keys import file_names
+from adapter_files.spellings import layer_spellings
 from common.errors import ModelError
 from models import FAMILIES, family_classes
 from models.base import ModelFamily
@@ -110,9 +110,9 @@ def test_files_name_the_layers_by_the_table(family):
     key = originals["joint_transformer_blocks.1.attn.to_k"]
     assert (key.name, key.row_slice) == ("blocks.1.qkv", RowSlice(16, 16))
     assert originals["proj_out"].name == "proj_out", "names without a rule are the same"
-    names = file_names(family, denoiser)
-    assert names.native["joint_transformer_blocks.1.attn.to_v"] == "blocks.1.qkv"
-    assert names.rows["joint_transformer_blocks.1.attn.to_v"] == (32, 16)
+    names = layer_spellings(family, denoiser)
+    assert names.original["joint_transformer_blocks.1.attn.to_v"] == "blocks.1.qkv"
+    assert names.slices["joint_transformer_blocks.1.attn.to_v"] == (32, 16)
 
 
 def test_blocks_are_those_of_the_transformer(family):

@@ -58,7 +58,7 @@ def test_an_image_teaches_a_model_nothing_that_is_given_the_first_frame(
         assert "short.webp: too short; the model is given the first frame" in said
     assert run_here([*run, "--data.on_error=skip"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "2 errors in the training data; 2 samples without one remain" in said
+    assert "2 errors in the training data, 2 samples without errors" in said
 
 
 def test_one_frame_is_refused_by_a_model_that_is_given_the_first(videos, options, run_here, capsys):

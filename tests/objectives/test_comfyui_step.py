@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from data.batches import Batch
-from lora_algos.attach import Plan, attach_from_file
+from lora_algos.attach import attach_from_file
+from lora_algos.plan import AdapterPlan
 from models.detect import get_family
 from training.cli import load_config
 from training.config import OptimConfig
@@ -200,7 +201,7 @@ def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]
     for tensors in layers.values():
         if "diff" in tensors:
             del tensors["alpha"]
-    plan = Plan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
+    plan = AdapterPlan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
     adapted = attach_from_file(denoiser, layers, [], plan, family.targets)
     optimizer = build_optimizer(adapted, config)
     index, noise, u = draws()
@@ -216,7 +217,7 @@ def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]
     assert config.optim == OptimConfig(max_grad_norm=0.0)
     optimizer.step()
     found = {
-        name: {key: t.detach() for key, t in layer.trained().items()}
+        name: {key: t.detach() for key, t in layer.trained_tensors().items()}
         for name, layer in adapted.layers().items()
     }
     return loss.item(), found

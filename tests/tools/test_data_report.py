@@ -232,7 +232,7 @@ def test_all_errors_are_reported_at_once_as_in_a_run(odd, told, tmp_path):
     assert "lonely.txt: a caption without an image" in err
     code, out, err = told("--data.on_error=skip", images=odd)
     assert code == 0
-    assert out.startswith("2 errors in the training data; 7 samples without one remain")
+    assert out.startswith("2 errors in the training data, 7 samples without errors")
     assert fact(out, "total") == ["7, 1 skipped"]
     assert not list((tmp_path / "cache").glob(".stages-*")), "what the look left is gone"
 

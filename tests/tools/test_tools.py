@@ -25,6 +25,7 @@ from helpers.tool_cases import (
 from safetensors.torch import load_file, save_file
 
 from adapter_files import files
+from adapter_files.reader import import_layers
 from adapter_files.safetensors_stream import addnet_hashes
 
 # inspect
@@ -64,8 +65,11 @@ def test_inspect_names_the_keys_that_do_not_fit(tmp_path, capsys):
     save_file({**load_file(path), **content}, path)
     assert run("inspect", path, "--model", BASE) == 1
     out = capsys.readouterr().out
-    assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight (4, 2): no such layer" in out
-    assert "junk (1,): no tensor of an adapter" in out
+    assert (
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight (4, 2): the model has no layer"
+        in out
+    )
+    assert "junk (1,): not a tensor of an adapter" in out
 
 
 # convert
@@ -103,7 +107,7 @@ def test_convert_keeps_mixed_ranks_and_alphas_norms_and_biases(tmp_path):
     assert run("convert", path, out, "--format", "comfyui", "--model", BASE) == 0
     assert_same_updates(out, adapted)
     assert len({float(t) for key, t in load_file(out).items() if key.endswith(".alpha")}) == 1
-    there, _ = files.from_file(*files.read(out), unet(), names())
+    there, _ = import_layers(*files.read_adapter(out), unet(), names())
     for name, layer in adapted.layers().items():
         assert (layer.diff_b is None) == ("diff_b" not in there[name])
         assert layer.diff_b is None or torch.equal(there[name]["diff_b"], layer.diff_b)
@@ -224,7 +228,7 @@ def test_merge_into_a_single_file_leaves_other_tensors_unchanged(tmp_path):
     path, adapted = of_case(tmp_path, "LoRA")
     assert run("merge", source, out, "--lora", path, "--config", BASE) == 0
     before, there = load_file(source), load_file(out)
-    native = names().native
+    native = names().original
     changed = {
         f"model.diffusion_model.{native[name]}.weight": delta for name, delta in adapted.deltas()
     }

@@ -7,8 +7,8 @@ from helpers.adapter_file_cases import base, trained
 from helpers.project import PROJECT
 from helpers.tool_cases import adapter_file, run
 
-from lora_algos.attach import adaptable_layers
 from lora_algos.config import LayerSpec
+from lora_algos.targets import adaptable_layers
 from tools.options import OPTIONS
 
 PAGE = (PROJECT / "docs" / "tools.md").read_text(encoding="utf-8")

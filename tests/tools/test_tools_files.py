@@ -179,7 +179,7 @@ def test_layers_that_a_format_cannot_hold_are_an_error(tmp_path, capsys):
     assert run("resize", path, tmp_path / "out.safetensors", "--rank", 4) == 2
     said = capsys.readouterr().err
     assert "OFT needs --model" in said
-    assert "--format diffusers holds LoRA, DoRA alone" in said
+    assert "--format diffusers only holds LoRA, DoRA" in said
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -227,7 +227,7 @@ WRONG = {
 }
 
 
-BYTES, LAYER = "adapter_files.safetensors_stream.bytes_of", "adapter_files.files.to_bytes"
+BYTES, LAYER = "adapter_files.safetensors_stream.tensor_bytes", "adapter_files.files.to_bytes"
 WRITING = {"convert": BYTES, "resize": LAYER, "merge": BYTES}
 
 

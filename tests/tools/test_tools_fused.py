@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import tools.base_model
 from adapter_files import files
-from adapter_files.keys import file_names
-from lora_algos.attach import AdaptedModel, attach, attach_from_file, norm_layers
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings, layer_spellings
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach, attach_from_file
 from lora_algos.config import LayerSpec
+from lora_algos.targets import norm_layers
 from models.base import ModelFamily
 from models.config import ModelConfig
 from models.families.flux_names import FLUX_TABLE
@@ -119,8 +122,8 @@ def model_file(path: Path, model: nn.Module, dtype: torch.dtype = torch.float32)
     return path
 
 
-def spelt(path: Path) -> files.Names:
-    return file_names(Small(ModelConfig(str(path))), denoiser())
+def spelt(path: Path) -> LayerSpellings:
+    return layer_spellings(Small(ModelConfig(str(path))), denoiser())
 
 
 def trained(specs: dict[str, LayerSpec]) -> AdaptedModel:
@@ -134,15 +137,15 @@ def everywhere(algorithm: str) -> AdaptedModel:
 
 
 def saved(path: Path, adapted: AdaptedModel, base: Path, file_format: str = "comfyui") -> Path:
-    layers = files.layers_of_adapted(adapted)
-    content = files.to_file(layers, adapted.model, spelt(base), file_format, torch.float32)
+    layers = files.adapter_layers(adapted)
+    content = files.file_content(layers, adapted.model, spelt(base), file_format, torch.float32)
     save_file(content.tensors, path, content.metadata)
     return path
 
 
 def reread(path: Path, base: Path) -> AdaptedModel:
     model = denoiser()
-    return attach_from_file(model, *files.from_file(*files.read(path), model, spelt(base)))
+    return attach_from_file(model, *import_layers(*files.read_adapter(path), model, spelt(base)))
 
 
 def assert_same(there: AdaptedModel, here: AdaptedModel) -> None:

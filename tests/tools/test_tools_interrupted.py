@@ -37,8 +37,8 @@ def commands(good, out):
     }
 
 
-WHEN = [("resize", "adapter_files.files.to_bytes"), ("convert", "adapter_files.safetensors_stream.bytes_of"),
-        ("merge", "adapter_files.safetensors_stream.bytes_of"), ("merge", "shutil.copyfile")]  # fmt: skip
+WHEN = [("resize", "adapter_files.files.to_bytes"), ("convert", "adapter_files.safetensors_stream.tensor_bytes"),
+        ("merge", "adapter_files.safetensors_stream.tensor_bytes"), ("merge", "shutil.copyfile")]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -10,6 +10,8 @@ from helpers.tool_cases import assert_same_updates, metadata_of, of_case, run
 from safetensors.torch import load_file, save_file
 
 from adapter_files import files
+from adapter_files.reader import import_layers
+from lora_algos.detection import layer_delta
 
 STALE = {
     "ss_network_module": "networks.other", "ss_network_args": '{"algo": "other"}', "ss_network_dim": "99",
@@ -72,11 +74,11 @@ def test_a_constraint_becomes_part_of_the_blocks(module, tmp_path):
     save_file({"lora_unet_conv_in.oft_blocks": blocks, "lora_unet_conv_in.alpha": alpha}, path,
               {"ss_network_module": module})  # fmt: skip
     assert run("convert", path, out, "--format", "kohya", "--model", BASE) == 0
-    layers, _ = files.from_file(*files.read(out), base(), names())
+    layers, _ = import_layers(*files.read_adapter(out), base(), names())
     assert float(layers["conv_in"]["alpha"]) == 0
     turned = layers["conv_in"]["oft_blocks"]
     assert float((turned - turned.mT).norm()) == pytest.approx(0.5, rel=1e-5)
-    whole = files.from_file(*files.read(path), base(), names())[0]
+    whole = import_layers(*files.read_adapter(path), base(), names())[0]
     weight = base().conv_in.weight.detach()
-    there, here = (files.convert.delta_of(x["conv_in"], weight) for x in (layers, whole))
+    there, here = (layer_delta(x["conv_in"], weight) for x in (layers, whole))
     assert (there - here).norm() < 1e-5 * here.norm()

@@ -18,8 +18,9 @@ from helpers.tool_cases import (
 )
 
 from adapter_files import files
-from lora_algos.attach import adaptable_layers
+from adapter_files.reader import import_layers
 from lora_algos.config import LayerSpec
+from lora_algos.targets import adaptable_layers
 
 # resize
 
@@ -53,7 +54,7 @@ def test_resize_by_energy_takes_the_smallest_sufficient_rank(tmp_path):
     path, adapted = of_case(tmp_path, "LoHa")
     out = tmp_path / "out.safetensors"
     assert run("resize", path, out, "--energy", 0.9, "--model", BASE) == 0
-    layers, _ = files.from_file(*files.read(out), base(), names())
+    layers, _ = import_layers(*files.read_adapter(out), base(), names())
     for name, delta in adapted.deltas():
         energies = torch.linalg.svdvals(delta.flatten(1).double()).square()
         rank = layers[name]["lora_down.weight"].shape[0]
@@ -116,7 +117,7 @@ def test_extract_of_any_difference_is_the_nearest_kronecker_product(fp32_model, 
     assert run("merge", fp32_model, tmp_path / "tuned", "--lora", path) == 0
     out = tmp_path / "out.safetensors"
     assert run("extract", fp32_model, tmp_path / "tuned", out, "--algorithm", "LoKr") == 0
-    layers, _ = files.from_file(*files.read(out), base(), names())
+    layers, _ = import_layers(*files.read_adapter(out), base(), names())
     there = deltas(out)
     for name, delta in adapted.deltas():
         (a, c), (o, i) = layers[name]["lokr_w1"].shape, delta.shape[:2]

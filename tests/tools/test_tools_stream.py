@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 
 from adapter_files.safetensors_stream import (
     DTYPES,
-    HASHES,
+    EMPTY_HASHES,
     TensorInfo,
     TensorStore,
     addnet_hashes,
@@ -55,11 +55,13 @@ def test_the_writer_writes_as_safetensors(metadata, tmp_path):
 def test_the_hashes_are_those_of_the_whole_file(size, tmp_path):
     tensors = {"a": torch.randn(size), "b": torch.randn(size // 2 + 1).half()}
     infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "a", infos, tensors.items(), {"ss_x": "1", "note": "2", **HASHES})
+    write_tensors(
+        tmp_path / "a", infos, tensors.items(), {"ss_x": "1", "note": "2", **EMPTY_HASHES}
+    )
     with safe_open(tmp_path / "a", framework="pt") as file:
         metadata = file.metadata()
     hashed = addnet_hashes(save(tensors, training_metadata(metadata)))
-    assert {name: metadata[name] for name in HASHES} == hashed
+    assert {name: metadata[name] for name in EMPTY_HASHES} == hashed
     assert all(torch.equal(t, tensors[n]) for n, t in load_file(tmp_path / "a").items())
 
 

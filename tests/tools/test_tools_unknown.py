@@ -92,7 +92,7 @@ def test_a_layer_of_two_algorithms_is_damaged(other, tmp_path, capsys):
     }
     save_file({**load_file(path), **more}, path)
     assert run("inspect", path) == 1
-    assert "does not belong there" in capsys.readouterr().out
+    assert "does not belong to the algorithm" in capsys.readouterr().out
     assert run("resize", path, tmp_path / "out.safetensors", "--rank", 2) == 2
     assert not (tmp_path / "out.safetensors").exists()
 

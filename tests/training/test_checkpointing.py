@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.checkpointing import LiveBytes
 from common.errors import ModelError
-from lora_algos.attach import adaptable_layers, attach
+from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
+from lora_algos.targets import adaptable_layers
 from models.blocks import find_blocks
 from training import gradient_checkpointing
 from training.config import TrainConfig

@@ -175,7 +175,7 @@ def test_a_lora_that_does_not_fit_lists_names_and_shapes(options, run_here, tmp_
 
 def test_targets_that_match_nothing_end_the_run(options, run_here, tmp_path, capsys):
     assert run_here([*options, "--adapter.targets", "atention", "conv_in"]) == 2
-    assert "atention: matches no layer; near it: attention" in capsys.readouterr().err
+    assert "atention: matches no layer; did you mean attention" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_loaded_is_a_users_error(options, run_here, tmp_path, capsys):

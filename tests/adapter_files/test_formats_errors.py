@@ -1,4 +1,4 @@
-"""A broken adapter file is refused with all its faults by layer, before the model is touched."""
+"""A broken adapter file is an error that lists all problems by layer, before the model is changed."""
 
 import copy
 import math
@@ -8,12 +8,17 @@ import torch
 from helpers.adapter_cases import every_spec, model_of, randomized
 from torch import Tensor, nn
 
-from adapter_files import convert, files
+from adapter_files import FORMATS, convert, files, verification
+from adapter_files.reader import import_layers
+from adapter_files.spellings import LayerSpellings
+from adapter_files.verification import MAX_ERROR, verify_content
 from common.errors import AdapterError
-from lora_algos.attach import AdaptedModel, attach, attach_from_file
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach, attach_from_file
 from lora_algos.config import AdapterOptions, LayerSpec
+from lora_algos.detection import layer_delta
 
-NAMES = files.Names()
+NAMES = LayerSpellings()
 
 
 def model() -> nn.ModuleDict:
@@ -43,10 +48,10 @@ BAD: dict[str, tuple[dict[str, Tensor], list[str]]] = {
     "alpha of NaN": (lora("linear", alpha=torch.tensor(math.nan)), ["alpha: not finite"]),
     "infinite alpha": (lora("linear", alpha=torch.tensor(math.inf)), ["alpha: not finite"]),
     "rank 0": (lora("linear", rank=0), ["lora_up.weight is (12, 0): empty", "lora_down.weight is (0, 8): empty"]),
-    "a number for a factor": ({**lora("linear"), "linear.lora_up.weight": torch.ones(())}, ["is (): no matrix"]),
-    "a vector for a factor": ({**lora("linear"), "linear.lora_down.weight": torch.ones(16)}, ["(16,): no matrix"]),
-    "a vector for a LoKr": ({"linear.lokr_w1": torch.ones(2), "linear.lokr_w2": torch.ones(6, 4)}, ["no matrix"]),
-    "a vector for an OFT": ({"linear.oft_blocks": torch.ones(12)}, ["oft_blocks is (12,): no matrix"]),
+    "a number for a factor": ({**lora("linear"), "linear.lora_up.weight": torch.ones(())}, ["is (): not a matrix"]),
+    "a vector for a factor": ({**lora("linear"), "linear.lora_down.weight": torch.ones(16)}, ["(16,): not a matrix"]),
+    "a vector for a LoKr": ({"linear.lokr_w1": torch.ones(2), "linear.lokr_w2": torch.ones(6, 4)}, ["not a matrix"]),
+    "a vector for an OFT": ({"linear.oft_blocks": torch.ones(12)}, ["oft_blocks is (12,): not a matrix"]),
     "a LoRA on a norm": (lora("norm"), ["norm: ", "normalization"]),
     "a bias that is not there": (lora("plain", diff_b=torch.ones(12)), ["plain: diff_b: the layer has no bias"]),
     "a norm's bias that is not there": (
@@ -61,7 +66,7 @@ BAD: dict[str, tuple[dict[str, Tensor], list[str]]] = {
     ),
     "two magnitudes": (
         lora("linear", dora_scale=torch.ones(12, 1), lora_magnitude_vector=torch.ones(12)),
-        ["two magnitudes"],
+        ["dora_scale and lora_magnitude_vector: two forms of the same tensor"],
     ),
     "a core alone": ({"conv.lora_mid.weight": torch.ones(2, 2, 3, 3)}, ["lora_down.weight is missing"]),
     "a magnitude alone": ({"linear.dora_scale": torch.ones(12, 1)}, ["lora_down.weight is missing"]),
@@ -84,7 +89,7 @@ def test_a_broken_file_is_refused_with_all_its_faults(case):
     there = model()
     kinds = [type(module) for module in there.modules()]
     with pytest.raises(AdapterError) as caught:
-        attach_from_file(there, *files.from_file(tensors, {}, there, NAMES))
+        attach_from_file(there, *import_layers(tensors, {}, there, NAMES))
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
     assert [type(module) for module in there.modules()] == kinds
 
@@ -97,12 +102,12 @@ def test_a_broken_file_is_refused_with_all_its_faults(case):
 )
 def test_a_tensor_alone_is_a_fault_of_its_layer(name, config):
     there = model()
-    layers, unknown = files.from_file({f"linear.{name}": torch.ones(2, 2)}, config, there, NAMES)
+    layers, unknown = import_layers({f"linear.{name}": torch.ones(2, 2)}, config, there, NAMES)
     with pytest.raises(AdapterError, match="linear: "):
         attach_from_file(there, layers, unknown)
 
 
-@pytest.mark.parametrize("file_format", files.WRITERS)
+@pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("alphas", [(0.0, 3.0), (3.0, 0.0), (0.0, 0.0)])
 @torch.no_grad()
 def test_an_alpha_of_0_is_no_update_in_every_format(file_format, alphas):
@@ -111,29 +116,27 @@ def test_an_alpha_of_0_is_no_update_in_every_format(file_format, alphas):
         for name, alpha in zip(("linear", "plain"), alphas, strict=True)
     }
     there = model()
-    layers, unknown = files.from_file(
+    layers, unknown = import_layers(
         {**tensors, **lora("linear"), **lora("plain")}, {}, there, NAMES
     )
     assert not unknown
-    names = files.Names({name: name for name in there})
-    content = files.to_file(layers, there, names, file_format, torch.float32)
+    names = LayerSpellings({name: name for name in there})
+    content = files.file_content(layers, there, names, file_format, torch.float32)
     assert all(tensor.isfinite().all() for tensor in content.tensors.values())
-    assert files.verify(content, layers, there, names) <= files.MOST_ERROR
-    deltas = [
-        convert.delta_of(layers[name], there[name].weight).norm() for name in ("linear", "plain")
-    ]
+    assert verify_content(content, layers, there, names) <= MAX_ERROR
+    deltas = [layer_delta(layers[name], there[name].weight).norm() for name in ("linear", "plain")]
     assert [bool(delta) for delta in deltas] == [bool(alpha) for alpha in alphas]
 
 
 @pytest.mark.parametrize("key", ["linear.lora_up.weight", "linear.diff_b"])
 def test_what_is_not_finite_is_the_worst_error_there_is(monkeypatch, key):
-    layers, unknown = files.from_file(lora("linear", diff_b=torch.ones(12)), {}, model(), NAMES)
+    layers, unknown = import_layers(lora("linear", diff_b=torch.ones(12)), {}, model(), NAMES)
     assert not unknown
-    content = files.to_file(layers, model(), NAMES, "kohya", torch.float32)
+    content = files.file_content(layers, model(), NAMES, "kohya", torch.float32)
     spoilt = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in layers.items()}
     spoilt["linear"][key.removeprefix("linear.")][0] = math.nan
-    monkeypatch.setattr(files, "from_file", lambda *arguments: (spoilt, []))
-    assert files.verify(content, layers, model(), NAMES) == math.inf
+    monkeypatch.setattr(verification, "import_layers", lambda *arguments: (spoilt, []))
+    assert verify_content(content, layers, model(), NAMES) == math.inf
 
 
 @pytest.mark.parametrize("value", [math.nan, 3e38])
@@ -148,9 +151,9 @@ def test_an_update_that_is_not_finite_cannot_be_decomposed(value):
 
 
 def written_and_verified(adapted: AdaptedModel) -> None:
-    layers = files.layers_of_adapted(adapted)
-    content = files.to_file(layers, adapted.model, NAMES, "kohya", torch.float32)
-    files.verify(content, layers, adapted.model, NAMES)
+    layers = files.adapter_layers(adapted)
+    content = files.file_content(layers, adapted.model, NAMES, "kohya", torch.float32)
+    verify_content(content, layers, adapted.model, NAMES)
 
 
 def test_what_has_diverged_is_not_written_and_the_layer_is_named():
@@ -174,13 +177,13 @@ def test_a_tucker_loha_is_a_lora_too(spec):
     for kind in ("Linear", "Conv2d", "Conv3d"):
         there, _ = model_of(kind)
         adapted = randomized(attach(there, {"layer": spec}, seed=0))
-        layers = files.layers_of_adapted(adapted)
+        layers = files.adapter_layers(adapted)
         weight = there["layer"].base_layer.weight.detach()
-        exact = convert.lora_exact(layers["layer"], weight.shape)
+        exact = convert.exact_lora(layers["layer"], weight.shape)
         assert {*exact} == {"lora_up.weight", "lora_down.weight", "alpha"}
-        delta = convert.delta_of(layers["layer"], weight)
+        delta = layer_delta(layers["layer"], weight)
         torch.testing.assert_close(
-            convert.delta_of(exact, weight), delta, rtol=0, atol=2e-6 * float(delta.norm())
+            layer_delta(exact, weight), delta, rtol=0, atol=2e-6 * float(delta.norm())
         )
 
 
@@ -188,10 +191,10 @@ def test_while_the_update_is_merged_the_base_is_still_the_base():
     there, _ = model_of("Linear")
     before = there["layer"].weight.detach().clone()
     adapted = randomized(attach(there, {"layer": LayerSpec(3, algorithm="DoRA")}, seed=0))
-    layers, names = files.layers_of_adapted(adapted), files.Names({"layer": "layer"})
-    expected = files.to_file(layers, there, names, "kohya", torch.float32).tensors
+    layers, names = files.adapter_layers(adapted), LayerSpellings({"layer": "layer"})
+    expected = files.file_content(layers, there, names, "kohya", torch.float32).tensors
     adapted.merge()
-    assert files.weights_of(there)["layer"].equal(before)
-    content = files.to_file(layers, there, names, "kohya", torch.float32)
+    assert files.base_weights(there)["layer"].equal(before)
+    content = files.file_content(layers, there, names, "kohya", torch.float32)
     assert all(tensor.equal(expected[key]) for key, tensor in content.tensors.items())
-    assert files.verify(content, layers, there, names) <= files.MOST_ERROR
+    assert verify_content(content, layers, there, names) <= MAX_ERROR

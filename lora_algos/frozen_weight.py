@@ -1,0 +1,34 @@
+"""The only reader of an adapted layer's frozen weight.
+
+A weight may be stored in another form than passes compute with, such as float8. All other code
+reads its numbers through this file. So a new form of storage, such as a quantized one, is added
+here alone. Shapes and dtypes may be read from the layer directly.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def stored_weight(layer: Any) -> Tensor:
+    """Return a layer's weight in its stored form, which a backward pass saves without a copy."""
+    return layer.weight
+
+
+def weight_values(stored: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the numbers of a stored weight: in `dtype`, or in the stored dtype if None.
+
+    Returns the stored tensor itself if no conversion is needed."""
+    return stored if dtype is None else stored.to(dtype)
+
+
+def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the numbers of a layer's weight, as `weight_values` does."""
+    return weight_values(stored_weight(layer), dtype)
+
+
+@torch.no_grad()
+def write_frozen_weight(layer: Any, values: Tensor) -> None:
+    """Replace the numbers of a layer's weight, rounded once to the stored dtype."""
+    layer.weight.copy_(values)
