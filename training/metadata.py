@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -49,29 +50,36 @@ def bucket_info(dataset: LatentDataset) -> list[dict[str, object]]:
     for bucket in dataset.buckets:
         first_row = bucket[0].first
         height, width = dataset.size(first_row)
-        count = sum(segment.visits for segment in bucket)
-        entry = {"resolution": [width, height], "count": count}
+        visits = [segment.visits for segment in bucket]
+        entry = {
+            "resolution": [width, height],
+            "count": sum(visits),
+        }
         entries.append(entry)
     return entries
 
 
 def tag_counts(dataset: LatentDataset) -> dict[str, int]:
     """Count the comma-separated tags of all captions."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for caption in dataset.first_captions():
-        tags = [tag.strip() for tag in caption.split(",")]
-        for tag in filter(None, tags):
-            counts[tag] = counts.get(tag, 0) + 1
-    return counts
+        for padded_tag in caption.split(","):
+            tag = padded_tag.strip()
+            if tag:
+                counts[tag] += 1
+    return dict(counts)
 
 
 def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, str]:
     """Return kohya's keys and those of modelspec, from which programs show what a file was trained
     on."""
     config, dataset = components.config, components.datasets.train
-    folder = Path(next(iter(config.data.all_sources())).path).name
+    first_source = next(iter(config.data.all_sources()))
+    folder = Path(first_source.path).name
     side = config.data.resolution
     started_at = datetime.fromtimestamp(facts.started_at, UTC)
+    image_counts = {"n_repeats": 1, "img_count": len(dataset)}
+    buckets = dict(enumerate(bucket_info(dataset)))
     values: dict[str, object] = {
         "ss_output_name": facts.name,
         "ss_sd_model_name": Path(config.model.path or "").name,
@@ -88,9 +96,9 @@ def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, s
         "ss_gradient_checkpointing": config.gradient_checkpointing,
         "ss_num_train_images": dataset.epoch_size,
         "ss_resolution": f"({side}, {side})",
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(dataset)}}),
+        "ss_dataset_dirs": json.dumps({folder: image_counts}),
         "ss_tag_frequency": json.dumps({folder: tag_counts(dataset)}),
-        "ss_bucket_info": json.dumps({"buckets": dict(enumerate(bucket_info(dataset)))}),
+        "ss_bucket_info": json.dumps({"buckets": buckets}),
         "ss_training_started_at": facts.started_at,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": facts.name,
@@ -108,13 +116,15 @@ def trainer_metadata(components: RunComponents, facts: ExportFacts) -> dict[str,
     config = components.config
     base_files = components.family.identity_files("denoiser")
     packages = dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer].package])
+    versions = {name: version(name) for name in packages}
+    cache_dir = Path(config.data.cache_dir)
     return {
         TOTAL_STEPS: str(facts.total_steps),
         "train_lora.weights": facts.weights,
         "train_lora.config": to_yaml(config),
-        "train_lora.base_model_hash": hash_of_files(base_files, Path(config.data.cache_dir)),
+        "train_lora.base_model_hash": hash_of_files(base_files, cache_dir),
         "train_lora.dataset_hash": components.datasets.train.content_hash,
-        "train_lora.versions": json.dumps({name: version(name) for name in packages}),
+        "train_lora.versions": json.dumps(versions),
     }
 
 

@@ -60,7 +60,8 @@ def learning_rate_lines(config: TrainConfig, total_batch_size: int) -> list[str]
 
 def optimizer_lines(config: TrainConfig) -> list[str]:
     """Return lines about an optimizer that is not one of the node's, and about an EMA."""
-    name, lines = config.optimizer, []
+    name = config.optimizer
+    lines = []
     entry = OTHER_OPTIMIZERS.get(name)
     if entry is not None:
         arguments = "".join(f", {pair}" for pair in config.optim.args)
@@ -97,12 +98,16 @@ def adapter_lines(components: RunComponents) -> list[str]:
     """Return a line for each adapter setting, with its number of layers."""
     layers = components.adapted.layers()
     counts = Counter(layer.describe() for layer in layers.values())
-    return [f"adapter     {count} layers: {description}" for description, count in counts.items()]
+    lines = []
+    for description, count in counts.items():
+        lines.append(f"adapter     {count} layers: {description}")
+    return lines
 
 
 def parameter_line(components: RunComponents) -> str:
     adapted = components.adapted
-    num_trained = sum(parameter.numel() for parameter in adapted.named_parameters().values())
+    trained = adapted.named_parameters().values()
+    num_trained = sum(parameter.numel() for parameter in trained)
     num_parameters = sum(parameter.numel() for parameter in adapted.model.parameters())
     percent = 100 * num_trained / num_parameters
     return f"trainable   {num_trained:,} of {num_parameters:,} parameters = {percent:.2f} %"
@@ -112,17 +117,20 @@ def step_lines(
     components: RunComponents, micro_batches_per_step: int, num_processes: int
 ) -> list[str]:
     """Return lines about samples per step and epochs."""
-    config, dataset = components.config, components.datasets.train
+    config = components.config
+    grad_accumulation_steps = micro_batches_per_step // num_processes
     total_batch_size = config.batch_size * micro_batches_per_step
-    num_samples, epoch_size = config.steps * total_batch_size, dataset.epoch_size
+    num_samples = config.steps * total_batch_size
+    epoch_size = components.datasets.train.epoch_size
+    num_epochs = num_samples / epoch_size
     return [
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
-        f"{micro_batches_per_step // num_processes} x {num_processes} = {total_batch_size} samples per step",
+        f"{grad_accumulation_steps} x {num_processes} = {total_batch_size} samples per step",
         *process_lines(micro_batches_per_step),
         *learning_rate_lines(config, total_batch_size),
         *optimizer_lines(config),
         f"run         {config.steps} steps x {total_batch_size} = {num_samples} samples = {num_samples} / "
-        f"{epoch_size} = {num_samples / epoch_size:.1f} epochs",
+        f"{epoch_size} = {num_epochs:.1f} epochs",
     ]
 
 
@@ -131,7 +139,9 @@ def model_lines(
 ) -> list[str]:
     """Return lines about the base model, the objective and the data."""
     config, datasets = components.config, components.datasets
-    num_validation = len(datasets.validation) if datasets.validation else 0
+    num_validation = 0
+    if datasets.validation is not None:
+        num_validation = len(datasets.validation)
     dtype = str(loss_function.dtype).removeprefix("torch.")
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",

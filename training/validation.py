@@ -55,7 +55,12 @@ def comparison_key(dataset: LatentDataset, config: TrainConfig) -> str:
     if config.ema.decay:
         weights = config.ema.evaluate_with
     noise_levels = str(config.validation.noise_levels)
-    number = random_key("validation", dataset.content_hash, noise_levels, weights)
+    number = random_key(
+        "validation",
+        dataset.content_hash,
+        noise_levels,
+        weights,
+    )
     return f"{number:x}"
 
 
@@ -67,7 +72,8 @@ def validation_chunks(dataset: LatentDataset, num_levels: int, batch_size: int) 
     for bucket in dataset.buckets:
         first_row = bucket[0].first
         num_rows = sum(segment.count for segment in bucket)
-        num_elements = math.prod(dataset.latent_shape(first_row))
+        latent_shape = dataset.latent_shape(first_row)
+        num_elements = math.prod(latent_shape)
         largest_size = min(MAX_SAMPLES, MAX_ELEMENTS // num_elements)
         size = max(batch_size, largest_size)
         num_pairs = num_rows * num_levels
@@ -88,7 +94,8 @@ def chunk_batch(
         level_index, offset = divmod(pair, chunk.num_rows)
         level_indices.append(level_index)
         rows.append(chunk.first_row + offset)
-    quantile = torch.tensor(noise_levels)[level_indices]
+    all_levels = torch.tensor(noise_levels)
+    quantile = all_levels[level_indices]
     seeds = [random_key("validation", row) for row in rows]
     batch = make_batch(
         dataset,
@@ -114,10 +121,12 @@ def validate(
 
     Collective: all processes take the same number of chunks, because a sharded denoiser needs all of them. Reads the
     device once."""
-    noise_levels, device = config.validation.noise_levels, accelerator.device
-    sums = torch.zeros(len(noise_levels), device=device)
+    noise_levels = config.validation.noise_levels
+    num_levels = len(noise_levels)
+    device = accelerator.device
+    sums = torch.zeros(num_levels, device=device)
     non_finite = torch.zeros(len(dataset), device=device)
-    chunks = validation_chunks(dataset, len(noise_levels), config.batch_size)
+    chunks = validation_chunks(dataset, num_levels, config.batch_size)
     denoiser.eval()
     for first in range(0, len(chunks), accelerator.num_processes):
         if must_stop():
@@ -135,11 +144,12 @@ def validate(
             sums.index_add_(0, level_index, losses)
             non_finite.index_add_(0, row_index, is_non_finite.to(non_finite.dtype))
     denoiser.train()
-    totals = accelerator.reduce(torch.cat([sums, non_finite]), "sum").tolist()
-    means = [total / len(dataset) for total in totals[: len(noise_levels)]]
+    local_totals = torch.cat([sums, non_finite])
+    totals = accelerator.reduce(local_totals, "sum").tolist()
+    means = [total / len(dataset) for total in totals[:num_levels]]
     all_losses = {"loss": sum(means) / len(means)}
     for level, mean in zip(noise_levels, means, strict=True):
         all_losses[f"quantile_{level:g}"] = mean
-    counts = totals[len(noise_levels) :]
+    counts = totals[num_levels:]
     non_finite_rows = [row for row, count in enumerate(counts) if count]
     return ValidationResult(all_losses, non_finite_rows)

@@ -4,6 +4,7 @@ Like the autoencoders of real models, they have seen more than the denoisers dra
 styles are not among the random ones except by chance.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from restyle import Color, blueprint, over_white, screen_print
 from torch import Tensor
 
 BATCH_SIZE = 8
-PEAK_RATE = 1.5e-3
+PEAK_RATE, FINETUNING_RATE = 1.5e-3, 6e-4
 MIN_RATE = 1e-6
 KL_WEIGHT = 2e-4
 PRINTED_SHARE, DRAWN_SHARE = 0.35, 0.25
@@ -56,6 +57,11 @@ def autoencoder_images(emoji: list[Emoji]) -> Tensor:
     return torch.stack([to_tensor(image) for image in images])
 
 
+def all_emoji(modules: Path) -> list[Emoji]:
+    """Return the emoji of all categories, in both designs."""
+    return [*read_emoji(modules, "google", None), *read_emoji(modules, "twitter", None)]
+
+
 def luminance(color: Color) -> float:
     red, green, blue = color
     return 0.3 * red + 0.59 * green + 0.11 * blue
@@ -65,8 +71,43 @@ def train_autoencoder(
     autoencoder: AutoencoderKL, pixels: Tensor, steps: int, state_file: Path
 ) -> None:
     """Train an autoencoder in place: L1 + L2 + L1 of the gradients, and a small KL term."""
-    autoencoder.to(memory_format=torch.channels_last)
-    parameters = list(autoencoder.parameters())
+
+    def loss(batch: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = autoencoder.encode(batch).latent_dist
+        decoded = autoencoder.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        error = decoding_error(decoded, batch)
+        return error + KL_WEIGHT * kl, error
+
+    minimize(loss, list(autoencoder.parameters()), pixels, steps, PEAK_RATE, state_file)
+
+
+def finetune_decoder(
+    autoencoder: AutoencoderKL, pixels: Tensor, steps: int, state_file: Path
+) -> None:
+    """Train the decoder in place. Latents do not change, so denoisers stay valid."""
+
+    def loss(batch: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            latents = autoencoder.encode(batch).latent_dist.sample()
+        error = decoding_error(autoencoder.decode(latents).sample, batch)
+        return error, error
+
+    parameters = [*autoencoder.post_quant_conv.parameters(), *autoencoder.decoder.parameters()]
+    minimize(loss, parameters, pixels, steps, FINETUNING_RATE, state_file)
+
+
+def minimize(
+    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
+    parameters: list[Tensor],
+    pixels: Tensor,
+    steps: int,
+    peak_rate: float,
+    state_file: Path,
+) -> None:
+    """Minimize a loss of images; the moving average of the parameters is the result.
+
+    `loss`: returns the loss of a batch, and the number to log."""
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     average = MovingAverage(parameters, decay=0.998)
     log = TrainingLog("autoencoder", steps)
@@ -75,17 +116,19 @@ def train_autoencoder(
         batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,))]
         is_flipped = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
         batch = torch.where(is_flipped, batch.flip(3), batch)
-        posterior = autoencoder.encode(batch).latent_dist
-        decoded = autoencoder.decode(posterior.sample()).sample
-        error = decoded - batch
-        reconstruction = error.abs().mean() + error.square().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = reconstruction + 0.5 * gradient_error(decoded, batch) + KL_WEIGHT * kl
-        take_step(loss, optimizer, max(MIN_RATE, PEAK_RATE * cosine(step, steps, warmup=200)))
+        batch_loss, logged = loss(batch)
+        rate = max(MIN_RATE, peak_rate * cosine(step, steps, warmup=200))
+        take_step(batch_loss, optimizer, rate)
         average.update(step)
-        log.add(step, reconstruction)
+        log.add(step, logged)
         saved.save(step + 1)
     average.copy_to_parameters()
+
+
+def decoding_error(decoded: Tensor, target: Tensor) -> Tensor:
+    """Return L1 + L2 of the pixels, and half the L1 of their gradients."""
+    error = decoded - target
+    return error.abs().mean() + error.square().mean() + 0.5 * gradient_error(decoded, target)
 
 
 def gradient_error(decoded: Tensor, target: Tensor) -> Tensor:
@@ -140,12 +183,11 @@ def load_or_train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
     folder = work / "autoencoder"
     if not folder.exists():
         modules = work / "node_modules"
-        all_emoji = [*read_emoji(modules, "google", None), *read_emoji(modules, "twitter", None)]
         autoencoder = build_autoencoder()
         count = sum(parameter.numel() for parameter in autoencoder.parameters())
         print(f"autoencoder: {count:,} parameters", flush=True)
         train_autoencoder(
-            autoencoder, autoencoder_images(all_emoji), steps, work / "autoencoder.pt"
+            autoencoder, autoencoder_images(all_emoji(modules)), steps, work / "autoencoder.pt"
         )
         ratio = psnr(autoencoder, load_pixels(read_emoji(modules, "google")))
         print(f"autoencoder: PSNR {ratio:.2f} dB", flush=True)

@@ -16,7 +16,8 @@ GAP, LABEL_WIDTH, CAPTION_HEIGHT, FONT_SIZE = 8, 72, 44, 13
 
 def to_image(pixels: Tensor) -> Image.Image:
     """Convert pixels (3, H, W) in [-1, 1] to an image."""
-    levels = 127.5 * (pixels.clamp(-1, 1) + 1)
+    clamped = pixels.clamp(-1, 1)
+    levels = 127.5 * (clamped + 1)
     rounded = levels.round().to(torch.uint8)
     channels_last = rounded.permute(1, 2, 0)
     array = channels_last.numpy()
@@ -32,33 +33,42 @@ def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:
     zoom = max(1, math.ceil(MIN_SIDE / width))
     width *= zoom
     height *= zoom
-    grid_width = LABEL_WIDTH + len(captions) * (width + GAP)
-    grid_height = GAP + len(rows) * (height + GAP) + CAPTION_HEIGHT
+    column_width = width + GAP
+    row_height = height + GAP
+    grid_width = LABEL_WIDTH + len(captions) * column_width
+    grid_height = GAP + len(rows) * row_height + CAPTION_HEIGHT
     grid = Image.new("RGB", (grid_width, grid_height), "white")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=FONT_SIZE)
-    lefts = range(LABEL_WIDTH, grid_width, width + GAP)
+    lefts = range(LABEL_WIDTH, grid_width, column_width)
     top = GAP
     for label, images in rows.items():
         label_position = (GAP, top + height // 2)
         draw.text(label_position, label, fill="black", font=font, anchor="lm")
         for left, array in zip(lefts, images, strict=True):
-            grid.paste(enlarged(array, (width, height)), (left, top))
-        top += height + GAP
+            image = enlarged(array, (width, height))
+            grid.paste(image, (left, top))
+        top += row_height
     for left, caption in zip(lefts, captions, strict=True):
         text = wrapped_text(caption, width, font)
         draw.multiline_text((left, top), text, fill="black", font=font)
+    return png_bytes(grid)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return an image as the content of a PNG file."""
     buffer = io.BytesIO()
-    grid.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def enlarged(array: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Return an array (H, W, 3) in [0, 1] as an image of `size`."""
     levels = 255 * array
-    rounded = levels.round().astype(np.uint8)
-    image = Image.fromarray(rounded)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    rounded = levels.round()
+    image = Image.fromarray(rounded.astype(np.uint8))
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    return resized
 
 
 def wrapped_text(text: str, width: int, font: Any, max_lines: int = 2) -> str:
@@ -76,7 +86,8 @@ def wrapped_text(text: str, width: int, font: Any, max_lines: int = 2) -> str:
     if len(lines) > max_lines:
         lines = lines[:max_lines]
         lines[-1] += "..."
-    return "\n".join(shortened_line(line, width, font) for line in lines)
+    short_lines = [shortened_line(line, width, font) for line in lines]
+    return "\n".join(short_lines)
 
 
 def shortened_line(line: str, width: int, font: Any) -> str:
