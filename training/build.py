@@ -122,7 +122,9 @@ def build_engine(accelerator: Accelerator, components: RunComponents) -> Engine:
     denoiser = adapted.model
     optimizer = build_optimizer(adapted, config)
     if is_sharded(accelerator):
-        shard_base(accelerator, components.family, denoiser, adapted)
+        plugin = accelerator.state.fsdp_plugin
+        assert plugin is not None
+        shard_base(plugin, accelerator.device, components.family, adapted)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         from training.distributed.deepspeed import ZeroEngine
 

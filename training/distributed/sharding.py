@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from common.errors import ConfigError
@@ -22,13 +23,15 @@ def needs_contiguous_weights(accelerator: Accelerator) -> bool:
 
 
 def shard_base(
-    accelerator: Accelerator, family: ModelFamily, denoiser: nn.Module, adapted: AdaptedModel
+    plugin: FullyShardedDataParallelPlugin,
+    device: torch.device,
+    family: ModelFamily,
+    adapted: AdaptedModel,
 ) -> None:
     """Shard the weights of the base model. Each process keeps whole adapters, on its device."""
     from torch.distributed.fsdp import fully_shard
 
-    plugin = accelerator.state.fsdp_plugin
-    assert plugin is not None
+    denoiser = adapted.model
     adapter_parameters = set(adapted.all_parameters().values())
     options: dict[str, Any] = {"ignored_params": adapter_parameters}
     if plugin.cpu_offload:
@@ -38,7 +41,7 @@ def shard_base(
     # the remaining weights are needed at both ends of a step
     fully_shard(denoiser, reshard_after_forward=False, **options)
     for parameter in adapter_parameters:
-        parameter.data = parameter.data.to(accelerator.device)
+        parameter.data = parameter.data.to(device)
 
 
 def blocks_to_shard(
