@@ -383,7 +383,7 @@ def test_tokens_are_counted_without_the_encoder(monkeypatch):
 
 
 def test_the_page_shows_commands_that_run(tmp_path, run_here, capsys, monkeypatch):
-    section = PAGE.split("## Look before you train")[1].split("\n## ")[0]
+    section = PAGE.split("## Check your data before you train")[1].split("\n## ")[0]
     commands, shown = re.search(r"```bash\n(.*?)```\n\n```\n(.*?)```", section, re.S).groups()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(PROJECT / "recipes")

@@ -1,4 +1,4 @@
-"""docs/tools.md: each of its commands runs, and prints a table like the one on the page."""
+"""The commands on docs/formats.md run, and print tables like those on the page."""
 
 import re
 import shlex
@@ -11,8 +11,8 @@ from lora_algos.config import LayerSpec
 from lora_algos.targets import adaptable_layers
 from tools.options import OPTIONS
 
-PAGE = (PROJECT / "docs" / "tools.md").read_text(encoding="utf-8")
-SECTIONS = re.findall(r"^## (\w+)\n\n```bash\n(.*?)```\n\n```\n(.*?)```", PAGE, re.M | re.S)
+PAGE = (PROJECT / "docs" / "formats.md").read_text(encoding="utf-8")
+SECTIONS = re.findall(r"^### (\w+)\n\n```bash\n(.*?)```\n\n```\n(.*?)```", PAGE, re.M | re.S)
 
 
 def test_every_tool_is_on_the_page():
