@@ -22,7 +22,7 @@ def test_the_demo_learns(tmp_path):
     print(
         f"validation loss {validation[0]['loss']:.4f} -> {validation[-1]['loss']:.4f}: {100 * fall:.1f} % lower"
     )
-    assert fall >= 0.15
+    assert fall >= 0.6
     assert f"({-100 * fall:+.1f} %)" in result.stdout, "the number is printed"
     grid = np.asarray(Image.open(tmp_path / "preview.png"), dtype=float)
     assert np.abs(grid[8:136, 72:200] - grid[144:272, 72:200]).mean() > 5, "before and after differ"
@@ -39,7 +39,7 @@ def test_the_base_is_a_real_and_small_pipeline():
         for f in (PROJECT / "examples" / "emoji").rglob("*")
         if f.is_file() and "__pycache__" not in f.parts
     ]
-    assert sum(f.stat().st_size for f in files) <= 14_000_000
+    assert sum(f.stat().st_size for f in files) <= 28_000_000
 
 
 def test_latents_are_normalized_by_the_scaling_factor_alone():
@@ -56,12 +56,12 @@ def test_latents_are_normalized_by_the_scaling_factor_alone():
     assert error < 0.06, "the autoencoder shows what it is given"
 
 
-def test_the_demo_trains_and_validates_on_different_captioned_faces():
-    sets = {
-        name: {f.stem for f in (TWEMOJI / name).glob("*.png")} for name in ("train", "validation")
-    }
-    assert (len(sets["train"]), len(sets["validation"])) == (32, 8)
-    assert not sets["train"] & sets["validation"]
-    for name, stems in sets.items():
-        for stem in stems:
-            assert (TWEMOJI / name / f"{stem}.txt").read_text().strip().endswith(", face")
+@pytest.mark.parametrize("style", ["screen_print", "blueprint"])
+def test_a_style_trains_and_validates_on_different_captions(style):
+    folder = PROJECT / "examples" / "emoji" / style
+    captions = {}
+    for part, count in (("train", 160), ("validation", 12)):
+        names = {path.stem for path in (folder / part).glob("*.png")}
+        assert len(names) == count
+        captions[part] = {(folder / part / f"{name}.txt").read_text() for name in names}
+    assert not captions["train"] & captions["validation"]
