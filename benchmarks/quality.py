@@ -1,4 +1,4 @@
-"""Effect of options on the validation loss: `python benchmarks/quality.py [--groups density,EMA]
+"""Effect of options on the validation loss: `python benchmarks/quality.py [--groups loss,EMA]
 [--seeds 3]`.
 
 The emoji demo is trained for the same number of steps with each choice of an option, over
@@ -29,6 +29,7 @@ STEPS = 150
 VALIDATE_EVERY = 25
 COMMON_OPTIONS = [
     "--no_preview",
+    "--ema.decay=0",
     "--checkpoint.every=0",
     "--checkpoint.every_minutes=0",
     "--tracking.log_every=1000",
@@ -54,7 +55,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "prediction (default)": (),
         "x0": ("--objective.loss_space=x0",),
     },
-    "density": {
+    "timestep sampling": {
         "uniform (default)": (),
         "logit-normal 0, 1": ("--objective.timestep_sampling=logit-normal",),
         "logit-normal 0.5, 1": (
