@@ -142,7 +142,7 @@ def weight_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 def portable(tensors: LayerTensors) -> LayerTensors:
     """Return the same rotation without a constraint, which is common to all blocks."""
     blocks = constrain(tensors[BLOCKS], constraint_of(tensors))
-    return {**tensors, BLOCKS: blocks, ALPHA: torch.tensor(0.0)}
+    return {**tensors, BLOCKS: blocks, ALPHA: torch.tensor(0.0, dtype=torch.float64)}
 
 
 def constraint_of(tensors: LayerTensors) -> float:

@@ -184,7 +184,7 @@ class Validate:
         if self.state.step == 0:
             raise TrainingDiverged(
                 f"{message}\n  Nothing was trained yet: latents or conditioning of these images are not finite, or "
-                " the model overflows. Remove the images, or try --training_dtype fp32"
+                "the model overflows. Remove the images, or try --training_dtype fp32"
             )
         self.services.reporter.say(message)
 

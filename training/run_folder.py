@@ -113,7 +113,8 @@ def locked_folder(
     locks a note is printed instead. A folder in which nothing was written is removed."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
+    # a soft lock would outlive a killed run
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)
     try:
         acquire(lock, folder, wait_seconds, say)
         check_output_dir(config)

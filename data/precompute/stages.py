@@ -147,6 +147,8 @@ class Stages:
                 content = read_json(path)
                 if content is not None:
                     return content
+            if not self.folder.is_dir():
+                raise RuntimeError(f"{self.folder} was removed, so process {index} is not running")
             has_waited_long = time.monotonic() - started > FAST_POLL_TIME
             time.sleep(SLOW_POLL_SECONDS if has_waited_long else FAST_POLL_SECONDS)
 

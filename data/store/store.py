@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from common.atomic import (
+    WriteError,
     flush_file,
     publish_folder,
     remove_old,
@@ -218,9 +219,9 @@ class ShardBuffer:
             dataset.save_to_disk(str(partial_path), num_shards=1)
             write_check(partial_path)
             publish_folder(partial_path, shard)
-        except OSError as error:
+        except (OSError, WriteError) as error:
             shutil.rmtree(partial_path, ignore_errors=True)
-            message = f"--data.cache_dir: {shard} could not be written: {error}"
+            message = f"{shard} could not be written: {error}"
             raise DataError(message) from error
 
 

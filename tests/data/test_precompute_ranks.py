@@ -169,6 +169,23 @@ def test_a_rank_that_fails_fails_all(tmp_path, monkeypatch, error, expected):
     assert [str(result) for result in results] == expected[:3]
 
 
+def test_a_rank_does_not_wait_in_a_folder_that_was_removed(tmp_path, monkeypatch):
+    """An orphan of a killed run would otherwise wait forever."""
+    monkeypatch.setattr(
+        "data.precompute.stages.broadcast_object_list", lambda token: token.__setitem__(0, "same")
+    )
+
+    def work(stages: Stages) -> object:
+        stages.run_on_all(lambda: None)
+        if stages.process.is_main:
+            shutil.rmtree(stages.folder)
+            return None
+        return stages.run_on_main(lambda: None)
+
+    _, error = in_threads(tmp_path, 2, work)
+    assert "was removed, so process 0 is not running" in str(error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ranks, monkeypatch):

@@ -13,6 +13,7 @@ from helpers.data_cases import SINGLE_PROCESS, data_config, source_config
 from helpers.project import BASE
 from PIL import Image
 
+from common.atomic import WriteError
 from common.errors import DataError
 from common.hashing import file_hashes
 from data.config import DataConfig
@@ -113,6 +114,16 @@ def test_a_part_that_was_being_written_is_not_seen(tmp_path, monkeypatch):
         Store(tmp_path).write(rows())
     (tmp_path / ".shard-broken").mkdir()
     assert sorted(Store(tmp_path).keys.tolist()) == sorted(k(str(i)) for i in range(4))
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise WriteError(args[0], OSError("No space left on device"))
+
+    monkeypatch.setattr("data.store.store.write_file", full)
+    with pytest.raises(DataError, match="could not be written: No space left"):
+        Store(tmp_path / "store").write([(k("a"), {"x": torch.zeros(2)})])
+    assert not list((tmp_path / "store").iterdir())
 
 
 def test_a_damaged_part_is_found_and_a_copied_one_is_not_taken_for_damaged(tmp_path):

@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(small, tmp_path):
         result = launched("ddp", processes, runs_file(tmp_path, [*elastic, f"--steps={steps}"]))
         assert result.returncode == 0, result.stderr
         assert f"{said} samples per step" in result.stdout
-    assert "as in the steps before, 4 micro-batches per step" in result.stdout
+    assert "the earlier steps had 4 micro-batches per step" in result.stdout
     one, two = (load_file(tmp_path / name / "lora.safetensors") for name in ("straight", "out"))
     assert all(two[name].allclose(one[name], rtol=1e-5, atol=1e-7) for name in one)
     refused = launched("ddp", 3, runs_file(tmp_path, [*elastic, "--steps=13"]))
