@@ -143,7 +143,8 @@ MODEL_PATTERNS = (
     ("Stable Diffusion 3", r"joint_blocks|joint_attn"),
     (
         "Stable Diffusion XL",
-        r"(attentions|blocks)[._]\d+[._](\d+[._])?transformer_blocks[._][2-9]|add_embedding|label_emb|lora_te2_",
+        r"(attentions|blocks)[._]\d+[._](\d+[._])?transformer_blocks[._][2-9]"
+        r"|add_embedding|label_emb|lora_te2_",
     ),
     ("a multimodal transformer (SD3, FLUX, Qwen-Image)", r"add_q_proj|img_mlp|txt_mlp"),
     ("Wan", r"blocks[._]\d+[._](self_attn|cross_attn)|condition_embedder"),

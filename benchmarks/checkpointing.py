@@ -83,7 +83,8 @@ def select(unet: Any, variant: str) -> int:
     if variant in (NONE, DIFFUSERS):
         return 0
     depth, policy = variant.split(" ")
-    return len(gradient_checkpointing.apply(unet, find_blocks(unet, int(depth)), policy))  # type: ignore[arg-type]
+    blocks = find_blocks(unet, int(depth))
+    return len(gradient_checkpointing.apply(unet, blocks, policy))  # type: ignore[arg-type]
 
 
 def embedded_unet() -> nn.Module:

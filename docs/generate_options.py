@@ -32,8 +32,9 @@ adapter:
     - {pattern: "conv_out", algorithm: Full}
 ```
 
-The command line overrides the recipe, and the recipe overrides the defaults. Choices ignore upper and lower case.
-Turn switches on with `--export.merged_model` and off with `--export.no_merged_model`; `true` and `false` work too.
+The command line overrides the recipe, and the recipe overrides the defaults. Choices ignore upper and
+lower case. Turn switches on with `--export.merged_model` and off with `--export.no_merged_model`; `true`
+and `false` work too.
 """
 BOUNDS = {
     "minimum": "from",
@@ -64,7 +65,8 @@ def options_page() -> str:
 
 
 def add_missing_help(definitions: Field) -> None:
-    """Add the help that pydantic does not find: it reads the docstrings of a class's own fields only."""
+    """Add the help that pydantic does not find: it reads the docstrings of a class's own fields
+    only."""
     inherited = TypeAdapter(AdapterOptions).json_schema()["properties"]
     for name, field in definitions["AdapterConfig"]["properties"].items():
         field.setdefault("description", inherited.get(name, {}).get("description", ""))

@@ -10,8 +10,8 @@ matrices, because ||W||^2 is known. The backward pass needs the input and the ou
 gives the gradient of m.
 
 Other programs write the magnitude as `dora_scale` (out, 1...). ComfyUI and Forge divide by ||W||
-where DoRA divides by ||V||. So a file that is written for them has the magnitude divided by ||V|| / ||W||.
-Its metadata says so, and reading it multiplies by the quotient again.
+where DoRA divides by ||V||. So a file that is written for them has the magnitude divided by ||V|| /
+||W||. Its metadata says so, and reading it multiplies by the quotient again.
 """
 
 from collections.abc import Callable, Iterable

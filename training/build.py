@@ -90,8 +90,8 @@ def attach_adapters(
         previous_steps = 0
     if names.text_encoders and not any(name in names.text_encoders for name in adapted.layers()):
         raise AdapterError(
-            "--model.train_text_encoder: no layer of a text encoder is adapted. The file of --existing_lora has none, "
-            "or no pattern of --adapter.targets matches one"
+            "--model.train_text_encoder: no layer of a text encoder is adapted. The file of "
+            "--existing_lora has none, or no pattern of --adapter.targets matches one"
         )
     for name in family.idle_layers(denoiser):
         denoiser.get_submodule(name).requires_grad_(False)

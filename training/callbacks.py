@@ -183,8 +183,9 @@ class Validate:
         message = f"the validation loss at step {self.state.step} is not finite for {shown_names}"
         if self.state.step == 0:
             raise TrainingDiverged(
-                f"{message}\n  Nothing was trained yet: latents or conditioning of these images are not finite, or "
-                "the model overflows. Remove the images, or try --training_dtype fp32"
+                f"{message}\n  Nothing was trained yet: latents or conditioning of these images "
+                "are not finite, or the model overflows. Remove the images, or try "
+                "--training_dtype fp32"
             )
         self.services.reporter.say(message)
 

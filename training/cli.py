@@ -32,8 +32,8 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     """Return the config of `[recipe.yaml] [--option value ...]`. `argv`: None means the command
     line.
 
-    Raises ConfigError naming all errors. tyro ends the program with exit code 2 for wrong names and types on the
-    command line."""
+    Raises ConfigError naming all errors. tyro ends the program with exit code 2 for wrong names and
+    types on the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     config = parse_options(list(arguments), lambda config: config, PROGRAM)
     config = validate_options(asdict(config), source="the command line", prefix="--")
@@ -46,8 +46,8 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
 def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], program: str) -> Parsed:
     """Parse options after an optional recipe. `make`: builds the object to fill from the defaults.
 
-    Without a recipe, a model and data, the demo's recipe is used. `--help`, and tyro's messages about mistakes, then
-    still show the options' own defaults."""
+    Without a recipe, a model and data, the demo's recipe is used. `--help`, and tyro's messages
+    about mistakes, then still show the options' own defaults."""
     recipe: Path | None = None
     options = argv
     if argv and not argv[0].startswith("-"):
@@ -78,8 +78,9 @@ def read_recipe(path: Path) -> TrainConfig:
     if not path.is_file():
         recipes = ", ".join(sorted(file.name for file in DEMO_RECIPE.parent.glob("*.yaml")))
         raise ConfigError(
-            f"{path} is not a file; expected a recipe (a YAML file, such as recipes/{DEMO_RECIPE.name}) or a command. "
-            f"The recipes are {recipes}. The commands are {', '.join(COMMAND_NAMES)}"
+            f"{path} is not a file; expected a recipe (a YAML file, such as "
+            f"recipes/{DEMO_RECIPE.name}) or a command. The recipes are {recipes}. The commands "
+            f"are {', '.join(COMMAND_NAMES)}"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -171,7 +172,8 @@ def input_errors(config: TrainConfig) -> list[str]:
     errors += source_errors(data)
     if data.validation_path is not None and data.validation_fraction:
         errors.append(
-            "--data.validation_fraction: cannot be used together with --data.validation_path. Choose one"
+            "--data.validation_fraction: cannot be used together with --data.validation_path. "
+            "Choose one"
         )
     errors += folder_errors("data.cache_dir", data.cache_dir)
     return errors
@@ -230,8 +232,9 @@ def list_option_errors(arguments: list[str]) -> list[str]:
         for name in list_options:
             if argument.startswith("--") and f"{option}.".startswith(f"{name}."):
                 errors.append(
-                    f"--{name}: is a list of sections, which only a recipe can contain (docs/options.md). "
-                    "Write a recipe and name it first: train_lora.py recipe.yaml"
+                    f"--{name}: is a list of sections, which only a recipe can contain "
+                    "(docs/options.md). Write a recipe and name it first: train_lora.py "
+                    "recipe.yaml"
                 )
     return list(dict.fromkeys(errors))
 

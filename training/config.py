@@ -63,8 +63,8 @@ class OptimConfig:
     betas: (
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
     ) = None
-    """Decay rates of the running averages of the gradient and of its square. None: the optimizer's own default (0.9
-    0.999 for AdamW)."""
+    """Decay rates of the running averages of the gradient and of its square. None: the optimizer's
+    own default (0.9 0.999 for AdamW)."""
     eps: Annotated[float, Field(gt=0)] | None = None
     """Term added to the denominator. None: the optimizer's own default (1e-8 for AdamW, Adam and
     RMSprop)."""
@@ -79,11 +79,12 @@ class OptimConfig:
     """Peak learning rate of the text encoders, with model.train_text_encoder. None: learning_rate.
     """
     scale_lr: Literal["none", "linear", "sqrt"] = "none"
-    """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x processes), or by the
-    square root of this number."""
+    """Multiply learning_rate by the samples per step (batch_size x grad_accumulation_steps x
+    processes), or by the square root of this number."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """Action on a NaN or infinite loss or gradient. stop: end the run at the next log and name the samples; nothing of
-    the step is saved. skip: leave the weights as they are in this step and continue."""
+    """Action on a NaN or infinite loss or gradient. stop: end the run at the next log and name the
+    samples; nothing of the step is saved. skip: leave the weights as they are in this step and
+    continue."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 10
     """With on_non_finite skip: end the run after this many skipped steps."""
 
@@ -95,11 +96,11 @@ class EmaConfig:
     __pydantic_config__ = STRICT
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the EMA, for example 0.999. The first steps use (1 + step) / (10 + step) where that is smaller. 0: no
-    EMA."""
+    """Decay of the EMA, for example 0.999. The first steps use (1 + step) / (10 + step) where that
+    is smaller. 0: no EMA."""
     evaluate_with: Annotated[Literal["ema", "raw"], CHANGEABLE] = "ema"
-    """Weights that validation, samples and the exported adapter use, if there is an EMA: the EMA or the trained
-    weights. The others are exported too, as <name>.raw or <name>.ema."""
+    """Weights that validation, samples and the exported adapter use, if there is an EMA: the EMA or
+    the trained weights. The others are exported too, as <name>.raw or <name>.ema."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ class CheckpointConfig:
     every: Annotated[int, Field(ge=0)] = 100
     """Save every so many steps into output_dir/checkpoints. 0: only after the last step."""
     every_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Save also when this many minutes have passed since the last checkpoint. 0: off. To save at once, create a file
-    named `save` in output_dir."""
+    """Save also when this many minutes have passed since the last checkpoint. 0: off. To save at
+    once, create a file named `save` in output_dir."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Number of checkpoints to keep, the newest ones."""
     keep_best: bool = False
@@ -167,11 +168,12 @@ class DistributedConfig:
     __pydantic_config__ = STRICT
 
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
-    """Time that a process waits for the others in a collective before the run ends. Encoding and saving do not
-    count."""
+    """Time that a process waits for the others in a collective before the run ends. Encoding and
+    saving do not count."""
     rank_check_every: Annotated[int, Field(ge=0)] = 100
-    """Compare checksums of the adapters of all processes every so many steps and at the end, without waiting for them.
-    0: never. The gradients of the first two steps are always compared (not with DeepSpeed, which shards them).
+    """Compare checksums of the adapters of all processes every so many steps and at the end,
+    without waiting for them. 0: never. The gradients of the first two steps are always compared
+    (not with DeepSpeed, which shards them).
     """
 
 
@@ -189,8 +191,8 @@ class TrackingConfig:
     """Read the losses from the device, check that they are finite and report them every so many
     steps."""
     log_samples: bool = False
-    """Write output_dir/samples/rank_<n>.jsonl: step, sample index, dataset row, noise quantile and a hash of the noise
-    of every training sample. For comparing runs."""
+    """Write output_dir/samples/rank_<n>.jsonl: step, sample index, dataset row, noise quantile and
+    a hash of the noise of every training sample. For comparing runs."""
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,15 @@ class ExportConfig:
     """Weights to export: those after the last step, or those with the lowest validation loss (which
     are then kept)."""
     formats: tuple[FormatName, ...] = ()
-    """File formats, one or several. None given: the one that most programs load for this model. kohya: ComfyUI, A1111,
-    Forge and, for LoRA, diffusers. comfyui: the names of ComfyUI's trainer. diffusers: load_lora_weights, for LoRA and
-    DoRA. peft: a folder <name>.peft for PeftModel, with one algorithm among LoRA, DoRA, LoHa and LoKr.
+    """File formats, one or several. None given: the one that most programs load for this model.
+    kohya: ComfyUI, A1111, Forge and, for LoRA, diffusers. comfyui: the names of ComfyUI's trainer.
+    diffusers: load_lora_weights, for LoRA and DoRA. peft: a folder <name>.peft for PeftModel, with
+    one algorithm among LoRA, DoRA, LoHa and LoKr.
     """
     convert: Literal["none", "lora-exact", "lora-svd", "full"] = "none"
-    """Write the update as another algorithm. lora-exact: LoHa and LoKr as the same function in a larger LoRA. lora-svd:
-    any algorithm as the nearest LoRA of rank svd_rank. full: any algorithm as whole matrices (.diff).
+    """Write the update as another algorithm. lora-exact: LoHa and LoKr as the same function in a
+    larger LoRA. lora-svd: any algorithm as the nearest LoRA of rank svd_rank. full: any algorithm
+    as whole matrices (.diff).
     """
     svd_rank: Annotated[int, Field(ge=1)] = 16
     """Rank for lora-svd."""
@@ -249,8 +253,9 @@ class TrainConfig:
     """Seed of the adapter's initial weights, the order of the images, their noise and their noise
     levels."""
     training_dtype: Literal["bf16", "fp32", "none"] = "bf16"
-    """bf16: base weights in bf16, and bf16 autocast. fp32: everything in fp32. none: the dtype in which the base model
-    is stored, without autocast (fp16 weights become fp32, because fp16 training would overflow)."""
+    """bf16: base weights in bf16, and bf16 autocast. fp32: everything in fp32. none: the dtype in
+    which the base model is stored, without autocast (fp16 weights become fp32, because fp16
+    training would overflow)."""
     lora_dtype: Annotated[Literal["bf16", "fp32"], CHANGEABLE] = "bf16"
     """dtype of the adapter file. The trained weights and the optimizer state are always fp32."""
     algorithm: AlgorithmName = "LoRA"
@@ -263,25 +268,28 @@ class TrainConfig:
     """Recompute the activations of each block in the backward pass: slower, but needs far less
     memory."""
     checkpoint_depth: Annotated[int, Field(ge=1, le=5), CHANGEABLE] = 1
-    """Blocks that gradient_checkpointing recomputes. 1: the top-level blocks of the model. 2: the blocks inside these,
-    and so on. Where a branch ends earlier, its deepest blocks are recomputed."""
+    """Blocks that gradient_checkpointing recomputes. 1: the top-level blocks of the model. 2: the
+    blocks inside these, and so on. Where a branch ends earlier, its deepest blocks are recomputed."""
     checkpoint_policy: Annotated[Literal["full", "keep-attention-output"], CHANGEABLE] = "full"
-    """full: recompute everything in a block. keep-attention-output: keep the output of scaled dot product attention,
-    which saves time for long sequences at little memory. The math backend of attention does not support it.
+    """full: recompute everything in a block. keep-attention-output: keep the output of scaled dot
+    product attention, which saves time for long sequences at little memory. The math backend of
+    attention does not support it.
     """
     bucket_mode: bool = True
-    """Keep the aspect ratio of the images: each is scaled and cropped to the nearest of a set of sizes with one area.
-    Off: all images are cropped to squares."""
+    """Keep the aspect ratio of the images: each is scaled and cropped to the nearest of a set of
+    sizes with one area. Off: all images are cropped to squares."""
     existing_lora: str | None = None
-    """An adapter to continue, with the algorithm, rank and alpha of each layer: a file of this trainer, ComfyUI, kohya,
-    LyCORIS or diffusers, or a PEFT folder. Its steps are added to the step count."""
+    """An adapter to continue, with the algorithm, rank and alpha of each layer: a file of this
+    trainer, ComfyUI, kohya, LyCORIS or diffusers, or a PEFT folder. Its steps are added to the step
+    count."""
     preview: Annotated[bool, CHANGEABLE] = True
     """Draw sample images before and after training and write them to preview.png."""
     output_dir: Annotated[str, CHANGEABLE] = "output/run"
     """Folder of everything that the run writes."""
     resume: Annotated[Literal["auto", "never"], CHANGEABLE] = "auto"
-    """auto: resume from the newest valid checkpoint in output_dir, if there is one, with any number of processes. The
-    samples per step stay the same if grad_accumulation_steps does. never: raise an error if there is a checkpoint.
+    """auto: resume from the newest valid checkpoint in output_dir, if there is one, with any number
+    of processes. The samples per step stay the same if grad_accumulation_steps does. never: raise
+    an error if there is a checkpoint.
     """
     overwrite: bool = False
     """Replace a different run in output_dir, and delete its checkpoints."""

@@ -219,8 +219,8 @@ def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:
         error = verify_content(exact_content, layers, adapted.model, names)
         if not error <= MAX_ERROR:
             raise AdapterError(
-                f"--export.formats {file_format}: the file changes the weights by {error:.1e} relative to the trained "
-                "update, so it was not kept. Report this with the config"
+                f"--export.formats {file_format}: the file changes the weights by {error:.1e} "
+                "relative to the trained update, so it was not kept. Report this with the config"
             )
         content = files.file_content(
             layers, adapted.model, names, file_format, DTYPES[config.lora_dtype]

@@ -69,8 +69,8 @@ class LossFunction:
     def _delta(self, noised: NoisedBatch) -> Tensor:
         """Return (B,) deltas of the loss at each sample's noise level.
 
-        The schedules are those of kohya's scripts (library/train_util.py, get_huber_threshold_if_needed), for all noise
-        processes."""
+        The schedules are those of kohya's scripts (library/train_util.py,
+        get_huber_threshold_if_needed), for all noise processes."""
         options, levels = self.objective.options, noised.levels
         if options.huber_schedule == "exponential":
             return options.huber_delta ** self.objective.process.relative_timestep(levels)

@@ -183,8 +183,8 @@ def launched_rank() -> int:
 def print_error(message: str, is_first: bool = False) -> None:
     """Print an error.
 
-    Most errors occur in all processes, and one of them should report: other processes than rank 0 wait, so that the
-    launcher ends them first. `is_first`: no other process reports."""
+    Most errors occur in all processes, and one of them should report: other processes than rank 0
+    wait, so that the launcher ends them first. `is_first`: no other process reports."""
     rank = launched_rank()
     if rank and not is_first:
         time.sleep(1)

@@ -47,7 +47,8 @@ def check_output_dir(config: TrainConfig) -> None:
     has_checkpoints = any((folder / CHECKPOINTS).glob("step_*"))
     if config.resume == "never" and has_checkpoints and not is_restart(folder):
         raise ConfigError(
-            f"--output_dir {folder}: holds checkpoints, which --resume never would lose. {NEW_FOLDER_HINT}"
+            f"--output_dir {folder}: holds checkpoints, which --resume never would lose. "
+            f"{NEW_FOLDER_HINT}"
         )
     try:
         saved_config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -89,8 +89,8 @@ def process_lines(micro_batches_per_step: int) -> list[str]:
             divisors.append(str(number))
     *first, last = divisors
     return [
-        f"processes   {', '.join(first)} or {last} can resume this run with the same command: they share its "
-        f"{micro_batches_per_step} micro-batches per step"
+        f"processes   {', '.join(first)} or {last} can resume this run with the same command: they "
+        f"share its {micro_batches_per_step} micro-batches per step"
     ]
 
 
@@ -129,8 +129,8 @@ def step_lines(
         *process_lines(micro_batches_per_step),
         *learning_rate_lines(config, total_batch_size),
         *optimizer_lines(config),
-        f"run         {config.steps} steps x {total_batch_size} = {num_samples} samples = {num_samples} / "
-        f"{epoch_size} = {num_epochs:.1f} epochs",
+        f"run         {config.steps} steps x {total_batch_size} = {num_samples} samples = "
+        f"{num_samples} / {epoch_size} = {num_epochs:.1f} epochs",
     ]
 
 
@@ -146,8 +146,8 @@ def model_lines(
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",
-        f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded now: "
-        f"{datasets.encoded_images} images, {datasets.encoded_captions} captions",
+        f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded "
+        f"now: {datasets.encoded_images} images, {datasets.encoded_captions} captions",
         *bucket_lines(datasets.train, config.batch_size),
     ]
 
@@ -164,7 +164,8 @@ def end_lines(components: RunComponents) -> list[str]:
     if components.previous_steps:
         total_steps = components.previous_steps + config.steps
         lines.append(
-            f"continued   {components.previous_steps} earlier + {config.steps} = {total_steps} steps in total"
+            f"continued   {components.previous_steps} earlier + {config.steps} = {total_steps} "
+            "steps in total"
         )
     return [*lines, f"output      {config.output_dir}"]
 

@@ -119,8 +119,8 @@ def validate(
     """Return the losses of all held-out images, or None on all processes if `must_stop` returned
     true.
 
-    Collective: all processes take the same number of chunks, because a sharded denoiser needs all of them. Reads the
-    device once."""
+    Collective: all processes take the same number of chunks, because a sharded denoiser needs all
+    of them. Reads the device once."""
     noise_levels = config.validation.noise_levels
     num_levels = len(noise_levels)
     device = accelerator.device

@@ -1,7 +1,8 @@
-"""The autoencoder of the two base models, trained on all emoji and on prints of them in random colors.
+"""The autoencoder of the two base models, trained on all emoji and on prints of them in random
+colors.
 
-Like the autoencoders of real models, they have seen more than the denoisers draw. The inks and colors of the demos'
-styles are not among the random ones except by chance.
+Like the autoencoders of real models, they have seen more than the denoisers draw. The inks and
+colors of the demos' styles are not among the random ones except by chance.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Draws the picture of a demo in the README: captions of the validation images, before and after training.
+"""Draws the picture of a demo in the README: captions of the validation images, before and after.
 
-accelerate launch train_lora.py
-python examples/emoji/draw_demo.py --base examples/emoji/base --style screen_print --run output/demo --out demo.png
+    python examples/emoji/draw_demo.py --base examples/emoji/base --style screen_print \\
+        --run output/demo --out demo.png
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Emoji images and captions from the npm packages emoji-datasource-google and emoji-datasource-twitter."""
+"""Emoji images and captions from the npm packages emoji-datasource-google and
+emoji-datasource-twitter."""
 
 import json
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class Emoji:
 def read_emoji(
     node_modules: Path, vendor: str, categories: tuple[str, ...] | None = CATEGORIES
 ) -> list[Emoji]:
-    """Return the emoji of `vendor` ("google" or "twitter") in Unicode order. `categories`: None means all."""
+    """Return the emoji of `vendor` ("google" or "twitter") in Unicode order. `categories`: None
+    means all."""
     package = node_modules / f"emoji-datasource-{vendor}"
     entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
     entries.sort(key=lambda entry: entry["sort_order"])

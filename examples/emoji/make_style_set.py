@@ -1,4 +1,5 @@
-"""Writes the images of the two demos: Noto emoji in two print styles, with the base models' captions.
+"""Writes the images of the two demos: Noto emoji in two print styles, with the base models'
+captions.
 
     npm install --prefix WORK emoji-datasource-google
     python examples/emoji/make_style_set.py --work WORK

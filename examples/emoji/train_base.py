@@ -1,12 +1,14 @@
-"""Trains the first embedded base model: a tiny but real Stable Diffusion pipeline that draws Noto emoji.
+"""Trains the first embedded base model: a tiny but real Stable Diffusion pipeline that draws Noto
+emoji.
 
 Run once on a CPU; its result is committed as `examples/emoji/base`:
 
     npm install --prefix WORK emoji-datasource-google emoji-datasource-twitter
     python examples/emoji/train_base.py --work WORK
 
-First it trains the autoencoder, which it keeps in WORK for the other base model. Then it trains the tokenizer (a
-byte-pair encoding of the captions), and text encoder and UNet together, on the Noto images of three categories.
+First it trains the autoencoder, which it keeps in WORK for the other base model. Then it trains the
+tokenizer (a byte-pair encoding of the captions), and text encoder and UNet together, on the Noto
+images of three categories.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Trains the second embedded base model: a tiny Z-Image pipeline (flow matching) that draws Noto emoji.
+"""Trains the second embedded base model: a tiny Z-Image pipeline (flow matching) that draws Noto
+emoji.
 
-Run once on a CPU; its result is committed as `examples/emoji/flow_base`. It needs the autoencoder that train_base.py
-leaves in WORK, and trains it if there is none:
+Run once on a CPU; its result is committed as `examples/emoji/flow_base`. It needs the autoencoder
+that train_base.py leaves in WORK, and trains it if there is none:
 
     npm install --prefix WORK emoji-datasource-google emoji-datasource-twitter
     python examples/emoji/train_flow_base.py --work WORK
@@ -36,7 +37,8 @@ BATCH_SIZE, PEAK_RATE = 32, 1.5e-3
 NUM_TIMESTEPS = 1000
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 """The part of Qwen3's template that a single message uses."""

@@ -12,6 +12,8 @@ from models.layer_names.unet import UNetNames
 
 
 class StableDiffusion(UNetFamily):
+    """Stable Diffusion 1.x and 2.x."""
+
     name = "sd15"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
     unused_components = ("safety_checker", "feature_extractor", "image_encoder")

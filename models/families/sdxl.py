@@ -54,6 +54,8 @@ class SizedLayout(PooledLayout):
 
 
 class StableDiffusionXL(UNetFamily):
+    """Stable Diffusion XL and its descendants."""
+
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -151,7 +151,7 @@ def test_only_a_familys_own_file_names_it(file):
 
 def test_every_algorithm_is_one_file_under_its_name():
     for name, module in ALGORITHMS.items():
-        assert get_algorithm(name).algorithm == name
+        assert get_algorithm(name).name == name
         assert (PROJECT / f"{module.replace('.', '/')}.py").is_file()
 
 

@@ -174,8 +174,9 @@ class RunCheckpoints:
                 pass
             if time.monotonic() > deadline:
                 raise DistributedError(
-                    f"{self.folder} is not the same folder on all nodes: rank {self.services.process.index} does not "
-                    f"see the checkpoint of step {step} as the main process does. Use an --output_dir on a shared disk"
+                    f"{self.folder} is not the same folder on all nodes: rank "
+                    f"{self.services.process.index} does not see the checkpoint of step {step} as "
+                    "the main process does. Use an --output_dir on a shared disk"
                 )
             time.sleep(0.5)
 
@@ -185,8 +186,8 @@ class RunCheckpoints:
         say = self.services.reporter.say
         if checkpoint.step > self.config.steps:
             raise ConfigError(
-                f"--steps {self.config.steps}: the run in {self.services.folder} is already at step {checkpoint.step}. "
-                "Use a larger number"
+                f"--steps {self.config.steps}: the run in {self.services.folder} is already at "
+                f"step {checkpoint.step}. Use a larger number"
             )
         for note in schedule_notes(saved, self.config):
             say(note)
@@ -202,7 +203,8 @@ class RunCheckpoints:
         dataset = self.components.datasets.validation
         if dataset is not None and history.start_series(comparison_key(dataset, self.config)):
             say(
-                "note: the validation images or options have changed, so a new series of validation losses begins"
+                "note: the validation images or options have changed, so a new series of "
+                "validation losses begins"
             )
         state = TrainState(
             checkpoint.step,
@@ -229,7 +231,8 @@ class RunCheckpoints:
             return configured
         self.services.reporter.say(
             f"the earlier steps had {per_step} micro-batches per step, and so have the next ones: "
-            f"grad_accumulation_steps is {per_step} / {num_processes} processes = {per_step // num_processes}"
+            f"grad_accumulation_steps is {per_step} / {num_processes} processes = "
+            f"{per_step // num_processes}"
         )
         return per_step
 
@@ -250,7 +253,10 @@ class RunCheckpoints:
                 f"{saved.micro_batches_per_step} there, {micro_batches_per_step} here"
             )
         if differences:
-            heading = f"the checkpoint of step {checkpoint.step} in {self.services.folder} belongs to a different run"
+            heading = (
+                f"the checkpoint of step {checkpoint.step} in {self.services.folder} belongs to a "
+                "different run"
+            )
             raise CheckpointError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
 
     def _restore_best(self, state: TrainState, checkpoint: Checkpoint, saved: SavedState) -> None:
@@ -265,9 +271,9 @@ class RunCheckpoints:
         kept_step = state.best.step if state.best else None
         if step != kept_step:
             raise ConfigError(
-                f"--checkpoint.keep_best, --export.weights best: the weights of step {step}, which has the lowest "
-                f"validation loss so far, were not kept in {self.services.folder}. Leave both options out, or use "
-                "--overwrite to start again there"
+                f"--checkpoint.keep_best, --export.weights best: the weights of step {step}, which "
+                f"has the lowest validation loss so far, were not kept in {self.services.folder}. "
+                "Leave both options out, or use --overwrite to start again there"
             )
 
 
@@ -277,6 +283,6 @@ def schedule_notes(saved: SavedState, config: TrainConfig) -> list[str]:
     if saved.steps == config.steps or scheduler == "constant":
         return []
     return [
-        f"note: --steps was {saved.steps} and is {config.steps}: the {scheduler} learning rate is that of "
-        f"{config.steps} steps from here on"
+        f"note: --steps was {saved.steps} and is {config.steps}: the {scheduler} learning rate is "
+        f"that of {config.steps} steps from here on"
     ]

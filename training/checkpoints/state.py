@@ -64,8 +64,8 @@ def to_files(
 ) -> dict[str, bytes]:
     """Return the files of a checkpoint. `weights`: file name -> tensors; empty ones are left out.
 
-    Each weights file is an adapter file that `existing_lora` and the tools read: it has the alphas, and tensors that
-    are not averaged are taken from ADAPTER_FILE."""
+    Each weights file is an adapter file that `existing_lora` and the tools read: it has the alphas,
+    and tensors that are not averaged are taken from ADAPTER_FILE."""
     common_tensors = {**alphas, **weights[ADAPTER_FILE]}
     previous_steps = state.identity["steps of the existing LoRA"]
     files = {}
@@ -94,8 +94,8 @@ def state_of(checkpoint: Checkpoint) -> SavedState:
         return SavedState(**json.loads(checkpoint.files[STATE_FILE]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} was written by another version of this program ({error}). "
-            "Resume with that version, or use --overwrite to start again"
+            f"the checkpoint of step {checkpoint.step} was written by another version of this "
+            f"program ({error}). Resume with that version, or use --overwrite to start again"
         ) from error
 
 

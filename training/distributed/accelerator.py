@@ -58,15 +58,16 @@ def check_accelerator(accelerator: Accelerator) -> None:
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != num_launched:
         raise ConfigError(
-            f"{num_launched} processes were launched, but Accelerate connected {accelerator.num_processes}: each would "
-            "train on its own. Without GPUs, set ACCELERATE_USE_CPU=true"
+            f"{num_launched} processes were launched, but Accelerate connected "
+            f"{accelerator.num_processes}: each would train on its own. Without GPUs, set "
+            "ACCELERATE_USE_CPU=true"
         )
     engine = accelerator.distributed_type.value
     for name in ("FSDP", "DEEPSPEED"):
         if is_enabled(f"ACCELERATE_USE_{name}") and engine != name:
             raise ConfigError(
-                f"accelerate was launched with {name}, but Accelerate uses {engine} instead, as it does without GPUs. "
-                "Use accelerate_configs/ddp.yaml"
+                f"accelerate was launched with {name}, but Accelerate uses {engine} instead, as it "
+                "does without GPUs. Use accelerate_configs/ddp.yaml"
             )
 
 
@@ -98,8 +99,8 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
         and environment("TORCHELASTIC_USE_AGENT_STORE") == "True"
     ):
         errors.append(
-            "max_restarts. Also set --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without them "
-            "restarted processes wait for processes that have ended"
+            "max_restarts. Also set --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
+            "without them restarted processes wait for processes that have ended"
         )
     engines = [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
     if config.model.train_text_encoder and engines:
@@ -134,7 +135,7 @@ def zero_errors(config: TrainConfig) -> list[str]:
     if not OPTIMIZERS[config.optimizer].is_elementwise:
         supported = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.is_elementwise)
         errors.append(
-            f"DeepSpeed, which does not support {config.optimizer}: it cannot update parts of flattened weights. Use "
-            f"ddp.yaml, or one of {supported}"
+            f"DeepSpeed, which does not support {config.optimizer}: it cannot update parts of "
+            f"flattened weights. Use ddp.yaml, or one of {supported}"
         )
     return errors

@@ -73,8 +73,8 @@ class RankCheck:
         self.local_checksums = {}
         if averaged.any() and local.eq(local[0]).all():
             raise DistributedError(
-                "all processes have the same gradients before they are averaged: they train on the same samples. "
-                "Report this with the config and the launch command"
+                "all processes have the same gradients before they are averaged: they train on "
+                "the same samples. Report this with the config and the launch command"
             )
 
     def start_comparison(self, step: int) -> None:

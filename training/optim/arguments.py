@@ -77,8 +77,8 @@ def combination_errors(config: TrainConfig) -> list[str]:
         )
     if entry.needs_single_lr and has_several_learning_rates(config):
         errors.append(
-            f"--adapter.loraplus_lr_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} has one "
-            "learning rate for all layers. Leave them out"
+            f"--adapter.loraplus_lr_ratio, lr_scale and --optim.text_encoder_learning_rate: {name} "
+            "has one learning rate for all layers. Leave them out"
         )
     return errors
 
@@ -130,8 +130,9 @@ def optimizer_class(name: str) -> Any:
         return getattr(import_module(entry.module), entry.class_name)
     except ImportError as error:
         raise ConfigError(
-            f"--optimizer {name}: the package {entry.package} cannot be imported ({error}). "
-            f"Run pip install {entry.package}, or in the project's folder pip install -e '.[{entry.extra}]'"
+            f"--optimizer {name}: the package {entry.package} cannot be imported ({error}). Run "
+            f"pip install {entry.package}, or in the project's folder pip install -e "
+            f"'.[{entry.extra}]'"
         ) from error
 
 

@@ -13,8 +13,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """torch's Muon (K. Jordan, 2024) for matrices, torch's AdamW for all other parameters, at one
     learning rate.
 
-    Muon makes the update of a matrix orthogonal. Convolution kernels, blocks of rotations and vectors are not matrices.
-    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate fits both.
+    Muon makes the update of a matrix orthogonal. Convolution kernels, blocks of rotations and
+    vectors are not matrices. Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982),
+    so that one learning rate fits both.
     """
 
     def __init__(

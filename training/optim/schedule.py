@@ -84,8 +84,8 @@ def scheduled_learning_rate(config: TrainConfig, step: int, micro_batches_per_st
 class SkipNonFinite:
     """Optimizer steps that change nothing if the gradient is not finite.
 
-    torch's fused optimizers read a flag on the device, as they do with a GradScaler. For other optimizers the gradient
-    norm is read from the device.
+    torch's fused optimizers read a flag on the device, as they do with a GradScaler. For other
+    optimizers the gradient norm is read from the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):

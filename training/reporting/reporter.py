@@ -67,8 +67,8 @@ def json_lines(rows: Iterable[dict[str, Any]]) -> str:
 class Reporter:
     """Reports one row of metrics per step, and messages. Writes on the main process only.
 
-    A tracker cannot delete rows, so rows that it received before a kill are not sent again. They are the same except
-    for times, and for means whose span was cut by a request to save.
+    A tracker cannot delete rows, so rows that it received before a kill are not sent again. They
+    are the same except for times, and for means whose span was cut by a request to save.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, tracker_id: str):
