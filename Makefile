@@ -1,5 +1,5 @@
-# make demo: train the embedded example. make test: run the test suite, but for the longest: make test-long. All set up
-# their environment first.
+# make demo: train the demo. make test: run the tests, except the longest, which make test-long runs. All of them create
+# the environment first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -1,6 +1,7 @@
 """Detection of the family of a model on disk."""
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,10 @@ from models.config import ModelConfig
 
 if TYPE_CHECKING:
     from models.base import ModelFamily
+
+
+ADAPTER_KEY = re.compile(r"[._](lora_|hada_|lokr_|oft_)|^lora_")
+"""Part of the keys of adapter files."""
 
 
 class Detection(NamedTuple):
@@ -92,6 +97,11 @@ def detect_by_tensors(file: Path) -> Detection:
     for name, family_class in family_classes().items():
         if family_class.matches_checkpoint(denoiser_shapes):
             return Detection(name, "its tensors have the names of this family")
+    if any(ADAPTER_KEY.search(key) for key in shapes):
+        raise ModelError(
+            f"--model.path {file}: is an adapter file; expected a base model. Name the adapter "
+            "with --existing_lora"
+        )
     first_name = min(denoiser_shapes, default="none")
     return Detection(None, f"its {len(shapes)} tensors are named like {first_name}")
 

@@ -75,8 +75,8 @@ class WritingOptions(Options):
         for name, input_path in inputs.items():
             if overlaps(Path(input_path), out):
                 return [
-                    f"OUT {out}: is {name}, inside it or around it, and would overwrite it. Choose "
-                    "another path"
+                    f"OUT {out}: would overwrite {name} {input_path}. Choose a path outside of it, "
+                    "and not a folder that contains it"
                 ]
         errors = []
         if marker_file is None and out.suffix != ".safetensors":

@@ -143,7 +143,7 @@ def write_adapter(out: Path, layers: LayerStream, target: Target) -> float:
         for layer, tensors in layers:
             spool.put(layer, portable(tensors))
         if not spool.layers:
-            raise ToolError("there is nothing to write: no layer changes")
+            raise ToolError("there is nothing to write, because the update of every layer is zero")
         weights = {layer: target.model.empty_weight(layer) for layer in spool.layers}
         plan = get_writer(target.file_format)(spool.layers, weights, target.model.names)
         plan.metadata = file_metadata(target, spool, plan)

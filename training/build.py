@@ -106,7 +106,10 @@ def attach_existing(
     path: str, family: ModelFamily, denoiser: nn.Module, names: LayerSpellings, plan: AdapterPlan
 ) -> tuple[AdaptedModel, int]:
     """Attach the adapters of a file; return them and the steps for which they were trained."""
-    tensors, metadata = files.read_adapter(path)
+    try:
+        tensors, metadata = files.read_adapter(path)
+    except AdapterError as error:
+        raise AdapterError(f"--existing_lora {path}: is not readable: {error}") from error
     layers, unknown = import_layers(tensors, metadata, denoiser, names)
     if any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors) and not names.text_encoders:
         unknown.insert(

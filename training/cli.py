@@ -26,6 +26,11 @@ COMMAND_NAMES = ("data", "export-dataset", "inspect", "convert", "merge", "resiz
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
 MAX_ERRORS = 100
+TYPE_MESSAGES = {
+    "tuple_type": "expected a list. Write [first, second]",
+    "dataclass_type": "expected a section. Write its options on indented lines below it",
+}
+"""Type of a pydantic error -> what to say instead of its message."""
 
 
 def load_config(argv: list[str] | None = None) -> TrainConfig:
@@ -73,6 +78,20 @@ def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], progra
     return parse_over(read_recipe(DEMO_RECIPE))
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """A safe loader that refuses an option that a recipe sets twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in keys:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: {key} is set twice. Delete one of the lines")
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> TrainConfig:
     """Return the config in a YAML file. `{project}` in a text is the folder of train_lora.py."""
     if not path.is_file():
@@ -83,7 +102,7 @@ def read_recipe(path: Path) -> TrainConfig:
             f"are {', '.join(COMMAND_NAMES)}"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     if not isinstance(values, dict):
@@ -109,12 +128,17 @@ def describe_option_error(entry: Any, prefix: str) -> str:
     name = ".".join(key for key in keys if not key.startswith(("function-", "constrained-")))
     flag = prefix + name
     if entry["type"] != "unexpected_keyword_argument":
-        reason = entry["msg"].removeprefix("Value error, ")
         value = as_typed(entry["input"])
-        return f"{flag} {value}: {lower_first(reason)}"
+        reason = TYPE_MESSAGES.get(entry["type"])
+        if reason is None:
+            reason = lower_first(entry["msg"].removeprefix("Value error, "))
+        return f"{flag} {value}: {reason}"
     similar_name = similar_option(name)
     if similar_name is None:
         return f"{flag}: no such option"
+    if similar_name == name:
+        section, _, key = name.rpartition(".")
+        return f"{flag}: dots are for the command line. Write `{section}:`, and `{key}:` below it"
     return f"{flag}: no such option; did you mean {similar_name}?"
 
 
@@ -148,12 +172,26 @@ def path_errors(config: TrainConfig) -> list[str]:
     """Return the errors in the paths of a config. No file is opened."""
     errors = input_errors(config)
     errors += folder_errors("output_dir", config.output_dir)
+    errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
     has_text_rate = config.optim.text_encoder_learning_rate is not None
     if has_text_rate and not config.model.train_text_encoder:
         errors.append(
             "--optim.text_encoder_learning_rate: has no effect without --model.train_text_encoder"
         )
+    return errors
+
+
+def output_dir_errors(data: DataConfig, path: str) -> list[str]:
+    """Return an error if a run would write its files into a folder of images."""
+    output_dir = Path(path).resolve()
+    errors = []
+    for flag, source in source_paths(data).items():
+        if source is not None and output_dir.is_relative_to(Path(source).resolve()):
+            errors.append(
+                f"--output_dir {path}: is in the folder of --{flag}, so its pictures would become "
+                "training images. Choose a folder outside of it"
+            )
     return errors
 
 
@@ -183,7 +221,7 @@ def missing_path_errors(flag: str, path: str | None) -> list[str]:
     """Return an error if a path is set and does not exist."""
     if path is None or Path(path).exists():
         return []
-    return [f"--{flag} {path}: does not exist"]
+    return [f"--{flag} {path}: does not exist. Check the path"]
 
 
 def folder_errors(flag: str, path: str) -> list[str]:
@@ -196,19 +234,23 @@ def folder_errors(flag: str, path: str) -> list[str]:
 
 def source_errors(data: DataConfig) -> list[str]:
     """Return the errors in the paths of the data."""
-    paths = {"data.path": data.path, "data.validation_path": data.validation_path}
-    paths |= {
-        f"data.sources.{index}.path": source.path for index, source in enumerate(data.sources)
-    }
     errors = []
-    for flag, path in paths.items():
+    for flag, path in source_paths(data).items():
         if path is not None and not Path(path).is_dir() and not is_hub_id(path):
-            errors.append(f"--{flag} {path}: is not a folder")
+            errors.append(f"--{flag} {path}: is not a folder. Check the path")
     if data.path is None and not data.sources:
         errors.append(
             "--data.path: no training images given. Name a folder of images with caption files"
         )
     return errors
+
+
+def source_paths(data: DataConfig) -> dict[str, str | None]:
+    """Return the path of each source of samples, by its option."""
+    paths = {"data.path": data.path, "data.validation_path": data.validation_path}
+    for index, source in enumerate(data.sources):
+        paths[f"data.sources.{index}.path"] = source.path
+    return paths
 
 
 def option_types(section: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

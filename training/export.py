@@ -29,6 +29,7 @@ from training.preview import Preview, PreviewRenderer, Weights
 from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_json, loss_png
 from training.reporting.trackers import log_images
+from training.run_folder import LOSS_CHART, LOSS_FILE, PREVIEW
 from training.services import RunServices
 from training.train_state import TrainState
 
@@ -168,15 +169,15 @@ class RunExport:
     def _write_losses(self) -> list[Path]:
         folder = self.services.folder
         history = self.state.history
-        json_path = folder / "loss.json"
+        json_path = folder / LOSS_FILE
         write_file(json_path, loss_json(history, self.total_steps))
-        png_path = folder / "loss.png"
+        png_path = folder / LOSS_CHART
         write_file(png_path, loss_png(history))
         return [json_path, png_path]
 
     def _write_preview(self, preview: Preview) -> Path:
         services = self.services
-        path = services.folder / "preview.png"
+        path = services.folder / PREVIEW
         grid = grid_png(preview.images, preview.prompts)
         write_file(path, grid)
         tracked_images = {}

@@ -25,6 +25,7 @@ LOCK_FILE = ".lock"
 LAUNCHER_FILE = ".launcher"
 """Identifies the launcher that started the run."""
 METRICS_FILE, TRACKER_FILE, SAMPLES_FOLDER = "metrics.jsonl", "tracker.json", "samples"
+LOSS_FILE, LOSS_CHART, PREVIEW = "loss.json", "loss.png", "preview.png"
 SAVE_FILE = "save"
 """A file with this name in output_dir requests a checkpoint."""
 NEW_FOLDER_HINT = "Choose another --output_dir, or use --overwrite to start again there"
@@ -113,7 +114,12 @@ def locked_folder(
     different run in it. The lock ends with the process, however it ends. On a file system without
     locks a note is printed instead. A folder in which nothing was written is removed."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder}: cannot be created: {error}. Choose another folder"
+        ) from error
     # a soft lock would outlive a killed run
     lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)
     try:
@@ -178,8 +184,10 @@ def write_launcher_id(folder: Path) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove the state of the run in `folder`. Exported files stay until they are replaced."""
+    """Remove the state and the pictures of the run in `folder`.
+
+    Exported adapters stay until they are replaced."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (CONFIG_FILE, METRICS_FILE, TRACKER_FILE):
+    for name in (CONFIG_FILE, METRICS_FILE, TRACKER_FILE, LOSS_FILE, LOSS_CHART, PREVIEW):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)

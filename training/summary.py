@@ -159,7 +159,8 @@ def end_lines(components: RunComponents) -> list[str]:
     if config.existing_lora is not None:
         num_layers = len(components.adapted.layers())
         lines.append(
-            f"existing    {config.existing_lora}: {num_layers} layers, every tensor matched"
+            f"existing    {config.existing_lora}: {num_layers} layers, every tensor matched; the "
+            "file decides the layers and their algorithm, rank and alpha, not the options"
         )
     if components.previous_steps:
         total_steps = components.previous_steps + config.steps

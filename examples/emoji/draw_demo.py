@@ -33,7 +33,7 @@ def main() -> None:
     folder = Path(__file__).parent / options.style / "validation"
     names = VALIDATION_NAMES[:NUM_SHOWN]
     captions = [(folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in names]
-    pipeline = DiffusionPipeline.from_pretrained(options.base, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(options.base, dtype=torch.float32)
     before = draw(pipeline, captions, options.guidance_scale)
     pipeline.load_lora_weights(str(options.run), weight_name="lora.safetensors")
     after = draw(pipeline, captions, options.guidance_scale)

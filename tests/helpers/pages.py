@@ -43,6 +43,7 @@ def commands(name: str) -> list[str]:
 def words_of(command: str) -> list[str]:
     """Split a command into words, with the embedded model and images for <model> and <folder>."""
     command = command.replace("<model>", str(BASE)).replace("<folder>", str(TWEMOJI / "train"))
+    command = command.replace("recipes/sdxl.yaml", "recipes/sd15.yaml")  # of the embedded model
     return shlex.split(command)
 
 

@@ -14,7 +14,7 @@ def at_step(step: int, rank: int, act) -> None:
     original = HandleRequests.after_step
 
     def answer(self):
-        if self.state.step == step and rank == RANK:
+        if self.trainer.state.step == step and rank == RANK:
             act()
         original(self)
 
@@ -45,9 +45,9 @@ def abandons() -> None:
     original, done = HandleRequests.after_step, set()
 
     def answer(self):
-        steps = [int(part) for part in self.services.folder.name.split("-")[1:]]
-        here = (self.services.folder.name, self.state.step)
-        if self.state.step in steps and here not in done:
+        steps = [int(part) for part in self.trainer.services.folder.name.split("-")[1:]]
+        here = (self.trainer.services.folder.name, self.trainer.state.step)
+        if self.trainer.state.step in steps and here not in done:
             done.add(here)
             raise Abandoned
         original(self)

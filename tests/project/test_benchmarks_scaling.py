@@ -54,7 +54,7 @@ def test_times_of_a_ring_equal_those_calculated_by_hand():
 
 
 def test_sizes_are_those_of_the_real_models_and_of_the_page():
-    page = (PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (PROJECT / "docs" / "measurements" / "scaling.md").read_text(encoding="utf-8")
     work = on_paper.measure_sizes("SDXL", on_paper.sdxl(), on_paper.UNET_ATTENTION)
     assert (work.base, work.blocks) == (2_567_463_684, 90)
     # rank x (inputs + outputs) of q, k, v and out: 70 blocks of self- and of cross-attention

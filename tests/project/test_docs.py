@@ -97,7 +97,9 @@ def test_launch_commands_run(name, command, workspace, cache_dir, run_here):
     else:
         assert run_here(arguments) == 0
     assert (workspace / "out" / "lora.safetensors").is_file()
-    assert (workspace / "out" / "lora.raw.safetensors").is_file() == ("--ema.decay" in words)
+    config = yaml.safe_load((workspace / "out" / "config.yaml").read_text())
+    has_ema = config["ema"]["decay"] > 0
+    assert (workspace / "out" / "lora.raw.safetensors").is_file() == has_ema
 
 
 @pytest.mark.parametrize("name", TOOL_PAGES)

@@ -142,7 +142,10 @@ BAD = {
         ["--algorithm=BOFT", "--adapter.stages=9"],
         ["conv_in", "stages 9", "at most"],
     ),
-    "an odd rank for orthogonal": (["--adapter.init=orthogonal", "--rank=3"], ["even rank, not 3"]),
+    "an odd rank for orthogonal": (
+        ["--adapter.init=orthogonal", "--rank=3"],
+        ["rank 3; expected an even rank"],
+    ),
 }
 
 

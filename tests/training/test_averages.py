@@ -224,13 +224,13 @@ def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
 NOT_THERE = {
     "patience": (
         "--validation.patience=2 --validation.every=2",
-        "--validation.patience: there are no validation images",
+        "--validation.patience: needs validation images",
     ),
     "best": (
         "--checkpoint.keep_best",
-        "--checkpoint.keep_best: there are no validation images. Set --data.validation_",
+        "--checkpoint.keep_best: needs validation images. Set --data.validation_",
     ),
-    "which": ("--export.weights=best", "--export.weights best: there are no validation images"),
+    "which": ("--export.weights=best", "--export.weights best: needs validation images"),
     "every": ("--validation.patience=2 --data.validation_fraction=0.5", "Set --validation.every"),
 }
 

@@ -275,7 +275,8 @@ def test_whole_numbers_stay_whole(options, run_here):
 def test_prodigy_says_which_rate_it_is_made_for(options, run_here, capsys):
     assert run_here([*options, "--optimizer=Prodigy"]) == 0
     assert (
-        "learning_rate is a factor on it. It is made for 1, not 0.0005" in capsys.readouterr().out
+        "--learning_rate is a factor on it. The usual factor is 1, not 0.0005"
+        in capsys.readouterr().out
     )
 
 
