@@ -85,8 +85,8 @@ class RecipeLoader(yaml.SafeLoader):
         keys = set()
         for key_node, _ in node.value:
             key = key_node.value
+            line = key_node.start_mark.line + 1
             if key in keys:
-                line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(f"line {line}: {key} is set twice. Delete one of the lines")
             keys.add(key)
         return super().construct_mapping(node, deep)
@@ -227,7 +227,9 @@ def missing_path_errors(flag: str, path: str | None) -> list[str]:
 def folder_errors(flag: str, path: str) -> list[str]:
     """Return an error if a path exists and is not a folder."""
     folder = Path(path)
-    if not folder.exists() or folder.is_dir():
+    if folder.is_dir():
+        return []
+    if not folder.exists():
         return []
     return [f"--{flag} {path}: exists and is not a folder"]
 
@@ -247,9 +249,13 @@ def source_errors(data: DataConfig) -> list[str]:
 
 def source_paths(data: DataConfig) -> dict[str, str | None]:
     """Return the path of each source of samples, by its option."""
-    paths = {"data.path": data.path, "data.validation_path": data.validation_path}
+    paths = {
+        "data.path": data.path,
+        "data.validation_path": data.validation_path,
+    }
     for index, source in enumerate(data.sources):
-        paths[f"data.sources.{index}.path"] = source.path
+        flag = f"data.sources.{index}.path"
+        paths[flag] = source.path
     return paths
 
 

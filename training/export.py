@@ -181,9 +181,9 @@ class RunExport:
         grid = grid_png(preview.images, preview.prompts)
         write_file(path, grid)
         tracked_images = {}
-        for label, images in preview.images.items():
+        for label in preview.images:
             key = f"preview/{label}"
-            tracked_images[key] = images
+            tracked_images[key] = preview.images[label]
         log_images(services.accelerator, tracked_images, self.total_steps)
         return path
 
