@@ -30,9 +30,9 @@ def with_fault(
 
 
 NAMED = {
-    "leaves_an_adapter_out": "gradients differ after they should have been averaged: down_blocks.1.attentions.0",
-    "sees_the_same_samples": "all ranks have the same gradients before they are averaged",
-    "drifts": "the adapters are not the same on all ranks: down_blocks.1.attentions.0",
+    "leaves_an_adapter_out": "the processes' gradients differ after they were averaged: down_blocks.1.attentions.0",
+    "sees_the_same_samples": "all processes have the same gradients before they are averaged",
+    "drifts": "the adapters are not the same in all processes: down_blocks.1.attentions.0",
 }
 
 
@@ -60,7 +60,7 @@ def test_an_exception_on_one_rank_ends_all_within_seconds_and_is_said_once(small
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout(small, tmp_path):
     result = with_fault("hangs", tmp_path, [*small, "--distributed.timeout_minutes=0.1"])
     assert result.returncode == 1
-    assert "Another rank, its node or the network is gone" in result.stderr
+    assert "Another process, its node or the network has failed" in result.stderr
 
 
 def test_a_step_takes_one_collective_of_the_gradients_and_one_number(small, tmp_path):
@@ -124,7 +124,9 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(small, tmp_path):
         assert f"{said} samples per step" in result.stdout
     assert "the earlier steps had 4 micro-batches per step" in result.stdout
     one, two = (load_file(tmp_path / name / "lora.safetensors") for name in ("straight", "out"))
-    assert all(two[name].allclose(one[name], rtol=1e-5, atol=1e-7) for name in one)
+    for name in one:  # gradients are added in another order; measured: 4.7e-6
+        difference = (two[name] - one[name]).norm() / one[name].norm()
+        assert difference <= 5e-5, name
     refused = launched("ddp", 3, runs_file(tmp_path, [*elastic, "--steps=13"]))
     assert "micro-batches per step" in refused.stderr
 
