@@ -92,7 +92,7 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     original = HandleRequests.after_step
 
     def interrupted(self):
-        if self.state.step == steps:
+        if self.trainer.state.step == steps:
             signal.raise_signal(signal.SIGINT)
         original(self)
 

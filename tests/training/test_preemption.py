@@ -127,9 +127,9 @@ def test_a_file_asks_for_a_checkpoint(options, run_here, tmp_path, monkeypatch):
     original = HandleRequests.after_step
 
     def answer(self):
-        if self.state.step == 2:
-            (self.services.folder / "save").touch()
-            self.services.requests.polled_at = -1e9  # as if a second had gone by
+        if self.trainer.state.step == 2:
+            (self.trainer.services.folder / "save").touch()
+            self.trainer.services.requests.polled_at = -1e9  # as if a second had gone by
         original(self)
 
     monkeypatch.setattr(HandleRequests, "after_step", answer)
@@ -220,7 +220,7 @@ def test_a_killed_run_is_one_run_of_the_tracker(options, run_here, tmp_path, mon
     original = HandleRequests.after_step
 
     def answer(self):
-        if self.state.step == 5:
+        if self.trainer.state.step == 5:
             raise Abandoned
         original(self)
 
