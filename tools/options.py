@@ -81,6 +81,8 @@ class WritingOptions(Options):
         errors = []
         if marker_file is None and out.suffix != ".safetensors":
             errors.append(f"OUT {out}: must end in .safetensors")
+        if marker_file is not None and out.suffix == ".safetensors":
+            errors.append(f"OUT {out}: will be a folder, so it cannot end in .safetensors")
         if not out.parent.is_dir():
             errors.append(f"OUT {out}: the folder {out.parent} does not exist")
         if out.exists() and not self.overwrite:

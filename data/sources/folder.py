@@ -123,7 +123,8 @@ class FolderSource(Source):
         self.shared_caption = survey.shared_caption()
         if self.shared_caption is None and not survey.num_metadata:
             for path in survey.unused_captions:
-                self.errors.append(f"{path}: a caption without an image")
+                kinds = ", ".join(sorted(self.kinds.media))
+                self.errors.append(f"{path}: a caption without an image ({kinds})")
         if not survey.num_captions and not survey.num_metadata:
             extensions = " or ".join(self.kinds.captions)
             self.errors.append(

@@ -342,3 +342,11 @@ def test_a_path_that_cannot_be_a_model_is_an_error_by_its_name_alone(tmp_path, n
     error = path_error(ModelConfig(path=path and str(path)))
     assert words in error
     assert str(path or "") in error
+
+
+@pytest.mark.parametrize("key", ["lora_unet_mid_block.lora_down.weight", "unet.x.lora_A.weight"])
+def test_an_adapter_is_not_a_base_model(tmp_path, key):
+    path = tmp_path / "adapter.safetensors"
+    save_file({key: torch.zeros(2, 4)}, path)
+    with pytest.raises(ModelError, match="is an adapter file; expected a base model"):
+        get_family(ModelConfig(path=str(path)))

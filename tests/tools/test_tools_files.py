@@ -267,3 +267,8 @@ def test_a_recipe_is_still_the_first_argument():
     done = script(["recipes/none.yaml"])
     assert done.returncode == 2
     assert "recipes/none.yaml is not a file" in done.stderr
+
+
+def test_a_folder_is_not_merged_into_a_path_of_a_file(lora_file, tmp_path, capsys):
+    assert run("merge", BASE, tmp_path / "out.safetensors", "--lora", lora_file) == 2
+    assert "will be a folder, so it cannot end in .safetensors" in capsys.readouterr().err

@@ -208,3 +208,30 @@ def test_paths_beside_the_models_are_looked_at_before_anything_loads(options, ru
     said = capsys.readouterr().err
     assert "--model.vae nope.safetensors: does not exist" in said
     assert "--model.config nowhere/at/all: does not exist" in said
+
+
+INPUT = ["--model.path", str(BASE)]
+
+
+@pytest.mark.parametrize("inside", ["", "output/run"])
+def test_a_run_does_not_write_into_its_images(tmp_path, inside):
+    folder = tmp_path / inside
+    with pytest.raises(ConfigError, match="would become training images"):
+        load_config([*INPUT, f"--data.path={tmp_path}", f"--output_dir={folder}"])
+
+
+BAD_RECIPES = {
+    "data.path: x": "data.path: dots are for the command line. Write `data:`, and `path:` below",
+    "steps: 3\nrank: 4\nsteps: 5": "line 3: steps is set twice",
+    "adapter: {targets: attention}": "adapter.targets 'attention': expected a list",
+    "model: some/folder": "model 'some/folder': expected a section",
+}
+
+
+@pytest.mark.parametrize("content", BAD_RECIPES)
+def test_mistakes_in_yaml_are_explained(tmp_path, content):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_config([str(recipe)])
+    assert BAD_RECIPES[content] in str(error.value)

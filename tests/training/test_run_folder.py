@@ -8,7 +8,7 @@ from filelock import FileLock
 
 from common.errors import ConfigError
 from training.config import TrainConfig
-from training.run_folder import LOCK_FILE, locked_folder
+from training.run_folder import LOCK_FILE, clear_run, locked_folder
 
 
 def config_in(folder):
@@ -41,3 +41,19 @@ def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch):
             (tmp_path / "out" / "loss.json").write_text("{}")
     assert len(messages) == 2
     assert all("cannot be locked" in message for message in messages)
+
+
+def test_a_folder_that_cannot_be_created_is_a_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"--output_dir .*: cannot be created"),
+        locked_folder(config_in(tmp_path / "file" / "out"), 0, print),
+    ):
+        pass
+
+
+def test_starting_again_removes_the_pictures_of_the_old_run(tmp_path):
+    for name in ("preview.png", "loss.png", "loss.json", "lora.safetensors"):
+        (tmp_path / name).write_text("old")
+    clear_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
