@@ -1,5 +1,6 @@
 """Reads an offline wandb run: LevelDB's log format (blocks of crc, length, type, data) holding protobuf records."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,16 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 FILE_HEADER, RECORD_HEADER, BLOCK = 7, 7, 32768
 LAST_OF_RECORD = (1, 4)  # types: a whole record, and the last piece of a record
+
+
+def written_records(path: Path, seconds: float = 20.0) -> list[Record]:
+    """Return all records, as soon as wandb's own process has written the last one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = list(records(path))
+        if any(record.HasField("exit") for record in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
 
 
 def records(path: Path) -> Iterator[Record]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers.project import BASE, PROJECT
+from helpers.project import BASE, PROJECT, TWEMOJI
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -190,8 +190,8 @@ class NodeStep:
 
 def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]:
     """The same step as the recipe takes it, from the same adapters and draws."""
-    options = [str(PROJECT / "recipes" / "comfyui_node.yaml"), f"--model.path={BASE}", "--data.path=.",
-               "--training_dtype=fp32", f"--algorithm={algorithm}", f"--rank={RANK}"]  # fmt: skip
+    options = [str(PROJECT / "recipes" / "comfyui_node.yaml"), f"--model.path={BASE}",
+               f"--data.path={TWEMOJI / 'train'}", "--training_dtype=fp32", f"--algorithm={algorithm}", f"--rank={RANK}"]  # fmt: skip
     config = load_config(options)
     family = get_family(config.model)
     denoiser = family.load_denoiser(torch.float32)

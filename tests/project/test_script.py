@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.project import BASE, PROJECT, TWEMOJI, accelerate_launch, script
 from helpers.runs import adapter, assert_same
-from helpers.wandb_log import records
+from helpers.wandb_log import written_records
 from PIL import Image
 from safetensors import safe_open
 
@@ -214,7 +214,7 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     assert run_here([*options, *more]) == 0
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
     assert b"hf_not_to_be_seen" not in log.read_bytes()
-    read = list(records(log))
+    read = written_records(log)
     seen = {
         item.key or ".".join(item.nested_key) for record in read for item in record.history.item
     }
