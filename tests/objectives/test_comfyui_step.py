@@ -191,7 +191,8 @@ class NodeStep:
 def our_step(node: NodeStep, algorithm: str) -> tuple[float, dict[str, Tensors]]:
     """The same step as the recipe takes it, from the same adapters and draws."""
     options = [str(PROJECT / "recipes" / "comfyui_node.yaml"), f"--model.path={BASE}",
-               f"--data.path={TWEMOJI / 'train'}", "--training_dtype=fp32", f"--algorithm={algorithm}", f"--rank={RANK}"]  # fmt: skip
+               f"--data.path={TWEMOJI / 'train'}", "--training_dtype=fp32", f"--algorithm={algorithm}",
+               f"--rank={RANK}"]  # fmt: skip
     config = load_config(options)
     family = get_family(config.model)
     denoiser = family.load_denoiser(torch.float32)
