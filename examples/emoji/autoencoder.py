@@ -5,20 +5,18 @@ Like the autoencoders of real models, they have seen more than the denoisers dra
 colors of the demos' styles are not among the random ones except by chance.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from emoji_source import Emoji, load_pixels, read_emoji, to_tensor
-from pretraining import MovingAverage, SavedTraining, TrainingLog, cosine, take_step
+from pretraining import BatchLoss, TrainingPlan, minimize
 from restyle import Color, blueprint, over_white, screen_print
 from torch import Tensor
 
 BATCH_SIZE = 8
-PEAK_RATE, FINETUNING_RATE = 1.5e-3, 6e-4
-MIN_RATE = 1e-6
+PEAK_RATE = 1.5e-3
 KL_WEIGHT = 2e-4
 PRINTED_SHARE, DRAWN_SHARE = 0.35, 0.25
 """Share of the emoji that are added as screen prints and as blueprints."""
@@ -73,57 +71,21 @@ def train_autoencoder(
 ) -> None:
     """Train an autoencoder in place: L1 + L2 + L1 of the gradients, and a small KL term."""
 
-    def loss(batch: Tensor) -> tuple[Tensor, Tensor]:
+    plan = TrainingPlan(
+        "autoencoder", steps, PEAK_RATE, decay=0.998, weight_decay=0.0, state_file=state_file
+    )
+
+    def batch_loss() -> BatchLoss:
+        batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,))]
+        is_flipped = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
+        batch = torch.where(is_flipped, batch.flip(3), batch)
         posterior = autoencoder.encode(batch).latent_dist
         decoded = autoencoder.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         error = decoding_error(decoded, batch)
-        return error + KL_WEIGHT * kl, error
+        return BatchLoss(error + KL_WEIGHT * kl, error)
 
-    minimize(loss, list(autoencoder.parameters()), pixels, steps, PEAK_RATE, state_file)
-
-
-def finetune_decoder(
-    autoencoder: AutoencoderKL, pixels: Tensor, steps: int, state_file: Path
-) -> None:
-    """Train the decoder in place. Latents do not change, so denoisers stay valid."""
-
-    def loss(batch: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            latents = autoencoder.encode(batch).latent_dist.sample()
-        error = decoding_error(autoencoder.decode(latents).sample, batch)
-        return error, error
-
-    parameters = [*autoencoder.post_quant_conv.parameters(), *autoencoder.decoder.parameters()]
-    minimize(loss, parameters, pixels, steps, FINETUNING_RATE, state_file)
-
-
-def minimize(
-    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
-    parameters: list[Tensor],
-    pixels: Tensor,
-    steps: int,
-    peak_rate: float,
-    state_file: Path,
-) -> None:
-    """Minimize a loss of images; the moving average of the parameters is the result.
-
-    `loss`: returns the loss of a batch, and the number to log."""
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    average = MovingAverage(parameters, decay=0.998)
-    log = TrainingLog("autoencoder", steps)
-    saved = SavedTraining(state_file, optimizer, average)
-    for step in range(saved.load(), steps):
-        batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,))]
-        is_flipped = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
-        batch = torch.where(is_flipped, batch.flip(3), batch)
-        batch_loss, logged = loss(batch)
-        rate = max(MIN_RATE, peak_rate * cosine(step, steps, warmup=200))
-        take_step(batch_loss, optimizer, rate)
-        average.update(step)
-        log.add(step, logged)
-        saved.save(step + 1)
-    average.copy_to_parameters()
+    minimize(plan, list(autoencoder.parameters()), batch_loss)
 
 
 def decoding_error(decoded: Tensor, target: Tensor) -> Tensor:

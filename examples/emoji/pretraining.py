@@ -1,11 +1,14 @@
 """Parts that the training scripts of the two base models share."""
 
+import argparse
 import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,6 +23,20 @@ SNAPSHOT_EVERY = 2000
 """Steps between two pictures of an unfinished base in the work folder."""
 SAVE_EVERY = 250
 """Steps between two saved states of a training, from which a stopped script continues."""
+
+
+WARMUP_STEPS = 200
+MIN_RATE = 1e-6
+
+
+def parse_arguments(description: str, base_name: str) -> argparse.Namespace:
+    """Read the command line of a script that trains a base. `base_name`: its folder."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / base_name)
+    parser.add_argument("--autoencoder-steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=9000)
+    return parser.parse_args()
 
 
 class MovingAverage:
@@ -113,6 +130,70 @@ class TrainingLog:
             )
             self.losses.clear()
             self.seconds.clear()
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Options of one training."""
+
+    name: str
+    steps: int
+    peak_rate: float
+    decay: float
+    """Decay of the moving average, which is the result."""
+    weight_decay: float
+    state_file: Path
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a batch, and the number to print."""
+
+    loss: Tensor
+    printed: Tensor
+
+
+def minimize(
+    plan: TrainingPlan,
+    parameters: list[Tensor],
+    batch_loss: Callable[[], BatchLoss],
+    save_snapshot: Callable[[], None] | None = None,
+) -> None:
+    """Train parameters in place, with AdamW and a cosine schedule.
+
+    `batch_loss`: draws a batch. `save_snapshot`: called with the average in the parameters."""
+    optimizer = torch.optim.AdamW(
+        parameters, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    average = MovingAverage(parameters, plan.decay)
+    log = TrainingLog(plan.name, plan.steps)
+    saved = SavedTraining(plan.state_file, optimizer, average)
+    for step in range(saved.load(), plan.steps):
+        loss, printed = batch_loss()
+        rate = plan.peak_rate * cosine(step, plan.steps, WARMUP_STEPS)
+        take_step(loss, optimizer, max(MIN_RATE, rate))
+        average.update(step)
+        log.add(step, printed)
+        saved.save(step + 1)
+        if save_snapshot is not None and (step + 1) % SNAPSHOT_EVERY == 0:
+            with average.applied():
+                save_snapshot()
+    average.copy_to_parameters()
+
+
+class CaptionedRows(NamedTuple):
+    """Random emoji: their indices, whether they are mirrored, and the indices of their captions."""
+
+    index: Tensor
+    flip: Tensor
+    caption: Tensor
+
+
+def draw_rows(num_emoji: int, batch_size: int) -> CaptionedRows:
+    """Draw a batch. A tenth of the captions is the empty one, which follows the others."""
+    index = torch.randint(num_emoji, (batch_size,))
+    flip = torch.randint(2, (batch_size,))
+    is_dropped = torch.rand(batch_size) < 0.1
+    return CaptionedRows(index, flip, torch.where(is_dropped, num_emoji, index))
 
 
 def take_step(loss: Tensor, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -11,7 +11,6 @@ tokenizer (a byte-pair encoding of the captions), and text encoder and UNet toge
 images of three categories.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -20,14 +19,13 @@ from autoencoder import encode, load_or_train_autoencoder, normalize_latents
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from emoji_source import Emoji, load_pixels, read_emoji
 from pretraining import (
-    SNAPSHOT_EVERY,
-    MovingAverage,
-    SavedTraining,
-    TrainingLog,
-    cosine,
+    BatchLoss,
+    TrainingPlan,
+    draw_rows,
+    minimize,
+    parse_arguments,
     print_sizes,
     save_base,
-    take_step,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -43,12 +41,7 @@ MAX_LEVEL_WEIGHT = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--autoencoder-steps", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=9000)
-    options = parser.parse_args()
+    options = parse_arguments(__doc__.splitlines()[0], "base")
     torch.manual_seed(0)
     emoji = read_emoji(options.work / "node_modules", "google")
     autoencoder = load_or_train_autoencoder(options.work, options.autoencoder_steps)
@@ -120,31 +113,21 @@ def train_denoiser(
     print(f"latents: mean {latents.mean():.4f} std {latents.std():.4f}", flush=True)
     tokens = tokenize(pipeline.tokenizer, [*(item.caption for item in emoji), ""])
     parameters = [*text_encoder.parameters(), *unet.parameters()]
-    average = MovingAverage(parameters, decay=0.999)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     weights = (1 / scheduler.alphas_cumprod).clamp(max=MAX_LEVEL_WEIGHT)
     weights /= weights.mean()
-    log = TrainingLog("unet", steps)
-    saved = SavedTraining(snapshot.with_suffix(".pt"), optimizer, average)
-    for step in range(saved.load(), steps):
-        index = torch.randint(len(emoji), (BATCH_SIZE,))
-        flip = torch.randint(2, (BATCH_SIZE,))
+    state_file = snapshot.with_suffix(".pt")
+    plan = TrainingPlan("unet", steps, PEAK_RATE, 0.999, 0.01, state_file)
+
+    def batch_loss() -> BatchLoss:
+        index, flip, caption = draw_rows(len(emoji), BATCH_SIZE)
         noise = torch.randn(BATCH_SIZE, *latents.shape[2:])
         timestep = torch.randint(1000, (BATCH_SIZE,))
         noisy = scheduler.add_noise(latents[flip, index], noise, timestep)
-        is_dropped = torch.rand(BATCH_SIZE) < 0.1
-        caption = torch.where(is_dropped, len(emoji), index)  # the last caption is the empty one
         prediction = unet(noisy, timestep, text_encoder(tokens[caption])[0]).sample
         errors = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
-        loss = (errors * weights[timestep]).mean()
-        take_step(loss, optimizer, PEAK_RATE * cosine(step, steps, warmup=200))
-        average.update(step)
-        log.add(step, errors.mean())
-        saved.save(step + 1)
-        if (step + 1) % SNAPSHOT_EVERY == 0:
-            with average.applied():
-                save_base(pipeline, emoji, snapshot, draw)
-    average.copy_to_parameters()
+        return BatchLoss((errors * weights[timestep]).mean(), errors.mean())
+
+    minimize(plan, parameters, batch_loss, lambda: save_base(pipeline, emoji, snapshot, draw))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -10,7 +10,6 @@ that train_base.py leaves in WORK, and trains it if there is none:
 Tokenizer, text encoder and transformer are trained on the same Noto images as the first base model.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,14 +17,13 @@ from autoencoder import encode, load_or_train_autoencoder, normalize_latents
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from emoji_source import Emoji, load_pixels, read_emoji
 from pretraining import (
-    SNAPSHOT_EVERY,
-    MovingAverage,
-    SavedTraining,
-    TrainingLog,
-    cosine,
+    BatchLoss,
+    TrainingPlan,
+    draw_rows,
+    minimize,
+    parse_arguments,
     print_sizes,
     save_base,
-    take_step,
 )
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
@@ -45,12 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "flow_base")
-    parser.add_argument("--autoencoder-steps", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=9000)
-    options = parser.parse_args()
+    options = parse_arguments(__doc__.splitlines()[0], "flow_base")
     torch.manual_seed(0)
     emoji = read_emoji(options.work / "node_modules", "google")
     autoencoder = load_or_train_autoencoder(options.work, options.autoencoder_steps)
@@ -108,15 +101,11 @@ def train_denoiser(
     print(f"latents: mean {latents.mean():.4f} std {latents.std():.4f}", flush=True)
     tokens, masks = tokenize(pipeline.tokenizer, [*(item.caption for item in emoji), ""])
     parameters = [*text_encoder.parameters(), *transformer.parameters()]
-    average = MovingAverage(parameters, decay=0.999)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    log = TrainingLog("transformer", steps)
-    saved = SavedTraining(snapshot.with_suffix(".pt"), optimizer, average)
-    for step in range(saved.load(), steps):
-        index = torch.randint(len(emoji), (BATCH_SIZE,))
-        flip = torch.randint(2, (BATCH_SIZE,))
-        is_dropped = torch.rand(BATCH_SIZE) < 0.1
-        caption = torch.where(is_dropped, len(emoji), index)  # the last caption is the empty one
+    state_file = snapshot.with_suffix(".pt")
+    plan = TrainingPlan("transformer", steps, PEAK_RATE, 0.999, 0.01, state_file)
+
+    def batch_loss() -> BatchLoss:
+        index, flip, caption = draw_rows(len(emoji), BATCH_SIZE)
         noise = torch.randn(BATCH_SIZE, *latents.shape[2:])
         sigma = torch.rand(BATCH_SIZE)
         clean = latents[flip, index]
@@ -128,14 +117,9 @@ def train_denoiser(
         images = list(noisy.unsqueeze(2))  # each a video of one frame
         prediction = -torch.stack(transformer(images, 1 - sigma, embeds, return_dict=False)[0])
         loss = (prediction.squeeze(2) - (noise - clean)).square().mean()
-        take_step(loss, optimizer, PEAK_RATE * cosine(step, steps, warmup=200))
-        average.update(step)
-        log.add(step, loss)
-        saved.save(step + 1)
-        if (step + 1) % SNAPSHOT_EVERY == 0:
-            with average.applied():
-                save_base(pipeline, emoji, snapshot, draw)
-    average.copy_to_parameters()
+        return BatchLoss(loss, loss)
+
+    minimize(plan, parameters, batch_loss, lambda: save_base(pipeline, emoji, snapshot, draw))
 
 
 def tokenize(tokenizer: Qwen2Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
