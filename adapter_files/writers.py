@@ -15,7 +15,6 @@ In both formats all LoRA layers have one alpha, because diffusers applies a wron
 layers otherwise. A layer's own scaling is then in its lora_up, which is exact.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,9 +45,6 @@ class FileContent:
     """Metadata that the format needs."""
     config: dict[str, Any] | None = None
     """PEFT's config, if the format is a folder of PEFT."""
-
-
-Writer = Callable[[Layers, Weights, LayerSpellings], FileContent]
 
 
 class Spelling(NamedTuple):

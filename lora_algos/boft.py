@@ -8,7 +8,7 @@ other.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,15 +20,11 @@ from lora_algos.layer_op import LayerOp
 from lora_algos.oft import (
     BLOCKS,
     OFT,
-    ROTATION_FILES,
     BlockRotation,
     constraint_of,
-    row_axes,
-    weight_shape,
 )
 from lora_algos.rotation import Cayley, add_blocks, block_products, rotate_blocks, without_bias
 from lora_algos.tensors import LayerTensors, Shapes, check_shapes
-from lora_algos.traits import TensorTraits
 
 
 def is_power_of_two(number: int) -> bool:
@@ -183,16 +179,7 @@ class BOFT(OFT):
 
     name = "BOFT"
     options = ("block_size", "constraint", "stages")
-    traits = TensorTraits(
-        names=(BLOCKS,),
-        detected_by=(BLOCKS,),
-        dropout_axes={BLOCKS: 1},
-        is_multiplicative=True,
-        needs_base_weight=True,
-        row_axes=row_axes,
-        weight_shape=weight_shape,
-        files=ROTATION_FILES,
-    )
+    traits = replace(OFT.traits, dropout_axes={BLOCKS: 1})
 
     def matches_tensors(self, tensors: LayerTensors) -> bool:
         return BLOCKS in tensors and tensors[BLOCKS].ndim == 4
