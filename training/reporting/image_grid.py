@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -16,13 +15,15 @@ GAP, LABEL_WIDTH, CAPTION_HEIGHT, FONT_SIZE = 8, 72, 44, 13
 
 def to_image(pixels: Tensor) -> Image.Image:
     """Convert pixels (3, H, W) in [-1, 1] to an image."""
-    clamped = pixels.clamp(-1, 1)
-    levels = 127.5 * (clamped + 1)
-    rounded = levels.round().to(torch.uint8)
-    channels_last = rounded.permute(1, 2, 0)
-    array = channels_last.numpy()
-    image = Image.fromarray(array)
-    return image
+    values = (pixels.float().clamp(-1, 1) + 1) / 2
+    array = values.permute(1, 2, 0).numpy()
+    return Image.fromarray(to_levels(array))
+
+
+def to_levels(array: np.ndarray) -> np.ndarray:
+    """Convert values in [0, 1] to 8-bit levels."""
+    levels = 255 * array
+    return levels.round().astype(np.uint8)
 
 
 def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:
@@ -64,11 +65,8 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def enlarged(array: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Return an array (H, W, 3) in [0, 1] as an image of `size`."""
-    levels = 255 * array
-    rounded = levels.round()
-    image = Image.fromarray(rounded.astype(np.uint8))
-    resized = image.resize(size, Image.Resampling.LANCZOS)
-    return resized
+    image = Image.fromarray(to_levels(array))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def wrapped_text(text: str, width: int, font: Any, max_lines: int = 2) -> str:

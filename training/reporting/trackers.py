@@ -10,6 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from training.config import TrainConfig, to_dict
+from training.reporting.image_grid import to_levels
 
 
 def new_tracker_id() -> str:
@@ -64,7 +65,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
 
 def log_images(accelerator: Accelerator, images: dict[str, np.ndarray], step: int) -> None:
     """Send image arrays (N, H, W, 3) in [0, 1] to the trackers."""
-    arrays = {name: (array * 255).round().astype(np.uint8) for name, array in images.items()}
+    arrays = {name: to_levels(array) for name, array in images.items()}
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             tracker.log_images({name: list(array) for name, array in arrays.items()}, step=step)
