@@ -1,7 +1,6 @@
 """An adapter file, as the commands see it: keys grouped by layer, and one layer at a time."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,9 @@ from adapter_files.reader import import_layers
 from adapter_files.safetensors_stream import TensorStore
 from common.errors import AdapterError, error_list
 from lora_algos.detection import detect_algorithm, layer_delta
-from lora_algos.tensors import BIAS
+from lora_algos.tensors import BIAS, LayerTensors
 from tools.base_model import BaseModel
 from tools.unknown_model import UnknownModel, format_of
-
-LayerTensors = dict[str, Tensor]
-"""Tensors of one layer, under the names that lora_algos gives them."""
 
 
 class LayerData(NamedTuple):
@@ -203,10 +199,9 @@ def needs_base(tensors: LayerTensors, weight: Tensor) -> bool:
     return weight.is_meta and detect_algorithm(tensors).traits.needs_base_weight
 
 
-def delta_of(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+def delta_of(tensors: LayerTensors, weight: Tensor) -> Tensor:
     """Return the update of `weight`, fp32. Raises AdapterError if it depends on an unknown
     weight."""
-    layer_tensors = dict(tensors)
-    if needs_base(layer_tensors, weight):
-        raise AdapterError(f"{detect_algorithm(layer_tensors).name} needs --model")
-    return layer_delta(layer_tensors, weight)
+    if needs_base(tensors, weight):
+        raise AdapterError(f"{detect_algorithm(tensors).name} needs --model")
+    return layer_delta(tensors, weight)

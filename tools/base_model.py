@@ -49,9 +49,8 @@ class BaseModel:
         }
         self.names = layer_spellings(self.family, self.skeleton)
         self.natives = {}
-        if (
-            self.family.files.is_single_file
-        ):  # in a single file, a tensor may consist of several layers
+        # in a single file, a tensor may consist of several layers
+        if self.family.files.is_single_file:
             self.natives = self.family.layer_names.original(self.skeleton)
         self.layers_of_key = self._layers_by_key()
         """Key in the file -> the layers that the tensor consists of."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from adapter_files import convert
 from common.errors import AdapterError, error_list
 from lora_algos.detection import algorithm_name, rank_of
-from tools.adapter_file import AdapterFile, LayerTensors, delta_of
+from lora_algos.tensors import LayerTensors
+from tools.adapter_file import AdapterFile, delta_of
 from tools.base_model import BaseModel
 from tools.options import ConvertOptions
 from tools.rewrite import rewrite

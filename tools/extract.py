@@ -14,7 +14,7 @@ from common.dtypes import DTYPES
 from common.errors import ModelError, error_list
 from lora_algos.detection import layer_delta, rank_of
 from lora_algos.lokr import factorization
-from tools.adapter_file import LayerTensors
+from lora_algos.tensors import LayerTensors
 from tools.base_model import SUFFIXES, BaseModel, parameter_name
 from tools.options import ExtractOptions
 from tools.rewrite import Target, print_result, write_adapter

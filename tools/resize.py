@@ -10,8 +10,9 @@ from adapter_files import convert
 from adapter_files.normalize import bias_of
 from common.errors import AdapterError, error_list
 from lora_algos.detection import detect_algorithm, layer_delta, rank_of
+from lora_algos.tensors import LayerTensors
 from lora_algos.traits import TensorTraits
-from tools.adapter_file import AdapterFile, LayerTensors
+from tools.adapter_file import AdapterFile
 from tools.base_model import BaseModel
 from tools.options import ResizeOptions
 from tools.rewrite import rewrite

@@ -30,8 +30,9 @@ from adapter_files.writers import (
 from common.atomic import WriteError, new_file, new_folder
 from common.dtypes import DTYPES, dtype_name
 from common.errors import AdapterError
+from lora_algos.tensors import LayerTensors
 from lora_algos.traits import Layers
-from tools.adapter_file import AdapterFile, LayerTensors
+from tools.adapter_file import AdapterFile
 from tools.argument_checks import PEFT_CONFIG
 from tools.base_model import BaseModel
 from tools.options import RewritingOptions

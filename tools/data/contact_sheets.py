@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.atomic import write_file
-from common.errors import DataError
+from common.errors import DataError, counted
 from data.precompute.encode import decode_pixels
 from data.precompute.streams import IMAGES_AHEAD, map_ahead
 from models.base import ModelFamily
@@ -126,9 +126,8 @@ def spread_evenly(indices: np.ndarray) -> np.ndarray:
 def sheet_title(width: int, height: int, sheet: SheetPlan, decode: bool) -> str:
     """Return the first line of a sheet."""
     num_drawn = len(sheet.tiles)
-    title = f"{width} x {height} pixels: {num_drawn} of {sheet.num_samples} image"
-    if sheet.num_samples > 1:
-        title += "s"
+    images = counted(sheet.num_samples, "image")
+    title = f"{width} x {height} pixels: {num_drawn} of {images}"
     if decode:
         title += ", decoded from latents"
     return title
