@@ -30,12 +30,15 @@ class AdapterError(UserError):
 def error_list(heading: str, errors: list[str], limit: int = MAX_LISTED) -> str:
     """Join many errors into one message: a heading with their number, and a line for each of the
     first `limit`."""
-    return bullet_list(f"{heading}: {counted(len(errors), 'error')}", errors, limit)
+    count = counted(len(errors), "error")
+    return bullet_list(f"{heading}: {count}", errors, limit)
 
 
 def counted(count: int, noun: str) -> str:
     """Return a number and a noun, in the plural unless the number is 1."""
-    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
 
 
 def bullet_list(heading: str, lines: list[str], limit: int = MAX_LISTED) -> str:
@@ -46,5 +49,4 @@ def bullet_list(heading: str, lines: list[str], limit: int = MAX_LISTED) -> str:
     if num_hidden > 0:
         hint = f"... and {num_hidden} more"
         rows.append(hint)
-    text = "\n  ".join(rows)
-    return text
+    return "\n  ".join(rows)

@@ -81,8 +81,7 @@ def best_job(config: TrainConfig, state: TrainState, best: BestWeights, average:
         f"{prefix}after step {best.step} of {state.step}, "
         f"which has the lowest validation loss, {loss:.5f}"
     )
-    job = ExportJob(best.weights, best.step, description)
-    return job
+    return ExportJob(best.weights, best.step, description)
 
 
 def average_name(config: TrainConfig, average: str) -> str:

@@ -14,9 +14,10 @@ def written_records(path: Path, seconds: float = 20.0) -> list[Record]:
     """Return all records, as soon as wandb's own process has written the last one."""
     deadline = time.monotonic() + seconds
     while True:
-        found = list(records(path))
-        if any(record.HasField("exit") for record in found) or time.monotonic() > deadline:
-            return found
+        all_records = list(records(path))
+        has_ended = any(record.HasField("exit") for record in all_records)
+        if has_ended or time.monotonic() > deadline:
+            return all_records
         time.sleep(0.2)
 
 

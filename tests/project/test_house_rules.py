@@ -11,10 +11,12 @@ import pytest
 from helpers.project import PROJECT
 from house_report import SourceFile, import_circles, source_files
 
+import tools
 from adapter_files import FORMATS
 from lora_algos import ALGORITHMS, get_algorithm
 from models import FAMILIES
 from objectives import DENSITIES, LOSSES, WEIGHTINGS
+from training.cli import COMMAND_NAMES
 from training.config import TrainConfig
 from training.optim.registry import OPTIMIZERS
 
@@ -212,3 +214,8 @@ def test_modules_and_classes_have_docstrings(file):
     assert ast.get_docstring(file.tree), "no docstring"
     classes = [node for node in file.tree.body if isinstance(node, ast.ClassDef)]
     assert [node.name for node in classes if not ast.get_docstring(node)] == []
+
+
+def test_the_usage_names_every_command():
+    """training/cli.py cannot import tools, so it repeats the names."""
+    assert COMMAND_NAMES == tools.COMMANDS
