@@ -132,7 +132,7 @@ def build_engine(accelerator: Accelerator, components: RunComponents) -> Engine:
         from training.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(config, accelerator, denoiser, adapted, optimizer)
-    return Engine(config, accelerator, denoiser, adapted, optimizer)
+    return Engine(config.optim, accelerator, denoiser, adapted, optimizer)
 
 
 def on_one_process(components: RunComponents) -> RunComponents:

@@ -22,7 +22,7 @@ from objectives.schedulers import override_scheduler
 from training.build import on_one_process
 from training.checkpoints.best import BestWeights
 from training.components import RunComponents
-from training.config import TrainConfig
+from training.config import EmaConfig, TrainConfig
 from training.distributed.sharding import is_sharded
 from training.metadata import ExportFacts, file_metadata
 from training.preview import Preview, PreviewRenderer, Weights
@@ -63,7 +63,7 @@ def export_jobs(config: TrainConfig, state: TrainState, services: RunServices) -
     jobs: list[ExportJob] = []
     for average in averages:
         weights = services.ema.evaluation_state(average)
-        description = f"{average_name(config, average)}after step {state.step}"
+        description = f"{average_name(config.ema, average)}after step {state.step}"
         suffix = ""
         if jobs:
             suffix = f".{average}"
@@ -76,7 +76,7 @@ def best_job(config: TrainConfig, state: TrainState, best: BestWeights, average:
     """Return the job of the weights with the lowest validation loss."""
     losses = {entry["step"]: entry["loss"] for entry in state.history.validation}
     loss = losses[best.step]
-    prefix = average_name(config, average)
+    prefix = average_name(config.ema, average)
     description = (
         f"{prefix}after step {best.step} of {state.step}, "
         f"which has the lowest validation loss, {loss:.5f}"
@@ -84,9 +84,9 @@ def best_job(config: TrainConfig, state: TrainState, best: BestWeights, average:
     return ExportJob(best.weights, best.step, description)
 
 
-def average_name(config: TrainConfig, average: str) -> str:
+def average_name(config: EmaConfig, average: str) -> str:
     if average == "ema":
-        return f"EMA of decay {config.ema.decay:g}, "
+        return f"EMA of decay {config.decay:g}, "
     return ""
 
 

@@ -14,6 +14,7 @@ from training.distributed.consensus import Consensus
 from training.distributed.engine import Engine
 from training.distributed.rank_check import RankCheck
 from training.optim.ema import EmaWeights
+from training.optim.registry import OPTIMIZERS
 from training.reporting.reporter import Reporter
 from training.reporting.trackers import new_tracker_id
 from training.stopping.requests import Requests
@@ -38,13 +39,14 @@ class RunServices:
     ) -> RunServices:
         """Build the components of a run. Collective."""
         folder = Path(config.output_dir)
-        consensus = Consensus(accelerator, collective_timeout(config))
+        consensus = Consensus(accelerator, collective_timeout(config.distributed))
         is_main = accelerator.is_main_process
+        is_schedule_free = OPTIMIZERS[config.optimizer].is_schedule_free
         return cls(
             accelerator=accelerator,
             folder=folder,
             reporter=Reporter(accelerator, folder, new_tracker_id()),
-            ema=EmaWeights(config, engine),
+            ema=EmaWeights(config.ema, engine, is_schedule_free),
             consensus=consensus,
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),

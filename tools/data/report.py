@@ -77,7 +77,7 @@ def report(config: TrainConfig, plan: DataPlan, samples: PlanSamples, family: Mo
         "sources": source_lines(survey),
         "buckets": bucket_lines(survey, config.batch_size),
         "images": image_lines(survey, plan.skipped),
-        "captions": caption_lines(config, survey),
+        "captions": caption_lines(config.export.trigger_words, survey),
         "validation": [validation_line(config.data, samples)],
         "encoding": encoding_lines(config.data, latents, conditioning),
     }
@@ -193,7 +193,7 @@ def counted(names: NameList, note: str = "") -> Fact:
     return [f"{names.count}{note}", *names.lines()]
 
 
-def caption_lines(config: TrainConfig, survey: Survey) -> list[str]:
+def caption_lines(trigger_words: str | None, survey: Survey) -> list[str]:
     """Return facts about the captions."""
     captions = survey.captions
     num_captions = sum(counts.num_captions for counts in survey.sources)
@@ -209,7 +209,6 @@ def caption_lines(config: TrainConfig, survey: Survey) -> list[str]:
     }
     for trigger, names in captions.without_trigger.items():
         facts[f"without {trigger!r}"] = counted(names, "; the run puts it before them")
-    trigger_words = config.export.trigger_words
     if trigger_words:
         facts[f"trained without {trigger_words!r}"] = counted(
             captions.without_trigger_words,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from common.errors import ConfigError, bullet_list
-from training.config import TrainConfig
+from training.config import DistributedConfig, TrainConfig
 from training.optim.registry import OPTIMIZERS
 
 FSDP_SETTINGS = {
@@ -46,7 +46,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         else precision,  # DeepSpeed would convert the adapters to bf16 too
         log_with=None if config.tracking.report_to == "none" else config.tracking.report_to,
         project_dir=config.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=collective_timeout(config))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=collective_timeout(config.distributed))],
     )
     check_accelerator(accelerator)
     return accelerator
@@ -75,8 +75,8 @@ def is_enabled(variable: str) -> bool:
     return os.environ.get(variable, "false") == "true"
 
 
-def collective_timeout(config: TrainConfig) -> timedelta:
-    return timedelta(minutes=config.distributed.timeout_minutes)
+def collective_timeout(config: DistributedConfig) -> timedelta:
+    return timedelta(minutes=config.timeout_minutes)
 
 
 def launch_errors(config: TrainConfig, precision: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_algos.adapted_model import AdaptedModel
 from training.checkpoints.state import NamedState, load_named_optimizer_state, named_optimizer_state
-from training.config import TrainConfig
+from training.config import OptimConfig
 from training.optim.schedule import SkipNonFinite
 
 
@@ -25,7 +25,7 @@ class Engine:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: OptimConfig,
         accelerator: Accelerator,
         denoiser: nn.Module,
         adapted: AdaptedModel,
@@ -34,9 +34,9 @@ class Engine:
         self.accelerator, self.optimizer = accelerator, optimizer
         self.adapted, self.names = adapted, adapted.named_parameters()
         self.trained = list(self.names.values())
-        self.max_grad_norm = config.optim.max_grad_norm or float("inf")
+        self.max_grad_norm = config.max_grad_norm or float("inf")
         self.skipping_optimizer: SkipNonFinite | None = None
-        if config.optim.on_non_finite == "skip":
+        if config.on_non_finite == "skip":
             self.skipping_optimizer = SkipNonFinite(optimizer)
         self.denoiser = prepare_denoiser(accelerator, denoiser, adapted)
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from common.errors import ConfigError
-from training.config import TrainConfig
+from training.config import OptimConfig, TrainConfig
 from training.optim.registry import OPTIMIZERS, OptimizerEntry
 
 SHARED_OPTIONS = ("weight_decay", "betas", "eps")
@@ -146,7 +146,7 @@ def optimizer_arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]
     with suppress(NameError, TypeError):
         hints = typing.get_type_hints(class_.__init__)
     arguments, errors = dict(entry.fixed_args), []
-    for argument in configured_arguments(config):
+    for argument in configured_arguments(config.optim):
         error = name_error(argument, parameters, entry)
         if error is not None:
             errors.append(error)
@@ -161,14 +161,14 @@ def optimizer_arguments(config: TrainConfig) -> tuple[dict[str, Any], list[str]]
     return arguments, errors
 
 
-def configured_arguments(config: TrainConfig) -> Iterator[Argument]:
+def configured_arguments(config: OptimConfig) -> Iterator[Argument]:
     """Yield the arguments that the options set."""
     for name in SHARED_OPTIONS:
-        value = getattr(config.optim, name)
+        value = getattr(config, name)
         if value is not None:
             flag = f"--optim.{name}"
             yield Argument(name, flag, value)
-    for pair in config.optim.args:
+    for pair in config.args:
         name, _, text = pair.partition("=")
         flag = f"--optim.args {name}"
         value = parsed_value(text)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from training.checkpoints.storage import CheckpointError
-from training.config import EmaConfig, TrainConfig
+from training.config import EmaConfig
 from training.distributed.engine import Engine
-from training.optim.registry import OPTIMIZERS
 
 
 def decay_at(step: int, config: EmaConfig) -> float:
@@ -23,12 +22,12 @@ class EmaWeights:
     """The EMA of the trained weights in fp32 on their device, or the average of a schedule-free
     optimizer."""
 
-    def __init__(self, config: TrainConfig, engine: Engine):
-        self.config, self.engine = config.ema, engine
+    def __init__(self, config: EmaConfig, engine: Engine, is_schedule_free: bool):
+        self.config, self.engine = config, engine
         self.ema: list[Tensor] = []
-        if config.ema.decay:
+        if config.decay:
             self.ema = [weight.detach().clone() for weight in engine.trained]
-        self.is_schedule_free = OPTIMIZERS[config.optimizer].is_schedule_free
+        self.is_schedule_free = is_schedule_free
         if self.is_schedule_free:
             engine.optimizer.train()  # type: ignore[attr-defined]
 
