@@ -269,7 +269,8 @@ class TrainConfig:
     memory."""
     checkpoint_depth: Annotated[int, Field(ge=1, le=5), CHANGEABLE] = 1
     """Blocks that gradient_checkpointing recomputes. 1: the top-level blocks of the model. 2: the
-    blocks inside these, and so on. Where a branch ends earlier, its deepest blocks are recomputed."""
+    blocks inside these, and so on. Where a branch ends earlier, its deepest blocks are recomputed. UNets
+    have their lowest peak at 2, transformers at 1."""
     checkpoint_policy: Annotated[Literal["full", "keep-attention-output"], CHANGEABLE] = "full"
     """full: recompute everything in a block. keep-attention-output: keep the output of scaled dot
     product attention, which saves time for long sequences at little memory. The math backend of

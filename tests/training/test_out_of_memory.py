@@ -28,10 +28,15 @@ STEPS = {
         [],
     ),
     "an odd batch": (["--batch_size=3"], ["--batch_size 1 --grad_accumulation_steps 3 (now 3 and 1)"], []),
+    "blocks inside the blocks": (
+        ["--gradient_checkpointing", "--checkpoint_depth=2"],
+        ["--checkpoint_depth 1 (now 2; a transformer"],
+        ["--gradient_checkpointing,"],
+    ),
     "with what can be had": (
         ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16"],
         ["--data.resolution below 64"],
-        ["--gradient_checkpointing", "--batch_size", "--training_dtype"],
+        ["--gradient_checkpointing", "--checkpoint_depth", "--batch_size", "--training_dtype"],
     ),
 }  # fmt: skip
 

@@ -130,6 +130,9 @@ def memory_advice(config: TrainConfig) -> list[str]:
     batch_size, accumulation = config.batch_size, config.grad_accumulation_steps
     if not config.gradient_checkpointing:
         advice.append("--gradient_checkpointing")
+    elif config.checkpoint_depth > 1:
+        depth = config.checkpoint_depth
+        advice.append(f"--checkpoint_depth 1 (now {depth}; a transformer needs less memory with 1)")
     if batch_size > 1:
         divisor = 2 if batch_size % 2 == 0 else batch_size
         advice.append(
