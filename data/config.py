@@ -148,7 +148,10 @@ class DataConfig:
     """Action on unusable files. fail: list all errors and end the run. skip: list them and train
     without these files."""
     encode_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Images or captions that are encoded together."""
+    """Captions that are encoded together, and the largest number of images."""
+    encode_pixels: Annotated[int, Field(ge=1)] = 1024 * 1024
+    """Pixels of the images that are encoded together: 4 images of 512x512, or 1 of 1024x1024. A
+    larger image, or a video, is encoded alone."""
     cache_dir: Annotated[str, CHANGEABLE] = "output/cache"
     """Folder that keeps latents and conditioning between runs. It may be deleted. Several nodes
     must share it."""

@@ -112,6 +112,8 @@ def memory_advice(config: DataConfig) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         size = config.encode_batch_size
         advice = [f"a --data.resolution below {config.resolution}"]
+        if config.encode_pixels > config.resolution**2:
+            advice.insert(0, f"--data.encode_pixels {config.resolution**2}")
         if size > 1:
             advice.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
         advice.append("encoding on another machine (train_lora.py export-dataset)")
@@ -272,9 +274,15 @@ def decode_pixels(
 
 
 def media_batch_size(job: EncodeJob, pixels: Tensor) -> int:
-    """Return the number of images that are encoded together; videos are encoded one by one."""
-    is_image = pixels.ndim == 3
-    return job.config.encode_batch_size if is_image else 1
+    """Return the number of media of this shape that are encoded together.
+
+    It depends on the shape alone, so latents do not depend on which others are missing."""
+    is_video = pixels.ndim == 4
+    if is_video:
+        return 1
+    height, width = pixels.shape[-2:]
+    num_images = job.config.encode_pixels // (height * width)
+    return max(1, min(num_images, job.config.encode_batch_size))
 
 
 def encode_batch(

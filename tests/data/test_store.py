@@ -235,6 +235,34 @@ def test_rows_do_not_depend_on_what_else_is_encoded(images, tmp_path, family, pr
             assert built.cond(row)["prompt_embeds"].equal(embeds)
 
 
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 8),
+        ({"encode_pixels": 3 * 64 * 64}, 3),
+        ({"encode_pixels": 3 * 64 * 64, "encode_batch_size": 2}, 2),
+        ({"encode_pixels": 64 * 64 - 1}, 1),
+    ],
+)
+def test_images_are_encoded_by_a_pixel_budget(options, size, images, family, process, monkeypatch):
+    """8 images of 1024x1024 would take 22 GB in an fp32 VAE, and one 2.7 GB."""
+    encode_media = family.encode_media
+    sizes = []
+
+    def record_size(encoders, pixels):
+        sizes.append(len(pixels))
+        return encode_media(encoders, pixels)
+
+    monkeypatch.setattr(family, "encode_media", record_size)
+    build_datasets(config_for(images, images.parent, **options), family, process)
+    assert sizes
+    assert set(sizes) == {size}
+
+
+def test_the_default_budget_is_one_image_of_a_megapixel():
+    assert DataConfig().encode_pixels == 1024 * 1024
+
+
 def test_the_content_hash_follows_content_and_repeats_not_names(images, tmp_path, family, process):
     def content_hash(**options) -> str:
         return build_datasets(

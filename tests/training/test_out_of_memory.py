@@ -71,6 +71,7 @@ def test_encoding_that_does_not_fit_says_so(size, options, run_here, tmp_path, m
     assert run_here(fresh) == 1
     line = advice(capsys)
     assert ("--data.encode_batch_size 4 (now 8)" in line) == (size == 8)
+    assert "--data.encode_pixels 4096" in line
     assert "--data.resolution below 64" in line
     assert "export-dataset" in line
     assert "--grad_accumulation_steps" not in line
