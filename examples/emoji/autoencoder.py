@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from emoji_source import Emoji, load_pixels, read_emoji, to_tensor
 from pretraining import BatchLoss, TrainingPlan, minimize
-from restyle import Color, blueprint, over_white, screen_print
+from restyle import Blueprint, Color, ScreenPrint, over_white
 from torch import Tensor
 
 BATCH_SIZE = 8
@@ -50,9 +50,14 @@ def autoencoder_images(emoji: list[Emoji]) -> Tensor:
         draw = random.random()
         if draw < PRINTED_SHARE:
             inks = sorted((color() for _ in range(int(random.integers(2, 6)))), key=luminance)
-            images.append(screen_print(image, tuple(inks), color()))
+            style = ScreenPrint(tuple(inks), color(), inks[0], border_width=9, smoothing=1)
+            images.append(style(image))
         elif draw < PRINTED_SHARE + DRAWN_SHARE:
-            images.append(blueprint(image, (color(150), color(), color(0, 160))))
+            style = Blueprint(
+                color(150), color(), color(0, 160), outline_width=5, line_width=3, blur=2,
+                threshold=38,
+            )  # fmt: skip
+            images.append(style(image))
     return torch.stack([to_tensor(image) for image in images])
 
 

@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 
 from emoji_source import Emoji, read_emoji
-from restyle import blueprint, screen_print
+from restyle import Blueprint, ScreenPrint
 
-STYLES = {"screen_print": screen_print, "blueprint": blueprint}
+STYLES = {"screen_print": ScreenPrint(), "blueprint": Blueprint()}
 NUM_TRAINING = 160
 VALIDATION_NAMES = (
     "tiger", "octopus", "penguin", "cactus", "pizza", "strawberry", "icecream", "ghost",

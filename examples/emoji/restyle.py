@@ -1,5 +1,10 @@
 """Two print styles, made from an emoji by image operations: the demos' training and validation
-images."""
+images.
+
+Widths are in pixels of a picture of `WORK_SIZE`, a quarter of a pixel of a 64x64 image.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -8,51 +13,69 @@ Color = tuple[int, int, int]
 
 WORK_SIZE = 256
 """Side in pixels at which a picture is restyled; scaling down afterwards smooths its edges."""
-SCREEN_INKS: tuple[Color, ...] = ((27, 42, 107), (232, 80, 91), (249, 213, 110), (255, 243, 220))
-SCREEN_PAPER: Color = (124, 198, 195)
-BLUEPRINT_COLORS: tuple[Color, Color, Color] = (244, 248, 255), (42, 98, 200), (23, 63, 143)
-"""Line, inside and background."""
-EDGE_THRESHOLD = 38
-"""Difference of two neighboring colors, 0 to 255, from which on the blueprint draws a line."""
 
 
-def screen_print(
-    image: Image.Image, inks: tuple[Color, ...] = SCREEN_INKS, paper: Color = SCREEN_PAPER
-) -> Image.Image:
-    """Print an RGBA picture in a few inks, from dark to light, with an outline in the darkest one."""
-    enlarged = enlarge(image)
-    inside = alpha_mask(enlarged)
-    grey = np.asarray(over_white(enlarged).convert("L"), dtype=np.float32)
-    darkest, lightest = np.percentile(grey[inside], [2, 98])
-    level = np.clip((grey - darkest) / max(lightest - darkest, 40), 0, 0.999)
-    printed = np.asarray(inks, dtype=np.uint8)[(level * len(inks)).astype(int)]
-    outlined = dilate(inside, 9)
-    printed[outlined & ~inside] = inks[0]
-    printed[~outlined] = paper
-    return reduce(printed, image.size)
+@dataclass(frozen=True)
+class ScreenPrint:
+    """Prints an RGBA picture in a few inks, with a border around it."""
+
+    inks: tuple[Color, ...] = ((27, 42, 107), (232, 80, 91), (249, 213, 110), (255, 243, 220))
+    """From dark to light."""
+    paper: Color = (124, 198, 195)
+    border: Color = (255, 243, 220)
+    border_width: int = 21
+    """Width of the border's inner and outer half together."""
+    smoothing: int = 13
+    """Size of the median filter, which removes details that are finer."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        enlarged = enlarge(image)
+        inside = alpha_mask(enlarged)
+        smooth = over_white(enlarged).convert("L").filter(ImageFilter.MedianFilter(self.smoothing))
+        grey = np.asarray(smooth, dtype=np.float32)
+        darkest, lightest = np.percentile(grey[inside], [2, 98])
+        level = np.clip((grey - darkest) / max(lightest - darkest, 40), 0, 0.999)
+        printed = np.asarray(self.inks, dtype=np.uint8)[(level * len(self.inks)).astype(int)]
+        bordered = dilate(inside, self.border_width)
+        printed[bordered & ~inside] = self.border
+        printed[~bordered] = self.paper
+        return reduce(printed, image.size)
 
 
-def blueprint(
-    image: Image.Image, colors: tuple[Color, Color, Color] = BLUEPRINT_COLORS
-) -> Image.Image:
-    """Draw the edges of an RGBA picture as light lines on blue."""
-    enlarged = enlarge(image)
-    inside = alpha_mask(enlarged)
-    lines = color_edges(over_white(enlarged)) | (dilate(inside, 5) & dilate(~inside, 5))
-    line, filled, background = np.asarray(colors, dtype=np.uint8)
-    drawn = np.where(inside[..., None], filled, background)
-    drawn[lines] = line
-    return reduce(drawn, image.size)
+@dataclass(frozen=True)
+class Blueprint:
+    """Draws the edges of an RGBA picture as light lines on blue."""
 
+    line: Color = (244, 248, 255)
+    inside: Color = (42, 98, 200)
+    background: Color = (23, 63, 143)
+    outline_width: int = 7
+    line_width: int = 5
+    """Width of the lines inside the outline."""
+    blur: int = 3
+    """Radius of the blur before edges are looked for."""
+    threshold: int = 34
+    """Difference of two neighboring colors, 0 to 255, from which on a line is drawn."""
 
-def color_edges(image: Image.Image) -> np.ndarray:
-    """Boolean mask (H, W) of the places where an RGB picture changes its color; single dots are
-    removed."""
-    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float32)
-    across = np.abs(np.roll(pixels, -2, 1) - np.roll(pixels, 2, 1)).max(2)
-    down = np.abs(np.roll(pixels, -2, 0) - np.roll(pixels, 2, 0)).max(2)
-    edges = np.hypot(across, down) > EDGE_THRESHOLD
-    return dilate(~dilate(~edges, 3), 3)
+    def __call__(self, image: Image.Image) -> Image.Image:
+        enlarged = enlarge(image)
+        inside = alpha_mask(enlarged)
+        outline = dilate(inside, self.outline_width) & dilate(~inside, self.outline_width)
+        lines = outline | self.color_edges(over_white(enlarged))
+        drawn = np.where(inside[..., None], np.uint8(self.inside), np.uint8(self.background))
+        drawn[lines] = self.line
+        return reduce(drawn, image.size)
+
+    def color_edges(self, image: Image.Image) -> np.ndarray:
+        """Boolean mask (H, W) of the places where an RGB picture changes its color; single dots are
+        removed."""
+        blurred = image.filter(ImageFilter.GaussianBlur(self.blur))
+        pixels = np.asarray(blurred, dtype=np.float32)
+        across = np.abs(np.roll(pixels, -2, 1) - np.roll(pixels, 2, 1)).max(2)
+        down = np.abs(np.roll(pixels, -2, 0) - np.roll(pixels, 2, 0)).max(2)
+        edges = np.hypot(across, down) > self.threshold
+        without_dots = ~dilate(~edges, 3)
+        return dilate(without_dots, self.line_width)
 
 
 def dilate(mask: np.ndarray, size: int) -> np.ndarray:
