@@ -121,8 +121,8 @@ def export_formats(components: RunComponents, layers: Layers) -> tuple[str, ...]
 
 
 class RunExport:
-    """Writes the files of a finished run. Only `prepare` is collective; the other methods run on
-    the main process."""
+    """Writes the files of a finished run: first the adapter, then the preview, whose drawing may
+    fail."""
 
     def __init__(
         self,
@@ -134,22 +134,14 @@ class RunExport:
         self.services, self.state = services, state
         self.total_steps = components.previous_steps + state.step
         self.jobs: list[ExportJob] = []
-        self.preview: Preview | None = None
 
-    def prepare(self, initial_weights: dict[str, Tensor] | None) -> None:
-        """Do everything that needs all processes. Afterwards the other processes may end.
-        Collective.
-
-        `initial_weights`: weights before training, if a preview is drawn."""
+    def collect_weights(self) -> None:
+        """Collect the weights to export. Collective."""
         self.jobs = export_jobs(self.config, self.state, self.services)
-        if initial_weights is not None:
-            renderer = PreviewRenderer(self.components, self.services)
-            self.preview = renderer.render(
-                {"before": initial_weights, "after": self.jobs[0].weights}
-            )
 
     def write(self) -> list[Path]:
-        """Write the adapter, the loss files, the preview and the merged model; return their paths."""
+        """Write the adapter, the loss files and the merged model; return their paths. WHERE: on the
+        main process."""
         config, components = self.config, self.components
         if is_sharded(self.services.accelerator):
             components = on_one_process(components)
@@ -161,9 +153,17 @@ class RunExport:
         paths += self._write_losses()
         if config.export.merged_model:
             paths.append(write_merged_model(components))
-        if self.preview is not None:
-            paths.append(self._write_preview(self.preview))
         return paths
+
+    def draw_preview(self, initial_weights: dict[str, Tensor]) -> Path | None:
+        """Draw the preview; return the path of its file on the main process. Collective.
+
+        `initial_weights`: the weights before training."""
+        renderer = PreviewRenderer(self.components, self.services)
+        preview = renderer.render({"before": initial_weights, "after": self.jobs[0].weights})
+        if preview is None:
+            return None
+        return self._write_preview(preview)
 
     def _write_losses(self) -> list[Path]:
         folder = self.services.folder

@@ -81,6 +81,15 @@ def default_prompts(family: ModelFamily, dataset: LatentDataset) -> list[str]:
     return dataset.captions(NUM_CAPTIONS)
 
 
+class PreviewError(RuntimeError):
+    """A preview that could not be drawn. Everything else is written before."""
+
+    def __init__(self, error: str):
+        super().__init__(
+            f"the preview could not be drawn:\n{error}\nAll other files of the run are written"
+        )
+
+
 class SampleDrawer:
     """Draws images until an error occurs; then it keeps the error and draws nothing more.
 
@@ -119,7 +128,8 @@ class PreviewRenderer:
     def render(self, weight_sets: dict[str, Weights]) -> Preview | None:
         """Return the images on the main process. Collective.
 
-        Returns None if drawing failed, which is printed, or if the run has to stop."""
+        Returns None if drawing failed, which is printed, or if the run has to stop. With a sharded
+        model, raises PreviewError: the other processes then wait in the middle of an image."""
         process = self.services.process
         drawer = SampleDrawer(self._load_pipeline, self._draw)
         share = self._draw_share(weight_sets, drawer)
@@ -130,14 +140,13 @@ class PreviewRenderer:
             results = [None] * process.count
             target = results if process.is_main else None
             group = self.services.consensus.group
+            self.services.barrier.wait()
             dist.gather_object((share, drawer.error), target, group=group)
         if not process.is_main:
             return None
         errors = [error for _, error in results if error]
         if errors:
-            self.services.reporter.say(
-                f"the preview could not be drawn:\n{errors[0]}\nThe adapter is written anyway"
-            )
+            self.services.reporter.say(str(PreviewError(errors[0])))
             return None
         images: dict[tuple[str, int], np.ndarray] = {}
         for share, _ in results:
@@ -153,19 +162,24 @@ class PreviewRenderer:
     ) -> dict[tuple[str, int], np.ndarray | None] | None:
         """Draw this process's prompts; return the images by label and number of the prompt.
 
-        Returns None on all processes if the run has to stop, which all check equally often.
+        Returns None on all processes if the run has to stop, which all check equally often. They
+        wait for each other without a time limit: one may load slower, or draw a longer video.
         Afterwards the adapters have their trained weights again."""
-        adapted = self.components.adapted
+        adapted, services = self.components.adapted, self.services
+        is_model_sharded = is_sharded(services.accelerator)
         images: dict[tuple[str, int], np.ndarray | None] = {}
         adapted.model.eval()
         try:
             for label, weights in weight_sets.items():
                 with adapted.using(weights):
                     for number in self._prompt_numbers():
-                        if self.services.requests.must_stop():
+                        services.barrier.wait()
+                        if services.requests.must_stop():
                             return None
                         if number is not None:
                             images[label, number] = drawer(self.prompts[number], number)
+                        if drawer.error is not None and is_model_sharded:
+                            raise PreviewError(drawer.error)
         finally:
             adapted.model.train()
         return images

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 LOCK_TIMEOUT = 120.0
 """Seconds. Processes may outlive their launcher a little, and NFS keeps the locks of a dead client
 for 90 seconds."""
+LEAVE_TIMEOUT = 10.0
+"""Seconds in which a failed process may leave the process group."""
 
 
 class RunFailed(Exception):
@@ -71,7 +74,9 @@ def run_guard(
             stopped.is_first = failures.report(stopped)
         raise
     except Exception as error:
-        raise RunFailed(handle_error(error, config, failures, signals)) from error
+        exit_code = handle_error(error, config, failures, signals)
+        leave_process_group(exit_code)
+        raise RunFailed(exit_code) from error
     finally:
         if failures is not None:
             failures.close()
@@ -86,18 +91,31 @@ def handle_error(
     from training.checkpoints.storage import CheckpointError
     from training.distributed.accelerator import DistributedError
     from training.distributed.failures import describe_error
+    from training.preview import PreviewError
     from training.reporting.history import TrainingDiverged
 
+    exit_code = 1
+    if isinstance(error, UserError):
+        exit_code = 2
+    if isinstance(error, PreviewError):
+        exit_code = 0
     if failures is not None:
         signals.ignore_signals()
-        if not failures.report(error):
-            return 1  # another process failed first, and prints its error
-    expected_errors = (UserError, CheckpointError, TrainingDiverged, WriteError, DistributedError)
+        if not failures.report(error, exit_code):
+            return exit_code  # another process failed first, and prints its error
+    expected_errors = (
+        UserError,
+        CheckpointError,
+        TrainingDiverged,
+        WriteError,
+        DistributedError,
+        PreviewError,
+    )
     message = str(error) if isinstance(error, expected_errors) else describe_error(error, config)
     print_error(message, is_first=failures is not None)
     if failures is not None:
         failures.wait_for_others()
-    return 2 if isinstance(error, UserError) else 1
+    return exit_code
 
 
 def train(
@@ -147,18 +165,24 @@ def train(
         say(summary(components, loss_function, services.process, micro_batches_per_step))
         trainer.train()
         export = RunExport(components, services, state)
-        export.prepare(initial_weights)
-        if services.requests.must_stop():
-            stop_run(services.requests.agreed, trainer)
-    failures.close()
-    if accelerator.is_main_process:  # the other processes end without waiting
+        export.collect_weights()
+    if accelerator.is_main_process:
         paths = export.write()
         print_results(state, batches.timer.share, previous_steps, export.jobs[0])
         for path in paths:
-            print(f"wrote {path}")
+            say(f"wrote {path}")
         for path in export.outdated_files(paths):
-            print(f"note: {path} is from an earlier run, which exported other weights too")
+            say(f"note: {path} is from an earlier run, which exported other weights too")
+    services.barrier.wait()
+    if initial_weights is not None:
+        with signals.deferred():
+            preview_path = export.draw_preview(initial_weights)
+            if services.requests.must_stop():
+                stop_run(services.requests.agreed, trainer)
+        if preview_path is not None:
+            say(f"wrote {preview_path}")
     finish_trackers(accelerator)
+    services.barrier.wait()  # the processes leave the group together
 
 
 def quiet_libraries() -> None:
@@ -167,12 +191,25 @@ def quiet_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
-def leave_process_group() -> None:
-    """Leave the process group: gloo aborts a process that ends without this."""
+def leave_process_group(exit_code: int | None = None) -> None:
+    """Leave the process group: gloo aborts a process that ends without this.
+
+    `exit_code`: of a run that failed. NCCL may then wait forever for another process, so this one
+    ends after LEAVE_TIMEOUT."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    if exit_code is None:
         dist.destroy_process_group()
+        return
+    thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    thread.start()
+    thread.join(LEAVE_TIMEOUT)
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def launched_rank() -> int:

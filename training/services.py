@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from common.process import ProcessInfo
 from training.config import TrainConfig
 from training.distributed.accelerator import collective_timeout
+from training.distributed.barrier import StoreBarrier
 from training.distributed.consensus import Consensus
 from training.distributed.engine import Engine
 from training.distributed.rank_check import RankCheck
@@ -30,6 +31,7 @@ class RunServices:
     reporter: Reporter
     ema: EmaWeights
     consensus: Consensus
+    barrier: StoreBarrier
     rank_check: RankCheck
     requests: Requests
 
@@ -48,6 +50,7 @@ class RunServices:
             reporter=Reporter(accelerator, folder, new_tracker_id()),
             ema=EmaWeights(config.ema, engine, is_schedule_free),
             consensus=consensus,
+            barrier=StoreBarrier(accelerator),
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
         )

@@ -63,6 +63,31 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(small, tmp_path):
     assert "Another process, its node or the network has failed" in result.stderr
 
 
+DRAWN = ["--preview", "--sample.num_inference_steps=2", "--steps=2"]
+
+
+def test_no_rank_waits_for_an_export_or_an_image_under_a_timeout(small, tmp_path):
+    options = [*small, *DRAWN, "--distributed.timeout_minutes=0.1"]
+    result = with_fault("is_slow_at_the_end", tmp_path, options, TEST_SECONDS="9")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+    assert (tmp_path / "out" / "preview.png").is_file()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_an_image_that_cannot_be_drawn_costs_the_preview_alone(engine, small, tmp_path):
+    """With a sharded model rank 0 waits in the middle of an image for rank 1."""
+    runs = runs_file(tmp_path, [*small, *DRAWN])
+    result = launched(engine, 2, runs, "cannot_draw")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert said.count("the preview could not be drawn") == 1
+    assert "MemoryError: rank 1 has no memory left" in said
+    assert "All other files of the run are written" in said
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+    assert not (tmp_path / "out" / "preview.png").exists()
+
+
 def test_a_step_takes_one_collective_of_the_gradients_and_one_number(small, tmp_path):
     result = with_fault("counts_collectives", tmp_path, small)
     assert result.returncode == 0, result.stderr

@@ -152,3 +152,36 @@ def counts_collectives() -> None:
             print(f"step 5: {calls} of {gradients} bytes of gradients", flush=True)
 
     EmitMetrics.after_step = after
+
+
+def is_slow_at_the_end() -> None:
+    """Rank 0 exports, and rank 1 draws its first image, for longer than a collective may take."""
+    from training import export, preview
+
+    def slowed(function, rank: int):
+        seconds = [float(os.environ["TEST_SECONDS"])]
+
+        def call(*args, **kwargs):
+            if rank == RANK and seconds:
+                time.sleep(seconds.pop())
+            return function(*args, **kwargs)
+
+        return call
+
+    export.write_adapter = slowed(export.write_adapter, 0)
+    preview.draw_sample = slowed(preview.draw_sample, 1)
+
+
+def cannot_draw() -> None:
+    """Rank 1 has no memory for the second image."""
+    from training import preview
+
+    original, calls = preview.draw_sample, []
+
+    def draw(*args, **kwargs):
+        calls.append(1)
+        if RANK == 1 and len(calls) == 2:
+            raise MemoryError("rank 1 has no memory left")
+        return original(*args, **kwargs)
+
+    preview.draw_sample = draw

@@ -30,7 +30,7 @@ def main() -> int:
 
     if len(sys.argv) > 2:
         getattr(rank_faults, sys.argv[2])()
-    leave, run.leave_process_group = run.leave_process_group, lambda: None
+    leave, run.leave_process_group = run.leave_process_group, lambda *_: None
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         reset_accelerate()
         if SHARDED:

@@ -116,6 +116,24 @@ def test_micro_losses_are_dropped_when_they_grow_too_many(monkeypatch):
     assert (history.step_losses, history.micro_losses) == ([2.0, 2.0, 4.0, 5.0, 6.0], [])
 
 
+def test_everything_else_is_written_before_an_image_is_drawn(
+    options, run_here, tmp_path, monkeypatch
+):
+    """A process that is killed while it draws has lost the preview alone."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(preview, "draw_sample", kill)
+    with pytest.raises(Killed):
+        run_here([*options, "--preview", "--steps=2", "--export.merged_model"])
+    for name in ("lora.safetensors", "loss.json", "loss.png", "model_with_lora"):
+        assert (tmp_path / "out" / name).exists(), name
+
+
 @pytest.mark.parametrize("fault", ["size", "memory"])
 def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(
     fault, options, run_here, tmp_path, monkeypatch, capsys

@@ -1,12 +1,15 @@
 """What goes wrong while a run is set up or going on: said clearly, and nothing is lost."""
 
 import json
+import os
 import resource
 import shutil
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from helpers.project import BASE, script
 from safetensors.torch import load_file, save_file
@@ -306,3 +309,24 @@ def test_what_killed_saves_left_is_removed_by_the_next(tmp_path):
         (tmp_path / name).mkdir()
     storage.save(tmp_path, 3, {"state.json": b"{}"}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_a_failed_process_leaves_the_group_in_bounded_time(monkeypatch):
+    """NCCL may wait forever for the others; gloo never does."""
+    from training import run
+
+    class Left(Exception):
+        pass
+
+    def leave(exit_code: int) -> None:
+        raise Left(exit_code)
+
+    is_over = threading.Event()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", is_over.wait)
+    monkeypatch.setattr(run, "LEAVE_TIMEOUT", 0.05)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match="1"):
+        run.leave_process_group(1)
+    is_over.set()
+    run.leave_process_group(1)

@@ -58,8 +58,9 @@ class FailureWatch:
         try:
             while not self.is_over.wait(POLL_EVERY):
                 if store.check([self.key]):
+                    exit_code = int(store.get(self.key).split()[0])
                     time.sleep(EXIT_DELAY)
-                    os._exit(1)
+                    os._exit(exit_code)
         except Exception:  # the store ended with the process or the launcher that held it
             if not self.is_over.wait(GRACE_PERIOD):
                 print(
@@ -69,14 +70,15 @@ class FailureWatch:
                 )
                 os._exit(1)
 
-    def report(self, error: BaseException) -> bool:
+    def report(self, error: BaseException, exit_code: int = 1) -> bool:
         """Tell the other processes about `error`; return whether it is the first failure.
 
-        Only the first process to fail prints its error; the others end silently."""
+        Only the first process to fail prints its error; the others end silently, with
+        `exit_code`."""
         if self.store is None:
             return True
         self.is_over.set()
-        own_report = f"{self.rank}: {type(error).__name__}: {error}"
+        own_report = f"{exit_code} rank {self.rank}: {type(error).__name__}: {error}"
         first_report = self._first_report(self.store, own_report)
         if first_report not in (None, own_report):
             return False
