@@ -6,6 +6,7 @@ Its text padding is masked, except one token after each caption: the model was t
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
@@ -54,6 +55,13 @@ class Chroma(FluxFamily):
         return [
             {"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)
         ]
+
+    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+        from models.families.chroma_attention import hide_keys_alone
+
+        denoiser = super().load_denoiser(dtype)
+        hide_keys_alone(denoiser)
+        return denoiser
 
     def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         return {"attention_mask": self.mask(noisy, cond)}

@@ -186,6 +186,33 @@ def test_captions_of_other_lengths_do_not_see_each_other(case, calls):
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in cases() if family_of(case).variable_length], ids=str
+)
+def test_no_token_is_hidden_from_all_others(case, calls, monkeypatch):
+    """Fused CUDA kernels may return NaN for a query without any key."""
+    family, call = family_of(case), call_of(case, calls)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    masks = []
+
+    def record_mask(query, key, value, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record_mask)
+    with torch.no_grad():
+        cond = conditioning(case, PROMPTS)
+        denoiser = family.load_denoiser(torch.float32).eval()
+        noisy = call.noisy[:1].expand(2, *call.noisy.shape[1:])
+        masks.clear()
+        family.predict(denoiser, noisy, call.timestep.expand(2).float(), cond)
+    assert masks, "diffusers' attention is the one of torch"
+    for mask in masks:
+        if mask is not None:
+            assert mask.dtype == torch.bool
+            assert mask.any(-1).all()
+
+
 @CASES
 def test_a_caption_is_as_large_as_the_family_says(case):
     family = family_of(case)
