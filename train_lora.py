@@ -11,6 +11,7 @@ import sys
 import tools
 from common.errors import UserError
 from training.cli import load_config
+from training.numerics import prepare_environment
 from training.run import launched_rank, print_error, run_training
 from training.run_folder import check_output_dir
 from training.stopping.signals import RunStopped, SignalHandler, end_with_launcher, requeue_if_asked
@@ -22,8 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in tools.COMMANDS:
+            prepare_environment()
             return tools.run_command(argv)
         config = load_config(argv)
+        prepare_environment(config)
         if launched_rank() == 0:
             check_output_dir(config)
     except UserError as error:

@@ -256,6 +256,13 @@ class TrainConfig:
     """bf16: base weights in bf16, and bf16 autocast. fp32: everything in fp32. none: the dtype in
     which the base model is stored, without autocast (fp16 weights become fp32, because fp16
     training would overflow)."""
+    tf32: Annotated[bool, CHANGEABLE] = True
+    """On NVIDIA GPUs from 2020 on: multiply fp32 numbers with 10 bits of mantissa instead of 23,
+    several times as fast. It concerns the VAE and training in fp32; products in bf16 stay as they
+    are."""
+    deterministic: Annotated[bool, CHANGEABLE] = False
+    """On GPUs: compute the same bits each time, so that a resumed run equals an uninterrupted one
+    bit for bit. Slower. Runs on CPUs always do."""
     lora_dtype: Annotated[Literal["bf16", "fp32"], CHANGEABLE] = "bf16"
     """dtype of the adapter file. The trained weights and the optimizer state are always fp32."""
     algorithm: AlgorithmName = "LoRA"

@@ -12,6 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from common.errors import ConfigError, bullet_list
 from training.config import DistributedConfig, TrainConfig
+from training.numerics import apply_numerics
 from training.optim.registry import OPTIMIZERS
 
 FSDP_SETTINGS = {
@@ -31,14 +32,16 @@ class DistributedError(RuntimeError):
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Build the Accelerator. Raises ConfigError if Accelerate's config and the options contradict
-    each other."""
+    """Build the Accelerator, and set the numerics of its device.
+
+    Raises ConfigError if Accelerate's config and the options contradict each other."""
     precision = "bf16" if config.training_dtype == "bf16" else "no"
     errors = launch_errors(config, precision)
     if errors:
         raise ConfigError(
             bullet_list("accelerate was launched with settings that do not fit", errors)
         )
+    apply_numerics(config)
     uses_deepspeed = is_enabled("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no"
