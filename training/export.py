@@ -124,12 +124,7 @@ class RunExport:
     """Writes the files of a finished run: first the adapter, then the preview, whose drawing may
     fail."""
 
-    def __init__(
-        self,
-        components: RunComponents,
-        services: RunServices,
-        state: TrainState,
-    ):
+    def __init__(self, components: RunComponents, services: RunServices, state: TrainState):
         self.config, self.components = components.config, components
         self.services, self.state = services, state
         self.total_steps = components.previous_steps + state.step
@@ -139,31 +134,38 @@ class RunExport:
         """Collect the weights to export. Collective."""
         self.jobs = export_jobs(self.config, self.state, self.services)
 
-    def write(self) -> list[Path]:
-        """Write the adapter, the loss files and the merged model; return their paths. WHERE: on the
-        main process."""
-        config, components = self.config, self.components
+    def write(self, share_waiting: float) -> None:
+        """Write all files but the preview, and print the results. WHERE: on the main process.
+
+        `share_waiting`: part of the training time that went into waiting for data."""
+        components = self.components
         if is_sharded(self.services.accelerator):
             components = on_one_process(components)
+        paths = [*self._write_adapters(components), *self._write_losses()]
+        if self.config.export.merged_model:
+            paths.append(write_merged_model(components))
+        print_results(self.state, share_waiting, components.previous_steps, self.jobs[0])
+        for path in paths:
+            print(f"wrote {path}")
+        for path in self.outdated_files(paths):
+            print(f"note: {path} is from an earlier run, which exported other weights too")
+
+    def _write_adapters(self, components: RunComponents) -> list[Path]:
         paths: list[Path] = []
-        # the adapter last, because the merged model is made of the weights that are loaded last
+        # the main weights last, because the merged model is made of those that are loaded last
         for job in reversed(self.jobs):
             components.adapted.load_state_dict(job.weights)
             paths += write_adapter(components, self._facts(job))
-        paths += self._write_losses()
-        if config.export.merged_model:
-            paths.append(write_merged_model(components))
         return paths
 
-    def draw_preview(self, initial_weights: dict[str, Tensor]) -> Path | None:
-        """Draw the preview; return the path of its file on the main process. Collective.
+    def draw_preview(self, initial_weights: dict[str, Tensor]) -> None:
+        """Draw and write the preview. Collective.
 
         `initial_weights`: the weights before training."""
         renderer = PreviewRenderer(self.components, self.services)
         preview = renderer.render({"before": initial_weights, "after": self.jobs[0].weights})
-        if preview is None:
-            return None
-        return self._write_preview(preview)
+        if preview is not None:
+            self._write_preview(preview)
 
     def _write_losses(self) -> list[Path]:
         folder = self.services.folder
@@ -174,7 +176,7 @@ class RunExport:
         write_file(png_path, loss_png(history))
         return [json_path, png_path]
 
-    def _write_preview(self, preview: Preview) -> Path:
+    def _write_preview(self, preview: Preview) -> None:
         services = self.services
         path = services.folder / PREVIEW
         grid = grid_png(preview.images, preview.prompts)
@@ -184,7 +186,7 @@ class RunExport:
             key = f"preview/{label}"
             tracked_images[key] = preview.images[label]
         log_images(services.accelerator, tracked_images, self.total_steps)
-        return path
+        print(f"wrote {path}")
 
     def _facts(self, job: ExportJob) -> ExportFacts:
         return ExportFacts(

@@ -40,21 +40,19 @@ def run_training(config: TrainConfig, signals: SignalHandler) -> int:
     """Run one training; return the exit code. If one process fails, all end."""
     quiet_libraries()
     try:
-        with run_guard(config, signals) as (accelerator, failures):
+        with run_guard(config, signals) as accelerator:
             lock = nullcontext()
             if accelerator.is_main_process:
                 lock = locked_folder(config, LOCK_TIMEOUT, say)  # type: ignore[assignment]
             with lock:
-                train(config, accelerator, failures, signals)
+                train(config, accelerator, signals)
     except RunFailed as failure:
         return failure.exit_code
     return 0
 
 
 @contextmanager
-def run_guard(
-    config: TrainConfig, signals: SignalHandler
-) -> Iterator[tuple[Accelerator, FailureWatch]]:
+def run_guard(config: TrainConfig, signals: SignalHandler) -> Iterator[Accelerator]:
     """Connect the processes for a block; report an error in it to all processes, and print the
     first one.
 
@@ -68,7 +66,7 @@ def run_guard(
     try:
         accelerator = build_accelerator(config)
         failures = FailureWatch(accelerator)
-        yield accelerator, failures
+        yield accelerator
     except RunStopped as stopped:
         if failures is not None and not stopped.is_agreed:  # the processes stop independently
             stopped.is_first = failures.report(stopped)
@@ -118,9 +116,7 @@ def handle_error(
     return exit_code
 
 
-def train(
-    config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
-) -> None:
+def train(config: TrainConfig, accelerator: Accelerator, signals: SignalHandler) -> None:
     """Build the run, train, and export the result."""
     from adapter_files.spellings import layer_spellings
     from common.process import ProcessInfo
@@ -131,7 +127,7 @@ def train(
     from training.checkpoints.resume import RunCheckpoints
     from training.components import RunComponents
     from training.distributed.sharding import needs_contiguous_weights
-    from training.export import RunExport, check_export, print_results
+    from training.export import RunExport, check_export
     from training.loss import build_loss
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.services import RunServices
@@ -167,20 +163,13 @@ def train(
         export = RunExport(components, services, state)
         export.collect_weights()
     if accelerator.is_main_process:
-        paths = export.write()
-        print_results(state, batches.timer.share, previous_steps, export.jobs[0])
-        for path in paths:
-            say(f"wrote {path}")
-        for path in export.outdated_files(paths):
-            say(f"note: {path} is from an earlier run, which exported other weights too")
+        export.write(batches.timer.share)
     services.barrier.wait()
     if initial_weights is not None:
         with signals.deferred():
-            preview_path = export.draw_preview(initial_weights)
+            export.draw_preview(initial_weights)
             if services.requests.must_stop():
                 stop_run(services.requests.agreed, trainer)
-        if preview_path is not None:
-            say(f"wrote {preview_path}")
     finish_trackers(accelerator)
     services.barrier.wait()  # the processes leave the group together
 
