@@ -134,6 +134,11 @@ class ModelFamily(ABC):
         """Facts that encode_prompt depends on besides the family and the text encoders' files."""
         return ""
 
+    @property
+    def media_cache_tag(self) -> str:
+        """Facts that encode_media depends on besides the VAE's files."""
+        return ""
+
     # Every family writes these four.
 
     @classmethod

@@ -38,6 +38,12 @@ class ModelConfig:
     in every step."""
     vae: str | None = None
     """A VAE that replaces the model's own: a .safetensors file or a diffusers folder."""
+    vae_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """dtype in which the VAE encodes images. bf16 and fp16 need half the memory; fp16 is refused for
+    a VAE that overflows, such as SDXL's first one."""
+    vae_tiling: bool = False
+    """Encode and decode large images in overlapping tiles, which needs less memory. It changes the
+    latents a little at the tiles' borders."""
     text_encoders: tuple[str, ...] = ()
     """Text encoders that replace the model's own, or for a file without any: .safetensors files as
     in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from common.dtypes import DTYPES
+from common.errors import ModelError
 from models.base import Limits, ModelFamily, Role, TokenCounts
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
@@ -259,13 +261,38 @@ class DiffusersFamily(ModelFamily):
 
     def load_encoders(self, role: Literal["text", "media"]) -> Any:
         if role == "media":
-            return self.load_components("vae")
+            return self.load_media_encoders("vae")
         encoders = self.load_components(*self.text_components)
         for component in self.text_components:
             if component.startswith("tokenizer"):
                 encoder = getattr(encoders, component.replace("tokenizer", "text_encoder"))
                 check_tokenizer(self.config.path, getattr(encoders, component), encoder)
         return encoders
+
+    def load_media_encoders(self, *components: str) -> Any:
+        """Load the VAE, in `model.vae_dtype`, and other components.
+
+        Raises ModelError if the VAE overflows in this dtype."""
+        overflows = self.vae_config.get("force_upcast", False)
+        if overflows and self.config.vae_dtype == "fp16":
+            raise ModelError(
+                "--model.vae_dtype fp16: this VAE overflows in fp16, as its config says "
+                "(force_upcast). Use bf16 or fp32"
+            )
+        pipeline = self.load_components(*components)
+        for name, module in pipeline.vae.named_children():
+            if name != "bn":  # statistics of latents, which are not computed with
+                module.to(DTYPES[self.config.vae_dtype])
+        return pipeline
+
+    @property
+    def media_cache_tag(self) -> str:
+        tags: list[str] = []
+        if self.config.vae_dtype != "fp32":
+            tags.append(self.config.vae_dtype)
+        if self.config.vae_tiling:
+            tags.append("tiling")
+        return " ".join(tags)
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         components = list(self.components)
@@ -292,6 +319,8 @@ class DiffusersFamily(ModelFamily):
                 self.files.source, **arguments, **self.pipeline_options, **self.files.load_options
             )
         pipeline.register_modules(**replacements)
+        if self.config.vae_tiling and pipeline.vae is not None:
+            pipeline.vae.enable_tiling()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -348,11 +377,12 @@ class DiffusersFamily(ModelFamily):
     # Media.
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = encoders.vae.encode(pixels).latent_dist
-        return posterior.mean, posterior.std
+        posterior = encoders.vae.encode(pixels.to(encoders.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        return encoders.vae.decode(latents).sample.clamp(-1, 1)
+        decoded = encoders.vae.decode(latents.to(encoders.vae.dtype)).sample
+        return decoded.float().clamp(-1, 1)
 
     @cached_property
     def _scale(self) -> LatentScale:

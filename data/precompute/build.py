@@ -193,8 +193,10 @@ class DatasetBuilder:
         for name in ("vae", "text"):
             files = self.family.identity_files(name)
             hashes[name] = hash_of_files(files, self.cache_dir)
-        if self.family.text_cache_tag:
-            hashes["text"] = hash_of(hashes["text"], self.family.text_cache_tag)
+        cache_tags = {"vae": self.family.media_cache_tag, "text": self.family.text_cache_tag}
+        for name, cache_tag in cache_tags.items():
+            if cache_tag:
+                hashes[name] = hash_of(hashes[name], cache_tag)
         hashes["family"] = self.family.name
         return hashes
 

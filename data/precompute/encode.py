@@ -116,6 +116,8 @@ def memory_advice(config: DataConfig) -> Iterator[None]:
             advice.insert(0, f"--data.encode_pixels {config.resolution**2}")
         if size > 1:
             advice.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
+        advice.append("--model.vae_tiling")
+        advice.append("--model.vae_dtype bf16")
         advice.append("encoding on another machine (train_lora.py export-dataset)")
         error.add_note(f"To use less memory in encoding, try {', or '.join(advice)}")
         raise

@@ -116,7 +116,7 @@ class WanImageToVideo(Wan):
 
     def load_encoders(self, role: Literal["text", "media"]) -> Any:
         if role == "media":
-            return self.load_components("vae", *self.vision_components)
+            return self.load_media_encoders("vae", *self.vision_components)
         return text_pipeline(super().load_encoders(role))
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:

@@ -1,6 +1,7 @@
 """Every family against diffusers' own pipeline of it, at a tiny size, and from images to a file that loads."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -136,6 +137,57 @@ def test_latents_have_the_shape_that_the_family_says(case):
         )  # fmt: skip
         assert family.decode_media(encoders, mean).shape == pixels.shape
     assert family.limits.pixel_step % step == 0
+
+
+def encoded(case: Case, pixels: torch.Tensor, **options) -> torch.Tensor:
+    family = get_family(ModelConfig(path=str(folder_of(case)), **case.model, **options))
+    with torch.no_grad():
+        mean, deviation = family.encode_media(family.load_encoders("media"), pixels)
+    assert mean.dtype == deviation.dtype == torch.float32
+    return mean
+
+
+@CASES
+def test_a_vae_in_bf16_or_in_tiles_encodes_nearly_the_same(case):
+    """Tiles have norms of their own, which count for more at this size than at a real one."""
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 3, 2 * SIDE, SIDE) * 2 - 1
+    expected = encoded(case, pixels)
+    rounded = encoded(case, pixels, vae_dtype="bf16")
+    tiled = encoded(case, pixels, vae_tiling=True)
+    assert 0 < (rounded - expected).norm() <= 0.05 * expected.norm()
+    assert (tiled - expected).norm() <= 0.75 * expected.norm()
+
+
+@pytest.mark.parametrize("role", ["media", "preview"])
+def test_tiles_are_used_to_encode_and_to_draw(role):
+    config = ModelConfig(path=str(folder_of(cases()[0])), vae_tiling=True)
+    family = get_family(config)
+    pipeline = family.load_encoders("media") if role == "media" else family.pipeline(None)
+    assert pipeline.vae.use_tiling
+
+
+def test_latents_of_another_dtype_are_stored_elsewhere():
+    tags = set()
+    for options in ({}, {"vae_dtype": "bf16"}, {"vae_dtype": "fp16"}, {"vae_tiling": True}):
+        family = get_family(ModelConfig(path=str(folder_of(cases()[0])), **options))
+        tags.add(family.media_cache_tag)
+    assert len(tags) == 4
+
+
+def test_a_vae_that_overflows_is_not_used_in_fp16(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of(next(case for case in cases() if case.family == "sdxl")), folder)
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    for overflows in (True, False):
+        path.write_text(json.dumps({**config, "force_upcast": overflows}))
+        family = get_family(ModelConfig(path=str(folder), vae_dtype="fp16"))
+        if overflows:
+            with pytest.raises(ModelError, match="this VAE overflows in fp16"):
+                family.load_encoders("media")
+        else:
+            assert family.load_encoders("media").vae.dtype == torch.float16
 
 
 @CASES
