@@ -8,10 +8,11 @@ import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers.family_cases import cases, family_of
 
+from common.errors import ConfigError
 from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
 from training.checkpoints.storage import tensors_to_bytes
-from training.distributed.sharding import shard_base
+from training.distributed.sharding import blocks_to_shard, shard_base
 
 
 @pytest.fixture
@@ -44,3 +45,19 @@ def test_adapters_stay_whole_where_no_prediction_depends_on_them(one_rank):
     assert len(tensors_to_bytes(state)) > sum(tensor.nbytes for tensor in state.values())
     adapted.load_state_dict({name: tensor + 1 for name, tensor in state.items()})
     assert all(adapted.state_dict()[name].equal(tensor + 1) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_the_blocks_of_checkpointing_are_sharded_one_by_one(case):
+    family = family_of(case)
+    denoiser = family.empty_denoiser()
+    assert blocks_to_shard(family, denoiser, None) == list(family.blocks(denoiser).values())
+
+
+def test_the_classes_of_accelerates_config_come_first():
+    family = family_of(next(case for case in cases() if case.family == "sdxl"))
+    denoiser = family.empty_denoiser()
+    blocks = blocks_to_shard(family, denoiser, ["BasicTransformerBlock"])
+    assert {type(block).__name__ for block in blocks} == {"BasicTransformerBlock"}
+    with pytest.raises(ConfigError, match="the model has no FluxTransformerBlock"):
+        blocks_to_shard(family, denoiser, ["FluxTransformerBlock"])

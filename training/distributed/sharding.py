@@ -49,15 +49,15 @@ def blocks_to_shard(
 ) -> list[nn.Module]:
     """Return the blocks that are sharded one by one, inner ones first.
 
-    These are the modules of the given classes, else of the classes that diffusers never splits,
-    else the top-level blocks."""
-    names = class_names or getattr(denoiser, "_no_split_modules", None) or ()
+    These are the modules of the given classes, else the blocks of the family."""
+    if not class_names:
+        return list(family.blocks(denoiser).values())
     blocks = []
     for module in denoiser.modules():
-        if type(module).__name__ in names and module is not denoiser:
+        if type(module).__name__ in class_names and module is not denoiser:
             blocks.append(module)
     class_names_of_blocks = {type(block).__name__ for block in blocks}
-    missing_names = set(class_names or ()) - class_names_of_blocks
+    missing_names = set(class_names) - class_names_of_blocks
     if missing_names:
         known_blocks = family.blocks(denoiser, depth=2).values()
         known_names = sorted({type(block).__name__ for block in known_blocks})
@@ -65,6 +65,4 @@ def blocks_to_shard(
             "fsdp_transformer_layer_cls_to_wrap: the model has no "
             f"{', '.join(sorted(missing_names))}. It has {', '.join(known_names)}"
         )
-    if not blocks:
-        return list(family.blocks(denoiser).values())
     return blocks[::-1]
