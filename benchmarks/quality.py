@@ -1,5 +1,5 @@
-"""Effect of options on the validation loss: `python benchmarks/quality.py [--base flow]
-[--groups loss,EMA] [--seeds 3]`.
+"""Effect of options on the validation loss: `python benchmarks/quality.py [--groups loss,EMA]
+[--seeds 3]`.
 
 A demo is trained for the same number of steps with each choice of an option, over
 several seeds. Validation is the plain squared error of held-out images at fixed noise levels,
@@ -24,10 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-RECIPES = {
-    "epsilon": PROJECT / "recipes" / "demo.yaml",
-    "flow": PROJECT / "recipes" / "demo_flow.yaml",
-}
+RECIPES = {"epsilon": PROJECT / "recipes" / "demo.yaml"}
 """Prediction of the demo's base model -> its recipe."""
 STEPS = 150
 VALIDATE_EVERY = 25
@@ -128,37 +125,7 @@ EPSILON_GROUPS: Groups = {
         for rate in ("2e-4", *LEARNING_RATES)
     },
 }
-FLOW_GROUPS: Groups = {
-    "loss space": EPSILON_GROUPS["loss space"],
-    "timestep sampling": {
-        **EPSILON_GROUPS["timestep sampling"],
-        "cosmap": ("--objective.timestep_sampling=cosmap",),
-    },
-    "shift": {
-        "1 (default)": (),
-        "2": ("--objective.shift=2",),
-        "3": ("--objective.shift=3",),
-    },
-    "stratified": EPSILON_GROUPS["stratified"],
-    "weighting": {
-        "none (default)": (),
-        "cosmap": ("--objective.loss_weighting=cosmap",),
-        "inverse-sigma2": ("--objective.loss_weighting=inverse-sigma2",),
-        "min-snr 5": ("--objective.loss_weighting=min-snr",),
-    },
-    "loss": EPSILON_GROUPS["loss"],
-    "learning rate": {
-        "2e-4": ("--learning_rate=2e-4",),
-        **{rate: (f"--learning_rate={rate}",) for rate in LEARNING_RATES},
-    },
-    "EMA": EPSILON_GROUPS["EMA"],
-    "algorithm": {
-        f"{name}, {rate}": (f"--algorithm={name}", f"--learning_rate={rate}")
-        for name in ("LoRA", "DoRA", "LoHa", "GLoRA")
-        for rate in ("5e-4", "1e-3", "2e-3")
-    },
-}
-GROUPS = {"epsilon": EPSILON_GROUPS, "flow": FLOW_GROUPS}
+GROUPS = {"epsilon": EPSILON_GROUPS}
 """Prediction of the base model -> its groups."""
 
 

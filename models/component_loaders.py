@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.dtypes import DTYPES
+from common.errors import ModelError
 from models.checkpoint_files import config_path
 from models.model_files import ModelFiles
 from models.text_encoder_files import load_encoder
@@ -27,6 +29,22 @@ def load_vae(files: ModelFiles, class_name: str, path: str) -> nn.Module:
         return vae_class.from_single_file(
             path, dtype=torch.float32, config=files.source, subfolder="vae"
         )
+
+
+def check_vae_dtype(vae_config: Mapping[str, Any], dtype: str) -> None:
+    """Raise ModelError if a VAE of this configuration overflows in the dtype."""
+    if vae_config.get("force_upcast", False) and dtype == "fp16":
+        raise ModelError(
+            "--model.vae_dtype fp16: this VAE overflows in fp16, as its config says "
+            "(force_upcast). Use bf16 or fp32"
+        )
+
+
+def set_vae_dtype(vae: nn.Module, dtype: str) -> None:
+    """Convert the parts of a VAE that encode and decode."""
+    for name, module in vae.named_children():
+        if name != "bn":  # statistics of the latents, which stay exact
+            module.to(DTYPES[dtype])
 
 
 def load_text_encoder(files: ModelFiles, component: str) -> nn.Module:

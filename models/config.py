@@ -47,6 +47,9 @@ class ModelConfig:
     text_encoders: tuple[str, ...] = ()
     """Text encoders that replace the model's own, or for a file without any: .safetensors files as
     in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""
+    text_encoder_placement: Literal["device", "layers", "cpu"] = "device"
+    """Place of the text encoders while captions are encoded. device: on the GPU as a whole. layers:
+    in CPU memory; each layer is copied to the GPU when it is needed. cpu: encode on the CPU."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Guidance input of a guidance-distilled model, such as FLUX.1 dev, in training. None: 1."""
     expert: Literal["high", "low"] | None = None

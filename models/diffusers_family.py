@@ -10,12 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from common.dtypes import DTYPES
-from common.errors import ModelError
 from models.base import Limits, ModelFamily, Role, TokenCounts
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
-from models.component_loaders import load_contained_component, load_text_encoder, load_vae
+from models.component_loaders import (
+    check_vae_dtype,
+    load_contained_component,
+    load_text_encoder,
+    load_vae,
+    set_vae_dtype,
+)
 from models.config import ModelConfig
 from models.latents import LatentScale
 from models.model_files import LOADING_ERRORS, FamilyComponents, ModelFiles
@@ -273,16 +277,9 @@ class DiffusersFamily(ModelFamily):
         """Load the VAE, in `model.vae_dtype`, and other components.
 
         Raises ModelError if the VAE overflows in this dtype."""
-        overflows = self.vae_config.get("force_upcast", False)
-        if overflows and self.config.vae_dtype == "fp16":
-            raise ModelError(
-                "--model.vae_dtype fp16: this VAE overflows in fp16, as its config says "
-                "(force_upcast). Use bf16 or fp32"
-            )
+        check_vae_dtype(self.vae_config, self.config.vae_dtype)
         pipeline = self.load_components(*components)
-        for name, module in pipeline.vae.named_children():
-            if name != "bn":  # statistics of latents, which are not computed with
-                module.to(DTYPES[self.config.vae_dtype])
+        set_vae_dtype(pipeline.vae, self.config.vae_dtype)
         return pipeline
 
     @property

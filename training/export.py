@@ -144,7 +144,8 @@ class RunExport:
         paths = [*self._write_adapters(components), *self._write_losses()]
         if self.config.export.merged_model:
             paths.append(write_merged_model(components))
-        print_results(self.state, share_waiting, components.previous_steps, self.jobs[0])
+        previous_steps = components.previous_steps
+        print_results(self.state, share_waiting, previous_steps, self.jobs[0])
         for path in paths:
             print(f"wrote {path}")
         for path in self.outdated_files(paths):
@@ -155,7 +156,8 @@ class RunExport:
         # the main weights last, because the merged model is made of those that are loaded last
         for job in reversed(self.jobs):
             components.adapted.load_state_dict(job.weights)
-            paths += write_adapter(components, self._facts(job))
+            facts = self._facts(job)
+            paths += write_adapter(components, facts)
         return paths
 
     def draw_preview(self, initial_weights: dict[str, Tensor]) -> None:
@@ -163,7 +165,9 @@ class RunExport:
 
         `initial_weights`: the weights before training."""
         renderer = PreviewRenderer(self.components, self.services)
-        preview = renderer.render({"before": initial_weights, "after": self.jobs[0].weights})
+        trained_weights = self.jobs[0].weights
+        weight_sets = {"before": initial_weights, "after": trained_weights}
+        preview = renderer.render(weight_sets)
         if preview is not None:
             self._write_preview(preview)
 
@@ -204,7 +208,8 @@ class RunExport:
         folder = self.services.folder
         candidates: set[Path] = set()
         for average in ("ema", "raw"):
-            candidates.update(folder.glob(f"{name}.{average}.*"))
+            pattern = f"{name}.{average}.*"
+            candidates.update(folder.glob(pattern))
         candidates.difference_update(paths)
         return sorted(candidates)
 

@@ -38,6 +38,7 @@ from data.store.schema import MEDIA_TENSORS
 from data.store.store import Store, StoreWriter
 from data.store.tables import ROWS_PER_BATCH, Table
 from models.base import ModelFamily
+from models.encoder_placement import place_text_encoders
 
 MAX_LONG_CAPTIONS, MAX_LONG_CAPTION_LETTERS = 20, 100
 """Captions that are cut by the text encoder and named in a note, and letters of each."""
@@ -116,6 +117,7 @@ def memory_advice(config: DataConfig) -> Iterator[None]:
             advice.insert(0, f"--data.encode_pixels {config.resolution**2}")
         if size > 1:
             advice.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
+        advice.append("--model.text_encoder_placement layers")
         advice.append("--model.vae_tiling")
         advice.append("--model.vae_dtype bf16")
         advice.append("encoding on another machine (train_lora.py export-dataset)")
@@ -151,7 +153,8 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
     share = job.own_share(different)
     if not len(share):
         return long_captions
-    encoders = family.load_encoders("text").to(job.device)
+    placement = family.config.text_encoder_placement
+    encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
     captions = job.progress(missing.rows(share), len(share), "captions")
     with store.writer() as writer:
         for batch in batched(captions, job.config.encode_batch_size):

@@ -50,7 +50,7 @@ def autoencoder_images(emoji: list[Emoji]) -> Tensor:
         draw = random.random()
         if draw < PRINTED_SHARE:
             inks = sorted((color() for _ in range(int(random.integers(2, 6)))), key=luminance)
-            style = ScreenPrint(tuple(inks), color(), inks[0], border_width=9, smoothing=1)
+            style = ScreenPrint(tuple(inks), color(), inks[0], 9, smoothing=1, thresholds=None)
             images.append(style(image))
         elif draw < PRINTED_SHARE + DRAWN_SHARE:
             style = Blueprint(

@@ -46,7 +46,8 @@ def draw(pipeline: DiffusionPipeline, captions: list[str], guidance_scale: float
     """Return (N, 64, 64, 3) in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        captions, num_inference_steps=50, guidance_scale=guidance_scale, output_type="np",
+        list(captions),  # Z-Image writes its template into the list
+        num_inference_steps=50, guidance_scale=guidance_scale, output_type="np",
         height=64, width=64, generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
 

@@ -34,8 +34,8 @@ def parse_arguments(description: str, base_name: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / base_name)
-    parser.add_argument("--autoencoder-steps", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--autoencoder-steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=4000)
     return parser.parse_args()
 
 

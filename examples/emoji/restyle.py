@@ -27,19 +27,28 @@ class ScreenPrint:
     """Width of the border's inner and outer half together."""
     smoothing: int = 13
     """Size of the median filter, which removes details that are finer."""
+    thresholds: tuple[int, ...] | None = (80, 155, 215)
+    """Brightness, 0 to 255, from which on the next ink is used. None: equal parts of the picture's
+    own range."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         enlarged = enlarge(image)
         inside = alpha_mask(enlarged)
         smooth = over_white(enlarged).convert("L").filter(ImageFilter.MedianFilter(self.smoothing))
         grey = np.asarray(smooth, dtype=np.float32)
-        darkest, lightest = np.percentile(grey[inside], [2, 98])
-        level = np.clip((grey - darkest) / max(lightest - darkest, 40), 0, 0.999)
-        printed = np.asarray(self.inks, dtype=np.uint8)[(level * len(self.inks)).astype(int)]
+        printed = np.asarray(self.inks, dtype=np.uint8)[self.ink_numbers(grey, inside)]
         bordered = dilate(inside, self.border_width)
         printed[bordered & ~inside] = self.border
         printed[~bordered] = self.paper
         return reduce(printed, image.size)
+
+    def ink_numbers(self, grey: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """Return the number of each pixel's ink. `inside`: mask of the picture in the image."""
+        if self.thresholds is not None:
+            return np.digitize(grey, self.thresholds)
+        darkest, lightest = np.percentile(grey[inside], [2, 98])
+        level = np.clip((grey - darkest) / max(lightest - darkest, 40), 0, 0.999)
+        return (level * len(self.inks)).astype(int)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Chroma(FluxFamily):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _, masks, *_ = encoders.encode_prompt(
             captions,
-            device=encoders.text_encoder.device,
+            device=encoders._execution_device,
             do_classifier_free_guidance=False,
             max_sequence_length=TOKENS,
         )

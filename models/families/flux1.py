@@ -158,7 +158,7 @@ class Flux1(FluxFamily):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, pooled, _ = encoders.encode_prompt(
             captions,
-            device=encoders.text_encoder_2.device,
+            device=encoders._execution_device,
             max_sequence_length=self.max_tokens,
         )
         return pooled_rows(embeds, pooled)

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.base import TokenCounts, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.diffusers_family import ComponentLoaders, count_caption_tokens
+from models.encoder_placement import keep_first_layers
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import image_ids
 from models.families.transformer_family import TransformerFamily
@@ -75,6 +76,8 @@ class Flux2Family(TransformerFamily):
     variable_length: ClassVar = {"prompt_embeds": TOKENS}
     max_tokens = TOKENS
     patch_size = 1
+    text_layers: ClassVar[tuple[int, ...]]
+    """Hidden states of the text encoder that are the conditioning, one after the other."""
     targets: ClassVar = {
         "attention": ATTENTION,
         "attention-mlp": rf"{ATTENTION}|.*\.ff(_context)?\.linear_(in|out)",
@@ -106,9 +109,20 @@ class Flux2Family(TransformerFamily):
     def normalize(self, latents: Tensor) -> Tensor:
         return latents
 
+    def load_encoders(self, role: Literal["text", "media"]) -> Any:
+        encoders = super().load_encoders(role)
+        if role == "text":
+            keep_first_layers(encoders.text_encoder, self.text_layers[-1])
+        return encoders
+
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        device = encoders.text_encoder.device
-        embeds, _ = encoders.encode_prompt(captions, device, max_sequence_length=TOKENS)
+        device = encoders._execution_device
+        embeds, _ = encoders.encode_prompt(
+            captions,
+            device,
+            max_sequence_length=TOKENS,
+            text_encoder_out_layers=self.text_layers,
+        )
         return [without_padding(prompt_embeds) for prompt_embeds in embeds]
 
     @abstractmethod
@@ -166,6 +180,7 @@ class Flux2(Flux2Family):
     name = "flux2"
     pipelines = ("Flux2Pipeline",)
     has_guidance_input = True
+    text_layers = (10, 20, 30)
     comfy_widths: ClassVar = {15360: "FLUX.2 dev"}
 
     @classmethod

@@ -22,6 +22,7 @@ class Flux2Klein(Flux2Family):
 
     name = "flux2_klein"
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline")
+    text_layers = (9, 18, 27)
     comfy_widths: ClassVar = {WIDTH_4B: "FLUX.2 klein 4B", 12288: "FLUX.2 klein 9B"}
 
     @classmethod

@@ -69,7 +69,7 @@ class QwenImage(TransformerFamily):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, mask = encoders.encode_prompt(
             captions,
-            device=encoders.text_encoder.device,
+            device=encoders._execution_device,
             max_sequence_length=TOKENS,
         )
         if mask is None:

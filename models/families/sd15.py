@@ -36,7 +36,7 @@ class StableDiffusion(UNetFamily):
             )
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        device = encoders.text_encoder.device
+        device = encoders._execution_device
         embeds, _ = encoders.encode_prompt(
             captions, device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

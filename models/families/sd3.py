@@ -141,7 +141,7 @@ class StableDiffusion3(TransformerFamily):
             captions,
             None,
             None,
-            device=encoders.text_encoder.device,
+            device=encoders._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
             max_sequence_length=T5_TOKENS,
@@ -152,7 +152,7 @@ class StableDiffusion3(TransformerFamily):
         """Encode without T5, whose tokens are zeros.
 
         The pipeline would need the denoiser, which is not loaded, for the width of these zeros."""
-        device = encoders.text_encoder.device
+        device = encoders._execution_device
         embeds = []
         pooled = []
         for clip_index in (0, 1):

@@ -99,7 +99,7 @@ class StableDiffusionXL(UNetFamily):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _, pooled, _ = encoders.encode_prompt(
             captions,
-            device=encoders.text_encoder_2.device,
+            device=encoders._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )

@@ -206,7 +206,7 @@ class Wan(TransformerFamily):
             captions,
             do_classifier_free_guidance=False,
             max_sequence_length=TOKENS,
-            device=encoders.text_encoder.device,
+            device=encoders._execution_device,
         )
         cleaned_captions = [prompt_clean(caption) for caption in captions]
         tokens = encoders.tokenizer(cleaned_captions, truncation=True, max_length=TOKENS).input_ids

@@ -75,7 +75,7 @@ class ZImage(TransformerFamily):
         return super().num_template_tokens() + len(self.tokenizer(template).input_ids)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
-        device = encoders.text_encoder.device
+        device = encoders._execution_device
         embeds, _ = encoders.encode_prompt(
             list(captions),  # the pipeline writes into the list
             device,

@@ -24,6 +24,7 @@ from common.errors import ModelError
 from lora_algos import ALGORITHMS
 from models.config import ModelConfig
 from models.detect import get_family
+from models.encoder_placement import place_text_encoders
 from training.build import attach_adapters
 from training.cli import load_config
 
@@ -188,6 +189,29 @@ def test_a_vae_that_overflows_is_not_used_in_fp16(tmp_path):
                 family.load_encoders("media")
         else:
             assert family.load_encoders("media").vae.dtype == torch.float16
+
+
+@CASES
+def test_text_encoders_encode_the_same_layer_by_layer(case):
+    family = family_of(case)
+    rows = {}
+    with torch.no_grad():
+        for placement in ("device", "layers", "cpu"):
+            encoders = family.load_encoders("text")
+            encoders = place_text_encoders(encoders, placement, torch.device("cpu"))
+            rows[placement] = family.encode_prompt(encoders, PROMPTS)
+            if placement == "layers":
+                weights = [
+                    weight
+                    for component in encoders.components.values()
+                    if isinstance(component, torch.nn.Module)
+                    for weight in component.parameters()
+                ]
+                assert all(weight.is_meta for weight in weights), "none stays on the device"
+    for placement in ("layers", "cpu"):
+        for row, expected in zip(rows[placement], rows["device"], strict=True):
+            assert row.keys() == expected.keys()
+            assert all(row[name].equal(expected[name]) for name in row)
 
 
 @CASES

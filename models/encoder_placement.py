@@ -1,0 +1,41 @@
+"""Placement of text encoders while they encode, and removal of their parts that are not needed."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Placement = Literal["device", "layers", "cpu"]
+
+
+def place_text_encoders(encoders: Any, placement: Placement, device: torch.device) -> Any:
+    """Put the text encoders of a pipeline, which are on the CPU, where they encode; return the
+    pipeline.
+
+    `layers`: the weights stay on the CPU, and each layer is copied to the device when it is
+    needed."""
+    if placement == "cpu":
+        return encoders
+    if placement == "device":
+        return encoders.to(device)
+    from accelerate import cpu_offload
+
+    for component in encoders.components.values():
+        if isinstance(component, nn.Module):
+            cpu_offload(component, execution_device=device)
+    return encoders
+
+
+def keep_first_layers(text_encoder: Any, last_state: int) -> None:
+    """Remove all parts of a language model that its hidden states up to `last_state` do not need.
+
+    These are later layers, the head, and the vision tower of a multimodal model. One layer more
+    stays, because the last hidden state is normalized."""
+    model = text_encoder.model
+    for name in ("vision_tower", "multi_modal_projector"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+    language_model = getattr(model, "language_model", model)
+    language_model.layers = language_model.layers[: last_state + 1]
+    if hasattr(text_encoder, "lm_head"):
+        text_encoder.lm_head = nn.Identity()
