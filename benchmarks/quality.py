@@ -1,7 +1,7 @@
 """Effect of options on the validation loss: `python benchmarks/quality.py [--groups loss,EMA]
 [--seeds 3]`.
 
-A demo is trained for the same number of steps with each choice of an option, over
+The emoji demo is trained for the same number of steps with each choice of an option, over
 several seeds. Validation is the plain squared error of held-out images at fixed noise levels,
 with every training objective, so the numbers are comparable. Each group of choices has a table.
 It shows the loss after the last step and the lowest loss, with the standard deviation over
@@ -24,14 +24,12 @@ from statistics import mean, stdev
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-RECIPES = {"epsilon": PROJECT / "recipes" / "demo.yaml"}
-"""Prediction of the demo's base model -> its recipe."""
+RECIPE = PROJECT / "recipes" / "demo.yaml"
 STEPS = 150
 VALIDATE_EVERY = 25
 COMMON_OPTIONS = [
     "--no_preview",
     "--ema.decay=0",
-    "--objective.loss_weighting=none",
     "--checkpoint.every=0",
     "--checkpoint.every_minutes=0",
     "--tracking.log_every=1000",
@@ -52,10 +50,7 @@ MILLION_PARAMETERS = {
 Result = dict[str, Any]
 """`key` of a run, number of trained `parameters`, and the list of its `validation` losses."""
 
-Groups = dict[str, dict[str, tuple[str, ...]]]
-"""Group -> choice -> options of the trainer."""
-
-EPSILON_GROUPS: Groups = {
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss space": {
         "prediction (default)": (),
         "x0": ("--objective.loss_space=x0",),
@@ -126,15 +121,13 @@ EPSILON_GROUPS: Groups = {
         for rate in ("2e-4", *LEARNING_RATES)
     },
 }
-GROUPS = {"epsilon": EPSILON_GROUPS}
-"""Prediction of the base model -> its groups."""
+"""Group -> choice -> options of the trainer."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One training run."""
 
-    base: str
     group: str
     choice: str
     seed: int
@@ -142,13 +135,12 @@ class Job:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return GROUPS[self.base][self.group][self.choice]
+        return GROUPS[self.group][self.choice]
 
     @property
     def key(self) -> str:
         """Return the name of the run, the same in all groups that contain it."""
-        parts = [self.base, *sorted(self.options), f"seed {self.seed}", f"steps {self.steps}"]
-        return " ".join(parts)
+        return " ".join([*sorted(self.options), f"seed {self.seed}", f"steps {self.steps}"])
 
 
 def train(job: Job, folder: Path) -> Result:
@@ -157,7 +149,7 @@ def train(job: Job, folder: Path) -> Result:
     command = [
         sys.executable,
         str(PROJECT / "train_lora.py"),
-        str(RECIPES[job.base]),
+        str(RECIPE),
         *COMMON_OPTIONS,
         f"--steps={job.steps}",
         f"--validation.every={min(VALIDATE_EVERY, job.steps)}",
@@ -223,9 +215,8 @@ def mean_of_thirds(entry: dict[str, float]) -> list[float]:
     return [mean(levels[:size]), mean(levels[size:-size] or levels), mean(levels[-size:])]
 
 
-def table(group: str, jobs: list[Job], by_key: dict[str, Result]) -> str:
-    """Return the choices of a group's jobs as a table in Markdown, with the lowest last loss in
-    bold."""
+def table(group: str, seeds: range, steps: int, by_key: dict[str, Result]) -> str:
+    """Return a group's choices as a table in Markdown, with the lowest last loss in bold."""
     lines = [
         f"### {group}",
         "",
@@ -234,8 +225,8 @@ def table(group: str, jobs: list[Job], by_key: dict[str, Result]) -> str:
     ]
     mean_losses = {}
     rows = {}
-    for choice in dict.fromkeys(job.choice for job in jobs):
-        runs = [by_key[job.key] for job in jobs if job.choice == choice]
+    for choice in GROUPS[group]:
+        runs = [by_key[Job(group, choice, seed, steps).key] for seed in seeds]
         last_entries = [run["validation"][-1] for run in runs]
         best_entries = [min(run["validation"], key=lambda entry: entry["loss"]) for run in runs]
         thirds = zip(*map(mean_of_thirds, last_entries), strict=True)
@@ -260,8 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", choices=GROUPS, default="epsilon", help="base model of the demo")
-    parser.add_argument("--groups", help="groups to measure, separated by commas; default: all")
+    parser.add_argument(
+        "--groups", default=",".join(GROUPS), help="groups to measure, separated by commas"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each choice")
     parser.add_argument(
         "--jobs", type=int, default=1, help="number of runs at a time; each has one thread"
@@ -272,29 +264,24 @@ def main() -> None:
     )
     options = parser.parse_args()
     steps, seeds = (2, range(1)) if options.tiny else (STEPS, range(options.seeds))
-    choices = GROUPS[options.base]
-    groups = list(choices)
-    if options.groups:
-        groups = [name.strip() for name in options.groups.split(",")]
-    unknown_groups = [name for name in groups if name not in choices]
+    groups = [name.strip() for name in options.groups.split(",")]
+    unknown_groups = [name for name in groups if name not in GROUPS]
     if unknown_groups:
         parser.error(
-            f"--groups {','.join(unknown_groups)}: unknown group; expected {', '.join(choices)}"
+            f"--groups {','.join(unknown_groups)}: unknown group; expected {', '.join(GROUPS)}"
         )
-    jobs_by_group: dict[str, list[Job]] = {}
+    if options.tiny:
+        for group in groups:
+            GROUPS[group] = dict(list(GROUPS[group].items())[:2])
+    jobs = [
+        Job(group, choice, seed, steps)
+        for group in groups
+        for seed in seeds
+        for choice in GROUPS[group]
+    ]
+    by_key = results(jobs, options.out, options.jobs)
     for group in groups:
-        measured_choices = list(choices[group])
-        if options.tiny:
-            measured_choices = measured_choices[:2]
-        jobs_by_group[group] = [
-            Job(options.base, group, choice, seed, steps)
-            for seed in seeds
-            for choice in measured_choices
-        ]
-    all_jobs = [job for jobs in jobs_by_group.values() for job in jobs]
-    by_key = results(all_jobs, options.out, options.jobs)
-    for group, jobs in jobs_by_group.items():
-        print(table(group, jobs, by_key))
+        print(table(group, seeds, steps, by_key))
 
 
 if __name__ == "__main__":

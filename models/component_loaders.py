@@ -31,9 +31,9 @@ def load_vae(files: ModelFiles, class_name: str, path: str) -> nn.Module:
         )
 
 
-def check_vae_dtype(vae_config: Mapping[str, Any], dtype: str) -> None:
-    """Raise ModelError if a VAE of this configuration overflows in the dtype."""
-    if vae_config.get("force_upcast", False) and dtype == "fp16":
+def check_fp16(vae_config: Mapping[str, Any]) -> None:
+    """Raise ModelError if a VAE of this configuration overflows in fp16."""
+    if vae_config.get("force_upcast", False):
         raise ModelError(
             "--model.vae_dtype fp16: this VAE overflows in fp16, as its config says "
             "(force_upcast). Use bf16 or fp32"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     FamilyName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+Placement = Literal["device", "layers", "cpu"]
+"""Place of the text encoders while they encode."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelConfig:
     text_encoders: tuple[str, ...] = ()
     """Text encoders that replace the model's own, or for a file without any: .safetensors files as
     in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""
-    text_encoder_placement: Literal["device", "layers", "cpu"] = "device"
+    text_encoder_placement: Placement = "device"
     """Place of the text encoders while captions are encoded. device: on the GPU as a whole. layers:
     in CPU memory; each layer is copied to the GPU when it is needed. cpu: encode on the CPU."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None

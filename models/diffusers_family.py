@@ -14,7 +14,7 @@ from models.base import Limits, ModelFamily, Role, TokenCounts
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
 from models.component_loaders import (
-    check_vae_dtype,
+    check_fp16,
     load_contained_component,
     load_text_encoder,
     load_vae,
@@ -277,7 +277,8 @@ class DiffusersFamily(ModelFamily):
         """Load the VAE, in `model.vae_dtype`, and other components.
 
         Raises ModelError if the VAE overflows in this dtype."""
-        check_vae_dtype(self.vae_config, self.config.vae_dtype)
+        if self.config.vae_dtype == "fp16":
+            check_fp16(self.vae_config)
         pipeline = self.load_components(*components)
         set_vae_dtype(pipeline.vae, self.config.vae_dtype)
         return pipeline

@@ -1,11 +1,11 @@
 """Placement of text encoders while they encode, and removal of their parts that are not needed."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Placement = Literal["device", "layers", "cpu"]
+from models.config import Placement
 
 
 def place_text_encoders(encoders: Any, placement: Placement, device: torch.device) -> Any:

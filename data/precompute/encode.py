@@ -112,15 +112,19 @@ def memory_advice(config: DataConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         size = config.encode_batch_size
-        advice = [f"a --data.resolution below {config.resolution}"]
-        if config.encode_pixels > config.resolution**2:
-            advice.insert(0, f"--data.encode_pixels {config.resolution**2}")
+        pixels_of_one_image = config.resolution**2
+        advice = []
         if size > 1:
-            advice.insert(0, f"--data.encode_batch_size {size // 2} (now {size})")
-        advice.append("--model.text_encoder_placement layers")
-        advice.append("--model.vae_tiling")
-        advice.append("--model.vae_dtype bf16")
-        advice.append("encoding on another machine (train_lora.py export-dataset)")
+            advice.append(f"--data.encode_batch_size {size // 2} (now {size})")
+        if config.encode_pixels > pixels_of_one_image:
+            advice.append(f"--data.encode_pixels {pixels_of_one_image}")
+        advice += [
+            f"a --data.resolution below {config.resolution}",
+            "--model.text_encoder_placement layers",
+            "--model.vae_tiling",
+            "--model.vae_dtype bf16",
+            "encoding on another machine (train_lora.py export-dataset)",
+        ]
         error.add_note(f"To use less memory in encoding, try {', or '.join(advice)}")
         raise
 

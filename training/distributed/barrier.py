@@ -5,12 +5,12 @@ A collective has a time limit, after which it ends the run. This barrier looks i
 process group instead. A process that fails meanwhile ends the others through FailureWatch.
 """
 
-import os
 import time
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+
+from training.distributed.run_store import shared_store
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks into the store. They grow while a process waits."""
@@ -23,13 +23,8 @@ class StoreBarrier:
         self.num_processes = accelerator.num_processes
         self.num_waits = 0
         self.store: dist.Store | None = None
-        if self.num_processes == 1:
-            return
-        # the store outlives processes that torchrun restarts, so each start needs its own keys
-        token = [f"{time.time()}.{os.getpid()}"]
-        broadcast_object_list(token)
-        self.key_prefix = f"train_lora/barrier/{token[0]}"
-        self.store = dist.distributed_c10d._get_default_store()
+        if self.num_processes > 1:
+            self.store, self.key_prefix = shared_store(accelerator, "barrier")
 
     def wait(self) -> None:
         """Return when all processes have called this method equally often."""

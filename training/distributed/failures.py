@@ -15,10 +15,10 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from training.config import TrainConfig
+from training.distributed.run_store import shared_store
 
 POLL_EVERY = 0.5
 EXIT_DELAY = 1.5
@@ -44,11 +44,7 @@ class FailureWatch:
         self.store: dist.Store | None = None
         if accelerator.num_processes == 1:
             return
-        # the store outlives processes that torchrun restarts, so each start needs its own key
-        token = [f"{time.time()}.{os.getpid()}"]
-        broadcast_object_list(token)
-        self.key = f"train_lora/failed/{token[0]}"
-        self.store = dist.distributed_c10d._get_default_store()
+        self.store, self.key = shared_store(accelerator, "failed")
         self.is_over = threading.Event()
         own_connection = self.store.clone()  # type: ignore[attr-defined]
         self.thread = threading.Thread(target=self._watch, args=(own_connection,), daemon=True)
