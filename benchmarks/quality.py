@@ -30,6 +30,7 @@ VALIDATE_EVERY = 25
 COMMON_OPTIONS = [
     "--no_preview",
     "--ema.decay=0",
+    "--objective.loss_weighting=none",
     "--checkpoint.every=0",
     "--checkpoint.every_minutes=0",
     "--tracking.log_every=1000",
