@@ -236,7 +236,7 @@ def test_the_loss_in_fp32_is_the_nodes(algorithm):
 
 @pytest.mark.parametrize("algorithm", NODE)
 def test_one_step_is_the_nodes(algorithm):
-    """In float64, but for the parts that both compute in fp32: in fp32 alone, a few gradients are as small as rounding."""
+    """Compare in float64, because a few gradients are as small as the rounding of fp32."""
     node = NodeStep(algorithm, torch.float64)
     ours, updated = our_step(node, algorithm)
     loss, expected = node.step()
