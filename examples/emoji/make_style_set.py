@@ -13,9 +13,16 @@ import shutil
 from pathlib import Path
 
 from emoji_source import Emoji, read_emoji
-from restyle import Blueprint, ScreenPrint
+from restyle import ScreenPrint
 
-STYLES = {"screen_print": ScreenPrint(), "blueprint": Blueprint()}
+STYLES = {
+    "screen_print": ScreenPrint(),
+    "night_print": ScreenPrint(
+        inks=((62, 36, 94), (196, 74, 122), (250, 168, 104), (255, 236, 184)),
+        paper=(54, 44, 104),
+        border=(255, 244, 224),
+    ),
+}
 NUM_TRAINING = 160
 VALIDATION_NAMES = (
     "tiger", "octopus", "penguin", "cactus", "pizza", "strawberry", "icecream", "ghost",

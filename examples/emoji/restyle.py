@@ -1,7 +1,7 @@
-"""Two print styles, made from an emoji by image operations: the demos' training and validation
-images.
+"""Two kinds of print, made from an emoji by image operations.
 
-Widths are in pixels of a picture of `WORK_SIZE`, a quarter of a pixel of a 64x64 image.
+The demos' styles are screen prints; the autoencoder saw blueprints too. Widths are in pixels of a
+picture of `WORK_SIZE`, a quarter of a pixel of a 64x64 image.
 """
 
 from dataclasses import dataclass

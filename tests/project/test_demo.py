@@ -56,7 +56,7 @@ def test_latents_are_normalized_by_the_scaling_factor_alone():
     assert error < 0.06, "the autoencoder shows what it is given"
 
 
-@pytest.mark.parametrize("style", ["screen_print", "blueprint"])
+@pytest.mark.parametrize("style", ["screen_print", "night_print"])
 def test_a_style_trains_and_validates_on_different_captions(style):
     folder = PROJECT / "examples" / "emoji" / style
     captions = {}
