@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_algos.attach import attach
-from lora_algos.autograd_functions import choose_mode
 from lora_algos.config import AdapterOptions, LayerSpec
 
 LYCORIS_VERSION = "4.1.3"
@@ -100,7 +99,7 @@ def ours(setting: Setting, base: nn.Module) -> Layer:
 
     def mode(x: Tensor) -> str:
         factors = layer.factors(dict(layer.update_tensors()))
-        return choose_mode(layer.kernel, layer.spec.bypass_mode, x, factors)
+        return layer.mode(x, factors)
 
     return Layer(layer, list(layer.trained_tensors().values()), mode)
 

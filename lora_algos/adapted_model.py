@@ -116,6 +116,14 @@ class AdaptedModel:
         finally:
             self.load_state_dict(own_state)
 
+    def prepare_once_per_step(self) -> None:
+        """Let layers keep what they compute from their factors until these change.
+
+        Changes are seen by the tensors' versions and by steps of torch's optimizers. Call
+        `lora_algos.prepared.parameter_updates.add()` after other writes through `tensor.data`."""
+        for layer in self.layers().values():
+            layer.prepared.is_reused = True
+
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and update of every adapted layer: fp32, on the layer's device."""

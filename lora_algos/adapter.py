@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from lora_algos import get_algorithm
 from lora_algos.algorithm import Algorithm
-from lora_algos.autograd_functions import AdditiveFunction, adapted_forward, choose_mode
-from lora_algos.config import LayerSpec
+from lora_algos.autograd_functions import (
+    AdaptedFunction,
+    AdditiveFunction,
+    choose_mode,
+    merged_or_dense_forward,
+)
+from lora_algos.config import BypassMode, LayerSpec
 from lora_algos.dropout import drop_ranks
 from lora_algos.frozen_weight import (
     frozen_weight,
@@ -23,7 +28,7 @@ from lora_algos.frozen_weight import (
     write_frozen_weight,
 )
 from lora_algos.input_cast import shared_cast
-from lora_algos.kernels import AdditiveKernel, Factors, Kernel, Mode
+from lora_algos.kernels import AdditiveKernel, Factors, Kernel, Mode, Prepared
 from lora_algos.layer_op import (
     LayerOp,
     add_update,
@@ -31,6 +36,7 @@ from lora_algos.layer_op import (
     bias_like,
     without_autocast,
 )
+from lora_algos.prepared import PreparedFactors, prepare
 from lora_algos.tensors import ALPHA, BIAS, LayerTensors, Shapes
 
 
@@ -48,6 +54,9 @@ class AdapterLayer(ABC):
     """Buffers that follow from the values of the base weight."""
     diff_b: nn.Parameter | None
     """Change of the bias, if it is trained."""
+    prepared: PreparedFactors
+    modes: dict[tuple[BypassMode, torch.Size, torch.dtype], Mode]
+    """Chosen mode of each option, and shape and dtype of an input."""
     unmerged: tuple[Tensor, Tensor | None] | None
     """Weight and bias of the base while the update is merged into it."""
     training: bool
@@ -68,6 +77,7 @@ class AdapterLayer(ABC):
         self.algorithm, self.spec = algorithm, spec
         self.op = LayerOp.of(base_layer)
         self.kernel = algorithm.make_kernel(self.op, spec, shape, tensors)
+        self.prepared, self.modes = PreparedFactors(), {}
         self.unmerged = None
         self.diff_b = None
         if spec.bias and bias is not None:
@@ -162,6 +172,11 @@ class AdapterLayer(ABC):
             self.base_layer.bias.copy_(bias)
         self.unmerged = None
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply a function to all tensors, such as one that moves them to another device."""
+        self.prepared.clear()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with its update, in the dtype that the base layer returns."""
         if self.unmerged is not None:
@@ -173,8 +188,14 @@ class AdapterLayer(ABC):
             if dtype.itemsize == 1:  # float8 is only for storage
                 dtype = x.dtype
             return self._forward(shared_cast(x, dtype))
-        with without_autocast(device):
+        if torch.compiler.is_compiling():
+            with without_autocast(device):
+                return self._forward(shared_cast(x, dtype))
+        torch.set_autocast_enabled(device, False)  # a context manager takes five times as long
+        try:
             return self._forward(shared_cast(x, dtype))
+        finally:
+            torch.set_autocast_enabled(device, True)
 
     def _forward(self, x: Tensor) -> Tensor:
         """Return the output for an input in the dtype that is computed in."""
@@ -182,44 +203,84 @@ class AdapterLayer(ABC):
         is_single_image = op.spatial_dims and x.ndim == op.spatial_dims + 1
         if is_single_image:
             x = x[None]
-        x = op.pad(x)
-        tensors = self.masked_tensors(dict(self.trained_tensors()))
-        diff_b = tensors.pop(BIAS, None)
-        factors = self.factors(tensors)
-        mode = choose_mode(self.kernel, self.spec.bypass_mode, x, factors)
-        if self.training and self.spec.options.dropout:
-            y = self._forward_with_dropout(x, mode, factors)
+        if op.extra_padding:
+            x = op.pad(x)
+        tensors: LayerTensors = {**self.trained_tensors()}
+        if self.training and self.spec.options.has_dropout:
+            tensors = self.masked_tensors(tensors)
+            diff_b = tensors.pop(BIAS, None)
+            y = self._forward_with_dropout(x, self.factors(tensors))
         else:
-            weight = stored_weight(self.base_layer)
-            y = adapted_forward(self.kernel, mode, x, weight, self.base_layer.bias, factors)
+            diff_b = tensors.pop(BIAS, None)
+            y = self._forward_with_factors(x, tensors)
         if diff_b is not None:
             y = y + op.channel_view(diff_b.to(x.dtype))
         return y[0] if is_single_image else y
 
-    def _forward_with_dropout(
-        self,
-        x: Tensor,
-        mode: Mode,
-        factors: Factors,
-    ) -> Tensor:
-        """Return the output of an update whose input has dropped elements.
+    def _forward_with_factors(self, x: Tensor, tensors: LayerTensors) -> Tensor:
+        """Return the output of an update without dropout. `tensors`: those of the weight."""
+        kernel, base_layer = self.kernel, self.base_layer
+        weight, bias = stored_weight(base_layer), base_layer.bias
+        factors = self.factors(tensors)
+        mode = self.mode(x, factors)
+        is_compiling = torch.compiler.is_compiling()
+        if mode != "factors":
+            if not is_compiling:
+                return AdaptedFunction.apply(kernel, mode, x, (weight, bias), (), *factors)
+            # operations that the compiler plans
+            values = weight_values(weight, x.dtype)
+            return merged_or_dense_forward(kernel, mode, x, values, bias_like(bias, x), factors)
+        values = weight_values(weight)
+        if is_compiling:
+            prepared = prepare(kernel, values, factors, x.dtype)
+        else:
+            constants = self.weight_constants()
+            sources = (*tensors.values(), *constants.values())
+            prepared = self.prepared.get(
+                kernel,
+                sources,
+                values,
+                factors,
+                x.dtype,
+            )
+        return AdaptedFunction.apply(kernel, mode, x, (weight, bias), prepared, *factors)
+
+    def mode(self, x: Tensor, factors: Factors) -> Mode:
+        """Return the mode for an input with its padding."""
+        if torch.compiler.is_compiling():
+            return choose_mode(self.kernel, self.spec.bypass_mode, x, factors)
+        key = (self.spec.bypass_mode, x.shape, x.dtype)
+        mode = self.modes.get(key)
+        if mode is None:
+            mode = choose_mode(self.kernel, self.spec.bypass_mode, x, factors)
+            self.modes[key] = mode
+        return mode
+
+    def _forward_with_dropout(self, x: Tensor, factors: Factors) -> Tensor:
+        """Return the output of an update whose factors or input have dropped elements.
 
         The input of the base has all elements."""
         kernel, op = self.kernel, self.op
-        weight = frozen_weight(self.base_layer)
-        bias = bias_like(self.base_layer.bias, x)
-        y = op(x, weight.to(x.dtype), bias)
+        mode = self.mode(x, factors)
+        weight, bias = stored_weight(self.base_layer), self.base_layer.bias
+        values = weight_values(weight)
+        prepared: Prepared = ()
+        if mode == "factors":
+            prepared = prepare(kernel, values, factors, x.dtype)
+        if not self.spec.options.dropout:
+            return AdaptedFunction.apply(kernel, mode, x, (weight, bias), prepared, *factors)
+        y = op(x, values.to(x.dtype), bias_like(bias, x))
         dropped_x = F.dropout(x, self.spec.options.dropout)
         if mode == "factors" and isinstance(kernel, AdditiveKernel):
-            return AdditiveFunction.apply(kernel, y, dropped_x, *factors)
-        delta = kernel.delta(weight, factors)
+            return AdditiveFunction.apply(kernel, y, dropped_x, prepared, *factors)
+        delta = kernel.delta(values, factors)
         return y + op(dropped_x, delta.to(x.dtype))
 
     def masked_tensors(self, tensors: LayerTensors) -> LayerTensors:
         """Return the tensors with dropped ranks, as `rank_dropout` and `module_dropout` say."""
         options = self.spec.options
-        has_dropout = options.rank_dropout or options.module_dropout
-        if not self.training or not has_dropout:
+        has_masks = options.rank_dropout or options.module_dropout
+        if not self.training or not has_masks:
             return tensors
         all_tensors = {**tensors, **self.constants()}
         masked_tensors, is_kept = drop_ranks(self.algorithm.traits, all_tensors, options)

@@ -16,9 +16,10 @@ from lora_algos.kernels import (
     Factors,
     Kernel,
     Mode,
+    Prepared,
     SavedTensors,
 )
-from lora_algos.layer_op import LayerOp, bias_like
+from lora_algos.layer_op import LayerOp, as_matrix, bias_like
 
 
 def choose_mode(
@@ -40,27 +41,6 @@ def choose_mode(
     for stride in kernel.op.stride:
         num_positions //= stride
     return kernel.cheapest_mode(num_positions, is_wide, factors)
-
-
-def adapted_forward(
-    kernel: Kernel,
-    mode: Mode,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Factors,
-) -> Tensor:
-    """Return the adapted layer's output; `weight` is the stored weight.
-
-    Under torch.compile, modes merged and dense are operations that the compiler plans."""
-    if mode == "factors":
-        y = kernel.autograd_forward(x, weight, bias, factors)
-        if y is not None:
-            return y
-    elif torch.compiler.is_compiling():
-        values = weight_values(weight, x.dtype)
-        return merged_or_dense_forward(kernel, mode, x, values, bias_like(bias, x), factors)
-    return AdaptedFunction.apply(kernel, mode, x, weight, bias, *factors)
 
 
 def merged_or_dense_forward(
@@ -111,9 +91,12 @@ def merged_or_dense_input_grad(
 
 
 class AdaptedFunction(torch.autograd.Function):
-    """The layer with its update: (kernel, mode, x, weight, bias, *factors) -> y.
+    """The layer with its update: (kernel, mode, x, base, prepared, *factors) -> y.
 
-    `weight` is the stored weight. Weight and bias are frozen."""
+    `base`: stored weight and bias, which are frozen. Kernels of Linear layers get inputs and
+    gradients as matrices (tokens, channels). What the backward pass needs of the
+    layer itself stays in attributes: hooks of saved tensors, as checkpointing has, would cost time
+    for tensors that exist anyway."""
 
     @staticmethod
     def forward(
@@ -121,42 +104,52 @@ class AdaptedFunction(torch.autograd.Function):
         kernel: Kernel,
         mode: Mode,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        base: tuple[Tensor, Tensor | None],
+        prepared: Prepared,
         *factors: Tensor,
     ):
+        ctx.kernel, ctx.mode, ctx.input_shape, ctx.input_dtype = kernel, mode, x.shape, x.dtype
+        ctx.base, ctx.prepared, ctx.factors = base, prepared, factors
+        weight, bias = base
+        if not kernel.op.spatial_dims:
+            x = as_matrix(x)
         values = weight_values(weight, x.dtype)
         bias_values = bias_like(bias, x)
         activations: tuple[Tensor, ...] = (x,)
         if mode == "factors":
-            y, activations = kernel.factors_forward(x, values, bias_values, factors)
+            y, activations = kernel.factors_forward(x, values, bias_values, prepared)
         else:
             y = merged_or_dense_forward(kernel, mode, x, values, bias_values, factors)
-        if not torch.compiler.is_compiling() and y._is_view():
+        output = y
+        if not kernel.op.spatial_dims:
+            output = y.view(*ctx.input_shape[:-1], y.shape[1])
+        if not torch.compiler.is_compiling() and output._is_view():
             # autograd forbids in-place changes, such as relu_, of a view that is made in here
-            y, activations = without_view(y, activations)
-        ctx.kernel, ctx.mode, ctx.num_factors = kernel, mode, len(factors)
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
-        ctx.save_for_backward(weight, bias, *factors, *activations)
-        return y
+            output = output.data
+        saved_tensors = []
+        for activation in activations:
+            saved_tensors.append(output if activation is y else activation)
+        ctx.save_for_backward(*saved_tensors)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        kernel, mode, num_factors = ctx.kernel, ctx.mode, ctx.num_factors
-        weight, bias, *tensors = ctx.saved_tensors
-        activation, *extras = tensors[num_factors:]
-        saved = SavedTensors(
-            activation,
-            weight_values(weight, ctx.input_dtype),
-            bias,
-            tuple(tensors[:num_factors]),
-            tuple(extras),
-            ctx.input_shape,
-        )
+        kernel, mode = ctx.kernel, ctx.mode
+        weight, bias = ctx.base
+        if bias is not None:
+            bias = bias.to(ctx.input_dtype)
+        activation, *extras = ctx.saved_tensors
+        values = weight_values(weight, ctx.input_dtype)
         needs_input_grad = ctx.needs_input_grad[2]
+        input_shape = ctx.input_shape
         if not kernel.op.spatial_dims:
-            grad = grad.contiguous()
+            grad, activation = as_matrix(grad.contiguous()), as_matrix(activation)
+            extras = [as_matrix(extra) for extra in extras]
+            input_shape = torch.Size((len(grad), input_shape[-1]))
+        saved = SavedTensors(
+            activation, tuple(extras), values, bias, ctx.factors, ctx.prepared, input_shape
+        )
         input_grad = None
         if mode == "factors":
             input_grad, grads = kernel.factors_backward(grad, saved, needs_input_grad)
@@ -164,23 +157,13 @@ class AdaptedFunction(torch.autograd.Function):
             if needs_input_grad:
                 input_grad = merged_or_dense_input_grad(kernel, mode, grad, saved)
             grads = kernel.merged_or_dense_grads(grad, saved)
+        if input_grad is not None and not kernel.op.spatial_dims:
+            input_grad = input_grad.view(ctx.input_shape)
         return None, None, input_grad, None, None, *grads, *[None] * kernel.num_constants
 
 
-def without_view(
-    y: Tensor,
-    activations: tuple[Tensor, ...],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return a view of an output as a tensor, also among the activations."""
-    tensor_of_view = y.data
-    replaced = []
-    for activation in activations:
-        replaced.append(tensor_of_view if activation is y else activation)
-    return tensor_of_view, tuple(replaced)
-
-
 class AdditiveFunction(torch.autograd.Function):
-    """An additive update alone: (kernel, y, x, *factors) -> y + h(x).
+    """An additive update alone: (kernel, y, x, prepared, *factors) -> y + h(x).
 
     WHEN: `x` is not the input of the base, because elements of it are dropped."""
 
@@ -190,27 +173,25 @@ class AdditiveFunction(torch.autograd.Function):
         kernel: AdditiveKernel,
         y: Tensor,
         x: Tensor,
+        prepared: Prepared,
         *factors: Tensor,
     ):
         y = y.clone()
-        narrow_factors = tuple(factor.to(x.dtype) for factor in factors)
-        extras = kernel.add_output(y, x, narrow_factors)
-        ctx.kernel, ctx.num_factors = kernel, len(factors)
-        ctx.save_for_backward(*factors, x, *extras)
+        extras = kernel.add_output(y, x, prepared)
+        ctx.kernel, ctx.prepared, ctx.factors = kernel, prepared, factors
+        ctx.save_for_backward(x, *extras)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        tensors = ctx.saved_tensors  # read once: checkpointing unpacks them only once
-        factors = tuple(tensors[: ctx.num_factors])
-        x, *extras = tensors[ctx.num_factors :]
+        x, *extras = ctx.saved_tensors  # read once: checkpointing unpacks them only once
         input_grad = None
         if ctx.needs_input_grad[2]:
             is_convolution = ctx.kernel.op.spatial_dims
             layout = torch.preserve_format if is_convolution else torch.contiguous_format
             input_grad = torch.zeros_like(x, memory_format=layout)
         # additive kernels do not read the weight
-        saved = SavedTensors(x, x, None, factors, tuple(extras), x.shape)
+        saved = SavedTensors(x, tuple(extras), x, None, ctx.factors, ctx.prepared, x.shape)
         grads = ctx.kernel.output_grads(grad.contiguous(), saved, input_grad)
-        return None, grad, input_grad, *grads
+        return None, grad, input_grad, None, *grads

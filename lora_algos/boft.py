@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import AdapterError
 from lora_algos.config import AdapterOptions, LayerSpec
-from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, SavedTensors
+from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, Prepared, SavedTensors
 from lora_algos.layer_op import LayerOp
 from lora_algos.oft import (
     BLOCKS,
@@ -23,7 +23,14 @@ from lora_algos.oft import (
     BlockRotation,
     constraint_of,
 )
-from lora_algos.rotation import Cayley, add_blocks, block_products, rotate_blocks, without_bias
+from lora_algos.rotation import (
+    Cayley,
+    add_blocks,
+    block_products,
+    cayley_grad,
+    rotate_blocks,
+    without_bias,
+)
 from lora_algos.tensors import LayerTensors, Shapes, check_shapes
 
 
@@ -96,16 +103,15 @@ class Butterfly(BlockRotation):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (blocks,) = factors
+        _, narrow_changes, _ = prepared
         y = self.op(x, weight, bias)
-        changes = Cayley.of(blocks).minus_identity
         start = without_bias(self.op, y, bias)
         if y.dtype in WIDE_DTYPES:
-            y.add_(self._rotate(start, changes).sub_(start))  # exactly zero at first
+            y.add_(self._rotate(start, narrow_changes).sub_(start))  # exactly zero at first
         else:
-            y.add_(self._total_change(start, changes.to(y.dtype)))
+            y.add_(self._total_change(start, narrow_changes))
         return y, (y,)
 
     def _rotate(self, y: Tensor, changes: Tensor) -> Tensor:
@@ -147,31 +153,30 @@ class Butterfly(BlockRotation):
         saved: SavedTensors,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        (blocks,) = saved.factors
+        changes, narrow_changes, root = saved.prepared
         op, axis = self.op, self.op.channel_axis
-        num_stages, _, side, _ = blocks.shape
+        num_stages, _, side, _ = changes.shape
         last = num_stages - 1
-        cayley = Cayley.of(blocks)
-        rotation_grads = torch.empty_like(blocks)
+        products = torch.empty_like(changes)
         y = without_bias(op, saved.activation, saved.bias)
         y = permute(y, axis, last, side)
         grad = permute(grad, axis, last, side)
         for stage in range(last, -1, -1):
-            change = cayley.minus_identity[stage]
-            # y = R y0, so y0 = R^T y, and the gradient of R is g y0^T = (g y^T) R
-            products = block_products(op, grad, y, side).to(blocks.dtype)
-            rotation_grads[stage] = products + products @ change
-            grad = rotate_blocks(op, grad, change.mT)
+            inverse_change = narrow_changes[stage].mT
+            products[stage] = block_products(op, grad, y, side)
+            grad = rotate_blocks(op, grad, inverse_change)
             if stage:
                 half = 2**stage * side // 4
-                y = rotate_blocks(op, y, change.mT)
+                y = rotate_blocks(op, y, inverse_change)
                 y = permute_to_next(y, axis, half)
                 grad = permute_to_next(grad, axis, half)
         grad = permute(grad, axis, 0, side, inverse=True)
         input_grad = None
         if needs_input_grad:
             input_grad = op.input_grad(grad, saved.weight, saved.input_shape)
-        return input_grad, (cayley.blocks_grad(rotation_grads),)
+        # y = R y0, so y0 = R^T y, and the gradient of R is g y0^T = (g y^T) R
+        rotation_grads = products + products @ changes
+        return input_grad, (cayley_grad(rotation_grads, root),)
 
 
 class BOFT(OFT):

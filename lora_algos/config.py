@@ -54,6 +54,11 @@ class AdapterOptions:
     module_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping a layer's whole update for one forward pass."""
 
+    @property
+    def has_dropout(self) -> bool:
+        """Return whether anything is dropped in training."""
+        return bool(self.dropout or self.rank_dropout or self.module_dropout)
+
 
 @dataclass(frozen=True)
 class LayerSpec:

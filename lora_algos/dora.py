@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.errors import AdapterError
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, SavedTensors
+from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, Prepared, SavedTensors
 from lora_algos.layer_op import LayerOp, channel_sums
 from lora_algos.lora import LINEAR_INITS, PEFT_NAMES, LoRA, import_tensors, weight_shape
 from lora_algos.low_rank import (
@@ -66,8 +66,7 @@ class MagnitudeAndDirection(Kernel):
 
         V is not formed, and no gradient flows."""
         up, down, _, weight_norms = factors
-        update = LowRankUpdate(up.detach(), down.detach(), self.scaling)
-        return merged_norms(weight, update, weight_norms)
+        return merged_norms(weight, up.detach(), down.detach() * self.scaling, weight_norms)
 
     def delta(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return W' - W for a weight (out, in, *kernel)."""
@@ -80,30 +79,38 @@ class MagnitudeAndDirection(Kernel):
         ratio = ratio.view(-1, *[1] * (len(self.shape) - 1))
         return ratio * direction - wide_weight
 
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return the low-rank update, and per output channel: k, k - 1 and 1 / m.
+
+        A channel with m = 0 has no direction, so the last one is 0 there."""
+        up, down, magnitude, _ = factors
+        m = magnitude.flatten()
+        ratio = m / self.merged_norms(weight, factors)
+        inverse_m = torch.where(m.abs() > MIN_NORM, 1 / m, 0)
+        update = LowRankUpdate.of(up, down, self.scaling, dtype)
+        return *update, ratio, 1 - ratio, inverse_m
+
     def factors_forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        up, down, magnitude, _ = factors
-        norms = self.merged_norms(weight, factors)
-        ratio = magnitude.flatten() / norms
+        *update, ratio, bias_ratio, _ = prepared
         y = self.op(x, weight, bias)
-        update = LowRankUpdate(up.to(x.dtype), down.to(x.dtype), self.scaling)
-        h = add_low_rank(self.op, y, x, update)
+        h = add_low_rank(self.op, y, x, LowRankUpdate(*update))
         scale = self.op.channel_view(ratio)
         if bias is None:
             y.mul_(scale)
-            return y, (x, h, y, norms)
+            return y, (x, h, y)
         # y contains the bias, which must not be scaled
-        shift = self.op.channel_view((1 - ratio) * bias.to(ratio.dtype))
+        shift = self.op.channel_view(bias_ratio * bias)
         if y.dtype == shift.dtype:
             y = y.mul_(scale).add_(shift)
         else:  # computed in the magnitude's dtype, so that y is rounded only once more
             y = torch.addcmul(shift, y, scale).to(y.dtype)
-        return y, (x, h, y, norms)
+        return y, (x, h, y)
 
     def factors_backward(
         self,
@@ -111,25 +118,23 @@ class MagnitudeAndDirection(Kernel):
         saved: SavedTensors,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        up, down, magnitude, _ = saved.factors
-        h, y, norms = saved.extras
+        *update, ratio, _, inverse_m = saved.prepared
+        h, y = saved.extras
         op = self.op
-        m = magnitude.flatten()
         weighted_grad = grad * y
-        products = channel_sums(op, weighted_grad, m.dtype)
+        products = channel_sums(op, weighted_grad, ratio.dtype)
         if saved.bias is not None:
-            bias_products = channel_sums(op, grad, m.dtype) * saved.bias.to(m.dtype)
+            bias_products = channel_sums(op, grad, ratio.dtype) * saved.bias
             products -= bias_products
-        is_nonzero = m.abs() > MIN_NORM
-        magnitude_grad = torch.where(is_nonzero, products / m, 0)
-        ratio = op.channel_view(m / norms)
-        direction_grad = torch.mul(grad, ratio, out=weighted_grad)
+        magnitude_grad = products.mul_(inverse_m)
+        direction_grad = torch.mul(grad, op.channel_view(ratio), out=weighted_grad)
         input_grad = None
         if needs_input_grad:
             input_grad = op.input_grad(direction_grad, saved.weight, saved.input_shape)
-        update = LowRankUpdate(up.to(grad.dtype), down.to(grad.dtype), self.scaling)
-        grads = low_rank_grads(op, direction_grad, saved.activation, update, input_grad, h)
-        return input_grad, (*grads, magnitude_grad.view(magnitude.shape))
+        grads = low_rank_grads(
+            op, direction_grad, saved.activation, LowRankUpdate(*update), input_grad, h
+        )
+        return input_grad, (*grads, magnitude_grad.view(saved.factors[2].shape))
 
 
 def norm_quotient(tensors: LayerTensors, weight: Tensor) -> Tensor:
@@ -140,7 +145,7 @@ def norm_quotient(tensors: LayerTensors, weight: Tensor) -> Tensor:
     up, down = tensors[UP].to(device), tensors[DOWN].to(device)
     scaling = LoRA.traits.scaling(tensors)
     squared = squared_norms(weight, up.dtype)
-    norms = merged_norms(weight, LowRankUpdate(up, down, scaling), squared)
+    norms = merged_norms(weight, up, down * scaling, squared)
     quotient = norms / squared.clamp_min(MIN_NORM).sqrt()
     return quotient.to(tensors[UP].device)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_algos.algorithm import Algorithm
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import Factors, Gradients, Kernel, SavedTensors
+from lora_algos.kernels import Factors, Gradients, Kernel, Prepared, SavedTensors
 from lora_algos.layer_op import LayerOp
 from lora_algos.low_rank import LowRankUpdate, add_low_rank, low_rank_grads
 from lora_algos.tensors import LayerTensors, Shapes
@@ -47,26 +47,31 @@ class InputAndOutputLowRank(Kernel):
         n = self.op.spatial_dims
         return LayerOp(n, (1,) * n, (0,) * n, (1,) * n)
 
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return both updates, one after the other."""
+        a1, a2, b1, b2 = factors
+        input_update = LowRankUpdate.of(a1, a2, self.scaling, dtype)
+        output_update = LowRankUpdate.of(b1, b2, self.scaling, dtype)
+        return *input_update, *output_update
+
     def factors_forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return y = W (x + scaling a1 a2 x) + scaling b1 b2 x, with x and b2 x."""
-        a1, a2, b1, b2 = (factor.to(x.dtype) for factor in factors)
+        """Return y = W (x + scaling a1 a2 x) + scaling b1 b2 x, with x, a2 x and b2 x."""
+        input_update, output_update = updates(prepared)
         # a matrix of tokens is changed in place, so its copy must be contiguous
         layout = torch.contiguous_format
         if self.op.spatial_dims:
             layout = torch.preserve_format
         changed_x = x.clone(memory_format=layout)
-        input_update = LowRankUpdate(a1, a2, self.scaling)
-        output_update = LowRankUpdate(b1, b2, self.scaling)
-        add_low_rank(self._pointwise_op(), changed_x, x, input_update)
+        input_h = add_low_rank(self._pointwise_op(), changed_x, x, input_update)
         y = self.op(changed_x, weight, bias)
-        h = add_low_rank(self.op, y, x, output_update)
-        return y, (x, h)
+        output_h = add_low_rank(self.op, y, x, output_update)
+        return y, (x, input_h, output_h)
 
     def factors_backward(
         self,
@@ -74,23 +79,26 @@ class InputAndOutputLowRank(Kernel):
         saved: SavedTensors,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        a1, a2, b1, b2 = (factor.to(grad.dtype) for factor in saved.factors)
         x = saved.activation
-        (h,) = saved.extras
-        input_update = LowRankUpdate(a1, a2, self.scaling)
-        output_update = LowRankUpdate(b1, b2, self.scaling)
+        input_h, output_h = saved.extras
+        input_update, output_update = updates(saved.prepared)
         changed_x_grad = self.op.input_grad(grad, saved.weight, saved.input_shape)
         # low_rank_grads reads this gradient before it adds to it
         input_grad = changed_x_grad if needs_input_grad else None
         a_grads = low_rank_grads(
-            self._pointwise_op(), changed_x_grad, x, input_update, input_grad, None
+            self._pointwise_op(), changed_x_grad, x, input_update, input_grad, input_h
         )
-        b_grads = low_rank_grads(self.op, grad, x, output_update, input_grad, h)
+        b_grads = low_rank_grads(self.op, grad, x, output_update, input_grad, output_h)
         return input_grad, (*a_grads, *b_grads)
 
     def has_factors_mode(self, factors: Factors) -> bool:
         # in the formula all groups of a convolution share a1 a2
         return self.op.groups == 1
+
+
+def updates(prepared: Prepared) -> tuple[LowRankUpdate, LowRankUpdate]:
+    """Return the updates of the input and of the output."""
+    return LowRankUpdate(*prepared[:4]), LowRankUpdate(*prepared[4:])
 
 
 def weight_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

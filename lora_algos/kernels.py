@@ -7,13 +7,15 @@ makes of `delta`; tests compare them. There are three modes, the same function u
     merged    y = (W + dW) x: one product; only in fp32 or wider, where W + dW does not round dW away
     dense     y = W x + dW x: for narrower dtypes, where the factors would cost more
 
-A backward pass saves the input once, or the output for rotations, and parameters. It computes
-everything else again. The gradient of the base weight is never formed.
+A backward pass saves the input once, or the output for rotations. It computes everything else again.
+The gradient of the base weight is never formed.
+
+What follows from the factors alone, such as a narrower dtype, is prepared once per step: `prepare`.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ Mode = Literal["factors", "merged", "dense"]
 Factors = tuple[Tensor, ...]
 """Tensors that a kernel computes with, in an order that each kernel states."""
 Gradients = tuple[Tensor, ...]
-"""Gradients of factors, in their order."""
+"""Gradients of factors, in their order, in any dtype."""
+Prepared = tuple[Tensor, ...]
+"""Tensors that follow from factors and weight, in an order that each kernel states."""
 WIDE_DTYPES = (torch.float32, torch.float64)
 MAX_CACHED_ELEMENTS = 2**22
 """Size of a new tensor up to which a CPU keeps it in its caches."""
@@ -69,13 +73,19 @@ class Kernel(ABC):
         """Mode merged: return W + dW, in a wide dtype and the memory layout of the weight."""
         return torch.add(weight, self.delta(weight, factors)).to(weight.dtype)
 
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Mode factors: return what the passes compute with, for activations of `dtype`.
+
+        WHEN: a factor has changed. No gradient flows."""
+        return tuple(factor.to(dtype) for factor in factors)
+
     @abstractmethod
     def factors_forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Mode factors: return the output, and the activations for `factors_backward`.
 
@@ -105,19 +115,6 @@ class Kernel(ABC):
         WHEN: the layer has all modes. `is_wide`: mode merged loses no precision."""
         return "factors"
 
-    def autograd_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        factors: Factors,
-    ) -> Tensor | None:
-        """Mode factors: return the output from operations that autograd differentiates, or None.
-
-        WHEN: the hand-written passes save less than Python costs them. Weight and bias may have
-        another dtype than `x`."""
-        return None
-
     def merged_or_dense_grads(self, grad: Tensor, saved: "SavedTensors") -> Gradients:
         """Modes merged and dense: return the gradients of the factors."""
         delta_grad = self.op.weight_grad(grad, saved.activation, saved.weight.shape)
@@ -129,17 +126,18 @@ class Kernel(ABC):
             return torch.autograd.grad(delta, leaves, delta_grad.to(delta.dtype))
 
 
-@dataclass(frozen=True)
-class SavedTensors:
-    """Tensors that a forward pass saves for the backward pass."""
+class SavedTensors(NamedTuple):
+    """Tensors that a forward pass leaves for the backward pass."""
 
     activation: Tensor
     """The layer's input, or what `factors_forward` returned instead."""
+    extras: tuple[Tensor, ...]
+    """Further results of `factors_forward`."""
     weight: Tensor
     bias: Tensor | None
     factors: Factors
-    extras: tuple[Tensor, ...]
-    """Further results of `factors_forward`."""
+    prepared: Prepared
+    """Result of `prepare`; empty in modes merged and dense."""
     input_shape: torch.Size
 
 
@@ -152,7 +150,7 @@ class AdditiveKernel(Kernel):
         self,
         y: Tensor,
         x: Tensor,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, ...]:
         """Add h(x) to `y` in place. Return small results that `output_grads` can use again."""
 
@@ -165,21 +163,24 @@ class AdditiveKernel(Kernel):
     ) -> Gradients:
         """Return the gradients of the factors in h(x); add that of the input to `input_grad`."""
 
+    def output(self, x: Tensor, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return h(x) of a Linear layer as a new tensor, and the small results."""
+        y = x.new_zeros(*x.shape[:-1], self.shape[0])
+        return y, self.add_output(y, x, prepared)
+
     def factors_forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        narrow_factors = tuple(factor.to(x.dtype) for factor in factors)
         if self.op.spatial_dims or bias is not None or x.dtype in WIDE_DTYPES:
             y = self.op(x, weight, bias)
-            extras = self.add_output(y, x, narrow_factors)
+            extras = self.add_output(y, x, prepared)
             return y, (x, *extras)
         # without a bias both products can be in one sum before it is rounded, at no cost
-        y = x.new_zeros(*x.shape[:-1], self.shape[0])
-        extras = self.add_output(y, x, narrow_factors)
+        y, extras = self.output(x, prepared)
         as_matrix(y).addmm_(as_matrix(x), weight.T)
         return y, (x, *extras)
 
@@ -204,7 +205,7 @@ class DeltaOnlyKernel(Kernel):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         raise AssertionError("this kernel has no mode factors")
 

@@ -10,11 +10,12 @@ from lora_algos.kernels import (
     Factors,
     Gradients,
     Mode,
+    Prepared,
     SavedTensors,
     cheapest,
     elementwise_cost,
 )
-from lora_algos.layer_op import LayerOp, num_positions
+from lora_algos.layer_op import LayerOp, num_positions, scaled, wide_product, wider_dtype
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Kronecker(AdditiveKernel):
         """Return the update (a b, c d, *kernel)."""
         w1, w2 = self.whole_factors(factors)
         pointwise = [1] * self.op.spatial_dims
-        scaled_w1 = (w1 * self.scaling).view(*w1.shape, *pointwise)
+        scaled_w1 = scaled(w1, self.scaling).view(*w1.shape, *pointwise)
         # torch.kron fails on a w2 that model.to(memory_format=torch.channels_last) has laid out
         return torch.kron(scaled_w1, w2.contiguous())
 
@@ -39,27 +40,37 @@ class Kronecker(AdditiveKernel):
         if self.op.spatial_dims:
             return self.delta(weight, factors).add_(weight)
         w1, w2 = self.whole_factors(factors)
-        w1 = w1 * self.scaling
+        w1 = scaled(w1, self.scaling)
         a, c = w1.shape
         b, d = w2.shape
         w1_blocks = w1.view(a, 1, c, 1)
         w2_blocks = w2.view(1, b, 1, d)
         weight_blocks = weight.reshape(a, b, c, d)
-        merged_blocks = torch.addcmul(weight_blocks, w1_blocks, w2_blocks)
+        merged_blocks = torch.addcmul(
+            weight_blocks,
+            w1_blocks,
+            w2_blocks,
+        )
         return merged_blocks.view(self.shape)
+
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return the factors, w1 times the scaling."""
+        w1, *w2_factors = factors
+        scaled_w1 = scaled(w1, self.scaling)
+        prepared = [scaled_w1.to(dtype)]
+        for factor in w2_factors:
+            prepared.append(factor.to(dtype))
+        return tuple(prepared)
 
     def add_output(
         self,
         y: Tensor,
         x: Tensor,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, ...]:
-        w1, w2 = factors
-        w1 = w1 * self.scaling
-        num_parts = w1.shape[1]
-        inner_output = self.apply_inner(x, self.inner_weight(w2), num_parts)
-        outer_output = mix_parts(w1, inner_output)
-        y.add_(outer_output.reshape(y.shape))
+        w1, w2 = prepared
+        inner_output = self.apply_inner(x, self.inner_weight(w2), w1.shape[1])
+        add_mixed_parts(y, w1, inner_output)
         return ()
 
     def inner_weight(self, w2: Tensor) -> Tensor:
@@ -86,8 +97,7 @@ class Kronecker(AdditiveKernel):
         input_grad: Tensor | None,
     ) -> Gradients:
         # the gradient passes w2 first, so w2's output is not needed again
-        w1, w2 = (factor.to(grad.dtype) for factor in saved.factors)
-        w1 = w1 * self.scaling
+        w1, w2 = saved.prepared or self.prepare(saved.weight, saved.factors, grad.dtype)
         inner = self.inner_weight(w2)
         a, c = w1.shape
         op = self.op.for_one_group()
@@ -98,16 +108,29 @@ class Kronecker(AdditiveKernel):
         mixed_shape = torch.Size((batch_size * a, *part_shape))
         mixed_grad = op.input_grad(grad_parts, inner, mixed_shape)
         mixed_grad = mixed_grad.view(batch_size, a, *part_shape)
-        x_of_images = x_parts.view(batch_size, c, *part_shape)
-        w1_grads = torch.matmul(mixed_grad.flatten(2), x_of_images.flatten(2).mT)
-        w1_grad = w1_grads.sum(0).mul_(self.scaling)
+        x_of_images = x_parts.view(
+            batch_size,
+            c,
+            *part_shape,
+        )
+        w1_grad = self.w1_grad(mixed_grad, x_of_images)
         if input_grad is not None:
-            x_grad = mix_parts(w1.T, mixed_grad)
-            input_grad.add_(x_grad.reshape(input_grad.shape))
+            add_mixed_parts(input_grad, w1.T, mixed_grad)
         grad_of_images = grad_parts.view(batch_size, a, *grad_parts.shape[1:])
         inner_output_grad = mix_parts(w1.T, grad_of_images).flatten(0, 1)
         inner_grad = op.weight_grad(inner_output_grad, x_parts, inner.shape)
         return w1_grad, inner_grad.view(w2.shape)
+
+    def w1_grad(self, output_grad: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of w1, applied to the parts of `x` (n, c, ...).
+
+        `output_grad` (n, a, ...)."""
+        x_matrices = x.flatten(2)
+        grad_matrices = output_grad.flatten(2)
+        products = torch.bmm(grad_matrices, x_matrices.mT)
+        dtype = wider_dtype(products.dtype)
+        total = products.sum(0, dtype=dtype)
+        return scaled(total, self.scaling)
 
     def merged_or_dense_grads(self, grad: Tensor, saved: SavedTensors) -> Gradients:
         if self.op.groups > 1:
@@ -150,12 +173,10 @@ class LowRankKronecker(Kronecker):
         self,
         y: Tensor,
         x: Tensor,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, ...]:
-        w1, w2_a, w2_b = factors
-        w1 = w1 * self.scaling
-        num_parts = w1.shape[1]
-        inner_output = self.apply_inner(x, self.inner_weight(w2_b), num_parts)
+        w1, w2_a, w2_b = prepared
+        inner_output = self.apply_inner(x, self.inner_weight(w2_b), w1.shape[1])
         mixed = mix_parts(w1, inner_output)
         add_outer(self.op, y, mixed, w2_a)
         return ()
@@ -166,8 +187,7 @@ class LowRankKronecker(Kronecker):
         saved: SavedTensors,
         input_grad: Tensor | None,
     ) -> Gradients:
-        w1, w2_a, w2_b = (factor.to(grad.dtype) for factor in saved.factors)
-        w1 = w1 * self.scaling
+        w1, w2_a, w2_b = saved.prepared or self.prepare(saved.weight, saved.factors, grad.dtype)
         inner = self.inner_weight(w2_b)
         num_parts = w1.shape[1]
         op = self.op.for_one_group()
@@ -175,8 +195,7 @@ class LowRankKronecker(Kronecker):
         inner_output = self.apply_inner(saved.activation, inner, num_parts)
         mixed = mix_parts(w1, inner_output)
         mixed_grad, w2_a_grad = outer_grads(self.op, grad, mixed, w2_a)
-        w1_grads = torch.matmul(mixed_grad.flatten(2), inner_output.flatten(2).mT)
-        w1_grad = w1_grads.sum(0).mul_(self.scaling)
+        w1_grad = self.w1_grad(mixed_grad, inner_output)
         inner_output_grad = mix_parts(w1.T, mixed_grad).flatten(0, 1)
         if input_grad is not None:
             x_parts_grad = op.input_grad(inner_output_grad, inner, x_parts.shape)
@@ -207,6 +226,20 @@ def mix_parts(w1: Tensor, z: Tensor) -> Tensor:
     """Apply w1 (a, c) to the parts of `z` (n, c, ...): (n, a, ...)."""
     mixed = torch.matmul(w1, z.flatten(2))
     return mixed.view(z.shape[0], w1.shape[0], *z.shape[2:])
+
+
+def add_mixed_parts(y: Tensor, w1: Tensor, z: Tensor) -> None:
+    """Apply w1 (a, c) to the parts of `z` (n, c, ...), and add the result to `y` in place."""
+    if not y.is_contiguous():
+        mixed = mix_parts(w1, z)
+        y.add_(mixed.reshape(y.shape))
+        return
+    z_parts = z.flatten(2)
+    num_images, _, part_size = z_parts.shape
+    num_parts = w1.shape[0]
+    y_parts = y.view(num_images, num_parts, part_size)
+    w1_of_images = w1.expand(num_images, *w1.shape)
+    y_parts.baddbmm_(w1_of_images, z_parts)
 
 
 def add_outer(
@@ -248,7 +281,7 @@ def outer_grads(
     if not op.spatial_dims:
         grad_matrix = grad.reshape(-1, num_rows)
         mixed_grad = grad_matrix @ outer
-        outer_grad = grad_matrix.T @ mixed.flatten(0, 1)
+        outer_grad = wide_product(grad_matrix.T, mixed.flatten(0, 1))
         return mixed_grad.view(mixed.shape), outer_grad
     n, a, channels = mixed.shape[:3]
     size = num_positions(grad)

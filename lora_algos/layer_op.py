@@ -82,9 +82,11 @@ class LayerOp:
         weight: Tensor,
         shape: torch.Size,
     ) -> Tensor:
-        """Return the gradient of an input of `shape`, whose values are not needed."""
+        """Return the gradient of an input of `shape`, whose values are not needed.
+
+        That of a Linear layer is a matrix (tokens, channels)."""
         if not self.spatial_dims:
-            return torch.mm(as_matrix(grad), weight).view(shape)
+            return torch.mm(as_matrix(grad), weight)
         x = without_values(grad, shape)
         return self._convolution_grads(grad, x, weight, (True, False, False))[0]
 
@@ -96,7 +98,7 @@ class LayerOp:
     ) -> Tensor:
         """Return the gradient of a weight of `shape`, whose values are not needed."""
         if not self.spatial_dims:
-            return torch.mm(as_matrix(grad).T, as_matrix(x))
+            return wide_product(as_matrix(grad).T, as_matrix(x))
         weight = without_values(grad, shape)
         return self._convolution_grads(grad, x, weight, (False, True, False))[1]
 
@@ -157,6 +159,11 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
+def scaled(tensor: Tensor, scaling: float) -> Tensor:
+    """Return the tensor times `scaling`; the tensor itself if that is 1."""
+    return tensor if scaling == 1 else tensor * scaling
+
+
 def num_positions(x: Tensor) -> int:
     """Count the positions in one channel of one image. An empty batch has a count too."""
     return math.prod(x.shape[2:])
@@ -164,7 +171,22 @@ def num_positions(x: Tensor) -> int:
 
 def as_matrix(x: Tensor) -> Tensor:
     """Return `x` (..., channels) as a matrix (tokens, channels)."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def wider_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32 for narrower dtypes, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two matrices, in fp32 where the device can: for gradients of factors.
+
+    Then the sum over tokens is not rounded to a narrow dtype, and needs no conversion."""
+    is_narrow = a.dtype in (torch.bfloat16, torch.float16)
+    if is_narrow and a.is_cuda and torch.version.cuda is not None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
 
 
 def channel_sums(op: LayerOp, y: Tensor, dtype: torch.dtype) -> Tensor:

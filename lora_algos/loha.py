@@ -27,16 +27,18 @@ from lora_algos.kernels import (
     Gradients,
     Kernel,
     Mode,
+    Prepared,
     SavedTensors,
     cheapest,
     elementwise_cost,
 )
-from lora_algos.layer_op import LayerOp
+from lora_algos.layer_op import LayerOp, scaled
 from lora_algos.low_rank import (
     LowRankUpdate,
     add_low_rank,
     lora_tensors,
     low_rank_grads,
+    low_rank_output,
     tucker_product,
 )
 from lora_algos.tensors import LayerTensors, Shapes
@@ -68,20 +70,41 @@ def khatri_rao(
     return up.flatten(1), down.flatten(0, 1)
 
 
-def khatri_rao_grads(up_grad: Tensor, down_grad: Tensor, factors: Factors) -> Gradients:
-    """Return the gradients of the four factors, given those of the two products.
+def khatri_rao_grads(
+    up_grad: Tensor,
+    down_grad: Tensor,
+    factors: Factors,
+    scaling: float,
+) -> Gradients:
+    """Return the gradients of the four factors, given those of up and of scaling * down.
 
     `up_grad` (out, r^2), `down_grad` (r^2, in)."""
     w1_a, w1_b, w2_a, w2_b = factors
-    rank = w1_a.shape[1]
-    up_grad = up_grad.view(-1, rank, rank)
-    down_grad = down_grad.reshape(rank, rank, -1)
+    down_grad = scaled(down_grad, scaling)
+    w1_a_grad, w2_a_grad = row_product_grads(up_grad, w1_a, w2_a)
+    w1_b_grad, w2_b_grad = row_product_grads(down_grad.T, w1_b.T, w2_b.T)
     return (
-        torch.einsum("oij,oj->oi", up_grad, w2_a),
-        torch.einsum("ijn,jn->in", down_grad, w2_b),
-        torch.einsum("oij,oi->oj", up_grad, w1_a),
-        torch.einsum("ijn,in->jn", down_grad, w1_b),
+        w1_a_grad,
+        w1_b_grad.T,
+        w2_a_grad,
+        w2_b_grad.T,
     )
+
+
+def row_product_grads(
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of two factors (n, r), given that of their products per row (n, r^2)."""
+    num_rows, rank = first.shape
+    matrices = grad.reshape(num_rows, rank, rank)
+    matrices = matrices.to(first.dtype)
+    first_columns = first.unsqueeze(2)
+    second_columns = second.unsqueeze(2)
+    first_grad = torch.bmm(matrices, second_columns)
+    second_grad = torch.bmm(matrices.mT, first_columns)
+    return first_grad.squeeze(2), second_grad.squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,7 @@ class Hadamard(AdditiveKernel):
     def delta(self, weight: Tensor, factors: Factors) -> Tensor:
         """Return the update (out, in, *kernel)."""
         w1_a, w1_b, w2_a, w2_b = factors
-        first = w1_a @ (w1_b * self.scaling)
+        first = w1_a @ scaled(w1_b, self.scaling)
         second = w2_a @ w2_b
         return (first * second).view(self.shape)
 
@@ -102,16 +125,38 @@ class Hadamard(AdditiveKernel):
         self,
         y: Tensor,
         x: Tensor,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, ...]:
-        h = add_low_rank(self.op, y, x, self._as_low_rank(factors))
+        return self._small_enough(add_low_rank(self.op, y, x, self._as_low_rank(prepared)))
+
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return the factors, w1_b times the scaling.
+
+        The products of rank r^2 are larger than the factors, so each pass forms them again."""
+        w1_a, w1_b, w2_a, w2_b = factors
+        scaled_w1_b = scaled(w1_b, self.scaling)
+        return (
+            w1_a.to(dtype),
+            scaled_w1_b.to(dtype),
+            w2_a.to(dtype),
+            w2_b.to(dtype),
+        )
+
+    def output(self, x: Tensor, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, h = low_rank_output(x, self._as_low_rank(prepared))
+        return y, self._small_enough(h)
+
+    def _as_low_rank(self, prepared: Prepared) -> LowRankUpdate:
+        """Return the update in its form of rank r^2, with the scaling in down."""
+        w1_a, scaled_w1_b, w2_a, w2_b = prepared
+        up, down = khatri_rao(w1_a, scaled_w1_b, w2_a, w2_b)
+        down = down.view(-1, *self.shape[1:])
+        return LowRankUpdate(up, down, up, down)
+
+    def _small_enough(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Return what of h = down(x) is saved: all if it is small, else nothing."""
         is_small = h.shape[self.op.channel_axis] <= self.shape[1] * MAX_SAVED_SHARE
         return (h,) if is_small else ()
-
-    def _as_low_rank(self, factors: Factors) -> LowRankUpdate:
-        """Return the update in its form of rank r^2."""
-        up, down = khatri_rao(*factors)
-        return LowRankUpdate(up, down.view(-1, *self.shape[1:]), self.scaling)
 
     def output_grads(
         self,
@@ -119,12 +164,21 @@ class Hadamard(AdditiveKernel):
         saved: SavedTensors,
         input_grad: Tensor | None,
     ) -> Gradients:
-        factors = tuple(factor.to(grad.dtype) for factor in saved.factors)
-        update = self._as_low_rank(factors)
+        prepared = saved.prepared or self.prepare(saved.weight, saved.factors, grad.dtype)
+        update = self._as_low_rank(prepared)
         h = saved.extras[0] if saved.extras else None
         x = saved.activation
-        up_grad, down_grad = low_rank_grads(self.op, grad, x, update, input_grad, h)
-        return khatri_rao_grads(up_grad, down_grad, factors)
+        up_grad, down_grad = low_rank_grads(
+            self.op,
+            grad,
+            x,
+            update,
+            input_grad,
+            h,
+        )
+        return khatri_rao_grads(
+            up_grad.flatten(1), down_grad.flatten(1), saved.factors, self.scaling
+        )
 
     def merged_or_dense_grads(self, grad: Tensor, saved: SavedTensors) -> Gradients:
         w1_a, w1_b, w2_a, w2_b = saved.factors
@@ -133,7 +187,7 @@ class Hadamard(AdditiveKernel):
         if costs.by_rank < costs.by_matrix:
             return self.output_grads(grad, saved, None)
         delta_grad = self.op.weight_grad(grad, saved.activation, self.shape)
-        delta_grad = delta_grad.flatten(1).to(w1_a.dtype).mul_(self.scaling)
+        delta_grad = scaled(delta_grad.flatten(1).to(w1_a.dtype), self.scaling)
         first_grad = (w2_a @ w2_b).mul_(delta_grad)
         second_grad = (w1_a @ w1_b).mul_(delta_grad)
         return (

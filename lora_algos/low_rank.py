@@ -11,18 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import AdapterError
-from lora_algos.frozen_weight import weight_values
-from lora_algos.kernels import (
-    WIDE_DTYPES,
-    AdditiveKernel,
-    Factors,
-    Gradients,
-    SavedTensors,
-)
-from lora_algos.layer_op import LayerOp, as_matrix, bias_like, num_positions
+from lora_algos.kernels import AdditiveKernel, Factors, Gradients, Prepared, SavedTensors
+from lora_algos.layer_op import LayerOp, as_matrix, num_positions, scaled, wide_product
 from lora_algos.tensors import ALPHA, LayerTensors
 
 UP, DOWN = "lora_up.weight", "lora_down.weight"
@@ -30,18 +24,27 @@ UP, DOWN = "lora_up.weight", "lora_down.weight"
 MIN_NORM = 1e-30
 """Lower bound of a channel's norm: a channel without weights has norm 0 and no direction."""
 NOT_FINITE = "its update is not finite (NaN or infinite values), or too large for fp32"
-MAX_AUTOGRAD_ELEMENTS = 2**17
-"""Size of a Linear layer's input up to which autograd's own passes are faster.
-
-A convolution saves its input in both cases."""
 
 
 class LowRankUpdate(NamedTuple):
-    """The update scaling * up @ down."""
+    """The update scaling * up @ down, as passes compute with it.
+
+    Two factors contain the scaling, so that no pass multiplies by it. They are the others if the
+    scaling is 1."""
 
     up: Tensor
     down: Tensor
-    scaling: float
+    scaled_up: Tensor
+    scaled_down: Tensor
+
+    @classmethod
+    def of(cls, up: Tensor, down: Tensor, scaling: float, dtype: torch.dtype) -> "LowRankUpdate":
+        """Return the update for activations of `dtype`."""
+        narrow_up, narrow_down = up.to(dtype), down.to(dtype)
+        if scaling == 1:
+            return cls(narrow_up, narrow_down, narrow_up, narrow_down)
+        scaled_up, scaled_down = up * scaling, down * scaling
+        return cls(narrow_up, narrow_down, scaled_up.to(dtype), scaled_down.to(dtype))
 
 
 def is_channels_last(op: LayerOp, x: Tensor) -> bool:
@@ -78,28 +81,38 @@ def up_of_groups(op: LayerOp, up: Tensor, batch_size: int) -> Tensor:
     return matrices.expand(batch_size, *matrices.shape).reshape(-1, *matrices.shape[1:])
 
 
+def low_rank_output(x: Tensor, update: LowRankUpdate) -> tuple[Tensor, Tensor]:
+    """Return the update's output of a Linear layer, and h = scaling * down(x)."""
+    h = F.linear(x, update.scaled_down)
+    return F.linear(h, update.up), h
+
+
 def add_low_rank(
     op: LayerOp,
     y: Tensor,
     x: Tensor,
     update: LowRankUpdate,
 ) -> Tensor:
-    """Add the update's output to `y` in place. Return h = down(x)."""
-    up, down, scaling = update
-    h = op.for_one_group()(groups_as_batch(op, x), down)
+    """Add the update's output to `y` in place. Return h = scaling * down(x)."""
+    up = update.up
+    if not op.spatial_dims:
+        h = F.linear(x, update.scaled_down)
+        as_matrix(y).addmm_(as_matrix(h), up.T)
+        return h
+    h = op.for_one_group()(groups_as_batch(op, x), update.scaled_down)
     if op.groups == 1 and is_channels_last(op, y):
         y_matrix = tokens_by_channels(op, y)
         h_matrix = tokens_by_channels(op, h)
-        y_matrix.addmm_(h_matrix, up.flatten(1).T, alpha=scaling)
+        y_matrix.addmm_(h_matrix, up.flatten(1).T)
         return h
     h_groups = h.flatten(2)
     grouped_up = up_of_groups(op, up, x.shape[0])
     if y.is_contiguous():
         y_groups = groups_by_positions(op, y)
-        y_groups.baddbmm_(grouped_up, h_groups, alpha=scaling)
+        y_groups.baddbmm_(grouped_up, h_groups)
     else:
         output = torch.bmm(grouped_up, h_groups)
-        y.add_(output.view(y.shape), alpha=scaling)
+        y.add_(output.view(y.shape))
     return h
 
 
@@ -113,24 +126,41 @@ def low_rank_grads(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of up and down; add the gradient of the input to `input_grad`.
 
-    `h`: down(x), computed again if None."""
-    up, down, scaling = update
+    `input_grad` may be `grad` itself. `h`: scaling * down(x), computed again if None."""
+    if op.spatial_dims:
+        return convolution_grads(op, grad, x, update, input_grad, h)
+    grad_matrix, x_matrix = as_matrix(grad), as_matrix(x)
+    h_matrix = torch.mm(x_matrix, update.scaled_down.T) if h is None else as_matrix(h)
+    up_grad = wide_product(grad_matrix.T, h_matrix)
+    h_grad = torch.mm(grad_matrix, update.scaled_up)
+    if input_grad is not None:
+        as_matrix(input_grad).addmm_(h_grad, update.down)
+    return up_grad, wide_product(h_grad.T, x_matrix)
+
+
+def convolution_grads(
+    op: LayerOp,
+    grad: Tensor,
+    x: Tensor,
+    update: LowRankUpdate,
+    input_grad: Tensor | None,
+    h: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `low_rank_grads` does, for a convolution."""
+    up, down = update.up, update.down
     group_op = op.for_one_group()
     grouped_x = groups_as_batch(op, x)
     if h is None:
-        h = group_op(grouped_x, down)
+        h = group_op(grouped_x, update.scaled_down)
     if op.groups == 1 and is_channels_last(op, grad):
         up_grad, h_grad = token_grads(op, grad, h, update)
     else:
         up_grad, h_grad = group_grads(op, grad, h, update)
     if input_grad is not None:
-        if op.spatial_dims:
-            added_grad = group_op.input_grad(h_grad, down, grouped_x.shape)
-            input_grad.add_(added_grad.reshape(input_grad.shape))
-        else:
-            as_matrix(input_grad).addmm_(h_grad, down)
+        added_grad = group_op.input_grad(h_grad, down, grouped_x.shape)
+        input_grad.add_(added_grad.reshape(input_grad.shape))
     down_grad = group_op.weight_grad(h_grad, grouped_x, down.shape)
-    return up_grad.mul_(scaling).view(up.shape), down_grad
+    return up_grad.view(up.shape), down_grad
 
 
 def token_grads(
@@ -139,16 +169,13 @@ def token_grads(
     h: Tensor,
     update: LowRankUpdate,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of up, unscaled, and of h, for a channels-last output."""
+    """Return the gradients of up, and of h without its scaling, for a channels-last output."""
     grad_matrix = tokens_by_channels(op, grad)
     h_matrix = tokens_by_channels(op, h)
-    up_grad = grad_matrix.T @ h_matrix
-    scaled_up = update.up.flatten(1) * update.scaling
-    h_grad = torch.mm(grad_matrix, scaled_up)
-    if op.spatial_dims:
-        batch_size, _, *sides = grad.shape
-        h_grad = h_grad.view(batch_size, *sides, -1).movedim(-1, 1)
-    return up_grad, h_grad
+    up_grad = wide_product(grad_matrix.T, h_matrix)
+    h_grad = torch.mm(grad_matrix, update.scaled_up.flatten(1))
+    batch_size, _, *sides = grad.shape
+    return up_grad, h_grad.view(batch_size, *sides, -1).movedim(-1, 1)
 
 
 def group_grads(
@@ -157,13 +184,13 @@ def group_grads(
     h: Tensor,
     update: LowRankUpdate,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of up, unscaled, and of h, for the output of a convolution."""
+    """Return the gradients of up, and of h without its scaling, for the output of a convolution."""
     batch_size = grad.shape[0]
     grad_groups = groups_by_positions(op, grad)
     products = torch.bmm(grad_groups, h.flatten(2).mT)
     up_shape = update.up.flatten(1).shape
     up_grad = products.view(batch_size, *up_shape).sum(0)
-    scaled_up = up_of_groups(op, update.up * update.scaling, batch_size)
+    scaled_up = up_of_groups(op, update.scaled_up, batch_size)
     h_grad = torch.bmm(scaled_up.mT, grad_groups)
     return up_grad, h_grad.view_as(h)
 
@@ -179,14 +206,15 @@ def squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def merged_norms(
     weight: Tensor,
-    update: LowRankUpdate,
+    up: Tensor,
+    scaled_down: Tensor,
     weight_norms: Tensor,
 ) -> Tensor:
-    """Return ||W + dW|| per output channel without forming the sum.
+    """Return ||W + up @ scaled_down|| per output channel without forming the sum.
 
     `weight_norms`: ||W||^2 per output channel."""
-    up = update.up.flatten(1)
-    down = update.down.flatten(1) * update.scaling
+    up = up.flatten(1)
+    down = scaled_down.flatten(1)
     weight_matrix = weight.reshape(up.shape[0], -1).to(up.dtype)
     weight_products = weight_matrix @ down.T
     cross_terms = (weight_products * up).sum(1)
@@ -267,7 +295,7 @@ class LowRank(AdditiveKernel):
         """Return the update (out, in, *kernel)."""
         up, down = factors
         up_matrix = up.flatten(1)
-        down_matrix = down.flatten(1) * self.scaling
+        down_matrix = scaled(down.flatten(1), self.scaling)
         if not self.subtracts_start:
             return (up_matrix @ down_matrix).view(self.shape)
         # each half has its own product, so that the products cancel to exactly zero at first
@@ -276,42 +304,22 @@ class LowRank(AdditiveKernel):
         difference = up_trained @ down_trained + up_start @ down_start
         return difference.view(self.shape)
 
-    def autograd_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        factors: Factors,
-    ) -> Tensor | None:
-        op = self.op
-        rounds_once = bias is None and x.dtype not in WIDE_DTYPES
-        is_large = x.numel() > MAX_AUTOGRAD_ELEMENTS
-        if not op.spatial_dims and (rounds_once or is_large):
-            return None
-        up, down = (factor.to(x.dtype) for factor in factors)
-        y = op(x, weight_values(weight, x.dtype), bias_like(bias, x))
-        h = op.for_one_group()(groups_as_batch(op, x), down)
-        if op.groups > 1 or not is_channels_last(op, y):
-            y_groups = groups_by_positions(op, y)
-            grouped_up = up_of_groups(op, up, x.shape[0])
-            y_groups = torch.baddbmm(y_groups, grouped_up, h.flatten(2), alpha=self.scaling)
-            return y_groups.view(y.shape)
-        y_matrix = tokens_by_channels(op, y)
-        h_matrix = tokens_by_channels(op, h)
-        y_matrix = torch.addmm(y_matrix, h_matrix, up.flatten(1).T, alpha=self.scaling)
-        if not op.spatial_dims:
-            return y_matrix.view(y.shape)
-        return y_matrix.view(y.movedim(1, -1).shape).movedim(-1, 1)
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        up, down = factors
+        return LowRankUpdate.of(up, down, self.scaling, dtype)
+
+    def output(self, x: Tensor, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        update = LowRankUpdate(*prepared)
+        y, h = low_rank_output(x, update)
+        return y, (h,)
 
     def add_output(
         self,
         y: Tensor,
         x: Tensor,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, ...]:
-        up, down = factors
-        update = LowRankUpdate(up, down, self.scaling)
-        return (add_low_rank(self.op, y, x, update),)
+        return (add_low_rank(self.op, y, x, LowRankUpdate(*prepared)),)
 
     def output_grads(
         self,
@@ -319,7 +327,6 @@ class LowRank(AdditiveKernel):
         saved: SavedTensors,
         input_grad: Tensor | None,
     ) -> Gradients:
-        up, down = (factor.to(grad.dtype) for factor in saved.factors)
-        update = LowRankUpdate(up, down, self.scaling)
+        update = LowRankUpdate(*saved.prepared)
         h = saved.extras[0] if saved.extras else None
         return low_rank_grads(self.op, grad, saved.activation, update, input_grad, h)

@@ -23,9 +23,16 @@ from torch import Tensor
 from common.errors import AdapterError
 from lora_algos.algorithm import Algorithm
 from lora_algos.config import AdapterOptions, LayerSpec
-from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, SavedTensors
+from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, Prepared, SavedTensors
 from lora_algos.layer_op import LayerOp, channel_sums
-from lora_algos.rotation import Cayley, add_blocks, block_products, constrain, without_bias
+from lora_algos.rotation import (
+    Cayley,
+    add_blocks,
+    block_products,
+    cayley_grad,
+    constrain,
+    without_bias,
+)
 from lora_algos.tensors import ALPHA, LayerTensors, Shapes, check_shapes
 from lora_algos.traits import FileTraits, RowAxes, RowAxis, TensorTraits
 
@@ -80,20 +87,25 @@ class BlockRotation(Kernel):
         weight_blocks = wide_weight.reshape(num_blocks, side, -1)
         return (change.mT @ weight_blocks).view(self.shape)
 
+    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return R - I in the dtype of the blocks and in `dtype`, and the transform's root."""
+        (blocks,) = factors
+        cayley = Cayley.of(blocks)
+        change = cayley.minus_identity
+        return change, change.to(dtype), cayley.root
+
     def factors_forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        factors: Factors,
+        prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (blocks,) = factors
-        cayley = Cayley.of(blocks)
+        _, narrow_change, _ = prepared
         y = self.op(x, weight, bias)
         start = without_bias(self.op, y, bias)
-        change = cayley.minus_identity.to(y.dtype).mT
-        add_blocks(self.op, y, change, start)
-        return y, (y, *cayley.inverse_to_save())
+        add_blocks(self.op, y, narrow_change.mT, start)
+        return y, (y,)
 
     def factors_backward(
         self,
@@ -101,17 +113,15 @@ class BlockRotation(Kernel):
         saved: SavedTensors,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        (blocks,) = saved.factors
-        cayley = Cayley.of(blocks, saved.extras)
+        change, narrow_change, root = saved.prepared
         # y = R^T y0, so y0 = R y, and the gradient of R is y0 g^T = R (y g^T)
-        products = biased_products(self.op, saved.activation, grad, saved.bias, blocks)
-        rotation_grad = products + cayley.minus_identity @ products
-        blocks_grad = cayley.blocks_grad(rotation_grad)
+        products = biased_products(self.op, saved.activation, grad, saved.bias, change)
+        rotation_grad = torch.baddbmm(products, change, products)
+        blocks_grad = cayley_grad(rotation_grad, root)
         if not needs_input_grad:
             return None, (blocks_grad,)
         output_grad = grad.clone()
-        change = cayley.minus_identity.to(grad.dtype)
-        add_blocks(self.op, output_grad, change, grad)
+        add_blocks(self.op, output_grad, narrow_change, grad)
         input_grad = self.op.input_grad(output_grad, saved.weight, saved.input_shape)
         return input_grad, (blocks_grad,)
 

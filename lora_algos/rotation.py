@@ -7,7 +7,8 @@ inverse serves both passes. S = (I + Q) P with P = (I - Q^2)^-1: the matrix that
 symmetric, which halves the cost.
 """
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,45 +28,28 @@ def symmetric_inverse(matrices: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-@dataclass(frozen=True)
-class Cayley:
+class Cayley(NamedTuple):
     """The Cayley transform of blocks (..., b, b)."""
 
     minus_identity: Tensor
     """R - I."""
-    s: Tensor
-    p: Tensor
+    root: Tensor
+    """sqrt(2) S^T, for `cayley_grad`."""
 
     @classmethod
-    def of(
-        cls,
-        blocks: Tensor,
-        saved_inverse: tuple[Tensor, ...] = (),
-    ) -> "Cayley":
-        """Return the transform. `saved_inverse`: result of `inverse_to_save` for these blocks."""
+    def of(cls, blocks: Tensor) -> "Cayley":
+        """Return the transform."""
         q = blocks - blocks.mT
-        if saved_inverse:
-            top, corner = saved_inverse
-            num_top_rows = top.shape[-2]
-            corner_of_top = top[..., num_top_rows:]
-            bottom = torch.cat([corner_of_top.mT, corner], -1)
-            p = torch.cat([top, bottom], -2)
-        else:
-            side = q.shape[-1]
-            identity = torch.eye(side, dtype=q.dtype, device=q.device)
-            p = symmetric_inverse(identity - q @ q)
+        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        p = symmetric_inverse(identity - q @ q)
         s = p + q @ p
-        return cls(2 * s @ q, s, p)
+        return cls(2 * s @ q, math.sqrt(2) * s.mT)
 
-    def inverse_to_save(self) -> tuple[Tensor, ...]:
-        """Return P without the quarter of it that symmetry repeats."""
-        half = (self.p.shape[-1] + 1) // 2
-        return self.p[..., :half, :].clone(), self.p[..., half:, half:].clone()
 
-    def blocks_grad(self, rotation_grad: Tensor) -> Tensor:
-        """Return the gradient of the blocks, given that of R."""
-        q_grad = 2 * self.s.mT @ rotation_grad @ self.s.mT
-        return q_grad - q_grad.mT
+def cayley_grad(rotation_grad: Tensor, root: Tensor) -> Tensor:
+    """Return the gradient of the blocks, given that of R and the transform's `root`."""
+    q_grad = root @ rotation_grad @ root
+    return q_grad - q_grad.mT
 
 
 def constrain(blocks: Tensor, constraint: float) -> Tensor:
@@ -147,12 +131,12 @@ def put_token_blocks(
 
 
 def rotate_blocks(op: LayerOp, x: Tensor, changes: Tensor) -> Tensor:
-    """Return (I + `changes`) times `x`, over blocks of channels.
+    """Return (I + `changes`) times `x`, over blocks of channels. `changes`: in the dtype of `x`.
 
     I + changes is not formed in a narrow dtype, where it would be rounded to I."""
     if x.dtype not in WIDE_DTYPES:
         rotated = x.clone()
-        add_blocks(op, rotated, changes.to(x.dtype), x)
+        add_blocks(op, rotated, changes, x)
         return rotated
     side = changes.shape[-1]
     identity = torch.eye(side, dtype=changes.dtype, device=changes.device)

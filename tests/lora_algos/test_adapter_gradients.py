@@ -21,16 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.adapter import AdapterLayer
-from lora_algos.config import LayerSpec
-from lora_algos.low_rank import LowRank
 
 MODES = ("true", "false", "auto")
-
-
-@pytest.fixture(autouse=True)
-def hand_written(monkeypatch):
-    """However small the input: else autograd would do what is tested here."""
-    monkeypatch.setattr(LowRank, "autograd_forward", lambda *arguments: None)
 
 
 def trained(adapted: AdaptedModel) -> dict[str, Tensor]:
@@ -228,22 +220,6 @@ def test_a_second_derivative_is_refused(spec, kind, mode):
     first = torch.autograd.grad(layer(x).square().sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         sum(grad.square().sum() for grad in first).backward()
-
-
-@every_kind
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_lora_in_autograds_operations_is_the_hand_written_one(kind, channels_last, monkeypatch):
-    adapted, layer, x = in_double(kind, LayerSpec(4, 6.0))
-    x = x.to(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
-    inputs = [x.detach().requires_grad_(), *trained(adapted).values()]
-    expected = layer(inputs[0])
-    grad = torch.randn(expected.shape, dtype=expected.dtype)
-    expected_grads = gradients(expected, inputs, grad)
-    monkeypatch.undo()
-    y = layer(inputs[0])
-    assert "AdaptedFunction" not in type(y.grad_fn).__name__
-    assert y.stride() == expected.stride() or "group" in kind
-    compare([y.detach(), *gradients(y, inputs, grad)], [expected.detach(), *expected_grads])
 
 
 def test_every_kind_is_in_the_table():

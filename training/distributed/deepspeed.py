@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_algos.adapted_model import AdaptedModel
+from lora_algos.prepared import parameter_updates
 from training.checkpoints.state import NamedState, check_parameter_names
 from training.config import TrainConfig
 from training.distributed.engine import Engine
@@ -47,6 +48,7 @@ class ZeroEngine(Engine):
         self.denoiser, wrapped = accelerator.prepare(denoiser, optimizer)
         self.optimizer: Any = wrapped.optimizer
         self.inner_optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        adapted.prepare_once_per_step()
 
     def accumulating(self, is_last: bool) -> AbstractContextManager:
         return nullcontext()
@@ -58,6 +60,7 @@ class ZeroEngine(Engine):
     def update(self, learning_rate: float) -> Tensor:
         self.set_learning_rate(learning_rate)
         self.denoiser.step()  # type: ignore[operator]
+        parameter_updates.add()  # DeepSpeed writes parameters through their data
         norm = self.denoiser.get_global_grad_norm()  # type: ignore[operator]
         return torch.as_tensor(norm, device=self.accelerator.device)
 
@@ -90,6 +93,7 @@ class ZeroEngine(Engine):
             for key, value in optimizer.get(name, {}).items():
                 if has_shape(value):
                     safe_set_full_optimizer_state(parameter, value.to(device), key)
+        parameter_updates.add()
 
     def _create_state(self, template: dict[str, Any]) -> None:
         """Create the optimizer's state with the scalars of `template`. DeepSpeed would do so in the

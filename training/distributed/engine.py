@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_algos.adapted_model import AdaptedModel
+from lora_algos.prepared import parameter_updates
 from training.checkpoints.state import NamedState, load_named_optimizer_state, named_optimizer_state
 from training.config import OptimConfig
 from training.optim.schedule import SkipNonFinite
@@ -39,6 +40,7 @@ class Engine:
         if config.on_non_finite == "skip":
             self.skipping_optimizer = SkipNonFinite(optimizer)
         self.denoiser = prepare_denoiser(accelerator, denoiser, adapted)
+        adapted.prepare_once_per_step()
 
     def accumulating(self, is_last: bool) -> AbstractContextManager:
         """Return the context of a micro-batch's passes. Gradients are averaged in the last one of a
@@ -59,6 +61,7 @@ class Engine:
             self.optimizer.step()
         else:
             self.skipping_optimizer.step(norm)
+        parameter_updates.add()  # some optimizers write parameters through their data
         self.optimizer.zero_grad()
         return norm.detach()
 
