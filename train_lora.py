@@ -14,7 +14,7 @@ from training.cli import load_config
 from training.numerics import prepare_environment
 from training.run import launched_rank, print_error, run_training
 from training.run_folder import check_output_dir
-from training.stopping.signals import RunStopped, SignalHandler, end_with_launcher, requeue_if_asked
+from training.stopping.signals import RunStopped, SignalHandler, end_with_launcher, report_stop
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,10 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run_training(config, signals)
         except RunStopped as stopped:
-            is_first = launched_rank() == 0 if stopped.is_first is None else stopped.is_first
-            if is_first:
-                requeue_if_asked(stopped)
-                print(f"stopped by {stopped}", flush=True)
+            report_stop(stopped, launched_rank())
             return stopped.code
 
 

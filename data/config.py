@@ -147,9 +147,9 @@ class DataConfig:
     on_error: Literal["fail", "skip"] = "fail"
     """Action on unusable files. fail: list all errors and end the run. skip: list them and train
     without these files."""
-    encode_batch_size: Annotated[int, Field(ge=1)] = 8
+    encode_batch_size: Annotated[int, Field(ge=1), CHANGEABLE] = 8
     """Captions that are encoded together, and the largest number of images."""
-    encode_pixels: Annotated[int, Field(ge=1)] = 1024 * 1024
+    encode_pixels: Annotated[int, Field(ge=1), CHANGEABLE] = 1024 * 1024
     """Pixels of the images that are encoded together: 4 images of 512x512, or 1 of 1024x1024. A
     larger image, or a video, is encoded alone."""
     cache_dir: Annotated[str, CHANGEABLE] = "output/cache"

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.dtypes import DTYPES
 from common.errors import ModelError
-from models.checkpoint_files import config_path
+from models.checkpoint_files import config_path, read_config
 from models.model_files import ModelFiles
 from models.text_encoder_files import load_encoder
 
@@ -31,8 +31,18 @@ def load_vae(files: ModelFiles, class_name: str, path: str) -> nn.Module:
         )
 
 
+def vae_file_config(path: str) -> dict[str, Any]:
+    """Return the configuration in a VAE's folder; {} for a file, which has none."""
+    for folder in (Path(path) / "vae", Path(path)):
+        if (folder / "config.json").is_file():
+            return read_config(str(folder), "config.json")
+    return {}
+
+
 def check_fp16(vae_config: Mapping[str, Any]) -> None:
-    """Raise ModelError if a VAE of this configuration overflows in fp16."""
+    """Raise ModelError if a VAE overflows in fp16, as its configuration says.
+
+    `vae_config`: the values in its file, to which diffusers' classes add defaults."""
     if vae_config.get("force_upcast", False):
         raise ModelError(
             "--model.vae_dtype fp16: this VAE overflows in fp16, as its config says "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from common.config_fields import STRICT
+from common.config_fields import CHANGEABLE, STRICT
 from models import FAMILIES
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ModelConfig:
     text_encoders: tuple[str, ...] = ()
     """Text encoders that replace the model's own, or for a file without any: .safetensors files as
     in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""
-    text_encoder_placement: Placement = "device"
+    text_encoder_placement: Annotated[Placement, CHANGEABLE] = "device"
     """Place of the text encoders while captions are encoded. device: on the GPU as a whole. layers:
     in CPU memory; each layer is copied to the GPU when it is needed. cpu: encode on the CPU."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None

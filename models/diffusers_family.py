@@ -19,6 +19,7 @@ from models.component_loaders import (
     load_text_encoder,
     load_vae,
     set_vae_dtype,
+    vae_file_config,
 )
 from models.config import ModelConfig
 from models.latents import LatentScale
@@ -274,11 +275,9 @@ class DiffusersFamily(ModelFamily):
         return encoders
 
     def load_media_encoders(self, *components: str) -> Any:
-        """Load the VAE, in `model.vae_dtype`, and other components.
-
-        Raises ModelError if the VAE overflows in this dtype."""
+        """Load the VAE and other components. Raises ModelError if `model.vae_dtype` overflows."""
         if self.config.vae_dtype == "fp16":
-            check_fp16(self.vae_config)
+            check_fp16(vae_file_config(self.config.vae) if self.config.vae else self.vae_config)
         pipeline = self.load_components(*components)
         set_vae_dtype(pipeline.vae, self.config.vae_dtype)
         return pipeline

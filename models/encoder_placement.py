@@ -1,5 +1,6 @@
 """Placement of text encoders while they encode, and removal of their parts that are not needed."""
 
+import gc
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ def place_text_encoders(encoders: Any, placement: Placement, device: torch.devic
         if isinstance(component, nn.Module):
             cpu_offload(component, execution_device=device)
     return encoders
+
+
+def release_text_encoders(encoders: Any) -> None:
+    """Take the text encoders out of a pipeline and free their memory."""
+    for name, component in encoders.components.items():
+        if isinstance(component, nn.Module):
+            setattr(encoders, name, None)
+    del component
+    gc.collect()  # the hooks of placement `layers` refer to modules in a circle
 
 
 def keep_first_layers(text_encoder: Any, last_state: int) -> None:

@@ -16,6 +16,7 @@ from adapter_files.writers import FileContent, preferred_format
 from common.atomic import WriteError, new_folder, write_file
 from common.dtypes import DTYPES
 from common.errors import AdapterError, error_list
+from common.precision import exact_products
 from lora_algos.full import DIFF
 from lora_algos.traits import Layers
 from objectives.schedulers import override_scheduler
@@ -134,6 +135,7 @@ class RunExport:
         """Collect the weights to export. Collective."""
         self.jobs = export_jobs(self.config, self.state, self.services)
 
+    @exact_products()  # files are compared with the adapter to the sixth digit
     def write(self, share_waiting: float) -> None:
         """Write all files but the preview, and print the results. WHERE: on the main process.
 
@@ -160,16 +162,17 @@ class RunExport:
             paths += write_adapter(components, facts)
         return paths
 
-    def draw_preview(self, initial_weights: dict[str, Tensor]) -> None:
-        """Draw and write the preview. Collective.
+    def draw_preview(self, initial_weights: dict[str, Tensor]) -> bool:
+        """Draw and write the preview; return whether a signal ended this, on all processes alike.
 
-        `initial_weights`: the weights before training."""
+        Collective. `initial_weights`: the weights before training."""
         renderer = PreviewRenderer(self.components, self.services)
         trained_weights = self.jobs[0].weights
         weight_sets = {"before": initial_weights, "after": trained_weights}
         preview = renderer.render(weight_sets)
         if preview is not None:
             self._write_preview(preview)
+        return renderer.was_stopped
 
     def _write_losses(self) -> list[Path]:
         folder = self.services.folder

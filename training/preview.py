@@ -120,6 +120,8 @@ class PreviewRenderer:
     def __init__(self, components: RunComponents, services: RunServices):
         config = components.config
         self.config, self.components, self.services = config, components, services
+        self.was_stopped = False
+        """True if `render` ended before all images, because the run has to stop."""
         self.dataset = components.datasets.validation or components.datasets.train
         self.prompts = list(config.sample.prompts) or default_prompts(
             components.family, self.dataset
@@ -133,6 +135,7 @@ class PreviewRenderer:
         process = self.services.process
         drawer = SampleDrawer(self._load_pipeline, self._draw)
         share = self._draw_share(weight_sets, drawer)
+        self.was_stopped = share is None
         if share is None:
             return None
         results: list[Any] = [(share, drawer.error)]

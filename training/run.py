@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from training.config import TrainConfig
 from training.run_folder import locked_folder
-from training.stopping.signals import RunStopped, SignalHandler
+from training.stopping.signals import RunStopped, SignalHandler, report_stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,6 +70,8 @@ def run_guard(config: TrainConfig, signals: SignalHandler) -> Iterator[Accelerat
     except RunStopped as stopped:
         if failures is not None and not stopped.is_agreed:  # the processes stop independently
             stopped.is_first = failures.report(stopped)
+            report_stop(stopped, launched_rank())
+            leave_process_group(stopped.code)
         raise
     except Exception as error:
         exit_code = handle_error(error, config, failures, signals)
@@ -162,13 +164,16 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: SignalHandler)
         trainer.train()
         export = RunExport(components, services, state)
         export.collect_weights()
+        if services.requests.must_stop():
+            stop_run(services.requests.agreed, trainer)
     if accelerator.is_main_process:
         export.write(batches.timer.share)
     services.barrier.wait()
     if initial_weights is not None:
         with signals.deferred():
-            export.draw_preview(initial_weights)
-            if services.requests.must_stop():
+            was_stopped = export.draw_preview(initial_weights)
+            services.barrier.wait()
+            if was_stopped and services.requests.must_stop():
                 stop_run(services.requests.agreed, trainer)
     finish_trackers(accelerator)
     services.barrier.wait()  # the processes leave the group together
@@ -187,6 +192,8 @@ def leave_process_group(exit_code: int | None = None) -> None:
     ends after LEAVE_TIMEOUT."""
     import torch.distributed as dist
 
+    from training.distributed.failures import end_process
+
     if not dist.is_available() or not dist.is_initialized():
         return
     if exit_code is None:
@@ -196,9 +203,7 @@ def leave_process_group(exit_code: int | None = None) -> None:
     thread.start()
     thread.join(LEAVE_TIMEOUT)
     if thread.is_alive():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+        end_process(exit_code)
 
 
 def launched_rank() -> int:

@@ -41,7 +41,8 @@ class RunServices:
     ) -> RunServices:
         """Build the components of a run. Collective."""
         folder = Path(config.output_dir)
-        consensus = Consensus(accelerator, collective_timeout(config.distributed))
+        timeout = collective_timeout(config.distributed)
+        consensus = Consensus(accelerator, timeout)
         is_main = accelerator.is_main_process
         is_schedule_free = OPTIMIZERS[config.optimizer].is_schedule_free
         return cls(
@@ -50,7 +51,7 @@ class RunServices:
             reporter=Reporter(accelerator, folder, new_tracker_id()),
             ema=EmaWeights(config.ema, engine, is_schedule_free),
             consensus=consensus,
-            barrier=StoreBarrier(accelerator),
+            barrier=StoreBarrier(accelerator, timeout.total_seconds()),
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
         )

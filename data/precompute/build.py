@@ -129,8 +129,7 @@ class DatasetBuilder:
     def run(self, only_square: bool) -> Datasets:
         """Encode everything that is missing; return the datasets. Collective."""
         plan = self.plan(only_square)
-        with encode.memory_advice(self.config):
-            self._encode(plan)
+        self._encode(plan)
         self.stages.run_on_all(lambda: import_tensors(plan.job, plan.stores))
         names = self.stages.run_on_main(lambda: self._write_indices(plan.stores))
         train, validation = [self._open_dataset(name, plan.stores) for name in names]
@@ -309,9 +308,10 @@ class DatasetBuilder:
         missing_captions = Table(self.tables.captions, MissingCaption)
         missing_media = Table(self.tables.media, MissingMedia)
         job, stores = plan.job, plan.stores
-        reports = self.stages.run_on_all(
-            lambda: vars(encode.encode_captions(job, stores.text, missing_captions))
-        )
+        with encode.memory_advice(encode.caption_advice(self.config, self.family.config)):
+            reports = self.stages.run_on_all(
+                lambda: vars(encode.encode_captions(job, stores.text, missing_captions))
+            )
         num_long = sum(report["count"] for report in reports)
         if num_long and self.process.is_main:
             texts = [text for report in reports for text in report["texts"]]
@@ -321,7 +321,8 @@ class DatasetBuilder:
                 f"{verb} cut off at the end"
             )
             print(bullet_list(heading, unique(texts), MAX_LISTED))
-        self.stages.run_on_all(lambda: encode.encode_media(job, stores.media, missing_media))
+        with encode.memory_advice(encode.media_advice(self.config, self.family.config)):
+            self.stages.run_on_all(lambda: encode.encode_media(job, stores.media, missing_media))
 
     def _write_indices(self, stores: Stores) -> list[str | None]:
         """Write the indices for training and validation; return their names in the cache.

@@ -38,7 +38,8 @@ from data.store.schema import MEDIA_TENSORS
 from data.store.store import Store, StoreWriter
 from data.store.tables import ROWS_PER_BATCH, Table
 from models.base import ModelFamily
-from models.encoder_placement import place_text_encoders
+from models.config import ModelConfig
+from models.encoder_placement import place_text_encoders, release_text_encoders
 
 MAX_LONG_CAPTIONS, MAX_LONG_CAPTION_LETTERS = 20, 100
 """Captions that are cut by the text encoder and named in a note, and letters of each."""
@@ -106,27 +107,40 @@ class EncodeJob:
 
 
 @contextmanager
-def memory_advice(config: DataConfig) -> Iterator[None]:
+def memory_advice(advice: list[str]) -> Iterator[None]:
     """Add to an out-of-memory error of the block how encoding takes less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        size = config.encode_batch_size
-        pixels_of_one_image = config.resolution**2
-        advice = []
-        if size > 1:
-            advice.append(f"--data.encode_batch_size {size // 2} (now {size})")
-        if config.encode_pixels > pixels_of_one_image:
-            advice.append(f"--data.encode_pixels {pixels_of_one_image}")
-        advice += [
-            f"a --data.resolution below {config.resolution}",
-            "--model.text_encoder_placement layers",
-            "--model.vae_tiling",
-            "--model.vae_dtype bf16",
-            "encoding on another machine (train_lora.py export-dataset)",
-        ]
         error.add_note(f"To use less memory in encoding, try {', or '.join(advice)}")
         raise
+
+
+OTHER_MACHINE = "encoding on another machine (train_lora.py export-dataset)"
+
+
+def caption_advice(config: DataConfig, model: ModelConfig) -> list[str]:
+    """Return options with which captions take less memory."""
+    size = config.encode_batch_size
+    advice = []
+    if size > 1:
+        advice.append(f"--data.encode_batch_size {size // 2} (now {size})")
+    if model.text_encoder_placement == "device":
+        advice.append("--model.text_encoder_placement layers")
+    return [*advice, OTHER_MACHINE]
+
+
+def media_advice(config: DataConfig, model: ModelConfig) -> list[str]:
+    """Return options with which images and videos take less memory."""
+    pixels_of_one_image = config.resolution**2
+    advice = []
+    if config.encode_pixels > pixels_of_one_image and config.encode_batch_size > 1:
+        advice.append(f"--data.encode_pixels {pixels_of_one_image} (now {config.encode_pixels})")
+    if model.vae_dtype == "fp32":
+        advice.append("--model.vae_dtype bf16")
+    if not model.vae_tiling:
+        advice.append("--model.vae_tiling")
+    return [*advice, f"a --data.resolution below {config.resolution}", OTHER_MACHINE]
 
 
 @dataclass
@@ -168,6 +182,7 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
             conds = encode_texts(job, encoders, texts)
             for (_, caption), cond in zip(batch, conds, strict=True):
                 writer.add(caption.key, cond)
+    release_text_encoders(encoders)
     return long_captions
 
 

@@ -104,11 +104,12 @@ class EncodedSource(Source):
             if name == "options":
                 message = f"encoded with {value}; this run has {expected}"
             else:
-                component = COMPONENTS[name]
                 message = (
-                    f"encoded with another {component} than that of --model.path ({value}, not "
-                    f"{expected})"
+                    f"encoded with another {COMPONENTS[name]} than that of --model.path ({value}, "
+                    f"not {expected})"
                 )
+                if name == "vae":
+                    message += ", or with another --model.vae_dtype or --model.vae_tiling"
             errors.append(f"{self.folder}: {message}")
         return errors
 

@@ -1,7 +1,9 @@
 """Every family against diffusers' own pipeline of it, at a tiny size, and from images to a file that loads."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from common.errors import ModelError
 from lora_algos import ALGORITHMS
 from models.config import ModelConfig
 from models.detect import get_family
-from models.encoder_placement import place_text_encoders
+from models.encoder_placement import place_text_encoders, release_text_encoders
 from training.build import attach_adapters
 from training.cli import load_config
 
@@ -140,6 +142,10 @@ def test_latents_have_the_shape_that_the_family_says(case):
     assert family.limits.pixel_step % step == 0
 
 
+LARGER_THAN_A_TILE = 640
+"""Height in pixels, of which every VAE takes two tiles."""
+
+
 def encoded(case: Case, pixels: torch.Tensor, **options) -> torch.Tensor:
     family = get_family(ModelConfig(path=str(folder_of(case)), **case.model, **options))
     with torch.no_grad():
@@ -155,9 +161,13 @@ def test_a_vae_in_bf16_or_in_tiles_encodes_nearly_the_same(case):
     pixels = torch.rand(1, 3, 2 * SIDE, SIDE) * 2 - 1
     expected = encoded(case, pixels)
     rounded = encoded(case, pixels, vae_dtype="bf16")
-    tiled = encoded(case, pixels, vae_tiling=True)
     assert 0 < (rounded - expected).norm() <= 0.05 * expected.norm()
-    assert (tiled - expected).norm() <= 0.75 * expected.norm()
+    is_of_video = case.family.startswith(("wan", "qwen"))  # these VAEs have tiles of at least 256
+    if is_of_video:
+        pixels = torch.rand(1, 3, LARGER_THAN_A_TILE, SIDE) * 2 - 1
+        expected = encoded(case, pixels)
+    tiled = encoded(case, pixels, vae_tiling=True)
+    assert 0 < (tiled - expected).norm() <= 0.75 * expected.norm()
 
 
 @pytest.mark.parametrize("role", ["media", "preview"])
@@ -189,6 +199,26 @@ def test_a_vae_that_overflows_is_not_used_in_fp16(tmp_path):
                 family.load_encoders("media")
         else:
             assert family.load_encoders("media").vae.dtype == torch.float16
+
+
+@CASES
+@pytest.mark.parametrize("placement", ["device", "layers"])
+def test_text_encoders_are_freed(case, placement):
+    """Without a garbage collection, which may come only when the denoiser is loaded."""
+    encoders = family_of(case).load_encoders("text")
+    modules = [
+        weakref.ref(component)
+        for component in encoders.components.values()
+        if isinstance(component, torch.nn.Module)
+    ]
+    assert modules
+    encoders = place_text_encoders(encoders, placement, torch.device("cpu"))
+    gc.disable()
+    try:
+        release_text_encoders(encoders)
+        assert not any(module() is not None for module in modules)
+    finally:
+        gc.enable()
 
 
 @CASES

@@ -26,13 +26,18 @@ COMFY_MU = 2.02  # comfy/supported_models.py, Flux2: sampling_settings shift
 def test_only_what_the_conditioning_needs_of_the_text_encoder_is_kept(case):
     """Of Mistral Small, 9 of 40 layers, the head and the vision tower are left out."""
     family = family_of(case)
-    whole = family.pipeline(None).text_encoder
-    kept = family.load_encoders("text").text_encoder
-    last_state = family.text_layers[-1]
+    pipeline = family.pipeline(None)
+    whole = pipeline.text_encoder
+    encoders = family.load_encoders("text")
+    kept = encoders.text_encoder
     language_model = getattr(kept.model, "language_model", kept.model)
-    assert len(language_model.layers) == min(
-        last_state + 1, whole.config.get_text_config().num_hidden_layers
+    num_layers = family.text_layers[-1] + 1
+    assert (
+        len(language_model.layers) == num_layers < whole.config.get_text_config().num_hidden_layers
     )
+    with torch.no_grad():
+        embeds, expected = encoders.encode_prompt(PROMPTS)[0], pipeline.encode_prompt(PROMPTS)[0]
+    assert torch.equal(embeds, expected)
     assert isinstance(kept.lm_head, torch.nn.Identity)
     assert not any("vision_tower" in name for name, _ in kept.named_parameters())
     assert sum(p.numel() for p in whole.parameters()) > sum(p.numel() for p in kept.parameters())

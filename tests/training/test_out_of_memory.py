@@ -30,7 +30,7 @@ STEPS = {
     "an odd batch": (["--batch_size=3"], ["--batch_size 1 --grad_accumulation_steps 3 (now 3 and 1)"], []),
     "blocks inside the blocks": (
         ["--gradient_checkpointing", "--checkpoint_depth=2"],
-        ["--checkpoint_depth 1 (now 2; a transformer"],
+        ["--checkpoint_depth 1 if the model is a transformer (now 2)"],
         ["--gradient_checkpointing,"],
     ),
     "with what can be had": (
@@ -70,8 +70,28 @@ def test_encoding_that_does_not_fit_says_so(size, options, run_here, tmp_path, m
     fresh = [*options, f"--data.cache_dir={tmp_path / 'cache'}", f"--data.encode_batch_size={size}"]
     assert run_here(fresh) == 1
     line = advice(capsys)
-    assert ("--data.encode_batch_size 4 (now 8)" in line) == (size == 8)
-    assert "--data.encode_pixels 4096" in line
+    assert ("--data.encode_pixels 4096 (now 1048576)" in line) == (size == 8)
+    assert "--model.vae_dtype bf16, or --model.vae_tiling" in line
     assert "--data.resolution below 64" in line
     assert "export-dataset" in line
     assert "--grad_accumulation_steps" not in line
+
+
+def test_options_that_are_set_are_not_advised(options, run_here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "encode_batch", full)
+    fresh = [
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        "--model.vae_dtype=bf16",
+        "--model.vae_tiling",
+    ]
+    assert run_here([*options, *fresh]) == 1
+    line = advice(capsys)
+    assert "--model" not in line
+
+
+def test_captions_that_do_not_fit_say_so(options, run_here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "encode_texts", full)
+    assert run_here([*options, f"--data.cache_dir={tmp_path / 'cache'}"]) == 1
+    line = advice(capsys)
+    assert "--data.encode_batch_size 4 (now 8), or --model.text_encoder_placement layers" in line
+    assert "--data.encode_pixels" not in line

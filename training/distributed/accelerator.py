@@ -41,7 +41,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             bullet_list("accelerate was launched with settings that do not fit", errors)
         )
-    apply_numerics(config)
     uses_deepspeed = is_enabled("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no"
@@ -51,6 +50,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=collective_timeout(config.distributed))],
     )
+    apply_numerics(config)  # last, because Accelerate's dynamo settings change it too
     check_accelerator(accelerator)
     return accelerator
 

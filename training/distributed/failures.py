@@ -56,7 +56,7 @@ class FailureWatch:
                 if store.check([self.key]):
                     exit_code = int(store.get(self.key).split()[0])
                     time.sleep(EXIT_DELAY)
-                    os._exit(exit_code)
+                    end_process(exit_code)
         except Exception:  # the store ended with the process or the launcher that held it
             if not self.is_over.wait(GRACE_PERIOD):
                 print(
@@ -64,7 +64,7 @@ class FailureWatch:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(1)
+                end_process(1)
 
     def report(self, error: BaseException, exit_code: int = 1) -> bool:
         """Tell the other processes about `error`; return whether it is the first failure.
@@ -108,6 +108,13 @@ class FailureWatch:
             self.thread.join(2 * POLL_EVERY)
 
 
+def end_process(exit_code: int) -> None:
+    """End this process at once, also if one of its threads never returns."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 def describe_error(error: BaseException, config: TrainConfig | None = None) -> str:
     """Return an unexpected error with its traceback and advice. `config`: of the run that it ends."""
     text = "".join(traceback.format_exception(error)).rstrip()
@@ -128,15 +135,15 @@ def memory_advice(config: TrainConfig) -> list[str]:
     batch_size, accumulation = config.batch_size, config.grad_accumulation_steps
     if not config.gradient_checkpointing:
         advice.append("--gradient_checkpointing")
-    elif config.checkpoint_depth > 1:
-        depth = config.checkpoint_depth
-        advice.append(f"--checkpoint_depth 1 (now {depth}; a transformer needs less memory with 1)")
     if batch_size > 1:
         divisor = 2 if batch_size % 2 == 0 else batch_size
         advice.append(
             f"--batch_size {batch_size // divisor} --grad_accumulation_steps {accumulation * divisor} "
             f"(now {batch_size} and {accumulation})"
         )
+    depth = config.checkpoint_depth
+    if config.gradient_checkpointing and depth > 1:
+        advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
     if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
         advice.append(
             "on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml"

@@ -62,6 +62,7 @@ class RunStopped(SystemExit):
         super().__init__(EXIT_CODES[request])
         self.code: int = EXIT_CODES[request]
         self.request, self.outcome, self.is_agreed = request, outcome, is_agreed
+        self.is_reported = False
         self.is_first: bool | None = None
         """True if this process reports for all, because the processes are not connected yet."""
 
@@ -150,10 +151,17 @@ def requeue_job() -> str:
     return f"job {job} was not requeued: {reason}"
 
 
-def requeue_if_asked(stopped: RunStopped) -> None:
-    """Requeue the job of a run that stopped before its processes agreed on it."""
+def report_stop(stopped: RunStopped, rank: int) -> None:
+    """Print why the run stopped, once and in one process.
+
+    Requeues the job of a run that stopped before its processes agreed on it."""
+    is_first = rank == 0 if stopped.is_first is None else stopped.is_first
+    if stopped.is_reported or not is_first:
+        return
+    stopped.is_reported = True
     if stopped.request is StopRequest.REQUEUE and not stopped.is_agreed:
         stopped.outcome += f"; {requeue_job()}"
+    print(f"stopped by {stopped}", flush=True)
 
 
 def end_with_launcher() -> None:

@@ -15,9 +15,9 @@ from transformers import (
 
 WIDTH = 16
 MISTRAL_LAYERS, QWEN_LAYERS = (
-    31,
-    28,
-)  # the last state that the pipelines take is the 30th, the 27th; none is the last
+    33,
+    30,
+)  # the last state that the pipelines take is the 30th, the 27th
 MISTRAL_SPECIAL = [
     "<unk>",
     "<s>",
