@@ -27,6 +27,18 @@ def attach(model: nn.Module, specs: Specs, seed: int) -> AdaptedModel:
     The first values of a layer are a function of `seed` and its name: the same on every process,
     for any other layers. The global generator is left as it was. Raises AdapterError naming every
     layer that its spec does not fit."""
+    check_specs(model, specs)
+    layers: dict[str, Any] = dict(layers_of(model))
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        for name, spec in specs.items():
+            torch.manual_seed(layer_seed(seed, name))
+            model.set_submodule(name, adapt_layer(layers[name], spec), strict=True)
+    return AdaptedModel(model)
+
+
+def check_specs(model: nn.Module, specs: Specs) -> None:
+    """Raise AdapterError naming every layer that its spec does not fit. Reads no values."""
     layers: dict[str, Any] = dict(layers_of(model))
     errors = []
     for name, spec in specs.items():
@@ -36,12 +48,6 @@ def attach(model: nn.Module, specs: Specs, seed: int) -> AdaptedModel:
             errors.append(f"{name}: {error}")
     if errors:
         raise AdapterError(error_list("the adapter's options do not fit the model", errors))
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        for name, spec in specs.items():
-            torch.manual_seed(layer_seed(seed, name))
-            model.set_submodule(name, adapt_layer(layers[name], spec), strict=True)
-    return AdaptedModel(model)
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
 from safetensors import safe_open
 
 from common.errors import ModelError
@@ -49,6 +49,11 @@ def local_path(config: ModelConfig) -> Path:
             path, variant=config.variant, use_safetensors=True, **unused_components
         )
     except (OSError, ValueError) as error:
+        if is_offline_mode():
+            raise ModelError(
+                f"--model.path {path}: is not in the cache of the Hub, and HF_HUB_OFFLINE forbids "
+                "downloads. Download it on a machine with internet, or name a folder"
+            ) from error
         raise ModelError(
             f"--model.path {path}: could not be downloaded from the Hub: {error}"
         ) from error

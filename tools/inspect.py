@@ -24,7 +24,7 @@ FACT_KEYS = {
     "base version": ("ss_base_model_version",),
     "architecture": ("modelspec.architecture",),
     "prediction": ("modelspec.prediction_type",),
-    "made by": ("ss_network_module", "modelspec.implementation"),
+    "network module": ("ss_network_module", "modelspec.implementation"),
     "rank, alpha": ("ss_network_dim",),
     "steps": ("train_lora.total_steps", "ss_steps"),
     "images": ("ss_num_train_images",),

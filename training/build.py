@@ -10,10 +10,10 @@ from torch import nn
 
 from adapter_files import files
 from adapter_files.reader import import_layers
-from adapter_files.spellings import LayerSpellings
+from adapter_files.spellings import LayerSpellings, layer_spellings
 from common.errors import AdapterError, ConfigError, error_list
 from lora_algos.adapted_model import AdaptedModel
-from lora_algos.attach import attach, attach_from_file
+from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
 from models.base import ModelFamily
 from models.detect import get_family
@@ -30,6 +30,8 @@ from training.optim.schedule import build_optimizer
 
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
 """First part of the keys of text encoders in adapter files."""
+MAX_SHOWN_KEYS = 3
+"""Keys of a file that is not an adapter, which its error shows."""
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
@@ -102,6 +104,20 @@ def attach_adapters(
     return adapted, previous_steps
 
 
+def check_adapters(config: TrainConfig, family: ModelFamily) -> None:
+    """Raise AdapterError if no adapter of this config fits the model. WHEN: before encoding, which
+    takes long. Reads no weights of the model."""
+    if config.model.train_text_encoder:
+        return  # the empty model has no text encoders
+    denoiser = family.empty_denoiser()
+    plan = AdapterPlan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
+    if config.existing_lora is None:
+        check_specs(denoiser, plan.specs(denoiser, family.targets))
+    else:
+        names = layer_spellings(family, denoiser)
+        attach_existing(config.existing_lora, family, denoiser, names, plan)
+
+
 def attach_existing(
     path: str, family: ModelFamily, denoiser: nn.Module, names: LayerSpellings, plan: AdapterPlan
 ) -> tuple[AdaptedModel, int]:
@@ -111,11 +127,21 @@ def attach_existing(
     except AdapterError as error:
         raise AdapterError(f"--existing_lora {path}: is not readable: {error}") from error
     layers, unknown = import_layers(tensors, metadata, denoiser, names)
-    if any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors) and not names.text_encoders:
+    has_text_encoders = any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors)
+    if not layers and not has_text_encoders:
+        keys = ", ".join(sorted(tensors)[:MAX_SHOWN_KEYS])
+        raise AdapterError(
+            f"--existing_lora {path}: is not an adapter of this model: no key belongs to a layer "
+            f"({keys}, ...)"
+        )
+    if has_text_encoders and not names.text_encoders:
         unknown.insert(
             0, "it has layers of text encoders. Use --model.train_text_encoder to continue these"
         )
-    adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
+    try:
+        adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
+    except AdapterError as error:
+        raise AdapterError(f"--existing_lora {path}: {error}") from error
     return adapted, total_steps_of(path, metadata)
 
 

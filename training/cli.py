@@ -19,6 +19,7 @@ from data.config import DataConfig
 from models.config import is_hub_id, path_error, text_encoder_errors
 from objectives.config import objective_errors
 from training.config import SCHEMA, TrainConfig
+from training.kohya_names import KOHYA_NAMES
 
 Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def parse_options(argv: list[str], make: Callable[[TrainConfig], Parsed], progra
         recipe = Path(argv[0])
         options = argv[1:]
     arguments = normalized_arguments(options)
-    errors = list_option_errors(arguments)
+    errors = list_option_errors(arguments) + kohya_name_errors(arguments)
     if errors:
         raise ConfigError(error_list("the command line", errors, MAX_ERRORS))
 
@@ -158,6 +159,8 @@ def similar_option(name: str) -> str | None:
     """Return the option that a misspelled or misplaced name probably means."""
     option_names = [option for option, _ in option_types()]
     option_names += [item.name for item in fields(TrainConfig)]
+    if name in KOHYA_NAMES:
+        return KOHYA_NAMES[name]
     close_matches = difflib.get_close_matches(name, option_names, n=1)
     if close_matches:
         return close_matches[0]
@@ -285,6 +288,17 @@ def list_option_errors(arguments: list[str]) -> list[str]:
                     "recipe.yaml"
                 )
     return list(dict.fromkeys(errors))
+
+
+def kohya_name_errors(arguments: list[str]) -> list[str]:
+    """Return errors for flags that have a name of kohya's scripts."""
+    option_names = {name for name, _ in option_types()}
+    errors = []
+    for argument in arguments:
+        name = argument.removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in KOHYA_NAMES and name not in option_names:
+            errors.append(f"{argument}: is a name of kohya's scripts. Use --{KOHYA_NAMES[name]}")
+    return errors
 
 
 def is_section_list(hint: Any) -> bool:

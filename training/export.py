@@ -350,6 +350,9 @@ def print_results(
         skipped = ", ".join(map(str, history.skipped_steps))
         print(f"skipped because they were not finite: steps {skipped}")
     print(f"waiting for data took {100 * share_waiting:.1f} % of the training time")
-    total_steps = previous_steps + state.step
-    print(f"total steps: {previous_steps} + {state.step} = {total_steps}")
+    if previous_steps:
+        total_steps = previous_steps + state.step
+        print(
+            f"total steps: {previous_steps} of the existing adapter + {state.step} = {total_steps}"
+        )
     print(f"the adapter has the weights {job.description}")

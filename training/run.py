@@ -139,7 +139,11 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: SignalHandler)
     family = build.load_family(config)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     datasets = build_datasets(
-        config.data, family, ProcessInfo.of(accelerator), not config.bucket_mode
+        config.data,
+        family,
+        ProcessInfo.of(accelerator),
+        only_square=not config.bucket_mode,
+        before_encoding=lambda: build.check_adapters(config, family),
     )
     denoiser, dtype = build.load_denoiser(config, family, needs_contiguous_weights(accelerator))
     names = layer_spellings(family, denoiser)

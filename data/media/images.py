@@ -28,7 +28,7 @@ from torch import Tensor
 from common.errors import DataError
 from data.media.buckets import Crop
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 2**28
 """Largest number of pixels; files that claim more are usually made to exhaust the memory."""
 PILLOW_LIMIT_LOCK = threading.Lock()

@@ -14,7 +14,7 @@ together (stages.py), and each leaves a file that the next one reads:
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +93,18 @@ class DataPlan:
 
 
 def build_datasets(
-    config: DataConfig, family: ModelFamily, process: ProcessInfo, only_square: bool = False
+    config: DataConfig,
+    family: ModelFamily,
+    process: ProcessInfo,
+    only_square: bool = False,
+    before_encoding: Callable[[], None] | None = None,
 ) -> Datasets:
     """List, check and encode the training data; return the same datasets on every process.
 
-    Collective. Raises DataError with all unusable files at once."""
+    Collective. `before_encoding` is called if something must be encoded. Raises DataError with all
+    unusable files at once."""
     with DatasetBuilder.opened(config, family, process) as builder:
-        return builder.run(only_square)
+        return builder.run(only_square, before_encoding)
 
 
 class DatasetBuilder:
@@ -126,9 +131,12 @@ class DatasetBuilder:
         self.component_hashes = stages.run_on_main(self._hash_components)
         self.sources = self._open_sources()
 
-    def run(self, only_square: bool) -> Datasets:
+    def run(self, only_square: bool, before_encoding: Callable[[], None] | None = None) -> Datasets:
         """Encode everything that is missing; return the datasets. Collective."""
         plan = self.plan(only_square)
+        is_complete = not plan.missing_images and not plan.missing_captions
+        if before_encoding is not None and not is_complete:
+            before_encoding()
         self._encode(plan)
         self.stages.run_on_all(lambda: import_tensors(plan.job, plan.stores))
         names = self.stages.run_on_main(lambda: self._write_indices(plan.stores))

@@ -160,7 +160,7 @@ def check_share(
     indices = np.arange(process.index, len(listed), process.count)
 
     def check(item: ListedContent) -> CheckedSample:
-        return check_content(item, has_videos)
+        return check_content(item, has_videos, sources.full_name(item.sample))
 
     def unchecked_samples() -> Iterator[IndexedSample]:
         for index, sample in listed.rows(indices):
@@ -179,8 +179,8 @@ def check_share(
     return errors
 
 
-def check_content(item: ListedContent, has_videos: bool) -> CheckedSample:
-    """Decode a content and its mask once; return its facts, or the error with its name."""
+def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSample:
+    """Decode a content and its mask once; return its facts, or the error with `name`."""
     sample, content = item.sample, item.content
     try:
         if isinstance(content, DataError):
@@ -196,7 +196,7 @@ def check_content(item: ListedContent, has_videos: bool) -> CheckedSample:
         if sample.mask_path:
             images.check(mask)
     except (OSError, DataError) as error:
-        return CheckedSample(item.listed, DataError(f"{sample.name}: {error}"))
+        return CheckedSample(item.listed, DataError(f"{name}: {error}"))
     facts = MediaFacts(
         key=facts_key(sample, has_videos),
         content_hash=key_of(content),

@@ -46,6 +46,12 @@ class RunSources:
     def source_of(self, sample: ListedSample) -> Source:
         return self.opened[sample.source]
 
+    def full_name(self, sample: ListedSample) -> str:
+        """Return the name of a sample in messages, with its source if there are several."""
+        if len(self.opened) == 1:
+            return sample.name
+        return f"{self.config_of(sample).path}/{sample.name}"
+
     def config_of(self, sample: ListedSample) -> SourceConfig:
         return self.opened[sample.source].config
 

@@ -1,6 +1,7 @@
 """The files of a folder of images and its sub-folders, by their names alone."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,8 @@ class Directory:
     masks: dict[str, Path] = field(default_factory=dict)
     """Mask files by name without extension."""
     metadata: Path | None = None
-    other_kinds: set[str] = field(default_factory=set)
-    """Extensions of all other files."""
+    other_kinds: Counter[str] = field(default_factory=Counter)
+    """Number of all other files by extension."""
     errors: list[str] = field(default_factory=list)
 
     def caption_files(self) -> list[Path]:
@@ -91,12 +92,12 @@ def sort_files(path: Path, names: list[str], kinds: FileKinds) -> Directory:
             )
         if file.suffix.lower() in kinds.media:
             add_image(directory, file, media_stems, kinds)
-        elif file.suffix in kinds.captions:
+        elif file.suffix.lower() in kinds.captions:
             directory.captions.setdefault(file.stem, []).append(file)
         elif name in METADATA_NAMES:
             add_metadata(directory, file)
         else:
-            directory.other_kinds.add(file.suffix or name)
+            directory.other_kinds[file.suffix or name] += 1
     return directory
 
 

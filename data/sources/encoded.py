@@ -45,6 +45,17 @@ def describe_encoding(data: DataConfig, component_hashes: dict[str, str]) -> dic
     return {"format": FORMAT, **component_hashes, "options": options}
 
 
+def options_message(encoded: Any, expected: dict[str, Any]) -> str:
+    """Return which options an encoded dataset has other values of than this run."""
+    if not isinstance(encoded, dict):
+        return "encoded with unknown options"
+    texts = []
+    for name, value in expected.items():
+        if encoded.get(name) != value:
+            texts.append(f"--data.{name} {encoded.get(name)}, and this run has {value}")
+    return f"encoded with {'; '.join(texts)}. Use the same options"
+
+
 class EncodedSource(Source):
     """A folder that export-dataset wrote."""
 
@@ -102,7 +113,7 @@ class EncodedSource(Source):
             if value == expected:
                 continue
             if name == "options":
-                message = f"encoded with {value}; this run has {expected}"
+                message = options_message(value, expected)
             else:
                 message = (
                     f"encoded with another {COMPONENTS[name]} than that of --model.path ({value}, "

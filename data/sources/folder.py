@@ -1,11 +1,12 @@
 """A folder of images or videos, with captions in files, in a metadata file, or one for all."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, counted
 from common.hashing import file_stamp
 from data.config import DataConfig, SourceConfig
 from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
@@ -26,7 +27,7 @@ class Survey:
     num_images: int = 0
     num_captions: int = 0
     num_metadata: int = 0
-    other_kinds: set[str] = field(default_factory=set)
+    other_kinds: Counter[str] = field(default_factory=Counter)
     unused_captions: list[Path] = field(default_factory=list)
 
     def add(self, directory: Directory) -> None:
@@ -34,7 +35,7 @@ class Survey:
         self.num_images += len(directory.images)
         self.num_captions += len(directory.caption_files())
         self.num_metadata += directory.metadata is not None
-        self.other_kinds |= directory.other_kinds
+        self.other_kinds += directory.other_kinds
         self.unused_captions += directory.unused_captions()
 
     def shared_caption(self) -> Path | None:
@@ -111,6 +112,14 @@ class FolderSource(Source):
                     )
         return survey
 
+    def _print_unused(self, survey: Survey) -> None:
+        """Print a note about files that are neither images nor captions."""
+        if not survey.other_kinds:
+            return
+        counts = [f"{kind} {count}" for kind, count in sorted(survey.other_kinds.items())]
+        files = counted(survey.other_kinds.total(), "file")
+        print(f"note: {self.folder}: {files} not used: {', '.join(counts)}")
+
     def _is_usable(self, survey: Survey) -> bool:
         """Choose where captions come from. Add an error if there are no images or no captions."""
         if not survey.num_images:
@@ -118,17 +127,22 @@ class FolderSource(Source):
             other_kinds = ", ".join(sorted(survey.other_kinds)) or "nothing"
             self.errors.append(f"{self.folder}: no images ({media_kinds}). It holds {other_kinds}")
             return False
+        self._print_unused(survey)
         if self.captions.text is not None:
             return True
         self.shared_caption = survey.shared_caption()
+        if self.shared_caption is not None:
+            print(f"note: {self.shared_caption} is the caption of all images")
         if self.shared_caption is None and not survey.num_metadata:
             for path in survey.unused_captions:
                 kinds = ", ".join(sorted(self.kinds.media))
                 self.errors.append(f"{path}: a caption without an image ({kinds})")
         if not survey.num_captions and not survey.num_metadata:
             extensions = " or ".join(self.kinds.captions)
+            images = counted(survey.num_images, "image")
+            verb = "has" if survey.num_images == 1 else "have"
             self.errors.append(
-                f"{self.folder}: {survey.num_images} images have no {extensions} files. Write "
+                f"{self.folder}: {images} {verb} no {extensions} files. Write "
                 "caption files, or set one caption for all images with --data.captions.text"
             )
             return False

@@ -95,7 +95,7 @@ def test_encoded_folders_train_without_the_images(build, images, tmp_path):
     assert batch.cond["prompt_embeds"].equal(expected.cond["prompt_embeds"])
     with pytest.raises(
         DataError,
-        match=r"encoded with \{.*'random_flip': True.*this run has \{.*'random_flip': False",
+        match=r"encoded with --data\.random_flip True, and this run has False\. Use the same options",
     ):
         build(path=str(tmp_path / "encoded"))
     about = json.loads((tmp_path / "encoded" / "encoded.json").read_text())

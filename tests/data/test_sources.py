@@ -328,3 +328,24 @@ def test_a_streamed_row_is_another_when_its_column_or_file_is(tmp_path):
     assert stamps() == first
     table(tmp_path).rename_column("picture", "other").to_parquet(folder / "0.parquet")
     assert not set(first) & set(stamps(image_column="other"))
+
+
+def test_files_that_are_not_used_are_counted(tmp_path, capsys):
+    (tmp_path / "a.jfif").write_bytes(png(image_format="JPEG"))
+    (tmp_path / "a.TXT").write_text("a")
+    for name in ("b.heic", "c.HEIC", "d.avif"):
+        (tmp_path / name).write_bytes(b"")
+    samples, errors = found(tmp_path)
+    assert samples == {"a.jfif": ("a", 1)}
+    assert not errors
+    note = f"note: {tmp_path}: 3 files not used: .HEIC 1, .avif 1, .heic 1"
+    assert note in capsys.readouterr().out
+
+
+def test_one_caption_for_all_images_is_named(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "readme.txt").write_text("about these files")
+    assert found(tmp_path)[0] == {"a.png": ("about these files", 1)}
+    assert (
+        f"note: {tmp_path / 'readme.txt'} is the caption of all images" in capsys.readouterr().out
+    )

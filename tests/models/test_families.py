@@ -404,4 +404,4 @@ def test_training_writes_a_file_that_training_goes_on_from(
         "--no_preview",
     ]
     assert run_here([*mine, *more]) == 0, capsys.readouterr().err
-    assert "total steps: 3 + 3 = 6" in capsys.readouterr().out
+    assert "total steps: 3 of the existing adapter + 3 = 6" in capsys.readouterr().out

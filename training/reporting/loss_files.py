@@ -67,16 +67,17 @@ def loss_png(history: History) -> bytes:
         marker="." if len(losses) < 3 else None,
         label="training, raw",
     )
-    axes.plot(
-        steps,
-        smoothed(losses, span),
-        color="tab:blue",
-        label=f"training, smoothed over {span} steps",
-    )
+    if span > 1:
+        axes.plot(
+            steps,
+            smoothed(losses, span),
+            color="tab:blue",
+            label=f"training, smoothed over {span} steps",
+        )
     if history.validation:
         points = [(entry["step"], entry["loss"]) for entry in history.validation]
         axes.plot(*zip(*points, strict=True), color="tab:orange", marker="o", label="validation")
-    axes.set(xlabel="step", title="Loss per optimizer step")
+    axes.set(xlabel="step", ylabel="loss", title="Loss per optimizer step")
     axes.legend()
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()

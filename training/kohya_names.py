@@ -1,0 +1,33 @@
+"""Option names of kohya's scripts, for a hint when somebody uses them here."""
+
+KOHYA_NAMES = {
+    "pretrained_model_name_or_path": "model.path",
+    "train_data_dir": "data.path",
+    "resolution": "data.resolution",
+    "caption_extension": "data.captions.extensions",
+    "shuffle_caption": "data.captions.shuffle",
+    "keep_tokens": "data.captions.keep_tokens",
+    "network_dim": "rank",
+    "network_alpha": "adapter.alpha",
+    "network_weights": "existing_lora",
+    "network_dropout": "adapter.dropout",
+    "lr": "learning_rate",
+    "unet_lr": "learning_rate",
+    "text_encoder_lr": "optim.text_encoder_learning_rate",
+    "lr_scheduler": "optim.lr_scheduler",
+    "lr_warmup_steps": "optim.lr_warmup_steps",
+    "optimizer_type": "optimizer",
+    "max_grad_norm": "optim.max_grad_norm",
+    "max_train_steps": "steps",
+    "max_train_epochs": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+    "mixed_precision": "training_dtype",
+    "min_snr_gamma": "objective.min_snr_gamma",
+    "noise_offset": "objective.noise_offset",
+    "save_every_n_steps": "checkpoint.every",
+    "sample_prompts": "sample.prompts",
+    "output_name": "export.name",
+    "save_precision": "lora_dtype",
+}
+"""Name in kohya's scripts -> option of this trainer (docs/training.md#coming-from-kohya)."""
