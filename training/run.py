@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -138,13 +139,9 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: SignalHandler)
 
     family = build.load_family(config)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
-    datasets = build_datasets(
-        config.data,
-        family,
-        ProcessInfo.of(accelerator),
-        only_square=not config.bucket_mode,
-        before_encoding=lambda: build.check_adapters(config, family),
-    )
+    process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode
+    check = partial(build.check_adapters, config, family)
+    datasets = build_datasets(config.data, family, process, only_square, check)
     denoiser, dtype = build.load_denoiser(config, family, needs_contiguous_weights(accelerator))
     names = layer_spellings(family, denoiser)
     adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)

@@ -101,8 +101,7 @@ def build_datasets(
 ) -> Datasets:
     """List, check and encode the training data; return the same datasets on every process.
 
-    Collective. `before_encoding` is called if something must be encoded. Raises DataError with all
-    unusable files at once."""
+    Collective. Raises DataError with all unusable files. `before_encoding`: called if rows are missing."""
     with DatasetBuilder.opened(config, family, process) as builder:
         return builder.run(only_square, before_encoding)
 
@@ -131,7 +130,11 @@ class DatasetBuilder:
         self.component_hashes = stages.run_on_main(self._hash_components)
         self.sources = self._open_sources()
 
-    def run(self, only_square: bool, before_encoding: Callable[[], None] | None = None) -> Datasets:
+    def run(
+        self,
+        only_square: bool,
+        before_encoding: Callable[[], None] | None = None,
+    ) -> Datasets:
         """Encode everything that is missing; return the datasets. Collective."""
         plan = self.plan(only_square)
         is_complete = not plan.missing_images and not plan.missing_captions

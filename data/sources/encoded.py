@@ -51,9 +51,13 @@ def options_message(encoded: Any, expected: dict[str, Any]) -> str:
         return "encoded with unknown options"
     texts = []
     for name, value in expected.items():
-        if encoded.get(name) != value:
-            texts.append(f"--data.{name} {encoded.get(name)}, and this run has {value}")
-    return f"encoded with {'; '.join(texts)}. Use the same options"
+        encoded_value = encoded.get(name)
+        if encoded_value == value:
+            continue
+        text = f"--data.{name} {encoded_value}, and this run has {value}"
+        texts.append(text)
+    differences = "; ".join(texts)
+    return f"encoded with {differences}. Use the same options"
 
 
 class EncodedSource(Source):
