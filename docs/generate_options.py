@@ -33,9 +33,9 @@ adapter:
 ```
 
 The command line overrides the recipe, and the recipe overrides the defaults. Choices ignore upper and
-lower case. Relative paths start at the folder in which you run the command. `{project}` in a path is the
-folder of `train_lora.py`. Turn switches on with `--export.merged_model` and off with `--export.no_merged_model`; `true`
-and `false` work too.
+lower case. Relative paths start at the folder in which you run the command. `{project}` in a path is
+the folder of `train_lora.py`. Turn switches on with `--export.merged_model` and off with
+`--export.no_merged_model`; `true` and `false` work too.
 """
 BOUNDS = {
     "minimum": "from",
