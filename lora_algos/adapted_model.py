@@ -13,6 +13,7 @@ from lora_algos.adapter import AdapterLayer
 from lora_algos.config import LayerSpec
 from lora_algos.frozen_weight import frozen_weight, write_frozen_weight
 from lora_algos.layer_op import add_update
+from lora_algos.prepared import PreparedGroup
 from lora_algos.tensors import ALPHA, BIAS, to_device
 
 
@@ -121,8 +122,10 @@ class AdaptedModel:
 
         Changes are seen by the tensors' versions and by steps of torch's optimizers. Call
         `lora_algos.prepared.parameter_updates.add()` after other writes through `tensor.data`."""
-        for layer in self.layers().values():
-            layer.prepared.is_reused = True
+        layers = list(self.layers().values())
+        group = PreparedGroup(layers)
+        for layer in layers:
+            layer.prepared.group = group
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:

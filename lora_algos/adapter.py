@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_algos import get_algorithm
 from lora_algos.algorithm import Algorithm
 from lora_algos.autograd_functions import (
     AdaptedFunction,
@@ -23,6 +22,7 @@ from lora_algos.config import BypassMode, LayerSpec
 from lora_algos.dropout import drop_ranks
 from lora_algos.frozen_weight import (
     frozen_weight,
+    stored_tensors,
     stored_weight,
     weight_values,
     write_frozen_weight,
@@ -50,6 +50,7 @@ class AdapterLayer(ABC):
     spec: LayerSpec
     op: LayerOp
     kernel: Kernel
+    _modules: dict[str, Any]
     constant_names: tuple[str, ...]
     """Buffers that follow from the values of the base weight."""
     diff_b: nn.Parameter | None
@@ -82,6 +83,7 @@ class AdapterLayer(ABC):
         self.diff_b = None
         if spec.bias and bias is not None:
             self.diff_b = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
+        self.register_load_state_dict_post_hook(forget_prepared)  # type: ignore[attr-defined]
         constants = algorithm.weight_constants(frozen_weight(base_layer).detach())
         self.constant_names = tuple(constants)
         for name, constant in constants.items():
@@ -205,50 +207,97 @@ class AdapterLayer(ABC):
             x = x[None]
         if op.extra_padding:
             x = op.pad(x)
-        tensors: LayerTensors = {**self.trained_tensors()}
         if self.training and self.spec.options.has_dropout:
-            tensors = self.masked_tensors(tensors)
-            diff_b = tensors.pop(BIAS, None)
-            y = self._forward_with_dropout(x, self.factors(tensors))
+            y = self._forward_with_dropout(x)
         else:
-            diff_b = tensors.pop(BIAS, None)
-            y = self._forward_with_factors(x, tensors)
-        if diff_b is not None:
-            y = y + op.channel_view(diff_b.to(x.dtype))
+            y = self._forward_with_factors(x)
+            if self.diff_b is not None:
+                y = y + op.channel_view(self.diff_b.to(x.dtype))
         return y[0] if is_single_image else y
 
-    def _forward_with_factors(self, x: Tensor, tensors: LayerTensors) -> Tensor:
-        """Return the output of an update without dropout. `tensors`: those of the weight."""
-        kernel, base_layer = self.kernel, self.base_layer
-        weight, bias = stored_weight(base_layer), base_layer.bias
-        factors = self.factors(tensors)
+    def _forward_with_factors(self, x: Tensor) -> Tensor:
+        """Return the output of an update without dropout and without a change of the bias."""
+        if torch.compiler.is_compiling():
+            return self._compiled_forward(x)
+        prepared = self.prepared
+        factors = prepared.factors
+        values = prepared.values
+        if not prepared.is_current(x.dtype):
+            factors = self.factors({**self.update_tensors()})
+            values = ()
         mode = self.mode(x, factors)
-        is_compiling = torch.compiler.is_compiling()
-        if mode != "factors":
-            if not is_compiling:
-                return AdaptedFunction.apply(kernel, mode, x, (weight, bias), (), *factors)
-            # operations that the compiler plans
-            values = weight_values(weight, x.dtype)
-            return merged_or_dense_forward(kernel, mode, x, values, bias_like(bias, x), factors)
-        values = weight_values(weight)
-        if is_compiling:
-            prepared = prepare(kernel, values, factors, x.dtype)
-        else:
-            constants = self.weight_constants()
-            sources = (*tensors.values(), *constants.values())
-            prepared = self.prepared.get(
+        if mode == "factors" and not values:
+            values = self._prepare(factors, x.dtype)
+        base = stored_tensors(self._modules["base_layer"])  # faster than the attribute
+        return AdaptedFunction.apply(
+            self.kernel,
+            mode,
+            x,
+            base,
+            values,
+            *factors,
+        )
+
+    def _prepare(self, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return what the passes compute with, and keep it in a training."""
+        kept = self.prepared
+        group = kept.group
+        if torch.is_inference_mode_enabled():
+            group = None  # its tensors have no version
+        if group is not None:
+            group.prepare_after_update(dtype)
+            if kept.is_current(dtype):
+                return kept.values
+        weight = frozen_weight(self.base_layer)
+        values = prepare(self.kernel, weight, factors, dtype)
+        parameter_factors = self.parameter_factors()
+        if group is not None and parameter_factors is not None:
+            kept.put(parameter_factors, values, dtype)
+        return values
+
+    def parameter_factors(self) -> Factors | None:
+        """Return the factors if they are the trained tensors and constants of the weight."""
+        tensors: LayerTensors = {**self.update_tensors()}
+        factors = self.factors(tensors)
+        constants = self.weight_constants()
+        sources = [*tensors.values(), *constants.values()]
+        source_ids = {id(source) for source in sources}
+        for factor in factors:
+            if id(factor) not in source_ids:
+                return None
+        return factors
+
+    def _compiled_forward(self, x: Tensor) -> Tensor:
+        """Return the output by operations that torch.compile plans."""
+        kernel = self.kernel
+        weight, bias = stored_tensors(self.base_layer)
+        factors = self.factors({**self.update_tensors()})
+        mode = choose_mode(kernel, self.spec.bypass_mode, x, factors)
+        if mode == "factors":
+            with torch.no_grad():
+                prepared = kernel.prepare(weight_values(weight), factors, x.dtype)
+            base = (weight, bias)
+            return AdaptedFunction.apply(
                 kernel,
-                sources,
-                values,
-                factors,
-                x.dtype,
+                mode,
+                x,
+                base,
+                prepared,
+                *factors,
             )
-        return AdaptedFunction.apply(kernel, mode, x, (weight, bias), prepared, *factors)
+        values = weight_values(weight, x.dtype)
+        bias = bias_like(bias, x)
+        return merged_or_dense_forward(
+            kernel,
+            mode,
+            x,
+            values,
+            bias,
+            factors,
+        )
 
     def mode(self, x: Tensor, factors: Factors) -> Mode:
         """Return the mode for an input with its padding."""
-        if torch.compiler.is_compiling():
-            return choose_mode(self.kernel, self.spec.bypass_mode, x, factors)
         key = (self.spec.bypass_mode, x.shape, x.dtype)
         mode = self.modes.get(key)
         if mode is None:
@@ -256,25 +305,47 @@ class AdapterLayer(ABC):
             self.modes[key] = mode
         return mode
 
-    def _forward_with_dropout(self, x: Tensor, factors: Factors) -> Tensor:
+    def _forward_with_dropout(self, x: Tensor) -> Tensor:
         """Return the output of an update whose factors or input have dropped elements.
 
         The input of the base has all elements."""
         kernel, op = self.kernel, self.op
-        mode = self.mode(x, factors)
-        weight, bias = stored_weight(self.base_layer), self.base_layer.bias
+        tensors = self.masked_tensors({**self.trained_tensors()})
+        diff_b = tensors.pop(BIAS, None)
+        factors = self.factors(tensors)
+        mode = choose_mode(kernel, self.spec.bypass_mode, x, factors)
+        weight, bias = stored_tensors(self.base_layer)
         values = weight_values(weight)
         prepared: Prepared = ()
         if mode == "factors":
             prepared = prepare(kernel, values, factors, x.dtype)
         if not self.spec.options.dropout:
-            return AdaptedFunction.apply(kernel, mode, x, (weight, bias), prepared, *factors)
-        y = op(x, values.to(x.dtype), bias_like(bias, x))
-        dropped_x = F.dropout(x, self.spec.options.dropout)
-        if mode == "factors" and isinstance(kernel, AdditiveKernel):
-            return AdditiveFunction.apply(kernel, y, dropped_x, prepared, *factors)
-        delta = kernel.delta(values, factors)
-        return y + op(dropped_x, delta.to(x.dtype))
+            base = (weight, bias)
+            y = AdaptedFunction.apply(
+                kernel,
+                mode,
+                x,
+                base,
+                prepared,
+                *factors,
+            )
+        else:
+            y = op(x, values.to(x.dtype), bias_like(bias, x))
+            dropped_x = F.dropout(x, self.spec.options.dropout)
+            if mode == "factors" and isinstance(kernel, AdditiveKernel):
+                y = AdditiveFunction.apply(
+                    kernel,
+                    y,
+                    dropped_x,
+                    prepared,
+                    *factors,
+                )
+            else:
+                delta = kernel.delta(values, factors)
+                y = y + op(dropped_x, delta.to(x.dtype))
+        if diff_b is not None:
+            y = y + op.channel_view(diff_b.to(x.dtype))
+        return y
 
     def masked_tensors(self, tensors: LayerTensors) -> LayerTensors:
         """Return the tensors with dropped ranks, as `rank_dropout` and `module_dropout` say."""
@@ -288,6 +359,11 @@ class AdapterLayer(ABC):
         return self.algorithm.without_update(masked_tensors, constants, is_kept)
 
 
+def forget_prepared(layer: AdapterLayer, _: Any) -> None:
+    """Forget what a layer has prepared. WHEN: a state dict was loaded, maybe as new tensors."""
+    layer.prepared.clear()
+
+
 def update_constants(layer: AdapterLayer, _: Any) -> None:
     """Compute the constants of the weight again.
 
@@ -297,74 +373,3 @@ def update_constants(layer: AdapterLayer, _: Any) -> None:
     for name, constant in constants.items():
         gather = getattr(constant, "full_tensor", None)  # the weight is sharded by FSDP
         setattr(layer, name, gather() if gather else constant)
-
-
-PASSED_ATTRIBUTES = {
-    "weight",
-    "bias",
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-}
-"""Attributes that models and pipelines read from a layer; PEFT's layers pass them on too."""
-
-
-class StandardLayer(AdapterLayer, nn.Module):
-    """An adapter layer that registers its parameters under their names in a file, `_` for `.`."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        algorithm: Algorithm,
-        spec: LayerSpec,
-        shapes: Shapes | None = None,
-    ):
-        """`shapes`: those of an existing adapter; None: as `spec` says."""
-        super().__init__()
-        self.base_layer = base_layer
-        weight = stored_weight(base_layer)
-        device = weight.device
-        if shapes is None:
-            shapes = algorithm.shapes(spec, weight.shape)
-        initial_device = "meta" if weight.is_meta else "cpu"
-        values: LayerTensors = {}
-        for name, shape in shapes.items():
-            values[name] = torch.empty(shape, dtype=torch.float32, device=initial_device)
-        with torch.no_grad():
-            algorithm.initialize(values)
-        self.tensor_names = tuple(values)
-        for name, value in values.items():
-            self.register_parameter(attribute_name(name), nn.Parameter(value.to(device)))
-        self.setup(base_layer, algorithm, spec)
-
-    def update_tensors(self) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, attribute_name(name)) for name in self.tensor_names}
-
-    def __getattr__(self, name: str) -> Any:
-        if name in PASSED_ATTRIBUTES:
-            return getattr(self.base_layer, name)
-        return super().__getattr__(name)
-
-
-def attribute_name(tensor_name: str) -> str:
-    """Return the name under which a module registers a tensor."""
-    return tensor_name.replace(".", "_")
-
-
-def adapt_layer(
-    base_layer: nn.Module,
-    spec: LayerSpec,
-    shapes: Shapes | None = None,
-) -> nn.Module:
-    """Return `base_layer` with an adapter. `shapes`: those of an existing adapter."""
-    algorithm = get_algorithm(spec.algorithm)
-    layer_class = algorithm.layer_class(base_layer)
-    if layer_class is None:
-        layer_class = StandardLayer
-    return layer_class(base_layer, algorithm, spec, shapes)

@@ -12,10 +12,11 @@ from torch import nn
 from common.errors import AdapterError, error_list
 from lora_algos import get_algorithm
 from lora_algos.adapted_model import AdaptedModel
-from lora_algos.adapter import AdapterLayer, adapt_layer
+from lora_algos.adapter import AdapterLayer
 from lora_algos.config import LayerSpec
 from lora_algos.detection import detect_algorithm
 from lora_algos.plan import AdapterPlan, Specs
+from lora_algos.standard_layer import adapt_layer
 from lora_algos.targets import layers_of
 from lora_algos.tensors import BIAS, LayerTensors, Shapes, bias_errors
 from lora_algos.traits import Layers

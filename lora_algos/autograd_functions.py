@@ -19,7 +19,7 @@ from lora_algos.kernels import (
     Prepared,
     SavedTensors,
 )
-from lora_algos.layer_op import LayerOp, as_matrix, bias_like
+from lora_algos.layer_op import LayerOp, as_matrix
 
 
 def choose_mode(
@@ -110,18 +110,17 @@ class AdaptedFunction(torch.autograd.Function):
     ):
         ctx.kernel, ctx.mode, ctx.input_shape, ctx.input_dtype = kernel, mode, x.shape, x.dtype
         ctx.base, ctx.prepared, ctx.factors = base, prepared, factors
-        weight, bias = base
-        if not kernel.op.spatial_dims:
+        is_linear = not kernel.op.spatial_dims
+        if is_linear:
             x = as_matrix(x)
-        values = weight_values(weight, x.dtype)
-        bias_values = bias_like(bias, x)
+        weight, bias = values_of(base, x.dtype)
         activations: tuple[Tensor, ...] = (x,)
         if mode == "factors":
-            y, activations = kernel.factors_forward(x, values, bias_values, prepared)
+            y, activations = kernel.factors_forward(x, weight, bias, prepared)
         else:
-            y = merged_or_dense_forward(kernel, mode, x, values, bias_values, factors)
+            y = merged_or_dense_forward(kernel, mode, x, weight, bias, factors)
         output = y
-        if not kernel.op.spatial_dims:
+        if is_linear:
             output = y.view(*ctx.input_shape[:-1], y.shape[1])
         if not torch.compiler.is_compiling() and output._is_view():
             # autograd forbids in-place changes, such as relu_, of a view that is made in here
@@ -133,33 +132,53 @@ class AdaptedFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        kernel, mode = ctx.kernel, ctx.mode
-        weight, bias = ctx.base
-        if bias is not None:
-            bias = bias.to(ctx.input_dtype)
-        activation, *extras = ctx.saved_tensors
-        values = weight_values(weight, ctx.input_dtype)
-        needs_input_grad = ctx.needs_input_grad[2]
-        input_shape = ctx.input_shape
-        if not kernel.op.spatial_dims:
-            grad, activation = as_matrix(grad.contiguous()), as_matrix(activation)
-            extras = [as_matrix(extra) for extra in extras]
-            input_shape = torch.Size((len(grad), input_shape[-1]))
-        saved = SavedTensors(
-            activation, tuple(extras), values, bias, ctx.factors, ctx.prepared, input_shape
-        )
-        input_grad = None
-        if mode == "factors":
-            input_grad, grads = kernel.factors_backward(grad, saved, needs_input_grad)
-        else:
-            if needs_input_grad:
-                input_grad = merged_or_dense_input_grad(kernel, mode, grad, saved)
-            grads = kernel.merged_or_dense_grads(grad, saved)
-        if input_grad is not None and not kernel.op.spatial_dims:
-            input_grad = input_grad.view(ctx.input_shape)
-        return None, None, input_grad, None, None, *grads, *[None] * kernel.num_constants
+        if torch.is_grad_enabled():
+            return differentiable_once(ctx, grad)
+        return adapted_backward(ctx, grad)
+
+
+def values_of(
+    base: tuple[Tensor, Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Return a stored weight and a bias in the dtype of activations."""
+    weight, bias = base
+    if weight.dtype is not dtype:
+        weight = weight_values(weight, dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return weight, bias
+
+
+def adapted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Return the gradients of the arguments of AdaptedFunction."""
+    kernel, mode, input_shape = ctx.kernel, ctx.mode, ctx.input_shape
+    weight, bias = values_of(ctx.base, ctx.input_dtype)
+    activation, *extras = ctx.saved_tensors
+    needs_input_grad = ctx.needs_input_grad[2]
+    is_linear = not kernel.op.spatial_dims
+    if is_linear:
+        grad, activation = as_matrix(grad.contiguous()), as_matrix(activation)
+        extras = [as_matrix(extra) for extra in extras]
+        input_shape = activation.shape
+    saved = SavedTensors(
+        activation, tuple(extras), weight, bias, ctx.factors, ctx.prepared, input_shape
+    )
+    input_grad = None
+    if mode == "factors":
+        input_grad, grads = kernel.factors_backward(grad, saved, needs_input_grad)
+    else:
+        if needs_input_grad:
+            input_grad = merged_or_dense_input_grad(kernel, mode, grad, saved)
+        grads = kernel.merged_or_dense_grads(grad, saved)
+    if input_grad is not None and is_linear:
+        input_grad = input_grad.view(ctx.input_shape)
+    return None, None, input_grad, None, None, *grads, *[None] * kernel.num_constants
+
+
+differentiable_once = once_differentiable(adapted_backward)
+"""Raises an error when a gradient is differentiated itself; costs time in each backward pass."""
 
 
 class AdditiveFunction(torch.autograd.Function):

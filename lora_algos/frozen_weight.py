@@ -16,6 +16,15 @@ def stored_weight(layer: Any) -> Tensor:
     return layer.weight
 
 
+def stored_tensors(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer in their stored form."""
+    parameters = layer._parameters
+    weight = parameters.get("weight")
+    if weight is None:  # not a parameter itself
+        return layer.weight, layer.bias
+    return weight, parameters.get("bias")
+
+
 def weight_values(stored: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the numbers of a stored weight: in `dtype`, or in the stored dtype if None.
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lora_algos.algorithm import Algorithm
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import Factors, Gradients, Kernel, Prepared, SavedTensors
+from lora_algos.kernels import Factors, Gradients, Kernel, Prepared, SavedTensors, Term
 from lora_algos.layer_op import LayerOp
-from lora_algos.low_rank import LowRankUpdate, add_low_rank, low_rank_grads
+from lora_algos.low_rank import LowRankUpdate, add_low_rank, low_rank_grads, low_rank_terms
 from lora_algos.tensors import LayerTensors, Shapes
 from lora_algos.traits import TensorTraits, first_axes
 
@@ -47,12 +47,11 @@ class InputAndOutputLowRank(Kernel):
         n = self.op.spatial_dims
         return LayerOp(n, (1,) * n, (0,) * n, (1,) * n)
 
-    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+    def terms(self) -> tuple[Term, ...]:
         """Return both updates, one after the other."""
-        a1, a2, b1, b2 = factors
-        input_update = LowRankUpdate.of(a1, a2, self.scaling, dtype)
-        output_update = LowRankUpdate.of(b1, b2, self.scaling, dtype)
-        return *input_update, *output_update
+        input_terms = low_rank_terms(self.scaling)
+        output_terms = low_rank_terms(self.scaling, first=2)
+        return input_terms + output_terms
 
     def factors_forward(
         self,

@@ -38,8 +38,10 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in `dtype`: the same tensor for all layers with the same input (q, k, v).
 
     So the backward passes of these layers save it once."""
+    if x.dtype == dtype:
+        return x
     is_shareable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if x.dtype == dtype or not is_shareable or x.is_inference():
+    if not is_shareable or x.is_inference():
         return x.to(dtype)
     result = last_cast.get(x, dtype)
     if result is None:

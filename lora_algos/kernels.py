@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_algos.layer_op import LayerOp, as_matrix
+from lora_algos.layer_op import LayerOp, as_matrix, scaled
 
 Mode = Literal["factors", "merged", "dense"]
 Factors = tuple[Tensor, ...]
@@ -29,6 +29,16 @@ Gradients = tuple[Tensor, ...]
 """Gradients of factors, in their order, in any dtype."""
 Prepared = tuple[Tensor, ...]
 """Tensors that follow from factors and weight, in an order that each kernel states."""
+
+
+class Term(NamedTuple):
+    """A factor times a number."""
+
+    factor: int
+    """Index of the factor."""
+    scale: float = 1.0
+
+
 WIDE_DTYPES = (torch.float32, torch.float64)
 MAX_CACHED_ELEMENTS = 2**22
 """Size of a new tensor up to which a CPU keeps it in its caches."""
@@ -73,11 +83,22 @@ class Kernel(ABC):
         """Mode merged: return W + dW, in a wide dtype and the memory layout of the weight."""
         return torch.add(weight, self.delta(weight, factors)).to(weight.dtype)
 
+    def terms(self) -> tuple[Term, ...]:
+        """Mode factors: return what the passes compute with, if these are multiples of factors.
+
+        Such tensors are prepared for all layers at once. Other kernels override `prepare`."""
+        return ()
+
     def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
         """Mode factors: return what the passes compute with, for activations of `dtype`.
 
         WHEN: a factor has changed. No gradient flows."""
-        return tuple(factor.to(dtype) for factor in factors)
+        values: dict[Term, Tensor] = {}
+        for term in self.terms():
+            if term not in values:
+                factor = scaled(factors[term.factor], term.scale)
+                values[term] = factor.to(dtype)
+        return tuple(values[term] for term in self.terms())
 
     @abstractmethod
     def factors_forward(

@@ -12,6 +12,7 @@ from lora_algos.kernels import (
     Mode,
     Prepared,
     SavedTensors,
+    Term,
     cheapest,
     elementwise_cost,
 )
@@ -53,14 +54,9 @@ class Kronecker(AdditiveKernel):
         )
         return merged_blocks.view(self.shape)
 
-    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+    def terms(self) -> tuple[Term, ...]:
         """Return the factors, w1 times the scaling."""
-        w1, *w2_factors = factors
-        scaled_w1 = scaled(w1, self.scaling)
-        prepared = [scaled_w1.to(dtype)]
-        for factor in w2_factors:
-            prepared.append(factor.to(dtype))
-        return tuple(prepared)
+        return Term(0, self.scaling), Term(1)
 
     def add_output(
         self,
@@ -164,6 +160,9 @@ class Kronecker(AdditiveKernel):
 @dataclass(frozen=True)
 class LowRankKronecker(Kronecker):
     """Factors (w1, w2_a, w2_b)."""
+
+    def terms(self) -> tuple[Term, ...]:
+        return Term(0, self.scaling), Term(1), Term(2)
 
     def whole_factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
         w1, w2_a, w2_b = factors

@@ -29,6 +29,7 @@ from lora_algos.kernels import (
     Mode,
     Prepared,
     SavedTensors,
+    Term,
     cheapest,
     elementwise_cost,
 )
@@ -129,17 +130,15 @@ class Hadamard(AdditiveKernel):
     ) -> tuple[Tensor, ...]:
         return self._small_enough(add_low_rank(self.op, y, x, self._as_low_rank(prepared)))
 
-    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
+    def terms(self) -> tuple[Term, ...]:
         """Return the factors, w1_b times the scaling.
 
         The products of rank r^2 are larger than the factors, so each pass forms them again."""
-        w1_a, w1_b, w2_a, w2_b = factors
-        scaled_w1_b = scaled(w1_b, self.scaling)
         return (
-            w1_a.to(dtype),
-            scaled_w1_b.to(dtype),
-            w2_a.to(dtype),
-            w2_b.to(dtype),
+            Term(0),
+            Term(1, self.scaling),
+            Term(2),
+            Term(3),
         )
 
     def output(self, x: Tensor, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import AdapterError
-from lora_algos.kernels import AdditiveKernel, Factors, Gradients, Prepared, SavedTensors
+from lora_algos.kernels import AdditiveKernel, Factors, Gradients, Prepared, SavedTensors, Term
 from lora_algos.layer_op import LayerOp, as_matrix, num_positions, scaled, wide_product
 from lora_algos.tensors import ALPHA, LayerTensors
 
@@ -45,6 +45,17 @@ class LowRankUpdate(NamedTuple):
             return cls(narrow_up, narrow_down, narrow_up, narrow_down)
         scaled_up, scaled_down = up * scaling, down * scaling
         return cls(narrow_up, narrow_down, scaled_up.to(dtype), scaled_down.to(dtype))
+
+
+def low_rank_terms(scaling: float, first: int = 0) -> tuple[Term, ...]:
+    """Return a LowRankUpdate in terms of two factors. `first`: index of up."""
+    up, down = first, first + 1
+    return (
+        Term(up),
+        Term(down),
+        Term(up, scaling),
+        Term(down, scaling),
+    )
 
 
 def is_channels_last(op: LayerOp, x: Tensor) -> bool:
@@ -304,9 +315,8 @@ class LowRank(AdditiveKernel):
         difference = up_trained @ down_trained + up_start @ down_start
         return difference.view(self.shape)
 
-    def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
-        up, down = factors
-        return LowRankUpdate.of(up, down, self.scaling, dtype)
+    def terms(self) -> tuple[Term, ...]:
+        return low_rank_terms(self.scaling)
 
     def output(self, x: Tensor, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         update = LowRankUpdate(*prepared)

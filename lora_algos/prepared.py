@@ -1,10 +1,12 @@
 """Tensors that a layer's passes compute with, made from its factors.
 
-By default every pass makes them again. A training makes them once per step:
-`AdaptedModel.prepare_once_per_step`.
+By default every pass makes them again. A training makes them once per step, for all layers together
+if they are multiples of factors: `AdaptedModel.prepare_once_per_step`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,38 +32,36 @@ register_optimizer_step_post_hook(parameter_updates.add)
 
 
 class PreparedFactors:
-    """The result of `Kernel.prepare` for the present values of a layer's tensors."""
+    """The result of `Kernel.prepare` for the present values of a layer's factors."""
 
     def __init__(self) -> None:
-        self.is_reused = False
+        self.group: PreparedGroup | None = None
+        """Layers that are prepared together; None: nothing is kept."""
         self.clear()
 
     def clear(self) -> None:
-        """Forget the values. WHEN: the tensors moved to another device."""
+        """Forget everything. WHEN: tensors were replaced, for example on another device."""
+        self.factors: Factors = ()
         self.values: Prepared = ()
-        self.sources: tuple[Tensor, ...] = ()
-        self.state: tuple[object, ...] = ()
+        self.dtype: torch.dtype | None = None
+        self.count = -1
+        self.versions: list[int] = []
 
-    def get(
-        self,
-        kernel: Kernel,
-        sources: tuple[Tensor, ...],
-        weight: Tensor,
-        factors: Factors,
-        dtype: torch.dtype,
-    ) -> Prepared:
-        """Return the values for activations of `dtype`, computed again if a source has changed.
+    def is_current(self, dtype: torch.dtype) -> bool:
+        """Return whether `factors` and `values` are those of the present tensors, for `dtype`.
 
-        `sources`: the tensors that `factors` are made from."""
-        # tensors of inference mode have no version
-        if not self.is_reused or torch.is_inference_mode_enabled():
-            return prepare(kernel, weight, factors, dtype)
-        versions = [source._version for source in sources]
-        state = (dtype, parameter_updates.count, *versions)
-        if state != self.state or not same_tensors(sources, self.sources):
-            self.values = prepare(kernel, weight, factors, dtype)
-            self.state, self.sources = state, sources
-        return self.values
+        The factors are parameters then."""
+        if self.dtype is not dtype or self.count != parameter_updates.count:
+            return False
+        return self.versions == [factor._version for factor in self.factors]
+
+    def put(self, factors: Factors, values: Prepared, dtype: torch.dtype) -> None:
+        """Keep values that were made from the present values of `factors`, which are parameters."""
+        self.factors = factors
+        self.values = values
+        self.dtype = dtype
+        self.count = parameter_updates.count
+        self.versions = [factor._version for factor in factors]
 
 
 def same_tensors(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
@@ -79,3 +79,130 @@ def prepare(kernel: Kernel, weight: Tensor, factors: Factors, dtype: torch.dtype
     values = tuple(factor.detach() for factor in factors)
     with exact_products():
         return kernel.prepare(weight, values, dtype)
+
+
+class PreparedLayer(Protocol):
+    """An adapter layer, as a group sees it."""
+
+    @property
+    def kernel(self) -> Kernel: ...
+
+    @property
+    def prepared(self) -> PreparedFactors: ...
+
+    def parameter_factors(self) -> Factors | None: ...
+
+
+class PreparedGroup:
+    """Layers whose multiples of factors are computed in a few operations for all of them."""
+
+    def __init__(self, layers: Sequence[PreparedLayer]):
+        self.layers: list[PreparedLayer] = []
+        for layer in layers:
+            if layer.kernel.terms():
+                self.layers.append(layer)
+        self.count = -1
+        """Number of parameter updates at the last computation."""
+
+    @torch.no_grad()
+    def prepare_after_update(self, dtype: torch.dtype) -> None:
+        """Prepare all layers for activations of `dtype`, unless this was done since the last update.
+
+        Layers whose factors are not parameters prepare their own."""
+        if self.count == parameter_updates.count:
+            return
+        self.count = parameter_updates.count
+        multiples = Multiples(dtype)
+        requests: list[Request] = []
+        for layer in self.layers:
+            factors = layer.parameter_factors()
+            if factors is None:
+                continue
+            indices = []
+            for term in layer.kernel.terms():
+                factor = factors[term.factor]
+                index = multiples.add(factor, term.scale)
+                indices.append(index)
+            request = Request(
+                layer.prepared,
+                factors,
+                indices,
+            )
+            requests.append(request)
+        values = multiples.compute()
+        for request in requests:
+            layer_values = [values[index] for index in request.indices]
+            request.prepared.put(
+                request.factors,
+                tuple(layer_values),
+                dtype,
+            )
+
+
+class Request(NamedTuple):
+    """The multiples that one layer asks for."""
+
+    prepared: PreparedFactors
+    factors: Factors
+    indices: list[int]
+    """Indices of the multiples."""
+
+
+class Multiples:
+    """Multiples of tensors in another dtype, each computed once."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.tensors: list[Tensor] = []
+        self.scales: list[float] = []
+        self.indices: dict[tuple[int, float], int] = {}
+
+    def add(self, tensor: Tensor, scale: float) -> int:
+        """Return the index of a multiple among the results of `compute`."""
+        key = (id(tensor), scale)
+        index = self.indices.get(key)
+        if index is None:
+            index = len(self.tensors)
+            self.indices[key] = index
+            self.tensors.append(tensor.detach())
+            self.scales.append(scale)
+        return index
+
+    def compute(self) -> list[Tensor]:
+        """Return all multiples. Those that need no change are the tensors themselves."""
+        self._multiply()
+        self._convert()
+        return self.tensors
+
+    def _multiply(self) -> None:
+        """Replace the tensors that have a scale by their multiples."""
+        indices = []
+        for index, scale in enumerate(self.scales):
+            if scale != 1:
+                indices.append(index)
+        if not indices:
+            return
+        tensors = [self.tensors[index] for index in indices]
+        scales = [self.scales[index] for index in indices]
+        products = torch._foreach_mul(tensors, scales)
+        self._replace(indices, products)
+
+    def _convert(self) -> None:
+        """Convert the tensors of another dtype."""
+        indices = []
+        for index, tensor in enumerate(self.tensors):
+            if tensor.dtype != self.dtype:
+                indices.append(index)
+        if not indices:
+            return
+        tensors = [self.tensors[index] for index in indices]
+        copies = []
+        for tensor in tensors:
+            empty = torch.empty_like(tensor, dtype=self.dtype)
+            copies.append(empty)
+        torch._foreach_copy_(copies, tensors)
+        self._replace(indices, copies)
+
+    def _replace(self, indices: list[int], tensors: Sequence[Tensor]) -> None:
+        for index, tensor in zip(indices, tensors, strict=True):
+            self.tensors[index] = tensor

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.kernel_count import KernelCount
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.implementations import (
     PEERS,
@@ -20,6 +20,7 @@ from benchmarks.implementations import (
     ours,
     quiet,
 )
+from lora_algos.adapted_model import AdaptedModel
 from lora_algos.adapter import AdapterLayer
 
 CASES = {
@@ -28,25 +29,6 @@ CASES = {
 }
 ROUNDS_THE_SUM = "Full"
 """LyCORIS' Full rounds W + dW to bf16, in which most updates vanish. Ours needs a second product."""
-NO_KERNEL = {
-    "aten._unsafe_view", "aten.alias", "aten.as_strided", "aten.detach", "aten.empty", "aten.empty_like",
-    "aten.expand", "aten.permute", "aten.select", "aten.slice", "aten.split", "aten.squeeze", "aten.t",
-    "aten.transpose", "aten.unbind", "aten.unsqueeze", "aten.view",
-}  # fmt: skip
-
-
-class KernelCount(TorchDispatchMode):
-    """Counts operations that launch a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func.overloadpacket)
-        if name not in NO_KERNEL:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count(layer: Layer, x: Tensor) -> Counter[str]:
@@ -81,7 +63,7 @@ def layers_of(setting: Setting, kind: str) -> tuple[dict[str, Layer], Tensor]:
             for parameter in layers[name].trained:
                 parameter.add_(0.01 * torch.randn_like(parameter))
     assert isinstance(layers["ours"].module, AdapterLayer)
-    layers["ours"].module.prepared.is_reused = True
+    AdaptedModel(nn.ModuleDict({"layer": layers["ours"].module})).prepare_once_per_step()
     return layers, torch.randn(shape, requires_grad=True)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.adapter_cases import ALL_SPECS, model_of, randomized
-from torch import Tensor
+from helpers.kernel_count import KernelCount
+from torch import Tensor, nn
 
-from lora_algos import prepared
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach
-from lora_algos.prepared import parameter_updates
+from lora_algos.prepared import PreparedFactors, parameter_updates
 
 KIND = "Linear"
 
@@ -99,37 +99,57 @@ def test_a_change_is_seen(name, change):
 
 
 @pytest.fixture
-def prepared_kernels(monkeypatch):
-    """Class names of the kernels that prepared factors, in order."""
-    kernels = []
-    original = prepared.prepare
+def kept_values(monkeypatch):
+    """The values that layers kept, in order."""
+    values = []
+    original = PreparedFactors.put
 
-    def recorded(kernel, *arguments):
-        kernels.append(type(kernel).__name__)
-        return original(kernel, *arguments)
+    def recorded(self, factors, layer_values, dtype):
+        values.append(layer_values)
+        original(self, factors, layer_values, dtype)
 
-    monkeypatch.setattr(prepared, "prepare", recorded)
-    return kernels
+    monkeypatch.setattr(PreparedFactors, "put", recorded)
+    return values
 
 
-def test_factors_are_prepared_once_per_step(prepared_kernels):
-    adapted, x = adapted_in_bf16("OFT")
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "OFT"])
+def test_factors_are_prepared_once_per_step(name, kept_values):
+    adapted, x = adapted_in_bf16(name)
     for _ in range(2):
         for _ in range(3):  # micro-batches
             adapted.model.layer(x).sum().backward()
         CHANGES["AdamW"](adapted)
-    assert prepared_kernels == ["BlockRotation"] * 2
+    assert len(kept_values) == 2
 
 
-def test_a_move_prepares_factors_again(prepared_kernels):
-    adapted, x = adapted_in_bf16("LoRA")
+def test_a_move_prepares_factors_again(kept_values):
+    adapted, x = adapted_in_bf16("OFT")
     for _ in range(2):
         adapted.model.layer(x)
         adapted.model.to("cpu")
-    assert len(prepared_kernels) == 2
+    assert len(kept_values) == 2
 
 
-def test_by_default_nothing_is_reused():
+def test_all_layers_are_converted_together(kept_values):
+    """In one copy, also with a scaling, and with layers that prepare their own."""
+    base, x = model_of(KIND, torch.bfloat16)
+    names = ["LoRA", "GLoRA", "LoKr", "LoHa", "OFT", "LoRA pissa"]
+    model = nn.ModuleDict({name.replace(" ", "_"): copy.deepcopy(base.layer) for name in names})
+    specs = {name.replace(" ", "_"): ALL_SPECS[name] for name in names}
+    adapted = randomized(attach(model, specs, 0))
+    adapted.prepare_once_per_step()
+    with KernelCount() as kernels:
+        model.LoRA(x.bfloat16())
+    assert len(kept_values) == 4
+    assert kernels.counts["aten._foreach_copy_"] == 1
+    for name in names:
+        layer = model[name.replace(" ", "_")]
+        y = layer(x.bfloat16())
+        layer.prepared.group = None
+        assert torch.equal(y, layer(x.bfloat16()))
+
+
+def test_by_default_nothing_group():
     """So users of the library may write parameters as they like."""
     model, x = model_of(KIND, torch.bfloat16)
     adapted = randomized(attach(model, {"layer": ALL_SPECS["LoRA"]}, 0))
