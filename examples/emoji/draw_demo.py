@@ -38,7 +38,7 @@ def main() -> None:
     pipeline.load_lora_weights(str(options.run), weight_name="lora.safetensors")
     after = draw(pipeline, captions, options.guidance_scale)
     real = [np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) / 255 for name in names]
-    rows = {"before": before, "after": after, "held-out image": np.stack(real)}
+    rows = {"before": before, "after": after, "held-out": np.stack(real)}
     write_file(options.out, grid_png(rows, captions))
 
 
