@@ -52,7 +52,7 @@ class GradientSampler:
         process = ProcessInfo.of(Accelerator(cpu=True))
         datasets = build_datasets(config.data, self.family, process, not config.bucket_mode)
         self.dataset = datasets.train
-        self.denoiser, self.dtype = build.load_denoiser(config, self.family)
+        self.denoiser, self.dtype = build.load_denoiser(config, self.family, torch.device("cpu"))
         names = layer_spellings(self.family, self.denoiser)
         adapted, _ = build.attach_adapters(config, self.family, self.denoiser, names)
         self.parameters = list(adapted.named_parameters().values())

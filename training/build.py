@@ -18,7 +18,7 @@ from lora_algos.plan import AdapterPlan
 from models.base import ModelFamily
 from models.detect import get_family
 from objectives.objective import Objective
-from training import gradient_checkpointing
+from training import compilation, gradient_checkpointing
 from training.checkpoints.best import validation_errors
 from training.components import RunComponents
 from training.config import TrainConfig
@@ -49,14 +49,16 @@ def load_family(config: TrainConfig) -> ModelFamily:
 
 
 def load_denoiser(
-    config: TrainConfig, family: ModelFamily, contiguous: bool = False
+    config: TrainConfig, family: ModelFamily, device: torch.device, contiguous: bool = False
 ) -> tuple[nn.Module, torch.dtype]:
-    """Return the base model, ready for training, and the dtype of its weights, which its inputs
-    must have.
+    """Return the base model on the CPU, and the dtype of its weights, which its inputs must have.
 
-    `contiguous`: keep the memory layout of all weights."""
+    `device`: the device of the training. `contiguous`: keep the memory layout of all weights."""
+    is_compiled = compilation.uses_compiler(config.compile, device)
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = most_common_dtype(denoiser)
+    if is_compiled:
+        compilation.apply(family.blocks(denoiser, depth=1))
     if config.gradient_checkpointing:
         blocks = family.blocks(denoiser, config.checkpoint_depth)
         gradient_checkpointing.apply(denoiser, blocks, config.checkpoint_policy)
@@ -166,7 +168,8 @@ def on_one_process(components: RunComponents) -> RunComponents:
 
     Each process holds a part of a sharded base model, but some files depend on whole weights."""
     config, family = components.config, components.family
-    denoiser, _ = load_denoiser(config, family)
+    plain_config = replace(config, compile="none", gradient_checkpointing=False)
+    denoiser, _ = load_denoiser(plain_config, family, torch.device("cpu"))
     adapted, _ = attach_adapters(config, family, denoiser, components.names)
     adapted.load_state_dict(components.adapted.state_dict())
     return replace(components, adapted=adapted)

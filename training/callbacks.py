@@ -5,6 +5,7 @@ from pathlib import Path
 from training.checkpoints.best import BestWeights, best_step, stops_early
 from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
+from training.compilation import ReportCompilation
 from training.components import RunComponents
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import TrainingDiverged, finite_mean, is_finite
@@ -24,6 +25,7 @@ def step_callbacks(
     log_metrics = LogMetrics(trainer)
     save_checkpoint = SaveCheckpoint(trainer, checkpoints, log_metrics)
     return [
+        *compilation_reports(trainer),
         CompareRanks(trainer),
         log_metrics,
         Validate(trainer, components),
@@ -31,6 +33,13 @@ def step_callbacks(
         HandleRequests(trainer, save_checkpoint),
         EmitMetrics(trainer, components.previous_steps),
     ]
+
+
+def compilation_reports(trainer: Trainer) -> list[StepCallback]:
+    """Return the report of what was compiled, if anything may be."""
+    if trainer.config.compile == "none":
+        return []
+    return [ReportCompilation(trainer.services.reporter.say)]
 
 
 def is_multiple(step: int, interval: int) -> bool:

@@ -283,6 +283,9 @@ class TrainConfig:
     product attention, which saves time for long sequences at little memory. The math backend of
     attention does not support it.
     """
+    compile: Annotated[Literal["none", "blocks", "auto"], CHANGEABLE] = "none"
+    """Compile the top-level blocks of the model with torch.compile: faster steps after a slow start.
+    Every size of a bucket is compiled. blocks: always. auto: on GPUs with a compiler. none: never."""
     bucket_mode: bool = True
     """Keep the aspect ratio of the images: each is scaled and cropped to the nearest of a set of
     sizes with one area. Off: all images are cropped to squares."""

@@ -13,6 +13,7 @@ Nothing here changes a run on CPUs.
 
 import os
 import sys
+from pathlib import Path
 
 from training.config import TrainConfig
 
@@ -28,6 +29,10 @@ def prepare_environment(config: TrainConfig | None = None) -> None:
     has_expandable_segments = sys.platform != "win32"
     if has_expandable_segments and not is_allocator_set:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if config is not None:
+        # kept between runs; the default folder may be emptied
+        compiled_code = Path(config.data.cache_dir).resolve() / "compiled"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
     if config is not None and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

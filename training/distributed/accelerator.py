@@ -105,6 +105,9 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
             "max_restarts. Also set --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
             "without them restarted processes wait for processes that have ended"
         )
+    backend = environment("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        errors.append(f"dynamo_backend {backend}. Leave it at no: --compile blocks decides")
     engines = [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
     if config.model.train_text_encoder and engines:
         errors.append(
