@@ -51,8 +51,8 @@ def local_path(config: ModelConfig) -> Path:
     except (OSError, ValueError) as error:
         if is_offline_mode():
             raise ModelError(
-                f"--model.path {path}: is not in the cache of the Hub, and HF_HUB_OFFLINE forbids "
-                "downloads. Download it on a machine with internet, or name a folder"
+                f"--model.path {path}: could not be downloaded from the Hub, because HF_HUB_OFFLINE "
+                "forbids it, and is not in the cache. Unset HF_HUB_OFFLINE, or name a folder"
             ) from error
         raise ModelError(
             f"--model.path {path}: could not be downloaded from the Hub: {error}"

@@ -41,33 +41,35 @@ def run_training(config: TrainConfig, signals: SignalHandler) -> int:
     """Run one training; return the exit code. If one process fails, all end."""
     quiet_libraries()
     try:
-        with run_guard(config, signals) as accelerator:
+        with run_guard(config, signals) as (accelerator, failures):
             lock = nullcontext()
             if accelerator.is_main_process:
                 lock = locked_folder(config, LOCK_TIMEOUT, say)  # type: ignore[assignment]
             with lock:
-                train(config, accelerator, signals)
+                train(config, accelerator, failures, signals)
     except RunFailed as failure:
         return failure.exit_code
     return 0
 
 
 @contextmanager
-def run_guard(config: TrainConfig, signals: SignalHandler) -> Iterator[Accelerator]:
+def run_guard(
+    config: TrainConfig, signals: SignalHandler
+) -> Iterator[tuple[Accelerator, FailureWatch]]:
     """Connect the processes for a block; report an error in it to all processes, and print the
     first one.
 
     Raises RunFailed after an error was printed, and RunStopped if a signal stopped the run."""
-    from training.distributed.accelerator import (
-        build_accelerator,
-    )  # imports torch: earlier errors are faster
-    from training.distributed.failures import FailureWatch
+    with signals.held():
+        # imports torch: earlier errors are faster
+        from training.distributed.accelerator import build_accelerator
+        from training.distributed.failures import FailureWatch
 
     failures: FailureWatch | None = None
     try:
         accelerator = build_accelerator(config)
         failures = FailureWatch(accelerator)
-        yield accelerator
+        yield accelerator, failures
     except RunStopped as stopped:
         if failures is not None and not stopped.is_agreed:  # the processes stop independently
             stopped.is_first = failures.report(stopped)
@@ -119,7 +121,9 @@ def handle_error(
     return exit_code
 
 
-def train(config: TrainConfig, accelerator: Accelerator, signals: SignalHandler) -> None:
+def train(
+    config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
+) -> None:
     """Build the run, train, and export the result."""
     from adapter_files.spellings import layer_spellings
     from common.process import ProcessInfo
@@ -154,7 +158,7 @@ def train(config: TrainConfig, accelerator: Accelerator, signals: SignalHandler)
 
     # from here on, all processes answer signals together, between two steps
     with signals.deferred():
-        services = RunServices.build(config, accelerator, engine, signals)
+        services = RunServices.build(config, accelerator, engine, signals, failures)
         checkpoints = RunCheckpoints(components, engine, services)
         state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)

@@ -13,6 +13,7 @@ from training.distributed.accelerator import collective_timeout
 from training.distributed.barrier import StoreBarrier
 from training.distributed.consensus import Consensus
 from training.distributed.engine import Engine
+from training.distributed.failures import FailureWatch
 from training.distributed.rank_check import RankCheck
 from training.optim.ema import EmaWeights
 from training.optim.registry import OPTIMIZERS
@@ -37,7 +38,12 @@ class RunServices:
 
     @classmethod
     def build(
-        cls, config: TrainConfig, accelerator: Accelerator, engine: Engine, signals: SignalHandler
+        cls,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        engine: Engine,
+        signals: SignalHandler,
+        failures: FailureWatch,
     ) -> RunServices:
         """Build the components of a run. Collective."""
         folder = Path(config.output_dir)
@@ -51,7 +57,7 @@ class RunServices:
             reporter=Reporter(accelerator, folder, new_tracker_id()),
             ema=EmaWeights(config.ema, engine, is_schedule_free),
             consensus=consensus,
-            barrier=StoreBarrier(accelerator, timeout.total_seconds()),
+            barrier=StoreBarrier(accelerator, failures.heartbeat_keys, timeout.total_seconds()),
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
         )

@@ -17,6 +17,7 @@ from common.hashing import hash_of_files
 from models.base import ModelFamily
 from models.config import ModelConfig
 from models.detect import get_family
+from models.encoder_placement import keep_first_layers
 from training.cli import load_config
 
 CASES = {str(case): case for case in cases()}
@@ -53,13 +54,16 @@ def comfy_tensors(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def encoders_of(case: Case) -> dict[str, nn.Module]:
-    pipeline = get_family(ModelConfig(path=str(folder_of(case)), **case.model)).load_encoders(
-        "text"
-    )
-    parts = pipeline.components.items()
-    return {
-        name: part for name, part in parts if name.startswith("text_encoder") and part is not None
-    }
+    """The text encoders with all their layers, as files have them; without heads and vision towers."""
+    pipeline = get_family(ModelConfig(path=str(folder_of(case)), **case.model)).pipeline(None)
+    encoders = {}
+    for name, part in pipeline.components.items():
+        if not name.startswith("text_encoder") or part is None:
+            continue
+        if case.family.startswith("flux2"):
+            keep_first_layers(part, last_state=1000)
+        encoders[name] = part
+    return encoders
 
 
 def text_files(case: Case, folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from helpers.project import TWEMOJI
 from safetensors.torch import load_file
 
-from training.stopping.signals import SignalHandler, request_of
+from training.stopping.signals import RunStopped, SignalHandler, request_of
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -250,3 +250,16 @@ def rows_of(folder) -> list[dict]:
     return [
         json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()
     ]
+
+
+def test_a_signal_during_imports_is_answered_after_them():
+    signals = SignalHandler()
+    is_finished = False
+    with (
+        signals.installed(),
+        pytest.raises(RunStopped, match="stopped before the first step"),
+        signals.held(),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        is_finished = True
+    assert is_finished

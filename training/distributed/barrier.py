@@ -6,35 +6,32 @@ process group instead. A process that fails meanwhile ends the others through Fa
 was killed, or whose node is lost, is noticed because it no longer counts up its heartbeat.
 """
 
-import threading
 import time
-from contextlib import suppress
 
 import torch.distributed as dist
 from accelerate import Accelerator
 
 from training.distributed.accelerator import DistributedError
+from training.distributed.failures import BEAT_EVERY
 from training.distributed.run_store import shared_store
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks into the store. They grow while a process waits."""
-BEAT_EVERY = 5.0
-"""Seconds between two heartbeats."""
 
 
 class StoreBarrier:
     """Waits until all processes of a run have arrived."""
 
-    def __init__(self, accelerator: Accelerator, lost_after: float):
-        """`lost_after`: seconds without a heartbeat after which a process is taken as lost."""
-        self.num_processes, self.rank = accelerator.num_processes, accelerator.process_index
+    def __init__(self, accelerator: Accelerator, heartbeat_keys: list[str], lost_after: float):
+        """`heartbeat_keys`: of all processes, see FailureWatch. `lost_after`: seconds without a
+        heartbeat after which a process is taken as lost."""
+        self.num_processes = accelerator.num_processes
+        self.heartbeat_keys = heartbeat_keys
         self.lost_after = lost_after
         self.num_waits = 0
         self.store: dist.Store | None = None
         if self.num_processes > 1:
             self.store, self.key_prefix = shared_store(accelerator, "barrier")
-            own_connection = self.store.clone()  # type: ignore[attr-defined]
-            threading.Thread(target=self._beat, args=(own_connection,), daemon=True).start()
 
     def wait(self) -> None:
         """Return when all processes have called this method equally often.
@@ -45,26 +42,13 @@ class StoreBarrier:
             return
         key = f"{self.key_prefix}/{self.num_waits}"
         num_arrived = self.store.add(key, 1)
-        heartbeats = Heartbeats(self.store, self._heartbeat_keys(), self.lost_after)
+        heartbeats = Heartbeats(self.store, self.heartbeat_keys, self.lost_after)
         pause = FIRST_PAUSE
         while num_arrived < self.num_processes:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             heartbeats.check()
             num_arrived = self.store.add(key, 0)
-
-    def _heartbeat_keys(self) -> list[str]:
-        prefix = f"{self.key_prefix}/heartbeat"
-        ranks = range(self.num_processes)
-        return [f"{prefix}/{rank}" for rank in ranks]
-
-    def _beat(self, store: dist.Store) -> None:
-        """Count up this process's heartbeat until the process or the store ends."""
-        key = self._heartbeat_keys()[self.rank]
-        with suppress(Exception):
-            while True:
-                store.add(key, 1)
-                time.sleep(BEAT_EVERY)
 
 
 class Heartbeats:

@@ -21,6 +21,8 @@ from training.config import TrainConfig
 from training.distributed.run_store import shared_store
 
 POLL_EVERY = 0.5
+BEAT_EVERY = 5.0
+"""Seconds between two heartbeats of a process, with which it shows that it is not lost."""
 EXIT_DELAY = 1.5
 """Seconds before the other processes end: torchrun, which counts whole ones, blames the process
 that ended first."""
@@ -42,17 +44,26 @@ class FailureWatch:
     def __init__(self, accelerator: Accelerator):
         self.rank = accelerator.process_index
         self.store: dist.Store | None = None
+        self.heartbeat_keys: list[str] = []
+        """Keys of counters in the store, which each process counts up."""
         if accelerator.num_processes == 1:
             return
         self.store, self.key = shared_store(accelerator, "failed")
+        for rank in range(accelerator.num_processes):
+            self.heartbeat_keys.append(f"{self.key}/heartbeat/{rank}")
         self.is_over = threading.Event()
         own_connection = self.store.clone()  # type: ignore[attr-defined]
         self.thread = threading.Thread(target=self._watch, args=(own_connection,), daemon=True)
         self.thread.start()
 
     def _watch(self, store: dist.Store) -> None:
+        next_beat = 0.0
         try:
             while not self.is_over.wait(POLL_EVERY):
+                now = time.monotonic()
+                if now >= next_beat:
+                    store.add(self.heartbeat_keys[self.rank], 1)
+                    next_beat = now + BEAT_EVERY
                 if store.check([self.key]):
                     exit_code = int(store.get(self.key).split()[0])
                     time.sleep(EXIT_DELAY)

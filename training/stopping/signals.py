@@ -97,6 +97,14 @@ class SignalHandler:
         self.is_deferred = False
         self.outcome = "stopped after the last step, before all files were written"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Answer signals at the end of this block: an interrupted import leaves a broken module."""
+        self.is_deferred = True
+        yield
+        self.is_deferred = False
+        self._stop_if_asked()
+
     def ignore_signals(self) -> None:
         """Ignore signals from here on, because nothing more is saved."""
         for number in SIGNALS:
@@ -113,7 +121,11 @@ class SignalHandler:
         if number == signal.SIGINT:
             self._leave_at_once_if_repeated()
         self.request = max(self.request, request_of(number))
-        if self.request.stops and not self.is_deferred:
+        if not self.is_deferred:
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.request.stops:
             # launchers repeat signals, and the cleanup must not be interrupted
             self.is_deferred = True
             raise RunStopped(self.request, self.outcome)
