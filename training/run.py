@@ -20,7 +20,9 @@ from training.stopping.signals import RunStopped, SignalHandler, report_stop
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from training.components import RunComponents
     from training.distributed.failures import FailureWatch
+    from training.loss import LossFunction
 
 LOCK_TIMEOUT = 120.0
 """Seconds. Processes may outlive their launcher a little, and NFS keeps the locks of a dead client
@@ -125,35 +127,19 @@ def train(
     config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
 ) -> None:
     """Build the run, train, and export the result."""
-    from adapter_files.spellings import layer_spellings
-    from common.process import ProcessInfo
-    from data.precompute.build import build_datasets
     from training import build
     from training.batch_stream import BatchStream
     from training.callbacks import step_callbacks, stop_run
     from training.checkpoints.resume import RunCheckpoints
-    from training.components import RunComponents
-    from training.distributed.sharding import needs_contiguous_weights
     from training.export import RunExport, check_export
-    from training.loss import build_loss
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.services import RunServices
     from training.summary import summary
     from training.trainer import Trainer
 
-    family = build.load_family(config)
-    # text encoders and VAE are loaded and freed in here, so they come before the denoiser
-    process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode
-    check = partial(build.check_adapters, config, family)
-    datasets = build_datasets(config.data, family, process, only_square, check)
-    contiguous = needs_contiguous_weights(accelerator)
-    denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
-    names = layer_spellings(family, denoiser)
-    adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
-    loss_function = build_loss(family, config.objective, config.loss_function, dtype)
-    components = RunComponents(config, family, datasets, adapted, names, previous_steps)
+    components, loss_function = build_components(config, accelerator)
     check_export(components)
-    initial_weights = adapted.state_dict() if config.preview else None
+    initial_weights = components.adapted.state_dict() if config.preview else None
     engine = build.build_engine(accelerator, components)
 
     # from here on, all processes answer signals together, between two steps
@@ -162,7 +148,7 @@ def train(
         checkpoints = RunCheckpoints(components, engine, services)
         state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)
-        batches = BatchStream(config, datasets.train, services.process)
+        batches = BatchStream(config, components.datasets.train, services.process)
         trainer = Trainer(config, engine, loss_function, batches, state, services)
         trainer.callbacks = step_callbacks(trainer, components, checkpoints)
         micro_batches_per_step = state.micro_batches_per_step
@@ -183,6 +169,32 @@ def train(
                 stop_run(services.requests.agreed, trainer)
     finish_trackers(accelerator)
     services.barrier.wait()  # the processes leave the group together
+
+
+def build_components(
+    config: TrainConfig, accelerator: Accelerator
+) -> tuple[RunComponents, LossFunction]:
+    """Encode the data, load the base model and attach adapters. Collective."""
+    from adapter_files.spellings import layer_spellings
+    from common.process import ProcessInfo
+    from data.precompute.build import build_datasets
+    from training import build
+    from training.components import RunComponents
+    from training.distributed.sharding import needs_contiguous_weights
+    from training.loss import build_loss
+
+    family = build.load_family(config)
+    # text encoders and VAE are loaded and freed in here, so they come before the denoiser
+    process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode
+    check = partial(build.check_adapters, config, family)
+    datasets = build_datasets(config.data, family, process, only_square, check)
+    contiguous = needs_contiguous_weights(accelerator)
+    denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
+    names = layer_spellings(family, denoiser)
+    adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
+    loss_function = build_loss(family, config.objective, config.loss_function, dtype)
+    components = RunComponents(config, family, datasets, adapted, names, previous_steps)
+    return components, loss_function
 
 
 def quiet_libraries() -> None:
