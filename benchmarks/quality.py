@@ -11,6 +11,7 @@ not repeated. `--tiny` only tests that everything runs.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -125,6 +127,18 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 """Group -> choice -> options of the trainer."""
 
 
+@cache
+def demo_hash() -> str:
+    """Return a hash of all that a run has beside its options: recipe, base model and images."""
+    digest = hashlib.sha256(" ".join(COMMON_OPTIONS).encode())
+    digest.update(RECIPE.read_bytes())
+    for folder in ("base", "screen_print"):
+        for path in sorted((PROJECT / "examples" / "emoji" / folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run."""
@@ -141,7 +155,13 @@ class Job:
     @property
     def key(self) -> str:
         """Return the name of the run, the same in all groups that contain it."""
-        return " ".join([*sorted(self.options), f"seed {self.seed}", f"steps {self.steps}"])
+        parts = [
+            *sorted(self.options),
+            f"seed {self.seed}",
+            f"steps {self.steps}",
+            f"demo {demo_hash()}",
+        ]
+        return " ".join(parts)
 
 
 def train(job: Job, folder: Path) -> Result:
