@@ -103,8 +103,25 @@ def saved_bytes(call: Callable[[], object], modules: list[nn.Module]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()  # alive until the end of the block, so that no address is used twice
+        for tensor in prepared_tensors(result):
+            pack(tensor)
     del result
     return sum(sizes.values())
+
+
+def prepared_tensors(result: object) -> Iterator[Tensor]:
+    """Yield what the nodes of a graph keep as prepared factors, which no hook sees."""
+    waiting = [getattr(result, "grad_fn", None)]
+    if isinstance(result, tuple):
+        waiting = [tensor.grad_fn for tensor in result]
+    visited = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield from getattr(node, "prepared", ())
+        waiting += [next_node for next_node, _ in node.next_functions]
 
 
 def implementations(setting: Setting, base: nn.Module) -> Iterator[tuple[str, Layer | str]]:

@@ -17,6 +17,7 @@ from lora_algos.autograd_functions import (
     AdditiveFunction,
     choose_mode,
     merged_or_dense_forward,
+    values_of,
 )
 from lora_algos.config import BypassMode, LayerSpec
 from lora_algos.dropout import drop_ranks
@@ -33,7 +34,6 @@ from lora_algos.layer_op import (
     LayerOp,
     add_update,
     autocast_dtype,
-    bias_like,
     without_autocast,
 )
 from lora_algos.prepared import PreparedFactors, prepare
@@ -207,53 +207,57 @@ class AdapterLayer(ABC):
             x = x[None]
         if op.extra_padding:
             x = op.pad(x)
+        diff_b: Tensor | None = self.diff_b
         if self.training and self.spec.options.has_dropout:
-            y = self._forward_with_dropout(x)
+            tensors = self.masked_tensors({**self.trained_tensors()})
+            diff_b = tensors.pop(BIAS, None)
+            y = self._forward_with_dropout(x, self.factors(tensors))
         else:
             y = self._forward_with_factors(x)
-            if self.diff_b is not None:
-                y = y + op.channel_view(self.diff_b.to(x.dtype))
+        if diff_b is not None:
+            y = y + op.channel_view(diff_b.to(x.dtype))
         return y[0] if is_single_image else y
 
     def _forward_with_factors(self, x: Tensor) -> Tensor:
         """Return the output of an update without dropout and without a change of the bias."""
         if torch.compiler.is_compiling():
             return self._compiled_forward(x)
-        prepared = self.prepared
-        factors = prepared.factors
-        values = prepared.values
-        if not prepared.is_current(x.dtype):
-            factors = self.factors({**self.update_tensors()})
-            values = ()
-        mode = self.mode(x, factors)
-        if mode == "factors" and not values:
-            values = self._prepare(factors, x.dtype)
-        base = stored_tensors(self._modules["base_layer"])  # faster than the attribute
-        return AdaptedFunction.apply(
-            self.kernel,
-            mode,
-            x,
-            base,
-            values,
-            *factors,
-        )
-
-    def _prepare(self, factors: Factors, dtype: torch.dtype) -> Prepared:
-        """Return what the passes compute with, and keep it in a training."""
         kept = self.prepared
-        group = kept.group
-        if torch.is_inference_mode_enabled():
-            group = None  # its tensors have no version
-        if group is not None:
-            group.prepare_after_update(dtype)
-            if kept.is_current(dtype):
-                return kept.values
-        weight = frozen_weight(self.base_layer)
-        values = prepare(self.kernel, weight, factors, dtype)
-        parameter_factors = self.parameter_factors()
-        if group is not None and parameter_factors is not None:
+        factors = kept.factors
+        prepared = kept.values
+        if not kept.is_current(x.dtype):
+            factors = self.factors({**self.update_tensors()})
+            prepared = ()
+        mode = self.mode(x, factors)
+        if mode == "factors" and not prepared:
+            prepared = self._kept_values(factors, x.dtype)
+        return self._apply_kernel(x, mode, factors, prepared)
+
+    def _apply_kernel(
+        self,
+        x: Tensor,
+        mode: Mode,
+        factors: Factors,
+        prepared: Prepared,
+    ) -> Tensor:
+        base = stored_tensors(self._modules["base_layer"])  # faster than the attribute
+        return AdaptedFunction.apply(self.kernel, mode, x, base, prepared, *factors)
+
+    def _kept_values(self, factors: Factors, dtype: torch.dtype) -> Prepared:
+        """Return what the passes compute with, if it is kept between them; else nothing."""
+        kept = self.prepared
+        # tensors of inference mode have no version
+        if kept.group is None or torch.is_inference_mode_enabled():
+            return ()
+        kept.group.prepare_after_update(dtype)
+        if not kept.is_current(dtype):
+            parameter_factors = self.parameter_factors()
+            if parameter_factors is None:
+                return ()
+            weight = frozen_weight(self.base_layer)
+            values = prepare(self.kernel, weight, factors, dtype)
             kept.put(parameter_factors, values, dtype)
-        return values
+        return kept.values
 
     def parameter_factors(self) -> Factors | None:
         """Return the factors if they are the trained tensors and constants of the weight."""
@@ -270,31 +274,13 @@ class AdapterLayer(ABC):
     def _compiled_forward(self, x: Tensor) -> Tensor:
         """Return the output by operations that torch.compile plans."""
         kernel = self.kernel
-        weight, bias = stored_tensors(self.base_layer)
         factors = self.factors({**self.update_tensors()})
         mode = choose_mode(kernel, self.spec.bypass_mode, x, factors)
         if mode == "factors":
-            with torch.no_grad():
-                prepared = kernel.prepare(weight_values(weight), factors, x.dtype)
-            base = (weight, bias)
-            return AdaptedFunction.apply(
-                kernel,
-                mode,
-                x,
-                base,
-                prepared,
-                *factors,
-            )
-        values = weight_values(weight, x.dtype)
-        bias = bias_like(bias, x)
-        return merged_or_dense_forward(
-            kernel,
-            mode,
-            x,
-            values,
-            bias,
-            factors,
-        )
+            return self._apply_kernel(x, mode, factors, ())
+        base = stored_tensors(self.base_layer)
+        weight, bias = values_of(base, x.dtype)
+        return merged_or_dense_forward(kernel, mode, x, weight, bias, factors)
 
     def mode(self, x: Tensor, factors: Factors) -> Mode:
         """Return the mode for an input with its padding."""
@@ -305,47 +291,21 @@ class AdapterLayer(ABC):
             self.modes[key] = mode
         return mode
 
-    def _forward_with_dropout(self, x: Tensor) -> Tensor:
+    def _forward_with_dropout(self, x: Tensor, factors: Factors) -> Tensor:
         """Return the output of an update whose factors or input have dropped elements.
 
         The input of the base has all elements."""
         kernel, op = self.kernel, self.op
-        tensors = self.masked_tensors({**self.trained_tensors()})
-        diff_b = tensors.pop(BIAS, None)
-        factors = self.factors(tensors)
         mode = choose_mode(kernel, self.spec.bypass_mode, x, factors)
-        weight, bias = stored_tensors(self.base_layer)
-        values = weight_values(weight)
-        prepared: Prepared = ()
-        if mode == "factors":
-            prepared = prepare(kernel, values, factors, x.dtype)
         if not self.spec.options.dropout:
-            base = (weight, bias)
-            y = AdaptedFunction.apply(
-                kernel,
-                mode,
-                x,
-                base,
-                prepared,
-                *factors,
-            )
-        else:
-            y = op(x, values.to(x.dtype), bias_like(bias, x))
-            dropped_x = F.dropout(x, self.spec.options.dropout)
-            if mode == "factors" and isinstance(kernel, AdditiveKernel):
-                y = AdditiveFunction.apply(
-                    kernel,
-                    y,
-                    dropped_x,
-                    prepared,
-                    *factors,
-                )
-            else:
-                delta = kernel.delta(values, factors)
-                y = y + op(dropped_x, delta.to(x.dtype))
-        if diff_b is not None:
-            y = y + op.channel_view(diff_b.to(x.dtype))
-        return y
+            return self._apply_kernel(x, mode, factors, ())
+        base = stored_tensors(self.base_layer)
+        y = op(x, *values_of(base, x.dtype))
+        dropped_x = F.dropout(x, self.spec.options.dropout)
+        if mode == "factors" and isinstance(kernel, AdditiveKernel):
+            return AdditiveFunction.apply(kernel, y, dropped_x, *factors)
+        delta = kernel.delta(weight_values(base[0]), factors)
+        return y + op(dropped_x, delta.to(x.dtype))
 
     def masked_tensors(self, tensors: LayerTensors) -> LayerTensors:
         """Return the tensors with dropped ranks, as `rank_dropout` and `module_dropout` say."""

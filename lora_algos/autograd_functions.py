@@ -20,6 +20,7 @@ from lora_algos.kernels import (
     SavedTensors,
 )
 from lora_algos.layer_op import LayerOp, as_matrix
+from lora_algos.prepared import prepare
 
 
 def choose_mode(
@@ -93,7 +94,8 @@ def merged_or_dense_input_grad(
 class AdaptedFunction(torch.autograd.Function):
     """The layer with its update: (kernel, mode, x, base, prepared, *factors) -> y.
 
-    `base`: stored weight and bias, which are frozen. Kernels of Linear layers get inputs and
+    `base`: stored weight and bias, which are frozen. `prepared`: what is kept between passes; if it is
+    empty, each pass prepares the factors. Kernels of Linear layers get inputs and
     gradients as matrices (tokens, channels). What the backward pass needs of the
     layer itself stays in attributes: hooks of saved tensors, as checkpointing has, would cost time
     for tensors that exist anyway."""
@@ -116,7 +118,8 @@ class AdaptedFunction(torch.autograd.Function):
         weight, bias = values_of(base, x.dtype)
         activations: tuple[Tensor, ...] = (x,)
         if mode == "factors":
-            y, activations = kernel.factors_forward(x, weight, bias, prepared)
+            values = prepared or prepare(kernel, weight_values(base[0]), factors, x.dtype)
+            y, activations = kernel.factors_forward(x, weight, bias, values)
         else:
             y = merged_or_dense_forward(kernel, mode, x, weight, bias, factors)
         output = y
@@ -154,6 +157,7 @@ def values_of(
 def adapted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Return the gradients of the arguments of AdaptedFunction."""
     kernel, mode, input_shape = ctx.kernel, ctx.mode, ctx.input_shape
+    factors, prepared = ctx.factors, ctx.prepared
     weight, bias = values_of(ctx.base, ctx.input_dtype)
     activation, *extras = ctx.saved_tensors
     needs_input_grad = ctx.needs_input_grad[2]
@@ -162,9 +166,9 @@ def adapted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad, activation = as_matrix(grad.contiguous()), as_matrix(activation)
         extras = [as_matrix(extra) for extra in extras]
         input_shape = activation.shape
-    saved = SavedTensors(
-        activation, tuple(extras), weight, bias, ctx.factors, ctx.prepared, input_shape
-    )
+    if mode == "factors" and not prepared:
+        prepared = prepare(kernel, weight_values(ctx.base[0]), factors, ctx.input_dtype)
+    saved = SavedTensors(activation, tuple(extras), weight, bias, factors, prepared, input_shape)
     input_grad = None
     if mode == "factors":
         input_grad, grads = kernel.factors_backward(grad, saved, needs_input_grad)
@@ -182,7 +186,7 @@ differentiable_once = once_differentiable(adapted_backward)
 
 
 class AdditiveFunction(torch.autograd.Function):
-    """An additive update alone: (kernel, y, x, prepared, *factors) -> y + h(x).
+    """An additive update alone: (kernel, y, x, *factors) -> y + h(x).
 
     WHEN: `x` is not the input of the base, because elements of it are dropped."""
 
@@ -192,12 +196,12 @@ class AdditiveFunction(torch.autograd.Function):
         kernel: AdditiveKernel,
         y: Tensor,
         x: Tensor,
-        prepared: Prepared,
         *factors: Tensor,
     ):
         y = y.clone()
-        extras = kernel.add_output(y, x, prepared)
-        ctx.kernel, ctx.prepared, ctx.factors = kernel, prepared, factors
+        # additive kernels do not read the weight
+        extras = kernel.add_output(y, x, prepare(kernel, x, factors, x.dtype))
+        ctx.kernel, ctx.factors = kernel, factors
         ctx.save_for_backward(x, *extras)
         return y
 
@@ -210,7 +214,7 @@ class AdditiveFunction(torch.autograd.Function):
             is_convolution = ctx.kernel.op.spatial_dims
             layout = torch.preserve_format if is_convolution else torch.contiguous_format
             input_grad = torch.zeros_like(x, memory_format=layout)
-        # additive kernels do not read the weight
-        saved = SavedTensors(x, tuple(extras), x, None, ctx.factors, ctx.prepared, x.shape)
+        prepared = prepare(ctx.kernel, x, ctx.factors, x.dtype)
+        saved = SavedTensors(x, tuple(extras), x, None, ctx.factors, prepared, x.shape)
         grads = ctx.kernel.output_grads(grad.contiguous(), saved, input_grad)
-        return None, grad, input_grad, None, *grads
+        return None, grad, input_grad, *grads

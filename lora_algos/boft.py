@@ -24,9 +24,9 @@ from lora_algos.oft import (
     constraint_of,
 )
 from lora_algos.rotation import (
-    Cayley,
     add_blocks,
     block_products,
+    cayley_change,
     cayley_grad,
     rotate_blocks,
     without_bias,
@@ -92,7 +92,7 @@ class Butterfly(BlockRotation):
         start = weight.to(blocks.dtype).flatten(1)
         rotated = start
         for stage, stage_blocks in enumerate(blocks):
-            change = Cayley.of(stage_blocks).minus_identity
+            change = cayley_change(stage_blocks)
             ordered = permute(rotated, 0, stage, side).reshape(-1, side, start.shape[1])
             ordered = ordered + change @ ordered
             rotated = permute(ordered.reshape(start.shape), 0, stage, side, inverse=True)
@@ -105,13 +105,13 @@ class Butterfly(BlockRotation):
         bias: Tensor | None,
         prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        _, narrow_changes, _ = prepared
+        (changes,) = prepared
         y = self.op(x, weight, bias)
         start = without_bias(self.op, y, bias)
         if y.dtype in WIDE_DTYPES:
-            y.add_(self._rotate(start, narrow_changes).sub_(start))  # exactly zero at first
+            y.add_(self._rotate(start, changes).sub_(start))  # exactly zero at first
         else:
-            y.add_(self._total_change(start, narrow_changes))
+            y.add_(self._total_change(start, changes))
         return y, (y,)
 
     def _rotate(self, y: Tensor, changes: Tensor) -> Tensor:
@@ -153,16 +153,17 @@ class Butterfly(BlockRotation):
         saved: SavedTensors,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        changes, narrow_changes, root = saved.prepared
+        (blocks,) = saved.factors
+        (changes,) = saved.prepared
         op, axis = self.op, self.op.channel_axis
         num_stages, _, side, _ = changes.shape
         last = num_stages - 1
-        products = torch.empty_like(changes)
+        products = torch.empty_like(blocks)
         y = without_bias(op, saved.activation, saved.bias)
         y = permute(y, axis, last, side)
         grad = permute(grad, axis, last, side)
         for stage in range(last, -1, -1):
-            inverse_change = narrow_changes[stage].mT
+            inverse_change = changes[stage].mT
             products[stage] = block_products(op, grad, y, side)
             grad = rotate_blocks(op, grad, inverse_change)
             if stage:
@@ -174,9 +175,9 @@ class Butterfly(BlockRotation):
         input_grad = None
         if needs_input_grad:
             input_grad = op.input_grad(grad, saved.weight, saved.input_shape)
-        # y = R y0, so y0 = R^T y, and the gradient of R is g y0^T = (g y^T) R
-        rotation_grads = products + products @ changes
-        return input_grad, (cayley_grad(rotation_grads, root),)
+        wide_changes = changes.to(blocks.dtype).flatten(0, 1)
+        blocks_grad = cayley_grad(products.flatten(0, 1), wide_changes.mT)
+        return input_grad, (blocks_grad.view(blocks.shape),)
 
 
 class BOFT(OFT):

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from common.errors import AdapterError
 from lora_algos.config import LayerSpec
-from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, Prepared, SavedTensors
+from lora_algos.kernels import (
+    WIDE_DTYPES,
+    Factors,
+    Gradients,
+    Kernel,
+    Prepared,
+    SavedTensors,
+    multiples,
+)
 from lora_algos.layer_op import LayerOp, channel_sums
 from lora_algos.lora import LINEAR_INITS, PEFT_NAMES, LoRA, import_tensors, weight_shape
 from lora_algos.low_rank import (
@@ -33,6 +41,7 @@ from lora_algos.low_rank import (
     LowRankUpdate,
     add_low_rank,
     low_rank_grads,
+    low_rank_terms,
     merged_norms,
     squared_norms,
 )
@@ -83,11 +92,11 @@ class MagnitudeAndDirection(Kernel):
         """Return the low-rank update, and per output channel: k, k - 1 and 1 / m.
 
         A channel with m = 0 has no direction, so the last one is 0 there."""
-        up, down, magnitude, _ = factors
+        _, _, magnitude, _ = factors
         m = magnitude.flatten()
         ratio = m / self.merged_norms(weight, factors)
         inverse_m = torch.where(m.abs() > MIN_NORM, 1 / m, 0)
-        update = LowRankUpdate.of(up, down, self.scaling, dtype)
+        update = multiples(factors, low_rank_terms(self.scaling), dtype)
         return *update, ratio, 1 - ratio, inverse_m
 
     def factors_forward(

@@ -29,6 +29,9 @@ Gradients = tuple[Tensor, ...]
 """Gradients of factors, in their order, in any dtype."""
 Prepared = tuple[Tensor, ...]
 """Tensors that follow from factors and weight, in an order that each kernel states."""
+WIDE_DTYPES = (torch.float32, torch.float64)
+MAX_CACHED_ELEMENTS = 2**22
+"""Size of a new tensor up to which a CPU keeps it in its caches."""
 
 
 class Term(NamedTuple):
@@ -39,9 +42,14 @@ class Term(NamedTuple):
     scale: float = 1.0
 
 
-WIDE_DTYPES = (torch.float32, torch.float64)
-MAX_CACHED_ELEMENTS = 2**22
-"""Size of a new tensor up to which a CPU keeps it in its caches."""
+def multiples(factors: Factors, terms: tuple[Term, ...], dtype: torch.dtype) -> Prepared:
+    """Return the terms of the factors in `dtype`. Equal terms are the same tensor."""
+    values: dict[Term, Tensor] = {}
+    for term in terms:
+        if term not in values:
+            multiple = scaled(factors[term.factor], term.scale)
+            values[term] = multiple.to(dtype)
+    return tuple(values[term] for term in terms)
 
 
 def elementwise_cost(shape: torch.Size, device: torch.device) -> float:
@@ -93,12 +101,7 @@ class Kernel(ABC):
         """Mode factors: return what the passes compute with, for activations of `dtype`.
 
         WHEN: a factor has changed. No gradient flows."""
-        values: dict[Term, Tensor] = {}
-        for term in self.terms():
-            if term not in values:
-                factor = scaled(factors[term.factor], term.scale)
-                values[term] = factor.to(dtype)
-        return tuple(values[term] for term in self.terms())
+        return multiples(factors, self.terms(), dtype)
 
     @abstractmethod
     def factors_forward(
@@ -158,7 +161,7 @@ class SavedTensors(NamedTuple):
     bias: Tensor | None
     factors: Factors
     prepared: Prepared
-    """Result of `prepare`; empty in modes merged and dense."""
+    """Result of `prepare`; may be empty in modes merged and dense."""
     input_shape: torch.Size
 
 

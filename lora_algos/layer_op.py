@@ -203,8 +203,3 @@ def add_update(weight: Tensor, delta: Tensor) -> Tensor:
     if weight.dtype.itemsize == 1:
         weight = weight.to(delta.dtype)
     return weight + delta
-
-
-def bias_like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return a bias in the dtype of `x`."""
-    return None if bias is None else bias.to(x.dtype)

@@ -37,15 +37,6 @@ class LowRankUpdate(NamedTuple):
     scaled_up: Tensor
     scaled_down: Tensor
 
-    @classmethod
-    def of(cls, up: Tensor, down: Tensor, scaling: float, dtype: torch.dtype) -> "LowRankUpdate":
-        """Return the update for activations of `dtype`."""
-        narrow_up, narrow_down = up.to(dtype), down.to(dtype)
-        if scaling == 1:
-            return cls(narrow_up, narrow_down, narrow_up, narrow_down)
-        scaled_up, scaled_down = up * scaling, down * scaling
-        return cls(narrow_up, narrow_down, scaled_up.to(dtype), scaled_down.to(dtype))
-
 
 def low_rank_terms(scaling: float, first: int = 0) -> tuple[Term, ...]:
     """Return a LowRankUpdate in terms of two factors. `first`: index of up."""

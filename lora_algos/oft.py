@@ -4,9 +4,8 @@ arXiv 2306.07280; the form of LyCORIS, ComfyUI and kohya). The bias is not rotat
 Shapes, for a weight (out, in, *kernel): oft_blocks (out / b, b, b), zero at first, with b the
 largest divisor of out up to block_size. R = (I + Q) (I - Q)^-1, Q = B - B^T.
 
-On activations: the output less its bias is rotated. The backward pass needs the output and three
-quarters of an inverse of the blocks. The next layer mostly saves the output too, and the output
-before the rotation follows from it.
+On activations: the output less its bias is rotated. The backward pass needs the output. The next
+layer mostly saves the output too, and the output before the rotation follows from it.
 
 A file holds the constraint as alpha; 0 leaves the rotation free. LyCORIS' constraint is per output
 channel, ComfyUI's is that of the whole layer. So files are written with alpha 0 and constrained
@@ -26,9 +25,9 @@ from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.kernels import WIDE_DTYPES, Factors, Gradients, Kernel, Prepared, SavedTensors
 from lora_algos.layer_op import LayerOp, channel_sums
 from lora_algos.rotation import (
-    Cayley,
     add_blocks,
     block_products,
+    cayley_change,
     cayley_grad,
     constrain,
     without_bias,
@@ -82,17 +81,15 @@ class BlockRotation(Kernel):
         """Return R^T W - W for a weight (out, in, *kernel)."""
         (blocks,) = factors
         num_blocks, side, _ = blocks.shape
-        change = Cayley.of(blocks).minus_identity
+        change = cayley_change(blocks)
         wide_weight = weight.to(blocks.dtype)
         weight_blocks = wide_weight.reshape(num_blocks, side, -1)
         return (change.mT @ weight_blocks).view(self.shape)
 
     def prepare(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
-        """Return R - I in the dtype of the blocks and in `dtype`, and the transform's root."""
+        """Return R - I."""
         (blocks,) = factors
-        cayley = Cayley.of(blocks)
-        change = cayley.minus_identity
-        return change, change.to(dtype), cayley.root
+        return (cayley_change(blocks).to(dtype),)
 
     def factors_forward(
         self,
@@ -101,10 +98,10 @@ class BlockRotation(Kernel):
         bias: Tensor | None,
         prepared: Prepared,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        _, narrow_change, _ = prepared
+        (change,) = prepared
         y = self.op(x, weight, bias)
         start = without_bias(self.op, y, bias)
-        add_blocks(self.op, y, narrow_change.mT, start)
+        add_blocks(self.op, y, change.mT, start)
         return y, (y,)
 
     def factors_backward(
@@ -113,15 +110,14 @@ class BlockRotation(Kernel):
         saved: SavedTensors,
         needs_input_grad: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        change, narrow_change, root = saved.prepared
-        # y = R^T y0, so y0 = R y, and the gradient of R is y0 g^T = R (y g^T)
-        products = biased_products(self.op, saved.activation, grad, saved.bias, change)
-        rotation_grad = torch.baddbmm(products, change, products)
-        blocks_grad = cayley_grad(rotation_grad, root)
+        (blocks,) = saved.factors
+        (change,) = saved.prepared
+        products = biased_products(self.op, saved.activation, grad, saved.bias, blocks)
+        blocks_grad = cayley_grad(products, change.to(products.dtype))
         if not needs_input_grad:
             return None, (blocks_grad,)
         output_grad = grad.clone()
-        add_blocks(self.op, output_grad, narrow_change, grad)
+        add_blocks(self.op, output_grad, change, grad)
         input_grad = self.op.input_grad(output_grad, saved.weight, saved.input_shape)
         return input_grad, (blocks_grad,)
 

@@ -64,19 +64,14 @@ class PreparedFactors:
         self.versions = [factor._version for factor in factors]
 
 
-def same_tensors(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    """Return whether two tuples hold the same objects."""
-    if len(first) != len(second):
-        return False
-    return all(a is b for a, b in zip(first, second, strict=True))
-
-
 @torch.no_grad()
 def prepare(kernel: Kernel, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Prepared:
     """Return what a kernel computes with, as tensors without a graph.
 
     TF32 would make rotations that are not orthogonal."""
     values = tuple(factor.detach() for factor in factors)
+    if torch.compiler.is_compiling():  # it does not follow a change of the setting
+        return kernel.prepare(weight, values, dtype)
     with exact_products():
         return kernel.prepare(weight, values, dtype)
 

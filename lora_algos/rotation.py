@@ -2,13 +2,10 @@
 the rotation of activations.
 
 R = (I + Q) (I - Q)^-1 with Q = B - B^T is orthogonal for any B. With S = (I - Q)^-1:
-R - I = 2 S Q, which loses no precision for small Q. The gradient of Q is 2 S^T G S^T, so one
-inverse serves both passes. S = (I + Q) P with P = (I - Q^2)^-1: the matrix that is inverted is
-symmetric, which halves the cost.
+R - I = 2 S Q, which loses no precision for small Q. The gradient of Q is 2 S^T G S^T. As S is
+I + (R - I) / 2, the backward pass needs R - I alone. S = (I + Q) P with P = (I - Q^2)^-1: the matrix
+that is inverted is symmetric, which halves the cost.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,27 +25,22 @@ def symmetric_inverse(matrices: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-class Cayley(NamedTuple):
-    """The Cayley transform of blocks (..., b, b)."""
-
-    minus_identity: Tensor
-    """R - I."""
-    root: Tensor
-    """sqrt(2) S^T, for `cayley_grad`."""
-
-    @classmethod
-    def of(cls, blocks: Tensor) -> "Cayley":
-        """Return the transform."""
-        q = blocks - blocks.mT
-        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        p = symmetric_inverse(identity - q @ q)
-        s = p + q @ p
-        return cls(2 * s @ q, math.sqrt(2) * s.mT)
+def cayley_change(blocks: Tensor) -> Tensor:
+    """Return R - I of blocks (..., b, b)."""
+    q = blocks - blocks.mT
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    p = symmetric_inverse(identity - q @ q)
+    s = p + q @ p
+    return 2 * s @ q
 
 
-def cayley_grad(rotation_grad: Tensor, root: Tensor) -> Tensor:
-    """Return the gradient of the blocks, given that of R and the transform's `root`."""
-    q_grad = root @ rotation_grad @ root
+def cayley_grad(products: Tensor, change: Tensor) -> Tensor:
+    """Return the gradient of blocks (n, b, b), for an output y = R^T y0.
+
+    `products`: y g^T, with g the gradient of y. `change`: R - I; its transpose for y = R y0."""
+    # R's gradient is R (y g^T), and S^T R = S; so Q's gradient is 2 S (y g^T) S^T, and S = I + (R - I) / 2
+    half = torch.baddbmm(products, change, products, beta=2)
+    q_grad = torch.baddbmm(half, half, change.mT, alpha=0.5)
     return q_grad - q_grad.mT
 
 

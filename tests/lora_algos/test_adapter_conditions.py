@@ -21,6 +21,7 @@ from helpers.adapter_cases import (
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.adapters import prepared_tensors
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.adapter import AdapterLayer
 from lora_algos.attach import attach
@@ -107,6 +108,8 @@ def kept(run: Callable[[], Tensor], model: nn.Module) -> dict[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         alive.append(run())
+        for tensor in prepared_tensors(alive[-1]):
+            pack(tensor)
     return found
 
 

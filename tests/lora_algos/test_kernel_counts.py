@@ -11,22 +11,12 @@ import torch
 from helpers.kernel_count import KernelCount
 from torch import Tensor, nn
 
-from benchmarks.implementations import (
-    PEERS,
-    SETTINGS,
-    Layer,
-    Setting,
-    UnsupportedError,
-    ours,
-    quiet,
-)
+from benchmarks.adapter_tables import OURS
+from benchmarks.adapters import TINY_CASES, implementations
+from benchmarks.implementations import SETTINGS, Layer, Setting
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.adapter import AdapterLayer
 
-CASES = {
-    "Linear": (lambda: nn.Linear(64, 64), (2, 8, 64)),
-    "Conv2d": (lambda: nn.Conv2d(64, 64, 3, padding=1), (2, 64, 4, 4)),
-}
 ROUNDS_THE_SUM = "Full"
 """LyCORIS' Full rounds W + dW to bf16, in which most updates vanish. Ours needs a second product."""
 
@@ -49,32 +39,27 @@ def count(layer: Layer, x: Tensor) -> Counter[str]:
 
 def layers_of(setting: Setting, kind: str) -> tuple[dict[str, Layer], Tensor]:
     """Return the layers of all libraries that have the setting, with trained factors, and an input."""
-    make, shape = CASES[kind]
+    case = TINY_CASES[kind]
     torch.manual_seed(0)
-    base = make().bfloat16().requires_grad_(False)
+    base = case.make().bfloat16().requires_grad_(False)
     layers = {}
-    for name, build in {"ours": ours, **PEERS}.items():
-        try:
-            with quiet():
-                layers[name] = build(setting, base)
-        except (UnsupportedError, ValueError, NotImplementedError):
-            continue
-        with torch.no_grad():
-            for parameter in layers[name].trained:
-                parameter.add_(0.01 * torch.randn_like(parameter))
-    assert isinstance(layers["ours"].module, AdapterLayer)
-    AdaptedModel(nn.ModuleDict({"layer": layers["ours"].module})).prepare_once_per_step()
-    return layers, torch.randn(shape, requires_grad=True)
+    for name, layer in implementations(setting, base):
+        if isinstance(layer, Layer):
+            layers[name] = layer
+    own = layers[OURS].module
+    assert isinstance(own, AdapterLayer)
+    AdaptedModel(nn.ModuleDict({"layer": own})).prepare_once_per_step()
+    return layers, torch.randn(case.shape, requires_grad=True)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", TINY_CASES)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_fewer_kernels_than_in_other_libraries(setting, kind):
     if setting.spec.algorithm == ROUNDS_THE_SUM:
         pytest.skip("not compared: LyCORIS rounds the sum of weight and update to bf16")
     layers, x = layers_of(setting, kind)
     counts = {name: sum(count(layer, x).values()) for name, layer in layers.items()}
-    own = counts.pop("ours")
+    own = counts.pop(OURS)
     assert counts
     assert own < min(counts.values()), counts
 
@@ -85,6 +70,6 @@ def test_fewer_kernels_than_in_other_libraries(setting, kind):
 def test_the_counts_of_a_linear_layer(name, expected):
     """Two of them convert the input and its gradient, as for a frozen layer, which launches four."""
     setting = next(setting for setting in SETTINGS if setting.name == name)
-    layers, x = layers_of(setting, "Linear")
-    counts = count(layers["ours"], x)
+    layers, x = layers_of(setting, "Linear 64")
+    counts = count(layers[OURS], x)
     assert sum(counts.values()) == expected, counts

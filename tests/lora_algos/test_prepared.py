@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach
 from lora_algos.prepared import PreparedFactors, parameter_updates
+from training.optim.arguments import optimizer_class
+from training.optim.registry import OPTIMIZERS
 
 KIND = "Linear"
 
@@ -166,3 +168,18 @@ def test_inference_mode_leaves_nothing_behind():
         adapted.model.layer(x)
     adapted.model.layer(x).sum().backward()
     assert all(isinstance(p.grad, Tensor) for p in adapted.named_parameters().values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizers_step_is_counted(name):
+    """So the engines need not say that parameters have changed."""
+    entry = OPTIMIZERS[name]
+    pytest.importorskip(entry.module)
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimizer = optimizer_class(name)([parameter], lr=0.1, **entry.fixed_args)
+    if entry.is_schedule_free:
+        optimizer.train()
+    parameter.grad = torch.ones(2, 2)
+    count = parameter_updates.count
+    optimizer.step()
+    assert parameter_updates.count > count

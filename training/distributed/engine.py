@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_algos.adapted_model import AdaptedModel
-from lora_algos.prepared import parameter_updates
 from training.checkpoints.state import NamedState, load_named_optimizer_state, named_optimizer_state
 from training.config import OptimConfig
 from training.optim.schedule import SkipNonFinite
@@ -61,7 +60,6 @@ class Engine:
             self.optimizer.step()
         else:
             self.skipping_optimizer.step(norm)
-        parameter_updates.add()  # some optimizers write parameters through their data
         self.optimizer.zero_grad()
         return norm.detach()
 
