@@ -1,20 +1,21 @@
 """torch.compile of the denoiser's blocks, one class at a time.
 
-Like a checkpointed block (training/gradient_checkpointing.py), a compiled one gets a subclass of its
-class that differs only in `forward`. All blocks of a class share the compiled function, so equal
+A compiled block gets a subclass of its class that differs only in `forward`
+(training/block_classes.py). All blocks of a class share the compiled function, so equal
 blocks are compiled once. Hooks, wrappers of DDP and FSDP2, and checkpointing stay outside of it.
 """
 
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
 from common.errors import ConfigError, counted
+from training.block_classes import outermost, with_forward
 
 CompileMode = Literal["none", "blocks", "auto"]
 BACKEND = "inductor"
@@ -26,19 +27,12 @@ block."""
 class Compiled:
     """Marks the classes that `compiled` makes."""
 
-    original: ClassVar[type[nn.Module]]
-
 
 @cache
 def compiled(cls: type[nn.Module], backend: str) -> type[nn.Module]:
     """Return a subclass of `cls` with the same name and a compiled forward pass."""
-    members: dict[str, Any] = {
-        "forward": torch.compile(cls.forward, dynamic=False, backend=backend),
-        "original": cls,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (Compiled, cls), members)
+    forward = torch.compile(cls.forward, dynamic=False, backend=backend)
+    return with_forward(cls, Compiled, forward)
 
 
 def uses_compiler(mode: CompileMode, device: torch.device) -> bool:
@@ -76,16 +70,10 @@ def apply(blocks: dict[str, nn.Module]) -> list[str]:
 
     WHEN: before they are checkpointed, because a checkpoint is outside of a compiled function."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    inner_modules: set[nn.Module] = set()
-    for block in blocks.values():
-        _, *modules = block.modules()  # the first one is the block
-        inner_modules.update(modules)
-    names = []
-    for name, block in blocks.items():
-        if block not in inner_modules:
-            block.__class__ = compiled(type(block), BACKEND)  # type: ignore[arg-type]
-            names.append(name)
-    return names
+    outer_blocks = outermost(blocks)
+    for block in outer_blocks.values():
+        block.__class__ = compiled(type(block), BACKEND)  # type: ignore[arg-type]
+    return list(outer_blocks)
 
 
 class CompileCounts(NamedTuple):

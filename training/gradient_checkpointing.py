@@ -1,11 +1,9 @@
 """Gradient checkpointing: blocks drop their activations and compute them again in the backward
 pass.
 
-A checkpointed block gets a subclass of its class that differs only in `forward`, as FSDP2 marks
-its modules. No module is added or patched, so names, state_dict keys, attributes, hooks and
-`isinstance` do not change, and equal blocks still have equal classes. DDP, FSDP2 and torch.compile
-see plain modules. diffusers' enable_gradient_checkpointing has a fixed depth, which in a UNet is
-inside the top-level blocks.
+A checkpointed block gets a subclass of its class that differs only in `forward`
+(training/block_classes.py), so DDP, FSDP2 and torch.compile see plain modules. diffusers'
+enable_gradient_checkpointing has a fixed depth, which in a UNet is inside the top-level blocks.
 """
 
 from functools import cache, partial, wraps
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from common.errors import ModelError
+from training.block_classes import outermost, with_forward
 
 Policy = Literal["full", "keep-attention-output"]
 
@@ -66,13 +65,7 @@ def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
         return checkpoint(run, *inputs, **options)
 
-    members = {
-        "forward": forward,
-        "original": cls,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (Checkpointed, cls), members)
+    return with_forward(cls, Checkpointed, forward)
 
 
 def apply(denoiser: nn.Module, blocks: dict[str, nn.Module], policy: Policy = "full") -> list[str]:
@@ -85,18 +78,11 @@ def apply(denoiser: nn.Module, blocks: dict[str, nn.Module], policy: Policy = "f
             f"--gradient_checkpointing: {type(denoiser).__name__} has no blocks, only single "
             "layers. Use --no_gradient_checkpointing"
         )
-    inner_modules: set[nn.Module] = set()
-    for block in blocks.values():
-        _, *modules = block.modules()  # the first one is the block
-        inner_modules.update(modules)
-    names = []
-    for name, block in blocks.items():
-        if block in inner_modules:
-            continue
+    outer_blocks = outermost(blocks)
+    for name, block in outer_blocks.items():
         assert "forward" not in vars(block), f"{name}.forward is patched: no checkpoint possible"
         block.__class__ = checkpointed(type(block), policy)  # type: ignore[arg-type]
-        names.append(name)
-    return names
+    return list(outer_blocks)
 
 
 def remove(denoiser: nn.Module) -> None:
