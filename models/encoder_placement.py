@@ -29,10 +29,9 @@ def place_text_encoders(encoders: Any, placement: Placement, device: torch.devic
 
 def release_text_encoders(encoders: Any) -> None:
     """Take the text encoders out of a pipeline and free their memory."""
-    for name, component in encoders.components.items():
-        if isinstance(component, nn.Module):
-            setattr(encoders, name, None)
-    del component
+    modules = [name for name, part in encoders.components.items() if isinstance(part, nn.Module)]
+    for name in modules:
+        setattr(encoders, name, None)
     gc.collect()  # the hooks of placement `layers` refer to modules in a circle
 
 

@@ -84,7 +84,7 @@ def attach_adapters(
 ) -> tuple[AdaptedModel, int]:
     """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing
     adapter."""
-    plan = AdapterPlan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
+    plan = adapter_plan(config)
     if config.existing_lora is not None:
         adapted, previous_steps = attach_existing(
             config.existing_lora, family, denoiser, names, plan
@@ -106,13 +106,18 @@ def attach_adapters(
     return adapted, previous_steps
 
 
+def adapter_plan(config: TrainConfig) -> AdapterPlan:
+    """Return the plan of new adapters."""
+    return AdapterPlan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
+
+
 def check_adapters(config: TrainConfig, family: ModelFamily) -> None:
     """Raise AdapterError if no adapter of this config fits the model. WHEN: before encoding, which
     takes long. Reads no weights of the model."""
     if config.model.train_text_encoder:
         return  # the empty model has no text encoders
     denoiser = family.empty_denoiser()
-    plan = AdapterPlan(config.adapter, config.algorithm, config.rank, config.bypass_mode)
+    plan = adapter_plan(config)
     if config.existing_lora is None:
         check_specs(denoiser, plan.specs(denoiser, family.targets))
     else:

@@ -43,6 +43,7 @@ from models.encoder_placement import place_text_encoders, release_text_encoders
 
 MAX_LONG_CAPTIONS, MAX_LONG_CAPTION_LETTERS = 20, 100
 """Captions that are cut by the text encoder and named in a note, and letters of each."""
+OTHER_MACHINE = "encoding on another machine (train_lora.py export-dataset)"
 Item = TypeVar("Item")
 
 
@@ -114,9 +115,6 @@ def memory_advice(advice: list[str]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         error.add_note(f"To use less memory in encoding, try {', or '.join(advice)}")
         raise
-
-
-OTHER_MACHINE = "encoding on another machine (train_lora.py export-dataset)"
 
 
 def caption_advice(config: DataConfig, model: ModelConfig) -> list[str]:

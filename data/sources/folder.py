@@ -63,7 +63,7 @@ class FolderSource(Source):
         extensions = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS if has_videos else IMAGE_EXTENSIONS
         self.kinds = FileKinds(
             media=frozenset(extensions),
-            captions=tuple(self.captions.extensions or ()),
+            captions=tuple(extension.lower() for extension in self.captions.extensions or ()),
             uses_masks=self.uses_masks,
         )
         self.shared_caption: Path | None = None

@@ -86,6 +86,7 @@ def test_another_caption_extension(tmp_path):
     (tmp_path / "a.txt").write_text("not this")
     (tmp_path / "a.caption").write_text("this")
     assert found(tmp_path, caption_extensions=(".caption",))[0] == {"a.png": ("this", 1)}
+    assert found(tmp_path, caption_extensions=(".CAPTION",))[0] == {"a.png": ("this", 1)}
 
 
 def test_lines_of_a_caption_file_are_captions_of_their_own(tmp_path):

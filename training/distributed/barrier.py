@@ -26,7 +26,8 @@ class StoreBarrier:
         """`heartbeat_keys`: of all processes, see FailureWatch. `lost_after`: seconds without a
         heartbeat after which a process is taken as lost."""
         self.num_processes = accelerator.num_processes
-        self.heartbeat_keys = heartbeat_keys
+        # one process asks for all: its error ends the others
+        self.heartbeat_keys = heartbeat_keys if accelerator.is_main_process else []
         self.lost_after = lost_after
         self.num_waits = 0
         self.store: dist.Store | None = None
