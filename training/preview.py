@@ -1,7 +1,8 @@
 """Sample images before and after training, from the same prompts and noise, drawn by diffusers' own
 pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -42,7 +43,10 @@ def draw_sample(
 
     `options`: size and guidance, as the arguments of the pipeline's call."""
     # modules in bf16 get inputs from others in fp32
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=has_bf16_modules(pipeline)):
+    autocast = torch.autocast(
+        pipeline.device.type, torch.bfloat16, enabled=has_bf16_modules(pipeline)
+    )
+    with autocast, decoding_in_own_dtype(pipeline.vae):
         result = pipeline(
             prompt=prompt,  # by name: it is not the first argument of every pipeline
             num_inference_steps=config.num_inference_steps,
@@ -53,6 +57,22 @@ def draw_sample(
     if hasattr(result, "images"):
         return result.images[0]
     return result.frames[0][-1]  # the first frame may be the input
+
+
+@contextmanager
+def decoding_in_own_dtype(vae: Any) -> Iterator[None]:
+    """Let a VAE decode in the dtype of its weights in a block: bf16 autocast would band colors."""
+    decode = vae.decode
+
+    def decode_without_autocast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode_without_autocast
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def has_bf16_modules(pipeline: Any) -> bool:

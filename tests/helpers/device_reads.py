@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,21 +38,25 @@ class DeviceReads(TorchDispatchMode):
         self.label: object = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        masked = name in INDEXING and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        # repeat_interleave reads no value if the output size is an argument
-        sized = name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is not None
-        if masked or (name in READS and not sized):
+        name, kwargs = func._schema.name, kwargs or {}
+        if is_read(name, args, kwargs):
             self.note(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def note(self, kind: str) -> None:
         self.reads.append(Read(self.label, kind, callers()))
 
     def of(self, label: object) -> list[Read]:
         return [read for read in self.reads if read.label == label]
+
+
+def is_read(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the host waits for values in an operator."""
+    if name in INDEXING:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if name == "aten::repeat_interleave":  # it reads no value if the output size is an argument
+        return kwargs.get("output_size") is None
+    return name in READS
 
 
 def callers() -> str:

@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +18,16 @@ from helpers.device_reads import DeviceReads, device_reads
 from helpers.project import BASE, PROJECT, RANKS, TWEMOJI
 
 
-def counted_run(run_here, options: list[str], patch: pytest.MonkeyPatch) -> DeviceReads:
+def counted_run(run_here, options: list[str]) -> DeviceReads:
     """Runs the script; each read is labeled with the step, from 1, that it happened in or loaded a batch for."""
+    with device_reads() as counter, labeled_steps(counter):
+        assert run_here(options) == 0
+    return counter
+
+
+@contextmanager
+def labeled_steps(counter: Any) -> Iterator[None]:
+    """Sets the counter's label to the number of the step that a run in this block takes."""
     from training.batch_stream import BatchStream
 
     original = BatchStream.from_step
@@ -28,10 +40,8 @@ def counted_run(run_here, options: list[str], patch: pytest.MonkeyPatch) -> Devi
             yield batch
             counter.label = step + (number + 1) // accumulation + 1
 
-    patch.setattr(BatchStream, "from_step", batches)
-    with device_reads() as counter:
-        assert run_here(options) == 0
-    return counter
+    with mock.patch.object(BatchStream, "from_step", batches):
+        yield
 
 
 CONFIGS = PROJECT / "accelerate_configs"

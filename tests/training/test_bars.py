@@ -65,14 +65,12 @@ def test_what_stays_on_the_device_is_no_read():
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
-def test_a_step_reads_the_device_only_where_it_reports(
-    options, run_here, monkeypatch, optimizer, accumulation
-):
+def test_a_step_reads_the_device_only_where_it_reports(options, run_here, optimizer, accumulation):
     """No read of an optimizer is left out: the fused ones have none, and RMSprop adds to its counters unread."""
     more = ["--steps=8", "--tracking.log_every=3", "--checkpoint.every=5", "--validation.every=7",
             f"--data.validation_path={TWEMOJI / 'validation'}", f"--optimizer={optimizer}",
             f"--grad_accumulation_steps={accumulation}"]  # fmt: skip
-    counter = counted_run(run_here, [*options, *more], monkeypatch)
+    counter = counted_run(run_here, [*options, *more])
     assert [counter.of(step) for step in (1, 2, 4)] == [[], [], []]
     assert [len(counter.of(step)) for step in (3, 6)] == [
         1,

@@ -311,11 +311,9 @@ def test_momentum_begins_with_the_first_step_that_is_taken():
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_which_of_them_read_the_device_in_a_step(options, run_here, monkeypatch, name):
+def test_which_of_them_read_the_device_in_a_step(options, run_here, name):
     averages = [] if OPTIMIZERS[name].is_schedule_free else ["--ema.decay=0.9"]  # never reads
-    counter = counted_run(
-        run_here, [*options, *told(name), *averages, "--tracking.log_every=4"], monkeypatch
-    )
+    counter = counted_run(run_here, [*options, *told(name), *averages, "--tracking.log_every=4"])
     assert [bool(counter.of(step)) for step in (2, 3)] == [name in READS] * 2
 
 

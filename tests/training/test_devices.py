@@ -1,0 +1,165 @@
+"""Whole runs on a CUDA device that computes on the CPU.
+
+They show operators that mix devices, steps that wait for the device, and products in slow dtypes. Each run encodes,
+trains, validates, saves, exports and draws a preview. See helpers/fake_cuda.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_cuda.build import compile_guard, has_compiler
+from helpers.family_cases import SIDE, Case, cases, folder_of
+from helpers.project import PROJECT
+
+from lora_algos import ALGORITHMS
+
+RUN = PROJECT / "tests" / "helpers" / "fake_cuda" / "run.py"
+QUIET_STEPS = (1, 2)
+"""Steps after which nothing is logged."""
+WITH_MASK = {"chroma", "qwen_image"}
+"""Families that mask the padding of captions, if those of a batch have different lengths."""
+FP32_PRODUCTS = {
+    "LoHa": {"lora_algos/loha.py:row_product_grads"},
+    "OFT": {"lora_algos/rotation.py:cayley_grad"},
+    "BOFT": {"lora_algos/rotation.py:cayley_grad"},
+}
+"""Algorithm -> where its steps take products in fp32, although training is in bf16."""
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="g++ is not installed")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_guard(tmp_path_factory.mktemp("fake_cuda"))
+
+
+def run_all(library: Path, folder: Path, runs: list[list[str]]) -> list[dict[str, Any]]:
+    """Runs the script on the device; returns the exit code and the record of each run."""
+    runs_file, records_file = folder / "runs.json", folder / "records.json"
+    runs_file.write_text(json.dumps(runs))
+    command = [sys.executable, str(RUN), str(library), str(runs_file), str(records_file)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert records_file.exists(), process.stderr
+    records = json.loads(records_file.read_text())
+    failed = [run[0] for run, record in zip(runs, records, strict=True) if record["code"]]
+    assert not failed, f"{failed}\n{process.stderr}"
+    return records
+
+
+def options_of(folder: Path, model: Path, images: Path, steps: int, *more: str) -> list[str]:
+    """Options of a run that logs, validates and saves only after its last step."""
+    return [
+        f"--output_dir={folder}", f"--model.path={model}", f"--data.path={images}", f"--data.validation_path={images}",
+        f"--data.cache_dir={folder.parent / 'cache'}", f"--data.resolution={SIDE}", "--data.num_workers=0",
+        f"--steps={steps}", "--batch_size=2", "--rank=4", "--sample.num_inference_steps=2", "--sample.prompts", "a cat",
+        "--tracking.log_every=3", "--validation.every=3", "--checkpoint.every=3", *more,
+    ]  # fmt: skip
+
+
+def in_steps(record: dict[str, Any], kind: str, steps: tuple[int, ...]) -> list[list]:
+    """The entries of some steps, without the step."""
+    return [entry[1:] for entry in record[kind] if entry[0] in steps]
+
+
+def test_every_family_trains_on_a_device(library, images, videos, tmp_path):
+    families = [*{case.family: case for case in cases()}.values()]
+    runs = [family_options(case, images, videos, tmp_path) for case in families]
+    for case, record in zip(families, run_all(library, tmp_path, runs), strict=True):
+        assert in_steps(record, "reads", QUIET_STEPS) == [], str(case)
+        attention = in_steps(record, "attention", QUIET_STEPS)
+        assert attention, str(case)
+        assert {dtype for dtype, *_ in attention} == {"bfloat16"}, str(case)
+        masks = {"bool"} if case.family in WITH_MASK else {"none"}
+        assert {mask for _, mask, *_ in attention} == masks, str(case)
+        products = in_steps(record, "products", QUIET_STEPS)
+        assert {dtype for _, dtype, *_ in products} == {"bfloat16"}, str(case)
+        assert decoded_dtypes(record) == {"float32"}, str(case)
+
+
+def decoded_dtypes(record: dict[str, Any]) -> set[str]:
+    """The dtypes of convolutions in previews: those of the VAE, and with a UNet some on the way to it."""
+    drawing = [
+        entry[1:]
+        for entry in record["products"]
+        if entry[3] == "training/preview.py:decode_without_autocast"
+    ]
+    return {dtype for operator, dtype, *_ in drawing if operator == "aten::convolution"}
+
+
+def family_options(case: Case, images: Path, videos: Path, folder: Path) -> list[str]:
+    data = (
+        [f"--data.path={videos}", f"--data.validation_path={videos}", "--data.frames=9"]
+        if case.first_frame
+        else []
+    )
+    return options_of(folder / str(case), folder_of(case), images, 3, *case.options, *data)
+
+
+def test_every_algorithm_trains_and_continues_on_a_device(library, images, tmp_path):
+    """Linear layers and convolutions, two micro-batches, an average; then one more step, without checkpointing."""
+    model = folder_of(next(case for case in cases() if case.family == "sdxl"))
+    more = ["--adapter.targets", r"down_blocks\.1\..*", "--grad_accumulation_steps=2", "--ema.decay=0.9",
+            "--no_preview", "--validation.every=0"]  # fmt: skip
+    runs = []
+    for name in ALGORITHMS:
+        common = [f"--algorithm={name}", *more]
+        runs.append(options_of(tmp_path / name, model, images, 2, *common))
+        runs.append(
+            options_of(tmp_path / name, model, images, 3, *common, "--no_gradient_checkpointing")
+        )
+    records = run_all(library, tmp_path, runs)
+    fp32_products = {}
+    for name, record in zip(ALGORITHMS, records[::2], strict=True):
+        assert in_steps(record, "reads", (1,)) == [], name
+        products = in_steps(record, "products", (1,))
+        fp32_products[name] = {place for _, dtype, place, _ in products if dtype != "bfloat16"}
+    assert fp32_products == {name: FP32_PRODUCTS.get(name, set()) for name in ALGORITHMS}
+
+
+CHECKS = """
+import sys
+from pathlib import Path
+from helpers.fake_cuda.build import load_guard
+load_guard(Path(sys.argv[1]))
+import torch
+from helpers.fake_cuda.device import MixedDevices, fake_cuda
+
+def mixes_devices(action):
+    try:
+        action()
+    except MixedDevices:
+        return True
+    return False
+
+with fake_cuda() as record:
+    x = torch.arange(4.0, device="cuda").requires_grad_()
+    assert mixes_devices(lambda: x + torch.ones(4))
+    assert mixes_devices(lambda: torch.ones(4) * x)
+    assert mixes_devices(lambda: torch.randn(4, device="cuda", generator=torch.Generator()))
+    assert not record.reads
+    with torch.autocast("cuda", torch.bfloat16):
+        y = torch.nn.functional.linear(x, x[None] * torch.tensor(2.0)).sum()
+    y.backward()
+    assert x.grad.device.type == "cuda" and not record.reads
+    assert [dtype for _, _, dtype, _ in record.products] == ["bfloat16"] * len(record.products) != []
+    reads = [lambda: x.cpu(), lambda: x.sum().item(), lambda: x[x > 1], lambda: x.nonzero(), lambda: x.tolist(),
+             lambda: torch.zeros(4).copy_(x)]
+    for count, read in enumerate(reads, start=1):
+        read()
+        assert sum(record.reads.values()) == count, count
+    assert x.grad.tolist() == [0.0, 4.0, 8.0, 12.0]
+"""
+
+
+def test_the_device_refuses_mixed_tensors_and_counts_reads(library):
+    command = [sys.executable, "-c", CHECKS, str(library)]
+    path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert process.returncode == 0, process.stderr
