@@ -131,12 +131,15 @@ def train(
     from training.batch_stream import BatchStream
     from training.callbacks import step_callbacks, stop_run
     from training.checkpoints.resume import RunCheckpoints
+    from training.distributed.device import device_notes
     from training.export import RunExport, check_export
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.services import RunServices
     from training.summary import summary
     from training.trainer import Trainer
 
+    for note in device_notes(accelerator.device, config.training_dtype):
+        say(f"note: {note}")
     components, loss_function = build_components(config, accelerator)
     check_export(components)
     initial_weights = components.adapted.state_dict() if config.preview else None

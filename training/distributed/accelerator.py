@@ -12,6 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from common.errors import ConfigError, bullet_list
 from training.config import DistributedConfig, TrainConfig
+from training.distributed.device import set_host_threads
 from training.numerics import apply_numerics
 from training.optim.registry import OPTIMIZERS
 
@@ -52,6 +53,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     )
     apply_numerics(config)  # last, because Accelerate's dynamo settings change it too
     check_accelerator(accelerator)
+    set_host_threads(accelerator.device)
     return accelerator
 
 
