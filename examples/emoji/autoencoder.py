@@ -80,7 +80,7 @@ def train_autoencoder(
         "autoencoder", steps, PEAK_RATE, decay=0.998, weight_decay=0.0, state_file=state_file
     )
 
-    def batch_loss() -> BatchLoss:
+    def batch_loss(_step: int) -> BatchLoss:
         batch = pixels[torch.randint(len(pixels), (BATCH_SIZE,))]
         is_flipped = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
         batch = torch.where(is_flipped, batch.flip(3), batch)

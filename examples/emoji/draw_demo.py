@@ -43,12 +43,13 @@ def main() -> None:
 
 
 def draw(pipeline: DiffusionPipeline, captions: list[str], guidance_scale: float) -> np.ndarray:
-    """Return (N, 64, 64, 3) in [0, 1]."""
+    """Return (N, 64, 64, 3) in [0, 1]. Each caption has its own noise."""
     pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(number) for number in range(len(captions))]
     return pipeline(
         list(captions),  # Z-Image writes its template into the list
         num_inference_steps=50, guidance_scale=guidance_scale, output_type="np",
-        height=64, width=64, generator=torch.Generator().manual_seed(0),
+        height=64, width=64, generator=generators,
     ).images  # fmt: skip
 
 

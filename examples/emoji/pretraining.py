@@ -155,12 +155,12 @@ class BatchLoss(NamedTuple):
 def minimize(
     plan: TrainingPlan,
     parameters: list[Tensor],
-    batch_loss: Callable[[], BatchLoss],
+    batch_loss: Callable[[int], BatchLoss],
     save_snapshot: Callable[[], None] | None = None,
 ) -> None:
     """Train parameters in place, with AdamW and a cosine schedule.
 
-    `batch_loss`: draws a batch. `save_snapshot`: called with the average in the parameters."""
+    `batch_loss`: draws the batch of a step. `save_snapshot`: called with the average in the parameters."""
     optimizer = torch.optim.AdamW(
         parameters, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True
     )
@@ -168,7 +168,7 @@ def minimize(
     log = TrainingLog(plan.name, plan.steps)
     saved = SavedTraining(plan.state_file, optimizer, average)
     for step in range(saved.load(), plan.steps):
-        loss, printed = batch_loss()
+        loss, printed = batch_loss(step)
         rate = plan.peak_rate * cosine(step, plan.steps, WARMUP_STEPS)
         take_step(loss, optimizer, max(MIN_RATE, rate))
         average.update(step)
@@ -188,10 +188,12 @@ class CaptionedRows(NamedTuple):
     caption: Tensor
 
 
-def draw_rows(num_emoji: int, batch_size: int) -> CaptionedRows:
-    """Draw a batch. A tenth of the captions is the empty one, which follows the others."""
+def draw_rows(num_emoji: int, batch_size: int, mirror: bool) -> CaptionedRows:
+    """Draw a batch. A tenth of the captions is the empty one, which follows the others.
+
+    `mirror`: mirror half of the emoji."""
     index = torch.randint(num_emoji, (batch_size,))
-    flip = torch.randint(2, (batch_size,))
+    flip = torch.randint(2 if mirror else 1, (batch_size,))
     is_dropped = torch.rand(batch_size) < 0.1
     return CaptionedRows(index, flip, torch.where(is_dropped, num_emoji, index))
 

@@ -38,6 +38,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 BATCH_SIZE, PEAK_RATE = 48, 2e-3
 MAX_LEVEL_WEIGHT = 20
 """Limit of the loss weight 1 / alpha. At 16x16 latents the noisy levels decide what is drawn."""
+MIRRORED_STEPS = 4000
+"""The first steps draw mirrored emoji too, which teaches shapes; then each caption has one picture."""
 
 
 def main() -> None:
@@ -82,7 +84,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
-    """Train a byte-pair encoding until each word of the captions is one token."""
+    """Train a byte-pair encoding until each word of the captions is one token.
+
+    A training that continues needs the same ids, which change from one call to the next. So the
+    encoding is read from `folder` if it is there."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if vocabulary.exists():
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=MAX_TOKENS)
     encoding = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     encoding.normalizer = normalizers.Lowercase()
     encoding.pre_tokenizer = pre_tokenizers.Sequence(
@@ -97,8 +105,7 @@ def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     encoding.train_from_iterator(captions, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     encoding.model.save(str(folder))
-    vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-    return CLIPTokenizer(vocabulary, merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=MAX_TOKENS)
 
 
 def train_denoiser(
@@ -118,8 +125,8 @@ def train_denoiser(
     state_file = snapshot.with_suffix(".pt")
     plan = TrainingPlan("unet", steps, PEAK_RATE, 0.999, 0.01, state_file)
 
-    def batch_loss() -> BatchLoss:
-        index, flip, caption = draw_rows(len(emoji), BATCH_SIZE)
+    def batch_loss(step: int) -> BatchLoss:
+        index, flip, caption = draw_rows(len(emoji), BATCH_SIZE, step < MIRRORED_STEPS)
         noise = torch.randn(BATCH_SIZE, *latents.shape[2:])
         timestep = torch.randint(1000, (BATCH_SIZE,))
         noisy = scheduler.add_noise(latents[flip, index], noise, timestep)

@@ -32,6 +32,8 @@ SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 """As in Z-Image, so that a forgotten factor shows here too."""
 CAPTION_WIDTH = 128
 BATCH_SIZE, PEAK_RATE = 32, 1.5e-3
+MIRRORED_STEPS = 8000
+"""The first steps draw mirrored emoji too, which teaches shapes; then each caption has one picture."""
 NUM_TIMESTEPS = 1000
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -104,10 +106,10 @@ def train_denoiser(
     state_file = snapshot.with_suffix(".pt")
     plan = TrainingPlan("transformer", steps, PEAK_RATE, 0.999, 0.01, state_file)
 
-    def batch_loss() -> BatchLoss:
-        index, flip, caption = draw_rows(len(emoji), BATCH_SIZE)
+    def batch_loss(step: int) -> BatchLoss:
+        index, flip, caption = draw_rows(len(emoji), BATCH_SIZE, step < MIRRORED_STEPS)
         noise = torch.randn(BATCH_SIZE, *latents.shape[2:])
-        sigma = torch.rand(BATCH_SIZE)
+        sigma = torch.sigmoid(torch.randn(BATCH_SIZE))
         clean = latents[flip, index]
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
         embeds = text_encoder(
