@@ -185,3 +185,10 @@ def cannot_draw() -> None:
         return original(*args, **kwargs)
 
     preview.draw_sample = draw
+
+
+def traces_eagerly() -> None:
+    """torch.compile traces blocks as ever, and generates no code, which is faster in tests."""
+    from training import compilation
+
+    compilation.BACKEND = "eager"
