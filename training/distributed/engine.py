@@ -1,8 +1,8 @@
 """Engines: passes through the denoiser, gradients averaged over all processes, and the update of
 the weights.
 
-Each process holds all adapters. DDP, which sees only them, sums their gradients once per step in
-one flat bucket. FSDP2 shards the frozen base model alone (sharding.py). Its gathers carry no
+Each process holds all adapters. DDP, which sees only them, sums their gradients once per step, in
+one flat bucket unless they are large. FSDP2 shards the frozen base model alone (sharding.py). Its gathers carry no
 adapters, checkpoints need no gathering, and the optimizer works on plain tensors. DeepSpeed has its
 own engine (deepspeed.py).
 """
@@ -18,6 +18,10 @@ from lora_algos.adapted_model import AdaptedModel
 from training.checkpoints.state import NamedState, load_named_optimizer_state, named_optimizer_state
 from training.config import OptimConfig
 from training.optim.schedule import SkipNonFinite
+
+MAX_BUCKET_MB = 100
+"""MiB. Of larger adapters, such as full weights, DDP sums one bucket while the backward pass computes
+the next."""
 
 
 class Engine:
@@ -97,7 +101,7 @@ def prepare_denoiser(
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return DistributedDataParallel(
         denoiser,
-        bucket_cap_mb=num_bytes // 2**20 + 1,
+        bucket_cap_mb=min(num_bytes // 2**20 + 1, MAX_BUCKET_MB),
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,
     )
