@@ -282,19 +282,21 @@ def converted_layers(components: RunComponents) -> Layers:
     conversion = options.convert
     if conversion == "none":
         return layers
-    weights = {}
-    for name, weight in files.base_weights(adapted.model).items():
-        weights[name] = weight.detach().cpu()
+    weights = files.base_weights(adapted.model)
     if conversion == "lora-svd":
         return nearest_loras(layers, weights, options.svd_rank)
     converted: Layers = {}
     for name, tensors in layers.items():
-        weight = weights[name]
         if conversion == "full":
-            converted[name] = convert.full_tensors(tensors, weight)
+            converted[name] = convert.full_tensors(tensors, host_copy(weights[name]))
         else:
-            converted[name] = convert.exact_lora(tensors, weight.shape)
+            converted[name] = convert.exact_lora(tensors, weights[name].shape)
     return converted
+
+
+def host_copy(weight: Tensor) -> Tensor:
+    """Return a weight on the CPU. Call this for one layer at a time: the base model may be large."""
+    return weight.detach().cpu()
 
 
 def nearest_loras(layers: Layers, weights: dict[str, Tensor], rank: int) -> Layers:
@@ -305,7 +307,8 @@ def nearest_loras(layers: Layers, weights: dict[str, Tensor], rank: int) -> Laye
     failures = []
     for name, tensors in layers.items():
         try:
-            loras[name], errors[name] = convert.nearest_lora(tensors, weights[name], rank)
+            weight = host_copy(weights[name])
+            loras[name], errors[name] = convert.nearest_lora(tensors, weight, rank)
         except AdapterError as error:
             failures.append(f"{name}: {error}")
     if failures:

@@ -1,6 +1,7 @@
 """What a run leaves behind, loaded the way its users load it."""
 
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -163,3 +164,22 @@ def test_what_goes_wrong_in_a_preview_costs_the_preview_alone(
         "sides are those of buckets"
     )
     assert ("no memory for text encoders" in capsys.readouterr().out) == (fault == "memory")
+
+
+@pytest.mark.parametrize("conversion", ["lora-svd", "full"])
+def test_a_conversion_copies_one_layer_at_a_time_to_the_host(
+    conversion, options, run_here, monkeypatch
+):
+    from training import export
+
+    alive: list[weakref.ref] = []
+
+    def host_copy(weight: torch.Tensor) -> torch.Tensor:
+        assert sum(copy() is not None for copy in alive) <= 1  # of the layer before
+        copied = weight.detach().clone()
+        alive.append(weakref.ref(copied))
+        return copied
+
+    monkeypatch.setattr(export, "host_copy", host_copy)
+    assert run_here([*options, "--algorithm=OFT", f"--export.convert={conversion}"]) == 0
+    assert len(alive) > 10
