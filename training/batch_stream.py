@@ -33,8 +33,7 @@ class BatchStream:
         self.sample_log: SampleLog | None = None
         if config.tracking.log_samples:
             self.sample_log = SampleLog(Path(config.output_dir), process.index)
-        adapter = config.adapter
-        self.has_dropout = adapter.dropout + adapter.rank_dropout + adapter.module_dropout > 0
+        self.has_dropout = config.adapter.has_dropout
 
     def from_step(self, step: int, micro_batches_per_step: int) -> Iterator[Batch]:
         """Yield this process's batches from `step`, counted from 0, to the last step."""

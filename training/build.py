@@ -61,7 +61,9 @@ def load_denoiser(
         compilation.apply(family.blocks(denoiser, depth=1))
     if config.gradient_checkpointing:
         blocks = family.blocks(denoiser, config.checkpoint_depth)
-        gradient_checkpointing.apply(denoiser, blocks, config.checkpoint_policy)
+        gradient_checkpointing.apply(
+            denoiser, blocks, config.checkpoint_policy, config.adapter.has_dropout
+        )
     if not contiguous:
         # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on
         # CPUs

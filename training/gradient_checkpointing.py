@@ -35,6 +35,9 @@ That is recomputed under either policy."""
 KEPT = [getattr(torch.ops.aten, name).default for name in ATTENTION]
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
 class Checkpointed:
     """Marks the classes that `checkpointed` makes."""
 
@@ -42,10 +45,11 @@ class Checkpointed:
 
 
 @cache
-def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
+def checkpointed(cls: type[nn.Module], policy: Policy, is_random: bool) -> type[nn.Module]:
     """Return a subclass of `cls` with the same name and a checkpointed forward pass.
 
-    Without gradients the forward pass is the original one."""
+    Without gradients the forward pass is the original one. `is_random`: the second pass needs the
+    random state of the first."""
     original = cls.forward
 
     @wraps(original)
@@ -59,7 +63,7 @@ def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
             args, kwargs = tree_unflatten(inputs, structure)
             return original(self, *args, **kwargs)
 
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
         if policy == "keep-attention-output":
             # created in the forward pass, as torch.compile requires
             options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
@@ -68,21 +72,34 @@ def checkpointed(cls: type[nn.Module], policy: Policy) -> type[nn.Module]:
     return with_forward(cls, Checkpointed, forward)
 
 
-def apply(denoiser: nn.Module, blocks: dict[str, nn.Module], policy: Policy = "full") -> list[str]:
+def apply(
+    denoiser: nn.Module,
+    blocks: dict[str, nn.Module],
+    policy: Policy = "full",
+    has_dropout: bool = True,
+) -> list[str]:
     """Checkpoint `blocks` of the denoiser, and no others; return their names.
 
-    Blocks inside other blocks are skipped. Raises ModelError if the denoiser has no blocks."""
+    Blocks inside other blocks are skipped. `has_dropout`: adapters will have a dropout. Raises
+    ModelError if the denoiser has no blocks."""
     remove(denoiser)
     if "" in blocks:
         raise ModelError(
             f"--gradient_checkpointing: {type(denoiser).__name__} has no blocks, only single "
             "layers. Use --no_gradient_checkpointing"
         )
+    is_random = has_dropout or has_active_dropout(denoiser)
     outer_blocks = outermost(blocks)
     for name, block in outer_blocks.items():
         assert "forward" not in vars(block), f"{name}.forward is patched: no checkpoint possible"
-        block.__class__ = checkpointed(type(block), policy)  # type: ignore[arg-type]
+        block.__class__ = checkpointed(type(block), policy, is_random)  # type: ignore[arg-type]
     return list(outer_blocks)
+
+
+def has_active_dropout(model: nn.Module) -> bool:
+    """Return whether a dropout layer of the model drops something."""
+    dropouts = [module for module in model.modules() if isinstance(module, DROPOUTS)]
+    return any(dropout.p > 0 for dropout in dropouts)
 
 
 def remove(denoiser: nn.Module) -> None:

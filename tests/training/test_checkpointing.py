@@ -392,3 +392,24 @@ def test_fsdp2(one_rank, policy):
 def test_the_options_change_nothing_that_is_learned():
     assert {"gradient_checkpointing", "checkpoint_depth", "checkpoint_policy"} <= CHANGEABLE_OPTIONS
     assert (TrainConfig().checkpoint_depth, TrainConfig().checkpoint_policy) == (1, FULL)
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, False), (0.1, True)])
+def test_random_states_are_kept_only_for_dropouts(
+    dropout, expected, options, run_here, monkeypatch
+):
+    """On a GPU each block would ask for the state of its random generator."""
+    states = []
+    original = torch.get_rng_state
+    monkeypatch.setattr(
+        torch.utils.checkpoint.torch, "get_rng_state", lambda: states.append(1) or original()
+    )
+    more = ["--gradient_checkpointing", f"--adapter.dropout={dropout}", "--steps=2"]
+    assert run_here([*options, *more]) == 0
+    # without a dropout, adapters are attached with one copy of it
+    assert (len(states) > 1) is expected
+
+
+def test_a_dropout_of_the_base_model_keeps_random_states():
+    assert not gradient_checkpointing.has_active_dropout(nn.Sequential(nn.Dropout(0.0)))
+    assert gradient_checkpointing.has_active_dropout(nn.Sequential(nn.Dropout(0.1)))
