@@ -26,14 +26,15 @@ def attach(model: nn.Module, specs: Specs, seed: int) -> AdaptedModel:
     """Attach new adapters to the layers in `specs`, and freeze everything else.
 
     The first values of a layer are a function of `seed` and its name: the same on every process,
-    for any other layers. The global generator is left as it was. Raises AdapterError naming every
+    for any other layers. The generators of CPU and GPU are left as they were. Raises AdapterError naming every
     layer that its spec does not fit."""
     check_specs(model, specs)
     layers: dict[str, Any] = dict(layers_of(model))
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         for name, spec in specs.items():
-            torch.manual_seed(layer_seed(seed, name))
+            # torch.manual_seed would reseed the GPU too
+            torch.default_generator.manual_seed(layer_seed(seed, name))
             model.set_submodule(name, adapt_layer(layers[name], spec), strict=True)
     return AdaptedModel(model)
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from common.errors import AdapterError
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach, attach_from_file
-from lora_algos.config import AdapterConfig, LayerSpec, Override
+from lora_algos.config import AdapterConfig, AdapterOptions, LayerSpec, Override
 from lora_algos.plan import AdapterPlan
 from lora_algos.targets import select_layers
 from models.config import ModelConfig
@@ -445,3 +445,14 @@ def test_overrides_that_match_nothing_of_a_continued_adapter_are_listed():
         match=r"0.pattern = norm: matches no layer(.|\n)*1.pattern = \(: not a regular",
     ):
         continued((Override("norm", lr_scale=1.0), Override("(", lr_scale=1.0)))
+
+
+def test_attaching_leaves_the_generators_as_they_are(monkeypatch):
+    def reseed(seed: int) -> None:
+        raise AssertionError("the GPU's generator is reseeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseed)
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = torch.get_rng_state()
+    attach(model, {"0": LayerSpec(2, 2.0, "LoRA", AdapterOptions())}, 0)
+    assert torch.get_rng_state().equal(before)

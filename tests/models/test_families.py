@@ -4,6 +4,8 @@ import gc
 import json
 import shutil
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -384,8 +386,20 @@ def test_all_that_is_trained_gets_a_gradient_and_nothing_else(case, calls, flags
     assert {name for name, parameter in parameters.items() if parameter.grad is not None} == trained
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@CASES
+EVERY_ALGORITHM = ("sdxl", "z_image", "wan")
+"""Cases that are trained with every algorithm by make test; the others follow in make test-long."""
+
+
+def trained_pairs() -> Iterator[Any]:
+    """Every case and algorithm; most are marked as long."""
+    for case in cases():
+        for algorithm in ALGORITHMS:
+            is_short = algorithm == "LoRA" or str(case) in EVERY_ALGORITHM
+            marks = () if is_short else pytest.mark.long
+            yield pytest.param(case, algorithm, marks=marks, id=f"{case}-{algorithm}")
+
+
+@pytest.mark.parametrize(("case", "algorithm"), trained_pairs())
 def test_training_writes_a_file_that_training_goes_on_from(
     case, algorithm, flags, run_here, tmp_path, capsys
 ):

@@ -71,7 +71,14 @@ def parameters(architecture: str, layers: list[str], algorithm: str) -> int | No
     )
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+LARGE = ("flux_schnell", "flux2_klein_9b", "sd35_medium", "sd35_large", "wan21_14b", "wan22_5b")
+"""Architectures that differ from another one of their family in size alone."""
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.long if name in LARGE else ()) for name in FAMILIES],
+)
 def test_presets_match_and_algorithms_train_what_they_did(architecture):
     assert found(architecture) == json.loads(GOLDEN.read_text())[architecture]
 
