@@ -26,8 +26,8 @@ def attach(model: nn.Module, specs: Specs, seed: int) -> AdaptedModel:
     """Attach new adapters to the layers in `specs`, and freeze everything else.
 
     The first values of a layer are a function of `seed` and its name: the same on every process,
-    for any other layers. The generators of CPU and GPU are left as they were. Raises AdapterError naming every
-    layer that its spec does not fit."""
+    for any other layers. The generators of CPU and GPU are left as they were. Raises AdapterError
+    naming every layer that its spec does not fit."""
     check_specs(model, specs)
     layers: dict[str, Any] = dict(layers_of(model))
     model.requires_grad_(False)

@@ -70,6 +70,8 @@ def apply(blocks: dict[str, nn.Module]) -> list[str]:
 
     WHEN: before they are checkpointed, because a checkpoint is outside of a compiled function."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    # DDP would cut the graph of a block at each bucket of gradients
+    torch._dynamo.config.optimize_ddp = False
     outer_blocks = outermost(blocks)
     for block in outer_blocks.values():
         block.__class__ = compiled(type(block), BACKEND)  # type: ignore[arg-type]

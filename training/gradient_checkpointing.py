@@ -35,9 +35,6 @@ That is recomputed under either policy."""
 KEPT = [getattr(torch.ops.aten, name).default for name in ATTENTION]
 
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
 class Checkpointed:
     """Marks the classes that `checkpointed` makes."""
 
@@ -97,9 +94,16 @@ def apply(
 
 
 def has_active_dropout(model: nn.Module) -> bool:
-    """Return whether a dropout layer of the model drops something."""
-    dropouts = [module for module in model.modules() if isinstance(module, DROPOUTS)]
-    return any(dropout.p > 0 for dropout in dropouts)
+    """Return whether a module of the model drops something in training.
+
+    Attention in transformers has its dropout as a number, and no layer for it."""
+    for module in model.modules():
+        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
+            return True
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float) and value > 0:
+                return True
+    return False
 
 
 def remove(denoiser: nn.Module) -> None:

@@ -46,7 +46,7 @@ def draw_sample(
     autocast = torch.autocast(
         pipeline.device.type, torch.bfloat16, enabled=has_bf16_modules(pipeline)
     )
-    with autocast, decoding_in_own_dtype(pipeline.vae):
+    with autocast, vae_in_own_dtype(pipeline.vae):
         result = pipeline(
             prompt=prompt,  # by name: it is not the first argument of every pipeline
             num_inference_steps=config.num_inference_steps,
@@ -60,19 +60,22 @@ def draw_sample(
 
 
 @contextmanager
-def decoding_in_own_dtype(vae: Any) -> Iterator[None]:
-    """Let a VAE decode in the dtype of its weights in a block: bf16 autocast would band colors."""
-    decode = vae.decode
+def vae_in_own_dtype(vae: Any) -> Iterator[None]:
+    """Let a VAE encode and decode in the dtype of its weights in a block: bf16 autocast would band
+    colors."""
 
-    def decode_without_autocast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(latents.device.type, enabled=False):
-            return decode(latents.to(vae.dtype), *args, **kwargs)
+    def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(inputs.device.type, enabled=False):
+                return function(inputs.to(vae.dtype), *args, **kwargs)
 
-    vae.decode = decode_without_autocast
+        return call
+
+    vae.encode, vae.decode = without_autocast(vae.encode), without_autocast(vae.decode)
     try:
         yield
     finally:
-        del vae.decode
+        del vae.encode, vae.decode
 
 
 def has_bf16_modules(pipeline: Any) -> bool:

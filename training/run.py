@@ -131,7 +131,7 @@ def train(
     from training.batch_stream import BatchStream
     from training.callbacks import step_callbacks, stop_run
     from training.checkpoints.resume import RunCheckpoints
-    from training.distributed.device import device_notes
+    from training.distributed.device import device_notes, host_threads
     from training.export import RunExport, check_export
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.services import RunServices
@@ -161,8 +161,9 @@ def train(
         export.collect_weights()
         if services.requests.must_stop():
             stop_run(services.requests.agreed, trainer)
-    if accelerator.is_main_process:
-        export.write(batches.timer.share)
+    with host_threads(accelerator):
+        if accelerator.is_main_process:
+            export.write(batches.timer.share)
     services.barrier.wait()
     if initial_weights is not None:
         with signals.deferred():
@@ -183,6 +184,7 @@ def build_components(
     from data.precompute.build import build_datasets
     from training import build
     from training.components import RunComponents
+    from training.distributed.device import host_threads
     from training.distributed.sharding import needs_contiguous_weights
     from training.loss import build_loss
 
@@ -194,7 +196,8 @@ def build_components(
     contiguous = needs_contiguous_weights(accelerator)
     denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
     names = layer_spellings(family, denoiser)
-    adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
+    with host_threads(accelerator):
+        adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
     components = RunComponents(config, family, datasets, adapted, names, previous_steps)
     return components, loss_function

@@ -29,13 +29,15 @@ WARMUP_STEPS = 200
 MIN_RATE = 1e-6
 
 
-def parse_arguments(description: str, base_name: str) -> argparse.Namespace:
-    """Read the command line of a script that trains a base. `base_name`: its folder."""
+def parse_arguments(description: str, base_name: str, steps: int) -> argparse.Namespace:
+    """Read the command line of a script that trains a base.
+
+    `base_name`: its folder. `steps`: default of the denoiser's steps."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True, help="folder with node_modules")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / base_name)
     parser.add_argument("--autoencoder-steps", type=int, default=3500)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=steps)
     return parser.parse_args()
 
 

@@ -38,12 +38,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 BATCH_SIZE, PEAK_RATE = 48, 2e-3
 MAX_LEVEL_WEIGHT = 20
 """Limit of the loss weight 1 / alpha. At 16x16 latents the noisy levels decide what is drawn."""
-MIRRORED_STEPS = 4000
+STEPS, MIRRORED_STEPS = 6000, 4000
 """The first steps draw mirrored emoji too, which teaches shapes; then each caption has one picture."""
 
 
 def main() -> None:
-    options = parse_arguments(__doc__.splitlines()[0], "base")
+    options = parse_arguments(__doc__.splitlines()[0], "base", STEPS)
     torch.manual_seed(0)
     emoji = read_emoji(options.work / "node_modules", "google")
     autoencoder = load_or_train_autoencoder(options.work, options.autoencoder_steps)
@@ -86,8 +86,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     """Train a byte-pair encoding until each word of the captions is one token.
 
-    A training that continues needs the same ids, which change from one call to the next. So the
-    encoding is read from `folder` if it is there."""
+    The trainer of the tokenizers library is not deterministic, and a training that continues needs
+    the same ids. So the encoding is read from `folder` if it is there."""
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if vocabulary.exists():
         return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=MAX_TOKENS)

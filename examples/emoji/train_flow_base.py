@@ -32,7 +32,7 @@ SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 """As in Z-Image, so that a forgotten factor shows here too."""
 CAPTION_WIDTH = 128
 BATCH_SIZE, PEAK_RATE = 32, 1.5e-3
-MIRRORED_STEPS = 8000
+STEPS, MIRRORED_STEPS = 22000, 8000
 """The first steps draw mirrored emoji too, which teaches shapes; then each caption has one picture."""
 NUM_TIMESTEPS = 1000
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def main() -> None:
-    options = parse_arguments(__doc__.splitlines()[0], "flow_base")
+    options = parse_arguments(__doc__.splitlines()[0], "flow_base", STEPS)
     torch.manual_seed(0)
     emoji = read_emoji(options.work / "node_modules", "google")
     autoencoder = load_or_train_autoencoder(options.work, options.autoencoder_steps)

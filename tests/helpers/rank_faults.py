@@ -188,7 +188,18 @@ def cannot_draw() -> None:
 
 
 def traces_eagerly() -> None:
-    """torch.compile traces blocks as ever, and generates no code, which is faster in tests."""
+    """torch.compile traces blocks as ever, prints a line for each graph, and generates no code."""
     from training import compilation
 
-    compilation.BACKEND = "eager"
+    def backend(graph, _inputs):
+        print("traced a graph", flush=True)
+        return graph.forward
+
+    compilation.BACKEND = backend
+
+
+def has_small_buckets() -> None:
+    """DDP sums the gradients of the tiny model in several buckets."""
+    from training.distributed import engine
+
+    engine.MAX_BUCKET_MIB = 0.02

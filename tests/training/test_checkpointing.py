@@ -394,22 +394,36 @@ def test_the_options_change_nothing_that_is_learned():
     assert (TrainConfig().checkpoint_depth, TrainConfig().checkpoint_policy) == (1, FULL)
 
 
-@pytest.mark.parametrize(("dropout", "expected"), [(0.0, False), (0.1, True)])
-def test_random_states_are_kept_only_for_dropouts(
-    dropout, expected, options, run_here, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], False),
+        (["--adapter.dropout=0.1"], True),
+        (["--adapter.rank_dropout=0.1"], True),
+        (["--adapter.module_dropout=0.1"], True),
+    ],
+)
+def test_random_states_are_kept_only_for_dropouts(more, expected, options, run_here, monkeypatch):
     """On a GPU each block would ask for the state of its random generator."""
     states = []
     original = torch.get_rng_state
     monkeypatch.setattr(
         torch.utils.checkpoint.torch, "get_rng_state", lambda: states.append(1) or original()
     )
-    more = ["--gradient_checkpointing", f"--adapter.dropout={dropout}", "--steps=2"]
-    assert run_here([*options, *more]) == 0
+    assert run_here([*options, "--gradient_checkpointing", "--steps=1", *more]) == 0
     # without a dropout, adapters are attached with one copy of it
     assert (len(states) > 1) is expected
 
 
 def test_a_dropout_of_the_base_model_keeps_random_states():
+    from helpers.tiny_models import clip_encoder
+
     assert not gradient_checkpointing.has_active_dropout(nn.Sequential(nn.Dropout(0.0)))
     assert gradient_checkpointing.has_active_dropout(nn.Sequential(nn.Dropout(0.1)))
+    assert gradient_checkpointing.has_active_dropout(nn.Sequential(nn.AlphaDropout(0.1)))
+    encoder = clip_encoder()
+    assert not gradient_checkpointing.has_active_dropout(encoder)
+    for module in encoder.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5  # attention_dropout of its config
+    assert gradient_checkpointing.has_active_dropout(encoder)

@@ -1,22 +1,33 @@
 """Notes about GPUs that are slow or unused, and the threads of the host."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from training.distributed import device
-from training.distributed.device import device_notes, set_host_threads
+from training.distributed.device import device_notes, host_threads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def cuda_fails(monkeypatch, message: str) -> None:
+    """CUDA starts with an error."""
+
+    def init() -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
 
 
 @pytest.fixture
 def on_gpu_host(monkeypatch):
     """A computer with an NVIDIA driver, and a CUDA build of PyTorch that finds no GPU."""
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(device, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    cuda_fails(monkeypatch, "No CUDA GPUs are available")
 
 
 def test_a_gpu_without_bf16_is_named(monkeypatch):
@@ -34,56 +45,88 @@ def test_a_gpu_without_bf16_is_named(monkeypatch):
 
 
 @pytest.mark.usefixtures("on_gpu_host")
-def test_an_unused_gpu_is_said_with_its_reason(monkeypatch):
+def test_a_gpu_that_this_process_may_not_use_is_said():
     (note,) = device_notes(CPU, "bf16")
-    assert "nvidia-smi" in note
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES= hides it" in device_notes(CPU, "bf16")[0]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "No CUDA GPUs are available. A container needs the option --gpus" in note
 
-    def init() -> None:
-        raise RuntimeError(
-            "The NVIDIA driver on your system is too old (found version 11040).\nMore"
-        )
 
-    monkeypatch.setattr(torch.cuda, "init", init)
+@pytest.mark.usefixtures("on_gpu_host")
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("", "is empty"), (" ", "is empty"), ("-1", "is -1")]
+)
+def test_a_hidden_gpu_is_said(visible, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert f"CUDA_VISIBLE_DEVICES {expected}" in device_notes(CPU, "bf16")[0]
+
+
+@pytest.mark.usefixtures("on_gpu_host")
+@pytest.mark.parametrize("visible", ["0", "1", "11"])
+def test_an_old_driver_is_said(visible, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cuda_fails(monkeypatch, "The NVIDIA driver is too old (found version 11040).\nMore")
     (note,) = device_notes(CPU, "bf16")
     assert "too old (found version 11040). Update the driver" in note
     assert "More" not in note
+
+
+@pytest.mark.usefixtures("on_gpu_host")
+def test_a_build_without_cuda_is_said(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in device_notes(CPU, "bf16")[0]
 
 
 @pytest.mark.usefixtures("on_gpu_host")
-def test_a_chosen_cpu_is_no_mistake(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.mark.parametrize(
+    "variable", ["ACCELERATE_USE_CPU=true", "ACCELERATE_USE_CPU=yes", "ACCELERATE_TORCH_DEVICE=cpu"]
+)
+def test_a_chosen_cpu_is_no_mistake(variable, monkeypatch):
+    monkeypatch.setenv(*variable.split("="))
     assert device_notes(CPU, "bf16") == []
 
 
 def test_a_computer_without_a_gpu_gets_no_note(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(device, "has_nvidia_gpu", lambda: False)
     assert device_notes(CPU, "bf16") == []
+
+
+LAUNCHED = {"LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(
     ("kind", "variables", "expected"),
     [
-        (CUDA, {}, 16),
-        (CUDA, {"OMP_NUM_THREADS": "1"}, 16),  # as accelerate launch sets it
-        (CUDA, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "8"}, 2),
-        (CUDA, {"LOCAL_WORLD_SIZE": "32"}, 1),
-        (CUDA, {"OMP_NUM_THREADS": "4"}, None),
-        (CPU, {}, None),
+        (CUDA, LAUNCHED, 12),
+        (CUDA, {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 12),
+        (CUDA, {**LAUNCHED, "LOCAL_WORLD_SIZE": "4"}, 3),
+        (CUDA, {**LAUNCHED, "LOCAL_WORLD_SIZE": "32"}, 1),
+        (CUDA, {"OMP_NUM_THREADS": "1"}, None),  # the user's own
+        (CUDA, {"LOCAL_RANK": "0", "OMP_NUM_THREADS": "4"}, None),
+        (CUDA, {"LOCAL_RANK": "0"}, None),
+        (CPU, LAUNCHED, None),
     ],
 )
-def test_a_process_with_a_gpu_takes_its_share_of_the_cores(monkeypatch, kind, variables, expected):
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+def test_a_launched_process_with_a_gpu_takes_its_share_of_the_cores(
+    monkeypatch, kind, variables, expected
+):
+    names = ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     numbers: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
-    monkeypatch.setattr(device, "available_cores", lambda: 16)
-    set_host_threads(kind)
-    assert numbers == ([] if expected is None else [expected])
+    monkeypatch.setattr(device, "available_cores", lambda: 12)
+    earlier = torch.get_num_threads()
+    with host_threads(SimpleNamespace(device=kind, num_processes=1)):
+        assert numbers == ([] if expected is None else [expected])
+    assert numbers == ([] if expected is None else [expected, earlier])
+
+
+def test_no_process_takes_more_cores_than_any_other_can(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(device, "available_cores", lambda: 64)
+    accelerator = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(device, "gather_object", lambda shares: [*shares, 5])
+    assert device.shared_number_of_threads(accelerator) == 5
+    monkeypatch.setattr(device, "gather_object", lambda shares: [*shares, 99])
+    assert device.shared_number_of_threads(accelerator) == 16

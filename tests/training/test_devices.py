@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fake_cuda.build import compile_guard, has_compiler
+from helpers.fake_cuda.build import compile_guard, missing_requirement
 from helpers.family_cases import SIDE, Case, cases, folder_of
 from helpers.project import PROJECT
 
@@ -30,7 +30,7 @@ FP32_PRODUCTS = {
 }
 """Algorithm -> where its steps take products in fp32, although training is in bf16."""
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement())
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,7 @@ def test_every_family_trains_on_a_device(library, images, videos, tmp_path):
 
 def decoded_dtypes(record: dict[str, Any]) -> set[str]:
     """The dtypes of convolutions in previews: those of the VAE, and with a UNet some on the way to it."""
-    drawing = [
-        entry[1:]
-        for entry in record["products"]
-        if entry[3] == "training/preview.py:decode_without_autocast"
-    ]
+    drawing = [entry[1:] for entry in record["products"] if entry[3] == "training/preview.py:call"]
     return {dtype for operator, dtype, *_ in drawing if operator == "aten::convolution"}
 
 

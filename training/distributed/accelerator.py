@@ -12,7 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from common.errors import ConfigError, bullet_list
 from training.config import DistributedConfig, TrainConfig
-from training.distributed.device import set_host_threads
+from training.distributed.device import unused_gpu_notes
 from training.numerics import apply_numerics
 from training.optim.registry import OPTIMIZERS
 
@@ -53,7 +53,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     )
     apply_numerics(config)  # last, because Accelerate's dynamo settings change it too
     check_accelerator(accelerator)
-    set_host_threads(accelerator.device)
     return accelerator
 
 
@@ -62,10 +61,11 @@ def check_accelerator(accelerator: Accelerator) -> None:
     command."""
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != num_launched:
+        notes = "".join(f"\n  {note}" for note in unused_gpu_notes())
         raise ConfigError(
             f"{num_launched} processes were launched, but Accelerate connected "
             f"{accelerator.num_processes}: each would train on its own. Without GPUs, set "
-            "ACCELERATE_USE_CPU=true"
+            f"ACCELERATE_USE_CPU=true{notes}"
         )
     engine = accelerator.distributed_type.value
     for name in ("FSDP", "DEEPSPEED"):

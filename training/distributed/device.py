@@ -2,12 +2,17 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, parse_flag_from_env
 
 BF16_CAPABILITY = (8, 0)
 """First compute capability with bf16 arithmetic: NVIDIA's Ampere, 2020."""
+MAX_HOST_THREADS = 16
 
 
 def device_notes(device: torch.device, training_dtype: str) -> list[str]:
@@ -29,14 +34,15 @@ def bf16_notes(device: torch.device, training_dtype: str) -> list[str]:
     name = torch.cuda.get_device_name(device)
     return [
         f"{name} has no bf16 arithmetic, so bf16 is emulated, which is slow. "
-        "--training_dtype fp32 is faster and needs about twice the memory"
+        "--training_dtype fp32 is probably faster, and needs about twice the memory"
     ]
 
 
 def unused_gpu_notes() -> list[str]:
-    """Return a note if this computer has an NVIDIA GPU and the user did not choose the CPU."""
-    has_chosen_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-    if has_chosen_cpu or not has_nvidia_gpu():
+    """Return a note if this computer has an NVIDIA GPU, and nobody chose the CPU."""
+    has_chosen_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    has_chosen_device = "ACCELERATE_TORCH_DEVICE" in os.environ
+    if has_chosen_cpu or has_chosen_device or not has_nvidia_gpu():
         return []
     return [f"training on the CPU, although there is an NVIDIA GPU: {unused_gpu_reason()}"]
 
@@ -54,32 +60,69 @@ def unused_gpu_reason() -> str:
             "Install a CUDA build: https://pytorch.org/get-started"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not visible.strip(" -1"):
-        return f"CUDA_VISIBLE_DEVICES={visible} hides it. Unset the variable"
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {visible.strip() or 'empty'}"
+    error = cuda_error()
+    if "too old" in error:
+        return f"{error}. Update the driver, or install a PyTorch for an older CUDA"
+    return (
+        f"{error or 'PyTorch did not find it'}. A container needs the option --gpus, and a job has "
+        "to ask for a GPU; nvidia-smi lists those that this process may use"
+    )
+
+
+def cuda_error() -> str:
+    """Return the first line of the error with which CUDA starts, without its full stop."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        return (
-            f"{reason.rstrip('.')}. Update the driver, or install a PyTorch for its version of CUDA"
-        )
-    return "PyTorch finds none. Check that nvidia-smi lists it"
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return ""
 
 
-def set_host_threads(device: torch.device) -> None:
-    """Give this process its share of the CPU cores, if it trains on a GPU.
+@contextmanager
+def host_threads(accelerator: Accelerator) -> Iterator[None]:
+    """Compute with this process's share of the CPU cores in a block. Collective.
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1, which suits the steps but not the singular values
-    that some adapters start from or are exported with. Another number is the user's, and stays. So
-    does the number of a run on the CPU, because it changes rounding."""
-    if device.type == "cpu" or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    `accelerate launch` sets OMP_NUM_THREADS to 1 for a process with a GPU. That suits the steps, but
+    not the singular values that some adapters start from or are exported with. All processes use
+    the same number of threads, which changes rounding. Without a launcher, and on the CPU, the
+    number is not changed."""
+    is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    is_set_to_one = os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" or not (is_launched and is_set_to_one):
+        yield
         return
+    earlier_number = torch.get_num_threads()
+    torch.set_num_threads(shared_number_of_threads(accelerator))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(earlier_number)
+
+
+def shared_number_of_threads(accelerator: Accelerator) -> int:
+    """Return the smallest share of the CPU cores that a process has. Collective."""
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, available_cores() // num_local_processes))
+    share = max(1, available_cores() // num_local_processes)
+    shares = [share]
+    if accelerator.num_processes > 1:
+        shares = gather_object(shares)
+    return min(*shares, MAX_HOST_THREADS)
 
 
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, container_cores()))
+
+
+def container_cores() -> int:
+    """Return the number of cores that a Linux container may use; a large number without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return int(quota) // int(period)
+    except (OSError, ValueError):
+        return 1 << 16

@@ -2,9 +2,9 @@
 the weights.
 
 Each process holds all adapters. DDP, which sees only them, sums their gradients once per step, in
-one flat bucket unless they are large. FSDP2 shards the frozen base model alone (sharding.py). Its gathers carry no
-adapters, checkpoints need no gathering, and the optimizer works on plain tensors. DeepSpeed has its
-own engine (deepspeed.py).
+flat buckets. FSDP2 shards the frozen base model alone (sharding.py). Its gathers carry no adapters,
+checkpoints need no gathering, and the optimizer works on plain tensors. DeepSpeed has its own
+engine (deepspeed.py).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,9 +19,8 @@ from training.checkpoints.state import NamedState, load_named_optimizer_state, n
 from training.config import OptimConfig
 from training.optim.schedule import SkipNonFinite
 
-MAX_BUCKET_MB = 100
-"""MiB. Of larger adapters, such as full weights, DDP sums one bucket while the backward pass computes
-the next."""
+MAX_BUCKET_MIB = 100
+"""Size of a bucket of gradients, which DDP sums while the backward pass computes the next one."""
 
 
 class Engine:
@@ -101,7 +100,7 @@ def prepare_denoiser(
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return DistributedDataParallel(
         denoiser,
-        bucket_cap_mb=min(num_bytes // 2**20 + 1, MAX_BUCKET_MB),
+        bucket_cap_mb=min(num_bytes // 2**20 + 1, MAX_BUCKET_MIB),
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,
     )

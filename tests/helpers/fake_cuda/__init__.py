@@ -1,5 +1,5 @@
-"""Runs the trainer on a CUDA device that does not exist: shapes, dtypes and devices, but no values.
+"""Runs the trainer on a CUDA device that does not exist.
 
-Tensors on the host are real, those on the device are fake tensors. An operator that mixes both raises MixedDevices, as
-it would on a GPU. What the host reads from the device is recorded; it reads zeros. See device.py.
+Tensors on the device compute on the CPU, and say that they are on `cuda:0`. An operator that mixes devices raises
+MixedDevices, and what the host reads from the device is recorded. See device.py.
 """

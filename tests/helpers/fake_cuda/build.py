@@ -1,16 +1,26 @@
-"""Compiles and loads guard.cpp. Imports no torch, because the library has to be loaded first."""
+"""Compiles and loads guard.cpp, which has to be loaded before torch is imported."""
 
 import ctypes
 import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.cpp")
 
 
-def has_compiler() -> bool:
-    return shutil.which("g++") is not None
+def missing_requirement() -> str:
+    """Returns why the device cannot be made here; empty if it can.
+
+    A CUDA build of PyTorch has its own hooks, and ends the process if they are registered twice."""
+    import torch
+
+    if sys.platform != "linux":
+        return "the fake device needs Linux"
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return "the fake device needs a CPU build of PyTorch"
+    return "" if shutil.which("g++") else "g++ is not installed"
 
 
 def torch_folder() -> Path:

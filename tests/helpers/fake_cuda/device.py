@@ -8,6 +8,9 @@ run on this device shows what a GPU would complain of, and what it would be aske
 - reads: values that the host waits for (copies to the host, item, operators whose output size depends on values);
 - attention: dtype and mask of each call, which decide the kernel;
 - products: dtype of each matrix product and convolution.
+
+It is stricter than CUDA where this trainer has no reason to do otherwise: indices on the host and random generators
+raise MixedDevices. It is laxer about scalars on the host, which CUDA takes in elementwise operators only.
 """
 
 import sys

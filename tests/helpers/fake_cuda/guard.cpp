@@ -1,8 +1,7 @@
 // A CUDA device for a CPU build of PyTorch: as much of one as autograd asks for.
 //
-// It has one device, whose only stream does nothing. No kernel can run on it: the tensors on it are
-// those of a FakeTensorMode. Load this library before torch is imported, because PyTorch looks for
-// its CUDA hooks once.
+// It has one device, whose only stream does nothing. No kernel runs on it: device.py computes on the
+// CPU. Load this library before torch is imported, because PyTorch looks for its CUDA hooks once.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
