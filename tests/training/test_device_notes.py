@@ -122,11 +122,12 @@ def test_a_launched_process_with_a_gpu_takes_its_share_of_the_cores(
     assert numbers == ([] if expected is None else [expected, earlier])
 
 
-def test_no_process_takes_more_cores_than_any_other_can(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+@pytest.mark.parametrize(("other_share", "expected"), [(5, 5), (99, 16), (0, 0)])
+def test_all_processes_take_the_same_number_of_cores(other_share, expected, monkeypatch):
+    """0: on another computer the user has set a number."""
+    for name, value in {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(device, "available_cores", lambda: 64)
+    monkeypatch.setattr(device, "gather_object", lambda shares: [*shares, other_share])
     accelerator = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr(device, "gather_object", lambda shares: [*shares, 5])
-    assert device.shared_number_of_threads(accelerator) == 5
-    monkeypatch.setattr(device, "gather_object", lambda shares: [*shares, 99])
-    assert device.shared_number_of_threads(accelerator) == 16
+    assert device.shared_number_of_threads(accelerator) == expected

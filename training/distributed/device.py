@@ -88,13 +88,14 @@ def host_threads(accelerator: Accelerator) -> Iterator[None]:
     not the singular values that some adapters start from or are exported with. All processes use
     the same number of threads, which changes rounding. Without a launcher, and on the CPU, the
     number is not changed."""
-    is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    is_set_to_one = os.environ.get("OMP_NUM_THREADS") == "1"
-    if accelerator.device.type == "cpu" or not (is_launched and is_set_to_one):
+    number = 0
+    if accelerator.device.type != "cpu":
+        number = shared_number_of_threads(accelerator)
+    if not number:
         yield
         return
     earlier_number = torch.get_num_threads()
-    torch.set_num_threads(shared_number_of_threads(accelerator))
+    torch.set_num_threads(number)
     try:
         yield
     finally:
@@ -102,9 +103,13 @@ def host_threads(accelerator: Accelerator) -> Iterator[None]:
 
 
 def shared_number_of_threads(accelerator: Accelerator) -> int:
-    """Return the smallest share of the CPU cores that a process has. Collective."""
-    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, available_cores() // num_local_processes)
+    """Return the smallest share of the CPU cores that a process has; 0 if a user chose another
+    number of threads on any computer. Collective."""
+    share = 0
+    is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if is_launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = max(1, available_cores() // num_local_processes)
     shares = [share]
     if accelerator.num_processes > 1:
         shares = gather_object(shares)
