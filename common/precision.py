@@ -1,7 +1,7 @@
-"""Precision of matrix products of fp32 numbers on GPUs."""
+"""Precision of computations in a block."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -16,3 +16,10 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = earlier_precision
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Turn autocast off for a block."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -1,8 +1,10 @@
-"""This process among the processes of a run."""
+"""This process among the processes of a run, and the CPU cores that it may use."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,3 +27,20 @@ class ProcessInfo:
     @property
     def is_main(self) -> bool:
         return self.index == 0
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, container_cores()))
+
+
+def container_cores() -> int:
+    """Return the number of cores that a Linux container may use; a large number without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return int(quota) // int(period)
+    except (OSError, ValueError):
+        return 1 << 16

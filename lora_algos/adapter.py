@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.precision import without_autocast
 from lora_algos.algorithm import Algorithm
 from lora_algos.autograd_functions import (
     AdaptedFunction,
@@ -34,7 +35,6 @@ from lora_algos.layer_op import (
     LayerOp,
     add_update,
     autocast_dtype,
-    without_autocast,
 )
 from lora_algos.prepared import PreparedFactors, prepare
 from lora_algos.tensors import ALPHA, BIAS, LayerTensors, Shapes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.precision import without_autocast
 from lora_algos.algorithm import Algorithm
 from lora_algos.config import LayerSpec
 from lora_algos.frozen_weight import frozen_weight
@@ -18,7 +19,7 @@ from lora_algos.kernels import (
     Kernel,
     SavedTensors,
 )
-from lora_algos.layer_op import ADAPTED_TYPES, LayerOp, without_autocast
+from lora_algos.layer_op import ADAPTED_TYPES, LayerOp
 from lora_algos.standard_layer import StandardLayer
 from lora_algos.tensors import BIAS, LayerTensors, Shapes, check_shapes
 from lora_algos.traits import FileTraits, TensorTraits, first_axes

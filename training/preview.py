@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from common.precision import without_autocast
 from data.dataset import LatentDataset
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
@@ -64,14 +65,14 @@ def vae_in_own_dtype(vae: Any) -> Iterator[None]:
     """Let a VAE encode and decode in the dtype of its weights in a block: bf16 autocast would band
     colors."""
 
-    def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    def in_own_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(inputs.device.type, enabled=False):
+            with without_autocast(inputs.device.type):
                 return function(inputs.to(vae.dtype), *args, **kwargs)
 
         return call
 
-    vae.encode, vae.decode = without_autocast(vae.encode), without_autocast(vae.decode)
+    vae.encode, vae.decode = in_own_dtype(vae.encode), in_own_dtype(vae.decode)
     try:
         yield
     finally:

@@ -1,11 +1,12 @@
 """Streams of samples: in batches, and through threads that work ahead."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+from common.process import available_cores
 
 IMAGES_AHEAD = 32
 """Images that are read before they are needed."""
@@ -30,7 +31,7 @@ def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int
 ) -> Iterator[Result]:
     """Yield the result of each item in order. Threads work a limited number of items ahead."""
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    num_threads = min(MAX_THREADS, available_cores())
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for item in items:

@@ -72,7 +72,7 @@ def parameters(architecture: str, layers: list[str], algorithm: str) -> int | No
 
 
 LARGE = ("flux_schnell", "flux2_klein_9b", "sd35_medium", "sd35_large", "wan21_14b", "wan22_5b")
-"""Architectures that differ from another one of their family in size alone."""
+"""Architectures whose family has a smaller or similar one; make test-long has them."""
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from common.process import available_cores
+
 BF16_CAPABILITY = (8, 0)
 """First compute capability with bf16 arithmetic: NVIDIA's Ampere, 2020."""
 MAX_HOST_THREADS = 16
@@ -114,20 +116,3 @@ def shared_number_of_threads(accelerator: Accelerator) -> int:
     if accelerator.num_processes > 1:
         shares = gather_object(shares)
     return min(*shares, MAX_HOST_THREADS)
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, container_cores()))
-
-
-def container_cores() -> int:
-    """Return the number of cores that a Linux container may use; a large number without a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return int(quota) // int(period)
-    except (OSError, ValueError):
-        return 1 << 16

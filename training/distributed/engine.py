@@ -97,10 +97,9 @@ def prepare_denoiser(
         if parameter not in trained:
             frozen_names.append(name)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen_names)
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     return DistributedDataParallel(
         denoiser,
-        bucket_cap_mb=min(num_bytes // 2**20 + 1, MAX_BUCKET_MIB),
+        bucket_cap_mb=MAX_BUCKET_MIB,
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,
     )

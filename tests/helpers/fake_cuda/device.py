@@ -98,17 +98,17 @@ class FakeCuda(TorchDispatchMode):
         if name == "aten::copy_":
             return self.copy_into(*args, **kwargs)
         is_copy = name == "aten::_to_copy"
+        is_copy_to_host = is_copy and target == "cpu"
         if not is_copy:
             check_devices(name, tensors, kwargs)
-        if is_copy and target == "cpu":
+        if is_copy_to_host:
             self.record.add_read("copy to the host")
         if is_read(name, args, kwargs):
             self.record.add_read(name)
         if name in PRODUCTS:
             dtype = dtype_name(on_device[0].dtype)
             self.record.products[self.record.label, name, dtype, caller()] += 1
-        stays_on_host = is_copy and target == "cpu"
-        return run_on_host(func, args, kwargs, wrap_result=not stays_on_host)
+        return run_on_host(func, args, kwargs, wrap_result=not is_copy_to_host)
 
     def copy_into(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         """Copies between the devices, or on one of them."""
