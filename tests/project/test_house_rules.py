@@ -148,6 +148,8 @@ def test_constructors_take_no_kwargs(file):
 def test_only_a_familys_own_file_names_it(file):
     if Path(file.name).parent.name == "families" or file.name.endswith("__init__.py"):
         return
+    if file.name.startswith("benchmarks"):  # measures models of some families
+        return
     assert [name for name in FAMILIES if f'"{name}"' in file.text] == []
 
 
