@@ -62,7 +62,11 @@ def load_denoiser(
     if config.gradient_checkpointing:
         blocks = family.blocks(denoiser, config.checkpoint_depth)
         gradient_checkpointing.apply(
-            denoiser, blocks, config.checkpoint_policy, config.adapter.has_dropout
+            denoiser,
+            blocks,
+            config.checkpoint_policy,
+            config.adapter.has_dropout,
+            config.checkpoint_blocks,
         )
     if not contiguous:
         # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on

@@ -283,6 +283,9 @@ class TrainConfig:
     product attention, which saves time for long sequences at little memory. The math backend of
     attention does not support it.
     """
+    checkpoint_blocks: Annotated[Annotated[int, Field(ge=1)] | None, CHANGEABLE] = None
+    """How many of these blocks are recomputed, counted from the model's input; embeddings of time and
+    text are blocks too. The other blocks are faster, but keep their activations. null: all."""
     compile: Annotated[Literal["none", "blocks", "auto"], CHANGEABLE] = "none"
     """Compile the top-level blocks of the model with torch.compile: faster steps after a slow start.
     Every size of a bucket is compiled. blocks: always. auto: on GPUs with a compiler. none: never."""

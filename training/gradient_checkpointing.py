@@ -7,6 +7,7 @@ enable_gradient_checkpointing has a fixed depth, which in a UNet is inside the t
 """
 
 from functools import cache, partial, wraps
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -74,11 +75,13 @@ def apply(
     blocks: dict[str, nn.Module],
     policy: Policy = "full",
     has_dropout: bool = True,
+    max_blocks: int | None = None,
 ) -> list[str]:
     """Checkpoint `blocks` of the denoiser, and no others; return their names.
 
-    Blocks inside other blocks are skipped. `has_dropout`: adapters will have a dropout. Raises
-    ModelError if the denoiser has no blocks."""
+    Blocks inside other blocks are skipped. `has_dropout`: adapters will have a dropout. `max_blocks`:
+    only so many, the first ones. The backward pass comes to them last, when the other blocks have
+    freed their activations. Raises ModelError if the denoiser has no blocks."""
     remove(denoiser)
     if "" in blocks:
         raise ModelError(
@@ -86,11 +89,11 @@ def apply(
             "layers. Use --no_gradient_checkpointing"
         )
     is_random = has_dropout or has_active_dropout(denoiser)
-    outer_blocks = outermost(blocks)
-    for name, block in outer_blocks.items():
+    first_blocks = dict(islice(outermost(blocks).items(), max_blocks))
+    for name, block in first_blocks.items():
         assert "forward" not in vars(block), f"{name}.forward is patched: no checkpoint possible"
         block.__class__ = checkpointed(type(block), policy, is_random)  # type: ignore[arg-type]
-    return list(outer_blocks)
+    return list(first_blocks)
 
 
 def has_active_dropout(model: nn.Module) -> bool:

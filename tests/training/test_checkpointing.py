@@ -140,9 +140,12 @@ def attentions(model: nn.Module) -> int:
     return counter.counts[ATTENTION]
 
 
-def apply(model: nn.Module, depth: int, policy: str = "full") -> list[str]:
+def apply(
+    model: nn.Module, depth: int, policy: str = "full", max_blocks: int | None = None
+) -> list[str]:
     """Checkpoint the blocks of a model at a depth."""
-    return gradient_checkpointing.apply(model, find_blocks(model, depth), policy)
+    blocks = find_blocks(model, depth)
+    return gradient_checkpointing.apply(model, blocks, policy, max_blocks=max_blocks)
 
 
 @pytest.mark.parametrize("make", [unet, flux])
@@ -199,6 +202,34 @@ def test_memory_falls_and_attention_outputs_cost_little():
     assert [lives[depth, FULL] for depth in range(1, 6)] == sorted(
         lives[depth, FULL] for depth in range(1, 6)
     )
+
+
+def test_each_block_that_is_not_checkpointed_costs_memory():
+    model = with_lora(flux())
+    wanted = gradients(model)
+    names = apply(model, 1)
+    live = [live_bytes(model)]
+    for count in range(len(names) - 1, 0, -1):
+        assert apply(model, 1, max_blocks=count) == names[:count]
+        assert equal(wanted, gradients(model))
+        live.append(live_bytes(model))
+    assert live == sorted(live)
+    assert live[0] < 0.5 * live[-1]
+    assert apply(model, 1, max_blocks=100) == names
+
+
+def test_the_first_blocks_are_checkpointed_because_the_peak_is_lowest_then():
+    model = with_lora(flux())
+    blocks = find_blocks(model, 1)
+    half = len(blocks) // 2
+    peaks = []
+    for order in (blocks, dict(reversed(blocks.items()))):
+        gradient_checkpointing.apply(model, order, max_blocks=half)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            forward(model).backward()
+        peaks.append(live.peak)
+    first, last = peaks
+    assert first < last
 
 
 @pytest.mark.parametrize("make", [unet, flux])

@@ -33,10 +33,15 @@ STEPS = {
         ["--checkpoint_depth 1 if the model is a transformer (now 2)"],
         ["--gradient_checkpointing,"],
     ),
+    "some blocks only": (
+        ["--gradient_checkpointing", "--checkpoint_blocks=3"],
+        ["--checkpoint_blocks null (now 3)"],
+        ["--gradient_checkpointing,"],
+    ),
     "with what can be had": (
         ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16"],
         ["--data.resolution below 64"],
-        ["--gradient_checkpointing", "--checkpoint_depth", "--batch_size", "--training_dtype"],
+        ["--gradient_checkpointing", "--checkpoint_depth", "--checkpoint_blocks", "--batch_size", "--training_dtype"],
     ),
 }  # fmt: skip
 

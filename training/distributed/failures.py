@@ -152,6 +152,8 @@ def memory_advice(config: TrainConfig) -> list[str]:
             f"--batch_size {batch_size // divisor} --grad_accumulation_steps {accumulation * divisor} "
             f"(now {batch_size} and {accumulation})"
         )
+    if config.gradient_checkpointing and config.checkpoint_blocks is not None:
+        advice.append(f"--checkpoint_blocks null (now {config.checkpoint_blocks})")
     depth = config.checkpoint_depth
     if config.gradient_checkpointing and depth > 1:
         advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
