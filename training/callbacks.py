@@ -218,9 +218,12 @@ class SaveCheckpoint:
             self.services.rank_check.start_comparison(step)
         if is_last or is_multiple(step, config.checkpoint.every):
             self.save()
+        if is_last:
+            self.checkpoints.writer.wait()
+        self.checkpoints.writer.check()
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one. Collective.
+        """Start to write a checkpoint, unless this step has one. Collective.
 
         Losses are read first, so that weights that are not finite are never saved."""
         state, services = self.state, self.services
@@ -251,6 +254,7 @@ class HandleRequests:
         if request is not StopRequest.NONE:
             self.save_checkpoint.save()
         if request.stops:
+            self.save_checkpoint.checkpoints.writer.wait()
             stop_run(request, self.trainer)
 
 

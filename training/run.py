@@ -156,7 +156,10 @@ def train(
         trainer.callbacks = step_callbacks(trainer, components, checkpoints)
         micro_batches_per_step = state.micro_batches_per_step
         say(summary(components, loss_function, services.process, micro_batches_per_step))
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            checkpoints.writer.wait()
         export = RunExport(components, services, state)
         export.collect_weights()
         if services.requests.must_stop():

@@ -25,6 +25,7 @@ from training.checkpoints.state import (
     weights_of,
 )
 from training.checkpoints.storage import Checkpoint, CheckpointError
+from training.checkpoints.writer import CheckpointWriter
 from training.components import RunComponents
 from training.config import TrainConfig, to_yaml
 from training.distributed.accelerator import DistributedError
@@ -73,12 +74,15 @@ class RunCheckpoints:
         self.config, self.components = components.config, components
         self.engine, self.services = engine, services
         self.folder = services.folder / CHECKPOINTS
+        self.writer = CheckpointWriter(self.folder, self.config.checkpoint.keep)
         self.base_hash: Future[str] | None = None
         if services.process.is_main:
             self.base_hash = hash_in_background(components)
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint. No other process waits for the main process."""
+        """Copy the state, and start to write it as a checkpoint; `writer.wait()` waits for the end.
+
+        No other process waits for the main process."""
         optimizer = self.engine.optimizer_state()
         if not self.services.process.is_main:
             return
@@ -101,7 +105,7 @@ class RunCheckpoints:
             BEST_FILE: state.best.weights if state.best else {},
         }
         files = to_files(saved_state, weights, self.components.adapted.alphas(), optimizer)
-        storage.save(self.folder, state.step, files, self.config.checkpoint.keep)
+        self.writer.start(state.step, files)
 
     def identity(self) -> dict[str, object]:
         """Return facts that must not change, because the next step depends on them. Main process
