@@ -1,7 +1,9 @@
 """benchmarks/data.py: it runs, and ten times as many rows take no more memory."""
 
+import pytest
+
 from benchmarks import data as bench
-from benchmarks import data_growth
+from benchmarks import data_growth, data_share
 
 
 def test_the_table_has_a_line_for_every_reader_and_every_bar(capsys):
@@ -18,3 +20,10 @@ def test_ten_times_the_rows_take_no_more_memory():
     assert many["first"] <= 5 * few["first"] + 0.1, (
         "a first batch that reads all rows would take far longer"
     )
+
+
+@pytest.mark.long
+def test_a_batch_takes_a_small_share_of_a_step_on_a_gpu(capsys):
+    assert data_share.main(turns=3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[1:3]] == ["FLUX.1", "Wan 14B"]

@@ -66,10 +66,34 @@ def in_steps(record: dict[str, Any], kind: str, steps: tuple[int, ...]) -> list[
     return [entry[1:] for entry in record[kind] if entry[0] in steps]
 
 
+def one_of_each_family() -> list[Case]:
+    return [*{case.family: case for case in cases()}.values()]
+
+
 def test_every_family_trains_on_a_device(library, images, videos, tmp_path):
-    families = [*{case.family: case for case in cases()}.values()]
-    runs = [family_options(case, images, videos, tmp_path) for case in families]
-    for case, record in zip(families, run_all(library, tmp_path, runs), strict=True):
+    check_cases(one_of_each_family(), library, images, videos, tmp_path)
+
+
+@pytest.mark.long
+def test_other_variants_of_the_families_train_on_a_device(library, images, videos, tmp_path):
+    variants = [case for case in cases() if case not in one_of_each_family()]
+    assert len(variants) > 5
+    check_cases(variants, library, images, videos, tmp_path)
+
+
+@pytest.mark.long
+def test_text_encoders_train_on_a_device(library, images, videos, tmp_path):
+    case = next(case for case in cases() if case.family == "sdxl")
+    options = [*family_options(case, images, videos, tmp_path), "--model.train_text_encoder"]
+    (record,) = run_all(library, tmp_path, [options])
+    assert in_steps(record, "reads", QUIET_STEPS) == []
+
+
+def check_cases(
+    families: list[Case], library: Path, images: Path, videos: Path, folder: Path
+) -> None:
+    runs = [family_options(case, images, videos, folder) for case in families]
+    for case, record in zip(families, run_all(library, folder, runs), strict=True):
         assert in_steps(record, "reads", QUIET_STEPS) == [], str(case)
         attention = in_steps(record, "attention", QUIET_STEPS)
         assert attention, str(case)
