@@ -98,6 +98,8 @@ class PreparedGroup:
                 self.layers.append(layer)
         self.count = -1
         """Number of parameter updates at the last computation."""
+        self.requests: list[Request] = []
+        self.multiples = Multiples()
 
     @torch.no_grad()
     def prepare_after_update(self, dtype: torch.dtype) -> None:
@@ -107,31 +109,34 @@ class PreparedGroup:
         if self.count == parameter_updates.count:
             return
         self.count = parameter_updates.count
-        multiples = Multiples(dtype)
-        requests: list[Request] = []
-        for layer in self.layers:
-            factors = layer.parameter_factors()
-            if factors is None:
-                continue
-            indices = []
-            for term in layer.kernel.terms():
-                factor = factors[term.factor]
-                index = multiples.add(factor, term.scale)
-                indices.append(index)
-            request = Request(
-                layer.prepared,
-                factors,
-                indices,
-            )
-            requests.append(request)
-        values = multiples.compute()
-        for request in requests:
+        if not self.requests or not all(request.is_current() for request in self.requests):
+            self._collect_requests()
+        values = self.multiples.compute(dtype)
+        for request in self.requests:
             layer_values = [values[index] for index in request.indices]
             request.prepared.put(
                 request.factors,
                 tuple(layer_values),
                 dtype,
             )
+
+    def _collect_requests(self) -> None:
+        """Ask all layers for their factors. This takes several times as long as the multiples."""
+        self.requests, self.multiples = [], Multiples()
+        for layer in self.layers:
+            factors = layer.parameter_factors()
+            if factors is None:
+                continue
+            indices = []
+            for term in layer.kernel.terms():
+                index = self.multiples.add(factors[term.factor], term.scale)
+                indices.append(index)
+            request = Request(
+                layer.prepared,
+                factors,
+                indices,
+            )
+            self.requests.append(request)
 
 
 class Request(NamedTuple):
@@ -142,13 +147,16 @@ class Request(NamedTuple):
     indices: list[int]
     """Indices of the multiples."""
 
+    def is_current(self) -> bool:
+        """Return whether the layer has forgotten nothing since it was prepared with these factors."""
+        return self.prepared.factors is self.factors
+
 
 class Multiples:
     """Multiples of tensors in another dtype, each computed once."""
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-        self.tensors: list[Tensor] = []
+    def __init__(self) -> None:
+        self.sources: list[Tensor] = []
         self.scales: list[float] = []
         self.indices: dict[tuple[int, float], int] = {}
 
@@ -157,47 +165,42 @@ class Multiples:
         key = (id(tensor), scale)
         index = self.indices.get(key)
         if index is None:
-            index = len(self.tensors)
+            index = len(self.sources)
             self.indices[key] = index
-            self.tensors.append(tensor.detach())
+            self.sources.append(tensor)
             self.scales.append(scale)
         return index
 
-    def compute(self) -> list[Tensor]:
-        """Return all multiples. Those that need no change are the tensors themselves."""
-        self._multiply()
-        self._convert()
-        return self.tensors
+    def compute(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return all multiples of the present values. Those that need no change are the tensors
+        themselves."""
+        results = [source.detach() for source in self.sources]
+        self._multiply(results)
+        convert(results, dtype)
+        return results
 
-    def _multiply(self) -> None:
+    def _multiply(self, tensors: list[Tensor]) -> None:
         """Replace the tensors that have a scale by their multiples."""
-        indices = []
-        for index, scale in enumerate(self.scales):
-            if scale != 1:
-                indices.append(index)
+        indices = [index for index, scale in enumerate(self.scales) if scale != 1]
         if not indices:
             return
-        tensors = [self.tensors[index] for index in indices]
         scales = [self.scales[index] for index in indices]
-        products = torch._foreach_mul(tensors, scales)
-        self._replace(indices, products)
+        products = torch._foreach_mul([tensors[index] for index in indices], scales)
+        replace(tensors, indices, products)
 
-    def _convert(self) -> None:
-        """Convert the tensors of another dtype."""
-        indices = []
-        for index, tensor in enumerate(self.tensors):
-            if tensor.dtype != self.dtype:
-                indices.append(index)
-        if not indices:
-            return
-        tensors = [self.tensors[index] for index in indices]
-        copies = []
-        for tensor in tensors:
-            empty = torch.empty_like(tensor, dtype=self.dtype)
-            copies.append(empty)
-        torch._foreach_copy_(copies, tensors)
-        self._replace(indices, copies)
 
-    def _replace(self, indices: list[int], tensors: Sequence[Tensor]) -> None:
-        for index, tensor in zip(indices, tensors, strict=True):
-            self.tensors[index] = tensor
+def convert(tensors: list[Tensor], dtype: torch.dtype) -> None:
+    """Convert the tensors of another dtype, in one operation for all."""
+    indices = [index for index, tensor in enumerate(tensors) if tensor.dtype != dtype]
+    if not indices:
+        return
+    sources = [tensors[index] for index in indices]
+    copies = [torch.empty_like(source, dtype=dtype) for source in sources]
+    torch._foreach_copy_(copies, sources)
+    replace(tensors, indices, copies)
+
+
+def replace(tensors: list[Tensor], indices: list[int], new_tensors: Sequence[Tensor]) -> None:
+    """Replace the tensors at some indices."""
+    for index, tensor in zip(indices, new_tensors, strict=True):
+        tensors[index] = tensor

@@ -124,6 +124,27 @@ def test_factors_are_prepared_once_per_step(name, kept_values):
     assert len(kept_values) == 2
 
 
+def test_layers_are_asked_for_their_factors_once(monkeypatch):
+    """Not in each step, because 500 layers take a while to ask."""
+    adapted, x = adapted_in_bf16("LoRA")
+    calls = []
+    factors = type(adapted.model.layer).parameter_factors
+
+    def counted(layer):
+        calls.append(layer)
+        return factors(layer)
+
+    monkeypatch.setattr(type(adapted.model.layer), "parameter_factors", counted)
+    for _ in range(3):
+        adapted.model.layer(x).sum().backward()
+        CHANGES["AdamW"](adapted)
+    assert len(calls) == 1
+    adapted.model.to("cpu")
+    CHANGES["AdamW"](adapted)
+    adapted.model.layer(x)
+    assert len(calls) == 2
+
+
 def test_a_move_prepares_factors_again(kept_values):
     adapted, x = adapted_in_bf16("OFT")
     for _ in range(2):
