@@ -251,8 +251,8 @@ class AdapterLayer(ABC):
             return ()
         kept.group.prepare_after_update(dtype)
         if not kept.is_current(dtype):
-            parameter_factors: Factors | None = kept.factors
-            if not are_same(kept.factors, factors):
+            parameter_factors = kept.known_factors(factors)
+            if parameter_factors is None:
                 parameter_factors = self.parameter_factors()
             if parameter_factors is None:
                 return ()
@@ -319,13 +319,6 @@ class AdapterLayer(ABC):
         masked_tensors, is_kept = drop_ranks(self.algorithm.traits, all_tensors, options)
         constants = self.weight_constants()
         return self.algorithm.without_update(masked_tensors, constants, is_kept)
-
-
-def are_same(factors: Factors, others: Factors) -> bool:
-    """Return whether the factors are the same objects."""
-    if len(factors) != len(others):
-        return False
-    return all(factor is other for factor, other in zip(factors, others, strict=True))
 
 
 def forget_prepared(layer: AdapterLayer, _: Any) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     FamilyName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+Quantization = Literal["none", "fp8", "int8", "nf4"]
+"""Format of frozen weights: none, or a key of FORMATS in models/quantization.py."""
 Placement = Literal["device", "layers", "cpu"]
 """Place of the text encoders while they encode."""
 
@@ -35,6 +37,10 @@ class ModelConfig:
     """For a single .safetensors file: a diffusers folder or Hub id with the configuration and the
     tokenizers, and with all components that the file does not contain. None: the Hub repository of
     the same kind of model."""
+    quantization: Quantization = "none"
+    """Format of the frozen weights of the denoiser's blocks. fp8 and int8: a byte per weight. nf4:
+    about half a byte. Each layer is converted back while it computes, which costs time. Adapters are
+    trained for the rounded weights."""
     train_text_encoder: bool = False
     """Adapt the text encoders too, if all of them are CLIP (docs/models.md). Captions are then encoded
     in every step."""

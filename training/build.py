@@ -17,6 +17,7 @@ from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
 from models.base import ModelFamily
 from models.detect import get_family
+from models.quantization import quantize_blocks
 from objectives.objective import Objective
 from training import compilation, gradient_checkpointing
 from training.checkpoints.best import validation_errors
@@ -38,9 +39,13 @@ BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 def load_family(config: TrainConfig) -> ModelFamily:
     """Return the family of the base model. WHEN: before anything is encoded or loaded.
 
-    Raises ConfigError or ModelError for options of the optimizer, validation or objective that do
-    not fit."""
+    Raises ConfigError or ModelError for options that do not fit together or to the model."""
     errors = [*optimizer_errors(config), *validation_errors(config)]
+    if config.compile != "none" and config.model.quantization != "none":
+        errors.append(
+            f"--compile {config.compile}: does not work with --model.quantization yet: each layer would "
+            "be compiled separately. Leave one of them out"
+        )
     if errors:
         raise ConfigError(error_list("cannot train", errors))
     family = get_family(config.model)
@@ -57,6 +62,9 @@ def load_denoiser(
     is_compiled = compilation.uses_compiler(config.compile, device)
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = most_common_dtype(denoiser)
+    if config.model.quantization != "none":
+        blocks = family.blocks(denoiser, depth=1)
+        quantize_blocks(blocks, config.model.quantization, device)
     if is_compiled:
         compilation.apply(family.blocks(denoiser, depth=1))
     if config.gradient_checkpointing:

@@ -284,7 +284,7 @@ class TrainConfig:
     attention does not support it.
     """
     checkpoint_blocks: Annotated[Annotated[int, Field(ge=1)] | None, CHANGEABLE] = None
-    """How many of these blocks are recomputed, counted from the model's input; embeddings of time and
+    """Number of these blocks that are recomputed, from the model's input on; embeddings of time and
     text are blocks too. The other blocks are faster, but keep their activations. null: all."""
     compile: Annotated[Literal["none", "blocks", "auto"], CHANGEABLE] = "none"
     """Compile the top-level blocks of the model with torch.compile: faster steps after a slow start.

@@ -143,6 +143,8 @@ def model_lines(
     if datasets.validation is not None:
         num_validation = len(datasets.validation)
     dtype = str(loss_function.dtype).removeprefix("torch.")
+    if config.model.quantization != "none":
+        dtype += f" stored as {config.model.quantization}"
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",

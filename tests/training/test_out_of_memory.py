@@ -24,7 +24,8 @@ STEPS = {
     "as the tests run": (
         ["--batch_size=6", "--grad_accumulation_steps=2"],
         ["--gradient_checkpointing, ", "--batch_size 3 --grad_accumulation_steps 4 (now 6 and 2)",
-         "--training_dtype bf16", "--data.resolution below 64", "accelerate_configs/fsdp2.yaml"],
+         "--training_dtype bf16", "--data.resolution below 64", "accelerate_configs/fsdp2.yaml",
+         "--model.quantization int8 or nf4"],
         [],
     ),
     "an odd batch": (["--batch_size=3"], ["--batch_size 1 --grad_accumulation_steps 3 (now 3 and 1)"], []),
@@ -39,9 +40,10 @@ STEPS = {
         ["--gradient_checkpointing,"],
     ),
     "with what can be had": (
-        ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16"],
+        ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16", "--model.quantization=int8"],
         ["--data.resolution below 64"],
-        ["--gradient_checkpointing", "--checkpoint_depth", "--checkpoint_blocks", "--batch_size", "--training_dtype"],
+        ["--gradient_checkpointing", "--checkpoint_depth", "--checkpoint_blocks", "--batch_size", "--training_dtype",
+         "--model.quantization"],
     ),
 }  # fmt: skip
 
@@ -67,6 +69,7 @@ def test_a_sharded_run_is_not_told_to_shard(monkeypatch):
     said = describe_error(torch.OutOfMemoryError("full"), TrainConfig())
     assert "--data.resolution below 512" in said
     assert "fsdp2" not in said
+    assert "--model.quantization" not in said
 
 
 @pytest.mark.parametrize("size", [8, 1])

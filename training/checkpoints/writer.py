@@ -13,15 +13,25 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int):
         """`keep`: number of checkpoints that stay."""
-        self.folder, self.keep = folder, keep
-        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.folder = folder
+        self.keep = keep
+        self.executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="checkpoint",
+        )
         self.pending: Future[None] | None = None
 
     def start(self, step: int, files: dict[str, bytes]) -> None:
         """Start to write a checkpoint when the earlier one is complete. Raises CheckpointError if
         that one failed."""
         self.wait()
-        self.pending = self.executor.submit(storage.save, self.folder, step, files, self.keep)
+        self.pending = self.executor.submit(
+            storage.save,
+            self.folder,
+            step,
+            files,
+            self.keep,
+        )
 
     def check(self) -> None:
         """Raise CheckpointError if a checkpoint could not be written. Does not wait."""
@@ -31,6 +41,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait until the last checkpoint is complete. Raises CheckpointError if it could not be
         written."""
-        pending, self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
         if pending is not None:
             pending.result()

@@ -115,6 +115,11 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
         errors.append(
             f"{engines[0]}, which does not support --model.train_text_encoder. Use ddp.yaml"
         )
+    if config.model.quantization != "none" and engines:
+        errors.append(
+            f"{engines[0]}, which does not support --model.quantization. Use ddp.yaml, or "
+            "--model.quantization none"
+        )
     if "DEEPSPEED" in engines:
         errors += zero_errors(config)
     if "FSDP" in engines:

@@ -157,7 +157,10 @@ def memory_advice(config: TrainConfig) -> list[str]:
     depth = config.checkpoint_depth
     if config.gradient_checkpointing and depth > 1:
         advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    if config.model.quantization == "none" and not is_sharded:
+        advice.append("--model.quantization int8 or nf4")
+    if not is_sharded:
         advice.append(
             "on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml"
         )
