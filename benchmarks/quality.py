@@ -1,7 +1,7 @@
-"""Effect of options on the validation loss: `python benchmarks/quality.py [--groups loss,EMA]
-[--seeds 3]`.
+"""Effect of options on the validation loss: `python benchmarks/quality.py [--demo flow]
+[--groups loss,EMA] [--seeds 3]`.
 
-The emoji demo is trained for the same number of steps with each choice of an option, over
+An emoji demo is trained for the same number of steps with each choice of an option, over
 several seeds. Validation is the plain squared error of held-out images at fixed noise levels,
 with every training objective, so the numbers are comparable. Each group of choices has a table.
 It shows the loss after the last step and the lowest loss, with the standard deviation over
@@ -20,13 +20,12 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-RECIPE = PROJECT / "recipes" / "demo.yaml"
 STEPS = 150
 VALIDATE_EVERY = 25
 COMMON_OPTIONS = [
@@ -53,7 +52,10 @@ MILLION_PARAMETERS = {
 Result = dict[str, Any]
 """`key` of a run, number of trained `parameters`, and the list of its `validation` losses."""
 
-GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+Groups = dict[str, dict[str, tuple[str, ...]]]
+"""Group -> choice -> options of the trainer."""
+
+EPSILON_GROUPS: Groups = {
     "loss space": {
         "prediction (default)": (),
         "x0": ("--objective.loss_space=x0",),
@@ -124,25 +126,74 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         for rate in ("2e-4", *LEARNING_RATES)
     },
 }
-"""Group -> choice -> options of the trainer."""
+FLOW_GROUPS: Groups = {
+    "loss space": EPSILON_GROUPS["loss space"],
+    "timestep sampling": {
+        **EPSILON_GROUPS["timestep sampling"],
+        "cosmap": ("--objective.timestep_sampling=cosmap",),
+    },
+    "shift": {
+        "1 (default)": (),
+        "2": ("--objective.shift=2",),
+        "3": ("--objective.shift=3",),
+    },
+    "stratified": EPSILON_GROUPS["stratified"],
+    "weighting": {
+        "none (default)": (),
+        "cosmap": ("--objective.loss_weighting=cosmap",),
+        "inverse-sigma2": ("--objective.loss_weighting=inverse-sigma2",),
+        "min-snr 5": ("--objective.loss_weighting=min-snr",),
+    },
+    "loss": EPSILON_GROUPS["loss"],
+    "alpha and learning rate": {
+        f"alpha {alpha}, {rate}": (f"--adapter.alpha={alpha}", f"--learning_rate={rate}")
+        for alpha in (1, 16, 32)
+        for rate in LEARNING_RATES
+    },
+    "EMA": EPSILON_GROUPS["EMA"],
+    "algorithm at rank 16": {
+        f"{name}, {rate}": (f"--algorithm={name}", f"--learning_rate={rate}")
+        for name in ("LoRA", "DoRA", "LoHa", "GLoRA")
+        for rate in LEARNING_RATES[:4]
+    },
+}
 
 
-@cache
-def demo_hash() -> str:
-    """Return a hash of all that a run has beside its options: recipe, base model and images."""
-    digest = hashlib.sha256(" ".join(COMMON_OPTIONS).encode())
-    digest.update(RECIPE.read_bytes())
-    for folder in ("base", "screen_print"):
-        for path in sorted((PROJECT / "examples" / "emoji" / folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+@dataclass(frozen=True)
+class Demo:
+    """A demo, and the choices that are measured on it."""
+
+    recipe: Path
+    base: str
+    """Folder of the base model in examples/emoji."""
+    style: str
+    """Folder of the images in examples/emoji."""
+    groups: Groups
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of all that a run has beside its options: recipe, base model and images."""
+        digest = hashlib.sha256(" ".join(COMMON_OPTIONS).encode())
+        digest.update(self.recipe.read_bytes())
+        for folder in (self.base, self.style):
+            for path in sorted((PROJECT / "examples" / "emoji" / folder).rglob("*")):
+                if path.is_file():
+                    digest.update(path.read_bytes())
+        return digest.hexdigest()[:8]
+
+
+DEMOS = {
+    "epsilon": Demo(PROJECT / "recipes" / "demo.yaml", "base", "screen_print", EPSILON_GROUPS),
+    "flow": Demo(PROJECT / "recipes" / "demo_flow.yaml", "flow_base", "blue_tile", FLOW_GROUPS),
+}
+"""Kind of prediction of the base model -> its demo."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One training run."""
 
+    demo: Demo
     group: str
     choice: str
     seed: int
@@ -150,7 +201,7 @@ class Job:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return GROUPS[self.group][self.choice]
+        return self.demo.groups[self.group][self.choice]
 
     @property
     def key(self) -> str:
@@ -159,7 +210,7 @@ class Job:
             *sorted(self.options),
             f"seed {self.seed}",
             f"steps {self.steps}",
-            f"demo {demo_hash()}",
+            f"demo {self.demo.content_hash}",
         ]
         return " ".join(parts)
 
@@ -170,7 +221,7 @@ def train(job: Job, folder: Path) -> Result:
     command = [
         sys.executable,
         str(PROJECT / "train_lora.py"),
-        str(RECIPE),
+        str(job.demo.recipe),
         *COMMON_OPTIONS,
         f"--steps={job.steps}",
         f"--validation.every={min(VALIDATE_EVERY, job.steps)}",
@@ -236,8 +287,9 @@ def mean_of_thirds(entry: dict[str, float]) -> list[float]:
     return [mean(levels[:size]), mean(levels[size:-size] or levels), mean(levels[-size:])]
 
 
-def table(group: str, seeds: range, steps: int, by_key: dict[str, Result]) -> str:
-    """Return a group's choices as a table in Markdown, with the lowest last loss in bold."""
+def table(group: str, jobs: list[Job], by_key: dict[str, Result]) -> str:
+    """Return the choices of a group's jobs as a table in Markdown, with the lowest last loss in
+    bold."""
     lines = [
         f"### {group}",
         "",
@@ -246,8 +298,8 @@ def table(group: str, seeds: range, steps: int, by_key: dict[str, Result]) -> st
     ]
     mean_losses = {}
     rows = {}
-    for choice in GROUPS[group]:
-        runs = [by_key[Job(group, choice, seed, steps).key] for seed in seeds]
+    for choice in dict.fromkeys(job.choice for job in jobs):
+        runs = [by_key[job.key] for job in jobs if job.choice == choice]
         last_entries = [run["validation"][-1] for run in runs]
         best_entries = [min(run["validation"], key=lambda entry: entry["loss"]) for run in runs]
         thirds = zip(*map(mean_of_thirds, last_entries), strict=True)
@@ -272,9 +324,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--groups", default=",".join(GROUPS), help="groups to measure, separated by commas"
-    )
+    parser.add_argument("--demo", choices=DEMOS, default="epsilon", help="demo to measure on")
+    parser.add_argument("--groups", help="groups to measure, separated by commas; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each choice")
     parser.add_argument(
         "--jobs", type=int, default=1, help="number of runs at a time; each has one thread"
@@ -285,24 +336,27 @@ def main() -> None:
     )
     options = parser.parse_args()
     steps, seeds = (2, range(1)) if options.tiny else (STEPS, range(options.seeds))
-    groups = [name.strip() for name in options.groups.split(",")]
-    unknown_groups = [name for name in groups if name not in GROUPS]
+    demo = DEMOS[options.demo]
+    groups = list(demo.groups)
+    if options.groups:
+        groups = [name.strip() for name in options.groups.split(",")]
+    unknown_groups = [name for name in groups if name not in demo.groups]
     if unknown_groups:
         parser.error(
-            f"--groups {','.join(unknown_groups)}: unknown group; expected {', '.join(GROUPS)}"
+            f"--groups {','.join(unknown_groups)}: unknown group; expected {', '.join(demo.groups)}"
         )
-    if options.tiny:
-        for group in groups:
-            GROUPS[group] = dict(list(GROUPS[group].items())[:2])
-    jobs = [
-        Job(group, choice, seed, steps)
-        for group in groups
-        for seed in seeds
-        for choice in GROUPS[group]
-    ]
-    by_key = results(jobs, options.out, options.jobs)
+    jobs_by_group: dict[str, list[Job]] = {}
     for group in groups:
-        print(table(group, seeds, steps, by_key))
+        choices = list(demo.groups[group])
+        if options.tiny:
+            choices = choices[:2]
+        jobs_by_group[group] = [
+            Job(demo, group, choice, seed, steps) for seed in seeds for choice in choices
+        ]
+    all_jobs = [job for jobs in jobs_by_group.values() for job in jobs]
+    by_key = results(all_jobs, options.out, options.jobs)
+    for group, jobs in jobs_by_group.items():
+        print(table(group, jobs, by_key))
 
 
 if __name__ == "__main__":

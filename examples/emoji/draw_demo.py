@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,10 +29,13 @@ def main() -> None:
     parser.add_argument("--style", required=True, help="folder with train and validation")
     parser.add_argument("--run", type=Path, required=True, help="output folder of the training")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--names", help="images to show, separated by commas; default: the first 6")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     options = parser.parse_args()
     folder = Path(__file__).parent / options.style / "validation"
-    names = VALIDATION_NAMES[:NUM_SHOWN]
+    names: Sequence[str] = VALIDATION_NAMES[:NUM_SHOWN]
+    if options.names:
+        names = options.names.split(",")
     captions = [(folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in names]
     pipeline = DiffusionPipeline.from_pretrained(options.base, dtype=torch.float32)
     before = draw(pipeline, captions, options.guidance_scale)

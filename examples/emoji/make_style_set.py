@@ -17,10 +17,11 @@ from restyle import ScreenPrint
 
 STYLES = {
     "screen_print": ScreenPrint(),
-    "night_print": ScreenPrint(
-        inks=((62, 36, 94), (196, 74, 122), (250, 168, 104), (255, 236, 184)),
-        paper=(54, 44, 104),
-        border=(255, 244, 224),
+    "blue_tile": ScreenPrint(
+        inks=((16, 42, 110), (30, 110, 190), (120, 190, 230), (225, 243, 250)),
+        paper=(255, 255, 255),
+        border=(255, 255, 255),
+        border_width=3,
     ),
 }
 NUM_TRAINING = 160

@@ -32,7 +32,7 @@ SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 """As in Z-Image, so that a forgotten factor shows here too."""
 CAPTION_WIDTH = 128
 BATCH_SIZE, PEAK_RATE = 32, 1.5e-3
-STEPS, MIRRORED_STEPS = 22000, 8000
+STEPS, MIRRORED_STEPS = 19000, 8000
 """The first steps draw mirrored emoji too, which teaches shapes; then each caption has one picture."""
 NUM_TIMESTEPS = 1000
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent.parent
 FIXTURES = PROJECT / "tests" / "fixtures"
 BASE = PROJECT / "examples" / "emoji" / "base"
+FLOW_BASE = PROJECT / "examples" / "emoji" / "flow_base"
 TWEMOJI = FIXTURES / "twemoji"
 RANKS = PROJECT / "tests" / "helpers" / "ranks.py"
 

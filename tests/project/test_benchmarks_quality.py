@@ -7,17 +7,24 @@ import pytest
 from benchmarks import quality
 from training.cli import load_config
 
-CHOICES = [(group, choice) for group, choices in quality.GROUPS.items() for choice in choices]
+CHOICES = [
+    (kind, group, choice)
+    for kind, demo in quality.DEMOS.items()
+    for group, choices in demo.groups.items()
+    for choice in choices
+]
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_is_an_option(group, choice):
-    load_config([str(quality.RECIPE), *quality.COMMON_OPTIONS, *quality.GROUPS[group][choice]])
+@pytest.mark.parametrize(("kind", "group", "choice"), CHOICES)
+def test_every_choice_is_an_option(kind, group, choice):
+    demo = quality.DEMOS[kind]
+    load_config([str(demo.recipe), *quality.COMMON_OPTIONS, *demo.groups[group][choice]])
 
 
 def test_the_choices_of_a_group_differ():
-    for choices in quality.GROUPS.values():
-        assert len({tuple(options) for options in choices.values()}) == len(choices)
+    for demo in quality.DEMOS.values():
+        for choices in demo.groups.values():
+            assert len({tuple(options) for options in choices.values()}) == len(choices)
 
 
 @pytest.mark.slow
@@ -26,7 +33,6 @@ def test_a_tiny_table_is_printed_and_kept(tmp_path, monkeypatch, capsys):
     arguments = ["quality.py", "--tiny", "--groups=loss space", f"--out={out}"]
     for _ in range(2):  # the second time nothing is trained
         monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.setitem(quality.GROUPS, "loss space", dict(quality.GROUPS["loss space"]))
         quality.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(("| prediction (default)", "| x0"))]
