@@ -33,6 +33,9 @@ import torch  # noqa: E402
 from benchmarks.gpu_layers import MAX_ERROR, SETTINGS, Context, layer_errors  # noqa: E402
 from benchmarks.gpu_speed import SCENARIOS, measure_scenario  # noqa: E402
 
+MAX_SECONDS = 900
+"""Time that a script may take."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -72,7 +75,12 @@ def run_trainer(options: list[str], context: Context) -> None:
 def run_python(arguments: list[str], environment: dict[str, str] | None = None) -> None:
     """Run a script. Raises AssertionError with its output if it fails."""
     process = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=MAX_SECONDS,
     )
     assert not process.returncode, process.stdout[-2000:] + process.stderr[-2000:]
 
@@ -86,8 +94,9 @@ def family_errors(trainer_options: tuple[str, ...], context: Context) -> dict[st
         measured = tiny_losses(Path(folder) / "device.json", device, trainer_options, context)
     errors, failures = {}, {}
     for name, losses in measured.items():
-        if isinstance(losses, str) or isinstance(exact[name], str):
-            failures[name] = losses
+        texts = [text for text in (losses, exact[name]) if isinstance(text, str)]
+        if texts:
+            failures[name] = texts[0]
             continue
         pairs = zip(losses, exact[name], strict=True)
         errors[name] = max(abs(loss / expected - 1) for loss, expected in pairs)
@@ -164,6 +173,8 @@ def run_measurement(measurement: Measurement, context: Context) -> dict[str, Any
     result: dict[str, Any] = {"key": measurement.key}
     try:
         result["result"] = measurement.run(context)
+    except torch.OutOfMemoryError:
+        result["failed"] = "out of memory"
     except Exception as error:
         result["failed"] = f"{type(error).__name__}: {error}"[:2000]
     gc.collect()
@@ -211,12 +222,14 @@ def step_line(name: str, step: dict[str, Any]) -> str:
 
 
 def earlier_results(out: Path | None, facts: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the results of the same device, commit and versions in a file."""
+    """Return the successful results of the same device, commit and versions in a file."""
     if out is None or not out.is_file():
         return []
     lines = out.read_text(encoding="utf-8").splitlines()
     results: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return [result for result in results if facts.items() <= result.items()]
+    return [
+        result for result in results if facts.items() <= result.items() and "failed" not in result
+    ]
 
 
 def main() -> int:
@@ -224,14 +237,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8, help="no measurement starts later")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="no measurement starts after so many (8)"
+    )
     parser.add_argument("--out", type=Path, help="file of JSON lines to which results are added")
     parser.add_argument("--only", default="", help="measure only names that contain this text")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cuda (the default) or cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"--device cuda: PyTorch {torch.__version__} finds no GPU. Install a PyTorch with CUDA, or "
+            "test that everything runs with --device cpu --tiny"
+        )
     context = Context(torch.device(options.device), options.tiny)
-    run_facts = facts(context.device)
+    run_facts = {**facts(context.device), "size": "tiny" if options.tiny else "true"}
     results = earlier_results(options.out, run_facts)
     measured_keys = {result["key"] for result in results}
     start = time.perf_counter()
@@ -248,7 +268,8 @@ def main() -> int:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**result, **run_facts}) + "\n")
     print(table(results, run_facts))
-    return int(any("failed" in result for result in results))
+    failures = [result["failed"] for result in results if "failed" in result]
+    return int(any(failure != "out of memory" for failure in failures))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ class AdaptedModel:
         """Let layers keep what they compute from their factors until these change.
 
         Changes are seen by the tensors' versions and by steps of torch's optimizers. Call
-        `lora_algos.prepared.parameter_updates.add()` after other writes through `tensor.data`."""
+        `lora_algos.prepared.parameter_updates.add()` after other writes through `tensor.data`, and
+        `prepared.clear()` of a layer if you replace one of its parameters."""
         layers = list(self.layers().values())
         group = PreparedGroup(layers)
         for layer in layers:

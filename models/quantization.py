@@ -53,7 +53,7 @@ def bf16_scales(scales: Tensor) -> Tensor:
 def scaled_rows(stored: StoredTensors, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return codes times the scale of their row."""
     codes = stored[CODES].to(dtype)
-    return codes * stored[SCALES].to(dtype)
+    return codes.mul_(stored[SCALES].to(dtype))  # in place: no second matrix
 
 
 def to_fp8(matrix: Tensor) -> StoredTensors:
@@ -101,7 +101,7 @@ def nf4_values(stored: StoredTensors, shape: torch.Size, dtype: torch.dtype) -> 
     levels = pairs.index_select(0, stored[CODES].int())
     blocks = levels.view(-1, NF4_BLOCK)
     scales = stored[SCALES].to(dtype)
-    return (blocks * scales[:, None]).view(shape)
+    return blocks.mul_(scales[:, None]).view(shape)
 
 
 FORMATS = {
@@ -125,14 +125,14 @@ def quantize_blocks(
     quantization: Quantization,
     device: torch.device | None = None,
 ) -> int:
-    """Quantize the weights of the Linear layers in some blocks, one by one; return their number.
+    """Quantize the weights of the Linear layers in blocks, one by one; return their number.
 
-    Embeddings, which are small blocks, stay as they were. So do biases, norms, and weights that
-    NF4_BLOCK does not divide. `device`: where the codes are computed."""
+    Embeddings, output layers and text encoders stay as they were. So do biases, norms, and weights
+    that NF4_BLOCK does not divide. `device`: where the codes are computed."""
     format = FORMATS[quantization]
     layers: dict[nn.Linear, None] = {}
-    for block in blocks.values():
-        if "Embed" in type(block).__name__:
+    for name, block in blocks.items():
+        if not is_inner_block(name):
             continue
         for layer in block.modules():
             if is_quantizable(layer):
@@ -141,6 +141,14 @@ def quantize_blocks(
         weight = quantize(layer.weight, format, device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
     return len(layers)
+
+
+def is_inner_block(name: str) -> bool:
+    """Return whether a denoiser's block is one of a list of alike blocks, or the middle of a UNet."""
+    parents = name.split(".")
+    if parents[0].startswith("text_encoder"):
+        return False
+    return any(parent.isdigit() or parent == "mid_block" for parent in parents)
 
 
 def is_quantizable(layer: nn.Module) -> bool:

@@ -41,10 +41,10 @@ def load_family(config: TrainConfig) -> ModelFamily:
 
     Raises ConfigError or ModelError for options that do not fit together or to the model."""
     errors = [*optimizer_errors(config), *validation_errors(config)]
-    if config.compile != "none" and config.model.quantization != "none":
+    if config.compile == "blocks" and config.model.quantization != "none":
         errors.append(
-            f"--compile {config.compile}: does not work with --model.quantization yet: each layer would "
-            "be compiled separately. Leave one of them out"
+            "--compile blocks: does not work with --model.quantization yet. Use --compile none, or "
+            "--model.quantization none"
         )
     if errors:
         raise ConfigError(error_list("cannot train", errors))
@@ -59,10 +59,11 @@ def load_denoiser(
     """Return the base model on the CPU, and the dtype of its weights, which its inputs must have.
 
     `device`: the device of the training. `contiguous`: keep the memory layout of all weights."""
-    is_compiled = compilation.uses_compiler(config.compile, device)
+    is_quantized = config.model.quantization != "none"
+    is_compiled = not is_quantized and compilation.uses_compiler(config.compile, device)
     denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = most_common_dtype(denoiser)
-    if config.model.quantization != "none":
+    if is_quantized:
         blocks = family.blocks(denoiser, depth=1)
         quantize_blocks(blocks, config.model.quantization, device)
     if is_compiled:

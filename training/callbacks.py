@@ -22,7 +22,7 @@ def step_callbacks(
     trainer: Trainer, components: RunComponents, checkpoints: RunCheckpoints
 ) -> list[StepCallback]:
     """Return the callbacks of a run, in the order in which they are called after each step."""
-    log_metrics = LogMetrics(trainer)
+    log_metrics = LogMetrics(trainer, checkpoints)
     save_checkpoint = SaveCheckpoint(trainer, checkpoints, log_metrics)
     return [
         *compilation_reports(trainer),
@@ -66,9 +66,10 @@ class LogMetrics:
     """Reads losses and gradient norms from the device, checks that they are finite, and reports
     them."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Trainer, checkpoints: RunCheckpoints):
         self.config, self.state, self.services = trainer.config, trainer.state, trainer.services
         self.buffer, self.batches = trainer.buffer, trainer.batches
+        self.checkpoints = checkpoints
 
     def before_first_step(self) -> None:
         """There are no losses yet."""
@@ -129,6 +130,7 @@ class LogMetrics:
                 self.services.reporter.say(f"skipped: {message}")
                 return
             message += f"\n  {len(skipped_steps)} steps were skipped, the limit of --optim.max_skipped_steps"
+        self.checkpoints.writer.finish(self.services.reporter.say)
         last_checkpoint: Path | str = "none"
         paths = checkpoint_paths(self.services.folder / CHECKPOINTS)
         if paths:

@@ -284,11 +284,12 @@ class TrainConfig:
     attention does not support it.
     """
     checkpoint_blocks: Annotated[Annotated[int, Field(ge=1)] | None, CHANGEABLE] = None
-    """Number of these blocks that are recomputed, from the model's input on; embeddings of time and
-    text are blocks too. The other blocks are faster, but keep their activations. null: all."""
+    """Number of blocks that gradient_checkpointing recomputes: the first ones in the model's list, which
+    includes embeddings. The other blocks are faster, but keep their activations. null: all."""
     compile: Annotated[Literal["none", "blocks", "auto"], CHANGEABLE] = "none"
     """Compile the top-level blocks of the model with torch.compile: faster steps after a slow start.
-    Every size of a bucket is compiled. blocks: always. auto: on GPUs with a compiler. none: never."""
+    Every size of a bucket is compiled. blocks: always. auto: on GPUs with a compiler, if the model is not
+    quantized. none: never."""
     bucket_mode: bool = True
     """Keep the aspect ratio of the images: each is scaled and cropped to the nearest of a set of
     sizes with one area. Off: all images are cropped to squares."""

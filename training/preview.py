@@ -135,6 +135,11 @@ class SampleDrawer:
             return self.draw(self.pipeline, prompt, number)
         except Exception as error:
             self.error, self.pipeline = describe_error(error), None
+            if isinstance(error, torch.OutOfMemoryError):
+                self.error += (
+                    "\nA preview needs the text encoders on the GPU too. The adapter is written. Use "
+                    "--no_preview, or draw with the adapter in another program"
+                )
             return None
 
 

@@ -158,8 +158,10 @@ def train(
         say(summary(components, loss_function, services.process, micro_batches_per_step))
         try:
             trainer.train()
-        finally:
-            checkpoints.writer.wait()
+        except BaseException:
+            checkpoints.writer.finish(say)
+            raise
+        checkpoints.writer.wait()
         export = RunExport(components, services, state)
         export.collect_weights()
         if services.requests.must_stop():

@@ -8,6 +8,7 @@ import torch
 
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
+from training.block_classes import outermost
 from training.components import RunComponents
 from training.config import TrainConfig
 from training.loss import LossFunction
@@ -113,6 +114,18 @@ def parameter_line(components: RunComponents) -> str:
     return f"trainable   {num_trained:,} of {num_parameters:,} parameters = {percent:.2f} %"
 
 
+def checkpointing_lines(components: RunComponents) -> list[str]:
+    """Return a line about the blocks that are recomputed."""
+    config, denoiser = components.config, components.adapted.model
+    if not config.gradient_checkpointing:
+        return []
+    blocks = outermost(components.family.blocks(denoiser, config.checkpoint_depth))
+    num_recomputed = min(len(blocks), config.checkpoint_blocks or len(blocks))
+    return [
+        f"blocks      {num_recomputed} of {len(blocks)} are recomputed in the backward pass",
+    ]
+
+
 def step_lines(
     components: RunComponents, micro_batches_per_step: int, num_processes: int
 ) -> list[str]:
@@ -144,7 +157,7 @@ def model_lines(
         num_validation = len(datasets.validation)
     dtype = str(loss_function.dtype).removeprefix("torch.")
     if config.model.quantization != "none":
-        dtype += f" stored as {config.model.quantization}"
+        dtype += f", those of blocks stored as {config.model.quantization}"
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",
@@ -184,6 +197,7 @@ def summary(
         *model_lines(components, loss_function, process.device),
         *adapter_lines(components),
         parameter_line(components),
+        *checkpointing_lines(components),
         *step_lines(components, micro_batches_per_step, process.count),
         *end_lines(components),
     ]

@@ -1,12 +1,15 @@
 """Checkpoints are written beside the training, which neither waits for the disk nor loses an error."""
 
 import threading
+import time
 
 import pytest
 
 from training.checkpoints import storage
 from training.checkpoints.storage import CheckpointError
 from training.checkpoints.writer import CheckpointWriter
+from training.loss import LossFunction
+from training.reporting.history import TrainingDiverged
 from training.reporting.reporter import Reporter
 
 FILES = {"state.json": b"{}"}
@@ -75,3 +78,52 @@ def test_a_failure_is_raised_once(tmp_path):
         writer.wait()
     writer.check()
     writer.wait()
+
+
+def test_another_error_is_reported_too_and_names_the_newest_checkpoint(
+    options, run_here, tmp_path, monkeypatch, capsys
+):
+    """A step fails while a checkpoint is written, which then removes the one before it."""
+    save, loss = storage.save, LossFunction.__call__
+    calls = []
+
+    def slow_save(folder, step, files, keep):
+        time.sleep(1)
+        save(folder, step, files, keep)
+
+    def failing_loss(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(storage, "save", slow_save)
+    monkeypatch.setattr(LossFunction, "__call__", failing_loss)
+    more = ["--checkpoint.every=2", "--checkpoint.keep=1", "--tracking.log_every=1"]
+    assert run_here([*options, *more]) == 1
+    error = capsys.readouterr().err
+    assert "step 5 is not finite" in error
+    (path,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert f"last good checkpoint: {path}" in error
+    assert path.name == "step_00000004"
+
+
+def test_a_failed_checkpoint_does_not_hide_another_error(options, run_here, monkeypatch, capsys):
+    def failing_save(folder, step, files, keep):
+        time.sleep(1)
+        raise CheckpointError("the disk is full")
+
+    def failing_loss(*args):
+        raise TrainingDiverged("the loss is not finite")
+
+    loss = LossFunction.__call__
+    calls = []
+
+    def loss_until_step_3(*args):
+        calls.append(1)
+        return loss(*args) if len(calls) < 3 else failing_loss()
+
+    monkeypatch.setattr(storage, "save", failing_save)
+    monkeypatch.setattr(LossFunction, "__call__", loss_until_step_3)
+    assert run_here([*options, "--checkpoint.every=2"]) == 1
+    captured = capsys.readouterr()
+    assert "error: the loss is not finite" in captured.err
+    assert "note: the disk is full" in captured.out

@@ -458,3 +458,11 @@ def test_a_dropout_of_the_base_model_keeps_random_states():
         if hasattr(module, "dropout"):
             module.dropout = 0.5  # attention_dropout of its config
     assert gradient_checkpointing.has_active_dropout(encoder)
+
+
+@pytest.mark.parametrize(
+    ("more", "count"), [([], 8), (["--checkpoint_blocks=3"], 3), (["--checkpoint_blocks=99"], 8)]
+)
+def test_the_summary_says_how_many_blocks_are_recomputed(more, count, options, run_here, capsys):
+    assert run_here([*options, "--steps=1", "--gradient_checkpointing", *more]) == 0
+    assert f"blocks      {count} of 8 are recomputed" in capsys.readouterr().out

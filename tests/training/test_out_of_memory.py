@@ -25,7 +25,7 @@ STEPS = {
         ["--batch_size=6", "--grad_accumulation_steps=2"],
         ["--gradient_checkpointing, ", "--batch_size 3 --grad_accumulation_steps 4 (now 6 and 2)",
          "--training_dtype bf16", "--data.resolution below 64", "accelerate_configs/fsdp2.yaml",
-         "--model.quantization int8 or nf4"],
+         "--model.quantization nf4 in a new --output_dir (now none)"],
         [],
     ),
     "an odd batch": (["--batch_size=3"], ["--batch_size 1 --grad_accumulation_steps 3 (now 3 and 1)"], []),
@@ -40,10 +40,10 @@ STEPS = {
         ["--gradient_checkpointing,"],
     ),
     "with what can be had": (
-        ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16", "--model.quantization=int8"],
+        ["--batch_size=1", "--gradient_checkpointing", "--training_dtype=bf16", "--model.quantization=nf4"],
         ["--data.resolution below 64"],
         ["--gradient_checkpointing", "--checkpoint_depth", "--checkpoint_blocks", "--batch_size", "--training_dtype",
-         "--model.quantization"],
+         "--model.quantization", "fsdp2"],
     ),
 }  # fmt: skip
 

@@ -86,6 +86,7 @@ class RunCheckpoints:
         optimizer = self.engine.optimizer_state()
         if not self.services.process.is_main:
             return
+        self.writer.wait()  # so that one copy at a time is in memory
         saved_state = SavedState(
             step=state.step,
             steps=self.config.steps,

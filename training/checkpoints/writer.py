@@ -1,9 +1,11 @@
 """Writes checkpoints in a thread, so that training does not wait for the disk."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from training.checkpoints import storage
+from training.checkpoints.storage import CheckpointError
 
 
 class CheckpointWriter:
@@ -45,3 +47,10 @@ class CheckpointWriter:
         self.pending = None
         if pending is not None:
             pending.result()
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Wait, and report an error as a note. WHEN: another error ends the run."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            say(f"note: {error}")

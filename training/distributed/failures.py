@@ -157,13 +157,16 @@ def memory_advice(config: TrainConfig) -> list[str]:
     depth = config.checkpoint_depth
     if config.gradient_checkpointing and depth > 1:
         advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
+    quantization = config.model.quantization
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if config.model.quantization == "none" and not is_sharded:
-        advice.append("--model.quantization int8 or nf4")
-    if not is_sharded:
+    has_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if not is_sharded and quantization == "none":
         advice.append(
             "on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml"
         )
+    can_quantize = config.compile != "blocks" and not is_sharded and not has_zero
+    if can_quantize and quantization != "nf4":
+        advice.append(f"--model.quantization nf4 in a new --output_dir (now {quantization})")
     if config.training_dtype == "fp32":
         advice.append("--training_dtype bf16")
     return [*advice, f"a --data.resolution below {config.data.resolution}"]
