@@ -1,9 +1,9 @@
 """Time to read a batch, relative to a training step of a large model on a GPU.
 
 `python benchmarks/data_share.py` reads encoded samples of the size of FLUX.1 and of Wan 14B on one
-thread, with their noise. The training step is reckoned: its FLOPs, counted without weights, at 40 %
-of an H100's speed. The exit code is 1 if a batch takes over 10 % of a step. Loader threads read
-ahead, so this is the share of one CPU core, not a delay.
+thread, with their noise. The time of a training step follows from its FLOPs, counted without
+weights, at 40 % of an H100's speed. The exit code is 1 if a batch takes over 10 % of a step. Loader
+threads read ahead, so this is the share of one CPU core, not a delay.
 """
 
 import os
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.data_growth import write_dataset
-from benchmarks.on_paper import FLOPS_PER_SECOND, count_flops, flux, meta
+from benchmarks.on_paper import FLOPS_PER_SECOND, count_flops, flux, flux_inputs, meta
 from data.batches import MicroBatches
 from data.schedule import Schedule
 
@@ -51,18 +51,6 @@ def wan() -> nn.Module:
 
     with torch.device("meta"):
         return WanTransformer3DModel()
-
-
-def flux_inputs() -> dict[str, Any]:
-    return {
-        "hidden_states": meta(1, 4096, 64),
-        "encoder_hidden_states": meta(1, *TEXT),
-        "pooled_projections": meta(1, 768),
-        "timestep": meta(1),
-        "guidance": meta(1),
-        "img_ids": meta(4096, 3),
-        "txt_ids": meta(512, 3),
-    }
 
 
 def wan_inputs() -> dict[str, Any]:

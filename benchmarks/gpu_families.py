@@ -30,12 +30,13 @@ def losses_of_families(
     """Return name of the model -> the loss of each step, or the error."""
     import torch
     from helpers.family_cases import cases, folder_of
+    from helpers.project import write_animations
 
     if device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     results: dict[str, list[float] | str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        video_folder = example_videos(Path(folder) / "videos")
+        video_folder = write_animations(Path(folder) / "videos")
         for case in cases():
             if only not in str(case):
                 continue
@@ -47,20 +48,6 @@ def losses_of_families(
             if device == "cuda":
                 torch.cuda.empty_cache()
     return results
-
-
-def example_videos(folder: Path) -> Path:
-    """Return a folder of two animations of 9 frames with captions."""
-    from PIL import Image
-
-    folder.mkdir()
-    for number in range(2):
-        frames = [Image.new("RGB", (32, 32), (20 * i, 100 * number, 50)) for i in range(9)]
-        frames[0].save(
-            folder / f"{number}.webp", save_all=True, append_images=frames[1:], lossless=True
-        )
-        (folder / f"{number}.txt").write_text("a photo of a cat", encoding="utf-8")
-    return folder
 
 
 def train(folder: Path, options: list[str]) -> list[float] | str:

@@ -196,15 +196,9 @@ def meta(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, device="meta", dtype=torch.bfloat16)
 
 
-def workloads() -> list[Workload]:
-    """Return the workloads of SDXL and FLUX.1 at batch 1 and 1024 x 1024 pixels."""
-    unet_inputs = {
-        "sample": meta(1, 4, 128, 128),
-        "timestep": meta(1),
-        "encoder_hidden_states": meta(1, 77, 2048),
-        "added_cond_kwargs": {"text_embeds": meta(1, 1280), "time_ids": meta(1, 6)},
-    }
-    flux_inputs = {
+def flux_inputs() -> dict:
+    """Return arguments of FLUX.1 at batch 1 and 1024 x 1024 pixels, without data."""
+    return {
         "hidden_states": meta(1, 4096, 64),
         "encoder_hidden_states": meta(1, 512, 4096),
         "pooled_projections": meta(1, 768),
@@ -213,9 +207,19 @@ def workloads() -> list[Workload]:
         "img_ids": meta(4096, 3),
         "txt_ids": meta(512, 3),
     }
+
+
+def workloads() -> list[Workload]:
+    """Return the workloads of SDXL and FLUX.1 at batch 1 and 1024 x 1024 pixels."""
+    unet_inputs = {
+        "sample": meta(1, 4, 128, 128),
+        "timestep": meta(1),
+        "encoder_hidden_states": meta(1, 77, 2048),
+        "added_cond_kwargs": {"text_embeds": meta(1, 1280), "time_ids": meta(1, 6)},
+    }
     return [
         workload("SDXL", sdxl, UNET_ATTENTION, unet_inputs),
-        workload("FLUX.1", flux, FLUX_ATTENTION, flux_inputs),
+        workload("FLUX.1", flux, FLUX_ATTENTION, flux_inputs()),
     ]
 
 

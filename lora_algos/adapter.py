@@ -251,9 +251,7 @@ class AdapterLayer(ABC):
             return ()
         kept.group.prepare_after_update(dtype)
         if not kept.is_current(dtype):
-            parameter_factors = kept.known_factors(factors)
-            if parameter_factors is None:
-                parameter_factors = self.parameter_factors()
+            parameter_factors = self.parameter_factors()
             if parameter_factors is None:
                 return ()
             weight = frozen_weight(self.base_layer)

@@ -55,12 +55,6 @@ class PreparedFactors:
             return False
         return self.versions == [factor._version for factor in self.factors]
 
-    def known_factors(self, factors: Factors) -> Factors | None:
-        """Return the factors of the last values if these are the same objects, else None."""
-        known_ids = [id(factor) for factor in self.factors]
-        ids = [id(factor) for factor in factors]
-        return self.factors if known_ids == ids else None
-
     def put(self, factors: Factors, values: Prepared, dtype: torch.dtype) -> None:
         """Keep values that were made from the present values of `factors`, which are parameters."""
         self.factors = factors

@@ -105,9 +105,12 @@ def nf4_values(stored: StoredTensors, shape: torch.Size, dtype: torch.dtype) -> 
 
 
 FORMATS = {
-    "fp8": Format("fp8", to_fp8, scaled_rows),
-    "int8": Format("int8", to_int8, scaled_rows),
-    "nf4": Format("nf4", to_nf4, nf4_values),
+    format.name: format
+    for format in (
+        Format("fp8", to_fp8, scaled_rows),
+        Format("int8", to_int8, scaled_rows),
+        Format("nf4", to_nf4, nf4_values),
+    )
 }
 
 

@@ -120,16 +120,16 @@ class QuantizedWeight(Tensor):
         kwargs: dict | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        handler = HANDLERS.get(func)
-        if handler is not None:
-            return handler(*args, **kwargs)
+        is_weight_first = isinstance(args[0], QuantizedWeight)
+        if is_weight_first and func in HANDLERS:
+            return HANDLERS[func](*args, **kwargs)
         plain_args, plain_kwargs = tree_map_only(
             QuantizedWeight,
             QuantizedWeight.values,
             (args, kwargs),
         )
         result = func(*plain_args, **plain_kwargs)
-        changes_weight = func._schema.is_mutable and isinstance(args[0], QuantizedWeight)
+        changes_weight = is_weight_first and func._schema.is_mutable
         return copied(args[0], result) if changes_weight else result
 
 
@@ -169,13 +169,10 @@ def converted(
 
 
 @torch.no_grad()
-def copied(weight: Any, source: Tensor, non_blocking: bool = False) -> Any:
+def copied(weight: QuantizedWeight, source: Tensor, non_blocking: bool = False) -> QuantizedWeight:
     """Write values into a weight, rounded to its format.
 
     The stored tensors of a source in the same format are copied."""
-    if not isinstance(weight, QuantizedWeight):
-        assert isinstance(source, QuantizedWeight)
-        return weight.copy_(source.values())
     if isinstance(source, QuantizedWeight) and source.format is weight.format:
         new_tensors = source.stored
     else:

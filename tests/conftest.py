@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.project import BASE, TWEMOJI, reset_accelerate
+from helpers.project import BASE, TWEMOJI, reset_accelerate, write_animations
 
 
 @pytest.fixture(scope="session")
@@ -28,21 +28,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
     """A folder of two animations of 9 frames with captions."""
-    from PIL import Image
-
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    for number in range(2):
-        frames = [Image.new("RGB", (32, 32), (20 * i, 100 * number, 50)) for i in range(9)]
-        frames[0].save(
-            folder / f"{number}.webp",
-            save_all=True,
-            append_images=frames[1:],
-            duration=63,
-            lossless=True,
-        )
-        (folder / f"{number}.txt").write_text("a photo of a cat")
-    return folder
+    return write_animations(tmp_path / "videos")
 
 
 @pytest.fixture(scope="session")

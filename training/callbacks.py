@@ -220,8 +220,6 @@ class SaveCheckpoint:
             self.services.rank_check.start_comparison(step)
         if is_last or is_multiple(step, config.checkpoint.every):
             self.save()
-        if is_last:
-            self.checkpoints.writer.wait()
         self.checkpoints.writer.check()
 
     def save(self) -> None:

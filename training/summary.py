@@ -11,6 +11,7 @@ from data.dataset import LatentDataset
 from training.block_classes import outermost
 from training.components import RunComponents
 from training.config import TrainConfig
+from training.gradient_checkpointing import Checkpointed
 from training.loss import LossFunction
 from training.optim.registry import OTHER_OPTIMIZERS
 from training.optim.schedule import batch_size_scale
@@ -120,7 +121,7 @@ def checkpointing_lines(components: RunComponents) -> list[str]:
     if not config.gradient_checkpointing:
         return []
     blocks = outermost(components.family.blocks(denoiser, config.checkpoint_depth))
-    num_recomputed = min(len(blocks), config.checkpoint_blocks or len(blocks))
+    num_recomputed = sum(isinstance(block, Checkpointed) for block in blocks.values())
     return [
         f"blocks      {num_recomputed} of {len(blocks)} are recomputed in the backward pass",
     ]

@@ -43,3 +43,21 @@ def script(
 def accelerate_launch(*options: str) -> list[str]:
     """The launcher `accelerate launch` of the running environment."""
     return [str(Path(sys.executable).parent / "accelerate"), "launch", *options]
+
+
+def write_animations(folder: Path) -> Path:
+    """Writes a new folder of two animations of 9 frames with captions."""
+    from PIL import Image  # not all users of this file draw
+
+    folder.mkdir()
+    for number in range(2):
+        frames = [Image.new("RGB", (32, 32), (20 * i, 100 * number, 50)) for i in range(9)]
+        frames[0].save(
+            folder / f"{number}.webp",
+            save_all=True,
+            append_images=frames[1:],
+            duration=63,
+            lossless=True,
+        )
+        (folder / f"{number}.txt").write_text("a photo of a cat")
+    return folder

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from training.config import TrainConfig
+from training.distributed.accelerator import is_enabled
 from training.distributed.run_store import shared_store
 
 POLL_EVERY = 0.5
@@ -158,8 +159,8 @@ def memory_advice(config: TrainConfig) -> list[str]:
     if config.gradient_checkpointing and depth > 1:
         advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
     quantization = config.model.quantization
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    has_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    is_sharded = is_enabled("ACCELERATE_USE_FSDP")
+    has_zero = is_enabled("ACCELERATE_USE_DEEPSPEED")
     if not is_sharded and quantization == "none":
         advice.append(
             "on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml"
