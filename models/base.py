@@ -43,6 +43,17 @@ class TokenCounts(NamedTuple):
     """Tokens of a caption that the text encoder sees."""
 
 
+class TensorLayout(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes of images and videos that a model takes."""
@@ -212,9 +223,9 @@ class ModelFamily(ABC):
         """WHEN: cut captions are reported. Loads a tokenizer, but no encoder."""
 
     @abstractmethod
-    def cond_bytes(self) -> int:
-        """WHEN: the size of a cache is estimated. OUT: the largest size of one caption's
-        conditioning. Loads no encoder."""
+    def cond_layout(self) -> dict[str, TensorLayout]:
+        """WHEN: sizes are estimated. OUT: the tensors of encode_prompt for the longest caption.
+        Loads no encoder."""
 
     @abstractmethod
     def identity_files(self, role: Role) -> list[Path]:
@@ -275,6 +286,11 @@ class ModelFamily(ABC):
         """WHEN: for gradient checkpointing, sharding and offloading. OUT: the denoiser's blocks at
         this depth, by name."""
         return find_blocks(denoiser, depth)
+
+
+def cond_bytes(family: ModelFamily) -> int:
+    """Return the size of the longest caption's conditioning."""
+    return sum(tensor.num_bytes for tensor in family.cond_layout().values())
 
 
 def base_metadata(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.base import Limits, ModelFamily, Role, TokenCounts
+from models.base import Limits, ModelFamily, Role, TensorLayout, TokenCounts
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
 from models.component_loaders import (
@@ -203,11 +203,13 @@ class DiffusersFamily(ModelFamily):
         """Width of the pooled embedding that the denoiser takes; 0 if it takes none."""
         return 0
 
-    def cond_bytes(self) -> int:
+    def cond_layout(self) -> dict[str, TensorLayout]:
         encoder = self.caption_tokenizer.replace("tokenizer", "text_encoder")
-        token_bytes = self.cond_width * self.files.component_dtype(encoder).itemsize
-        pooled_bytes = self.pooled_width * torch.float32.itemsize
-        return self.max_tokens * token_bytes + pooled_bytes
+        dtype = self.files.component_dtype(encoder)
+        layout = {"prompt_embeds": TensorLayout((self.max_tokens, self.cond_width), dtype)}
+        if self.pooled_width:
+            layout["pooled_prompt_embeds"] = TensorLayout((self.pooled_width,), torch.float32)
+        return layout
 
     @cached_property
     def comfy(self) -> ComfyLayout:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.base import TokenCounts, base_metadata
+from models.base import TensorLayout, TokenCounts, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.diffusers_family import ComponentLoaders, count_caption_tokens
 from models.encoder_placement import keep_first_layers
@@ -134,9 +134,10 @@ class Flux2Family(TransformerFamily):
         counts = count_caption_tokens(tokenizer, captions)
         return TokenCounts(counts, TOKENS - self.num_template_tokens())
 
-    def cond_bytes(self) -> int:
-        num_values = (TOKENS + 1) * self.cond_width
-        return num_values * self.files.component_dtype("text_encoder").itemsize
+    def cond_layout(self) -> dict[str, TensorLayout]:
+        layout = super().cond_layout()
+        dtype = layout["prompt_embeds"].dtype
+        return {**layout, "pad_embeds": TensorLayout((self.cond_width,), dtype)}
 
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
         process = super().process(config)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.base import base_metadata
+from models.base import TensorLayout, base_metadata
 from models.comfy import ComfyLayout, PooledLayout
 from models.families.transformer_family import (
     ATTENTION,
@@ -127,12 +127,19 @@ class StableDiffusion3(TransformerFamily):
 
     @property
     def max_tokens(self) -> int:
-        return T5_TOKENS if self.has_t5 else self.tokenizer.model_max_length
+        return T5_TOKENS if self.has_t5 else self.clip_tokens
 
-    def cond_bytes(self) -> int:
-        clip_tokens = self.load_components("tokenizer").tokenizer.model_max_length
-        num_values = (clip_tokens + T5_TOKENS) * self.cond_width + self.pooled_width
-        return num_values * torch.float32.itemsize
+    @property
+    def clip_tokens(self) -> int:
+        """Tokens of a caption that CLIP encodes."""
+        return self.component_config("text_encoder")["max_position_embeddings"]
+
+    def cond_layout(self) -> dict[str, TensorLayout]:
+        shape = (self.clip_tokens + T5_TOKENS, self.cond_width)
+        return {
+            "prompt_embeds": TensorLayout(shape, torch.float32),
+            "pooled_prompt_embeds": TensorLayout((self.pooled_width,), torch.float32),
+        }
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         if encoders.text_encoder_3 is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import Role
+from models.base import Role, TensorLayout
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.unet_family import UNetFamily
 
@@ -152,8 +152,9 @@ class TextTraining(UNetFamily):
                 row[encoder] = caption_tokens.to(torch.int32)
         return rows
 
-    def cond_bytes(self) -> int:
-        return len(self.encoder_names) * self.max_tokens * torch.int32.itemsize
+    def cond_layout(self) -> dict[str, TensorLayout]:
+        tokens = TensorLayout((self.max_tokens,), torch.int32)
+        return dict.fromkeys(self.encoder_names, tokens)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]

@@ -64,6 +64,10 @@ class UNetFamily(DiffusersFamily):
     def cond_width(self) -> int:
         return self.denoiser_config["cross_attention_dim"]
 
+    @property
+    def max_tokens(self) -> int:
+        return self.component_config("text_encoder")["max_position_embeddings"]
+
     @cached_property
     def file_prediction(self) -> dict[str, Any]:
         """Changes of the scheduler's config that the tensors of a single file require."""

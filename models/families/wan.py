@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import base_metadata
+from models.base import TensorLayout, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.transformer_family import TransformerFamily
 from models.families.wan_names import WAN_NAMES
@@ -215,8 +215,8 @@ class Wan(TransformerFamily):
             for embed, caption_tokens in zip(embeds, tokens, strict=True)
         ]
 
-    def cond_bytes(self) -> int:
-        return TOKENS * self.cond_width * torch.float32.itemsize
+    def cond_layout(self) -> dict[str, TensorLayout]:
+        return {"prompt_embeds": TensorLayout((TOKENS, self.cond_width), torch.float32)}
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from adapter_files.spellings import layer_spellings
 from common.errors import ModelError
 from lora_algos import ALGORITHMS
+from models.base import cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
 from models.encoder_placement import place_text_encoders, release_text_encoders
@@ -326,7 +327,7 @@ def test_a_caption_is_as_large_as_the_family_says(case):
     family = family_of(case)
     with torch.no_grad():
         row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
-    assert sum(t.nbytes for t in row.values()) <= family.cond_bytes()
+    assert sum(t.nbytes for t in row.values()) <= cond_bytes(family)
     counts, limit = family.count_tokens(PROMPTS)
     assert 0 < counts[1] < counts[0] <= limit
 

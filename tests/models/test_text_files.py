@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError
 from common.hashing import hash_of_files
-from models.base import ModelFamily
+from models.base import ModelFamily, cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
 from models.encoder_placement import keep_first_layers
@@ -118,7 +118,7 @@ def test_files_encode_as_the_folder_does_whatever_the_family(case, tmp_path):
         ModelConfig(path=str(folder), text_encoders=tuple(files.values()), **case.model)
     )
     assert_same_rows(family, get_family(ModelConfig(path=str(folder_of(case)), **case.model)))
-    assert family.cond_bytes() > 0
+    assert cond_bytes(family) > 0
 
 
 @pytest.mark.parametrize("case", [FLUX, SDXL], ids=str)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from adapter_files.spellings import layer_spellings
 from common.errors import ModelError
 from models import FAMILIES, family_classes
-from models.base import ModelFamily
+from models.base import ModelFamily, cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
 from models.layer_names.names import RowSlice
@@ -92,7 +92,7 @@ def test_captions_and_images_have_the_sizes_that_the_family_states(family):
         pixels = torch.rand(1, 3, 2 * SIDE, SIDE) * 2 - 1
         latents, _ = family.encode_media(family.load_encoders("media"), pixels)
     assert row["prompt_embeds"].shape == (256, WIDTH)
-    assert family.cond_bytes() == row["prompt_embeds"].nbytes
+    assert cond_bytes(family) == row["prompt_embeds"].nbytes
     counts, limit = family.count_tokens(PROMPTS)
     assert 0 < counts[1] < counts[0] <= limit == 255
     step = family.limits.latent_step

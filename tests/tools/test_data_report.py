@@ -18,6 +18,7 @@ from data.media.buckets import Crop
 from data.media.images import pixels
 from data.precompute.build import DatasetBuilder, build_datasets
 from data.store.store import Store
+from models.base import cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
 from tools.data import contact_sheets, counts
@@ -379,7 +380,7 @@ def test_tokens_are_counted_without_the_encoder(monkeypatch):
     wanted = [len(encoders.tokenizer(text).input_ids) - 2 for text in captions]
     monkeypatch.setattr(type(family), "load_encoders", None)
     assert family.count_tokens(captions) == (wanted, encoders.tokenizer.model_max_length - 2)
-    assert family.cond_bytes() == encoders.encode_prompt(["x"], "cpu", 1, False)[0].nbytes
+    assert cond_bytes(family) == encoders.encode_prompt(["x"], "cpu", 1, False)[0].nbytes
 
 
 def test_the_page_shows_commands_that_run(tmp_path, run_here, capsys, monkeypatch):

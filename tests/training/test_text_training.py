@@ -8,6 +8,7 @@ from helpers.project import BASE
 from safetensors.torch import load_file
 
 from common.errors import ModelError
+from models.base import cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
 
@@ -40,7 +41,7 @@ def test_encoded_in_the_loop_is_what_is_encoded_before(name):
     for key, tensor in expected[0].items():
         torch.testing.assert_close(found[key], torch.stack([row[key] for row in expected]))
         assert tensor.shape == found[key].shape[1:]
-    assert sum(tensor.nbytes for tensor in rows[0].values()) == trained.cond_bytes()
+    assert sum(tensor.nbytes for tensor in rows[0].values()) == cond_bytes(trained)
 
 
 @BOTH

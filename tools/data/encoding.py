@@ -9,7 +9,7 @@ from data.precompute.build import DataPlan
 from data.precompute.plan import clip_frames, missing_positions
 from data.store.store import Store
 from data.store.tables import list_owners
-from models.base import ModelFamily
+from models.base import ModelFamily, cond_bytes
 from tools.data.samples import PlanSamples
 
 LATENT_BYTES = 4
@@ -104,7 +104,7 @@ def conditioning_amount(plan: DataPlan, family: ModelFamily) -> Amount:
     num_missing = len(texts.missing_positions(store)) + num_empty_prompts
     missing_bytes = 0
     if num_missing:
-        missing_bytes = num_missing * family.cond_bytes()
+        missing_bytes = num_missing * cond_bytes(family)
     return Amount(
         num_rows=texts.num_different + num_empty_prompts,
         num_missing=num_missing,
