@@ -11,7 +11,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 EMOJI = PROJECT / "examples" / "emoji"
 OPTIONS = [
-    f"--data.path={EMOJI / 'twemoji' / 'train'}",
+    f"--data.path={EMOJI / 'screen_print' / 'train'}",
     "--data.resolution=64",
     "--rank=16",
     "--adapter.targets=attention",

@@ -187,8 +187,10 @@ class ModelFamily(ABC):
         dtype None: as stored, but fp32 for fp16, in which training would overflow."""
 
     @abstractmethod
-    def empty_denoiser(self) -> nn.Module:
-        """WHEN: only names and shapes are needed. OUT: the denoiser on the meta device."""
+    def empty_denoiser(self, device: str = "meta") -> nn.Module:
+        """WHEN: only names and shapes are needed. OUT: the denoiser on the meta device.
+
+        `device`: cpu in a FakeTensorMode."""
 
     @abstractmethod
     def load_encoders(self, role: Literal["text", "media"]) -> Any:
@@ -267,6 +269,11 @@ class ModelFamily(ABC):
         For example the latents of a video's first frame. They are stored with the latents, and are
         in `cond` of predict."""
         raise NotImplementedError(f"{self.name} does not encode {self.sample_conditioning}")
+
+    def sample_layout(self, latents: tuple[int, ...]) -> dict[str, TensorLayout]:
+        """WHEN: sizes are estimated. IN: shape of a sample's latents. OUT: the tensors of
+        encode_sample_conditioning for one sample."""
+        return {}
 
     def size_conditioning(self, crop: Tensor) -> dict[str, Tensor]:
         """WHEN: in the loop. IN: (B, 8), the fields of data.media.buckets.Crop: how each image was

@@ -252,11 +252,11 @@ class DiffusersFamily(ModelFamily):
             options = {"config": self.config.config, "subfolder": self.denoiser_component}
         return denoiser_class.from_single_file(str(self.files.path), dtype=dtype, **options)
 
-    def empty_denoiser(self) -> nn.Module:
+    def empty_denoiser(self, device: str = "meta") -> nn.Module:
         import diffusers
 
         denoiser_class = getattr(diffusers, self.denoiser_class)
-        with self.files.loading_errors(), torch.device("meta"):
+        with self.files.loading_errors(), torch.device(device):
             denoiser = denoiser_class.from_config(self.denoiser_config)
         self.check_denoiser(denoiser.config)
         return denoiser
@@ -274,7 +274,11 @@ class DiffusersFamily(ModelFamily):
             if component.startswith("tokenizer"):
                 encoder = getattr(encoders, component.replace("tokenizer", "text_encoder"))
                 check_tokenizer(self.config.path, getattr(encoders, component), encoder)
+        self.trim_text_encoders(encoders)
         return encoders
+
+    def trim_text_encoders(self, encoders: Any) -> None:
+        """Remove parts of a pipeline's text encoders that encode_prompt does not need."""
 
     def load_media_encoders(self, *components: str) -> Any:
         """Load the VAE and other components. Raises ModelError if `model.vae_dtype` overflows."""
@@ -331,7 +335,7 @@ class DiffusersFamily(ModelFamily):
         loaders = self.component_loaders()
         dtypes: dict[str, torch.dtype] = {"default": torch.float32}
         arguments: dict[str, Any] = {"dtype": dtypes}
-        for component in self._all_components():
+        for component in self.all_components():
             if component not in components or component in self.files.missing_components:
                 arguments[component] = None
             elif component in loaders:
@@ -343,7 +347,7 @@ class DiffusersFamily(ModelFamily):
     def component_loaders(self) -> ComponentLoaders:
         """Return the loaders of all components that do not come from the source as they are."""
         files = self.files
-        all_components = self._all_components()
+        all_components = self.all_components()
         loaders: ComponentLoaders = {}
         for component in files.contained_components:
             loaders[component] = partial(
@@ -364,7 +368,8 @@ class DiffusersFamily(ModelFamily):
             loaders[self.denoiser_component] = partial(self.load_denoiser, torch.float32)
         return loaders
 
-    def _all_components(self) -> list[str]:
+    def all_components(self) -> list[str]:
+        """Return the components of the pipeline, also those that are not loaded."""
         return list(dict.fromkeys((*self.components, *self.unused_components)))
 
     def replacement_loaders(self) -> ComponentLoaders:

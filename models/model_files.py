@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from common.errors import ModelError
 from models.checkpoint_files import (
@@ -34,6 +35,8 @@ from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
+ENCODERS = ("text_encoder", "image_encoder")
+"""Beginnings of the names of components that transformers has the classes of."""
 MIN_LARGE = 1_000_000_000
 """Components that are not trained are loaded in bf16 if they have more parameters than this."""
 
@@ -177,7 +180,24 @@ class ModelFiles:
         else:
             folder = component_folder(self.source, component)
             count = num_parameters(component_files(folder, self.config.variant))
+        has_no_files = not count and component.startswith(ENCODERS)
+        if has_no_files:  # a folder of configurations alone
+            model = self.empty_transformers_model(component)
+            count = sum(parameter.numel() for parameter in model.parameters())
         return torch.bfloat16 if count > MIN_LARGE else torch.float32
+
+    def empty_transformers_model(self, component: str) -> nn.Module:
+        """Return an encoder without weights, on the meta device or as tensors of FakeTensorMode."""
+        import transformers
+        from torch._guards import detect_fake_mode
+
+        class_name = self.pipeline_config[component][1]
+        model_class = getattr(transformers, class_name)
+        config = read_config(self.source, f"{component}/config.json")
+        model_config = model_class.config_class.from_dict(config)
+        device = "cpu" if detect_fake_mode() else "meta"
+        with torch.device(device):
+            return model_class(model_config).requires_grad_(False).eval()
 
     def denoiser_dtype(self) -> torch.dtype:
         """Return the dtype of the denoiser's weights on disk."""

@@ -9,11 +9,17 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from common.errors import AdapterError, ConfigError, ModelError, error_list
-from tools.data import options as data_options
+from tools.data.options import DataOptions, ExportOptions
 from tools.options import OPTIONS, Options, parse
+from tools.planning.options import PlanOptions
+from tools.run_options import RunOptions, read_run_options
 from training.run import leave_process_group, print_error, quiet_libraries
 
-COMMANDS = (*data_options.COMMANDS, *OPTIONS)
+RUN_COMMANDS: dict[str, type[RunOptions]] = {
+    options.command: options for options in (DataOptions, ExportOptions, PlanOptions)
+}
+"""Commands that take the options of a run."""
+COMMANDS = (*RUN_COMMANDS, *OPTIONS)
 M_MMAP_THRESHOLD = -3
 """Parameter number of mallopt(3)."""
 LARGE_TENSOR = 1 << 20
@@ -32,17 +38,18 @@ COMMAND_FLAGS = {
 def run_command(argv: list[str]) -> int:
     """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the
     input."""
-    options: Options | data_options.RunOptions
-    if argv[0] in data_options.COMMANDS:
-        options = data_options.read_options(argv)
-        module = f"tools.data.{options.module}"
+    options: Options | RunOptions
+    is_run_command = argv[0] in RUN_COMMANDS
+    if is_run_command:
+        options = read_run_options(RUN_COMMANDS[argv[0]], argv)
+        module = options.module
     else:
         options = read_options(argv)
         module = f"tools.{options.command}"
     with terminated_cleanly():
         try:
             quiet_libraries()
-            return run_module(module, options)
+            return run_module(module, options, is_run_command)
         except KeyboardInterrupt:
             print_error("interrupted; nothing was written")
             return 130
@@ -57,14 +64,13 @@ def read_options(argv: list[str]) -> Options:
     return options
 
 
-def run_module(module: str, options: object) -> int:
+def run_module(module: str, options: object, is_run_command: bool) -> int:
     """Run a command's module; return the exit code: 0, or 1 if it found or met a problem."""
     # imports torch, which takes long enough to be interrupted
     from common.atomic import WriteError
     from tools.rewrite import ToolError
 
-    is_data_command = module.startswith("tools.data.")
-    if not is_data_command:
+    if not is_run_command:
         return_memory_early()
     try:
         return import_module(module).run(options)
@@ -72,11 +78,11 @@ def run_module(module: str, options: object) -> int:
         print_error(str(error))
         return 1
     except (AdapterError, ModelError) as error:
-        if is_data_command:
+        if is_run_command:
             raise
         raise type(error)(with_command_flags(str(error))) from error
     finally:
-        if is_data_command:
+        if is_run_command:
             leave_process_group()
 
 

@@ -59,9 +59,22 @@ def load_denoiser(
     """Return the base model on the CPU, and the dtype of its weights, which its inputs must have.
 
     `device`: the device of the training. `contiguous`: keep the memory layout of all weights."""
+    denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
+    dtype = prepare_denoiser(config, family, denoiser, device, contiguous)
+    return denoiser, dtype
+
+
+def prepare_denoiser(
+    config: TrainConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    device: torch.device,
+    contiguous: bool = False,
+) -> torch.dtype:
+    """Quantize, compile and checkpoint the blocks of a denoiser as `load_denoiser` does; return the
+    dtype of its weights."""
     is_quantized = config.model.quantization != "none"
     is_compiled = not is_quantized and compilation.uses_compiler(config.compile, device)
-    denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
     dtype = most_common_dtype(denoiser)
     if is_quantized:
         blocks = family.blocks(denoiser, depth=1)
@@ -83,7 +96,8 @@ def load_denoiser(
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return denoiser.train(), dtype
+    denoiser.train()
+    return dtype
 
 
 def most_common_dtype(denoiser: nn.Module) -> torch.dtype:

@@ -23,7 +23,16 @@ from training.kohya_names import KOHYA_NAMES
 
 Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
-COMMAND_NAMES = ("data", "export-dataset", "inspect", "convert", "merge", "resize", "extract")
+COMMAND_NAMES = (
+    "plan",
+    "data",
+    "export-dataset",
+    "inspect",
+    "convert",
+    "merge",
+    "resize",
+    "extract",
+)
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
 MAX_ERRORS = 100

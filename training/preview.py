@@ -18,7 +18,7 @@ from data.dataset import LatentDataset
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
 from training.components import RunComponents
-from training.config import SampleConfig
+from training.config import SampleConfig, TrainConfig
 from training.distributed.failures import describe_error
 from training.distributed.sharding import is_sharded
 from training.reporting.image_grid import to_image
@@ -77,6 +77,12 @@ def vae_in_own_dtype(vae: Any) -> Iterator[None]:
         yield
     finally:
         del vae.encode, vae.decode
+
+
+def preview_side(config: TrainConfig, family: ModelFamily) -> int:
+    """Return height and width of a sample image in pixels, rounded as for buckets."""
+    step = family.limits.pixel_step
+    return max(step, config.data.resolution // step * step)
 
 
 def has_bf16_modules(pipeline: Any) -> bool:
@@ -240,8 +246,7 @@ class PreviewRenderer:
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.components.family, self.config
-        step = family.limits.pixel_step
-        side = max(step, config.data.resolution // step * step)  # as for buckets
+        side = preview_side(config, family)
         options = family.preview_options(config.sample.guidance_scale)
         options |= {"height": side, "width": side}
         if family.has_image_input:

@@ -64,6 +64,13 @@ def comparison_key(dataset: LatentDataset, config: TrainConfig) -> str:
     return f"{number:x}"
 
 
+def validation_batch_size(latent_shape: tuple[int, ...], batch_size: int) -> int:
+    """Return the largest number of samples in a forward pass. `latent_shape`: of one sample."""
+    num_elements = math.prod(latent_shape)
+    largest_size = min(MAX_SAMPLES, MAX_ELEMENTS // num_elements)
+    return max(batch_size, largest_size)
+
+
 def validation_chunks(dataset: LatentDataset, num_levels: int, batch_size: int) -> list[Chunk]:
     """Split all (row, noise level) pairs into chunks.
 
@@ -73,9 +80,7 @@ def validation_chunks(dataset: LatentDataset, num_levels: int, batch_size: int) 
         first_row = bucket[0].first
         num_rows = sum(segment.count for segment in bucket)
         latent_shape = dataset.latent_shape(first_row)
-        num_elements = math.prod(latent_shape)
-        largest_size = min(MAX_SAMPLES, MAX_ELEMENTS // num_elements)
-        size = max(batch_size, largest_size)
+        size = validation_batch_size(latent_shape, batch_size)
         num_pairs = num_rows * num_levels
         for start in range(0, num_pairs, size):
             chunk = Chunk(first_row, num_rows, start, size)

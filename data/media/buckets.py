@@ -64,6 +64,12 @@ class Buckets:
             only_square=only_square,
         )
 
+    def all_sizes(self) -> list[Size]:
+        """Return the sizes of all buckets of the whole area."""
+        if self.only_square:
+            return [self._square(self.resolution)]
+        return self._sizes(self.resolution)
+
     def size(self, width: int, height: int) -> Size:
         """Return the size of the bucket for an image.
 

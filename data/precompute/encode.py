@@ -236,7 +236,7 @@ def encode_media(job: EncodeJob, store: Store, missing: Table[MissingMedia]) -> 
             shape = media.pixels.shape
             batch = waiting.setdefault(shape, [])
             batch.append(media)
-            if len(batch) == media_batch_size(job, media.pixels):
+            if len(batch) == media_batch_size(job.config, shape):
                 encode_batch(job, encoders, waiting.pop(shape), writer)
         for batch in waiting.values():
             encode_batch(job, encoders, batch, writer)
@@ -295,16 +295,16 @@ def decode_pixels(
     return video.pixels(content, crop, clip, background, flip)
 
 
-def media_batch_size(job: EncodeJob, pixels: Tensor) -> int:
-    """Return the number of media of this shape that are encoded together.
+def media_batch_size(config: DataConfig, shape: tuple[int, ...]) -> int:
+    """Return the number of media of this shape (3, [F,] H, W) that are encoded together.
 
     It depends on the shape alone, so latents do not depend on which others are missing."""
-    is_video = pixels.ndim == 4
+    is_video = len(shape) == 4
     if is_video:
         return 1
-    height, width = pixels.shape[-2:]
-    num_images = job.config.encode_pixels // (height * width)
-    return max(1, min(num_images, job.config.encode_batch_size))
+    height, width = shape[-2:]
+    num_images = config.encode_pixels // (height * width)
+    return max(1, min(num_images, config.encode_batch_size))
 
 
 def encode_batch(
@@ -338,7 +338,7 @@ def encode_pixels(job: EncodeJob, encoders: Any, pixels: list[Tensor]) -> dict[s
 
     The batch is filled up with the first pixels."""
     first = pixels[0]
-    num_padding = media_batch_size(job, first) - len(pixels)
+    num_padding = media_batch_size(job.config, first.shape) - len(pixels)
     padding = [first] * num_padding
     batch = torch.stack(pixels + padding)
     batch = batch.to(job.device)

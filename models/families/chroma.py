@@ -63,6 +63,13 @@ class Chroma(FluxFamily):
         hide_keys_alone(denoiser)
         return denoiser
 
+    def empty_denoiser(self, device: str = "meta") -> nn.Module:
+        from models.families.chroma_attention import hide_keys_alone
+
+        denoiser = super().empty_denoiser(device)
+        hide_keys_alone(denoiser)
+        return denoiser
+
     def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         return {"attention_mask": self.mask(noisy, cond)}
 

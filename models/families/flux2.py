@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +109,8 @@ class Flux2Family(TransformerFamily):
     def normalize(self, latents: Tensor) -> Tensor:
         return latents
 
-    def load_encoders(self, role: Literal["text", "media"]) -> Any:
-        encoders = super().load_encoders(role)
-        if role == "text":
-            keep_first_layers(encoders.text_encoder, self.text_layers[-1])
-        return encoders
+    def trim_text_encoders(self, encoders: Any) -> None:
+        keep_first_layers(encoders.text_encoder, self.text_layers[-1])
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders._execution_device

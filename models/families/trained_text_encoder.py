@@ -109,9 +109,9 @@ class TextTraining(UNetFamily):
         first_parameter = next(denoiser.parameters())
         return self._join_encoders(denoiser, first_parameter.dtype)
 
-    def empty_denoiser(self) -> nn.Module:
-        denoiser = super().empty_denoiser()
-        return self._join_encoders(denoiser, torch.device("meta"))
+    def empty_denoiser(self, device: str = "meta") -> nn.Module:
+        denoiser = super().empty_denoiser(device)
+        return self._join_encoders(denoiser, torch.device(device))
 
     def _join_encoders(self, denoiser: nn.Module, to: torch.dtype | torch.device) -> nn.Module:
         """Return a denoiser that encodes text. The encoders are moved to a dtype or device."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import Role
+from models.base import Role, TensorLayout
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.wan import (
     IMAGE_CHANNELS,
@@ -135,6 +135,15 @@ class WanImageToVideo(Wan):
         if self.has_clip_input:
             tensors[IMAGE_EMBEDS] = clip_states(encoders, first_frame)
         return tensors
+
+    def sample_layout(self, latents: tuple[int, ...]) -> dict[str, TensorLayout]:
+        layout = {FIRST_FRAME: TensorLayout(latents, torch.float32)}
+        if self.has_clip_input:
+            config = self.component_config("image_encoder")
+            num_patches = (config["image_size"] // config["patch_size"]) ** 2
+            shape = (num_patches + 1, config["hidden_size"])
+            layout[IMAGE_EMBEDS] = TensorLayout(shape, torch.float32)
+        return layout
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]

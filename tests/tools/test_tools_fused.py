@@ -53,7 +53,7 @@ class Small(ModelFamily):
     def files(self) -> Any:
         return SimpleNamespace(path=Path(str(self.config.path)), is_single_file=True)
 
-    def empty_denoiser(self) -> nn.Module:
+    def empty_denoiser(self, device: str = "meta") -> nn.Module:
         with torch.device("meta"):
             return self.denoiser()
 

@@ -1,30 +1,12 @@
 """Options of the commands `data` and `export-dataset`: those of a run, and a few more. Imports no
 torch."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import tyro
-
-from common.errors import ConfigError, error_list
-from training.cli import folder_errors, input_errors, parse_options, validate_options
-from training.config import TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Options of a command that works on the data of a run."""
-
-    command: ClassVar[str]
-    module: ClassVar[str]
-    """Module in tools.data whose function `run` takes the options."""
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-
-    def errors(self) -> list[str]:
-        """Return the errors in the paths. No file is opened."""
-        return input_errors(self.config)
+from tools.run_options import RunOptions
+from training.cli import folder_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +15,7 @@ class ExportOptions(RunOptions):
     from it. Data that is not encoded yet is encoded first."""
 
     command: ClassVar[str] = "export-dataset"
-    module: ClassVar[str] = "export"
+    module: ClassVar[str] = "tools.data.export"
 
     out: str = ""
     """Folder to write. It must not exist."""
@@ -59,7 +41,7 @@ class DataOptions(RunOptions):
     problems, and the amount of data that will be encoded. Nothing is trained or encoded."""
 
     command: ClassVar[str] = "data"
-    module: ClassVar[str] = "report"
+    module: ClassVar[str] = "tools.data.report"
 
     sheets: str | None = None
     """Folder for contact sheets: one PNG per bucket, with images and their captions."""
@@ -92,24 +74,3 @@ class DataOptions(RunOptions):
                     "images. Choose another folder"
                 )
         return errors
-
-
-COMMANDS: dict[str, type[RunOptions]] = {
-    options.command: options for options in (DataOptions, ExportOptions)
-}
-
-
-def read_options(argv: list[str]) -> RunOptions:
-    """Return the options in `argv`, which begins with the command.
-
-    Raises ConfigError naming all errors."""
-    command = COMMANDS[argv[0]]
-    program = f"train_lora.py {command.command} [RECIPE]"
-    parsed = parse_options(argv[1:], lambda config: command(config=config), program)
-    values = asdict(parsed.config)
-    config = validate_options(values, source="the command line", prefix="--")
-    options = replace(parsed, config=config)
-    errors = options.errors()
-    if errors:
-        raise ConfigError(error_list("cannot start", errors))
-    return options

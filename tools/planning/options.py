@@ -1,0 +1,57 @@
+"""Options of the command `plan`. Imports no torch."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from models.config import is_hub_id, path_error
+from models.released import find_released_model, released_hub_ids
+from tools.run_options import RunOptions
+
+GIB = 2**30
+BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?G(?:i?B)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(RunOptions):
+    """Print the memory that a run with these options needs, phase by phase. Shapes are counted; no
+    weights, no images, no GPU and no network are needed."""
+
+    command: ClassVar[str] = "plan"
+    module: ClassVar[str] = "tools.planning.plan"
+
+    device: Literal["gpu", "cpu"] = "gpu"
+    """Device of the planned run."""
+    budget: str | None = None
+    """Memory of the GPU, for example 12GB: also print options with which the run fits into it."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def errors(self) -> list[str]:
+        """Return the errors in the model's path and the budget."""
+        errors = []
+        model = self.config.model
+        error = path_error(model)
+        is_known = model.path is not None and find_released_model(model.path) is not None
+        if error is not None and not is_known:
+            errors.append(f"--model.path{error}")
+        elif model.path is not None and is_hub_id(model.path) and not is_known:
+            known_ids = ", ".join(released_hub_ids())
+            errors.append(
+                f"--model.path {model.path}: the configuration of this model is not stored here; "
+                f"expected a local model, or one of {known_ids}"
+            )
+        if model.train_text_encoder:
+            errors.append("--model.train_text_encoder: cannot be planned yet. Remove the option")
+        if self.budget is not None and not BUDGET.fullmatch(self.budget):
+            errors.append(f"--budget {self.budget}: is not a size; expected one such as 12GB")
+        return errors
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes. The GB of a card's name are GiB."""
+        if self.budget is None:
+            return None
+        match = BUDGET.fullmatch(self.budget)
+        assert match is not None
+        return int(float(match[1]) * GIB)

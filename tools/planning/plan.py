@@ -1,0 +1,48 @@
+"""`plan`: prints the memory of a run, phase by phase, before anything is loaded."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from models.released import configuration_folder, find_released_model
+from tools.planning.options import PlanOptions
+from tools.planning.report import plan_as_json, plan_as_text
+from training.config import TrainConfig
+
+
+def run(options: PlanOptions) -> int:
+    """Print the plan of a run; return the exit code."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # no device is touched
+    from training.memory.budget import fit_into
+    from training.memory.planner import MemoryPlanner
+
+    with with_configurations(options.config) as config:
+        planner = MemoryPlanner(config, is_gpu=options.device == "gpu")
+        phases = planner.phases()
+        fit = None
+        if options.budget_bytes is not None:
+            fit = fit_into(options.budget_bytes, planner, phases)
+    if options.json:
+        print(json.dumps(plan_as_json(phases, fit), indent=2))
+    else:
+        print(plan_as_text(options.config, planner, phases, fit))
+    if fit is not None and not fit.fits:
+        return 1
+    return 0
+
+
+@contextmanager
+def with_configurations(config: TrainConfig) -> Iterator[TrainConfig]:
+    """Yield the config with a local model: a folder of configurations for a released model."""
+    released_model: dict[str, Any] | None = None
+    if config.model.path is not None:
+        released_model = find_released_model(config.model.path)
+    if released_model is None:
+        yield config
+        return
+    with configuration_folder(released_model) as folder:
+        model = replace(config.model, path=str(folder), variant=None)
+        yield replace(config, model=model)

@@ -1,0 +1,177 @@
+"""Options with which a run fits into the memory of a GPU.
+
+Options are tried in the order of their cost, phase by phase: first those that cost little time, last
+those that change the result. Afterwards, memory that is left is used for faster training.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from models.families.unet_family import UNetFamily
+from training.memory.phases import (
+    CAPTIONS,
+    IMAGES,
+    PREVIEW,
+    TRAINING,
+    VALIDATION,
+    PhaseMemory,
+    PhaseName,
+)
+from training.memory.planner import Changes, MemoryPlanner, changed_config
+
+RESERVE = 2**30
+"""Bytes of a GPU that are not counted: CUDA itself, workspaces of its libraries, and gaps."""
+DEFAULT_QUANTIZATIONS = ("int8", "nf4")
+CHANGES_RESULT = ("model.quantization", "model.vae_tiling", "model.vae_dtype")
+"""Options that change what is trained, a little."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The changes with which a run fits into a budget, and its phases with them."""
+
+    budget: int
+    changes: Changes
+    phases: list[PhaseMemory]
+
+    @property
+    def peak(self) -> int:
+        """The memory that the GPU must have."""
+        return RESERVE + max(phase.total for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.budget
+
+    @property
+    def result_changes(self) -> list[str]:
+        """Names of the changes that change the result."""
+        return [name for name in self.changes if name in CHANGES_RESULT]
+
+
+def fit_into(budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]) -> Fit:
+    """Return the changes with which the run fits into a budget, or nearly, if nothing fits.
+
+    `phases`: those of the run as it is configured."""
+    search = Search(budget - RESERVE, planner, phases)
+    search.reduce([CAPTIONS], caption_steps(planner))
+    search.reduce([IMAGES], image_steps(planner))
+    search.reduce([TRAINING, VALIDATION], training_steps(planner))
+    search.use_spare_memory()
+    if PREVIEW in search.phases and search.total([PREVIEW]) > search.budget:
+        del search.phases[PREVIEW]
+        search.changes["preview"] = False
+    return Fit(budget, search.changes, list(search.phases.values()))
+
+
+class Search:
+    """The changes so far, and the memory of each phase with them."""
+
+    def __init__(self, budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]):
+        """`budget`: bytes for tensors."""
+        self.budget, self.planner = budget, planner
+        self.changes: Changes = {}
+        self.phases = {phase.name: phase for phase in phases}
+
+    def total(self, names: list[PhaseName]) -> int:
+        return max(self.phases[name].total for name in names)
+
+    def reduce(self, names: list[PhaseName], steps: list[Changes]) -> None:
+        """Take the first steps with which all these phases fit; all steps if none does."""
+        for step in steps:
+            if self.total(names) <= self.budget:
+                return
+            self.take(names, step)
+
+    def take(self, names: list[PhaseName], step: Changes) -> None:
+        """Make a change, and trace the phases that it concerns."""
+        self.changes = {**self.changes, **step}
+        traced_names = list(names)
+        if TRAINING in names and PREVIEW in self.phases:
+            traced_names.append(PREVIEW)
+        for phase in self.planner.trace(traced_names, self.changes):
+            self.phases[phase.name] = phase
+
+    def use_spare_memory(self) -> None:
+        """Recompute only as many blocks as necessary, if all are recomputed and there is room."""
+        config = changed_config(self.planner.config, self.changes)
+        all_blocks = self.planner.num_blocks
+        peak = self.total([TRAINING, VALIDATION])
+        can_be_faster = config.gradient_checkpointing and config.checkpoint_blocks is None
+        if not can_be_faster or peak > self.budget or all_blocks < 2:
+            return
+        kept = {"gradient_checkpointing": False}
+        largest = self._peak_with(kept)
+        if largest <= self.budget:
+            self.take([TRAINING, VALIDATION], kept)
+            return
+        # the peak grows about linearly with the blocks that are not recomputed
+        bytes_per_block = (largest - peak) / all_blocks
+        num_kept = int((self.budget - peak) / bytes_per_block)
+        while num_kept > 0:
+            step = {"checkpoint_blocks": all_blocks - num_kept}
+            if self._peak_with(step) <= self.budget:
+                self.take([TRAINING, VALIDATION], step)
+                return
+            num_kept = num_kept * 3 // 4
+
+    def _peak_with(self, step: Changes) -> int:
+        phases = self.planner.trace([TRAINING], {**self.changes, **step})
+        return phases[0].total
+
+
+def caption_steps(planner: MemoryPlanner) -> list[Changes]:
+    """Return the changes with which encoding captions takes less memory, one after the other."""
+    steps: list[Changes] = []
+    if planner.config.model.text_encoder_placement == "device":
+        steps.append({"model.text_encoder_placement": "layers"})
+    if planner.config.data.encode_batch_size > 1:
+        steps.append({"data.encode_batch_size": 1})
+    steps.append({"model.text_encoder_placement": "cpu"})
+    return steps
+
+
+def image_steps(planner: MemoryPlanner) -> list[Changes]:
+    """Return the changes with which encoding images takes less memory, one after the other."""
+    config = planner.config
+    steps: list[Changes] = []
+    pixels = config.data.resolution**2
+    if config.data.encode_pixels > pixels:
+        steps.append({"data.encode_pixels": pixels})
+    if config.model.vae_dtype == "fp32":
+        steps.append({"model.vae_dtype": "bf16"})
+    if not config.model.vae_tiling:
+        steps.append({"model.vae_tiling": True})
+    return steps
+
+
+def training_steps(planner: MemoryPlanner) -> list[Changes]:
+    """Return the changes with which training takes less memory, one after the other."""
+    config = planner.config
+    steps: list[Changes] = []
+    if not config.gradient_checkpointing:
+        steps.append({"gradient_checkpointing": True})
+    if config.checkpoint_blocks is not None:
+        steps.append({"checkpoint_blocks": None})
+    best_depth = 2 if isinstance(planner.family, UNetFamily) else 1
+    if config.checkpoint_depth != best_depth:
+        steps.append({"checkpoint_depth": best_depth})
+    steps += batch_steps(config.batch_size, config.grad_accumulation_steps)
+    if config.model.quantization == "none":
+        for quantization in DEFAULT_QUANTIZATIONS:
+            steps.append({"model.quantization": quantization})
+    return steps
+
+
+def batch_steps(batch_size: int, accumulation_steps: int) -> list[Changes]:
+    """Return smaller batches with as many samples per step."""
+    steps: list[Changes] = []
+    num_samples = batch_size * accumulation_steps
+    for smaller_size in range(batch_size - 1, 0, -1):
+        if num_samples % smaller_size == 0:
+            changes: dict[str, Any] = {
+                "batch_size": smaller_size,
+                "grad_accumulation_steps": num_samples // smaller_size,
+            }
+            steps.append(changes)
+    return steps
