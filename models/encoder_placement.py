@@ -21,8 +21,8 @@ def place_text_encoders(encoders: Any, placement: Placement, device: torch.devic
         return encoders.to(device)
     from accelerate import cpu_offload
 
-    for component in encoders.components.values():
-        if isinstance(component, nn.Module):
+    for name, component in encoders.components.items():
+        if name.startswith("text_encoder") and component is not None:
             cpu_offload(component, execution_device=device)
     return encoders
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from common.precision import without_autocast
 from data.dataset import LatentDataset
 from models.base import ModelFamily
+from models.encoder_placement import place_text_encoders
 from objectives.schedulers import override_scheduler
 from training.components import RunComponents
 from training.config import SampleConfig, TrainConfig
@@ -45,7 +46,7 @@ def draw_sample(
     `options`: size and guidance, as the arguments of the pipeline's call."""
     # modules in bf16 get inputs from others in fp32
     autocast = torch.autocast(
-        pipeline.device.type, torch.bfloat16, enabled=has_bf16_modules(pipeline)
+        pipeline._execution_device.type, torch.bfloat16, enabled=has_bf16_modules(pipeline)
     )
     with autocast, vae_in_own_dtype(pipeline.vae):
         result = pipeline(
@@ -79,6 +80,24 @@ def vae_in_own_dtype(vae: Any) -> Iterator[None]:
         del vae.encode, vae.decode
 
 
+def place_pipeline(pipeline: Any, config: TrainConfig, device: torch.device) -> Any:
+    """Move a pipeline to the device that draws; return it.
+
+    If the text encoders do not encode there as a whole, they stay on the CPU, and each of their
+    layers is copied when it is needed."""
+    model = config.model
+    if model.text_encoder_placement == "device" or model.train_text_encoder:
+        return pipeline.to(device)
+    resident_names = []
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and not name.startswith("text_encoder"):
+            component.to(device)
+            resident_names.append(name)
+    # the pipeline then asks the text encoders for its device
+    pipeline._exclude_from_cpu_offload = resident_names
+    return place_text_encoders(pipeline, "layers", device)
+
+
 def preview_side(config: TrainConfig, family: ModelFamily) -> int:
     """Return height and width of a sample image in pixels, rounded as for buckets."""
     step = family.limits.pixel_step
@@ -99,7 +118,7 @@ def has_bf16_modules(pipeline: Any) -> bool:
 def first_frame(family: ModelFamily, latents: Tensor, pipeline: Any, side: int) -> Image.Image:
     """Decode the first frame of a clip, given its raw latents (C, F, h, w), and crop it to a
     square."""
-    pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline.device))[0]
+    pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline._execution_device))[0]
     return ImageOps.fit(to_image(pixels.cpu()), (side, side))
 
 
@@ -143,8 +162,8 @@ class SampleDrawer:
             self.error, self.pipeline = describe_error(error), None
             if isinstance(error, torch.OutOfMemoryError):
                 self.error += (
-                    "\nA preview needs the text encoders on the GPU too. The adapter is written. Use "
-                    "--no_preview, or draw with the adapter in another program"
+                    "\nA preview needs the text encoders too. The adapter is written. Use "
+                    "--model.text_encoder_placement layers, --no_preview, or another program"
                 )
             return None
 
@@ -240,9 +259,11 @@ class PreviewRenderer:
         return numbers
 
     def _load_pipeline(self) -> Any:
-        family, denoiser = self.components.family, self.components.adapted.model
-        pipeline = family.pipeline(denoiser).to(self.services.accelerator.device)
-        return override_scheduler(pipeline, self.config.objective)
+        family, device = self.components.family, self.services.accelerator.device
+        pipeline = family.pipeline(self.components.adapted.model)
+        return override_scheduler(
+            place_pipeline(pipeline, self.config, device), self.config.objective
+        )
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.components.family, self.config

@@ -110,5 +110,6 @@ def phases_as_json(phases: list[PhaseMemory]) -> dict[str, Any]:
 
 
 def gib(num_bytes: int) -> str:
-    """Return a size in GiB."""
-    return f"{num_bytes / GIB:.1f}"
+    """Return a size in GiB, with more digits for tiny models."""
+    size = num_bytes / GIB
+    return f"{size:.1f}" if size >= 1 or not num_bytes else f"{size:.2g}"

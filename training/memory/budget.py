@@ -58,9 +58,7 @@ def fit_into(budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]) -> 
     search.reduce([IMAGES], image_steps(planner))
     search.reduce([TRAINING, VALIDATION], training_steps(planner))
     search.use_spare_memory()
-    if PREVIEW in search.phases and search.total([PREVIEW]) > search.budget:
-        del search.phases[PREVIEW]
-        search.changes["preview"] = False
+    search.decide_preview()
     return Fit(budget, search.changes, list(search.phases.values()))
 
 
@@ -86,11 +84,19 @@ class Search:
     def take(self, names: list[PhaseName], step: Changes) -> None:
         """Make a change, and trace the phases that it concerns."""
         self.changes = {**self.changes, **step}
-        traced_names = list(names)
-        if TRAINING in names and PREVIEW in self.phases:
-            traced_names.append(PREVIEW)
-        for phase in self.planner.trace(traced_names, self.changes):
+        for phase in self.planner.trace(names, self.changes):
             self.phases[phase.name] = phase
+
+    def decide_preview(self) -> None:
+        """Keep the text encoders out of the preview, or turn it off, if it does not fit."""
+        if PREVIEW not in self.phases:
+            return
+        if self.changes:
+            self.take([PREVIEW], {})
+        self.reduce([PREVIEW], [{"model.text_encoder_placement": "layers"}])
+        if self.total([PREVIEW]) > self.budget:
+            del self.phases[PREVIEW]
+            self.changes["preview"] = False
 
     def use_spare_memory(self) -> None:
         """Recompute only as many blocks as necessary, if all are recomputed and there is room."""

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from common.errors import ConfigError
 from data.batches import Batch
 from data.media.buckets import Buckets
 from data.precompute.encode import media_batch_size
@@ -37,6 +39,8 @@ ADAPTERS, GRADIENTS, OPTIMIZER = "adapters", "gradients", "optimizer"
 CATEGORIES = (BASE, ENCODERS, VAE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS)
 GPU_ALLOCATION_UNIT = 512
 """Bytes of which PyTorch's CUDA allocator gives a multiple."""
+UNPLANNED_ERRORS = (DataDependentOutputException, RuntimeError, AttributeError, ValueError)
+"""Errors of an optimizer that needs more than shapes."""
 CROP_FIELDS = 8
 """Fields of data.media.buckets.Crop."""
 RGB = 3
@@ -202,7 +206,13 @@ class TracedTraining:
         for weight in self.engine.trained:
             weight.grad = torch.zeros_like(weight)
         with self.counting(OPTIMIZER):
-            self.engine.update(self.config.learning_rate)
+            try:
+                self.engine.update(self.config.learning_rate)
+            except UNPLANNED_ERRORS as error:
+                raise ConfigError(
+                    f"--optimizer {self.config.optimizer}: cannot be planned, because it reads "
+                    "values or needs a GPU. Plan with AdamW, whose state is 8 bytes per weight"
+                ) from error
         for weight in self.engine.trained:
             weight.register_post_accumulate_grad_hook(self._label_gradient)
 
@@ -262,13 +272,18 @@ class TracedTraining:
             self.loss_function(self.engine.denoiser, batch)
 
     def preview(self) -> PhaseMemory:
-        """Return the memory of drawing a preview. All components are in memory then."""
+        """Return the memory of drawing a preview. The denoiser is in memory all the time."""
         text = empty_encoders(self.family, "text")
         media = empty_encoders(self.family, "media")
         text_encoders = text_encoders_of(text)
-        label_modules(self.live_bytes, text_encoders, ENCODERS)
+        is_whole = self.config.model.text_encoder_placement == "device"
+        if is_whole:
+            label_modules(self.live_bytes, text_encoders, ENCODERS)
         label_modules(self.live_bytes, [media.vae], VAE)
-        return self.peak_of(PREVIEW, partial(self._draw, text_encoders, media))
+        phase = self.peak_of(PREVIEW, partial(self._draw, text_encoders, media))
+        if not is_whole:
+            phase.num_bytes[ENCODERS] = largest_layer(text_encoders)
+        return phase
 
     @torch.no_grad()
     def _draw(self, text_encoders: list[nn.Module], media: Any) -> None:

@@ -1,0 +1,138 @@
+"""Writes the tables of docs/memory.md: `python docs/generate_memory.py`. It takes a quarter of an hour.
+
+The recipes are planned for each released model that they train. `rows(names)` plans some models.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from models.released import released_models  # noqa: E402
+from tools.planning.plan import with_configurations  # noqa: E402
+from training.cli import read_recipe  # noqa: E402
+from training.memory.budget import RESERVE  # noqa: E402
+from training.memory.phases import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
+from training.memory.planner import Changes, MemoryPlanner, changed_config  # noqa: E402
+
+PAGE = PROJECT / "docs" / "memory.md"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+GIB = 2**30
+CARDS = (8, 12, 16, 24, 48, 80)
+BASES = ("none", "int8", "nf4")
+RECIPES = {
+    "Stable Diffusion 1.5": "sd15",
+    "SDXL": "sdxl",
+    "SD3.5 medium": "sd3",
+    "SD3.5 large": "sd3",
+    "FLUX.1 dev": "flux1",
+    "Chroma1-HD": "chroma",
+    "FLUX.2 klein 4B": "flux2_klein",
+    "FLUX.2 klein 9B": "flux2_klein",
+    "FLUX.2 dev": "flux2",
+    "Qwen-Image": "qwen_image",
+    "Z-Image": "z_image",
+    "Wan 2.1 T2V 1.3B": "wan",
+    "Wan 2.1 T2V 14B": "wan",
+    "Wan 2.2 TI2V 5B": "wan",
+    "Wan 2.1 I2V 14B": "wan_i2v",
+}
+"""Released model -> recipe."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model, what is trained, and the GPU memory that each part of a run needs."""
+
+    model: str
+    sample: str
+    captions: int
+    captions_in_layers: int
+    images: int
+    training: dict[str, int]
+    """model.quantization -> bytes."""
+    preview: int
+
+    def cells(self) -> list[str]:
+        """Return the cells of the table of needs."""
+        sizes = [self.captions, self.captions_in_layers, self.images]
+        sizes += [self.training[base] for base in BASES]
+        sizes.append(self.preview)
+        return [self.model, self.sample, *map(gib, sizes)]
+
+    def settings(self, card: int) -> str:
+        """Return the base with which training fits into a card of so many GB."""
+        for base in BASES:
+            if self.training[base] <= card * GIB:
+                return "bf16" if base == "none" else base
+        return "-"
+
+
+def rows(names: Iterable[str] = RECIPES) -> list[Row]:
+    """Plan the models with these names."""
+    return [plan(name) for name in names]
+
+
+def plan(name: str) -> Row:
+    """Plan one model with its recipe."""
+    recipe = read_recipe(PROJECT / "recipes" / f"{RECIPES[name]}.yaml")
+    hub_id = released_models()[name]["hub_ids"][0]
+    with with_configurations(changed_config(recipe, {"model.path": hub_id})) as config:
+        planner = MemoryPlanner(config, is_gpu=True)
+
+        def need(phase: Any, changes: Changes) -> int:
+            return planner.trace([phase], changes)[0].total + RESERVE
+
+        _, *frames, height, width = planner.sample.pixels
+        sample = f"{width}x{height}" + (f"x{frames[0]}" if frames else "")
+        return Row(
+            model=name,
+            sample=f"{sample}, batch {config.batch_size}, rank {config.rank}",
+            captions=need(CAPTIONS, {}),
+            captions_in_layers=need(CAPTIONS, {"model.text_encoder_placement": "layers"}),
+            images=need(IMAGES, {}),
+            training={base: need(TRAINING, {"model.quantization": base}) for base in BASES},
+            preview=need(PREVIEW, {}),
+        )
+
+
+def tables(all_rows: list[Row]) -> str:
+    """Return both tables in Markdown."""
+    needs = [
+        ["model", "sample", "captions", "captions, layers", "images", "train, bf16", "train, int8",
+         "train, nf4", "preview"],
+        *[row.cells() for row in all_rows],
+    ]  # fmt: skip
+    cards = [["model", *[f"{card} GB" for card in CARDS]]]
+    for row in all_rows:
+        cards.append([row.model, *[row.settings(card) for card in CARDS]])
+    return f"{markdown(needs)}\n\nThe first base that fits in training:\n\n{markdown(cards)}"
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "|---" * len(table[0]) + "|")
+    return "\n".join(lines)
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    PAGE.write_text(f"{head}{BEGIN}\n\n{tables(rows())}\n\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
