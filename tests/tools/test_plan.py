@@ -1,0 +1,94 @@
+"""The command `plan`: its table, its JSON, the options that it proposes, and its errors."""
+
+import json
+
+import pytest
+from helpers.project import BASE, PROJECT, reset_accelerate
+
+KLEIN = str(PROJECT / "recipes" / "flux2_klein.yaml")
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def plan(run_here, capsys, *options: str, code: int = 0) -> str:
+    assert run_here(["plan", *options]) == code
+    return capsys.readouterr().out
+
+
+def test_a_released_model_is_planned_by_its_hub_id(run_here, capsys):
+    """10.3 GB were counted independently of this code, with CUDA's own autocast (without the text of 512 tokens)."""
+    values = json.loads(plan(run_here, capsys, KLEIN, "--json"))
+    phases = values["phases"]
+    assert list(phases) == ["encode captions", "encode images", "train", "validate", "preview"]
+    train = phases["train"]
+    assert train["total"] == pytest.approx(10.3e9, rel=0.03)
+    assert train["base model"] == pytest.approx(2 * 3.876e9, rel=0.001)
+    assert train["optimizer"] == pytest.approx(2 * train["adapters"], rel=0.01)
+    assert sum(size for name, size in train.items() if name != "total") == train["total"]
+
+
+def test_the_table_names_the_peak(run_here, capsys):
+    out = plan(run_here, capsys, "--device", "cpu")
+    lines = out.splitlines()
+    assert lines[1].split() == [
+        "phase", "base", "model", "text", "encoders", "VAE", "adapters", "gradients", "optimizer", "activations",
+        "total",
+    ]  # fmt: skip
+    assert "Peak: 0.09" in out
+    assert "(train)" in out
+
+
+def test_options_are_proposed_that_fit(run_here, capsys):
+    """The demo takes 90 MiB for a batch of 8; 60 MiB are left beside what CUDA itself takes."""
+    budget = "1.06GB"
+    values = json.loads(plan(run_here, capsys, "--budget", budget, "--json"))["budget"]
+    assert values["fits"]
+    assert values["options"]["gradient_checkpointing"] is True
+    peak = max(phase["total"] for phase in values["phases"].values())
+    assert 0.8 * 0.06 * GIB < peak <= 0.06 * GIB
+
+
+def test_without_any_option_that_fits_the_least_is_named(run_here, capsys):
+    out = plan(run_here, capsys, "--budget", "1.01GB", code=1)
+    assert "Does not fit into 1.0 GiB" in out
+    assert "--model.quantization nf4" in out
+    assert "These change the result a little: " in out
+
+
+def test_a_budget_that_is_large_changes_nothing(run_here, capsys):
+    out = plan(run_here, capsys, "--budget", "80GB", "--no_gradient_checkpointing")
+    assert "Fits into 80.0 GiB as it is." in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget=much"], "--budget much: is not a size; expected one such as 12GB"),
+        (
+            ["--model.path=a/b"],
+            "--model.path a/b: the configuration of this model is not stored here",
+        ),
+        (["--model.train_text_encoder"], "--model.train_text_encoder: cannot be planned yet"),
+    ],
+)
+def test_mistakes_are_named(options, message, run_here, capsys):
+    assert run_here(["plan", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_optimizer_that_reads_values_is_named(run_here, capsys):
+    assert run_here(["plan", "--optimizer=Prodigy"]) == 2
+    assert "--optimizer Prodigy: cannot be planned" in capsys.readouterr().err
+
+
+def test_the_plan_needs_no_data_and_writes_nothing(run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(["plan", "--data.path=nowhere", f"--model.path={BASE}", "--no_preview"]) == 0
+    assert list(tmp_path.iterdir()) == []
