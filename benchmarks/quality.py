@@ -276,8 +276,9 @@ def results(jobs: list[Job], out: Path | None, num_workers: int) -> dict[str, Re
 
 def mean_and_deviation(values: list[float]) -> str:
     """Return the mean and the standard deviation as text."""
-    deviation = stdev(values) if len(values) > 1 else 0
-    return f"{mean(values):.4f} +- {deviation:.4f}"
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{mean(values):.4f} +- {stdev(values):.4f}"
 
 
 def mean_of_thirds(entry: dict[str, float]) -> list[float]:
