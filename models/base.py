@@ -42,6 +42,12 @@ class TokenCounts(NamedTuple):
     limit: int
     """Tokens of a caption that the text encoder sees."""
 
+    @classmethod
+    def of_captions(cls, tokenizer: Any, captions: list[str], limit: int) -> "TokenCounts":
+        """Return the number of tokens of each caption, without special tokens."""
+        tokens = tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
+        return cls([len(caption_tokens) for caption_tokens in tokens], limit)
+
 
 class TensorLayout(NamedTuple):
     """Shape and dtype of a tensor."""

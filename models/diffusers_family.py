@@ -25,6 +25,7 @@ from models.config import ModelConfig
 from models.latents import LatentScale
 from models.model_files import LOADING_ERRORS, FamilyComponents, ModelFiles
 from models.quiet import hide_progress_bars
+from models.released import CONFIG_NAMES
 from models.text_encoder_files import check_tokenizer
 from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
@@ -36,8 +37,6 @@ WIDER_DTYPES = {
     torch.float8_e5m2: torch.bfloat16,
 }
 """Dtype of weights on disk -> dtype in which they are trained."""
-CONFIG_NAMES = {"scheduler": "scheduler_config.json"}
-"""Component -> name of its configuration; config.json for all other components."""
 
 ComponentLoaders = dict[str, Callable[[], Any]]
 """Component of a pipeline -> function that loads it."""
@@ -191,7 +190,7 @@ class DiffusersFamily(ModelFamily):
 
     def count_tokens(self, captions: list[str]) -> TokenCounts:
         limit = self.max_tokens - self.num_template_tokens()
-        return TokenCounts(count_caption_tokens(self.tokenizer, captions), limit)
+        return TokenCounts.of_captions(self.tokenizer, captions, limit)
 
     @property
     @abstractmethod
@@ -398,9 +397,3 @@ class DiffusersFamily(ModelFamily):
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
         with self.files.loading_errors():
             return process_from_scheduler(self.scheduler_config, config)
-
-
-def count_caption_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
-    """Return the number of tokens of each caption, without special tokens."""
-    tokens = tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
-    return [len(caption_tokens) for caption_tokens in tokens]

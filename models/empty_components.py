@@ -18,24 +18,30 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
     """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors."""
     import diffusers
 
-    names = family.text_components if role == "text" else family.components
-    modules: dict[str, Any] = {}
+    modules: dict[str, Any] = dict.fromkeys(family.all_components())
+    if role == "text":
+        names = family.text_components
+    else:
+        names = family.components
+        modules["vae"] = empty_vae(family)
     for name in names:
-        if name in family.files.missing_components:
-            continue
-        is_text_encoder = name.startswith("text_encoder")
-        if name.startswith(ENCODERS) and is_text_encoder == (role == "text"):
-            modules[name] = family.files.empty_transformers_model(name)
-            cast_weights(modules[name], family.files.component_dtype(name))
-        if name == "vae":
-            modules[name] = empty_vae(family)
+        is_of_role = name.startswith("text_encoder") == (role == "text")
+        is_encoder = name.startswith(ENCODERS)
+        is_missing = name in family.files.missing_components
+        if is_encoder and is_of_role and not is_missing:
+            modules[name] = empty_encoder(family, name)
     pipeline_class = getattr(diffusers, family.pipelines[0])
-    absent_components = dict.fromkeys(family.all_components())
-    arguments = {**absent_components, **modules}
-    pipeline = pipeline_class(**arguments, **family.pipeline_options)
+    pipeline = pipeline_class(**modules, **family.pipeline_options)
     if role == "text":
         family.trim_text_encoders(pipeline)
     return pipeline
+
+
+def empty_encoder(family: DiffusersFamily, component: str) -> nn.Module:
+    """Return an encoder of the pipeline in the dtype in which it is loaded."""
+    encoder = family.files.empty_transformers_model(component)
+    dtype = family.files.component_dtype(component)
+    return cast_weights(encoder, dtype)
 
 
 def empty_vae(family: DiffusersFamily) -> nn.Module:
@@ -49,28 +55,30 @@ def empty_vae(family: DiffusersFamily) -> nn.Module:
     return vae.requires_grad_(False)
 
 
-def empty_denoiser(family: DiffusersFamily, dtype: torch.dtype) -> nn.Module:
-    """Return the denoiser as `family.load_denoiser` loads it, on the CPU."""
-    return cast_weights(family.empty_denoiser("cpu"), dtype)
-
-
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Convert the weights of a model, except those that diffusers and transformers keep in fp32.
 
     Module.to cannot convert tensors without values."""
-    names: Any = getattr(model, "_keep_in_fp32_modules", None)
-    if hasattr(model, "_keep_in_fp32_modules_strict"):  # transformers'; its other list is for fp16
-        names = model._keep_in_fp32_modules_strict
-    exact_parts = set(names or ())
+    exact_names = names_in_fp32(model)
     converted: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a weight
     for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        parameters: dict[str, Any] = module._parameters
+        for name, parameter in parameters.items():
             if parameter is None:
                 continue
-            parts = {*module_name.split("."), name}
-            new_dtype = torch.float32 if parts & exact_parts else dtype
             if parameter not in converted:
+                path = {*module_name.split("."), name}
+                is_exact = bool(path & exact_names)
+                new_dtype = torch.float32 if is_exact else dtype
                 weight = parameter.detach().to(new_dtype)
                 converted[parameter] = nn.Parameter(weight, requires_grad=False)
-            module._parameters[name] = converted[parameter]
+            parameters[name] = converted[parameter]
     return model
+
+
+def names_in_fp32(model: Any) -> set[str]:
+    """Return the names of modules and parameters that stay in fp32 when a model is loaded in bf16."""
+    names = getattr(model, "_keep_in_fp32_modules", None)
+    if hasattr(model, "_keep_in_fp32_modules_strict"):  # transformers'; its other list is for fp16
+        names = model._keep_in_fp32_modules_strict
+    return set(names or ())

@@ -20,14 +20,14 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json"}
 def released_models() -> dict[str, dict[str, Any]]:
     """Return the models by name: `hub_ids`, `pipeline`, and `components` (name -> config)."""
     path = Path(__file__).with_name("released_models.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    models = {}
-    for name, model in content["models"].items():
-        components = {}
-        for component, config_name in model["components"].items():
-            components[component] = content["components"][config_name]
-        models[name] = {**model, "components": components}
-    return models
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    configs = content["components"]
+    for model in content["models"].values():
+        components = model["components"]
+        for component, config_name in components.items():
+            components[component] = configs[config_name]
+    return content["models"]
 
 
 def find_released_model(hub_id: str) -> dict[str, Any] | None:
@@ -51,21 +51,29 @@ def configuration_folder(model: dict[str, Any]) -> Iterator[Path]:
     """Write the configurations of a released model as a diffusers folder, for a block."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_json(root / "model_index.json", pipeline_index(model))
+        index = pipeline_index(model)
+        write_json(root / "model_index.json", index)
         for component, config in model["components"].items():
             file_name = CONFIG_NAMES.get(component, "config.json")
-            write_json(root / component / file_name, config)
+            path = root / component / file_name
+            write_json(path, config)
         yield root
 
 
 def pipeline_index(model: dict[str, Any]) -> dict[str, Any]:
     """Return the model_index.json of a released model."""
-    index: dict[str, Any] = {"_class_name": model["pipeline"], **model.get("pipeline_options", {})}
+    options = model.get("pipeline_options", {})
+    index: dict[str, Any] = {
+        "_class_name": model["pipeline"],
+        **options,
+    }
     for component, config in model["components"].items():
-        if "_class_name" in config:
-            index[component] = ["diffusers", config["_class_name"]]
-        else:
-            index[component] = ["transformers", config["architectures"][0]]
+        class_name = config.get("_class_name")
+        if class_name is not None:
+            index[component] = ["diffusers", class_name]
+            continue
+        class_name = config["architectures"][0]
+        index[component] = ["transformers", class_name]
     return index
 
 

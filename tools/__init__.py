@@ -16,7 +16,7 @@ from tools.run_options import RunOptions, read_run_options
 from training.run import leave_process_group, print_error, quiet_libraries
 
 RUN_COMMANDS: dict[str, type[RunOptions]] = {
-    options.command: options for options in (DataOptions, ExportOptions, PlanOptions)
+    options.command: options for options in (PlanOptions, DataOptions, ExportOptions)
 }
 """Commands that take the options of a run."""
 COMMANDS = (*RUN_COMMANDS, *OPTIONS)

@@ -65,9 +65,12 @@ def comparison_key(dataset: LatentDataset, config: TrainConfig) -> str:
 
 
 def validation_batch_size(latent_shape: tuple[int, ...], batch_size: int) -> int:
-    """Return the largest number of samples in a forward pass. `latent_shape`: of one sample."""
+    """Return the largest number of samples in a forward pass.
+
+    `latent_shape`: of one sample."""
     num_elements = math.prod(latent_shape)
-    largest_size = min(MAX_SAMPLES, MAX_ELEMENTS // num_elements)
+    num_samples = MAX_ELEMENTS // num_elements
+    largest_size = min(MAX_SAMPLES, num_samples)
     return max(batch_size, largest_size)
 
 

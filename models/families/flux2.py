@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.base import TensorLayout, TokenCounts, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
-from models.diffusers_family import ComponentLoaders, count_caption_tokens
+from models.diffusers_family import ComponentLoaders
 from models.encoder_placement import keep_first_layers
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import image_ids
@@ -128,8 +128,8 @@ class Flux2Family(TransformerFamily):
 
     def count_tokens(self, captions: list[str]) -> TokenCounts:
         tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)  # of a processor
-        counts = count_caption_tokens(tokenizer, captions)
-        return TokenCounts(counts, TOKENS - self.num_template_tokens())
+        limit = TOKENS - self.num_template_tokens()
+        return TokenCounts.of_captions(tokenizer, captions, limit)
 
     def cond_layout(self) -> dict[str, TensorLayout]:
         layout = super().cond_layout()

@@ -137,13 +137,19 @@ class WanImageToVideo(Wan):
         return tensors
 
     def sample_layout(self, latents: tuple[int, ...]) -> dict[str, TensorLayout]:
-        layout = {FIRST_FRAME: TensorLayout(latents, torch.float32)}
-        if self.has_clip_input:
-            config = self.component_config("image_encoder")
-            num_patches = (config["image_size"] // config["patch_size"]) ** 2
-            shape = (num_patches + 1, config["hidden_size"])
-            layout[IMAGE_EMBEDS] = TensorLayout(shape, torch.float32)
-        return layout
+        first_frame = TensorLayout(latents, torch.float32)
+        if not self.has_clip_input:
+            return {FIRST_FRAME: first_frame}
+        config = self.component_config("image_encoder")
+        side = config["image_size"] // config["patch_size"]
+        num_tokens = side * side + 1
+        width = config["hidden_size"]
+        shape = (num_tokens, width)
+        image_embeds = TensorLayout(shape, torch.float32)
+        return {
+            FIRST_FRAME: first_frame,
+            IMAGE_EMBEDS: image_embeds,
+        }
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]

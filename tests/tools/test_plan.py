@@ -64,7 +64,7 @@ def test_without_any_option_that_fits_the_least_is_named(run_here, capsys):
 
 def test_a_budget_that_is_large_changes_nothing(run_here, capsys):
     out = plan(run_here, capsys, "--budget", "80GB", "--no_gradient_checkpointing")
-    assert "Fits into 80.0 GiB as it is." in out
+    assert "Fits into 80.0 GiB without changes." in out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lora_algos import ALGORITHMS
 from training.cli import load_config
 from training.memory.live_bytes import LiveBytes
-from training.memory.phases import IMAGES, TRAINING, VAE
+from training.memory.phase_memory import IMAGES, TRAINING, VAE
 from training.memory.planner import MemoryPlanner
 from training.trainer import Trainer
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from tools.tables import align_columns
+from tools.tables import NO_VALUE, align_columns
 from training.config import TrainConfig
 from training.memory.budget import RESERVE, Fit
-from training.memory.phases import CATEGORIES, PhaseMemory
+from training.memory.phase_memory import CATEGORIES, PhaseMemory
 from training.memory.planner import MemoryPlanner
 
 GIB = 2**30
@@ -19,19 +19,13 @@ def plan_as_text(
     config: TrainConfig, planner: MemoryPlanner, phases: list[PhaseMemory], fit: Fit | None
 ) -> str:
     """Return the table of the phases, and the options with which the run fits."""
-    lines = [title(config, planner), *phase_table(phases)]
-    peak = max(phases, key=lambda phase: phase.total)
-    if planner.is_gpu:
-        needed = peak.total + RESERVE
-        lines.append(
-            f"Peak: {gib(peak.total)} GiB ({peak.name}). With {gib(RESERVE)} GiB for CUDA itself, "
-            f"the GPU needs {gib(needed)} GiB."
-        )
-    else:
-        lines.append(f"Peak: {gib(peak.total)} GiB ({peak.name}).")
+    lines = [title(config, planner)]
+    lines += phase_table(phases)
+    lines.append(peak_line(phases, planner.is_gpu))
     lines.append(NOTES)
     if fit is not None:
-        lines += ["", *fit_lines(fit)]
+        lines.append("")
+        lines += fit_lines(fit)
     return "\n".join(lines)
 
 
@@ -41,55 +35,78 @@ def title(config: TrainConfig, planner: MemoryPlanner) -> str:
     size = f"{width}x{height}"
     if frames:
         size += f", {frames[0]} frames"
-    quantization = config.model.quantization
-    base = config.training_dtype if quantization == "none" else quantization
-    return (
-        f"{config.model.path}: {config.algorithm} rank {config.rank}, {size}, "
-        f"batch {config.batch_size}, base in {base}. In GiB:"
-    )
+    base: str = config.model.quantization
+    if base == "none":
+        base = config.training_dtype
+    facts = [
+        f"{config.algorithm} rank {config.rank}",
+        size,
+        f"batch {config.batch_size}",
+        f"base in {base}",
+    ]
+    return f"{config.model.path}: {', '.join(facts)}. In GiB:"
+
+
+def peak_line(phases: list[PhaseMemory], is_gpu: bool) -> str:
+    """Return the sentence on the phase that needs most."""
+    peak = max(phases, key=lambda phase: phase.total)
+    line = f"Peak: {gib(peak.total)} GiB ({peak.name})."
+    if not is_gpu:
+        return line
+    needed = gib(peak.total + RESERVE)
+    reserve = gib(RESERVE)
+    return f"{line} With {reserve} GiB for CUDA itself, the GPU needs {needed} GiB."
 
 
 def phase_table(phases: list[PhaseMemory]) -> list[str]:
     """Return the lines of a table: phases x categories, with the peak of each phase."""
     categories = []
     for category in CATEGORIES:
-        if any(phase.num_bytes.get(category) for phase in phases):
+        sizes = [phase.num_bytes.get(category, 0) for phase in phases]
+        if any(sizes):
             categories.append(category)
-    rows = [["phase", *categories, "total"]]
+    header = ["phase", *categories, "total"]
+    rows = [header]
     for phase in phases:
-        cells = []
+        row: list[str] = [phase.name]
         for category in categories:
             num_bytes = phase.num_bytes.get(category, 0)
-            cells.append(gib(num_bytes) if num_bytes else "-")
-        rows.append([phase.name, *cells, gib(phase.total)])
+            row.append(gib(num_bytes))
+        row.append(gib(phase.total))
+        rows.append(row)
     return align_columns(rows)
 
 
 def fit_lines(fit: Fit) -> list[str]:
     """Return what to change so that the run fits into the budget."""
+    budget = gib(fit.budget)
     if not fit.changes and fit.fits:
-        return [f"Fits into {gib(fit.budget)} GiB as it is."]
+        return [f"Fits into {budget} GiB without changes."]
     options = " ".join(as_option(name, value) for name, value in fit.changes.items())
     if fit.fits:
-        lines = [f"Fits into {gib(fit.budget)} GiB with: {options}"]
+        line = f"Fits into {budget} GiB with: {options}"
     else:
-        lines = [
-            f"Does not fit into {gib(fit.budget)} GiB. It needs {gib(fit.peak)} GiB with: {options}"
-        ]
+        needed = gib(fit.peak)
+        line = f"Does not fit into {budget} GiB. It needs {needed} GiB with: {options}"
+    lines = [line]
     if fit.result_changes:
-        names = ", ".join(f"--{name}" for name in fit.result_changes)
-        lines.append(f"These change the result a little: {names}.")
-    return [*lines, *phase_table(fit.phases)]
+        names = [f"--{name}" for name in fit.result_changes]
+        listed = ", ".join(names)
+        lines.append(f"These change the result a little: {listed}.")
+    lines += phase_table(fit.phases)
+    return lines
 
 
 def as_option(name: str, value: object) -> str:
-    """Return an option as it is written on the command line."""
+    """Return an option in the form of the command line."""
     if value is True:
         return f"--{name}"
-    if value is False:
-        section, _, field = name.rpartition(".")
-        return f"--{section}.no_{field}" if section else f"--no_{field}"
-    return f"--{name} {value}"
+    if value is not False:
+        return f"--{name} {value}"
+    section, _, field = name.rpartition(".")
+    if not section:
+        return f"--no_{field}"
+    return f"--{section}.no_{field}"
 
 
 def plan_as_json(phases: list[PhaseMemory], fit: Fit | None) -> dict[str, Any]:
@@ -111,5 +128,7 @@ def phases_as_json(phases: list[PhaseMemory]) -> dict[str, Any]:
 
 def gib(num_bytes: int) -> str:
     """Return a size in GiB, with more digits for tiny models."""
+    if not num_bytes:
+        return NO_VALUE
     size = num_bytes / GIB
-    return f"{size:.1f}" if size >= 1 or not num_bytes else f"{size:.2g}"
+    return f"{size:.1f}" if size >= 1 else f"{size:.2g}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.families.unet_family import UNetFamily
-from training.memory.phases import (
+from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
     PREVIEW,
@@ -52,7 +52,7 @@ class Fit:
 def fit_into(budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]) -> Fit:
     """Return the changes with which the run fits into a budget, or nearly, if nothing fits.
 
-    `phases`: those of the run as it is configured."""
+    `phases`: those of the run without changes."""
     search = Search(budget - RESERVE, planner, phases)
     search.reduce([CAPTIONS], caption_steps(planner))
     search.reduce([IMAGES], image_steps(planner))

@@ -1,8 +1,10 @@
 """Counts the memory of tensors by what they are for, and its peak."""
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,74 +16,85 @@ from models.quantized_weight import QuantizedWeight
 ACTIVATIONS = "activations"
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators create in a block, while they live.
+@dataclass
+class Storage:
+    """A storage that lives."""
 
-    It works for tensors with values and for those of a FakeTensorMode. Storages of
-    earlier tensors count only if they are labeled. Scratch memory within an operator is not seen.
-    """
+    category: str
+    size: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages of the results of operators in a block, while they live.
+
+    It works for tensors with values and for those of a FakeTensorMode. Label earlier tensors first:
+    a view of one would count as a new storage. Scratch memory within an operator is not seen."""
 
     def __init__(self, unit: int = 1):
-        """`unit`: bytes of which each storage takes a multiple, as allocators give it."""
+        """`unit`: each storage takes a multiple of so many bytes, as allocators give it."""
         super().__init__()
         self.unit = unit
         self.category = ACTIVATIONS
         """Category of the storages that are created now."""
         self.current: Counter[str] = Counter()
         """Category -> bytes that live now."""
-        self.total = self.peak = 0
+        self.total = 0
+        self.peak = 0
         self.at_peak: dict[str, int] = {}
         """`current`, when the total was largest."""
-        self._categories: dict[int, str] = {}
-        self._sizes: dict[int, int] = {}
+        self._storages: dict[int, Storage] = {}
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Put the storages of tensors into a category, which is also done for earlier tensors."""
+        """Count the storages of tensors in a category, also those that were counted in another."""
         for tensor in tensors:
-            for part in stored_tensors(tensor):
-                self._add(part, category)
+            for stored_tensor in stored_tensors(tensor):
+                storage = self._count(stored_tensor)
+                self.current[storage.category] -= storage.size
+                self.current[category] += storage.size
+                storage.category = category
 
     def reset_peak(self) -> None:
         """Forget the peak so far."""
-        self.peak, self.at_peak = self.total, dict(self.current)
+        self.peak = self.total
+        self.at_peak = dict(self.current)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(type_, QuantizedWeight) for type_ in types):
-            return NotImplemented  # the weight computes with its stored tensors, which are counted
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        for tensor_class in types:
+            if issubclass(tensor_class, QuantizedWeight):
+                # the weight computes with its stored tensors, and these are counted
+                return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._add(leaf, None)
-        return out
+                self._count(leaf)
+        return result
 
-    def _add(self, tensor: Tensor, category: str | None) -> None:
-        """Count a storage. A storage that is counted already moves to `category`, if it is given."""
+    def _count(self, tensor: Tensor) -> Storage:
+        """Return the entry of a tensor's storage, which is counted if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._categories:
-            if category is not None:
-                self._move(key, category)
-            return
-        category = category or self.category
-        size = -(-storage.nbytes() // self.unit) * self.unit
-        self._categories[key], self._sizes[key] = category, size
+        if key in self._storages:
+            return self._storages[key]
+        num_units = math.ceil(storage.nbytes() / self.unit)
+        entry = Storage(self.category, num_units * self.unit)
+        self._storages[key] = entry
         weakref.finalize(storage, self._remove, key)
-        self.current[category] += size
-        self.total += size
+        self.current[entry.category] += entry.size
+        self.total += entry.size
         if self.total > self.peak:
             self.reset_peak()
-
-    def _move(self, key: int, category: str) -> None:
-        size = self._sizes[key]
-        self.current[self._categories[key]] -= size
-        self.current[category] += size
-        self._categories[key] = category
+        return entry
 
     def _remove(self, key: int) -> None:
-        category = self._categories.pop(key)
-        size = self._sizes.pop(key)
-        self.current[category] -= size
-        self.total -= size
+        entry = self._storages.pop(key)
+        self.current[entry.category] -= entry.size
+        self.total -= entry.size
 
 
 def stored_tensors(tensor: Tensor) -> list[Tensor]:

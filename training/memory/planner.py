@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from common.errors import ModelError
 from models.diffusers_family import DiffusersFamily
 from training import build
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
+from training.loss import build_loss
+from training.memory.encoding_trace import trace_captions, trace_images
 from training.memory.fake_tensors import fake_tensors
-from training.memory.phases import (
+from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
     PREVIEW,
@@ -18,11 +22,12 @@ from training.memory.phases import (
     VALIDATION,
     PhaseMemory,
     PhaseName,
-    PhaseTracer,
-    SampleShape,
-    TracedTraining,
 )
+from training.memory.sample_shape import largest_sample
+from training.memory.training_trace import TraceInputs, TrainingTrace
 
+GPU_ALLOCATION_UNIT = 512
+"""PyTorch's CUDA allocator gives multiples of so many bytes."""
 Changes = dict[str, Any]
 """Option, as on the command line without dashes -> its new value."""
 
@@ -35,18 +40,12 @@ class MemoryPlanner:
     def __init__(self, config: TrainConfig, is_gpu: bool):
         """`is_gpu`: plan for a GPU, whose autocast and allocator differ from the CPU's."""
         self.config, self.is_gpu = config, is_gpu
-        family = build.load_family(config)
-        if not isinstance(family, DiffusersFamily):
-            raise ModelError(f"--model.family {family.name}: cannot be planned")
-        self.family = family
+        self.unit = GPU_ALLOCATION_UNIT if is_gpu else 1
         self.accelerator = build_accelerator(config)
+        self.family = plannable_family(config)
+        self.sample = largest_sample(config, self.family)
         self.num_blocks = 0
-        """Blocks that can be recomputed."""
-
-    @property
-    def sample(self) -> SampleShape:
-        """Size of the largest sample."""
-        return SampleShape.largest(self.config, self.family)
+        """Blocks that can be recomputed. It is known after training was traced."""
 
     def phases(self) -> list[PhaseMemory]:
         """Return the memory of all phases, in the order of a run."""
@@ -58,25 +57,47 @@ class MemoryPlanner:
     def trace(self, names: Sequence[PhaseName], changes: Changes) -> list[PhaseMemory]:
         """Return the memory of some phases of the run with changed options."""
         config = changed_config(self.config, changes)
-        self.family.config = config.model
-        tracer = PhaseTracer(config, self.family, self.accelerator, self.is_gpu)
+        family = plannable_family(config)
+        inputs = self._trace_inputs(config, family)
         phases = []
+        training: TrainingTrace | None = None
         with fake_tensors(self.is_gpu):
-            training: TracedTraining | None = None
             for name in names:
                 if name == CAPTIONS:
-                    phases.append(tracer.captions())
+                    phases.append(trace_captions(config, family, self.unit))
                 elif name == IMAGES:
-                    phases.append(tracer.media())
+                    phases.append(trace_images(config, family, self.sample, self.unit))
                 else:
-                    training = training or TracedTraining(tracer)
+                    training = training or TrainingTrace(inputs)
                     self.num_blocks = training.num_blocks
                     phases.append(training.phase(name))
         return phases
 
+    def _trace_inputs(self, config: TrainConfig, family: DiffusersFamily) -> TraceInputs:
+        dtype = build.BASE_DTYPES[config.training_dtype] or torch.bfloat16
+        caption_layout = family.cond_layout()
+        sample_layout = family.sample_layout(self.sample.latents)
+        return TraceInputs(
+            config=config,
+            family=family,
+            accelerator=self.accelerator,
+            loss_function=build_loss(family, config.objective, config.loss_function, dtype),
+            sample=self.sample,
+            cond_layout={**caption_layout, **sample_layout},
+            unit=self.unit,
+        )
+
+
+def plannable_family(config: TrainConfig) -> DiffusersFamily:
+    """Return the family of a config's model. Raises ModelError if it cannot be planned."""
+    family = build.load_family(config)
+    if not isinstance(family, DiffusersFamily):
+        raise ModelError(f"--model.family {family.name}: cannot be planned")
+    return family
+
 
 def changed_config(config: TrainConfig, changes: Changes) -> TrainConfig:
-    """Return a config with options changed, by their names on the command line."""
+    """Return a config with changed options."""
     for name, value in changes.items():
         section_name, _, field = name.rpartition(".")
         if section_name:

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/memory.md: `python docs/generate_memory.py`. It takes a quarter of an hour.
+"""Writes the tables of docs/memory.md: `python benchmarks/plan_table.py`. It takes a quarter of an hour.
 
 The recipes are planned for each released model that they train. `rows(names)` plans some models.
 """
@@ -19,7 +19,7 @@ from models.released import released_models  # noqa: E402
 from tools.planning.plan import with_configurations  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
 from training.memory.budget import RESERVE  # noqa: E402
-from training.memory.phases import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
+from training.memory.phase_memory import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
 from training.memory.planner import Changes, MemoryPlanner, changed_config  # noqa: E402
 
 PAGE = PROJECT / "docs" / "memory.md"
@@ -27,6 +27,7 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)
 BASES = ("none", "int8", "nf4")
+LAYERS: Changes = {"model.text_encoder_placement": "layers"}
 RECIPES = {
     "Stable Diffusion 1.5": "sd15",
     "SDXL": "sdxl",
@@ -53,18 +54,17 @@ class Row:
 
     model: str
     sample: str
-    captions: int
-    captions_in_layers: int
-    images: int
+    encoding: list[int]
+    """Captions, captions in layers, images."""
     training: dict[str, int]
     """model.quantization -> bytes."""
-    preview: int
+    preview: list[int]
+    """With the text encoders on the GPU, and in layers."""
 
     def cells(self) -> list[str]:
         """Return the cells of the table of needs."""
-        sizes = [self.captions, self.captions_in_layers, self.images]
-        sizes += [self.training[base] for base in BASES]
-        sizes.append(self.preview)
+        training = [self.training[base] for base in BASES]
+        sizes = [*self.encoding, *training, *self.preview]
         return [self.model, self.sample, *map(gib, sizes)]
 
     def settings(self, card: int) -> str:
@@ -95,11 +95,9 @@ def plan(name: str) -> Row:
         return Row(
             model=name,
             sample=f"{sample}, batch {config.batch_size}, rank {config.rank}",
-            captions=need(CAPTIONS, {}),
-            captions_in_layers=need(CAPTIONS, {"model.text_encoder_placement": "layers"}),
-            images=need(IMAGES, {}),
+            encoding=[need(CAPTIONS, {}), need(CAPTIONS, LAYERS), need(IMAGES, {})],
             training={base: need(TRAINING, {"model.quantization": base}) for base in BASES},
-            preview=need(PREVIEW, {}),
+            preview=[need(PREVIEW, {}), need(PREVIEW, LAYERS)],
         )
 
 
@@ -107,7 +105,7 @@ def tables(all_rows: list[Row]) -> str:
     """Return both tables in Markdown."""
     needs = [
         ["model", "sample", "captions", "captions, layers", "images", "train, bf16", "train, int8",
-         "train, nf4", "preview"],
+         "train, nf4", "preview, bf16", "preview, bf16, layers"],
         *[row.cells() for row in all_rows],
     ]  # fmt: skip
     cards = [["model", *[f"{card} GB" for card in CARDS]]]

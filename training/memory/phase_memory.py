@@ -1,0 +1,37 @@
+"""The phases of a run, and the memory of each at its peak.
+
+A phase is what a run does with one set of modules in memory.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.memory.live_bytes import ACTIVATIONS
+
+PhaseName = Literal["encode captions", "encode images", "train", "validate", "preview"]
+CAPTIONS: PhaseName = "encode captions"
+IMAGES: PhaseName = "encode images"
+TRAINING: PhaseName = "train"
+VALIDATION: PhaseName = "validate"
+PREVIEW: PhaseName = "preview"
+BASE = "base model"
+ENCODERS = "text encoders"
+VAE = "VAE"
+ADAPTERS = "adapters"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimizer"
+CATEGORIES = (BASE, ENCODERS, VAE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS)
+"""Uses of memory."""
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Memory of one phase at its peak."""
+
+    name: PhaseName
+    num_bytes: dict[str, int]
+    """Category -> bytes."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.num_bytes.values())

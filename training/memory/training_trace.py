@@ -1,0 +1,257 @@
+"""The memory of training, validation and previews, traced with tensors that have no values."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from common.errors import ConfigError
+from data.batches import Batch
+from data.media.buckets import Crop, Size
+from lora_algos.adapted_model import AdaptedModel
+from lora_algos.attach import attach
+from models.base import TensorLayout
+from models.diffusers_family import DiffusersFamily
+from models.empty_components import cast_weights, empty_encoders
+from training import build
+from training.block_classes import outermost
+from training.config import TrainConfig
+from training.distributed.engine import Engine
+from training.loss import LossFunction
+from training.memory.encoding_trace import (
+    encode_tokens,
+    label_modules,
+    largest_layer,
+    text_encoders_of,
+)
+from training.memory.live_bytes import ACTIVATIONS, LiveBytes
+from training.memory.phase_memory import (
+    ADAPTERS,
+    BASE,
+    ENCODERS,
+    GRADIENTS,
+    OPTIMIZER,
+    PREVIEW,
+    TRAINING,
+    VAE,
+    VALIDATION,
+    PhaseMemory,
+    PhaseName,
+)
+from training.memory.sample_shape import SampleShape, sample_of_size
+from training.optim.schedule import build_optimizer
+from training.preview import has_bf16_modules, preview_side
+from training.validation import validation_batch_size
+
+UNPLANNED_ERRORS = (DataDependentOutputException, RuntimeError, AttributeError, ValueError)
+"""Errors of an optimizer that needs more than shapes."""
+
+
+@dataclass(frozen=True)
+class TraceInputs:
+    """Inputs of a trace besides the model, made while tensors have values."""
+
+    config: TrainConfig
+    family: DiffusersFamily
+    accelerator: Accelerator
+    loss_function: LossFunction
+    sample: SampleShape
+    cond_layout: dict[str, TensorLayout]
+    """Tensors of one sample's conditioning."""
+    unit: int
+    """See LiveBytes."""
+
+    def batch(self, batch_size: int, latents: tuple[int, ...]) -> Batch:
+        """Return a batch with the longest captions. `latents`: their shape in one sample."""
+        num_crop_fields = len(Crop.__dataclass_fields__)
+        return Batch(
+            latents=torch.empty(batch_size, *latents),
+            noise=torch.empty(batch_size, *latents),
+            quantile=torch.empty(batch_size),
+            cond=self.cond(batch_size),
+            weight=torch.empty(batch_size),
+            crop=torch.empty(batch_size, num_crop_fields),
+            visits=range(batch_size),
+        )
+
+    def cond(self, batch_size: int) -> dict[str, Any]:
+        """Return the conditioning of the longest captions.
+
+        Captions of variable length have a mask and their lengths too, as in a run."""
+        cond: dict[str, Any] = {}
+        for name, layout in self.cond_layout.items():
+            shape = (batch_size, *layout.shape)
+            cond[name] = torch.empty(shape, dtype=layout.dtype)
+        for name in self.family.variable_length:
+            num_tokens = cond[name].shape[1]
+            mask = torch.ones(batch_size, num_tokens)
+            cond["attention_mask"] = mask.bool()
+            cond["lengths"] = (num_tokens,) * batch_size
+        return cond
+
+
+class TrainingTrace:
+    """The denoiser with its adapters and their optimizer, in the phases that have them in memory.
+
+    WHEN: in a block of `fake_tensors`. The preview comes last: its components stay in memory."""
+
+    def __init__(self, inputs: TraceInputs):
+        self.inputs = inputs
+        self.config = inputs.config
+        self.family = inputs.family
+        self.live_bytes = LiveBytes(inputs.unit)
+        self.num_blocks = 0
+        """Blocks that can be recomputed."""
+        adapted = self._attach_adapters(self._denoiser())
+        self.engine = Engine(
+            self.config.optim,
+            inputs.accelerator,
+            adapted.model,
+            adapted,
+            build_optimizer(adapted, self.config),
+        )
+        label_modules(self.live_bytes, [adapted.model], BASE)
+        trained = self.engine.trained
+        self.live_bytes.label(trained, ADAPTERS)
+        self.ema: list[Tensor] = []
+        if self.config.ema.decay:
+            self.ema = [weight.detach().clone() for weight in trained]
+        self.live_bytes.label(self.ema, ADAPTERS)
+        self._create_optimizer_state()
+
+    def _denoiser(self) -> nn.Module:
+        """Return the denoiser as a run prepares it."""
+        config, family = self.config, self.family
+        dtype = self.inputs.loss_function.dtype
+        denoiser = family.empty_denoiser("cpu")
+        denoiser = cast_weights(denoiser, dtype)
+        device = torch.device("cpu")
+        build.prepare_denoiser(config, family, denoiser, device)
+        blocks = family.blocks(denoiser, config.checkpoint_depth)
+        self.num_blocks = len(outermost(blocks))
+        return denoiser
+
+    def _attach_adapters(self, denoiser: nn.Module) -> AdaptedModel:
+        """Attach new adapters, also for a run that continues an existing one.
+
+        Layers on which no prediction depends stay frozen."""
+        plan = build.adapter_plan(self.config)
+        specs = plan.specs(denoiser, self.family.targets)
+        adapted = attach(denoiser, specs, self.config.seed)
+        for name in self.family.idle_layers(denoiser):
+            layer = denoiser.get_submodule(name)
+            layer.requires_grad_(False)
+        return adapted
+
+    def _create_optimizer_state(self) -> None:
+        """Update the weights once, with gradients of zero."""
+        self._set_zero_gradients()
+        try:
+            with self._counting(OPTIMIZER):
+                self.engine.update(self.config.learning_rate)
+        except UNPLANNED_ERRORS as error:
+            raise ConfigError(
+                f"--optimizer {self.config.optimizer}: cannot be planned, because it reads values "
+                "or needs a GPU. Plan with AdamW, whose state takes 8 bytes per trained number"
+            ) from error
+        for weight in self.engine.trained:
+            weight.register_post_accumulate_grad_hook(self._label_gradient)
+
+    def _set_zero_gradients(self) -> None:
+        for weight in self.engine.trained:
+            weight.grad = torch.zeros_like(weight)
+            self._label_gradient(weight)
+
+    def _label_gradient(self, weight: Tensor) -> None:
+        if weight.grad is not None:
+            self.live_bytes.label([weight.grad], GRADIENTS)
+
+    @contextmanager
+    def _counting(self, category: str) -> Iterator[None]:
+        """Count new tensors in a block as this category."""
+        self.live_bytes.category = category
+        with self.live_bytes:
+            yield
+
+    def phase(self, name: PhaseName) -> PhaseMemory:
+        """Return the memory of a phase."""
+        if name == TRAINING:
+            return self._peak_of(name, self._step)
+        if name == VALIDATION:
+            return self._peak_of(name, self._validate)
+        return self._preview()
+
+    def _peak_of(self, name: PhaseName, function: Callable[[], None]) -> PhaseMemory:
+        """Return the memory of a phase that a function goes through."""
+        self.live_bytes.reset_peak()
+        with self._counting(ACTIVATIONS):
+            function()
+        return PhaseMemory(name, self.live_bytes.at_peak)
+
+    def _step(self) -> None:
+        """Take a training step; of several micro-batches, the last one.
+
+        The gradients of the earlier micro-batches are in memory then."""
+        if self.config.grad_accumulation_steps > 1:
+            self._set_zero_gradients()
+        batch_size = self.config.batch_size
+        latents = self.inputs.sample.latents
+        batch = self.inputs.batch(batch_size, latents)
+        losses = self.inputs.loss_function(self.engine.denoiser, batch)
+        self.engine.backward(losses.mean(), is_last=True)
+        del batch
+        self.engine.update(self.config.learning_rate)
+
+    def _validate(self) -> None:
+        latents = self.inputs.sample.latents
+        batch_size = validation_batch_size(latents, self.config.batch_size)
+        self._forward(batch_size, latents)
+
+    @torch.no_grad()
+    def _forward(self, batch_size: int, latents: tuple[int, ...]) -> None:
+        batch = self.inputs.batch(batch_size, latents)
+        with self.inputs.accelerator.autocast():
+            self.inputs.loss_function(self.engine.denoiser, batch)
+
+    def _preview(self) -> PhaseMemory:
+        """Return the memory of drawing a preview.
+
+        The denoiser and the optimizer's state stay in memory. Text encoders that encode layer by
+        layer take as much as their largest layer."""
+        text = empty_encoders(self.family, "text")
+        encoders = text_encoders_of(text)
+        media = empty_encoders(self.family, "media")
+        label_modules(self.live_bytes, encoders, ENCODERS)
+        label_modules(self.live_bytes, [media.vae], VAE)
+        draw = partial(self._draw, encoders, media)
+        phase = self._peak_of(PREVIEW, draw)
+        if self.config.model.text_encoder_placement != "device":
+            phase.num_bytes[ENCODERS] = largest_layer(encoders)
+        return phase
+
+    @torch.no_grad()
+    def _draw(self, encoders: list[nn.Module], media: Any) -> None:
+        """Do what one step of drawing does: encode, predict, decode.
+
+        The prediction is for two samples: with and without the prompt."""
+        for encoder in encoders:
+            encode_tokens(encoder, self.family.max_tokens, batch_size=1)
+        latents = self._preview_latents()
+        is_bf16 = has_bf16_modules(media)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            self._forward(2, latents)
+        decoded_latents = torch.empty(1, *latents)
+        self.family.decode_media(media, decoded_latents)
+
+    def _preview_latents(self) -> tuple[int, ...]:
+        """Return the shape of a preview's latents."""
+        side = preview_side(self.config, self.family)
+        size = Size(side, side)
+        sample = sample_of_size(self.config, self.family, size)
+        return sample.latents
