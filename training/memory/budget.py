@@ -93,10 +93,11 @@ class Search:
             return
         if self.changes:
             self.take([PREVIEW], {})
+        changes_before = self.changes
         self.reduce([PREVIEW], [{"model.text_encoder_placement": "layers"}])
         if self.total([PREVIEW]) > self.budget:
             del self.phases[PREVIEW]
-            self.changes["preview"] = False
+            self.changes = {**changes_before, "preview": False}
 
     def use_spare_memory(self) -> None:
         """Recompute only as many blocks as necessary, if all are recomputed and there is room."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from common.errors import ModelError
-from models.diffusers_family import DiffusersFamily
+from models.diffusers_family import WIDER_DTYPES, DiffusersFamily
 from training import build
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
@@ -32,6 +32,10 @@ Changes = dict[str, Any]
 """Option, as on the command line without dashes -> its new value."""
 
 
+UNPLANNED: Changes = {"compile": "none"}
+"""Options that a plan leaves out."""
+
+
 class MemoryPlanner:
     """Traces the phases of a run on the CPU, with tensors that have no values.
 
@@ -39,7 +43,8 @@ class MemoryPlanner:
 
     def __init__(self, config: TrainConfig, is_gpu: bool):
         """`is_gpu`: plan for a GPU, whose autocast and allocator differ from the CPU's."""
-        self.config, self.is_gpu = config, is_gpu
+        self.config = changed_config(config, UNPLANNED)
+        self.is_gpu = is_gpu
         self.unit = GPU_ALLOCATION_UNIT if is_gpu else 1
         self.accelerator = build_accelerator(config)
         self.family = plannable_family(config)
@@ -74,7 +79,7 @@ class MemoryPlanner:
         return phases
 
     def _trace_inputs(self, config: TrainConfig, family: DiffusersFamily) -> TraceInputs:
-        dtype = build.BASE_DTYPES[config.training_dtype] or torch.bfloat16
+        dtype = build.BASE_DTYPES[config.training_dtype] or stored_dtype(family)
         caption_layout = family.cond_layout()
         sample_layout = family.sample_layout(self.sample.latents)
         return TraceInputs(
@@ -94,6 +99,17 @@ def plannable_family(config: TrainConfig) -> DiffusersFamily:
     if not isinstance(family, DiffusersFamily):
         raise ModelError(f"--model.family {family.name}: cannot be planned")
     return family
+
+
+def stored_dtype(family: DiffusersFamily) -> torch.dtype:
+    """Return the dtype of the denoiser's weights if they are not converted.
+
+    Without weights, as for a released model, it is bf16."""
+    try:
+        dtype = family.files.denoiser_dtype()
+    except ModelError:
+        return torch.bfloat16
+    return WIDER_DTYPES.get(dtype, dtype)
 
 
 def changed_config(config: TrainConfig, changes: Changes) -> TrainConfig:
