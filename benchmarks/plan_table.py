@@ -126,10 +126,11 @@ def gib(num_bytes: int) -> str:
 
 
 def main() -> None:
+    new_tables = tables(rows())
     page = PAGE.read_text(encoding="utf-8")
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{tables(rows())}\n\n{END}{tail}", encoding="utf-8")
+    PAGE.write_text(f"{head}{BEGIN}\n\n{new_tables}\n\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":
