@@ -94,7 +94,10 @@ class Search:
         if self.changes:
             self.take([PREVIEW], {})
         changes_before = self.changes
-        self.reduce([PREVIEW], [{"model.text_encoder_placement": "layers"}])
+        config = changed_config(self.planner.config, self.changes)
+        is_too_large = self.total([PREVIEW]) > self.budget
+        if is_too_large and config.model.text_encoder_placement == "device":
+            self.take([CAPTIONS, PREVIEW], {"model.text_encoder_placement": "layers"})
         if self.total([PREVIEW]) > self.budget:
             del self.phases[PREVIEW]
             self.changes = {**changes_before, "preview": False}
@@ -134,7 +137,8 @@ def caption_steps(planner: MemoryPlanner) -> list[Changes]:
         steps.append({"model.text_encoder_placement": "layers"})
     if planner.config.data.encode_batch_size > 1:
         steps.append({"data.encode_batch_size": 1})
-    steps.append({"model.text_encoder_placement": "cpu"})
+    if planner.config.model.text_encoder_placement != "cpu":
+        steps.append({"model.text_encoder_placement": "cpu"})
     return steps
 
 

@@ -25,17 +25,16 @@ def largest_sample(config: TrainConfig, family: ModelFamily) -> SampleShape:
     buckets = Buckets.of(config.data, step, only_square)
     sizes = buckets.all_sizes()
     size = max(sizes, key=math.prod)
-    return sample_of_size(config, family, size)
+    return sample_of_size(family, size, config.data.frames)
 
 
-def sample_of_size(config: TrainConfig, family: ModelFamily, size: Size) -> SampleShape:
+def sample_of_size(family: ModelFamily, size: Size, num_frames: int) -> SampleShape:
     """Return the shapes for a size in pixels."""
     limits = family.limits
     pixels = [size.height, size.width]
     latents = []
     for side in pixels:
         latents.append(side // limits.latent_step)
-    num_frames = config.data.frames
     if limits.is_video:
         latent_frames = 1 + (num_frames - 1) // limits.frame_step
         latents.insert(0, latent_frames)

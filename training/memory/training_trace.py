@@ -250,8 +250,12 @@ class TrainingTrace:
         self.family.decode_media(media, decoded_latents)
 
     def _preview_latents(self) -> tuple[int, ...]:
-        """Return the shape of a preview's latents."""
+        """Return the shape of a preview's latents.
+
+        Only models that are given an image draw videos in previews."""
+        num_frames = 1
+        if self.family.has_image_input:
+            num_frames = self.config.data.frames
         side = preview_side(self.config, self.family)
-        size = Size(side, side)
-        sample = sample_of_size(self.config, self.family, size)
+        sample = sample_of_size(self.family, Size(side, side), num_frames)
         return sample.latents
