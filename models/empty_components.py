@@ -14,8 +14,12 @@ from models.diffusers_family import DiffusersFamily
 from models.model_files import ENCODERS
 
 
-def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> Any:
-    """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors."""
+def empty_encoders(
+    family: DiffusersFamily, role: Literal["text", "media"], is_trimmed: bool = True
+) -> Any:
+    """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors.
+
+    `is_trimmed`: without the parts of text encoders that encode_prompt does not need."""
     import diffusers
 
     modules: dict[str, Any] = dict.fromkeys(family.all_components())
@@ -32,7 +36,7 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
             modules[name] = empty_encoder(family, name)
     pipeline_class = getattr(diffusers, family.pipelines[0])
     pipeline = pipeline_class(**modules, **family.pipeline_options)
-    if role == "text":
+    if role == "text" and is_trimmed:
         family.trim_text_encoders(pipeline)
     return pipeline
 
@@ -73,6 +77,10 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 weight = parameter.detach().to(new_dtype)
                 converted[parameter] = nn.Parameter(weight, requires_grad=False)
             parameters[name] = converted[parameter]
+        for name, buffer in module._buffers.items():
+            is_stored = name not in module._non_persistent_buffers_set
+            if buffer is not None and is_stored and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
     return model
 
 

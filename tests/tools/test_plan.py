@@ -59,7 +59,7 @@ def test_without_any_option_that_fits_the_least_is_named(run_here, capsys):
     out = plan(run_here, capsys, "--budget", "1.01GB", code=1)
     assert "Does not fit into 1.0 GiB" in out
     assert "--model.quantization nf4" in out
-    assert "These change the result a little: " in out
+    assert "These change the result: " in out
 
 
 def test_a_budget_that_is_large_changes_nothing(run_here, capsys):
@@ -75,6 +75,8 @@ def test_a_budget_that_is_large_changes_nothing(run_here, capsys):
             ["--model.path=a/b"],
             "--model.path a/b: the configuration of this model is not stored here",
         ),
+        (["--existing_lora=lora.safetensors"], "--existing_lora: cannot be planned yet"),
+        (["--data.frames=5"], "--data.frames 5: this model makes images"),
         (["--model.train_text_encoder"], "--model.train_text_encoder: cannot be planned yet"),
     ],
 )
@@ -92,3 +94,14 @@ def test_the_plan_needs_no_data_and_writes_nothing(run_here, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert run_here(["plan", "--data.path=nowhere", f"--model.path={BASE}", "--no_preview"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_captions_in_layers_take_little(run_here, capsys):
+    options = [KLEIN, "--json", "--model.text_encoder_placement"]
+    whole = json.loads(plan(run_here, capsys, *options, "device"))["phases"]
+    layers = json.loads(plan(run_here, capsys, *options, "layers"))["phases"]
+    captions = "encode captions"
+    assert layers[captions]["activations"] == whole[captions]["activations"]
+    assert layers[captions]["text encoders"] < 0.2 * whole[captions]["text encoders"]
+    assert layers["train"] == whole["train"]
+    assert layers["preview"]["total"] < whole["preview"]["total"] - 5 * GIB

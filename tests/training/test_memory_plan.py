@@ -105,7 +105,9 @@ def test_a_step_of_every_algorithm_takes_the_planned_memory(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("optimizer", ["Adam", "RMSprop", "Adafactor", "Muon", "Lion", "CAME"])
+@pytest.mark.parametrize(
+    "optimizer", ["Adam", "RMSprop", "Adafactor", "Muon", "Lion", "CAME", "ScheduleFreeAdamW"]
+)
 def test_a_step_of_other_optimizers_takes_the_planned_memory(options, run_here, optimizer):
     assert_planned(run_here, [*options, f"--optimizer={optimizer}"])
 

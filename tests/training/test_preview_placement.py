@@ -24,7 +24,11 @@ def test_text_encoders_that_stay_on_the_cpu_draw_the_same(options, run_here, tmp
 
     def place(pipeline, placement, device):
         placed.append(placement)
-        return original(pipeline, placement, device)
+        result = original(pipeline, placement, device)
+        assert next(pipeline.text_encoder.parameters()).is_meta  # its values wait on the CPU
+        assert not any(parameter.is_meta for parameter in pipeline.unet.parameters())
+        assert not any(parameter.is_meta for parameter in pipeline.vae.parameters())
+        return result
 
     monkeypatch.setattr(preview, "place_text_encoders", place)
     options = [*options, f"--model.path={BASE}"]

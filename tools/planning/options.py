@@ -43,6 +43,11 @@ class PlanOptions(RunOptions):
             )
         if model.train_text_encoder:
             errors.append("--model.train_text_encoder: cannot be planned yet. Remove the option")
+        if self.config.existing_lora is not None:
+            errors.append(
+                "--existing_lora: cannot be planned yet. Remove the option, and set --algorithm and "
+                "--rank to those of the file"
+            )
         if self.budget is not None and not BUDGET.fullmatch(self.budget):
             errors.append(f"--budget {self.budget}: is not a size; expected one such as 12GB")
         return errors

@@ -92,7 +92,7 @@ def fit_lines(fit: Fit) -> list[str]:
     if fit.result_changes:
         names = [f"--{name}" for name in fit.result_changes]
         listed = ", ".join(names)
-        lines.append(f"These change the result a little: {listed}.")
+        lines.append(f"These change the result: {listed}.")
     lines += phase_table(fit.phases)
     return lines
 

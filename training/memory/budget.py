@@ -1,6 +1,6 @@
 """Options with which a run fits into the memory of a GPU.
 
-Options are tried in the order of their cost, phase by phase: first those that cost little time, last
+Options are tried in the order of their cost, phase by phase: first those that cost little time, then
 those that change the result. Afterwards, memory that is left is used for faster training.
 """
 
@@ -21,9 +21,12 @@ from training.memory.planner import Changes, MemoryPlanner, changed_config
 
 RESERVE = 2**30
 """Bytes of a GPU that are not counted: CUDA itself, workspaces of its libraries, and gaps."""
-DEFAULT_QUANTIZATIONS = ("int8", "nf4")
-CHANGES_RESULT = ("model.quantization", "model.vae_tiling", "model.vae_dtype")
-"""Options that change what is trained, a little."""
+SMALLER_FORMATS = {"none": ("int8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",), "nf4": ()}
+"""model.quantization -> formats that need less memory."""
+CHANGES_RESULT = ("batch_size", "model.quantization", "model.vae_tiling", "model.vae_dtype")
+"""Options that change the result. With another batch size, other samples make a step."""
+MAX_PROBES = 4
+"""Numbers of recomputed blocks that are tried."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Fit:
     budget: int
     changes: Changes
     phases: list[PhaseMemory]
+    reserve: int
+    """Bytes that are not counted."""
 
     @property
     def peak(self) -> int:
         """The memory that the GPU must have."""
-        return RESERVE + max(phase.total for phase in self.phases)
+        return self.reserve + max(phase.total for phase in self.phases)
 
     @property
     def fits(self) -> bool:
@@ -53,42 +58,60 @@ def fit_into(budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]) -> 
     """Return the changes with which the run fits into a budget, or nearly, if nothing fits.
 
     `phases`: those of the run without changes."""
-    search = Search(budget - RESERVE, planner, phases)
+    reserve = RESERVE if planner.is_gpu else 0
+    search = Search(budget - reserve, planner, phases)
     search.reduce([CAPTIONS], caption_steps(planner))
     search.reduce([IMAGES], image_steps(planner))
-    search.reduce([TRAINING, VALIDATION], training_steps(planner))
+    search.reduce(search.training_phases, training_steps(planner))
     search.use_spare_memory()
     search.decide_preview()
-    return Fit(budget, search.changes, list(search.phases.values()))
+    return Fit(budget, search.changes, list(search.phases.values()), reserve)
 
 
 class Search:
     """The changes so far, and the memory of each phase with them."""
 
     def __init__(self, budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]):
-        """`budget`: bytes for tensors."""
+        """`budget`: bytes for tensors, without the reserve.
+
+        `phases`: those of the run without changes."""
         self.budget, self.planner = budget, planner
         self.changes: Changes = {}
         self.phases = {phase.name: phase for phase in phases}
+
+    @property
+    def training_phases(self) -> list[PhaseName]:
+        """The phases with the denoiser, except the preview."""
+        return [name for name in (TRAINING, VALIDATION) if name in self.phases]
 
     def total(self, names: list[PhaseName]) -> int:
         return max(self.phases[name].total for name in names)
 
     def reduce(self, names: list[PhaseName], steps: list[Changes]) -> None:
-        """Take the first steps with which all these phases fit; all steps if none does."""
+        """Take steps until all these phases fit.
+
+        A step that does not help is undone."""
         for step in steps:
-            if self.total(names) <= self.budget:
+            total = self.total(names)
+            if total <= self.budget:
                 return
+            earlier = self.changes, dict(self.phases)
             self.take(names, step)
+            if self.total(names) >= total:
+                self.changes, self.phases = earlier
 
     def take(self, names: list[PhaseName], step: Changes) -> None:
-        """Make a change, and trace the phases that it concerns."""
+        """Make a change, and trace the phases that it concerns.
+
+        Other phases keep their earlier numbers."""
         self.changes = {**self.changes, **step}
         for phase in self.planner.trace(names, self.changes):
             self.phases[phase.name] = phase
 
     def decide_preview(self) -> None:
-        """Keep the text encoders out of the preview, or turn it off, if it does not fit."""
+        """Keep the text encoders out of the preview, or turn it off, if it does not fit.
+
+        The phases before it were traced with the changes so far, and the preview was not."""
         if PREVIEW not in self.phases:
             return
         if self.changes:
@@ -103,27 +126,38 @@ class Search:
             self.changes = {**changes_before, "preview": False}
 
     def use_spare_memory(self) -> None:
-        """Recompute only as many blocks as necessary, if all are recomputed and there is room."""
+        """Recompute only as many blocks as necessary, if all are recomputed and there is room.
+
+        Blocks that are not recomputed are faster, and keep their activations."""
         config = changed_config(self.planner.config, self.changes)
-        all_blocks = self.planner.num_blocks
-        peak = self.total([TRAINING, VALIDATION])
+        num_blocks = self.planner.num_blocks
+        names = self.training_phases
         can_be_faster = config.gradient_checkpointing and config.checkpoint_blocks is None
-        if not can_be_faster or peak > self.budget or all_blocks < 2:
+        if not can_be_faster or self.total(names) > self.budget or num_blocks < 2:
             return
-        kept = {"gradient_checkpointing": False}
-        largest = self._peak_with(kept)
-        if largest <= self.budget:
-            self.take([TRAINING, VALIDATION], kept)
+        step: Changes = {"gradient_checkpointing": False}
+        if self._peak_with(step) <= self.budget:
+            self.take(names, step)
             return
-        # the peak grows about linearly with the blocks that are not recomputed
-        bytes_per_block = (largest - peak) / all_blocks
-        num_kept = int((self.budget - peak) / bytes_per_block)
-        while num_kept > 0:
-            step = {"checkpoint_blocks": all_blocks - num_kept}
+        num_kept = self._num_kept_blocks(num_blocks)
+        if num_kept:
+            self.take(names, {"checkpoint_blocks": num_blocks - num_kept})
+
+    def _num_kept_blocks(self, num_blocks: int) -> int:
+        """Return the number of blocks that need not be recomputed, found by bisection.
+
+        After MAX_PROBES probes it may be too small, and never too large."""
+        fitting, too_many = 0, num_blocks
+        for _ in range(MAX_PROBES):
+            middle = (fitting + too_many) // 2
+            if middle == fitting:
+                break
+            step: Changes = {"checkpoint_blocks": num_blocks - middle}
             if self._peak_with(step) <= self.budget:
-                self.take([TRAINING, VALIDATION], step)
-                return
-            num_kept = num_kept * 3 // 4
+                fitting = middle
+            else:
+                too_many = middle
+        return fitting
 
     def _peak_with(self, step: Changes) -> int:
         phases = self.planner.trace([TRAINING], {**self.changes, **step})
@@ -168,9 +202,11 @@ def training_steps(planner: MemoryPlanner) -> list[Changes]:
     if config.checkpoint_depth != best_depth:
         steps.append({"checkpoint_depth": best_depth})
     steps += batch_steps(config.batch_size, config.grad_accumulation_steps)
-    if config.model.quantization == "none":
-        for quantization in DEFAULT_QUANTIZATIONS:
-            steps.append({"model.quantization": quantization})
+    for quantization in SMALLER_FORMATS[config.model.quantization]:
+        step: Changes = {"model.quantization": quantization}
+        if planner.is_compiled:
+            step["compile"] = "none"
+        steps.append(step)
     return steps
 
 

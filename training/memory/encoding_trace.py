@@ -39,7 +39,8 @@ def encode_tokens(encoder: Any, max_tokens: int, batch_size: int) -> None:
     num_tokens = min(max_tokens, positions)
     tokens = torch.zeros(batch_size, num_tokens, dtype=torch.int64)
     mask = torch.ones_like(tokens)
-    encoder(tokens, attention_mask=mask, output_hidden_states=True)
+    has_states = not type(encoder).__name__.endswith("T5EncoderModel")
+    encoder(tokens, attention_mask=mask, output_hidden_states=has_states)
 
 
 def trace_images(
@@ -48,14 +49,18 @@ def trace_images(
     """Return the memory of encoding images or videos. `unit`: see LiveBytes."""
     encoders = empty_encoders(family, "media")
     live_bytes = LiveBytes(unit)
-    for component in encoders.components.values():
-        if isinstance(component, nn.Module):
-            label_modules(live_bytes, [component], VAE)
+    label_modules(live_bytes, modules_of(encoders), VAE)
     batch_size = media_batch_size(config.data, sample.pixels)
     with torch.no_grad(), live_bytes:
         pixels = torch.empty(batch_size, *sample.pixels)
         family.encode_media(encoders, pixels)
     return PhaseMemory(IMAGES, live_bytes.at_peak)
+
+
+def modules_of(pipeline: Any) -> list[nn.Module]:
+    """Return the modules of a pipeline."""
+    components = pipeline.components.values()
+    return [component for component in components if isinstance(component, nn.Module)]
 
 
 def text_encoders_of(pipeline: Any) -> list[nn.Module]:

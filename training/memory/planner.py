@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
+from models.component_loaders import check_fp16
 from models.diffusers_family import WIDER_DTYPES, DiffusersFamily
 from training import build
 from training.config import TrainConfig
@@ -23,7 +24,7 @@ from training.memory.phase_memory import (
     PhaseMemory,
     PhaseName,
 )
-from training.memory.sample_shape import largest_sample
+from training.memory.sample_shape import largest_encoded_sample, largest_sample
 from training.memory.training_trace import TraceInputs, TrainingTrace
 
 GPU_ALLOCATION_UNIT = 512
@@ -32,7 +33,7 @@ Changes = dict[str, Any]
 """Option, as on the command line without dashes -> its new value."""
 
 
-UNPLANNED: Changes = {"compile": "none"}
+UNPLANNED: Changes = {"compile": "none", "optim.on_non_finite": "stop"}
 """Options that a plan leaves out."""
 
 
@@ -45,6 +46,7 @@ class MemoryPlanner:
         """`is_gpu`: plan for a GPU, whose autocast and allocator differ from the CPU's."""
         self.config = changed_config(config, UNPLANNED)
         self.is_gpu = is_gpu
+        self.is_compiled = config.compile != "none"
         self.unit = GPU_ALLOCATION_UNIT if is_gpu else 1
         self.accelerator = build_accelerator(config)
         self.family = plannable_family(config)
@@ -54,7 +56,10 @@ class MemoryPlanner:
 
     def phases(self) -> list[PhaseMemory]:
         """Return the memory of all phases, in the order of a run."""
-        names = [CAPTIONS, IMAGES, TRAINING, VALIDATION]
+        names = [CAPTIONS, IMAGES, TRAINING]
+        data = self.config.data
+        if data.validation_path is not None or data.validation_fraction:
+            names.append(VALIDATION)
         if self.config.preview:
             names.append(PREVIEW)
         return self.trace(names, {})
@@ -71,7 +76,8 @@ class MemoryPlanner:
                 if name == CAPTIONS:
                     phases.append(trace_captions(config, family, self.unit))
                 elif name == IMAGES:
-                    phases.append(trace_images(config, family, self.sample, self.unit))
+                    sample = largest_encoded_sample(config, family)
+                    phases.append(trace_images(config, family, sample, self.unit))
                 else:
                     training = training or TrainingTrace(inputs)
                     self.num_blocks = training.num_blocks
@@ -98,6 +104,11 @@ def plannable_family(config: TrainConfig) -> DiffusersFamily:
     family = build.load_family(config)
     if not isinstance(family, DiffusersFamily):
         raise ModelError(f"--model.family {family.name}: cannot be planned")
+    frame_error = family.limits.frame_error(config.data.frames)
+    if frame_error is not None:
+        raise ConfigError(f"--data.frames {config.data.frames}: {frame_error}")
+    if config.model.vae_dtype == "fp16":
+        check_fp16(family.vae_config)
     return family
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from data.media.buckets import Buckets, Size
+from data.precompute.encode import media_batch_size
 from models.base import ModelFamily
 from training.config import TrainConfig
 
@@ -20,12 +21,31 @@ class SampleShape:
 
 def largest_sample(config: TrainConfig, family: ModelFamily) -> SampleShape:
     """Return the shapes of the bucket with the most pixels."""
+    samples = all_samples(config, family)
+    return max(samples, key=lambda sample: math.prod(sample.pixels))
+
+
+def largest_encoded_sample(config: TrainConfig, family: ModelFamily) -> SampleShape:
+    """Return the shapes of the bucket whose batches have the most pixels when they are encoded."""
+
+    def num_pixels(sample: SampleShape) -> int:
+        batch_size = media_batch_size(config.data, sample.pixels)
+        return batch_size * math.prod(sample.pixels)
+
+    samples = all_samples(config, family)
+    return max(samples, key=num_pixels)
+
+
+def all_samples(config: TrainConfig, family: ModelFamily) -> list[SampleShape]:
+    """Return the shapes of all buckets."""
     step = family.limits.pixel_step
     only_square = not config.bucket_mode
     buckets = Buckets.of(config.data, step, only_square)
-    sizes = buckets.all_sizes()
-    size = max(sizes, key=math.prod)
-    return sample_of_size(family, size, config.data.frames)
+    samples = []
+    for size in buckets.all_sizes():
+        sample = sample_of_size(family, size, config.data.frames)
+        samples.append(sample)
+    return samples
 
 
 def sample_of_size(family: ModelFamily, size: Size, num_frames: int) -> SampleShape:

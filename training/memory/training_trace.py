@@ -28,6 +28,7 @@ from training.memory.encoding_trace import (
     encode_tokens,
     label_modules,
     largest_layer,
+    modules_of,
     text_encoders_of,
 )
 from training.memory.live_bytes import ACTIVATIONS, LiveBytes
@@ -45,11 +46,12 @@ from training.memory.phase_memory import (
     PhaseName,
 )
 from training.memory.sample_shape import SampleShape, sample_of_size
+from training.optim.registry import OPTIMIZERS
 from training.optim.schedule import build_optimizer
-from training.preview import has_bf16_modules, preview_side
+from training.preview import has_bf16_weights, preview_side
 from training.validation import validation_batch_size
 
-UNPLANNED_ERRORS = (DataDependentOutputException, RuntimeError, AttributeError, ValueError)
+UNPLANNED_ERRORS = (DataDependentOutputException, NotImplementedError, RuntimeError)
 """Errors of an optimizer that needs more than shapes."""
 
 
@@ -123,6 +125,9 @@ class TrainingTrace:
         if self.config.ema.decay:
             self.ema = [weight.detach().clone() for weight in trained]
         self.live_bytes.label(self.ema, ADAPTERS)
+        self.is_schedule_free = OPTIMIZERS[self.config.optimizer].is_schedule_free
+        if self.is_schedule_free:
+            self.engine.optimizer.train()  # type: ignore[attr-defined]
         self._create_optimizer_state()
 
     def _denoiser(self) -> nn.Module:
@@ -211,7 +216,15 @@ class TrainingTrace:
     def _validate(self) -> None:
         latents = self.inputs.sample.latents
         batch_size = validation_batch_size(latents, self.config.batch_size)
+        weights = self._evaluation_weights()
         self._forward(batch_size, latents)
+        del weights
+
+    def _evaluation_weights(self) -> list[Tensor]:
+        """Return the copy of the trained weights that is kept while averages are in their place."""
+        if not self.ema and not self.is_schedule_free:
+            return []
+        return [weight.detach().clone() for weight in self.engine.trained]
 
     @torch.no_grad()
     def _forward(self, batch_size: int, latents: tuple[int, ...]) -> None:
@@ -224,11 +237,11 @@ class TrainingTrace:
 
         The denoiser and the optimizer's state stay in memory. Text encoders that encode layer by
         layer take as much as their largest layer."""
-        text = empty_encoders(self.family, "text")
+        text = empty_encoders(self.family, "text", is_trimmed=False)
         encoders = text_encoders_of(text)
         media = empty_encoders(self.family, "media")
         label_modules(self.live_bytes, encoders, ENCODERS)
-        label_modules(self.live_bytes, [media.vae], VAE)
+        label_modules(self.live_bytes, modules_of(media), VAE)
         draw = partial(self._draw, encoders, media)
         phase = self._peak_of(PREVIEW, draw)
         if self.config.model.text_encoder_placement != "device":
@@ -240,14 +253,17 @@ class TrainingTrace:
         """Do what one step of drawing does: encode, predict, decode.
 
         The prediction is for two samples: with and without the prompt."""
-        for encoder in encoders:
-            encode_tokens(encoder, self.family.max_tokens, batch_size=1)
+        weights = self._evaluation_weights()
         latents = self._preview_latents()
-        is_bf16 = has_bf16_modules(media)
+        all_modules = [*encoders, *modules_of(media), self.engine.denoiser]
+        is_bf16 = any(has_bf16_weights(module) for module in all_modules)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            for encoder in encoders:
+                encode_tokens(encoder, self.family.max_tokens, batch_size=1)
             self._forward(2, latents)
         decoded_latents = torch.empty(1, *latents)
         self.family.decode_media(media, decoded_latents)
+        del weights
 
     def _preview_latents(self) -> tuple[int, ...]:
         """Return the shape of a preview's latents.
