@@ -30,7 +30,7 @@ def released_models() -> dict[str, dict[str, Any]]:
     return content["models"]
 
 
-def find_released_model(hub_id: str) -> dict[str, Any] | None:
+def find_released_model(hub_id: str | None) -> dict[str, Any] | None:
     """Return the released model with this Hub id, or None."""
     for model in released_models().values():
         if hub_id in model["hub_ids"]:

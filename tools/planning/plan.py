@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from common.errors import UserError
 from models.released import configuration_folder, find_released_model
 from tools.planning.options import PlanOptions
 from tools.planning.report import plan_as_json, plan_as_text
@@ -36,13 +37,25 @@ def run(options: PlanOptions) -> int:
 
 @contextmanager
 def with_configurations(config: TrainConfig) -> Iterator[TrainConfig]:
-    """Yield the config with a local model: a folder of configurations for a released model."""
-    released_model: dict[str, Any] | None = None
-    if config.model.path is not None:
-        released_model = find_released_model(config.model.path)
-    if released_model is None:
-        yield config
-        return
-    with configuration_folder(released_model) as folder:
-        model = replace(config.model, path=str(folder), variant=None)
-        yield replace(config, model=model)
+    """Yield the config with a local model: a folder of configurations for a released model.
+
+    Errors in the block name the Hub id instead of the folder."""
+    with ExitStack() as stack:
+        hub_ids: dict[str, str] = {}
+        model = config.model
+        for option in ("path", "config"):
+            hub_id = getattr(model, option)
+            released_model = find_released_model(hub_id)
+            if released_model is None:
+                continue
+            folder = str(stack.enter_context(configuration_folder(released_model)))
+            hub_ids[folder] = hub_id
+            change: dict[str, Any] = {option: folder}
+            model = replace(model, **change, variant=None)
+        try:
+            yield replace(config, model=model)
+        except UserError as error:
+            message = str(error)
+            for folder, hub_id in hub_ids.items():
+                message = message.replace(folder, hub_id)
+            raise type(error)(message) from error

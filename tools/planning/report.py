@@ -79,7 +79,7 @@ def phase_table(phases: list[PhaseMemory]) -> list[str]:
 
 def fit_lines(fit: Fit) -> list[str]:
     """Return what to change so that the run fits into the budget."""
-    budget = gib(fit.budget)
+    budget = f"{fit.budget / GIB:g}"
     if not fit.changes and fit.fits:
         return [f"Fits into {budget} GiB without changes."]
     options = " ".join(as_option(name, value) for name, value in fit.changes.items())
@@ -94,6 +94,10 @@ def fit_lines(fit: Fit) -> list[str]:
         listed = ", ".join(names)
         lines.append(f"These change the result: {listed}.")
     lines += phase_table(fit.phases)
+    if fit.reserve:
+        lines.append(
+            f"With {gib(fit.reserve)} GiB for CUDA itself, the GPU needs {gib(fit.peak)} GiB."
+        )
     return lines
 
 
@@ -116,6 +120,7 @@ def plan_as_json(phases: list[PhaseMemory], fit: Fit | None) -> dict[str, Any]:
         plan["budget"] = {
             "bytes": fit.budget,
             "fits": fit.fits,
+            "needed": fit.peak,
             "options": fit.changes,
             "phases": phases_as_json(fit.phases),
         }

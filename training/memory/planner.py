@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from common.errors import ConfigError, ModelError
+from data.media.video import ClipSampling
 from models.component_loaders import check_fp16
 from models.diffusers_family import WIDER_DTYPES, DiffusersFamily
 from training import build
@@ -107,6 +108,7 @@ def plannable_family(config: TrainConfig) -> DiffusersFamily:
     frame_error = family.limits.frame_error(config.data.frames)
     if frame_error is not None:
         raise ConfigError(f"--data.frames {config.data.frames}: {frame_error}")
+    ClipSampling.of(config.data, family.limits.frame_step, family.limits.fps)  # checks the frames
     if config.model.vae_dtype == "fp16":
         check_fp16(family.vae_config)
     return family
