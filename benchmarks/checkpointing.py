@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,11 +29,10 @@ sys.path.insert(0, str(PROJECT))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from models.blocks import find_blocks  # noqa: E402
 from training import gradient_checkpointing  # noqa: E402
+from training.memory.live_bytes import ACTIVATIONS, LiveBytes  # noqa: E402
 
 MIB = 2**20
 NONE, DIFFUSERS = "none", "diffusers' own"
@@ -44,35 +42,13 @@ DEPTHS = (1, 2, 3, 4)
 VARIANTS = [NONE, DIFFUSERS, *(f"{depth} {policy}" for depth in DEPTHS for policy in POLICIES)]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are created in the block and still live."""
+def new_bytes(earlier_tensors: list[Tensor]) -> LiveBytes:
+    """Return a counter of the tensors that are created in its block, as activations.
 
-    def __init__(self, earlier_tensors: list[Tensor]):
-        """`earlier_tensors`: exist before the block; their views are not counted."""
-        super().__init__()
-        self.storages = {tensor.untyped_storage().data_ptr() for tensor in earlier_tensors}
-        self.current = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, once, until it is freed."""
-        key, size = storage.data_ptr(), storage.nbytes()
-        if not size or key in self.storages:
-            return
-        self.storages.add(key)
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key: int, size: int) -> None:
-        self.storages.discard(key)
-        self.current -= size
+    `earlier_tensors`: exist before the block; they and their views are counted as such."""
+    live_bytes = LiveBytes()
+    live_bytes.label(earlier_tensors, "earlier")
+    return live_bytes
 
 
 def select(unet: Any, variant: str) -> int:
@@ -127,11 +103,11 @@ def make_forward(unet: Any, size: int) -> Callable[[], Tensor]:
 def memory(unet: nn.Module, forward: Callable[[], Tensor]) -> tuple[float, float]:
     """Return MiB that are kept after the forward pass, and at the peak of the step."""
     gradients = [p.grad for p in unet.parameters() if p.grad is not None]
-    with LiveBytes([*unet.parameters(), *unet.buffers(), *gradients]) as live:
+    with new_bytes([*unet.parameters(), *unet.buffers(), *gradients]) as live:
         loss = forward()
-        kept_bytes = live.current
+        kept_bytes = live.current[ACTIVATIONS]
         loss.backward()
-    return kept_bytes / MIB, live.peak / MIB
+    return kept_bytes / MIB, live.at_peak[ACTIVATIONS] / MIB
 
 
 def measure(unet: nn.Module, size: int, turns: int) -> None:

@@ -16,7 +16,9 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from models.released import released_models  # noqa: E402
+from tools.planning.options import GIB  # noqa: E402
 from tools.planning.plan import with_configurations  # noqa: E402
+from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
 from training.memory.budget import RESERVE  # noqa: E402
 from training.memory.phase_memory import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
@@ -24,7 +26,6 @@ from training.memory.planner import Changes, MemoryPlanner, changed_config  # no
 
 PAGE = PROJECT / "docs" / "memory.md"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
-GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)
 BASES = ("none", "int8", "nf4")
 LAYERS: Changes = {"model.text_encoder_placement": "layers"}
@@ -119,10 +120,6 @@ def markdown(table: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|---" * len(table[0]) + "|")
     return "\n".join(lines)
-
-
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f}"
 
 
 def main() -> None:

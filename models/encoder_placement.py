@@ -21,9 +21,23 @@ def place_text_encoders(encoders: Any, placement: Placement, device: torch.devic
         return encoders.to(device)
     from accelerate import cpu_offload
 
-    for name, component in encoders.components.items():
+    for encoder in text_encoders_of(encoders):
+        cpu_offload(encoder, execution_device=device)
+    return encoders
+
+
+def modules_of(pipeline: Any) -> list[nn.Module]:
+    """Return the modules of a pipeline."""
+    components = pipeline.components.values()
+    return [component for component in components if isinstance(component, nn.Module)]
+
+
+def text_encoders_of(pipeline: Any) -> list[nn.Module]:
+    """Return the text encoders of a pipeline."""
+    encoders = []
+    for name, component in pipeline.components.items():
         if name.startswith("text_encoder") and component is not None:
-            cpu_offload(component, execution_device=device)
+            encoders.append(component)
     return encoders
 
 

@@ -182,22 +182,21 @@ class ModelFiles:
             count = num_parameters(component_files(folder, self.config.variant))
         has_no_files = not count and component.startswith(ENCODERS)
         if has_no_files:  # a folder of configurations alone
-            model = self.empty_transformers_model(component)
+            with torch.device("meta"):
+                model = self.empty_transformers_model(component)
             count = sum(parameter.numel() for parameter in model.parameters())
         return torch.bfloat16 if count > MIN_LARGE else torch.float32
 
     def empty_transformers_model(self, component: str) -> nn.Module:
-        """Return an encoder without weights, on the meta device or as tensors of FakeTensorMode."""
+        """Return an encoder that is not loaded, on the current device: on meta, or in a
+        FakeTensorMode."""
         import transformers
-        from torch._guards import detect_fake_mode
 
         class_name = self.pipeline_config[component][1]
         model_class = getattr(transformers, class_name)
         config = read_config(self.source, f"{component}/config.json")
         model_config = model_class.config_class.from_dict(config)
-        device = "cpu" if detect_fake_mode() else "meta"
-        with torch.device(device):
-            return model_class(model_config).requires_grad_(False).eval()
+        return model_class(model_config).requires_grad_(False).eval()
 
     def denoiser_dtype(self) -> torch.dtype:
         """Return the dtype of the denoiser's weights on disk."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.precision import without_autocast
 from data.dataset import LatentDataset
 from models.base import ModelFamily
-from models.encoder_placement import place_text_encoders
+from models.encoder_placement import modules_of, place_text_encoders
 from objectives.schedulers import override_scheduler
 from training.components import RunComponents
 from training.config import SampleConfig, TrainConfig
@@ -106,10 +106,7 @@ def preview_side(config: TrainConfig, family: ModelFamily) -> int:
 
 def has_bf16_modules(pipeline: Any) -> bool:
     """Return whether a component of the pipeline has weights in bf16."""
-    for component in pipeline.components.values():
-        if isinstance(component, nn.Module) and has_bf16_weights(component):
-            return True
-    return False
+    return any(has_bf16_weights(module) for module in modules_of(pipeline))
 
 
 def has_bf16_weights(module: nn.Module) -> bool:
@@ -262,11 +259,11 @@ class PreviewRenderer:
         return numbers
 
     def _load_pipeline(self) -> Any:
+        """Return the pipeline where it draws, with the scheduler that the options ask for."""
         family, device = self.components.family, self.services.accelerator.device
         pipeline = family.pipeline(self.components.adapted.model)
-        return override_scheduler(
-            place_pipeline(pipeline, self.config, device), self.config.objective
-        )
+        placed_pipeline = place_pipeline(pipeline, self.config, device)
+        return override_scheduler(placed_pipeline, self.config.objective)
 
     def _draw(self, pipeline: Any, prompt: str, number: int) -> np.ndarray:
         family, config = self.components.family, self.config

@@ -10,13 +10,14 @@ from helpers.family_cases import cases, family_of
 from helpers.project import BASE
 from torch import Tensor, nn
 
-from benchmarks.checkpointing import LiveBytes
+from benchmarks.checkpointing import new_bytes
 from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
 from models.config import ModelConfig, Quantization
 from models.detect import get_family
 from models.quantization import FORMATS, quantize, quantize_blocks
 from models.quantized_weight import QuantizedWeight
+from training.memory.live_bytes import ACTIVATIONS
 
 MAX_ERRORS = {"fp8": 0.03, "int8": 0.01, "nf4": 0.1}
 """Format -> relative error of normally distributed weights."""
@@ -198,7 +199,7 @@ def check_family(family) -> None:
 def test_no_second_matrix_is_made(name):
     """Codes are converted, and then scaled in place."""
     weight = quantize(matrix(256, 512, dtype=torch.bfloat16), FORMATS[name])
-    with LiveBytes(list(weight.stored.values())) as live:
+    with new_bytes(list(weight.stored.values())) as live:
         values = weight.values()
     index_bytes = 2 * weight.numel() if name == "nf4" else 0  # int32 indices of pairs
-    assert live.peak <= values.nbytes + index_bytes + 10_000
+    assert live.at_peak[ACTIVATIONS] <= values.nbytes + index_bytes + 10_000

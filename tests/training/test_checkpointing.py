@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.checkpointing import LiveBytes
+from benchmarks.checkpointing import new_bytes
 from common.errors import ModelError
 from lora_algos.attach import attach
 from lora_algos.config import LayerSpec
@@ -24,6 +24,7 @@ from lora_algos.targets import adaptable_layers
 from models.blocks import find_blocks
 from training import gradient_checkpointing
 from training.config import TrainConfig
+from training.memory.live_bytes import ACTIVATIONS
 from training.run_folder import CHANGEABLE_OPTIONS
 
 FULL, KEPT = "full", "keep-attention-output"
@@ -117,9 +118,9 @@ def saved_bytes(model: nn.Module) -> int:
 
 def live_bytes(model: nn.Module) -> int:
     """What lives after the forward pass, kept by whomever."""
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+    with new_bytes([*model.parameters(), *model.buffers()]) as live:
         loss = forward(model)
-        now = live.current
+        now = live.current[ACTIVATIONS]
     del loss
     return now
 
@@ -225,9 +226,9 @@ def test_the_first_blocks_are_checkpointed_because_the_peak_is_lowest_then():
     peaks = []
     for order in (blocks, dict(reversed(blocks.items()))):
         gradient_checkpointing.apply(model, order, max_blocks=half)
-        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        with new_bytes([*model.parameters(), *model.buffers()]) as live:
             forward(model).backward()
-        peaks.append(live.peak)
+        peaks.append(live.at_peak[ACTIVATIONS])
     first, last = peaks
     assert first < last
 

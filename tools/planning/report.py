@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from tools.planning.options import GIB
 from tools.tables import NO_VALUE, align_columns
 from training.config import TrainConfig
 from training.memory.budget import RESERVE, Fit
 from training.memory.phase_memory import CATEGORIES, PhaseMemory
 from training.memory.planner import MemoryPlanner
 
-GIB = 2**30
 NOTES = (
     "One process that holds the whole model; longest captions, largest bucket. "
     "Not run on a GPU yet."

@@ -8,6 +8,7 @@ from torch import nn
 from data.precompute.encode import media_batch_size
 from models.diffusers_family import DiffusersFamily
 from models.empty_components import empty_encoders
+from models.encoder_placement import modules_of, text_encoders_of
 from training.config import TrainConfig
 from training.memory.live_bytes import LiveBytes
 from training.memory.phase_memory import CAPTIONS, ENCODERS, IMAGES, VAE, PhaseMemory
@@ -55,21 +56,6 @@ def trace_images(
         pixels = torch.empty(batch_size, *sample.pixels)
         family.encode_media(encoders, pixels)
     return PhaseMemory(IMAGES, live_bytes.at_peak)
-
-
-def modules_of(pipeline: Any) -> list[nn.Module]:
-    """Return the modules of a pipeline."""
-    components = pipeline.components.values()
-    return [component for component in components if isinstance(component, nn.Module)]
-
-
-def text_encoders_of(pipeline: Any) -> list[nn.Module]:
-    """Return the text encoders of a pipeline."""
-    encoders = []
-    for name, component in pipeline.components.items():
-        if name.startswith("text_encoder") and component is not None:
-            encoders.append(component)
-    return encoders
 
 
 def label_modules(live_bytes: LiveBytes, modules: list[nn.Module], category: str) -> None:

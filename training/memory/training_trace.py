@@ -11,26 +11,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from adapter_files.spellings import layer_spellings
 from common.errors import ConfigError
 from data.batches import Batch
 from data.media.buckets import Crop, Size
-from lora_algos.adapted_model import AdaptedModel
-from lora_algos.attach import attach
 from models.base import TensorLayout
 from models.diffusers_family import DiffusersFamily
 from models.empty_components import cast_weights, empty_encoders
+from models.encoder_placement import modules_of, text_encoders_of
 from training import build
 from training.block_classes import outermost
 from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.loss import LossFunction
-from training.memory.encoding_trace import (
-    encode_tokens,
-    label_modules,
-    largest_layer,
-    modules_of,
-    text_encoders_of,
-)
+from training.memory.encoding_trace import encode_tokens, label_modules, largest_layer
 from training.memory.live_bytes import ACTIVATIONS, LiveBytes
 from training.memory.phase_memory import (
     ADAPTERS,
@@ -46,6 +40,7 @@ from training.memory.phase_memory import (
     PhaseName,
 )
 from training.memory.sample_shape import SampleShape, sample_of_size
+from training.optim.ema import EmaWeights
 from training.optim.registry import OPTIMIZERS
 from training.optim.schedule import build_optimizer
 from training.preview import has_bf16_weights, preview_side
@@ -110,7 +105,9 @@ class TrainingTrace:
         self.live_bytes = LiveBytes(inputs.unit)
         self.num_blocks = 0
         """Blocks that can be recomputed."""
-        adapted = self._attach_adapters(self._denoiser())
+        denoiser = self._denoiser()
+        names = layer_spellings(self.family, denoiser)
+        adapted, _ = build.attach_adapters(self.config, self.family, denoiser, names)
         self.engine = Engine(
             self.config.optim,
             inputs.accelerator,
@@ -119,15 +116,10 @@ class TrainingTrace:
             build_optimizer(adapted, self.config),
         )
         label_modules(self.live_bytes, [adapted.model], BASE)
-        trained = self.engine.trained
-        self.live_bytes.label(trained, ADAPTERS)
-        self.ema: list[Tensor] = []
-        if self.config.ema.decay:
-            self.ema = [weight.detach().clone() for weight in trained]
-        self.live_bytes.label(self.ema, ADAPTERS)
-        self.is_schedule_free = OPTIMIZERS[self.config.optimizer].is_schedule_free
-        if self.is_schedule_free:
-            self.engine.optimizer.train()  # type: ignore[attr-defined]
+        self.live_bytes.label(self.engine.trained, ADAPTERS)
+        is_schedule_free = OPTIMIZERS[self.config.optimizer].is_schedule_free
+        self.ema = EmaWeights(self.config.ema, self.engine, is_schedule_free)
+        self.live_bytes.label(self.ema.ema, ADAPTERS)
         self._create_optimizer_state()
 
     def _denoiser(self) -> nn.Module:
@@ -141,18 +133,6 @@ class TrainingTrace:
         blocks = family.blocks(denoiser, config.checkpoint_depth)
         self.num_blocks = len(outermost(blocks))
         return denoiser
-
-    def _attach_adapters(self, denoiser: nn.Module) -> AdaptedModel:
-        """Attach new adapters, also for a run that continues an existing one.
-
-        Layers on which no prediction depends stay frozen."""
-        plan = build.adapter_plan(self.config)
-        specs = plan.specs(denoiser, self.family.targets)
-        adapted = attach(denoiser, specs, self.config.seed)
-        for name in self.family.idle_layers(denoiser):
-            layer = denoiser.get_submodule(name)
-            layer.requires_grad_(False)
-        return adapted
 
     def _create_optimizer_state(self) -> None:
         """Update the weights once, with gradients of zero."""
@@ -216,15 +196,8 @@ class TrainingTrace:
     def _validate(self) -> None:
         latents = self.inputs.sample.latents
         batch_size = validation_batch_size(latents, self.config.batch_size)
-        weights = self._evaluation_weights()
-        self._forward(batch_size, latents)
-        del weights
-
-    def _evaluation_weights(self) -> list[Tensor]:
-        """Return the copy of the trained weights that is kept while averages are in their place."""
-        if not self.ema and not self.is_schedule_free:
-            return []
-        return [weight.detach().clone() for weight in self.engine.trained]
+        with self.ema.applied():
+            self._forward(batch_size, latents)
 
     @torch.no_grad()
     def _forward(self, batch_size: int, latents: tuple[int, ...]) -> None:
@@ -253,7 +226,6 @@ class TrainingTrace:
         """Do what one step of drawing does: encode, predict, decode.
 
         The prediction is for two samples: with and without the prompt."""
-        weights = self._evaluation_weights()
         latents = self._preview_latents()
         all_modules = [*encoders, *modules_of(media), self.engine.denoiser]
         is_bf16 = any(has_bf16_weights(module) for module in all_modules)
@@ -263,7 +235,6 @@ class TrainingTrace:
             self._forward(2, latents)
         decoded_latents = torch.empty(1, *latents)
         self.family.decode_media(media, decoded_latents)
-        del weights
 
     def _preview_latents(self) -> tuple[int, ...]:
         """Return the shape of a preview's latents.
