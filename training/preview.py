@@ -209,8 +209,11 @@ class PreviewRenderer:
         for share, _ in results:
             images |= share
         stacked = {}
+        num_prompts = len(self.prompts)
         for label in weight_sets:
-            row = [images[label, number] for number in range(len(self.prompts))]
+            row = []
+            for number in range(num_prompts):
+                row.append(images[label, number])
             stacked[label] = np.stack(row)
         return Preview(self.prompts, stacked)
 
