@@ -3,7 +3,6 @@
 The recipes are planned for each released model that they train. `rows(names)` plans some models.
 """
 
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,12 +11,10 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-os.environ["ACCELERATE_USE_CPU"] = "true"
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from models.released import released_models  # noqa: E402
 from tools.planning.options import GIB  # noqa: E402
-from tools.planning.plan import with_configurations  # noqa: E402
+from tools.planning.plan import on_the_cpu, with_configurations  # noqa: E402
 from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
 from training.memory.budget import RESERVE  # noqa: E402
@@ -85,7 +82,10 @@ def plan(name: str) -> Row:
     """Plan one model with its recipe."""
     recipe = read_recipe(PROJECT / "recipes" / f"{RECIPES[name]}.yaml")
     hub_id = released_models()[name]["hub_ids"][0]
-    with with_configurations(changed_config(recipe, {"model.path": hub_id})) as config:
+    with (
+        on_the_cpu(),
+        with_configurations(changed_config(recipe, {"model.path": hub_id})) as config,
+    ):
         planner = MemoryPlanner(config, is_gpu=True)
 
         def need(phase: Any, changes: Changes) -> int:

@@ -1,11 +1,20 @@
 """What several tests share: the embedded model and images, and ways to run the script."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers.project import BASE, TWEMOJI, reset_accelerate, write_animations
+
+
+@pytest.fixture(autouse=True)
+def restored_environment() -> Iterator[None]:
+    """Restores the environment's variables, which Accelerate and DeepSpeed set, after each test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,13 @@
 """The command `plan`: its table, its JSON, the options that it proposes, and its errors."""
 
 import json
+import os
 
 import pytest
-from helpers.project import BASE, PROJECT, reset_accelerate
+from helpers.project import BASE, PROJECT
 
 KLEIN = str(PROJECT / "recipes" / "flux2_klein.yaml")
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def plan(run_here, capsys, *options: str, code: int = 0) -> str:
@@ -90,10 +83,12 @@ def test_an_optimizer_that_reads_values_is_named(run_here, capsys):
     assert "--optimizer Prodigy: cannot be planned" in capsys.readouterr().err
 
 
-def test_the_plan_needs_no_data_and_writes_nothing(run_here, tmp_path, monkeypatch):
+def test_the_plan_needs_no_data_and_leaves_nothing(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    environment = dict(os.environ)
     assert run_here(["plan", "--data.path=nowhere", f"--model.path={BASE}", "--no_preview"]) == 0
     assert list(tmp_path.iterdir()) == []
+    assert dict(os.environ) == environment
 
 
 def test_captions_in_layers_take_little(run_here, capsys):

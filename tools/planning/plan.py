@@ -16,11 +16,10 @@ from training.config import TrainConfig
 
 def run(options: PlanOptions) -> int:
     """Print the plan of a run; return the exit code."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # no device is touched
     from training.memory.budget import fit_into
     from training.memory.planner import MemoryPlanner
 
-    with with_configurations(options.config) as config:
+    with on_the_cpu(), with_configurations(options.config) as config:
         planner = MemoryPlanner(config, is_gpu=options.device == "gpu")
         phases = planner.phases()
         fit = None
@@ -33,6 +32,20 @@ def run(options: PlanOptions) -> int:
     if fit is not None and not fit.fits:
         return 1
     return 0
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Let Accelerate use no device, and leave the environment as it was."""
+    name = "ACCELERATE_USE_CPU"
+    previous_value = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if previous_value is not None:
+            os.environ[name] = previous_value
 
 
 @contextmanager
