@@ -59,8 +59,9 @@ def select(unet: Any, variant: str) -> int:
     if variant in (NONE, DIFFUSERS):
         return 0
     depth, policy = variant.split(" ")
-    blocks = find_blocks(unet, int(depth))
-    return len(gradient_checkpointing.apply(unet, blocks, policy))  # type: ignore[arg-type]
+    blocks = gradient_checkpointing.first_blocks(find_blocks(unet, int(depth)), None)
+    gradient_checkpointing.apply(unet, blocks, policy)  # type: ignore[arg-type]
+    return len(blocks)
 
 
 def embedded_unet() -> nn.Module:

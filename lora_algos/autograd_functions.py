@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_algos.frozen_weight import weight_values
+from lora_algos.frozen_weight import is_temporary, weight_values
 from lora_algos.kernels import (
     WIDE_DTYPES,
     AdditiveKernel,
@@ -98,7 +98,8 @@ class AdaptedFunction(torch.autograd.Function):
     empty, each pass prepares the factors. Kernels of Linear layers get inputs and
     gradients as matrices (tokens, channels). What the backward pass needs of the
     layer itself stays in attributes: hooks of saved tensors, as checkpointing has, would cost time
-    for tensors that exist anyway."""
+    for tensors that exist anyway. Temporary weights are saved: checkpointing drops them, and copies
+    them again for the backward pass."""
 
     @staticmethod
     def forward(
@@ -128,9 +129,12 @@ class AdaptedFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling() and output._is_view():
             # autograd forbids in-place changes, such as relu_, of a view that is made in here
             output = output.data
-        saved_tensors = []
+        saved_tensors: list[Tensor | None] = []
         for activation in activations:
             saved_tensors.append(output if activation is y else activation)
+        if is_temporary(base[0]):
+            ctx.base = None
+            saved_tensors += base
         ctx.save_for_backward(*saved_tensors)
         return output
 
@@ -157,9 +161,12 @@ def values_of(
 def adapted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Return the gradients of the arguments of AdaptedFunction."""
     kernel, mode, input_shape = ctx.kernel, ctx.mode, ctx.input_shape
-    factors, prepared = ctx.factors, ctx.prepared
-    weight, bias = values_of(ctx.base, ctx.input_dtype)
-    activation, *extras = ctx.saved_tensors
+    base, factors, prepared = ctx.base, ctx.factors, ctx.prepared
+    activation, *extras = ctx.saved_tensors  # read once: checkpointing unpacks them only once
+    if base is None:
+        *extras, stored_weight, stored_bias = extras
+        base = stored_weight, stored_bias
+    weight, bias = values_of(base, ctx.input_dtype)
     needs_input_grad = ctx.needs_input_grad[2]
     is_linear = not kernel.op.spatial_dims
     if is_linear:
@@ -167,7 +174,7 @@ def adapted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         extras = [as_matrix(extra) for extra in extras]
         input_shape = activation.shape
     if mode == "factors" and not prepared:
-        prepared = prepare(kernel, weight_values(ctx.base[0]), factors, ctx.input_dtype)
+        prepared = prepare(kernel, weight_values(base[0]), factors, ctx.input_dtype)
     saved = SavedTensors(activation, tuple(extras), weight, bias, factors, prepared, input_shape)
     input_grad = None
     if mode == "factors":
@@ -208,7 +215,7 @@ class AdditiveFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        x, *extras = ctx.saved_tensors  # read once: checkpointing unpacks them only once
+        x, *extras = ctx.saved_tensors
         input_grad = None
         if ctx.needs_input_grad[2]:
             is_convolution = ctx.kernel.op.spatial_dims

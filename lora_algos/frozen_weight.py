@@ -25,6 +25,18 @@ def stored_tensors(layer: Any) -> tuple[Tensor, Tensor | None]:
     return weight, parameters.get("bias")
 
 
+def mark_temporary(weight: Tensor) -> None:
+    """Mark a stored weight that is on the device only while its block computes.
+
+    Nothing may keep it until the backward pass, except tensors that autograd saves."""
+    weight.is_temporary = True  # type: ignore[attr-defined]
+
+
+def is_temporary(stored: Tensor) -> bool:
+    """Return whether a stored weight is marked by `mark_temporary`."""
+    return getattr(stored, "is_temporary", False)
+
+
 def weight_values(stored: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the numbers of a stored weight: in `dtype`, or in the stored dtype if None.
 

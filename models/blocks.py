@@ -4,7 +4,7 @@ A block is a module with several layers. An adapted layer counts as one layer; i
 `base_layer`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -50,3 +50,18 @@ def num_layers(module: nn.Module) -> int:
     for child in module.children():
         count += num_layers(child)
     return count
+
+
+def inner_blocks(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the blocks between a denoiser's input and output layers, which hold most weights.
+
+    These are the blocks of lists of alike blocks, and the middle of a UNet."""
+    return {name: block for name, block in blocks.items() if is_inner_block(name)}
+
+
+def is_inner_block(name: str) -> bool:
+    """Return whether a denoiser's block is one of a list of alike blocks, or the middle of a UNet."""
+    parents = name.split(".")
+    if parents[0].startswith("text_encoder"):
+        return False
+    return any(parent.isdigit() or parent == "mid_block" for parent in parents)

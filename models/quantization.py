@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from models.blocks import inner_blocks
 from models.config import Quantization
 from models.quantized_weight import Format, QuantizedWeight, StoredTensors
 
@@ -134,9 +135,7 @@ def quantize_blocks(
     that NF4_BLOCK does not divide. `device`: where the codes are computed."""
     format = FORMATS[quantization]
     layers: dict[nn.Linear, None] = {}
-    for name, block in blocks.items():
-        if not is_inner_block(name):
-            continue
+    for block in inner_blocks(blocks).values():
         for layer in block.modules():
             if is_quantizable(layer):
                 layers[layer] = None  # type: ignore[index]
@@ -144,14 +143,6 @@ def quantize_blocks(
         weight = quantize(layer.weight, format, device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
     return len(layers)
-
-
-def is_inner_block(name: str) -> bool:
-    """Return whether a denoiser's block is one of a list of alike blocks, or the middle of a UNet."""
-    parents = name.split(".")
-    if parents[0].startswith("text_encoder"):
-        return False
-    return any(parent.isdigit() or parent == "mid_block" for parent in parents)
 
 
 def is_quantizable(layer: nn.Module) -> bool:

@@ -197,3 +197,10 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: copied,
 }
 """Operators that keep the stored form. All others get the values."""
+
+
+def stored_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold the values of a tensor: itself, or those of a quantized one."""
+    if isinstance(tensor, QuantizedWeight):
+        return list(tensor.stored.values())
+    return [tensor]

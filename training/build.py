@@ -16,13 +16,14 @@ from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
 from models.base import ModelFamily
+from models.blocks import inner_blocks
 from models.detect import get_family
 from models.quantization import quantize_blocks
 from objectives.objective import Objective
-from training import compilation, gradient_checkpointing
+from training import block_offload, compilation, gradient_checkpointing
 from training.checkpoints.best import validation_errors
 from training.components import RunComponents
-from training.config import TrainConfig
+from training.config import MemoryConfig, TrainConfig
 from training.distributed.engine import Engine
 from training.distributed.sharding import is_sharded, shard_base
 from training.metadata import total_steps_of
@@ -46,6 +47,7 @@ def load_family(config: TrainConfig) -> ModelFamily:
             "--compile blocks: does not work with --model.quantization yet. Use --compile none, or "
             "--model.quantization none"
         )
+    errors += config.memory.errors(config.gradient_checkpointing)
     if errors:
         raise ConfigError(error_list("cannot train", errors))
     family = get_family(config.model)
@@ -79,25 +81,35 @@ def prepare_denoiser(
     if is_quantized:
         blocks = family.blocks(denoiser, depth=1)
         quantize_blocks(blocks, config.model.quantization, device)
-    if is_compiled:
-        compilation.apply(family.blocks(denoiser, depth=1))
-    if config.gradient_checkpointing:
-        blocks = family.blocks(denoiser, config.checkpoint_depth)
-        gradient_checkpointing.apply(
-            denoiser,
-            blocks,
-            config.checkpoint_policy,
-            config.adapter.has_dropout,
-            config.checkpoint_blocks,
-        )
     if not contiguous:
         # convolutions read channels-last weights without a copy, on GPUs with tensor cores and on
         # CPUs
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if is_compiled:
+        compilation.apply(family.blocks(denoiser, depth=1))
+    if config.gradient_checkpointing:
+        checkpoint_blocks(config, family, denoiser, device)
     denoiser.train()
     return dtype
+
+
+def checkpoint_blocks(
+    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, device: torch.device
+) -> None:
+    """Let blocks be recomputed in the backward pass, and offload the weights of some of them."""
+    all_blocks = family.blocks(denoiser, config.checkpoint_depth)
+    blocks = gradient_checkpointing.first_blocks(all_blocks, config.checkpoint_blocks)
+    candidates = list(inner_blocks(blocks).values())
+    number = config.memory.num_offloaded(len(candidates))
+    block_offload.apply(block_offload.evenly_spaced(candidates, number), device)
+    gradient_checkpointing.apply(
+        denoiser,
+        blocks,
+        config.checkpoint_policy,
+        config.adapter.has_dropout,
+    )
 
 
 def most_common_dtype(denoiser: nn.Module) -> torch.dtype:
@@ -202,7 +214,9 @@ def on_one_process(components: RunComponents) -> RunComponents:
 
     Each process holds a part of a sharded base model, but some files depend on whole weights."""
     config, family = components.config, components.family
-    plain_config = replace(config, compile="none", gradient_checkpointing=False)
+    plain_config = replace(
+        config, compile="none", gradient_checkpointing=False, memory=MemoryConfig()
+    )
     denoiser, _ = load_denoiser(plain_config, family, torch.device("cpu"))
     adapted, _ = attach_adapters(config, family, denoiser, components.names)
     adapted.load_state_dict(components.adapted.state_dict())

@@ -6,14 +6,22 @@ A checkpointed block gets a subclass of its class that differs only in `forward`
 enable_gradient_checkpointing has a fixed depth, which in a UNet is inside the top-level blocks.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from common.errors import ModelError
 from training.block_classes import outermost, with_forward
@@ -75,13 +83,11 @@ def apply(
     blocks: dict[str, nn.Module],
     policy: Policy = "full",
     has_dropout: bool = True,
-    max_blocks: int | None = None,
-) -> list[str]:
-    """Checkpoint `blocks` of the denoiser, and no others; return their names.
+) -> None:
+    """Checkpoint `blocks` of the denoiser, and no others. `has_dropout`: adapters will have a
+    dropout.
 
-    Blocks inside other blocks are skipped. `has_dropout`: adapters will have a dropout. `max_blocks`:
-    only so many, the first ones. The backward pass comes to them last, when the other blocks have
-    freed their activations. Raises ModelError if the denoiser has no blocks."""
+    Raises ModelError if the denoiser has no blocks."""
     remove(denoiser)
     if "" in blocks:
         raise ModelError(
@@ -89,11 +95,27 @@ def apply(
             "layers. Use --no_gradient_checkpointing"
         )
     is_random = has_dropout or has_active_dropout(denoiser)
-    first_blocks = dict(islice(outermost(blocks).items(), max_blocks))
-    for name, block in first_blocks.items():
+    for name, block in blocks.items():
         assert "forward" not in vars(block), f"{name}.forward is patched: no checkpoint possible"
         block.__class__ = checkpointed(type(block), policy, is_random)  # type: ignore[arg-type]
-    return list(first_blocks)
+
+
+@contextmanager
+def hidden_from_policy() -> Iterator[None]:
+    """Hide operators in a block from a selective policy, which must see the same ones in both passes."""
+    policies = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    if not isinstance(_get_current_dispatch_mode(), policies):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
+
+
+def first_blocks(blocks: dict[str, nn.Module], max_blocks: int | None) -> dict[str, nn.Module]:
+    """Return so many blocks, or all. Blocks inside other blocks are skipped.
+
+    The backward pass comes to the first blocks last, when the others have freed their activations."""
+    return dict(islice(outermost(blocks).items(), max_blocks))
 
 
 def has_active_dropout(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
 from training.block_classes import outermost
+from training.block_offload import offloaded_blocks
 from training.components import RunComponents
 from training.config import TrainConfig
 from training.gradient_checkpointing import Checkpointed
@@ -122,9 +123,15 @@ def checkpointing_lines(components: RunComponents) -> list[str]:
         return []
     blocks = outermost(components.family.blocks(denoiser, config.checkpoint_depth))
     num_recomputed = sum(isinstance(block, Checkpointed) for block in blocks.values())
-    return [
-        f"blocks      {num_recomputed} of {len(blocks)} are recomputed in the backward pass",
-    ]
+    lines = [f"blocks      {num_recomputed} of {len(blocks)} are recomputed in the backward pass"]
+    offloaded = offloaded_blocks(denoiser)
+    if offloaded:
+        num_bytes = sum(block.host_weights.buffer.nbytes for block in offloaded)
+        lines.append(
+            f"offload     {len(offloaded)} blocks, {num_bytes / 2**30:.2g} GiB in CPU memory; each is "
+            "copied to the device when it computes"
+        )
+    return lines
 
 
 def step_lines(

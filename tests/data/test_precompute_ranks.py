@@ -186,8 +186,8 @@ def test_a_rank_does_not_wait_in_a_folder_that_was_removed(tmp_path, monkeypatch
     assert "was removed, so process 0 is not running" in str(error)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_killed_again_and_again_encodes_nothing_twice(tmp_path, ranks, monkeypatch):
     """SIGKILL at other moments of listing, checking and encoding; shards of two rows, so some are always complete."""
     images, cache = TWEMOJI / "train", tmp_path / "cache"

@@ -36,7 +36,14 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("fault", NAMED)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "leaves_an_adapter_out",
+        pytest.param("sees_the_same_samples", marks=pytest.mark.long),
+        pytest.param("drifts", marks=pytest.mark.long),
+    ],
+)
 def test_ranks_that_are_not_one_run_are_found_out(fault, small, tmp_path):
     result = with_fault(fault, tmp_path, small)
     assert result.returncode == 1
@@ -74,7 +81,7 @@ def test_no_rank_waits_for_an_export_or_an_image_under_a_timeout(small, tmp_path
     assert (tmp_path / "out" / "preview.png").is_file()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_an_image_that_cannot_be_drawn_costs_the_preview_alone(engine, small, tmp_path):
     """With a sharded model rank 0 waits in the middle of an image for rank 1."""
     runs = runs_file(tmp_path, [*small, *DRAWN])
@@ -99,7 +106,9 @@ def test_a_step_takes_one_collective_of_the_gradients_and_one_number(small, tmp_
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGUSR1],
+    ids=lambda n: n.name,
 )
 def test_a_signal_on_one_rank_is_known_to_all(number, small, tmp_path):
     more = [*small, "--checkpoint.every=0"]

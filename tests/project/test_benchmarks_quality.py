@@ -27,7 +27,7 @@ def test_the_choices_of_a_group_differ():
             assert len({tuple(options) for options in choices.values()}) == len(choices)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_table_is_printed_and_kept(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.jsonl"
     arguments = ["quality.py", "--tiny", "--groups=loss space", f"--out={out}"]

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer, Qwen3Mode
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param([], marks=pytest.mark.slow, id="demo"),  # what runs without a recipe
+        pytest.param([], marks=pytest.mark.long, id="demo"),  # what runs without a recipe
         pytest.param(["recipes/demo_flow.yaml"], marks=pytest.mark.long, id="demo_flow"),
     ],
 )

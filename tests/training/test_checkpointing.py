@@ -145,8 +145,9 @@ def apply(
     model: nn.Module, depth: int, policy: str = "full", max_blocks: int | None = None
 ) -> list[str]:
     """Checkpoint the blocks of a model at a depth."""
-    blocks = find_blocks(model, depth)
-    return gradient_checkpointing.apply(model, blocks, policy, max_blocks=max_blocks)
+    blocks = gradient_checkpointing.first_blocks(find_blocks(model, depth), max_blocks)
+    gradient_checkpointing.apply(model, blocks, policy)
+    return list(blocks)
 
 
 @pytest.mark.parametrize("make", [unet, flux])
@@ -225,7 +226,7 @@ def test_the_first_blocks_are_checkpointed_because_the_peak_is_lowest_then():
     half = len(blocks) // 2
     peaks = []
     for order in (blocks, dict(reversed(blocks.items()))):
-        gradient_checkpointing.apply(model, order, max_blocks=half)
+        gradient_checkpointing.apply(model, gradient_checkpointing.first_blocks(order, half))
         with new_bytes([*model.parameters(), *model.buffers()]) as live:
             forward(model).backward()
         peaks.append(live.at_peak[ACTIVATIONS])

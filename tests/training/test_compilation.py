@@ -18,6 +18,8 @@ from training.compilation import CompileCounts, Compiled, compiler_error, uses_c
 
 OF_16_CHANNELS = ("sd3", "flux1-dev", "chroma", "z_image")
 CASES = [case for case in cases() if str(case) in OF_16_CHANNELS]
+QUICK_FAMILIES = ("sd3", "z_image")
+"""Families whose blocks compile in seconds."""
 SIZES = ((8, 8), (8, 12))
 """Heights and widths of latents: two buckets."""
 
@@ -55,7 +57,14 @@ def gradients(case: Case, adapted: AdaptedModel, rows: list, size: tuple[int, in
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case.family in QUICK_FAMILIES else pytest.param(case, marks=pytest.mark.long)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_a_step_is_the_same_and_compiles_once_per_size(case, is_checkpointed):
     family, rows = family_of(case), rows_of(case)
     plain = adapted_denoiser(case)

@@ -30,6 +30,9 @@ FP32_PRODUCTS = {
 }
 """Algorithm -> where its steps take products in fp32, although training is in bf16."""
 
+SOME_ALGORITHMS = ["LoRA", "LoHa", "DoRA"]
+OTHER_ALGORITHMS = [name for name in ALGORITHMS if name not in SOME_ALGORITHMS]
+
 pytestmark = pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement())
 
 
@@ -120,13 +123,18 @@ def family_options(case: Case, images: Path, videos: Path, folder: Path) -> list
     return options_of(folder / str(case), folder_of(case), images, 3, *case.options, *data)
 
 
-def test_every_algorithm_trains_and_continues_on_a_device(library, images, tmp_path):
+@pytest.mark.parametrize(
+    "algorithms",
+    [SOME_ALGORITHMS, pytest.param(OTHER_ALGORITHMS, marks=pytest.mark.long)],
+    ids=["some", "others"],
+)
+def test_every_algorithm_trains_and_continues_on_a_device(library, images, tmp_path, algorithms):
     """Linear layers and convolutions, two micro-batches, an average; then one more step, without checkpointing."""
     model = folder_of(next(case for case in cases() if case.family == "sdxl"))
     more = ["--adapter.targets", r"down_blocks\.1\..*", "--grad_accumulation_steps=2", "--ema.decay=0.9",
             "--no_preview", "--validation.every=0"]  # fmt: skip
     runs = []
-    for name in ALGORITHMS:
+    for name in algorithms:
         common = [f"--algorithm={name}", *more]
         runs.append(options_of(tmp_path / name, model, images, 2, *common))
         runs.append(
@@ -134,11 +142,28 @@ def test_every_algorithm_trains_and_continues_on_a_device(library, images, tmp_p
         )
     records = run_all(library, tmp_path, runs)
     fp32_products = {}
-    for name, record in zip(ALGORITHMS, records[::2], strict=True):
+    for name, record in zip(algorithms, records[::2], strict=True):
         assert in_steps(record, "reads", (1,)) == [], name
         products = in_steps(record, "products", (1,))
         fp32_products[name] = {place for _, dtype, place, _ in products if dtype != "bfloat16"}
-    assert fp32_products == {name: FP32_PRODUCTS.get(name, set()) for name in ALGORITHMS}
+    assert fp32_products == {name: FP32_PRODUCTS.get(name, set()) for name in algorithms}
+
+
+def test_offloaded_blocks_train_and_draw_on_a_device(library, images, tmp_path):
+    """No step waits for the device, and the losses are those of a model that is there as a whole."""
+    model = folder_of(next(case for case in cases() if case.family == "sd3"))
+    runs = []
+    for name, number in (("plain", "0"), ("offloaded", "all")):
+        offload = f"--memory.offload_blocks={number}"
+        runs.append(options_of(tmp_path / name, model, images, 3, offload))
+    for record in run_all(library, tmp_path, runs):
+        assert in_steps(record, "reads", QUIET_STEPS) == []
+    losses = []
+    for name in ("plain", "offloaded"):
+        content = json.loads((tmp_path / name / "loss.json").read_text())
+        losses.append(content["loss_per_step"])
+        assert (tmp_path / name / "preview.png").exists()
+    assert losses[0] == losses[1]
 
 
 CHECKS = """

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lora_algos import ALGORITHMS
+from training.block_offload import offloaded_blocks
 from training.cli import load_config
 from training.memory.live_bytes import LiveBytes
-from training.memory.phase_memory import IMAGES, TRAINING, VAE
+from training.memory.phase_memory import HOST, IMAGES, TRAINING, VAE
 from training.memory.planner import MemoryPlanner
 from training.trainer import Trainer
 
@@ -37,9 +38,13 @@ def measured_peak(run_here: Any, options: list[str]) -> int:
         live_bytes.label(engine.denoiser.buffers(), "base")
         live_bytes.label(tensors_of(engine.optimizer.state_dict()), "optimizer")
         live_bytes.label(ema.ema, "adapters")
+        for block in offloaded_blocks(engine.adapted.model):
+            live_bytes.label([block.host_weights.buffer], HOST)
+            if block.copier.next_copy is not None:
+                live_bytes.label(block.copier.next_copy.parameters, "base")
         with live_bytes:
             original(trainer, labeled(batches, live_bytes))
-        peaks.append(live_bytes.peak)
+        peaks.append(live_bytes.peak - live_bytes.current[HOST])
 
     with mock.patch.object(Trainer, "train_step", train_step):
         assert run_here(options) == 0
@@ -82,6 +87,13 @@ CHANGES = [
     ("--model.quantization=int8", "--training_dtype=bf16"),
     ("--model.quantization=nf4", "--gradient_checkpointing"),
     ("--optimizer=SGD", "--batch_size=1"),
+    ("--gradient_checkpointing", "--memory.offload_blocks=all"),
+    (
+        "--gradient_checkpointing",
+        "--memory.offload_blocks=3",
+        "--checkpoint_depth=2",
+        "--model.quantization=nf4",
+    ),
 ]
 
 

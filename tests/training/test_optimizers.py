@@ -37,6 +37,8 @@ TOLD = {
     "Muon": "1e-2 momentum=0.9",
 }
 HERE = [name for name, source in OPTIMIZERS.items() if source.extra != "bitsandbytes"]
+SIMILAR = ("Adam", "RMSprop", "ScheduleFreeSGD", "CAME")
+"""Optimizers whose code is nearly that of another one."""
 APART = [name for name in OTHER_OPTIMIZERS if name not in HERE]
 VALIDATED = [
     f"--data.validation_path={TWEMOJI / 'validation'}",
@@ -80,7 +82,10 @@ def test_the_table_is_whole():
     assert list(TOLD) == list(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name in SIMILAR else name for name in HERE],
+)
 def test_it_learns_and_resumes_bit_for_bit(options, run_here, tmp_path, capsys, name):
     """Validation, which shows other weights than those trained, changes nothing either."""
     for argv in three_runs(options, tmp_path, name):
@@ -113,7 +118,7 @@ def bitsandbytes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bitsandbytes_learns_and_resumes_bit_for_bit(options, tmp_path, bitsandbytes):
     """On the CPU too; states of eight bits, with their scales."""
     runs = [argv for name in APART for argv in three_runs(options, tmp_path, name)]

@@ -68,7 +68,8 @@ MOMENTS = {  # where, in which call, the step that is saved
 
 CASES = [(moment, signal.SIGTERM) for moment in MOMENTS]
 CASES += [
-    (moment, signal.SIGINT) for moment in ("encoding images", "a training step", "the export")
+    pytest.param(moment, signal.SIGINT, marks=pytest.mark.long)
+    for moment in ("encoding images", "a training step", "the export")
 ]
 
 

@@ -1,6 +1,5 @@
 """Options of the command `plan`. Imports no torch."""
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +8,6 @@ from models.released import find_released_model, released_hub_ids
 from tools.run_options import RunOptions
 
 GIB = 2**30
-BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?G(?:i?B)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +20,6 @@ class PlanOptions(RunOptions):
 
     device: Literal["gpu", "cpu"] = "gpu"
     """Device of the planned run."""
-    budget: str | None = None
-    """Memory of the GPU, for example 12GB: also print options with which the run fits into it."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -48,15 +44,4 @@ class PlanOptions(RunOptions):
                 "--existing_lora: cannot be planned yet. Remove the option, and set --algorithm and "
                 "--rank to those of the file"
             )
-        if self.budget is not None and not BUDGET.fullmatch(self.budget):
-            errors.append(f"--budget {self.budget}: is not a size; expected one such as 12GB")
         return errors
-
-    @property
-    def budget_bytes(self) -> int | None:
-        """The budget in bytes. The GB of a card's name are GiB."""
-        if self.budget is None:
-            return None
-        match = BUDGET.fullmatch(self.budget)
-        assert match is not None
-        return int(float(match[1]) * GIB)

@@ -10,28 +10,30 @@ from typing import Any
 from common.errors import UserError
 from models.released import configuration_folder, find_released_model
 from tools.planning.options import PlanOptions
-from tools.planning.report import plan_as_json, plan_as_text
+from tools.planning.report import Plan, plan_as_json, plan_as_text
 from training.config import TrainConfig
 
 
 def run(options: PlanOptions) -> int:
     """Print the plan of a run; return the exit code."""
-    from training.memory.budget import fit_into
+    from training.memory.budget import LEAST_CHANGES, fit_into
     from training.memory.planner import MemoryPlanner
 
     with on_the_cpu(), with_configurations(options.config) as config:
         planner = MemoryPlanner(config, is_gpu=options.device == "gpu")
         phases = planner.phases()
-        fit = None
-        if options.budget_bytes is not None:
-            fit = fit_into(options.budget_bytes, planner, phases)
+        fit = least = None
+        budget = config.memory.budget_bytes
+        if budget is not None:
+            fit = fit_into(budget, planner, phases, config.memory.allow)
+            if not fit.fits:
+                least = fit_into(budget, planner, phases, LEAST_CHANGES)
+    plan = Plan(phases, fit, least)
     if options.json:
-        print(json.dumps(plan_as_json(phases, fit), indent=2))
+        print(json.dumps(plan_as_json(plan), indent=2))
     else:
-        print(plan_as_text(options.config, planner, phases, fit))
-    if fit is not None and not fit.fits:
-        return 1
-    return 0
+        print(plan_as_text(options.config, planner, plan))
+    return plan.exit_code
 
 
 @contextmanager

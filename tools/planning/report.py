@@ -1,5 +1,6 @@
 """The plan of a run's memory as text and as JSON."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from tools.planning.options import GIB
@@ -15,17 +16,36 @@ NOTES = (
 )
 
 
-def plan_as_text(
-    config: TrainConfig, planner: MemoryPlanner, phases: list[PhaseMemory], fit: Fit | None
-) -> str:
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a run, and options with which it fits into a budget."""
+
+    phases: list[PhaseMemory]
+    fit: Fit | None
+    """With changes that are allowed. None without a budget."""
+    least: Fit | None
+    """With all changes, if nothing fits with those that are allowed."""
+
+    @property
+    def exit_code(self) -> int:
+        """2 if nothing fits, as for other options that cannot be used."""
+        return 2 if self.least is not None else 0
+
+
+def plan_as_text(config: TrainConfig, planner: MemoryPlanner, plan: Plan) -> str:
     """Return the table of the phases, and the options with which the run fits."""
     lines = [title(config, planner)]
-    lines += phase_table(phases)
-    lines.append(peak_line(phases, planner.is_gpu))
+    lines += phase_table(plan.phases)
+    lines.append(peak_line(plan.phases, planner.is_gpu))
+    lines += host_lines(plan.phases)
     lines.append(NOTES)
-    if fit is not None:
+    if plan.fit is not None:
         lines.append("")
-        lines += fit_lines(fit)
+        lines += fit_lines(plan.fit)
+    if plan.least is not None:
+        lines.append("")
+        lines.append("With changes of the result, which --memory.allow permits:")
+        lines += fit_lines(plan.least)
     return "\n".join(lines)
 
 
@@ -56,6 +76,14 @@ def peak_line(phases: list[PhaseMemory], is_gpu: bool) -> str:
     needed = gib(peak.total + RESERVE)
     reserve = gib(RESERVE)
     return f"{line} With {reserve} GiB for CUDA itself, the GPU needs {needed} GiB."
+
+
+def host_lines(phases: list[PhaseMemory]) -> list[str]:
+    """Return a line on the weights of offloaded blocks, if there are any."""
+    num_bytes = max(phase.host_bytes for phase in phases)
+    if not num_bytes:
+        return []
+    return [f"Offloaded blocks take {gib(num_bytes)} GiB of CPU memory."]
 
 
 def phase_table(phases: list[PhaseMemory]) -> list[str]:
@@ -94,6 +122,7 @@ def fit_lines(fit: Fit) -> list[str]:
         listed = ", ".join(names)
         lines.append(f"These change the result: {listed}.")
     lines += phase_table(fit.phases)
+    lines += host_lines(fit.phases)
     if fit.reserve:
         lines.append(
             f"With {gib(fit.reserve)} GiB for CUDA itself, the GPU needs {gib(fit.peak)} GiB."
@@ -113,22 +142,35 @@ def as_option(name: str, value: object) -> str:
     return f"--{section}.no_{field}"
 
 
-def plan_as_json(phases: list[PhaseMemory], fit: Fit | None) -> dict[str, Any]:
+def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as values for JSON; sizes are in bytes."""
-    plan: dict[str, Any] = {"phases": phases_as_json(phases), "reserve": RESERVE}
-    if fit is not None:
-        plan["budget"] = {
-            "bytes": fit.budget,
-            "fits": fit.fits,
-            "needed": fit.peak,
-            "options": fit.changes,
-            "phases": phases_as_json(fit.phases),
-        }
-    return plan
+    values: dict[str, Any] = {"phases": phases_as_json(plan.phases), "reserve": RESERVE}
+    if plan.fit is not None:
+        values["budget"] = fit_as_json(plan.fit)
+    if plan.least is not None:
+        values["least"] = fit_as_json(plan.least)
+    return values
+
+
+def fit_as_json(fit: Fit) -> dict[str, Any]:
+    return {
+        "bytes": fit.budget,
+        "fits": fit.fits,
+        "needed": fit.peak,
+        "options": fit.changes,
+        "phases": phases_as_json(fit.phases),
+    }
 
 
 def phases_as_json(phases: list[PhaseMemory]) -> dict[str, Any]:
-    return {phase.name: {**phase.num_bytes, "total": phase.total} for phase in phases}
+    values: dict[str, Any] = {}
+    for phase in phases:
+        values[phase.name] = {
+            **phase.num_bytes,
+            "total": phase.total,
+            "CPU memory": phase.host_bytes,
+        }
+    return values
 
 
 def gib(num_bytes: int) -> str:

@@ -120,6 +120,11 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
             f"{engines[0]}, which does not support --model.quantization. Use ddp.yaml, or "
             "--model.quantization none"
         )
+    if config.memory.num_offloaded(1) and engines:
+        errors.append(
+            f"{engines[0]}, which does not support --memory.offload_blocks. Use ddp.yaml, or FSDP2's "
+            "own fsdp_offload_params: true"
+        )
     if "DEEPSPEED" in engines:
         errors += zero_errors(config)
     if "FSDP" in engines:

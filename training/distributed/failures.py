@@ -159,8 +159,11 @@ def memory_advice(config: TrainConfig) -> list[str]:
     if config.gradient_checkpointing and depth > 1:
         advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
     quantization = config.model.quantization
+    offload = config.memory.offload_blocks
     is_sharded = is_enabled("ACCELERATE_USE_FSDP")
     has_zero = is_enabled("ACCELERATE_USE_DEEPSPEED")
+    if offload != "all" and not is_sharded and not has_zero:
+        advice.append(f"--memory.offload_blocks all (now {offload})")
     if not is_sharded and quantization == "none":
         advice.append(
             "on several GPUs accelerate launch --config_file accelerate_configs/fsdp2.yaml"

@@ -1,13 +1,16 @@
 """Options with which a run fits into the memory of a GPU.
 
-Options are tried in the order of their cost, phase by phase: first those that cost little time, then
-those that change the result. Afterwards, memory that is left is used for faster training.
+Options are tried in the order of their cost, phase by phase. Those that change the result are tried
+only if `memory.allow` names them. Afterwards, memory that is left is used for faster training.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from models.families.unet_family import UNetFamily
+from training.config import ResultChange
 from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
@@ -19,14 +22,23 @@ from training.memory.phase_memory import (
 )
 from training.memory.planner import Changes, MemoryPlanner, changed_config
 
+ALL = "all"
+"""Value of memory.offload_blocks."""
 RESERVE = 2**30
 """Bytes of a GPU that are not counted: CUDA itself, workspaces of its libraries, and gaps."""
-SMALLER_FORMATS = {"none": ("int8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",), "nf4": ()}
+SMALLER_FORMATS = {
+    "none": ("fp8", "int8", "nf4"),
+    "fp8": ("nf4",),
+    "int8": ("nf4",),
+    "nf4": (),
+}
 """model.quantization -> formats that need less memory."""
+LEAST_CHANGES: tuple[ResultChange, ...] = ("nf4", "batch_size", "vae_dtype", "vae_tiling")
+"""Changes of the result with which a run needs the least memory."""
 CHANGES_RESULT = ("batch_size", "model.quantization", "model.vae_tiling", "model.vae_dtype")
 """Options that change the result. With another batch size, other samples make a step."""
-MAX_PROBES = 4
-"""Numbers of recomputed blocks that are tried."""
+MAX_PROBES = 3
+"""Numbers of recomputed or offloaded blocks that are tried."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +66,20 @@ class Fit:
         return [name for name in self.changes if name in CHANGES_RESULT]
 
 
-def fit_into(budget: int, planner: MemoryPlanner, phases: list[PhaseMemory]) -> Fit:
+def fit_into(
+    budget: int,
+    planner: MemoryPlanner,
+    phases: list[PhaseMemory],
+    allowed: Sequence[ResultChange],
+) -> Fit:
     """Return the changes with which the run fits into a budget, or nearly, if nothing fits.
 
-    `phases`: those of the run without changes."""
+    `phases`: those of the run without changes. `allowed`: see `memory.allow`."""
     reserve = RESERVE if planner.is_gpu else 0
     search = Search(budget - reserve, planner, phases)
     search.reduce([CAPTIONS], caption_steps(planner))
-    search.reduce([IMAGES], image_steps(planner))
-    search.reduce(search.training_phases, training_steps(planner))
+    search.reduce([IMAGES], image_steps(planner, allowed))
+    search.reduce(search.training_phases, training_steps(planner, allowed))
     search.use_spare_memory()
     search.decide_preview()
     return Fit(budget, search.changes, list(search.phases.values()), reserve)
@@ -77,6 +94,8 @@ class Search:
         `phases`: those of the run without changes."""
         self.budget, self.planner = budget, planner
         self.changes: Changes = {}
+        self.total_before = 0
+        """Need before the last step that was taken."""
         self.phases = {phase.name: phase for phase in phases}
 
     @property
@@ -97,7 +116,9 @@ class Search:
                 return
             earlier = self.changes, dict(self.phases)
             self.take(names, step)
-            if self.total(names) >= total:
+            if self.total(names) < total:
+                self.total_before = total
+            else:
                 self.changes, self.phases = earlier
 
     def take(self, names: list[PhaseName], step: Changes) -> None:
@@ -126,38 +147,57 @@ class Search:
             self.changes = {**changes_before, "preview": False}
 
     def use_spare_memory(self) -> None:
-        """Recompute only as many blocks as necessary, if all are recomputed and there is room.
+        """Offload and recompute only as many blocks as necessary.
 
-        Blocks that are not recomputed are faster, and keep their activations."""
-        config = changed_config(self.planner.config, self.changes)
-        num_blocks = self.planner.num_blocks
+        Other blocks are faster, and keep their weights or their activations on the GPU."""
         names = self.training_phases
-        can_be_faster = config.gradient_checkpointing and config.checkpoint_blocks is None
-        if not can_be_faster or self.total(names) > self.budget or num_blocks < 2:
+        if self.total(names) > self.budget:
+            return
+        if self.changes.get("memory.offload_blocks") == ALL:
+            number = self._num_needed(
+                "memory.offload_blocks", self.planner.num_offloadable, self.total_before
+            )
+            self.take(names, {"memory.offload_blocks": str(number)})
+            return
+        config = changed_config(self.planner.config, self.changes)
+        is_offloaded = config.memory.num_offloaded(1)
+        if (
+            not config.gradient_checkpointing
+            or config.checkpoint_blocks is not None
+            or is_offloaded
+        ):
             return
         step: Changes = {"gradient_checkpointing": False}
-        if self._peak_with(step) <= self.budget:
+        total_without = self._peak_with(step)
+        if total_without <= self.budget:
             self.take(names, step)
             return
-        num_kept = self._num_kept_blocks(num_blocks)
-        if num_kept:
-            self.take(names, {"checkpoint_blocks": num_blocks - num_kept})
+        num_blocks = self.planner.num_blocks
+        number = self._num_needed("checkpoint_blocks", num_blocks, total_without)
+        if number < num_blocks:
+            self.take(names, {"checkpoint_blocks": number})
 
-    def _num_kept_blocks(self, num_blocks: int) -> int:
-        """Return the number of blocks that need not be recomputed, found by bisection.
+    def _num_needed(self, option: str, num_blocks: int, total_without: int) -> int:
+        """Return the number of blocks that an option must concern.
 
-        After MAX_PROBES probes it may be too small, and never too large."""
-        fitting, too_many = 0, num_blocks
+        After MAX_PROBES probes it may be too large, and never too small. `num_blocks` are enough.
+        `total_without`: the need of training if the option concerns no block."""
+        too_few, enough = 0, num_blocks
+        most, least = total_without, self.total(self.training_phases)
         for _ in range(MAX_PROBES):
-            middle = (fitting + too_many) // 2
-            if middle == fitting:
+            if enough - too_few == 1:
                 break
-            step: Changes = {"checkpoint_blocks": num_blocks - middle}
-            if self._peak_with(step) <= self.budget:
-                fitting = middle
+            # blocks are nearly alike, so the need is nearly proportional to their number
+            share = (most - self.budget) / (most - least)
+            estimate = too_few + math.ceil(share * (enough - too_few))
+            number = min(max(estimate, too_few + 1), enough - 1)
+            value = str(number) if option == "memory.offload_blocks" else number
+            total = self._peak_with({option: value})
+            if total <= self.budget:
+                enough, least = number, total
             else:
-                too_many = middle
-        return fitting
+                too_few, most = number, total
+        return enough
 
     def _peak_with(self, step: Changes) -> int:
         phases = self.planner.trace([TRAINING], {**self.changes, **step})
@@ -176,22 +216,24 @@ def caption_steps(planner: MemoryPlanner) -> list[Changes]:
     return steps
 
 
-def image_steps(planner: MemoryPlanner) -> list[Changes]:
+def image_steps(planner: MemoryPlanner, allowed: Sequence[ResultChange]) -> list[Changes]:
     """Return the changes with which encoding images takes less memory, one after the other."""
     config = planner.config
     steps: list[Changes] = []
     pixels = config.data.resolution**2
     if config.data.encode_pixels > pixels:
         steps.append({"data.encode_pixels": pixels})
-    if config.model.vae_dtype == "fp32":
+    if config.model.vae_dtype == "fp32" and "vae_dtype" in allowed:
         steps.append({"model.vae_dtype": "bf16"})
-    if not config.model.vae_tiling:
+    if not config.model.vae_tiling and "vae_tiling" in allowed:
         steps.append({"model.vae_tiling": True})
     return steps
 
 
-def training_steps(planner: MemoryPlanner) -> list[Changes]:
-    """Return the changes with which training takes less memory, one after the other."""
+def training_steps(planner: MemoryPlanner, allowed: Sequence[ResultChange]) -> list[Changes]:
+    """Return the changes with which training takes less memory, one after the other.
+
+    Quantized weights cost less time than weights that are copied in each step."""
     config = planner.config
     steps: list[Changes] = []
     if not config.gradient_checkpointing:
@@ -201,12 +243,17 @@ def training_steps(planner: MemoryPlanner) -> list[Changes]:
     best_depth = 2 if isinstance(planner.family, UNetFamily) else 1
     if config.checkpoint_depth != best_depth:
         steps.append({"checkpoint_depth": best_depth})
-    steps += batch_steps(config.batch_size, config.grad_accumulation_steps)
+    if "batch_size" in allowed:
+        steps += batch_steps(config.batch_size, config.grad_accumulation_steps)
     for quantization in SMALLER_FORMATS[config.model.quantization]:
+        if quantization not in allowed:
+            continue
         step: Changes = {"model.quantization": quantization}
         if planner.is_compiled:
             step["compile"] = "none"
         steps.append(step)
+    if config.memory.offload_blocks != ALL:
+        steps.append({"memory.offload_blocks": ALL})
     return steps
 
 

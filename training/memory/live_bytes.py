@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.quantized_weight import QuantizedWeight
+from models.quantized_weight import QuantizedWeight, stored_parts
 
 ACTIVATIONS = "activations"
 
@@ -47,8 +47,8 @@ class LiveBytes(TorchDispatchMode):
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of tensors in a category, also those that were counted in another."""
         for tensor in tensors:
-            for stored_tensor in stored_tensors(tensor):
-                storage = self._count(stored_tensor)
+            for part in stored_parts(tensor):
+                storage = self._count(part)
                 self.current[storage.category] -= storage.size
                 self.current[category] += storage.size
                 storage.category = category
@@ -95,10 +95,3 @@ class LiveBytes(TorchDispatchMode):
         entry = self._storages.pop(key)
         self.current[entry.category] -= entry.size
         self.total -= entry.size
-
-
-def stored_tensors(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors that hold the values of a tensor: itself, or those of a quantized one."""
-    if isinstance(tensor, QuantizedWeight):
-        return list(tensor.stored.values())
-    return [tensor]

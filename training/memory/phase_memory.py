@@ -20,6 +20,8 @@ VAE = "VAE"
 ADAPTERS = "adapters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
+HOST = "CPU memory"
+"""Weights of offloaded blocks, which are not on the device."""
 CATEGORIES = (BASE, ENCODERS, VAE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS)
 """Uses of memory."""
 
@@ -30,8 +32,11 @@ class PhaseMemory:
 
     name: PhaseName
     num_bytes: dict[str, int]
-    """Category -> bytes."""
+    """Category -> bytes on the device."""
+    host_bytes: int = 0
+    """Weights of offloaded blocks in the memory of the host."""
 
     @property
     def total(self) -> int:
+        """Bytes on the device."""
         return sum(self.num_bytes.values())

@@ -54,6 +54,8 @@ class MemoryPlanner:
         self.sample = largest_sample(config, self.family)
         self.num_blocks = 0
         """Blocks that can be recomputed. It is known after training was traced."""
+        self.num_offloadable = 0
+        """Blocks that can be offloaded, likewise."""
 
     def phases(self) -> list[PhaseMemory]:
         """Return the memory of all phases, in the order of a run."""
@@ -82,6 +84,7 @@ class MemoryPlanner:
                 else:
                     training = training or TrainingTrace(inputs)
                     self.num_blocks = training.num_blocks
+                    self.num_offloadable = training.num_offloadable
                     phases.append(training.phase(name))
         return phases
 

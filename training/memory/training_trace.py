@@ -16,11 +16,13 @@ from common.errors import ConfigError
 from data.batches import Batch
 from data.media.buckets import Crop, Size
 from models.base import TensorLayout
+from models.blocks import inner_blocks
 from models.diffusers_family import DiffusersFamily
 from models.empty_components import cast_weights, empty_encoders
 from models.encoder_placement import modules_of, text_encoders_of
 from training import build
 from training.block_classes import outermost
+from training.block_offload import offloaded_blocks
 from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.loss import LossFunction
@@ -31,6 +33,7 @@ from training.memory.phase_memory import (
     BASE,
     ENCODERS,
     GRADIENTS,
+    HOST,
     OPTIMIZER,
     PREVIEW,
     TRAINING,
@@ -105,6 +108,8 @@ class TrainingTrace:
         self.live_bytes = LiveBytes(inputs.unit)
         self.num_blocks = 0
         """Blocks that can be recomputed."""
+        self.num_offloadable = 0
+        """Blocks that can be offloaded."""
         denoiser = self._denoiser()
         names = layer_spellings(self.family, denoiser)
         adapted, _ = build.attach_adapters(self.config, self.family, denoiser, names)
@@ -116,11 +121,15 @@ class TrainingTrace:
             build_optimizer(adapted, self.config),
         )
         label_modules(self.live_bytes, [adapted.model], BASE)
+        self._label_offloaded_blocks(adapted.model)
         self.live_bytes.label(self.engine.trained, ADAPTERS)
         is_schedule_free = OPTIMIZERS[self.config.optimizer].is_schedule_free
         self.ema = EmaWeights(self.config.ema, self.engine, is_schedule_free)
         self.live_bytes.label(self.ema.ema, ADAPTERS)
         self._create_optimizer_state()
+        if offloaded_blocks(adapted.model):
+            with self._counting(ACTIVATIONS):  # learns the order of the blocks
+                self._forward(1, inputs.sample.latents)
 
     def _denoiser(self) -> nn.Module:
         """Return the denoiser as a run prepares it."""
@@ -132,7 +141,18 @@ class TrainingTrace:
         build.prepare_denoiser(config, family, denoiser, device)
         blocks = family.blocks(denoiser, config.checkpoint_depth)
         self.num_blocks = len(outermost(blocks))
+        self.num_offloadable = len(inner_blocks(outermost(blocks)))
         return denoiser
+
+    def _label_offloaded_blocks(self, denoiser: nn.Module) -> None:
+        """Count weights that wait in the memory of the host, and their copies on the device."""
+
+        def label_copy(buffer: Tensor) -> None:
+            self.live_bytes.label([buffer], BASE)
+
+        for block in offloaded_blocks(denoiser):
+            self.live_bytes.label([block.host_weights.buffer], HOST)
+            block.copier.on_copy = label_copy
 
     def _create_optimizer_state(self) -> None:
         """Update the weights once, with gradients of zero."""
@@ -177,7 +197,9 @@ class TrainingTrace:
         self.live_bytes.reset_peak()
         with self._counting(ACTIVATIONS):
             function()
-        return PhaseMemory(name, self.live_bytes.at_peak)
+        num_bytes = dict(self.live_bytes.at_peak)
+        host_bytes = num_bytes.pop(HOST, 0)
+        return PhaseMemory(name, num_bytes, host_bytes)
 
     def _step(self) -> None:
         """Take a training step; of several micro-batches, the last one.

@@ -16,7 +16,7 @@ raise MixedDevices. It is laxer about scalars on the host, which CUDA takes in e
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -241,6 +241,22 @@ class FusedAttention(torch.autograd.Function):
         return (*(DeviceTensor(tensor) for tensor in grads), None)
 
 
+class FakeStream:
+    """A stream whose work is done at once."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        pass
+
+    def wait_event(self, event: str) -> None:
+        assert event == "event"
+
+    def record_event(self) -> str:
+        return "event"
+
+
 @contextmanager
 def patched_driver() -> Iterator[None]:
     """Replaces the functions of torch.cuda that ask the driver, for a block."""
@@ -254,6 +270,11 @@ def patched_driver() -> Iterator[None]:
               "reset_peak_memory_stats", "set_rng_state", "seed_all"]  # fmt: skip
     functions = {name: mock.Mock(return_value=answer) for name, answer in answers.items()}
     functions |= {name: mock.Mock(return_value=None) for name in silent}
+    functions |= {
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": lambda _: nullcontext(),
+    }
     # a module that moves to the device keeps its Parameter objects, as on a real one
     keeps_parameters = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
