@@ -253,7 +253,7 @@ def training_steps(planner: MemoryPlanner, allowed: Sequence[ResultChange]) -> l
             step["compile"] = "none"
         steps.append(step)
     if config.memory.offload_blocks != ALL:
-        steps.append({"memory.offload_blocks": ALL})
+        steps.append({"gradient_checkpointing": True, "memory.offload_blocks": ALL})
     return steps
 
 
