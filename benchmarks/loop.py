@@ -257,9 +257,16 @@ def compare_loops(folder: Path, steps: int, options: list[str]) -> Comparison:
 
 
 def start(code: str, argv: list[str]) -> set[str]:
-    """Run `python -c code` until its `leave()`; return the modules that it imported."""
+    """Run `python -c code` until its `leave()`; return the modules that it imported.
+
+    Compiled modules are kept, as they usually are: the libraries' were compiled by pip."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     result = subprocess.run(
-        [sys.executable, "-c", LEAVE + code, *argv], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LEAVE + code, *argv],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if result.returncode:
         raise RuntimeError(f"the start failed: {result.stderr}")

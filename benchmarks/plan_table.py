@@ -1,4 +1,4 @@
-"""Writes the tables of docs/memory.md: `python benchmarks/plan_table.py`. It takes a quarter of an hour.
+"""Writes the tables of docs/memory.md: `python benchmarks/plan_table.py`. It takes half an hour.
 
 The recipes are planned for each released model that they train. `rows(names)` plans some models.
 """
@@ -17,14 +17,22 @@ from tools.planning.options import GIB  # noqa: E402
 from tools.planning.plan import on_the_cpu, with_configurations  # noqa: E402
 from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
-from training.memory.budget import RESERVE  # noqa: E402
+from training.memory.changes import Changes, changed_config  # noqa: E402
 from training.memory.phase_memory import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
-from training.memory.planner import Changes, MemoryPlanner, changed_config  # noqa: E402
+from training.memory.planner import RESERVE, MemoryPlanner  # noqa: E402
 
 PAGE = PROJECT / "docs" / "memory.md"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 CARDS = (8, 12, 16, 24, 48, 80)
-BASES = ("none", "int8", "nf4")
+OFFLOADED: Changes = {"memory.offload_blocks": "all", "memory.offload_activations": True}
+WAYS: dict[str, Changes] = {
+    "bf16": {},
+    "int8": {"model.quantization": "int8"},
+    "nf4": {"model.quantization": "nf4"},
+    "bf16, offloaded": OFFLOADED,
+    "nf4, offloaded": {"model.quantization": "nf4", **OFFLOADED},
+}
+"""Ways to keep the base model."""
 LAYERS: Changes = {"model.text_encoder_placement": "layers"}
 RECIPES = {
     "Stable Diffusion 1.5": "sd15",
@@ -55,22 +63,27 @@ class Row:
     encoding: list[int]
     """Captions, captions in layers, images."""
     training: dict[str, int]
-    """model.quantization -> bytes."""
+    """Way to keep the base model -> bytes."""
     preview: list[int]
     """With the text encoders on the GPU, and in layers."""
 
     def cells(self) -> list[str]:
         """Return the cells of the table of needs."""
-        training = [self.training[base] for base in BASES]
+        training = [self.training[way] for way in WAYS]
         sizes = [*self.encoding, *training, *self.preview]
         return [self.model, self.sample, *map(gib, sizes)]
 
     def settings(self, card: int) -> str:
-        """Return the base with which training fits into a card of so many GB."""
-        for base in BASES:
-            if self.training[base] <= card * GIB:
-                return "bf16" if base == "none" else base
-        return "-"
+        """Return the ways with which training fits into a card of so many GB.
+
+        These are the first one, and the first one that is offloaded if the other is quantized."""
+        fitting = [way for way in WAYS if self.training[way] <= card * GIB]
+        if not fitting:
+            return "-"
+        ways = fitting[:1]
+        if ways[0] in ("int8", "nf4") and "bf16, offloaded" in fitting:
+            ways.append("bf16, offloaded")
+        return " or ".join(ways)
 
 
 def rows(names: Iterable[str] = RECIPES) -> list[Row]:
@@ -97,7 +110,7 @@ def plan(name: str) -> Row:
             model=name,
             sample=f"{sample}, batch {config.batch_size}, rank {config.rank}",
             encoding=[need(CAPTIONS, {}), need(CAPTIONS, LAYERS), need(IMAGES, {})],
-            training={base: need(TRAINING, {"model.quantization": base}) for base in BASES},
+            training={way: need(TRAINING, changes) for way, changes in WAYS.items()},
             preview=[need(PREVIEW, {}), need(PREVIEW, LAYERS)],
         )
 
@@ -105,14 +118,14 @@ def plan(name: str) -> Row:
 def tables(all_rows: list[Row]) -> str:
     """Return both tables in Markdown."""
     needs = [
-        ["model", "sample", "captions", "captions, layers", "images", "train, bf16", "train, int8",
-         "train, nf4", "preview, bf16", "preview, bf16, layers"],
+        ["model", "sample", "captions", "captions, layers", "images",
+         *[f"train, {way}" for way in WAYS], "preview, bf16", "preview, bf16, layers"],
         *[row.cells() for row in all_rows],
     ]  # fmt: skip
     cards = [["model", *[f"{card} GB" for card in CARDS]]]
     for row in all_rows:
         cards.append([row.model, *[row.settings(card) for card in CARDS]])
-    return f"{markdown(needs)}\n\nThe first base that fits in training:\n\n{markdown(cards)}"
+    return f"{markdown(needs)}\n\nWhat fits in training:\n\n{markdown(cards)}"
 
 
 def markdown(table: list[list[str]]) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
+from models.block_format import PLAIN, BlockFormat
 from models.blocks import find_blocks
 from models.comfy import ComfyLayout
 from models.config import ModelConfig
@@ -187,10 +188,11 @@ class ModelFamily(ABC):
     # DiffusersFamily writes these, from diffusers' classes and configurations.
 
     @abstractmethod
-    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+    def load_denoiser(self, dtype: torch.dtype | None, blocks: BlockFormat = PLAIN) -> nn.Module:
         """WHEN: once, before adapters are attached. OUT: the denoiser on the CPU.
 
-        dtype None: as stored, but fp32 for fp16, in which training would overflow."""
+        dtype None: as stored, but fp32 for fp16, in which training would overflow. `blocks`: the
+        format of weights in blocks, into which each is converted when it was read."""
 
     @abstractmethod
     def empty_denoiser(self, device: str = "meta") -> nn.Module:
@@ -207,6 +209,10 @@ class ModelFamily(ABC):
     def pipeline(self, denoiser: nn.Module | None) -> Any:
         """WHEN: for previews and for the export of a merged model. OUT: diffusers' whole pipeline
         on the CPU, with `denoiser` if it is given."""
+
+    def trim_text_encoders(self, pipeline: Any) -> None:
+        """WHEN: prompts will be encoded. Remove parts of text encoders that this does not need."""
+        return
 
     @abstractmethod
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Limits, ModelFamily, Role, TensorLayout, TokenCounts
+from models.block_format import PLAIN, BlockFormat
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
 from models.component_loaders import (
@@ -221,7 +222,7 @@ class DiffusersFamily(ModelFamily):
 
     # Loading.
 
-    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+    def load_denoiser(self, dtype: torch.dtype | None, blocks: BlockFormat = PLAIN) -> nn.Module:
         import diffusers
 
         if dtype is None:
@@ -232,7 +233,7 @@ class DiffusersFamily(ModelFamily):
         denoiser: Any
         with self.files.loading_errors():
             if self.files.is_single_file:
-                denoiser = self.load_single_file(denoiser_class, dtype)
+                denoiser = self.load_single_file(denoiser_class, dtype, blocks)
             else:
                 denoiser = denoiser_class.from_pretrained(
                     self.files.path,
@@ -240,15 +241,18 @@ class DiffusersFamily(ModelFamily):
                     dtype=dtype,
                     variant=self.config.variant,
                     use_safetensors=True,
+                    **blocks.diffusers_options(self.blocks),
                 )
         self.check_denoiser(denoiser.config)
         return denoiser
 
-    def load_single_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+    def load_single_file(
+        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
+    ) -> nn.Module:
         """Load the denoiser of a single file by diffusers' converter."""
-        options = {}
+        options = blocks.diffusers_options(self.blocks)
         if self.config.config:
-            options = {"config": self.config.config, "subfolder": self.denoiser_component}
+            options |= {"config": self.config.config, "subfolder": self.denoiser_component}
         return denoiser_class.from_single_file(str(self.files.path), dtype=dtype, **options)
 
     def empty_denoiser(self, device: str = "meta") -> nn.Module:
@@ -275,9 +279,6 @@ class DiffusersFamily(ModelFamily):
                 check_tokenizer(self.config.path, getattr(encoders, component), encoder)
         self.trim_text_encoders(encoders)
         return encoders
-
-    def trim_text_encoders(self, encoders: Any) -> None:
-        """Remove parts of a pipeline's text encoders that encode_prompt does not need."""
 
     def load_media_encoders(self, *components: str) -> Any:
         """Load the VAE and other components. Raises ModelError if `model.vae_dtype` overflows."""

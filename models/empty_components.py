@@ -14,12 +14,8 @@ from models.diffusers_family import DiffusersFamily
 from models.model_files import ENCODERS
 
 
-def empty_encoders(
-    family: DiffusersFamily, role: Literal["text", "media"], is_trimmed: bool = True
-) -> Any:
-    """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors.
-
-    `is_trimmed`: without the parts of text encoders that encode_prompt does not need."""
+def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> Any:
+    """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors."""
     import diffusers
 
     modules: dict[str, Any] = dict.fromkeys(family.all_components())
@@ -36,7 +32,7 @@ def empty_encoders(
             modules[name] = empty_encoder(family, name)
     pipeline_class = getattr(diffusers, family.pipelines[0])
     pipeline = pipeline_class(**modules, **family.pipeline_options)
-    if role == "text" and is_trimmed:
+    if role == "text":
         family.trim_text_encoders(pipeline)
     return pipeline
 

@@ -133,18 +133,32 @@ def quantize_blocks(
 
     Embeddings, output layers and text encoders stay as they were. So do biases, norms, and weights
     that NF4_BLOCK does not divide. `device`: where the codes are computed."""
-    format = FORMATS[quantization]
-    layers: dict[nn.Linear, None] = {}
-    for block in inner_blocks(blocks).values():
-        for layer in block.modules():
-            if is_quantizable(layer):
-                layers[layer] = None  # type: ignore[index]
-    for layer in layers:
-        weight = quantize(layer.weight, format, device)
+    layers = quantizable_layers(blocks)
+    for layer in layers.values():
+        weight = quantize(layer.weight, FORMATS[quantization], device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
     return len(layers)
 
 
+def quantizable_layers(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    """Return the layers in blocks whose weights can be in any of the formats, by name.
+
+    A layer with several names has the first one. Weights that are quantized are left out."""
+    layers: dict[str, nn.Linear] = {}
+    seen_layers: set[nn.Module] = set()
+    for block_name, block in inner_blocks(blocks).items():
+        for name, layer in block.named_modules(prefix=block_name):
+            if layer in seen_layers or not is_quantizable(layer):
+                continue
+            seen_layers.add(layer)
+            layers[name] = layer
+    return layers
+
+
 def is_quantizable(layer: nn.Module) -> bool:
-    """Return whether the weight of a layer can be in any of the formats."""
-    return isinstance(layer, nn.Linear) and layer.weight.numel() % NF4_BLOCK == 0
+    """Return whether the weight of a layer can be in any of the formats, and is in none."""
+    if not isinstance(layer, nn.Linear):
+        return False
+    if isinstance(layer.weight, QuantizedWeight):
+        return False
+    return layer.weight.numel() % NF4_BLOCK == 0

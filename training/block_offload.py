@@ -7,7 +7,7 @@ block again, which copies the weights again, and autograd frees them with the bl
 While a block computes, the next one is copied on another stream. So two blocks are on the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -20,11 +20,12 @@ from lora_algos.frozen_weight import mark_temporary
 from models.quantized_weight import QuantizedWeight, stored_parts
 from training.block_classes import with_forward
 from training.gradient_checkpointing import hidden_from_policy
+from training.memory.live_bytes import counted_as
+from training.memory.phase_memory import BASE
+from training.memory.side_stream import Event, SideStream
 
 ALIGNMENT = 256
 """Each tensor in a buffer begins at a multiple of so many bytes, as CUDA's kernels expect."""
-ALLOCATOR_SETTINGS = "pinned_max_round_threshold_mb:1"
-"""Larger pinned buffers take their own size. By default it is rounded to the next power of two."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class DeviceCopy:
 
     source: HostWeights
     parameters: list[nn.Parameter]
-    event: Any
-    """Event after the copy on its stream, or None."""
+    event: Event
+    """Event after the copy."""
 
 
 class BlockCopier:
@@ -143,17 +144,9 @@ class BlockCopier:
     The order of the blocks is learned in the first pass. A wrong guess only costs time."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.side_stream = SideStream(device)
         self.order: dict[HostWeights, int] = {}
         self.next_copy: DeviceCopy | None = None
-        self.on_copy: Callable[[Tensor], None] | None = None
-        """Called with each buffer on the device, to count memory."""
-        self.stream: Any = None
-        """Stream of the copies, or None on the CPU."""
-        self.streams = None
-        if device.type != "cpu":
-            self.streams = torch.get_device_module(device)
-            self.stream = self.streams.Stream(device)
 
     @contextmanager
     def installed(self, weights: HostWeights) -> Iterator[None]:
@@ -173,10 +166,10 @@ class BlockCopier:
         copy = self.next_copy
         self.next_copy = None
         if copy is not None:
-            self._wait_for(copy)  # its memory may be used again after this, even if it is not used
+            self.side_stream.wait(copy.event)  # also if it is freed without being used
         if copy is None or copy.source is not weights:
             copy = self._copy(weights)
-            self._wait_for(copy)
+            self.side_stream.wait(copy.event)
         return copy
 
     def _prepare_next(self, copy: DeviceCopy) -> None:
@@ -204,26 +197,12 @@ class BlockCopier:
     @torch.no_grad()
     def _copy(self, weights: HostWeights) -> DeviceCopy:
         """Start to copy a block's weights to the device."""
-        event = None
-        if self.streams is None:
-            buffer = weights.buffer.clone()
-        else:
-            # allocated and freed in the order of the computation, which the copy has to wait for
-            buffer = torch.empty_like(weights.buffer, device=self.device)
-            self.stream.wait_stream(self.streams.current_stream(self.device))
-            with self.streams.stream(self.stream):
-                buffer.copy_(weights.buffer, non_blocking=True)
-            event = self.stream.record_event()
-        if self.on_copy is not None:
-            self.on_copy(buffer)
+        with counted_as(BASE):
+            buffer, event = self.side_stream.to_device(weights.buffer)
         parameters = weights.parameters_of(weights.weights_in(buffer))
         for parameter in parameters:
             mark_temporary(parameter)
         return DeviceCopy(weights, parameters, event)
-
-    def _wait_for(self, copy: DeviceCopy) -> None:
-        if copy.event is not None and self.streams is not None:
-            self.streams.current_stream(self.device).wait_event(copy.event)
 
 
 class Offloaded(nn.Module):
@@ -257,8 +236,6 @@ def apply(blocks: list[nn.Module], device: torch.device) -> None:
 
     WHEN: the blocks will be checkpointed, and no adapters are attached yet."""
     is_pinned = device.type != "cpu"
-    if is_pinned:
-        torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)
     copier = BlockCopier(device)
     for block in blocks:
         weights = HostWeights(block, is_pinned)

@@ -16,16 +16,19 @@ from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
 from models.base import ModelFamily
+from models.block_format import BlockFormat
 from models.blocks import inner_blocks
 from models.detect import get_family
 from models.quantization import quantize_blocks
 from objectives.objective import Objective
 from training import block_offload, compilation, gradient_checkpointing
+from training.activation_offload import ActivationCopier
 from training.checkpoints.best import validation_errors
 from training.components import RunComponents
-from training.config import MemoryConfig, TrainConfig
+from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.distributed.sharding import is_sharded, shard_base
+from training.memory.config import MemoryConfig
 from training.metadata import total_steps_of
 from training.optim.arguments import optimizer_errors
 from training.optim.schedule import build_optimizer
@@ -61,7 +64,9 @@ def load_denoiser(
     """Return the base model on the CPU, and the dtype of its weights, which its inputs must have.
 
     `device`: the device of the training. `contiguous`: keep the memory layout of all weights."""
-    denoiser = family.load_denoiser(BASE_DTYPES[config.training_dtype])
+    dtype = BASE_DTYPES[config.training_dtype]
+    blocks = BlockFormat(config.model.quantization, device)
+    denoiser = family.load_denoiser(dtype, blocks)
     dtype = prepare_denoiser(config, family, denoiser, device, contiguous)
     return denoiser, dtype
 
@@ -104,11 +109,13 @@ def checkpoint_blocks(
     candidates = list(inner_blocks(blocks).values())
     number = config.memory.num_offloaded(len(candidates))
     block_offload.apply(block_offload.evenly_spaced(candidates, number), device)
+    copier = ActivationCopier(device) if config.memory.offload_activations else None
     gradient_checkpointing.apply(
         denoiser,
         blocks,
         config.checkpoint_policy,
         config.adapter.has_dropout,
+        copier,
     )
 
 

@@ -7,6 +7,7 @@ from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
 from training.compilation import ReportCompilation
 from training.components import RunComponents
+from training.memory.metrics import memory_metrics
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import TrainingDiverged, finite_mean, is_finite
 from training.reporting.trackers import finish_trackers
@@ -94,7 +95,9 @@ class LogMetrics:
         learning_rate = scheduled_learning_rate(
             self.config, state.step - 1, state.micro_batches_per_step
         )
+        memory = memory_metrics(self.services.accelerator.device)
         reporter.row |= {
+            **memory,
             "train/loss": loss,
             "train/lr": learning_rate,
             "train/grad_norm": norms[-1],
@@ -103,7 +106,10 @@ class LogMetrics:
             "train/samples_per_second": reporter.speed * samples_per_step,
             "train/skipped_steps": len(state.history.skipped_steps),
         }
-        reporter.show(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}")
+        shown = {"loss": f"{loss:.4f}", "lr": f"{learning_rate:.2e}"}
+        if "memory/gpu_peak" in memory:
+            shown["gpu_peak"] = f"{memory['memory/gpu_peak']:.1f}GiB"
+        reporter.show(**shown)
 
     def _check_finite(self, losses: list[float], norms: list[float], first_step: int) -> None:
         per_step = self.state.micro_batches_per_step

@@ -5,7 +5,6 @@ The inputs of ComfyUI's node keep their own names at the root; everything else i
 field's help is the docstring under it. docs/options.md is generated from this file.
 """
 
-import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +20,7 @@ from lora_algos.config import AdapterConfig
 from models.config import ModelConfig
 from objectives import LOSSES
 from objectives.config import ObjectiveConfig
+from training.memory.config import MemoryConfig
 from training.optim.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -88,58 +88,6 @@ class OptimConfig:
     continue."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 10
     """With on_non_finite skip: end the run after this many skipped steps."""
-
-
-ResultChange = Literal["fp8", "int8", "nf4", "batch_size", "vae_dtype", "vae_tiling"]
-"""A change that saves memory and changes the result."""
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Use of the memory of a GPU and of its host."""
-
-    __pydantic_config__ = STRICT
-
-    offload_blocks: Annotated[
-        str, Field(pattern=r"^(all|\d+%?)$"), BeforeValidator(str), CHANGEABLE
-    ] = "0"
-    """Blocks whose frozen weights stay in CPU memory and are copied to the GPU when they compute: a
-    number, a share such as 50%, or all. The result is the same bit for bit. It needs
-    gradient_checkpointing, and concerns only blocks that are recomputed."""
-    budget: Annotated[
-        str, Field(pattern=r"^(none|check|auto|[\d.]+ ?[Gg][Ii]?[Bb]?)$"), CHANGEABLE
-    ] = "check"
-    """Memory that a run may take. check: on a GPU, plan the memory first, and stop if the run does
-    not fit. auto: also change options so that it fits, but none that changes the result. 12GB: as
-    auto, for so much memory. none: no plan."""
-    allow: Annotated[tuple[ResultChange, ...], CHANGEABLE] = ()
-    """Options that change the result and that budget may change: formats of quantization, the batch
-    size, and the dtype and tiling of the VAE."""
-
-    @property
-    def budget_bytes(self) -> int | None:
-        """The budget in bytes, if it is a number. The GB of a card's name are GiB."""
-        match = re.match(r"[\d.]+", self.budget)
-        return int(float(match[0]) * 2**30) if match else None
-
-    def num_offloaded(self, num_blocks: int) -> int:
-        """Return the number of offloaded blocks, if so many can be."""
-        value = self.offload_blocks
-        if value == "all":
-            return num_blocks
-        if value.endswith("%"):
-            percent = min(int(value[:-1]), 100)
-            return math.ceil(num_blocks * percent / 100)
-        return min(int(value), num_blocks)
-
-    def errors(self, gradient_checkpointing: bool) -> list[str]:
-        """Return options that do not fit together."""
-        if self.num_offloaded(1) and not gradient_checkpointing:
-            return [
-                f"--memory.offload_blocks {self.offload_blocks}: needs --gradient_checkpointing, "
-                "because a block that is not recomputed keeps its weights for the backward pass"
-            ]
-        return []
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from common.errors import ModelError
+from training.activation_offload import ActivationCopier
 from training.block_classes import outermost, with_forward
 
 Policy = Literal["full", "keep-attention-output"]
@@ -48,6 +49,8 @@ class Checkpointed:
     """Marks the classes that `checkpointed` makes."""
 
     original: ClassVar[type[nn.Module]]
+    activation_copier: ActivationCopier | None = None
+    """Copies the block's inputs to the host, if they are offloaded."""
 
 
 @cache
@@ -73,7 +76,10 @@ def checkpointed(cls: type[nn.Module], policy: Policy, is_random: bool) -> type[
         if policy == "keep-attention-output":
             # created in the forward pass, as torch.compile requires
             options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
-        return checkpoint(run, *inputs, **options)
+        if self.activation_copier is None:
+            return checkpoint(run, *inputs, **options)
+        with self.activation_copier.offloading():
+            return checkpoint(run, *inputs, **options)
 
     return with_forward(cls, Checkpointed, forward)
 
@@ -83,9 +89,10 @@ def apply(
     blocks: dict[str, nn.Module],
     policy: Policy = "full",
     has_dropout: bool = True,
+    activation_copier: ActivationCopier | None = None,
 ) -> None:
     """Checkpoint `blocks` of the denoiser, and no others. `has_dropout`: adapters will have a
-    dropout.
+    dropout. `activation_copier`: offload the inputs of the blocks.
 
     Raises ModelError if the denoiser has no blocks."""
     remove(denoiser)
@@ -98,6 +105,7 @@ def apply(
     for name, block in blocks.items():
         assert "forward" not in vars(block), f"{name}.forward is patched: no checkpoint possible"
         block.__class__ = checkpointed(type(block), policy, is_random)  # type: ignore[arg-type]
+        block.activation_copier = activation_copier  # type: ignore[assignment]
 
 
 @contextmanager

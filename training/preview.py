@@ -265,6 +265,7 @@ class PreviewRenderer:
         """Return the pipeline where it draws, with the scheduler that the options ask for."""
         family, device = self.components.family, self.services.accelerator.device
         pipeline = family.pipeline(self.components.adapted.model)
+        family.trim_text_encoders(pipeline)
         placed_pipeline = place_pipeline(pipeline, self.config, device)
         return override_scheduler(placed_pipeline, self.config.objective)
 

@@ -133,6 +133,7 @@ def train(
     from training.checkpoints.resume import RunCheckpoints
     from training.distributed.device import device_notes, host_threads
     from training.export import RunExport, check_export
+    from training.memory.run_plan import fit_run
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.services import RunServices
     from training.summary import summary
@@ -140,6 +141,7 @@ def train(
 
     for note in device_notes(accelerator.device, config.training_dtype):
         say(f"note: {note}")
+    config = fit_run(config, accelerator, say)
     components, loss_function = build_components(config, accelerator)
     check_export(components)
     initial_weights = components.adapted.state_dict() if config.preview else None

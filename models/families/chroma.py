@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
+from models.block_format import PLAIN, BlockFormat
 from models.families.flux1 import BLOCK_KEYS, TOKENS, FluxFamily
 from models.families.flux_names import FLUX_TABLE
 from models.families.transformer_family import T5_PREFIX
@@ -56,10 +57,10 @@ class Chroma(FluxFamily):
             {"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)
         ]
 
-    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
+    def load_denoiser(self, dtype: torch.dtype | None, blocks: BlockFormat = PLAIN) -> nn.Module:
         from models.families.chroma_attention import hide_keys_alone
 
-        denoiser = super().load_denoiser(dtype)
+        denoiser = super().load_denoiser(dtype, blocks)
         hide_keys_alone(denoiser)
         return denoiser
 

@@ -109,8 +109,8 @@ class Flux2Family(TransformerFamily):
     def normalize(self, latents: Tensor) -> Tensor:
         return latents
 
-    def trim_text_encoders(self, encoders: Any) -> None:
-        keep_first_layers(encoders.text_encoder, self.text_layers[-1])
+    def trim_text_encoders(self, pipeline: Any) -> None:
+        keep_first_layers(pipeline.text_encoder, self.text_layers[-1])
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         device = encoders._execution_device

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import TensorLayout, base_metadata
+from models.block_format import BlockFormat
 from models.comfy import ComfyLayout, PooledLayout
 from models.families.transformer_family import (
     ATTENTION,
@@ -99,9 +100,11 @@ class StableDiffusion3(TransformerFamily):
         keys = {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"}
         return keys <= shapes.keys()
 
-    def load_single_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+    def load_single_file(
+        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
+    ) -> nn.Module:
         # diffusers stores the position embedding as a buffer, which no parameter's name leads to
-        return self.load_by_diffusers(denoiser_class, dtype)
+        return self.load_by_diffusers(denoiser_class, dtype, blocks)
 
     @property
     def patch_size(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.base import Role, TensorLayout
+from models.block_format import PLAIN, BlockFormat
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.unet_family import UNetFamily
 
@@ -104,8 +105,8 @@ class TextTraining(UNetFamily):
         components = super().identity_components(role)
         return (*components, *self.text_components) if role == "denoiser" else components
 
-    def load_denoiser(self, dtype: torch.dtype | None) -> nn.Module:
-        denoiser = super().load_denoiser(dtype)
+    def load_denoiser(self, dtype: torch.dtype | None, blocks: BlockFormat = PLAIN) -> nn.Module:
+        denoiser = super().load_denoiser(dtype, blocks)
         first_parameter = next(denoiser.parameters())
         return self._join_encoders(denoiser, first_parameter.dtype)
 

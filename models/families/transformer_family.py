@@ -4,6 +4,7 @@ In diffusers it is the pipeline's `transformer`. The original models' code, and 
 names for its layers, which the family states as a table.
 """
 
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,8 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ModelError
+from models.block_format import BlockFormat
 from models.diffusers_family import DiffusersFamily
 from models.layer_names.names import OriginalLayer
+from models.quantization import quantizable_layers
 
 ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
 """Target preset: the projections of diffusers' usual attention."""
@@ -45,19 +48,27 @@ class TransformerFamily(DiffusersFamily):
         scale = self.config.guidance_scale
         return 1.0 if scale is None else scale
 
-    def load_single_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+    def load_single_file(
+        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
+    ) -> nn.Module:
         """Load the denoiser of a single file by the table of names, for any size of model."""
         with init_empty_weights(include_buffers=False):
             denoiser = denoiser_class.from_config(self.denoiser_config)
         keys = self.stored_keys(denoiser)
         self._check_keys({*keys.values()})
         originals = self.layer_names.original(denoiser)
+        quantized_layers: Collection[str] = ()
+        if not blocks.is_plain:
+            quantized_layers = quantizable_layers(self.blocks(denoiser)).keys()
         state = {}
         with safe_open(self.files.path, framework="pt") as file:
             for name, key in keys.items():
-                layer = name.rpartition(".")[0]
+                layer, _, parameter = name.rpartition(".")
                 original = originals.get(layer, OriginalLayer(key))
-                state[name] = read_layer(file, key, original, dtype)
+                value = read_layer(file, key, original, dtype)
+                if layer in quantized_layers and parameter == "weight":
+                    value = blocks.quantized(value)
+                state[name] = value
         denoiser.load_state_dict(state, assign=True)
         return denoiser.eval()
 
@@ -71,9 +82,11 @@ class TransformerFamily(DiffusersFamily):
                 "--model.config of its model"
             )
 
-    def load_by_diffusers(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
+    def load_by_diffusers(
+        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
+    ) -> nn.Module:
         """Load the denoiser of a single file by diffusers' converter, for families that need it."""
-        return super().load_single_file(denoiser_class, dtype)
+        return super().load_single_file(denoiser_class, dtype, blocks)
 
 
 def read_layer(file: Any, key: str, original: OriginalLayer, dtype: torch.dtype) -> Tensor:

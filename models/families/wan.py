@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.base import TensorLayout, base_metadata
+from models.block_format import BlockFormat
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.transformer_family import TransformerFamily
 from models.families.wan_names import WAN_NAMES
@@ -96,8 +97,10 @@ class Wan(TransformerFamily):
             return self.two_expert_model
         return super().find_source()
 
-    def load_single_file(self, denoiser_class: Any, dtype: torch.dtype) -> nn.Module:
-        return self.load_by_diffusers(denoiser_class, dtype)
+    def load_single_file(
+        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
+    ) -> nn.Module:
+        return self.load_by_diffusers(denoiser_class, dtype, blocks)
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         inputs = config["in_channels"]

@@ -219,7 +219,7 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
         item.key or ".".join(item.nested_key) for record in read for item in record.history.item
     }
     config = {item.key for record in read for item in record.config.update}
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/samples_per_second", "validation/loss",
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/samples_per_second", "memory/host", "validation/loss",
             "validation/quantile_0.5", "preview/after.filenames"} <= seen  # fmt: skip
     assert {"learning_rate", "model.path"} <= config
 

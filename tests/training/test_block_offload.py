@@ -14,11 +14,12 @@ from models.blocks import find_blocks, inner_blocks
 from models.quantization import quantize_blocks
 from training import block_offload, gradient_checkpointing
 from training.block_offload import HostWeights, evenly_spaced, offloaded_blocks
-from training.config import MemoryConfig
-from training.memory.live_bytes import LiveBytes
+from training.memory.config import MemoryConfig
+from training.memory.live_bytes import HOST, LiveBytes
+from training.memory.phase_memory import BASE as COPIES
 
 CPU = torch.device("cpu")
-COPIES, HOST, REST = "copies", "host", "rest"
+REST = "rest"
 CHECKPOINTED = ("--gradient_checkpointing",)
 COMBINATIONS = [
     ("all",),
@@ -65,7 +66,7 @@ def count_copies(model: nn.Module) -> LiveBytes:
     live_bytes.label([*model.parameters(), *model.buffers()], REST)
     for block in offloaded_blocks(model):
         live_bytes.label([block.host_weights.buffer], HOST)
-        block.copier.on_copy = lambda buffer: live_bytes.label([buffer], COPIES)
+    live_bytes.reset_peak()
     return live_bytes
 
 

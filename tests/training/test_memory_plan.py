@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lora_algos import ALGORITHMS
+from training import activation_offload
 from training.block_offload import offloaded_blocks
 from training.cli import load_config
 from training.memory.live_bytes import LiveBytes
@@ -42,9 +43,10 @@ def measured_peak(run_here: Any, options: list[str]) -> int:
             live_bytes.label([block.host_weights.buffer], HOST)
             if block.copier.next_copy is not None:
                 live_bytes.label(block.copier.next_copy.parameters, "base")
+        live_bytes.reset_peak()
         with live_bytes:
             original(trainer, labeled(batches, live_bytes))
-        peaks.append(live_bytes.peak - live_bytes.current[HOST])
+        peaks.append(live_bytes.peak)
 
     with mock.patch.object(Trainer, "train_step", train_step):
         assert run_here(options) == 0
@@ -87,7 +89,7 @@ CHANGES = [
     ("--model.quantization=int8", "--training_dtype=bf16"),
     ("--model.quantization=nf4", "--gradient_checkpointing"),
     ("--optimizer=SGD", "--batch_size=1"),
-    ("--gradient_checkpointing", "--memory.offload_blocks=all"),
+    ("--gradient_checkpointing", "--memory.offload_blocks=all", "--memory.offload_activations"),
     (
         "--gradient_checkpointing",
         "--memory.offload_blocks=3",
@@ -95,6 +97,12 @@ CHANGES = [
         "--model.quantization=nf4",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_activations(monkeypatch):
+    """Activations of tiny models are offloaded too."""
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1024)
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "plain")

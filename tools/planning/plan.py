@@ -28,7 +28,7 @@ def run(options: PlanOptions) -> int:
             fit = fit_into(budget, planner, phases, config.memory.allow)
             if not fit.fits:
                 least = fit_into(budget, planner, phases, LEAST_CHANGES)
-    plan = Plan(phases, fit, least)
+    plan = Plan(phases, fit, least, planner.reserve)
     if options.json:
         print(json.dumps(plan_as_json(plan), indent=2))
     else:

@@ -6,9 +6,10 @@ from typing import Any
 from tools.planning.options import GIB
 from tools.tables import NO_VALUE, align_columns
 from training.config import TrainConfig
-from training.memory.budget import RESERVE, Fit
+from training.memory.budget import Fit
+from training.memory.changes import as_options
 from training.memory.phase_memory import CATEGORIES, PhaseMemory
-from training.memory.planner import MemoryPlanner
+from training.memory.planner import RESERVE, MemoryPlanner
 
 NOTES = (
     "One process that holds the whole model; longest captions, largest bucket. "
@@ -25,6 +26,8 @@ class Plan:
     """With changes that are allowed. None without a budget."""
     least: Fit | None
     """With all changes, if nothing fits with those that are allowed."""
+    reserve: int
+    """Bytes that are not counted."""
 
     @property
     def exit_code(self) -> int:
@@ -79,11 +82,11 @@ def peak_line(phases: list[PhaseMemory], is_gpu: bool) -> str:
 
 
 def host_lines(phases: list[PhaseMemory]) -> list[str]:
-    """Return a line on the weights of offloaded blocks, if there are any."""
+    """Return a line on the CPU memory of what is offloaded, if there is any."""
     num_bytes = max(phase.host_bytes for phase in phases)
     if not num_bytes:
         return []
-    return [f"Offloaded blocks take {gib(num_bytes)} GiB of CPU memory."]
+    return [f"What is offloaded takes {gib(num_bytes)} GiB of CPU memory."]
 
 
 def phase_table(phases: list[PhaseMemory]) -> list[str]:
@@ -110,7 +113,7 @@ def fit_lines(fit: Fit) -> list[str]:
     budget = f"{fit.budget / GIB:g}"
     if not fit.changes and fit.fits:
         return [f"Fits into {budget} GiB without changes."]
-    options = " ".join(as_option(name, value) for name, value in fit.changes.items())
+    options = as_options(fit.changes)
     if fit.fits:
         line = f"Fits into {budget} GiB with: {options}"
     else:
@@ -130,21 +133,12 @@ def fit_lines(fit: Fit) -> list[str]:
     return lines
 
 
-def as_option(name: str, value: object) -> str:
-    """Return an option in the form of the command line."""
-    if value is True:
-        return f"--{name}"
-    if value is not False:
-        return f"--{name} {value}"
-    section, _, field = name.rpartition(".")
-    if not section:
-        return f"--no_{field}"
-    return f"--{section}.no_{field}"
-
-
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as values for JSON; sizes are in bytes."""
-    values: dict[str, Any] = {"phases": phases_as_json(plan.phases), "reserve": RESERVE}
+    values: dict[str, Any] = {
+        "phases": phases_as_json(plan.phases),
+        "reserve": plan.reserve,
+    }
     if plan.fit is not None:
         values["budget"] = fit_as_json(plan.fit)
     if plan.least is not None:
@@ -165,11 +159,7 @@ def fit_as_json(fit: Fit) -> dict[str, Any]:
 def phases_as_json(phases: list[PhaseMemory]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for phase in phases:
-        values[phase.name] = {
-            **phase.num_bytes,
-            "total": phase.total,
-            "CPU memory": phase.host_bytes,
-        }
+        values[phase.name] = {**phase.num_bytes, "total": phase.total}
     return values
 
 

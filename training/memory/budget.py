@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.families.unet_family import UNetFamily
-from training.config import ResultChange
+from training.memory.changes import Changes, changed_config
+from training.memory.config import ResultChange
 from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
@@ -20,12 +21,10 @@ from training.memory.phase_memory import (
     PhaseMemory,
     PhaseName,
 )
-from training.memory.planner import Changes, MemoryPlanner, changed_config
+from training.memory.planner import MemoryPlanner
 
 ALL = "all"
 """Value of memory.offload_blocks."""
-RESERVE = 2**30
-"""Bytes of a GPU that are not counted: CUDA itself, workspaces of its libraries, and gaps."""
 SMALLER_FORMATS = {
     "none": ("fp8", "int8", "nf4"),
     "fp8": ("nf4",),
@@ -75,14 +74,13 @@ def fit_into(
     """Return the changes with which the run fits into a budget, or nearly, if nothing fits.
 
     `phases`: those of the run without changes. `allowed`: see `memory.allow`."""
-    reserve = RESERVE if planner.is_gpu else 0
-    search = Search(budget - reserve, planner, phases)
+    search = Search(budget - planner.reserve, planner, phases)
     search.reduce([CAPTIONS], caption_steps(planner))
     search.reduce([IMAGES], image_steps(planner, allowed))
     search.reduce(search.training_phases, training_steps(planner, allowed))
     search.use_spare_memory()
     search.decide_preview()
-    return Fit(budget, search.changes, list(search.phases.values()), reserve)
+    return Fit(budget, search.changes, list(search.phases.values()), planner.reserve)
 
 
 class Search:
@@ -160,7 +158,7 @@ class Search:
             self.take(names, {"memory.offload_blocks": str(number)})
             return
         config = changed_config(self.planner.config, self.changes)
-        is_offloaded = config.memory.num_offloaded(1)
+        is_offloaded = config.memory.num_offloaded(1) or config.memory.offload_activations
         if (
             not config.gradient_checkpointing
             or config.checkpoint_blocks is not None
@@ -252,6 +250,8 @@ def training_steps(planner: MemoryPlanner, allowed: Sequence[ResultChange]) -> l
         if planner.is_compiled:
             step["compile"] = "none"
         steps.append(step)
+    if not config.memory.offload_activations:
+        steps.append({"gradient_checkpointing": True, "memory.offload_activations": True})
     if config.memory.offload_blocks != ALL:
         steps.append({"gradient_checkpointing": True, "memory.offload_blocks": ALL})
     return steps

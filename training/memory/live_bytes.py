@@ -3,17 +3,20 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from models.quantized_weight import QuantizedWeight, stored_parts
 
 ACTIVATIONS = "activations"
+HOST = "CPU memory"
+"""Category of what is not on the device."""
 
 
 @dataclass
@@ -27,8 +30,9 @@ class Storage:
 class LiveBytes(TorchDispatchMode):
     """Counts the storages of the results of operators in a block, while they live.
 
-    It works for tensors with values and for those of a FakeTensorMode. Label earlier tensors first:
-    a view of one would count as a new storage. Scratch memory within an operator is not seen."""
+    The total is that of the device: it leaves out the category HOST. It works for tensors with
+    values and for those of a FakeTensorMode. Label earlier tensors first: a view of one would count as
+    a new storage. Scratch memory within an operator is not seen."""
 
     def __init__(self, unit: int = 1):
         """`unit`: each storage takes a multiple of so many bytes, as allocators give it."""
@@ -51,6 +55,9 @@ class LiveBytes(TorchDispatchMode):
                 storage = self._count(part)
                 self.current[storage.category] -= storage.size
                 self.current[category] += storage.size
+                self.total += storage.size * (
+                    is_on_device(category) - is_on_device(storage.category)
+                )
                 storage.category = category
 
     def reset_peak(self) -> None:
@@ -86,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
         self._storages[key] = entry
         weakref.finalize(storage, self._remove, key)
         self.current[entry.category] += entry.size
-        self.total += entry.size
+        self.total += entry.size * is_on_device(entry.category)
         if self.total > self.peak:
             self.reset_peak()
         return entry
@@ -94,4 +101,23 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int) -> None:
         entry = self._storages.pop(key)
         self.current[entry.category] -= entry.size
-        self.total -= entry.size
+        self.total -= entry.size * is_on_device(entry.category)
+
+
+def is_on_device(category: str) -> bool:
+    return category != HOST
+
+
+@contextmanager
+def counted_as(category: str) -> Iterator[None]:
+    """Let the LiveBytes that counts, if there is one, count new tensors in a block as this category."""
+    modes = _get_current_dispatch_mode_stack()
+    counters = [mode for mode in modes if isinstance(mode, LiveBytes)]
+    earlier_categories = [counter.category for counter in counters]
+    for counter in counters:
+        counter.category = category
+    try:
+        yield
+    finally:
+        for counter, earlier_category in zip(counters, earlier_categories, strict=True):
+            counter.category = earlier_category

@@ -6,7 +6,7 @@ A phase is what a run does with one set of modules in memory.
 from dataclasses import dataclass
 from typing import Literal
 
-from training.memory.live_bytes import ACTIVATIONS
+from training.memory.live_bytes import ACTIVATIONS, HOST
 
 PhaseName = Literal["encode captions", "encode images", "train", "validate", "preview"]
 CAPTIONS: PhaseName = "encode captions"
@@ -20,8 +20,6 @@ VAE = "VAE"
 ADAPTERS = "adapters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
-HOST = "CPU memory"
-"""Weights of offloaded blocks, which are not on the device."""
 CATEGORIES = (BASE, ENCODERS, VAE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS)
 """Uses of memory."""
 
@@ -32,11 +30,14 @@ class PhaseMemory:
 
     name: PhaseName
     num_bytes: dict[str, int]
-    """Category -> bytes on the device."""
-    host_bytes: int = 0
-    """Weights of offloaded blocks in the memory of the host."""
+    """Category -> bytes."""
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return sum(self.num_bytes.values())
+        return sum(self.num_bytes.values()) - self.host_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Offloaded weights and activations in the memory of the host."""
+        return self.num_bytes.get(HOST, 0)

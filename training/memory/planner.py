@@ -1,8 +1,6 @@
 """The plan of a run's memory: its phases, traced for a config and for changes of it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -14,6 +12,7 @@ from training import build
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
 from training.loss import build_loss
+from training.memory.changes import Changes, changed_config
 from training.memory.encoding_trace import trace_captions, trace_images
 from training.memory.fake_tensors import fake_tensors
 from training.memory.phase_memory import (
@@ -28,12 +27,10 @@ from training.memory.phase_memory import (
 from training.memory.sample_shape import largest_encoded_sample, largest_sample
 from training.memory.training_trace import TraceInputs, TrainingTrace
 
+RESERVE = 2**30
+"""Bytes of a GPU that are not counted: CUDA itself, workspaces of its libraries, and gaps."""
 GPU_ALLOCATION_UNIT = 512
 """PyTorch's CUDA allocator gives multiples of so many bytes."""
-Changes = dict[str, Any]
-"""Option, as on the command line without dashes -> its new value."""
-
-
 UNPLANNED: Changes = {"compile": "none", "optim.on_non_finite": "stop"}
 """Options that a plan leaves out."""
 
@@ -49,6 +46,7 @@ class MemoryPlanner:
         self.is_gpu = is_gpu
         self.is_compiled = config.compile != "none"
         self.unit = GPU_ALLOCATION_UNIT if is_gpu else 1
+        self.reserve = RESERVE if is_gpu else 0
         self.accelerator = build_accelerator(config)
         self.family = plannable_family(config)
         self.sample = largest_sample(config, self.family)
@@ -126,15 +124,3 @@ def stored_dtype(family: DiffusersFamily) -> torch.dtype:
     except ModelError:
         return torch.bfloat16
     return WIDER_DTYPES.get(dtype, dtype)
-
-
-def changed_config(config: TrainConfig, changes: Changes) -> TrainConfig:
-    """Return a config with changed options."""
-    for name, value in changes.items():
-        section_name, _, field = name.rpartition(".")
-        if section_name:
-            section = replace(getattr(config, section_name), **{field: value})
-            config = replace(config, **{section_name: section})
-        else:
-            config = replace(config, **{field: value})
-    return config

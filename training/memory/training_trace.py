@@ -145,14 +145,9 @@ class TrainingTrace:
         return denoiser
 
     def _label_offloaded_blocks(self, denoiser: nn.Module) -> None:
-        """Count weights that wait in the memory of the host, and their copies on the device."""
-
-        def label_copy(buffer: Tensor) -> None:
-            self.live_bytes.label([buffer], BASE)
-
+        """Count weights that wait in the memory of the host."""
         for block in offloaded_blocks(denoiser):
             self.live_bytes.label([block.host_weights.buffer], HOST)
-            block.copier.on_copy = label_copy
 
     def _create_optimizer_state(self) -> None:
         """Update the weights once, with gradients of zero."""
@@ -197,9 +192,7 @@ class TrainingTrace:
         self.live_bytes.reset_peak()
         with self._counting(ACTIVATIONS):
             function()
-        num_bytes = dict(self.live_bytes.at_peak)
-        host_bytes = num_bytes.pop(HOST, 0)
-        return PhaseMemory(name, num_bytes, host_bytes)
+        return PhaseMemory(name, self.live_bytes.at_peak)
 
     def _step(self) -> None:
         """Take a training step; of several micro-batches, the last one.
@@ -232,7 +225,7 @@ class TrainingTrace:
 
         The denoiser and the optimizer's state stay in memory. Text encoders that encode layer by
         layer take as much as their largest layer."""
-        text = empty_encoders(self.family, "text", is_trimmed=False)
+        text = empty_encoders(self.family, "text")
         encoders = text_encoders_of(text)
         media = empty_encoders(self.family, "media")
         label_modules(self.live_bytes, encoders, ENCODERS)

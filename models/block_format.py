@@ -1,0 +1,41 @@
+"""The format in which a denoiser's blocks are loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import Quantization
+from models.quantization import FORMATS, quantize
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """The format of the weights in a denoiser's blocks."""
+
+    quantization: Quantization = "none"
+    device: torch.device | None = None
+    """Device that computes the codes."""
+
+    @property
+    def is_plain(self) -> bool:
+        return self.quantization == "none"
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Return a weight in the format."""
+        return quantize(weight, FORMATS[self.quantization], self.device)
+
+    def diffusers_options(
+        self, blocks_of: Callable[[nn.Module], dict[str, nn.Module]]
+    ) -> dict[str, Any]:
+        """Return arguments of diffusers' from_pretrained. `blocks_of`: returns a model's blocks."""
+        if self.is_plain:
+            return {}
+        from models.quantized_loading import BlockQuantization
+
+        return {"quantization_config": BlockQuantization(self.quantized, blocks_of)}
+
+
+PLAIN = BlockFormat()

@@ -1,0 +1,119 @@
+"""Offloaded activations: the same numbers bit for bit, less on the device, nothing left behind."""
+
+import gc
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from helpers.project import BASE
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.blocks import find_blocks
+from training import activation_offload, gradient_checkpointing
+from training.activation_offload import ActivationCopier
+from training.memory.live_bytes import ACTIVATIONS, HOST, LiveBytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def all_sizes(monkeypatch):
+    """Tensors of any size are offloaded."""
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
+
+
+def unet(copier: ActivationCopier | None) -> nn.Module:
+    model = UNet2DConditionModel.from_pretrained(BASE / "unet").requires_grad_(False).train()
+    gradient_checkpointing.apply(model, find_blocks(model, 2), activation_copier=copier)
+    return model
+
+
+def loss_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 7, 96, generator=draw)
+    return model(inputs, torch.tensor([5, 500]), text, return_dict=False)[0].square().mean()
+
+
+def inputs() -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 16, 16, generator=draw).requires_grad_()
+
+
+def gradient(model: nn.Module) -> Tensor:
+    latents = inputs()
+    loss_of(model, latents).backward()
+    assert latents.grad is not None
+    return latents.grad
+
+
+def counted_step(model: nn.Module) -> LiveBytes:
+    live_bytes = LiveBytes()
+    live_bytes.label([*model.parameters(), *model.buffers()], "base")
+    with live_bytes:
+        gradient(model)
+    return live_bytes
+
+
+def test_activations_wait_on_the_host(all_sizes):
+    plain, copier = unet(None), ActivationCopier(CPU)
+    offloaded = unet(copier)
+    assert torch.equal(gradient(plain), gradient(offloaded))
+    before, after = counted_step(plain), counted_step(offloaded)
+    assert after.at_peak[HOST] > 0
+    assert after.at_peak[ACTIVATIONS] < 0.9 * before.at_peak[ACTIVATIONS]
+    assert after.peak < before.peak
+    assert after.current[HOST] == 0
+    assert not copier.waiting
+
+
+def test_a_pass_without_backward_leaves_nothing(all_sizes):
+    copier = ActivationCopier(CPU)
+    model = unet(copier)
+    loss = loss_of(model, inputs())
+    assert len(copier.waiting) > 5
+    del loss
+    gc.collect()
+    assert not [hosted for hosted in copier.waiting if hosted() is not None]
+    first, second = gradient(model), gradient(model)
+    assert torch.equal(first, second)
+    assert not copier.waiting
+
+
+def test_small_and_shared_tensors_stay(monkeypatch):
+    copier = ActivationCopier(CPU)
+    loss = loss_of(unet(copier), inputs())
+    assert not copier.waiting  # all are small
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
+    with torch.no_grad():
+        loss_of(unet(copier), inputs())
+    assert not copier.waiting
+    loss.backward()
+
+
+@pytest.mark.parametrize("policy", ["full", "keep-attention-output"])
+def test_a_run_is_the_same_bit_for_bit(options, run_here, tmp_path, all_sizes, policy):
+    results = []
+    for name, more in (
+        ("plain", []),
+        ("offloaded", ["--memory.offload_activations", "--memory.offload_blocks=3"]),
+    ):
+        folder = tmp_path / name
+        run = [
+            *options,
+            "--gradient_checkpointing",
+            f"--checkpoint_policy={policy}",
+            "--adapter.dropout=0.1",
+        ]
+        assert run_here([*run, *more, f"--output_dir={folder}"]) == 0
+        losses = json.loads((folder / "loss.json").read_text())["loss_per_step"]
+        results.append((losses, load_file(folder / "lora.safetensors")))
+    (losses, plain), (offloaded_losses, offloaded) = results
+    assert offloaded_losses == losses
+    assert all(torch.equal(plain[key], offloaded[key]) for key in plain)
+
+
+def test_it_needs_checkpointing(options, run_here, capsys):
+    assert run_here([*options, "--memory.offload_activations"]) == 2
+    assert "--memory.offload_activations: needs --gradient_checkpointing" in capsys.readouterr().err

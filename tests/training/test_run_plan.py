@@ -1,0 +1,83 @@
+"""A run plans its memory at its start: it chooses options that fit, or stops before it encodes."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.memory import run_plan
+from training.memory.config import MemoryConfig
+from training.memory.run_plan import need_of, too_large
+
+MIB = 2**20
+TINY = "0.02GB"
+"""Too little for the activations of a step, and enough if these are computed again."""
+
+
+@pytest.fixture
+def small(options) -> list[str]:
+    return [*options, "--rank=1"]
+
+
+def test_a_budget_chooses_options_that_leave_the_result(small, run_here, tmp_path, capsys):
+    plain, fitted = tmp_path / "plain", tmp_path / "fitted"
+    assert run_here([*small, f"--output_dir={plain}"]) == 0
+    assert "by plan" not in capsys.readouterr().out
+    assert run_here([*small, f"--output_dir={fitted}", f"--memory.budget={TINY}"]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("memory      options for")]
+    assert "--gradient_checkpointing" in line
+    assert "are recomputed in the backward pass" in out
+    losses = [json.loads((f / "loss.json").read_text())["loss_per_step"] for f in (plain, fitted)]
+    assert losses[0] == losses[1]
+    first, second = (load_file(folder / "lora.safetensors") for folder in (plain, fitted))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_that_does_not_fit_stops_before_it_encodes(small, run_here, tmp_path, capsys):
+    cache = tmp_path / "empty"
+    options = [*small, f"--data.cache_dir={cache}", "--data.encode_pixels=4096"]
+    with mock.patch.object(run_plan, "budget_of", return_value=20 * MIB):  # of a GPU
+        assert run_here(options) == 2
+    err = capsys.readouterr().err
+    assert "--memory.budget check: the run needs" in err
+    assert "It fits with: --gradient_checkpointing" in err
+    assert "Use --memory.budget auto to change options" in err
+    assert not list(cache.glob("*"))
+
+
+def test_a_run_that_cannot_be_planned(small, lora_file, run_here, capsys):
+    options = [*small, f"--existing_lora={lora_file}"]
+    assert run_here([*options, "--memory.budget=9GB"]) == 2
+    assert "--existing_lora: cannot be planned yet" in capsys.readouterr().err
+    with mock.patch.object(run_plan, "budget_of", return_value=20 * MIB):
+        assert run_here(options) == 0
+    assert "note: the memory of this run is not planned: " in capsys.readouterr().out
+
+
+PLAN = {
+    "reserve": 0,
+    "phases": {"train": {"total": 9 * run_plan.GIB}, "preview": {"total": 10 * run_plan.GIB}},
+    "budget": {"fits": False, "options": {}},
+}
+
+
+def config_of(budget: str) -> mock.Mock:
+    return mock.Mock(memory=MemoryConfig(budget=budget))
+
+
+def test_previews_do_not_count():
+    assert need_of(PLAN) == (9 * run_plan.GIB, "train")
+
+
+def test_errors_name_what_is_left():
+    least = {"fits": True, "options": {"model.quantization": "nf4", "preview": False}}
+    text = too_large(config_of("8GB"), {**PLAN, "least": least}, 8 * run_plan.GIB)
+    assert (
+        "--memory.budget 8GB: the run needs 9.0 GiB by plan (train); expected at most 8.0" in text
+    )
+    assert "changes of the result: --model.quantization nf4 --no_preview" in text
+    nothing = too_large(config_of("8GB"), {**PLAN, "least": {"fits": False}}, 8 * run_plan.GIB)
+    assert "No options of this trainer make it fit" in nothing

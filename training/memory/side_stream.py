@@ -1,0 +1,63 @@
+"""Copies between the memory of the host and a device, while the device computes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALLOCATOR_SETTINGS = "pinned_max_round_threshold_mb:1"
+"""Larger pinned tensors take their own size. By default it is rounded to the next power of two."""
+Event = Any
+"""Event after a copy, or None if it was done at once."""
+
+
+class SideStream:
+    """A stream for copies. On the CPU, copies are done at once.
+
+    Tensors on the device are allocated and freed in the order of the computation. So a copy waits
+    for the computation up to now, and the computation waits for the copy before it uses or frees the
+    tensor: `wait`."""
+
+    def __init__(self, device: torch.device):
+        """`device`: the device that computes."""
+        self.device = device
+        self.streams: Any = None
+        self.stream: Any = None
+        if device.type != "cpu":
+            self.streams = torch.get_device_module(device)
+            self.stream = self.streams.Stream(device)
+            torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)
+
+    def to_device(self, source: Tensor) -> tuple[Tensor, Event]:
+        """Start to copy a pinned tensor to the device."""
+        if self.stream is None:
+            return source.clone(), None
+        target = torch.empty_like(source, device=self.device)
+        return target, self._copy(target, source)
+
+    def to_host(self, source: Tensor) -> tuple[Tensor, Event]:
+        """Start to copy a tensor of the device to pinned memory."""
+        if self.stream is None:
+            return source.clone(), None
+        target = torch.empty_like(
+            source,
+            device="cpu",
+            pin_memory=torch.accelerator.is_available(),
+        )
+        event = self._copy(target, source)
+        source.record_stream(self.stream)  # its memory is not used again before it is copied
+        return target, event
+
+    def _copy(self, target: Tensor, source: Tensor) -> Event:
+        computation = self.streams.current_stream(self.device)
+        self.stream.wait_stream(computation)
+        with self.streams.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+        return self.stream.record_event()
+
+    def wait(self, event: Event) -> None:
+        """Let the computation wait for a copy."""
+        if event is None:
+            return
+        computation = self.streams.current_stream(self.device)
+        computation.wait_event(event)
