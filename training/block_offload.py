@@ -88,13 +88,23 @@ class HostWeights:
             tensors += stored_parts(weight)
         self.places = buffered_tensors(tensors)
         self.buffer = torch.empty(self.places[-1].end, dtype=torch.uint8)
+        self.lacks_pinned_memory = False
+        """True if the system gave no pinned memory. Copies are slow then, and the computation waits
+        for them."""
         if is_pinned:
-            self.buffer = self.buffer.pin_memory()
+            self._pin()
         for place, tensor in zip(self.places, tensors, strict=True):
             place.view(self.buffer).copy_(tensor)
         self.weights = self.weights_in(self.buffer)  # frees the first ones
         self.parameters = self.parameters_of(self.weights)
         self.install(self.parameters)
+
+    def _pin(self) -> None:
+        """Let the buffer be in pinned memory, if the system gives so much."""
+        try:
+            self.buffer = self.buffer.pin_memory()
+        except RuntimeError:
+            self.lacks_pinned_memory = True
 
     def weights_in(self, buffer: Tensor) -> list[Tensor]:
         """Return the block's weights in a copy of its buffer."""

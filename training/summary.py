@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import torch
 
+from common.errors import counted
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
 from training.block_classes import outermost
@@ -126,11 +127,16 @@ def checkpointing_lines(components: RunComponents) -> list[str]:
     lines = [f"blocks      {num_recomputed} of {len(blocks)} are recomputed in the backward pass"]
     offloaded = offloaded_blocks(denoiser)
     if offloaded:
-        num_bytes = sum(block.host_weights.buffer.nbytes for block in offloaded)
+        buffers = [block.host_weights.buffer for block in offloaded]
+        num_bytes = sum(buffer.nbytes for buffer in buffers)
         lines.append(
-            f"offload     {len(offloaded)} blocks, {num_bytes / 2**30:.2g} GiB in CPU memory; each is "
-            "copied to the device when it computes"
+            f"offload     {counted(len(offloaded), 'block')}, {num_bytes / 2**30:.2g} GiB in CPU memory; "
+            "each is copied to the device when it computes"
         )
+        if any(block.host_weights.lacks_pinned_memory for block in offloaded):
+            lines.append(
+                "note        the system gives too little pinned memory (ulimit -l), so copies are slow"
+            )
     return lines
 
 

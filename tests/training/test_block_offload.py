@@ -170,6 +170,21 @@ def test_weights_keep_values_layout_and_sharing(format):
     assert weights.buffer.nbytes < 1.1 * sum(w.nbytes for w in before.values())
 
 
+def test_a_run_without_pinned_memory_says_so(options, run_here, monkeypatch, capsys):
+    def pin(weights: HostWeights) -> None:
+        weights.lacks_pinned_memory = True
+
+    monkeypatch.setattr(HostWeights, "_pin", pin)
+    original = HostWeights.__init__
+    monkeypatch.setattr(
+        HostWeights, "__init__", lambda *arguments: original(arguments[0], arguments[1], True)
+    )
+    assert run_here([*options, *CHECKPOINTED, "--memory.offload_blocks=2"]) == 0
+    out = capsys.readouterr().out
+    assert "offload     2 blocks, " in out
+    assert "too little pinned memory" in out
+
+
 def test_moves_leave_offloaded_weights():
     model = unet()
     blocks = offload(model)

@@ -158,11 +158,10 @@ class Search:
             self.take(names, {"memory.offload_blocks": str(number)})
             return
         config = changed_config(self.planner.config, self.changes)
-        is_offloaded = config.memory.num_offloaded(1) or config.memory.offload_activations
         if (
             not config.gradient_checkpointing
             or config.checkpoint_blocks is not None
-            or is_offloaded
+            or config.memory.is_offloading
         ):
             return
         step: Changes = {"gradient_checkpointing": False}

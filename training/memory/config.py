@@ -44,6 +44,10 @@ class MemoryConfig:
         match = re.match(r"[\d.]+", self.budget)
         return int(float(match[0]) * 2**30) if match else None
 
+    @property
+    def is_offloading(self) -> bool:
+        return self.offload_activations or self.num_offloaded(1) > 0
+
     def num_offloaded(self, num_blocks: int) -> int:
         """Return the number of offloaded blocks, if so many can be."""
         value = self.offload_blocks

@@ -3,12 +3,16 @@
 The command `plan` makes it in another process, which has no GPU and its own Accelerate.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
+from common.atomic import write_file
 from common.errors import ConfigError
 from training.config import TrainConfig, to_yaml
 from training.memory.changes import as_options, changed_config
@@ -23,6 +28,10 @@ from training.memory.phase_memory import PREVIEW
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = "import sys, train_lora; sys.exit(train_lora.main(sys.argv[1:]))"
+PLAN_VERSION = 1
+"""Raise it when plans change."""
+PLANNED_BY = ("torch", "diffusers", "transformers", "peft")
+"""Packages on whose versions a plan depends."""
 TIMEOUT = 480
 """Seconds for a plan. The other processes wait for it no longer than for a collective."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -105,12 +114,39 @@ def shared_plan(config: TrainConfig, accelerator: Accelerator, budget: int) -> P
 
 
 def plan_or_error(config: TrainConfig, budget: int, is_gpu: bool) -> Plan | str:
-    """Return the plan, or the reason that it failed."""
+    """Return the plan, or the reason that it failed. Plans are kept in `data.cache_dir`."""
     device = "gpu" if is_gpu else "cpu"
+    options = ["--json", f"--device={device}", f"--memory.budget={budget / GIB:.4f}GB"]
+    kept_path = plan_path(config, options)
+    with suppress(OSError, ValueError):
+        kept_plan: Plan = json.loads(kept_path.read_text(encoding="utf-8"))
+        return kept_plan
+    result = run_plan_command(config, options)
+    if isinstance(result, dict):
+        kept_path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept_path, json.dumps(result))
+    return result
+
+
+def plan_path(config: TrainConfig, options: list[str]) -> Path:
+    """Return the file of a plan. It depends on all that a plan depends on, as far as this can be
+    seen at once."""
+    steps_and_folder = {"steps": 1, "output_dir": "run"}
+    facts = [str(PLAN_VERSION), to_yaml(replace(config, **steps_and_folder)), *options]  # type: ignore[arg-type]
+    for package in PLANNED_BY:
+        facts.append(f"{package} {version(package)}")
+    if config.model.path is not None:
+        with suppress(OSError):
+            facts.append(str(Path(config.model.path).stat().st_mtime_ns))
+    name = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return Path(config.data.cache_dir) / "plans" / f"{name}.json"
+
+
+def run_plan_command(config: TrainConfig, options: list[str]) -> Plan | str:
+    """Run the command `plan`; return its plan, or the reason that it failed."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "run.yaml"
         recipe.write_text(to_yaml(config), encoding="utf-8")
-        options = ["--json", f"--device={device}", f"--memory.budget={budget / GIB:.4f}GB"]
         try:
             result = subprocess.run(
                 [sys.executable, "-c", PROGRAM, "plan", str(recipe), *options],

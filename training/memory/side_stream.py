@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALLOCATOR_SETTINGS = "pinned_max_round_threshold_mb:1"
-"""Larger pinned tensors take their own size. By default it is rounded to the next power of two."""
 Event = Any
 """Event after a copy, or None if it was done at once."""
 
@@ -26,7 +24,6 @@ class SideStream:
         if device.type != "cpu":
             self.streams = torch.get_device_module(device)
             self.stream = self.streams.Stream(device)
-            torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)
 
     def to_device(self, source: Tensor) -> tuple[Tensor, Event]:
         """Start to copy a pinned tensor to the device."""
