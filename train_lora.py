@@ -11,6 +11,7 @@ import sys
 import tools
 from common.errors import UserError
 from training.cli import load_config
+from training.memory.kept_changes import with_kept_changes
 from training.numerics import prepare_environment
 from training.run import launched_rank, print_error, run_training
 from training.run_folder import check_output_dir
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(argv)
         prepare_environment(config)
         if launched_rank() == 0:
-            check_output_dir(config)
+            check_output_dir(with_kept_changes(config))
     except UserError as error:
         print_error(str(error))
         return 2

@@ -60,16 +60,24 @@ class BlockQuantizer(DiffusersQuantizer):
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
         """Return whether a weight is quantized. The arguments have diffusers' names."""
-        layer_name, _, name = param_name.rpartition(".")
+        # diffusers leaves it to quantizers to convert float8
+        return is_float8(param_value) or self._is_of_block(param_name)
+
+    def _is_of_block(self, parameter_name: str) -> bool:
+        """Return whether a parameter is a weight that gets the format."""
+        layer_name, _, name = parameter_name.rpartition(".")
         return name == "weight" and layer_name in self.layers
 
     def create_quantized_param(  # type: ignore[override]
         self, model: Any, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Put a quantized weight into its layer."""
-        weight = self.quantization_config.quantized(param_value)
-        layer = self.layers[param_name.removesuffix(".weight")]
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        """Put a weight into its layer, quantized if the layer is in a block."""
+        weight = param_value.to(kwargs["dtype"])
+        if self._is_of_block(param_name):
+            weight = self.quantization_config.quantized(weight)
+        layer_name, _, name = param_name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        layer._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Let the model be a plain one again: its weights act as plain weights."""
@@ -77,6 +85,10 @@ class BlockQuantizer(DiffusersQuantizer):
         model._internal_dict = type(model.config)(
             {name: value for name, value in model.config.items() if name != "quantization_config"}
         )
+
+
+def is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 AUTO_QUANTIZER_MAPPING[Method.BLOCKS] = BlockQuantizer

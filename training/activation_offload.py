@@ -9,11 +9,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
 from training.memory.live_bytes import HOST, counted_as
 from training.memory.side_stream import Event, SideStream
@@ -29,8 +32,18 @@ class HostedTensor:
     host: Tensor
     event: Event
     """Event after the copy to the host."""
+    version: int
+    """Version of the tensor, which changes with its values."""
     device_copy: tuple[Tensor, Event] | None = None
     """The copy back, if it has begun."""
+
+
+class KeptTensor(NamedTuple):
+    """The form in which autograd keeps an input of a block."""
+
+    hosted: HostedTensor
+    block: int
+    """Number of the block in its pass."""
 
 
 class ActivationCopier:
@@ -39,52 +52,82 @@ class ActivationCopier:
     def __init__(self, device: torch.device):
         """`device`: the device that computes."""
         self.side_stream = SideStream(device)
-        self.waiting: list[ReferenceType[HostedTensor]] = []
-        """Activations in the order in which they were made. The backward pass needs the last ones
-        first. References are weak, because a pass may end without a backward pass."""
+        self.blocks: list[list[ReferenceType[HostedTensor]]] = []
+        """Activations of each block, in the order of the pass. References are weak, because a pass
+        may end without a backward pass."""
+        self.hosted_tensors = WeakIdKeyDictionary()
+        """Tensor on the device -> weak reference to its HostedTensor. Blocks may share an input."""
+        self.sources: list[tuple[Tensor, Event]] = []
+        """Tensors that are copied to the host now, and may not be freed before."""
 
     @contextmanager
     def offloading(self) -> Iterator[None]:
-        """Offload the activations that a block of code saves for the backward pass."""
-        with saved_tensors_hooks(self._pack, self._unpack):
+        """Offload the activations that a block saves for the backward pass."""
+        while self.blocks and not any(hosted() for hosted in self.blocks[-1]):
+            self.blocks.pop()  # of a pass that ended early
+        self.blocks.append([])
+        pack = partial(self._pack, len(self.blocks) - 1)
+        with saved_tensors_hooks(pack, self._unpack):
             yield
 
-    @torch.no_grad()
-    def _pack(self, tensor: Tensor) -> Tensor | HostedTensor:
+    def _pack(self, block: int, tensor: Tensor) -> Tensor | KeptTensor:
         """Return what is kept. Tensors without gradient, such as masks, are shared by all blocks."""
-        if not tensor.requires_grad or tensor.nbytes < MIN_BYTES:
+        is_small = tensor.nbytes < MIN_BYTES
+        if is_small or not tensor.requires_grad:
             return tensor
+        hosted = self._hosted(tensor)
+        self.blocks[block].append(weakref.ref(hosted))
+        return KeptTensor(hosted, block)
+
+    @torch.no_grad()
+    def _hosted(self, tensor: Tensor) -> HostedTensor:
+        """Return a tensor on the host. An earlier block may have had it too."""
+        reference = self.hosted_tensors.get(tensor)
+        if reference is not None:
+            hosted = reference()
+            if hosted is not None and hosted.version == tensor._version:
+                return hosted
+        self._release_sources()
         with counted_as(HOST):
             host, event = self.side_stream.to_host(tensor.detach())
-        hosted = HostedTensor(host, event)
-        while self.waiting and self.waiting[-1]() is None:  # of a pass that ended early
-            self.waiting.pop()
-        self.waiting.append(weakref.ref(hosted))
+        if event is not None:
+            source = tensor.detach()
+            self.sources.append((source, event))
+        hosted = HostedTensor(host, event, tensor._version)
+        self.hosted_tensors[tensor] = weakref.ref(hosted)
         return hosted
 
+    def _release_sources(self) -> None:
+        """Free the tensors of earlier blocks, whose memory the computation may use again from now on."""
+        for _, event in self.sources:
+            self.side_stream.wait(event)
+        self.sources.clear()
+
     @torch.no_grad()
-    def _unpack(self, kept: Tensor | HostedTensor) -> Tensor:
+    def _unpack(self, kept: Tensor | KeptTensor) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        self._begin(kept)
-        assert kept.device_copy is not None
-        tensor, event = kept.device_copy
+        self._release_sources()
+        hosted, block = kept
+        tensor, event = self._device_copy(hosted)
         self.side_stream.wait(event)
-        kept.device_copy = None
-        next_kept = self._before(kept)
-        if next_kept is not None:
-            self._begin(next_kept)
+        hosted.device_copy = None
+        self._copy_block_before(block)
         return tensor
 
-    def _before(self, kept: HostedTensor) -> HostedTensor | None:
-        """Return the activation that was made before another one, if it waits. Forget later ones."""
-        while self.waiting:
-            if self.waiting.pop()() is kept:
-                break
-        return self.waiting[-1]() if self.waiting else None
+    def _copy_block_before(self, block: int) -> None:
+        """Start to copy back what the block before another one needs. Forget later blocks."""
+        self.blocks = self.blocks[: block + 1]
+        if block == 0:
+            return
+        for reference in self.blocks[block - 1]:
+            hosted = reference()
+            if hosted is not None:
+                self._device_copy(hosted)
 
-    def _begin(self, kept: HostedTensor) -> None:
-        """Start to copy an activation back, if that has not begun."""
-        if kept.device_copy is None:
-            self.side_stream.wait(kept.event)
-            kept.device_copy = self.side_stream.to_device(kept.host)
+    def _device_copy(self, hosted: HostedTensor) -> tuple[Tensor, Event]:
+        """Return the copy back of an activation, which begins if it has not."""
+        if hosted.device_copy is None:
+            self.side_stream.wait(hosted.event)
+            hosted.device_copy = self.side_stream.to_device(hosted.host)
+        return hosted.device_copy

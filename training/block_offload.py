@@ -22,7 +22,7 @@ from training.block_classes import with_forward
 from training.gradient_checkpointing import hidden_from_policy
 from training.memory.live_bytes import counted_as
 from training.memory.phase_memory import BASE
-from training.memory.side_stream import Event, SideStream
+from training.memory.side_stream import Event, SideStream, pin
 
 ALIGNMENT = 256
 """Each tensor in a buffer begins at a multiple of so many bytes, as CUDA's kernels expect."""
@@ -88,23 +88,24 @@ class HostWeights:
             tensors += stored_parts(weight)
         self.places = buffered_tensors(tensors)
         self.buffer = torch.empty(self.places[-1].end, dtype=torch.uint8)
-        self.lacks_pinned_memory = False
+        self.lacks_pinned_memory = is_pinned and not pin(self.buffer)
         """True if the system gave no pinned memory. Copies are slow then, and the computation waits
         for them."""
-        if is_pinned:
-            self._pin()
         for place, tensor in zip(self.places, tensors, strict=True):
             place.view(self.buffer).copy_(tensor)
         self.weights = self.weights_in(self.buffer)  # frees the first ones
         self.parameters = self.parameters_of(self.weights)
         self.install(self.parameters)
 
-    def _pin(self) -> None:
-        """Let the buffer be in pinned memory, if the system gives so much."""
-        try:
-            self.buffer = self.buffer.pin_memory()
-        except RuntimeError:
-            self.lacks_pinned_memory = True
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Put weights into the buffer that were replaced while adapters were attached."""
+        for index, parameter in zip(self.indices, self.parameters, strict=True):
+            weight = self.weights[index]
+            if isinstance(weight, QuantizedWeight) or parameter.data_ptr() == weight.data_ptr():
+                continue
+            weight.copy_(parameter)
+            parameter.data = weight
 
     def weights_in(self, buffer: Tensor) -> list[Tensor]:
         """Return the block's weights in a copy of its buffer."""
@@ -161,12 +162,12 @@ class BlockCopier:
     @contextmanager
     def installed(self, weights: HostWeights) -> Iterator[None]:
         """Let a block compute with weights on the device, and copy those of the next block."""
-        with hidden_from_policy():
-            copy = self._take(weights)
-            weights.install(copy.parameters)
-            self._prepare_next(copy)
-        del copy  # autograd keeps what it needs
         try:
+            with hidden_from_policy():
+                copy = self._take(weights)
+                weights.install(copy.parameters)
+                self._prepare_next(copy)
+            del copy  # autograd keeps what it needs
             yield
         finally:
             weights.install(weights.parameters)
@@ -245,7 +246,7 @@ def apply(blocks: list[nn.Module], device: torch.device) -> None:
     """Offload blocks with weights. `device`: the device that computes.
 
     WHEN: the blocks will be checkpointed, and no adapters are attached yet."""
-    is_pinned = device.type != "cpu"
+    is_pinned = device.type == "cuda"
     copier = BlockCopier(device)
     for block in blocks:
         weights = HostWeights(block, is_pinned)

@@ -204,6 +204,8 @@ def build_engine(accelerator: Accelerator, components: RunComponents) -> Engine:
     """Build the engine that Accelerate's config selects, with the optimizer."""
     config, adapted = components.config, components.adapted
     denoiser = adapted.model
+    for block in block_offload.offloaded_blocks(denoiser):
+        block.host_weights.take_back()
     optimizer = build_optimizer(adapted, config)
     if is_sharded(accelerator):
         plugin = accelerator.state.fsdp_plugin

@@ -6,8 +6,7 @@
 - `deterministic` picks algorithms that give the same bits each time, which are slower. Without it,
   a resumed run equals an uninterrupted one up to rounding.
 - cuDNN measures its algorithms for each new shape, unless `deterministic` is on.
-- The allocator grows its segments, so buckets of many shapes do not fragment the memory. What is
-  offloaded takes its own size in pinned memory.
+- The allocator grows its segments, so buckets of many shapes do not fragment the memory.
 
 Nothing here changes a run on CPUs.
 """
@@ -21,23 +20,15 @@ from training.config import TrainConfig
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """New and old name of the variable that sets up PyTorch's allocator."""
 
-EXACT_PINNED_SIZES = "pinned_max_round_threshold_mb:1"
-"""Larger tensors in pinned memory take their own size. By default it is rounded up to a power of two.
-"""
-
 
 def prepare_environment(config: TrainConfig | None = None) -> None:
     """Set environment variables that CUDA reads only once. WHEN: before torch is imported.
 
     Variables that the user has set stay as they are. `config`: of a training run."""
     is_allocator_set = any(name in os.environ for name in ALLOCATOR_VARIABLES)
-    settings = []
-    if sys.platform != "win32":
-        settings.append("expandable_segments:True")
-    if config is not None and config.memory.is_offloading:
-        settings.append(EXACT_PINNED_SIZES)
-    if settings and not is_allocator_set:
-        os.environ[ALLOCATOR_VARIABLES[0]] = ",".join(settings)
+    has_expandable_segments = sys.platform != "win32"
+    if has_expandable_segments and not is_allocator_set:
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
     if config is not None:
         # kept between runs; the default folder may be emptied
         compiled_code = Path(config.data.cache_dir).resolve() / "compiled"

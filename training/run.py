@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from training.config import TrainConfig
+from training.memory.kept_changes import with_kept_changes
 from training.run_folder import locked_folder
 from training.stopping.signals import RunStopped, SignalHandler, report_stop
 
@@ -46,7 +47,8 @@ def run_training(config: TrainConfig, signals: SignalHandler) -> int:
         with run_guard(config, signals) as (accelerator, failures):
             lock = nullcontext()
             if accelerator.is_main_process:
-                lock = locked_folder(config, LOCK_TIMEOUT, say)  # type: ignore[assignment]
+                run_config = with_kept_changes(config)
+                lock = locked_folder(run_config, LOCK_TIMEOUT, say)  # type: ignore[assignment]
             with lock:
                 train(config, accelerator, failures, signals)
     except RunFailed as failure:

@@ -6,9 +6,9 @@ from importlib.metadata import version
 
 import torch
 
-from common.errors import counted
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
+from models.blocks import inner_blocks
 from training.block_classes import outermost
 from training.block_offload import offloaded_blocks
 from training.components import RunComponents
@@ -126,12 +126,13 @@ def checkpointing_lines(components: RunComponents) -> list[str]:
     num_recomputed = sum(isinstance(block, Checkpointed) for block in blocks.values())
     lines = [f"blocks      {num_recomputed} of {len(blocks)} are recomputed in the backward pass"]
     offloaded = offloaded_blocks(denoiser)
+    num_inner_blocks = len(inner_blocks(blocks))
     if offloaded:
         buffers = [block.host_weights.buffer for block in offloaded]
         num_bytes = sum(buffer.nbytes for buffer in buffers)
         lines.append(
-            f"offload     {counted(len(offloaded), 'block')}, {num_bytes / 2**30:.2g} GiB in CPU memory; "
-            "each is copied to the device when it computes"
+            f"offload     {len(offloaded)} of {num_inner_blocks} blocks between input and output: "
+            f"{num_bytes / 2**30:.2g} GiB in CPU memory; each is copied when it computes"
         )
         if any(block.host_weights.lacks_pinned_memory for block in offloaded):
             lines.append(

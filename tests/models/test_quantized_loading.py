@@ -1,5 +1,6 @@
 """A denoiser that is quantized while it is read: the same weights, and little memory."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_a_single_file_loads_quantized(tmp_path):
     path = tmp_path / "model.safetensors"
     save_single_file(BASE, path, torch.float32)
     check_family(get_family(ModelConfig(path=str(path), config=str(BASE))), "int8")
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_a_base_that_is_stored_in_float8_loads_quantized(tmp_path, quantization):
+    family = get_family(ModelConfig(path=str(BASE)))
+    unet = family.load_denoiser(DTYPE).to(torch.float8_e4m3fn)
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet")
+    check_family(get_family(ModelConfig(path=str(folder))), quantization)
 
 
 MEASURE = """

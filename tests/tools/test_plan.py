@@ -52,7 +52,7 @@ def test_without_any_option_that_fits_the_least_is_named(run_here, capsys):
     small = ["--batch_size", "1", "--no_preview", "--adapter.targets", "attention"]
     out = plan(run_here, capsys, *small, "--memory.budget", "1.005GB", code=2)
     without, _, with_changes = out.partition(
-        "With changes of the result, which --memory.allow permits:"
+        "With options that change the result (--memory.allow permits them):"
     )
     assert "Does not fit into 1.005 GiB" in without
     assert "--memory.offload_blocks all" in without
@@ -69,7 +69,10 @@ def test_a_budget_that_is_large_changes_nothing(run_here, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--memory.budget=much"], "--memory.budget 'much': "),
+        (["--memory.budget=much"], "expected none, check, auto, or a size such as 12GB"),
+        (["--memory.budget=1.2.3GB"], "expected none, check, auto, or a size such as 12GB"),
+        (["--memory.budget=0GB"], "expected none, check, auto, or a size such as 12GB"),
+        (["--memory.budget=auto"], "a plan looks at no GPU; expected a size such as 12GB"),
         (
             ["--model.path=a/b"],
             "--model.path a/b: the configuration of this model is not stored here",

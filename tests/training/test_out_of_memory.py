@@ -36,7 +36,7 @@ STEPS = {
     ),
     "some blocks only": (
         ["--gradient_checkpointing", "--checkpoint_blocks=3"],
-        ["--checkpoint_blocks null (now 3)"],
+        ["--checkpoint_blocks None (now 3)"],
         ["--gradient_checkpointing,"],
     ),
     "with what can be had": (

@@ -16,6 +16,10 @@ TINY = "0.02GB"
 """Too little for the activations of a step, and enough if these are computed again."""
 
 
+TIGHT = "0.0145GB"
+"""Too little for a base that is not quantized."""
+
+
 @pytest.fixture
 def small(options) -> list[str]:
     return [*options, "--rank=1"]
@@ -24,7 +28,7 @@ def small(options) -> list[str]:
 def test_a_budget_chooses_options_that_leave_the_result(small, run_here, tmp_path, capsys):
     plain, fitted = tmp_path / "plain", tmp_path / "fitted"
     assert run_here([*small, f"--output_dir={plain}"]) == 0
-    assert "by plan" not in capsys.readouterr().out
+    assert "memory  " not in capsys.readouterr().out
     assert run_here([*small, f"--output_dir={fitted}", f"--memory.budget={TINY}"]) == 0
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("memory      options for")]
@@ -46,7 +50,7 @@ def test_a_run_that_does_not_fit_stops_before_it_encodes(small, run_here, tmp_pa
             assert run_here(options) == 2
     command.assert_not_called()
     assert capsys.readouterr().err == err
-    assert "--memory.budget check: the run needs" in err
+    assert "--memory.budget check: the plan needs" in err
     assert "It fits with: --gradient_checkpointing" in err
     assert "Use --memory.budget auto to change options" in err
     assert not list(cache.glob("media-*"))
@@ -59,6 +63,32 @@ def test_a_run_that_cannot_be_planned(small, lora_file, run_here, capsys):
     with mock.patch.object(run_plan, "budget_of", return_value=20 * MIB):
         assert run_here(options) == 0
     assert "note: the memory of this run is not planned: " in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_result_changes_that_it_chose(small, run_here, tmp_path, capsys):
+    """The same command resumes it, and a smaller budget too, bit for bit."""
+    options = [
+        *small,
+        "--gradient_checkpointing",
+        "--model.quantization=none",
+        "--memory.allow",
+        "nf4",
+    ]
+    plain = [
+        *small,
+        "--gradient_checkpointing",
+        "--model.quantization=nf4",
+        f"--output_dir={tmp_path / 'plain'}",
+    ]
+    assert run_here(plain) == 0
+    capsys.readouterr()
+    for steps in (2, 6):
+        assert run_here([*options, f"--memory.budget={TIGHT}", f"--steps={steps}"]) == 0
+        assert "--model.quantization nf4" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "lora.safetensors") for name in ("plain", "out"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    kept = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert kept == {"model.quantization": "nf4"}
 
 
 PLAN = {
@@ -79,9 +109,7 @@ def test_previews_do_not_count():
 def test_errors_name_what_is_left():
     least = {"fits": True, "options": {"model.quantization": "nf4", "preview": False}}
     text = too_large(config_of("8GB"), {**PLAN, "least": least}, 8 * run_plan.GIB)
-    assert (
-        "--memory.budget 8GB: the run needs 9.0 GiB by plan (train); expected at most 8.0" in text
-    )
+    assert "8GB: the plan needs 9 GiB (most in: train); the budget is 8 GiB" in text
     assert "changes of the result: --model.quantization nf4 --no_preview" in text
     nothing = too_large(config_of("8GB"), {**PLAN, "least": {"fits": False}}, 8 * run_plan.GIB)
     assert "No options of this trainer make it fit" in nothing

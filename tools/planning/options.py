@@ -37,6 +37,10 @@ class PlanOptions(RunOptions):
                 f"--model.path {model.path}: the configuration of this model is not stored here; "
                 f"expected a local model, or one of {known_ids}"
             )
+        if self.config.memory.budget == "auto":
+            errors.append(
+                "--memory.budget auto: a plan looks at no GPU; expected a size such as 12GB"
+            )
         if model.train_text_encoder:
             errors.append("--model.train_text_encoder: cannot be planned yet. Remove the option")
         if self.config.existing_lora is not None:

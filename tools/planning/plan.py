@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,11 @@ def run(options: PlanOptions) -> int:
     from training.memory.budget import LEAST_CHANGES, fit_into
     from training.memory.planner import MemoryPlanner
 
-    with on_the_cpu(), with_configurations(options.config) as config:
+    with (
+        redirect_stdout(sys.stderr),  # the output is the plan alone
+        on_the_cpu(),
+        with_configurations(options.config) as config,
+    ):
         planner = MemoryPlanner(config, is_gpu=options.device == "gpu")
         phases = planner.phases()
         fit = least = None

@@ -11,10 +11,8 @@ from training.memory.changes import as_options
 from training.memory.phase_memory import CATEGORIES, PhaseMemory
 from training.memory.planner import RESERVE, MemoryPlanner
 
-NOTES = (
-    "One process that holds the whole model; longest captions, largest bucket. "
-    "Not run on a GPU yet."
-)
+ASSUMPTIONS = "Planned for one process, the longest captions and the largest bucket."
+GPU_NOTE = "No plan has been compared with a real GPU yet."
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,13 @@ def plan_as_text(config: TrainConfig, planner: MemoryPlanner, plan: Plan) -> str
     lines += phase_table(plan.phases)
     lines.append(peak_line(plan.phases, planner.is_gpu))
     lines += host_lines(plan.phases)
-    lines.append(NOTES)
+    lines.append(f"{ASSUMPTIONS} {GPU_NOTE}" if planner.is_gpu else ASSUMPTIONS)
     if plan.fit is not None:
         lines.append("")
         lines += fit_lines(plan.fit)
     if plan.least is not None:
         lines.append("")
-        lines.append("With changes of the result, which --memory.allow permits:")
+        lines.append("With options that change the result (--memory.allow permits them):")
         lines += fit_lines(plan.least)
     return "\n".join(lines)
 

@@ -110,6 +110,12 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
     backend = environment("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         errors.append(f"dynamo_backend {backend}. Leave it at no: --compile blocks decides")
+    return [*errors, *engine_errors(config)]
+
+
+def engine_errors(config: TrainConfig) -> list[str]:
+    """Return options that FSDP or DeepSpeed does not support."""
+    errors: list[str] = []
     engines = [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
     if config.model.train_text_encoder and engines:
         errors.append(
@@ -124,6 +130,10 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
         errors.append(
             f"{engines[0]}, which does not support --memory.offload_blocks. Use ddp.yaml, or FSDP2's "
             "own fsdp_offload_params: true"
+        )
+    if config.memory.chooses_options and engines:
+        errors.append(
+            f"{engines[0]}, for which --memory.budget cannot plan. Use --memory.budget none"
         )
     if "DEEPSPEED" in engines:
         errors += zero_errors(config)

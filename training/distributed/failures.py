@@ -144,6 +144,10 @@ def memory_advice(config: TrainConfig) -> list[str]:
     """Return options that need less GPU memory than `config`; those that do not change the result
     come first."""
     advice = []
+    is_sharded = is_enabled("ACCELERATE_USE_FSDP")
+    has_zero = is_enabled("ACCELERATE_USE_DEEPSPEED")
+    if not (config.memory.chooses_options or is_sharded or has_zero):
+        advice.append("--memory.budget auto")
     batch_size, accumulation = config.batch_size, config.grad_accumulation_steps
     if not config.gradient_checkpointing:
         advice.append("--gradient_checkpointing")
@@ -154,15 +158,14 @@ def memory_advice(config: TrainConfig) -> list[str]:
             f"(now {batch_size} and {accumulation})"
         )
     if config.gradient_checkpointing and config.checkpoint_blocks is not None:
-        advice.append(f"--checkpoint_blocks null (now {config.checkpoint_blocks})")
+        advice.append(f"--checkpoint_blocks None (now {config.checkpoint_blocks})")
     depth = config.checkpoint_depth
     if config.gradient_checkpointing and depth > 1:
         advice.append(f"--checkpoint_depth 1 if the model is a transformer (now {depth})")
     quantization = config.model.quantization
     offload = config.memory.offload_blocks
-    is_sharded = is_enabled("ACCELERATE_USE_FSDP")
-    has_zero = is_enabled("ACCELERATE_USE_DEEPSPEED")
-    if offload != "all" and not is_sharded and not has_zero:
+    can_offload = config.gradient_checkpointing and not is_sharded and not has_zero
+    if can_offload and offload != "all":
         advice.append(f"--memory.offload_blocks all (now {offload})")
     if not is_sharded and quantization == "none":
         advice.append(

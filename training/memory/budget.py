@@ -12,6 +12,7 @@ from typing import Any
 from models.families.unet_family import UNetFamily
 from training.memory.changes import Changes, changed_config
 from training.memory.config import ResultChange
+from training.memory.kept_changes import RESULT_CHANGES
 from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
@@ -26,7 +27,7 @@ from training.memory.planner import MemoryPlanner
 ALL = "all"
 """Value of memory.offload_blocks."""
 SMALLER_FORMATS = {
-    "none": ("fp8", "int8", "nf4"),
+    "none": ("int8", "fp8", "nf4"),
     "fp8": ("nf4",),
     "int8": ("nf4",),
     "nf4": (),
@@ -34,8 +35,6 @@ SMALLER_FORMATS = {
 """model.quantization -> formats that need less memory."""
 LEAST_CHANGES: tuple[ResultChange, ...] = ("nf4", "batch_size", "vae_dtype", "vae_tiling")
 """Changes of the result with which a run needs the least memory."""
-CHANGES_RESULT = ("batch_size", "model.quantization", "model.vae_tiling", "model.vae_dtype")
-"""Options that change the result. With another batch size, other samples make a step."""
 MAX_PROBES = 3
 """Numbers of recomputed or offloaded blocks that are tried."""
 
@@ -62,7 +61,7 @@ class Fit:
     @property
     def result_changes(self) -> list[str]:
         """Names of the changes that change the result."""
-        return [name for name in self.changes if name in CHANGES_RESULT]
+        return [name for name in self.changes if name in RESULT_CHANGES]
 
 
 def fit_into(
@@ -107,17 +106,28 @@ class Search:
     def reduce(self, names: list[PhaseName], steps: list[Changes]) -> None:
         """Take steps until all these phases fit.
 
-        A step that does not help is undone."""
+        A step that does not help is undone. If the last step alone suffices, so are the others."""
+        first_changes, first_total = self.changes, self.total(names)
         for step in steps:
             total = self.total(names)
             if total <= self.budget:
-                return
+                break
             earlier = self.changes, dict(self.phases)
             self.take(names, step)
             if self.total(names) < total:
                 self.total_before = total
             else:
                 self.changes, self.phases = earlier
+                continue
+            is_several = self.changes != {**first_changes, **step}
+            if is_several and self.total(names) <= self.budget:
+                with_all = self.changes, dict(self.phases)
+                self.changes = first_changes
+                self.take(names, step)
+                if self.total(names) <= self.budget:
+                    self.total_before = first_total
+                else:
+                    self.changes, self.phases = with_all
 
     def take(self, names: list[PhaseName], step: Changes) -> None:
         """Make a change, and trace the phases that it concerns.
@@ -197,8 +207,8 @@ class Search:
         return enough
 
     def _peak_with(self, step: Changes) -> int:
-        phases = self.planner.trace([TRAINING], {**self.changes, **step})
-        return phases[0].total
+        phases = self.planner.trace(self.training_phases, {**self.changes, **step})
+        return max(phase.total for phase in phases)
 
 
 def caption_steps(planner: MemoryPlanner) -> list[Changes]:

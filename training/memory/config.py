@@ -3,14 +3,36 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from common.config_fields import CHANGEABLE, STRICT
 
 ResultChange = Literal["fp8", "int8", "nf4", "batch_size", "vae_dtype", "vae_tiling"]
 """A change that saves memory and changes the result."""
+
+
+BUDGET = re.compile(r"none|check|auto|(\d+(?:\.\d+)?) ?G(?:i?B)?", re.IGNORECASE)
+
+
+def budget_text(value: Any) -> str:
+    """Return a budget as text. Raises ValueError for another value."""
+    match = BUDGET.fullmatch(str(value))
+    is_zero = match is not None and match[1] is not None and float(match[1]) == 0
+    if match is None or is_zero:
+        raise ValueError("expected none, check, auto, or a size such as 12GB")
+    return str(value)
+
+
+def number_of_blocks(value: Any) -> str:
+    """Return a number of blocks as text. Raises ValueError for another value."""
+    text = str(value)
+    match = re.fullmatch(r"all|\d+|(\d+)%", text)
+    is_above_all = match is not None and match[1] is not None and int(match[1]) > 100
+    if match is None or is_above_all:
+        raise ValueError("expected a number of blocks, a share such as 50%, or all")
+    return text
 
 
 @dataclass(frozen=True)
@@ -19,30 +41,32 @@ class MemoryConfig:
 
     __pydantic_config__ = STRICT
 
-    offload_blocks: Annotated[
-        str, Field(pattern=r"^(all|\d+%?)$"), BeforeValidator(str), CHANGEABLE
-    ] = "0"
+    offload_blocks: Annotated[str, BeforeValidator(number_of_blocks), CHANGEABLE] = "0"
     """Blocks whose frozen weights stay in CPU memory and are copied to the GPU when they compute: a
     number, a share such as 50%, or all. The result is the same bit for bit. It needs
     gradient_checkpointing, and concerns only blocks that are recomputed."""
     offload_activations: Annotated[bool, CHANGEABLE] = False
     """Keep the inputs of recomputed blocks in CPU memory until the backward pass. It saves memory for
     videos, large images and large batches, and costs time. The result is the same bit for bit."""
-    budget: Annotated[
-        str, Field(pattern=r"^(none|check|auto|[\d.]+ ?[Gg][Ii]?[Bb]?)$"), CHANGEABLE
-    ] = "check"
-    """Memory that a run may take. check: on a GPU, plan the memory first, and stop if the run does
-    not fit. auto: also change options so that it fits, but none that changes the result. 12GB: as
-    auto, for so much memory. none: no plan."""
+    budget: Annotated[str, BeforeValidator(budget_text), CHANGEABLE] = "check"
+    """Memory that a run may take. check: on a GPU, plan the memory first, and stop if training does
+    not fit. auto: on a GPU, change options so that the run fits, but none that changes the result. A
+    size such as 12GB (in GiB): like auto, for this amount, also on a CPU. none: no plan. A plan takes
+    seconds for a small model, and up to minutes for a large one."""
     allow: Annotated[tuple[ResultChange, ...], CHANGEABLE] = ()
-    """Options that change the result and that budget may change: formats of quantization, the batch
-    size, and the dtype and tiling of the VAE."""
+    """Options that change the result and that a budget of auto or a size may change: formats of
+    quantization, the batch size, and the dtype and tiling of the VAE."""
 
     @property
     def budget_bytes(self) -> int | None:
         """The budget in bytes, if it is a number. The GB of a card's name are GiB."""
         match = re.match(r"[\d.]+", self.budget)
         return int(float(match[0]) * 2**30) if match else None
+
+    @property
+    def chooses_options(self) -> bool:
+        """True if the run changes options so that it fits."""
+        return self.budget not in ("none", "check")
 
     @property
     def is_offloading(self) -> bool:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
@@ -24,17 +25,28 @@ from common.atomic import write_file
 from common.errors import ConfigError
 from training.config import TrainConfig, to_yaml
 from training.memory.changes import as_options, changed_config
-from training.memory.phase_memory import PREVIEW
+from training.memory.kept_changes import keep_changes, kept_changes
+from training.memory.phase_memory import CAPTIONS, HOST, IMAGES, PREVIEW
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-PROGRAM = "import sys, train_lora; sys.exit(train_lora.main(sys.argv[1:]))"
+SCRIPT = PROJECT / "train_lora.py"
 PLAN_VERSION = 1
 """Raise it when plans change."""
 PLANNED_BY = ("torch", "diffusers", "transformers", "peft")
 """Packages on whose versions a plan depends."""
-TIMEOUT = 480
-"""Seconds for a plan. The other processes wait for it no longer than for a collective."""
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+TIMEOUT = 480.0
+"""Most seconds for a plan."""
+TIMEOUT_SHARE = 0.8
+"""Share of the time that other processes wait in a collective, which a plan may take."""
+LAUNCHER_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_",
+    "ACCELERATE_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MV2_", "SLURM_",
+)  # fmt: skip
+"""Beginnings of the names of variables that launchers set."""
+TOLERANCE = 1.1
+"""Factor by which a plan may exceed a GPU before `check` stops the run: no plan was compared with a
+real GPU yet."""
+ENCODING = (CAPTIONS, IMAGES)
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 GIB = 2**30
 Plan = dict[str, Any]
@@ -54,7 +66,8 @@ def fit_run(
     budget = budget_of(config, accelerator)
     if budget is None:
         return config
-    is_required = config.memory.budget != "check"
+    say("memory      planning; --memory.budget none skips this")
+    is_required = config.memory.chooses_options
     try:
         plan = shared_plan(config, accelerator, budget)
     except UnplannableError as error:
@@ -62,23 +75,56 @@ def fit_run(
             raise ConfigError(f"--memory.budget {config.memory.budget}: {error}") from error
         say(f"note: the memory of this run is not planned: {error}")
         return config
-    needed, phase = need_of(plan)
-    if needed <= budget:
-        say(f"memory      {gib(needed)} of {gib(budget)} GiB are needed by plan ({phase})")
-    elif not is_required or not plan["budget"]["fits"]:
-        raise ConfigError(too_large(config, plan, budget))
     if not is_required:
-        preview = plan["phases"].get(PREVIEW)
-        if preview is not None and preview["total"] + plan["reserve"] > budget:
-            say(
-                f"note: previews need {gib(preview['total'] + plan['reserve'])} GiB by plan. Use "
-                "--model.text_encoder_placement layers, or --no_preview"
-            )
+        check_plan(config, plan, budget, say)
         return config
-    changes = plan["budget"]["options"]
+    if not plan["budget"]["fits"]:
+        raise ConfigError(too_large(config, plan, budget))
+    kept = plan["kept"]
+    changes = {**kept, **plan["budget"]["options"]}
     if changes:
         say(f"memory      options for {gib(budget)} GiB: {as_options(changes)}")
+    else:
+        say(f"memory      fits into {gib(budget)} GiB without changes")
+    host_bytes = max(phase.get(HOST, 0) for phase in plan["budget"]["phases"].values())
+    say_host_memory(host_bytes, say)
+    if accelerator.is_main_process:
+        keep_changes(config, changes)
     return changed_config(config, changes)
+
+
+def check_plan(config: TrainConfig, plan: Plan, budget: int, say: Callable[[str], None]) -> None:
+    """Say what the plan needs. Raises ConfigError if training does not fit.
+
+    Only notes concern phases after which nothing is lost: encoding and previews."""
+    needed, phase = need_of(plan)
+    say(f"memory      the plan needs {gib(needed)} of {gib(budget)} GiB (most in: {phase})")
+    if needed > TOLERANCE * budget:
+        raise ConfigError(too_large(config, plan, budget))
+    for name, values in plan["phases"].items():
+        total = values["total"] + plan["reserve"]
+        if total <= budget:
+            continue
+        if name == PREVIEW:
+            advice = "--model.text_encoder_placement layers, or --no_preview"
+        elif name == CAPTIONS:
+            advice = "--model.text_encoder_placement layers"
+        elif name == IMAGES:
+            advice = "a smaller --data.encode_pixels"
+        else:
+            advice = "--memory.budget auto"
+        say(f"note: the plan of `{name}` needs {gib(total)} GiB. If that fails, use {advice}")
+
+
+def say_host_memory(host_bytes: int, say: Callable[[str], None]) -> None:
+    """Print a note if offloading takes more CPU memory than this computer has for each process."""
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = psutil.virtual_memory().available
+    if host_bytes * num_processes > available:
+        say(
+            f"note: offloading takes {gib(host_bytes)} GiB of CPU memory in each of {num_processes} "
+            f"processes; {gib(available)} GiB are free"
+        )
 
 
 def budget_of(config: TrainConfig, accelerator: Accelerator) -> int | None:
@@ -89,8 +135,14 @@ def budget_of(config: TrainConfig, accelerator: Accelerator) -> int | None:
     if config.memory.budget_bytes is not None:
         return config.memory.budget_bytes
     if accelerator.device.type != "cuda":
+        if budget == "auto":
+            raise ConfigError(
+                "--memory.budget auto: needs a GPU; expected a size such as 12GB. Write a size, or none"
+            )
         return None
-    _, size = torch.cuda.mem_get_info(accelerator.device)
+    free, size = torch.cuda.mem_get_info(accelerator.device)
+    if budget == "auto":
+        size = free  # other programs may use the GPU too
     sizes = [size]
     if accelerator.num_processes > 1:
         sizes = gather_object(sizes)
@@ -103,8 +155,14 @@ def shared_plan(config: TrainConfig, accelerator: Accelerator, budget: int) -> P
     Raises UnplannableError with the reason."""
     results: list[Any] = [None]
     if accelerator.is_main_process:
-        is_gpu = accelerator.device.type != "cpu"
-        results = [plan_or_error(config, budget, is_gpu)]
+        kept = kept_changes(config)
+        if kept:  # the options that change the result are chosen
+            config = changed_config(config, {**kept, "memory.allow": ()})
+        device = "gpu" if accelerator.device.type != "cpu" else "cpu"
+        result = plan_or_error(config, budget, device)
+        if isinstance(result, dict):
+            result["kept"] = kept
+        results = [result]
     if accelerator.num_processes > 1:
         broadcast_object_list(results)
     (result,) = results
@@ -113,10 +171,20 @@ def shared_plan(config: TrainConfig, accelerator: Accelerator, budget: int) -> P
     return result
 
 
-def plan_or_error(config: TrainConfig, budget: int, is_gpu: bool) -> Plan | str:
+def plan_or_error(config: TrainConfig, budget: int, device: str) -> Plan | str:
+    """Return the plan, or the reason that it failed.
+
+    `check` looks for options only if the run does not fit."""
+    options = ["--json", f"--device={device}"]
+    if not config.memory.chooses_options:
+        result = kept_or_new_plan(config, [*options, "--memory.budget=none"])
+        if isinstance(result, str) or need_of(result)[0] <= TOLERANCE * budget:
+            return result
+    return kept_or_new_plan(config, [*options, f"--memory.budget={budget / GIB:.4f}GB"])
+
+
+def kept_or_new_plan(config: TrainConfig, options: list[str]) -> Plan | str:
     """Return the plan, or the reason that it failed. Plans are kept in `data.cache_dir`."""
-    device = "gpu" if is_gpu else "cpu"
-    options = ["--json", f"--device={device}", f"--memory.budget={budget / GIB:.4f}GB"]
     kept_path = plan_path(config, options)
     with suppress(OSError, ValueError):
         kept_plan: Plan = json.loads(kept_path.read_text(encoding="utf-8"))
@@ -144,25 +212,26 @@ def plan_path(config: TrainConfig, options: list[str]) -> Path:
 
 def run_plan_command(config: TrainConfig, options: list[str]) -> Plan | str:
     """Run the command `plan`; return its plan, or the reason that it failed."""
+    timeout = min(TIMEOUT, TIMEOUT_SHARE * 60 * config.distributed.timeout_minutes)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "run.yaml"
         recipe.write_text(to_yaml(config), encoding="utf-8")
         try:
             result = subprocess.run(
-                [sys.executable, "-c", PROGRAM, "plan", str(recipe), *options],
+                [sys.executable, str(SCRIPT), "plan", str(recipe), *options],
                 capture_output=True,
                 text=True,
                 env=environment(),
-                timeout=TIMEOUT,
+                timeout=timeout,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return f"the plan took longer than {TIMEOUT} seconds"
+            return f"the plan took longer than {timeout:.0f} seconds"
     try:
         plan: Plan = json.loads(result.stdout)
     except ValueError:
-        lines = result.stderr.strip().splitlines() or ["the plan failed"]
-        return lines[-1].strip()
+        _, _, message = result.stderr.rpartition("error: ")
+        return " ".join(message.split()) or "the plan failed"
     return plan
 
 
@@ -170,19 +239,17 @@ def environment() -> dict[str, str]:
     """Return the environment of a process without GPU that no launcher has started."""
     variables = {}
     for name, value in os.environ.items():
-        if name not in LAUNCHER_VARIABLES and not name.startswith(("ACCELERATE_", "TORCHELASTIC_")):
+        if not name.startswith(LAUNCHER_VARIABLES):
             variables[name] = value
-    paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables
 
 
 def need_of(plan: Plan) -> tuple[int, str]:
-    """Return the bytes that a run needs besides its preview, and the phase that needs them."""
+    """Return the bytes that training and validation need, and the phase that needs most."""
     totals = {}
     for name, phase in plan["phases"].items():
-        if name != PREVIEW:
+        if name != PREVIEW and name not in ENCODING:
             totals[name] = phase["total"]
     largest = max(totals, key=lambda name: totals[name])
     return totals[largest] + plan["reserve"], largest
@@ -192,8 +259,8 @@ def too_large(config: TrainConfig, plan: Plan, budget: int) -> str:
     """Return the error of a run that does not fit."""
     needed, phase = need_of(plan)
     lines = [
-        f"--memory.budget {config.memory.budget}: the run needs {gib(needed)} GiB by plan ({phase}); "
-        f"expected at most {gib(budget)} GiB."
+        f"--memory.budget {config.memory.budget}: the plan needs {gib(needed)} GiB (most in: {phase}); "
+        f"the budget is {gib(budget)} GiB."
     ]
     fit, least = plan["budget"], plan.get("least")
     if fit["fits"]:
@@ -201,7 +268,9 @@ def too_large(config: TrainConfig, plan: Plan, budget: int) -> str:
     elif least is not None and least["fits"]:
         lines.append(f"It fits with changes of the result: {as_options(least['options'])}")
     else:
-        lines.append("No options of this trainer make it fit. Use a smaller --data.resolution")
+        lines.append(
+            "No options of this trainer make it fit. Use a smaller --data.resolution or --rank"
+        )
     if config.memory.budget == "check":
         lines.append(
             "Use --memory.budget auto to change options in this run, or none to train without a plan"
@@ -210,5 +279,6 @@ def too_large(config: TrainConfig, plan: Plan, budget: int) -> str:
 
 
 def gib(num_bytes: int) -> str:
-    """Return a size in GiB."""
-    return f"{num_bytes / GIB:.1f}"
+    """Return a size in GiB, with more digits for tiny models."""
+    size = num_bytes / GIB
+    return f"{size:.1f}" if size >= 10 else f"{size:.2g}"
