@@ -26,6 +26,7 @@ COMBINATIONS = [
     ("50%", "--training_dtype=bf16", "--model.quantization=nf4"),
     ("3", "--checkpoint_depth=2", "--checkpoint_policy=keep-attention-output"),
     ("all", "--checkpoint_blocks=4", "--algorithm=DoRA", "--training_dtype=bf16", "--model.quantization=int8"),
+    ("all", "--adapter.init=pissa", "--adapter.targets", ".*attn1.*"),
     ("all", "--algorithm=OFT", "--adapter.dropout=0.1", "--grad_accumulation_steps=2"),
 ]  # fmt: skip
 
