@@ -1,5 +1,6 @@
 """A denoiser that is quantized while it is read: the same weights, and little memory."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,10 @@ import models.quantized_weight
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-folder = sys.argv[1]
+folder, small_folder = sys.argv[1:]
 blocks = BlockFormat("nf4", torch.device("cpu"))
+options = blocks.diffusers_options(find_blocks)
+SD3Transformer2DModel.from_pretrained(small_folder, dtype=torch.bfloat16, **options)  # imports what is needed
 start, peak, is_over = anonymous(), 0.0, threading.Event()
 
 def watch():
@@ -101,7 +104,6 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-options = blocks.diffusers_options(find_blocks)
 model = SD3Transformer2DModel.from_pretrained(folder, dtype=torch.bfloat16, **options)
 is_over.set()
 thread.join()
@@ -115,18 +117,23 @@ def test_loading_takes_the_memory_of_the_quantized_model(tmp_path):
     """Not that of the model in bf16, although its files are in fp32: 0.5 GB here."""
     from diffusers import SD3Transformer2DModel
 
+    def model_of(num_heads: int) -> SD3Transformer2DModel:
+        return SD3Transformer2DModel(
+            num_layers=8, num_attention_heads=num_heads, attention_head_dim=64, joint_attention_dim=64,
+            caption_projection_dim=64 * num_heads, pooled_projection_dim=64, sample_size=16, pos_embed_max_size=16,
+        )  # fmt: skip
+
     torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        num_layers=8, num_attention_heads=12, attention_head_dim=64, joint_attention_dim=64,
-        caption_projection_dim=768, pooled_projection_dim=64, sample_size=16, pos_embed_max_size=16,
-    )  # fmt: skip
-    model.save_pretrained(tmp_path)
+    model = model_of(12)
+    model.save_pretrained(tmp_path / "model")
+    model_of(1).save_pretrained(tmp_path / "small")
     in_bf16 = 2 * sum(weight.numel() for weight in model.parameters()) / 2**20
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        [sys.executable, "-c", MEASURE, str(tmp_path / "model"), str(tmp_path / "small")],
         capture_output=True,
         text=True,
         cwd=PROJECT,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},  # freed tensors are returned
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -200,7 +199,8 @@ def plan_path(config: TrainConfig, options: list[str]) -> Path:
     """Return the file of a plan. It depends on all that a plan depends on, as far as this can be
     seen at once."""
     steps_and_folder = {"steps": 1, "output_dir": "run"}
-    facts = [str(PLAN_VERSION), to_yaml(replace(config, **steps_and_folder)), *options]  # type: ignore[arg-type]
+    planned_config = changed_config(config, steps_and_folder)
+    facts = [str(PLAN_VERSION), to_yaml(planned_config), *options]
     for package in PLANNED_BY:
         facts.append(f"{package} {version(package)}")
     if config.model.path is not None:
