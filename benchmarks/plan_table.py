@@ -13,11 +13,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from models.released import released_models  # noqa: E402
-from tools.planning.options import GIB  # noqa: E402
 from tools.planning.plan import on_the_cpu, with_configurations  # noqa: E402
 from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
 from training.memory.changes import Changes, changed_config  # noqa: E402
+from training.memory.config import GIB  # noqa: E402
 from training.memory.phase_memory import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
 from training.memory.planner import RESERVE, MemoryPlanner  # noqa: E402
 

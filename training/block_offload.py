@@ -49,14 +49,14 @@ class BufferedTensor:
 
 def buffered_tensors(tensors: list[Tensor]) -> list[BufferedTensor]:
     """Return places for tensors in a buffer, one after the other."""
-    places = []
+    layout = []
     offset = 0
     for tensor in tensors:
         stride = dense(tensor).stride()
-        place = BufferedTensor(offset, tensor.dtype, tensor.size(), stride)
-        places.append(place)
-        offset = -(-place.end // ALIGNMENT) * ALIGNMENT
-    return places
+        entry = BufferedTensor(offset, tensor.dtype, tensor.size(), stride)
+        layout.append(entry)
+        offset = -(-entry.end // ALIGNMENT) * ALIGNMENT
+    return layout
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -86,13 +86,13 @@ class HostWeights:
         tensors = []
         for weight in self.weights:
             tensors += stored_parts(weight)
-        self.places = buffered_tensors(tensors)
-        self.buffer = torch.empty(self.places[-1].end, dtype=torch.uint8)
+        self.layout = buffered_tensors(tensors)
+        self.buffer = torch.empty(self.layout[-1].end, dtype=torch.uint8)
         self.lacks_pinned_memory = is_pinned and not pin(self.buffer)
         """True if the system gave no pinned memory. Copies are slow then, and the computation waits
         for them."""
-        for place, tensor in zip(self.places, tensors, strict=True):
-            place.view(self.buffer).copy_(tensor)
+        for entry, tensor in zip(self.layout, tensors, strict=True):
+            entry.view(self.buffer).copy_(tensor)
         self.weights = self.weights_in(self.buffer)  # frees the first ones
         self.parameters = self.parameters_of(self.weights)
         self.install(self.parameters)
@@ -109,7 +109,7 @@ class HostWeights:
 
     def weights_in(self, buffer: Tensor) -> list[Tensor]:
         """Return the block's weights in a copy of its buffer."""
-        tensors = iter([place.view(buffer) for place in self.places])
+        tensors = iter([entry.view(buffer) for entry in self.layout])
         weights: list[Tensor] = []
         for weight in self.weights:
             if isinstance(weight, QuantizedWeight):

@@ -15,6 +15,7 @@ from training.components import RunComponents
 from training.config import TrainConfig
 from training.gradient_checkpointing import Checkpointed
 from training.loss import LossFunction
+from training.memory.config import GIB
 from training.optim.registry import OTHER_OPTIMIZERS
 from training.optim.schedule import batch_size_scale
 
@@ -132,7 +133,7 @@ def checkpointing_lines(components: RunComponents) -> list[str]:
         num_bytes = sum(buffer.nbytes for buffer in buffers)
         lines.append(
             f"offload     {len(offloaded)} of {num_inner_blocks} blocks between input and output: "
-            f"{num_bytes / 2**30:.2g} GiB in CPU memory; each is copied when it computes"
+            f"{num_bytes / GIB:.2g} GiB in CPU memory; each is copied when it computes"
         )
         if any(block.host_weights.lacks_pinned_memory for block in offloaded):
             lines.append(

@@ -7,8 +7,6 @@ from models.config import is_hub_id, path_error
 from models.released import find_released_model, released_hub_ids
 from tools.run_options import RunOptions
 
-GIB = 2**30
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(RunOptions):

@@ -27,13 +27,13 @@ def run(options: PlanOptions) -> int:
     ):
         planner = MemoryPlanner(config, is_gpu=options.device == "gpu")
         phases = planner.phases()
-        fit = least = None
+        fit = full_fit = None
         budget = config.memory.budget_bytes
         if budget is not None:
             fit = fit_into(budget, planner, phases, config.memory.allow)
             if not fit.fits:
-                least = fit_into(budget, planner, phases, LEAST_CHANGES)
-    plan = Plan(phases, fit, least, planner.reserve)
+                full_fit = fit_into(budget, planner, phases, LEAST_CHANGES)
+    plan = Plan(phases, fit, full_fit, planner.reserve)
     if options.json:
         print(json.dumps(plan_as_json(plan), indent=2))
     else:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tools.planning.options import GIB
 from tools.tables import NO_VALUE, align_columns
 from training.config import TrainConfig
 from training.memory.budget import Fit
 from training.memory.changes import as_options
+from training.memory.config import GIB
 from training.memory.phase_memory import CATEGORIES, PhaseMemory
 from training.memory.planner import RESERVE, MemoryPlanner
 
@@ -22,7 +22,7 @@ class Plan:
     phases: list[PhaseMemory]
     fit: Fit | None
     """With changes that are allowed. None without a budget."""
-    least: Fit | None
+    full_fit: Fit | None
     """With all changes, if nothing fits with those that are allowed."""
     reserve: int
     """Bytes that are not counted."""
@@ -30,7 +30,7 @@ class Plan:
     @property
     def exit_code(self) -> int:
         """2 if nothing fits, as for other options that cannot be used."""
-        return 2 if self.least is not None else 0
+        return 2 if self.full_fit is not None else 0
 
 
 def plan_as_text(config: TrainConfig, planner: MemoryPlanner, plan: Plan) -> str:
@@ -43,10 +43,10 @@ def plan_as_text(config: TrainConfig, planner: MemoryPlanner, plan: Plan) -> str
     if plan.fit is not None:
         lines.append("")
         lines += fit_lines(plan.fit)
-    if plan.least is not None:
+    if plan.full_fit is not None:
         lines.append("")
         lines.append("With options that change the result (--memory.allow permits them):")
-        lines += fit_lines(plan.least)
+        lines += fit_lines(plan.full_fit)
     return "\n".join(lines)
 
 
@@ -139,8 +139,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     }
     if plan.fit is not None:
         values["budget"] = fit_as_json(plan.fit)
-    if plan.least is not None:
-        values["least"] = fit_as_json(plan.least)
+    if plan.full_fit is not None:
+        values["least"] = fit_as_json(plan.full_fit)
     return values
 
 

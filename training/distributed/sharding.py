@@ -11,6 +11,8 @@ from common.errors import ConfigError
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
 
+SHARDING_ENGINES = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Return whether the base model is sharded."""
@@ -19,7 +21,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def needs_contiguous_weights(accelerator: Accelerator) -> bool:
     """Return whether an engine communicates weights in their memory layout."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return accelerator.distributed_type in SHARDING_ENGINES
 
 
 def shard_base(

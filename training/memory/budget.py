@@ -106,7 +106,7 @@ class Search:
     def reduce(self, names: list[PhaseName], steps: list[Changes]) -> None:
         """Take steps until all these phases fit.
 
-        A step that does not help is undone. If the last step alone suffices, so are the others."""
+        A step that does not help is undone. If the last step alone suffices, the others are undone."""
         first_changes, first_total = self.changes, self.total(names)
         for step in steps:
             total = self.total(names)
@@ -190,20 +190,20 @@ class Search:
         After MAX_PROBES probes it may be too large, and never too small. `num_blocks` are enough.
         `total_without`: the need of training if the option concerns no block."""
         too_few, enough = 0, num_blocks
-        most, least = total_without, self.total(self.training_phases)
+        total_with = self.total(self.training_phases)
         for _ in range(MAX_PROBES):
             if enough - too_few == 1:
                 break
             # blocks are nearly alike, so the need is nearly proportional to their number
-            share = (most - self.budget) / (most - least)
+            share = (total_without - self.budget) / (total_without - total_with)
             estimate = too_few + math.ceil(share * (enough - too_few))
             number = min(max(estimate, too_few + 1), enough - 1)
             value = str(number) if option == "memory.offload_blocks" else number
             total = self._peak_with({option: value})
             if total <= self.budget:
-                enough, least = number, total
+                enough, total_with = number, total
             else:
-                too_few, most = number, total
+                too_few, total_without = number, total
         return enough
 
     def _peak_with(self, step: Changes) -> int:

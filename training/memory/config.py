@@ -9,27 +9,32 @@ from pydantic import BeforeValidator
 
 from common.config_fields import CHANGEABLE, STRICT
 
+GIB = 2**30
+"""Bytes. The GB of a card's name are GiB."""
 ResultChange = Literal["fp8", "int8", "nf4", "batch_size", "vae_dtype", "vae_tiling"]
 """A change that saves memory and changes the result."""
 
 
-BUDGET = re.compile(r"none|check|auto|(\d+(?:\.\d+)?) ?G(?:i?B)?", re.IGNORECASE)
+BUDGET = re.compile(r"none|check|auto|(\d+(?:\.\d+)?) ?(?i:G(?:i?B)?)")
 
 
 def budget_text(value: Any) -> str:
     """Return a budget as text. Raises ValueError for another value."""
-    match = BUDGET.fullmatch(str(value))
-    is_zero = match is not None and match[1] is not None and float(match[1]) == 0
+    text = str(value)
+    match = BUDGET.fullmatch(text)
+    size = match[1] if match is not None else None
+    is_zero = size is not None and float(size) == 0
     if match is None or is_zero:
         raise ValueError("expected none, check, auto, or a size such as 12GB")
-    return str(value)
+    return text
 
 
 def number_of_blocks(value: Any) -> str:
     """Return a number of blocks as text. Raises ValueError for another value."""
     text = str(value)
     match = re.fullmatch(r"all|\d+|(\d+)%", text)
-    is_above_all = match is not None and match[1] is not None and int(match[1]) > 100
+    percent = match[1] if match is not None else None
+    is_above_all = percent is not None and int(percent) > 100
     if match is None or is_above_all:
         raise ValueError("expected a number of blocks, a share such as 50%, or all")
     return text
@@ -59,9 +64,11 @@ class MemoryConfig:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The budget in bytes, if it is a number. The GB of a card's name are GiB."""
-        match = re.match(r"[\d.]+", self.budget)
-        return int(float(match[0]) * 2**30) if match else None
+        """The budget in bytes, if it is a size."""
+        match = BUDGET.fullmatch(self.budget)
+        if match is None or match[1] is None:
+            return None
+        return int(float(match[1]) * GIB)
 
     @property
     def chooses_options(self) -> bool:

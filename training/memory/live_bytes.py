@@ -53,11 +53,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             for part in stored_parts(tensor):
                 storage = self._count(part)
-                self.current[storage.category] -= storage.size
-                self.current[category] += storage.size
-                self.total += storage.size * (
-                    is_on_device(category) - is_on_device(storage.category)
-                )
+                self._add(storage.category, -storage.size)
+                self._add(category, storage.size)
                 storage.category = category
 
     def reset_peak(self) -> None:
@@ -92,20 +89,20 @@ class LiveBytes(TorchDispatchMode):
         entry = Storage(self.category, num_units * self.unit)
         self._storages[key] = entry
         weakref.finalize(storage, self._remove, key)
-        self.current[entry.category] += entry.size
-        self.total += entry.size * is_on_device(entry.category)
+        self._add(entry.category, entry.size)
         if self.total > self.peak:
             self.reset_peak()
         return entry
 
     def _remove(self, key: int) -> None:
         entry = self._storages.pop(key)
-        self.current[entry.category] -= entry.size
-        self.total -= entry.size * is_on_device(entry.category)
+        self._add(entry.category, -entry.size)
 
-
-def is_on_device(category: str) -> bool:
-    return category != HOST
+    def _add(self, category: str, size: int) -> None:
+        """Add bytes to a category, and to the total if they are on the device."""
+        self.current[category] += size
+        if category != HOST:
+            self.total += size
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-GIB = 2**30
+from training.memory.config import GIB
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

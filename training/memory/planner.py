@@ -13,6 +13,7 @@ from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
 from training.loss import build_loss
 from training.memory.changes import Changes, changed_config
+from training.memory.config import GIB
 from training.memory.encoding_trace import trace_captions, trace_images
 from training.memory.fake_tensors import fake_tensors
 from training.memory.phase_memory import (
@@ -27,7 +28,7 @@ from training.memory.phase_memory import (
 from training.memory.sample_shape import largest_encoded_sample, largest_sample
 from training.memory.training_trace import TraceInputs, TrainingTrace
 
-RESERVE = 2**30
+RESERVE = GIB
 """Bytes of a GPU that are not counted: CUDA itself, workspaces of its libraries, and gaps."""
 GPU_ALLOCATION_UNIT = 512
 """PyTorch's CUDA allocator gives multiples of so many bytes."""

@@ -18,14 +18,16 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from common.atomic import write_file
 from common.errors import ConfigError
 from training.config import TrainConfig, to_yaml
+from training.distributed.sharding import SHARDING_ENGINES
 from training.memory.changes import as_options, changed_config
+from training.memory.config import GIB
 from training.memory.kept_changes import keep_changes, kept_changes
-from training.memory.phase_memory import CAPTIONS, HOST, IMAGES, PREVIEW
+from training.memory.phase_memory import CAPTIONS, HOST, IMAGES, PREVIEW, TRAINING, VALIDATION
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = PROJECT / "train_lora.py"
@@ -45,9 +47,6 @@ LAUNCHER_VARIABLES = (
 TOLERANCE = 1.1
 """Factor by which a plan may exceed a GPU before `check` stops the run: no plan was compared with a
 real GPU yet."""
-ENCODING = (CAPTIONS, IMAGES)
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-GIB = 2**30
 Plan = dict[str, Any]
 """The JSON of the command `plan`."""
 
@@ -79,8 +78,7 @@ def fit_run(
         return config
     if not plan["budget"]["fits"]:
         raise ConfigError(too_large(config, plan, budget))
-    kept = plan["kept"]
-    changes = {**kept, **plan["budget"]["options"]}
+    changes = {**plan["kept"], **plan["budget"]["options"]}
     if changes:
         say(f"memory      options for {gib(budget)} GiB: {as_options(changes)}")
     else:
@@ -98,7 +96,7 @@ def check_plan(config: TrainConfig, plan: Plan, budget: int, say: Callable[[str]
     Only notes concern phases after which nothing is lost: encoding and previews."""
     needed, phase = need_of(plan)
     say(f"memory      the plan needs {gib(needed)} of {gib(budget)} GiB (most in: {phase})")
-    if needed > TOLERANCE * budget:
+    if is_too_large(plan, budget):
         raise ConfigError(too_large(config, plan, budget))
     for name, values in plan["phases"].items():
         total = values["total"] + plan["reserve"]
@@ -129,7 +127,7 @@ def say_host_memory(host_bytes: int, say: Callable[[str], None]) -> None:
 def budget_of(config: TrainConfig, accelerator: Accelerator) -> int | None:
     """Return the bytes that the run may take, or None if it is not planned. Collective."""
     budget = config.memory.budget
-    if budget == "none" or accelerator.distributed_type in SHARDED:
+    if budget == "none" or accelerator.distributed_type in SHARDING_ENGINES:
         return None
     if config.memory.budget_bytes is not None:
         return config.memory.budget_bytes
@@ -154,13 +152,13 @@ def shared_plan(config: TrainConfig, accelerator: Accelerator, budget: int) -> P
     Raises UnplannableError with the reason."""
     results: list[Any] = [None]
     if accelerator.is_main_process:
-        kept = kept_changes(config)
-        if kept:  # the options that change the result are chosen
-            config = changed_config(config, {**kept, "memory.allow": ()})
+        earlier_changes = kept_changes(config)
+        if earlier_changes:  # the options that change the result are chosen
+            config = changed_config(config, {**earlier_changes, "memory.allow": ()})
         device = "gpu" if accelerator.device.type != "cpu" else "cpu"
         result = plan_or_error(config, budget, device)
         if isinstance(result, dict):
-            result["kept"] = kept
+            result["kept"] = earlier_changes
         results = [result]
     if accelerator.num_processes > 1:
         broadcast_object_list(results)
@@ -177,7 +175,7 @@ def plan_or_error(config: TrainConfig, budget: int, device: str) -> Plan | str:
     options = ["--json", f"--device={device}"]
     if not config.memory.chooses_options:
         result = kept_or_new_plan(config, [*options, "--memory.budget=none"])
-        if isinstance(result, str) or need_of(result)[0] <= TOLERANCE * budget:
+        if isinstance(result, str) or not is_too_large(result, budget):
             return result
     return kept_or_new_plan(config, [*options, f"--memory.budget={budget / GIB:.4f}GB"])
 
@@ -248,11 +246,17 @@ def environment() -> dict[str, str]:
 def need_of(plan: Plan) -> tuple[int, str]:
     """Return the bytes that training and validation need, and the phase that needs most."""
     totals = {}
-    for name, phase in plan["phases"].items():
-        if name != PREVIEW and name not in ENCODING:
-            totals[name] = phase["total"]
+    for name in (TRAINING, VALIDATION):
+        if name in plan["phases"]:
+            totals[name] = plan["phases"][name]["total"]
     largest = max(totals, key=lambda name: totals[name])
     return totals[largest] + plan["reserve"], largest
+
+
+def is_too_large(plan: Plan, budget: int) -> bool:
+    """Return whether `check` stops a run with this plan."""
+    needed, _ = need_of(plan)
+    return needed > TOLERANCE * budget
 
 
 def too_large(config: TrainConfig, plan: Plan, budget: int) -> str:
@@ -262,11 +266,11 @@ def too_large(config: TrainConfig, plan: Plan, budget: int) -> str:
         f"--memory.budget {config.memory.budget}: the plan needs {gib(needed)} GiB (most in: {phase}); "
         f"the budget is {gib(budget)} GiB."
     ]
-    fit, least = plan["budget"], plan.get("least")
+    fit, full_fit = plan["budget"], plan.get("least")
     if fit["fits"]:
         lines.append(f"It fits with: {as_options(fit['options'])}")
-    elif least is not None and least["fits"]:
-        lines.append(f"It fits with changes of the result: {as_options(least['options'])}")
+    elif full_fit is not None and full_fit["fits"]:
+        lines.append(f"It fits with changes of the result: {as_options(full_fit['options'])}")
     else:
         lines.append(
             "No options of this trainer make it fit. Use a smaller --data.resolution or --rank"
