@@ -1,4 +1,4 @@
-"""Peak memory of a process."""
+"""Memory of a process, on Linux."""
 
 from pathlib import Path
 
@@ -7,7 +7,18 @@ def peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes.
 
     The value of getrusage is not used, because it includes the parent's before the fork."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
+    return status_bytes("VmHWM")
+
+
+def anonymous_memory() -> int:
+    """Return the resident bytes of this process that are not of a mapped file."""
+    return status_bytes("RssAnon")
+
+
+def status_bytes(name: str) -> int:
+    """Return a size that Linux states for this process."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    for line in status.splitlines():
+        if line.startswith(name):
             return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmHWM: peak memory is not available")
+    raise RuntimeError(f"/proc/self/status has no {name}: the memory is not available")

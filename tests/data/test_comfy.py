@@ -15,6 +15,7 @@ from helpers.project import BASE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.memory import anonymous_memory
 from common.errors import DataError, ModelError
 from data.sources.comfy_shards import (
     ShardEntry,
@@ -321,12 +322,6 @@ def test_a_file_of_an_old_torch_is_read(tmp_path, family):
     assert same(read(tmp_path, family)[0].latents, latents[0])
 
 
-def own_memory() -> int:
-    """Bytes of memory of this process that are not of a mapped file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
-
-
 @pytest.mark.parametrize("form", ["pkl", "safetensors"])
 def test_a_shard_is_mapped_not_read(tmp_path, family, form):
     made = (
@@ -342,14 +337,14 @@ def test_a_shard_is_mapped_not_read(tmp_path, family, form):
         for file in shard_paths(tmp_path / "set")
         for sample in read_samples(tmp_path / "set", family, file.name)
     ]
-    before = own_memory()
+    before = anonymous_memory()
     held = [
         sample
         for file in shard_paths(tmp_path / "set")
         for sample in read_samples(tmp_path / "set", family, file.name)
     ]
     assert sum(sample.latents.sum().item() for sample in held) == size / 4
-    assert own_memory() - before < size / 2
+    assert anonymous_memory() - before < size / 2
 
 
 def triples(count: int, dtype: torch.dtype = torch.float32) -> list:

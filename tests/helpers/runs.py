@@ -44,6 +44,20 @@ def labeled_steps(counter: Any) -> Iterator[None]:
         yield
 
 
+def result_of(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each step of a run, and its adapter."""
+    losses = json.loads((folder / "loss.json").read_text())["loss_per_step"]
+    return losses, load_file(folder / "lora.safetensors")
+
+
+def assert_same_result(first: Path, second: Path) -> None:
+    """Two runs have the same losses and the same adapter, bit for bit."""
+    (losses, adapter), (other_losses, other_adapter) = result_of(first), result_of(second)
+    assert other_losses == losses
+    assert other_adapter.keys() == adapter.keys()
+    assert all(torch.equal(other_adapter[key], adapter[key]) for key in adapter)
+
+
 CONFIGS = PROJECT / "accelerate_configs"
 
 

@@ -79,28 +79,24 @@ def test_a_base_that_is_stored_in_float8_loads_quantized(tmp_path, quantization)
 
 
 MEASURE = """
-import re, sys, threading
-from pathlib import Path
+import sys, threading
 import torch
 from diffusers import SD3Transformer2DModel
+from benchmarks.memory import anonymous_memory
 from models.block_format import BlockFormat
-from models.quantized_loading import BlockQuantization
 from models.blocks import find_blocks
 import models.quantized_weight
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 folder, small_folder = sys.argv[1:]
 blocks = BlockFormat("nf4", torch.device("cpu"))
 options = blocks.diffusers_options(find_blocks)
 SD3Transformer2DModel.from_pretrained(small_folder, dtype=torch.bfloat16, **options)  # imports what is needed
-start, peak, is_over = anonymous(), 0.0, threading.Event()
+start, peak, is_over = anonymous_memory(), 0, threading.Event()
 
 def watch():
     global peak
     while not is_over.wait(0.005):
-        peak = max(peak, anonymous())
+        peak = max(peak, anonymous_memory())
 
 thread = threading.Thread(target=watch)
 thread.start()
@@ -108,7 +104,7 @@ model = SD3Transformer2DModel.from_pretrained(folder, dtype=torch.bfloat16, **op
 is_over.set()
 thread.join()
 parts = [part for weight in model.parameters() for part in models.quantized_weight.stored_parts(weight)]
-print(peak - start, sum(part.nbytes for part in parts) / 2**20)
+print((peak - start) / 2**20, sum(part.nbytes for part in parts) / 2**20)
 """
 
 

@@ -69,6 +69,7 @@ def test_a_budget_that_is_large_changes_nothing(run_here, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--memory.budget=AUTO"], "expected none, check, auto, or a size such as 12GB"),
         (["--memory.budget=much"], "expected none, check, auto, or a size such as 12GB"),
         (["--memory.budget=1.2.3GB"], "expected none, check, auto, or a size such as 12GB"),
         (["--memory.budget=0GB"], "expected none, check, auto, or a size such as 12GB"),

@@ -2,13 +2,12 @@
 
 import copy
 import gc
-import json
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from helpers.project import BASE
-from safetensors.torch import load_file
+from helpers.runs import assert_same_result
 from torch import Tensor, nn
 
 from models.blocks import find_blocks
@@ -142,12 +141,9 @@ def test_blocks_with_several_inputs_are_copied_a_block_ahead(all_sizes, monkeypa
 
 @pytest.mark.parametrize("policy", ["full", "keep-attention-output"])
 def test_a_run_is_the_same_bit_for_bit(options, run_here, tmp_path, all_sizes, policy):
-    results = []
-    for name, more in (
-        ("plain", []),
-        ("offloaded", ["--memory.offload_activations", "--memory.offload_blocks=3"]),
-    ):
-        folder = tmp_path / name
+    offload = ["--memory.offload_activations", "--memory.offload_blocks=3"]
+    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
+    for folder, more in ((plain, []), (offloaded, offload)):
         run = [
             *options,
             "--gradient_checkpointing",
@@ -155,11 +151,7 @@ def test_a_run_is_the_same_bit_for_bit(options, run_here, tmp_path, all_sizes, p
             "--adapter.dropout=0.1",
         ]
         assert run_here([*run, *more, f"--output_dir={folder}"]) == 0
-        losses = json.loads((folder / "loss.json").read_text())["loss_per_step"]
-        results.append((losses, load_file(folder / "lora.safetensors")))
-    (losses, plain), (offloaded_losses, offloaded) = results
-    assert offloaded_losses == losses
-    assert all(torch.equal(plain[key], offloaded[key]) for key in plain)
+    assert_same_result(plain, offloaded)
 
 
 def test_it_needs_checkpointing(options, run_here, capsys):

@@ -1,13 +1,12 @@
 """Offloaded blocks: the same numbers bit for bit, two blocks on the device, weights that nothing moves."""
 
 import itertools
-import json
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from helpers.project import BASE
-from safetensors.torch import load_file
+from helpers.runs import assert_same_result
 from torch import Tensor, nn
 
 from models.blocks import find_blocks, inner_blocks
@@ -74,17 +73,11 @@ def count_copies(model: nn.Module) -> LiveBytes:
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=" ".join)
 def test_a_run_is_the_same_bit_for_bit(options, run_here, tmp_path, combination):
     number, *more = combination
-    results = []
-    for name, offloaded in (("plain", "0"), ("offloaded", number)):
-        folder = tmp_path / name
+    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
+    for folder, value in ((plain, "0"), (offloaded, number)):
         run = [*options, *CHECKPOINTED, *more, f"--output_dir={folder}"]
-        assert run_here([*run, f"--memory.offload_blocks={offloaded}"]) == 0
-        losses = json.loads((folder / "loss.json").read_text())["loss_per_step"]
-        results.append((losses, load_file(folder / "lora.safetensors")))
-    (losses, plain), (offloaded_losses, offloaded) = results
-    assert offloaded_losses == losses
-    assert plain.keys() == offloaded.keys()
-    assert all(torch.equal(plain[key], offloaded[key]) for key in plain)
+        assert run_here([*run, f"--memory.offload_blocks={value}"]) == 0
+    assert_same_result(plain, offloaded)
 
 
 def test_a_run_resumes_with_other_blocks_and_draws(options, run_here, tmp_path):
@@ -95,8 +88,7 @@ def test_a_run_resumes_with_other_blocks_and_draws(options, run_here, tmp_path):
     for steps, number in ((2, "all"), (6, "2")):
         resumed = [f"--output_dir={parts}", f"--steps={steps}", f"--memory.offload_blocks={number}"]
         assert run_here([*run, *resumed]) == 0
-    first, second = load_file(whole / "lora.safetensors"), load_file(parts / "lora.safetensors")
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_same_result(whole, parts)
     assert (whole / "preview.png").read_bytes() == (parts / "preview.png").read_bytes()
 
 

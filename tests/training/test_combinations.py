@@ -5,13 +5,10 @@ takes two rows of the table per algorithm, `make test-long` the whole table, whe
 """
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from helpers.runs import assert_same_result
 
 from lora_algos import ALGORITHMS
 from models.quantization import FORMATS
@@ -50,25 +47,14 @@ def small_activations(monkeypatch):
 
 @pytest.fixture
 def run(options, run_here, tmp_path):
-    """Runs with options into a folder of tmp_path; returns the losses and the adapter."""
+    """Runs with options into a folder of tmp_path; returns the folder."""
 
-    def run_with(name: str, *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    def run_with(name: str, *more: str) -> Path:
         folder = tmp_path / name
         assert run_here([*options, *more, f"--output_dir={folder}"]) == 0
-        return result_of(folder)
+        return folder
 
     return run_with
-
-
-def result_of(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    losses = json.loads((folder / "loss.json").read_text())["loss_per_step"]
-    return losses, load_file(folder / "lora.safetensors")
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    assert first[0] == second[0]
-    assert first[1].keys() == second[1].keys()
-    assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
 
 
 def options_of(algorithm: str, quantization: str) -> list[str]:
@@ -80,7 +66,7 @@ def options_of(algorithm: str, quantization: str) -> list[str]:
 def test_a_row_of_the_table(run, algorithm, quantization, offload, checkpoints):
     base = options_of(algorithm, quantization)
     saving = ["--gradient_checkpointing", *OFFLOADS[offload], *CHECKPOINTS[checkpoints]]
-    assert_equal(run("plain", *base), run("saving", *base, *saving))
+    assert_same_result(run("plain", *base), run("saving", *base, *saving))
 
 
 @pytest.mark.long
@@ -93,7 +79,7 @@ def test_the_whole_table(run, algorithm, quantization):
         saving = ["--gradient_checkpointing", *OFFLOADS[offload], *CHECKPOINTS[checkpoints]]
         name = f"{offload} {checkpoints}"
         run(name, *base, *saving, "--steps=2")
-        assert_equal(plain, run(name, *base, *saving))
+        assert_same_result(plain, run(name, *base, *saving))
 
 
 def test_the_short_table_has_every_value():

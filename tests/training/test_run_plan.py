@@ -4,8 +4,7 @@ import json
 from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from helpers.runs import assert_same_result
 
 from training.memory import run_plan
 from training.memory.config import MemoryConfig
@@ -34,10 +33,7 @@ def test_a_budget_chooses_options_that_leave_the_result(small, run_here, tmp_pat
     (line,) = [line for line in out.splitlines() if line.startswith("memory      options for")]
     assert "--gradient_checkpointing" in line
     assert "are recomputed in the backward pass" in out
-    losses = [json.loads((f / "loss.json").read_text())["loss_per_step"] for f in (plain, fitted)]
-    assert losses[0] == losses[1]
-    first, second = (load_file(folder / "lora.safetensors") for folder in (plain, fitted))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_same_result(plain, fitted)
 
 
 def test_a_run_that_does_not_fit_stops_before_it_encodes(small, run_here, tmp_path, capsys):
@@ -85,8 +81,7 @@ def test_a_run_keeps_the_result_changes_that_it_chose(small, run_here, tmp_path,
     for steps in (2, 6):
         assert run_here([*options, f"--memory.budget={TIGHT}", f"--steps={steps}"]) == 0
         assert "--model.quantization nf4" in capsys.readouterr().out
-    first, second = (load_file(tmp_path / name / "lora.safetensors") for name in ("plain", "out"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_same_result(tmp_path / "plain", tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert kept == {"model.quantization": "nf4"}
 
