@@ -150,7 +150,16 @@ class ModelFamily(ABC):
     @property
     def text_cache_tag(self) -> str:
         """Facts that encode_prompt depends on besides the family and the text encoders' files."""
-        return ""
+        if not self.files.quantized_encoders:
+            return ""
+        return f"text encoders in {self.config.text_encoder_quantization}"
+
+    @property
+    def block_storage(self) -> str | None:
+        """Format of the weights of the denoiser's blocks in training, for messages. None: plain."""
+        if self.config.quantization != "none":
+            return self.config.quantization
+        return "the file's format" if self.files.is_quantized else None
 
     @property
     def media_cache_tag(self) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
 from safetensors import safe_open
 
 from common.errors import ModelError
-from models.config import ModelConfig
+from models.config import WEIGHT_SUFFIXES, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,17 @@ Shapes = dict[str, tuple[int, ...]]
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Beginnings of the names of a denoiser's tensors in a single file."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale", "scaled_fp8")
+GGUF_SUFFIX = ".gguf"
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """Ends of the names of the scales of quantized weights."""
-SCALED_FP8_MESSAGE = (
-    "has scaled fp8 weights, which are not supported. Use the bf16, fp16 or plain fp8 file"
+COMPANION_SUFFIXES = (
+    *SCALE_SUFFIXES,
+    ".scale_input",
+    ".input_scale",
+    ".comfy_quant",
+    "scaled_fp8",
 )
+"""Ends of the names of tensors that say how weights are quantized."""
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")
 """Components that no family needs; they are not downloaded."""
 TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -107,11 +113,18 @@ def weight_files(files: list[Path], variant: str | None) -> list[Path]:
 
 
 def tensor_shapes(file: Path) -> Shapes:
-    """Return the shapes in a .safetensors file. Raises OSError or SafetensorError."""
+    """Return the shapes of the weights in a .safetensors or GGUF file.
+
+    Raises OSError, SafetensorError or ModelError."""
+    if file.suffix == GGUF_SUFFIX:
+        from models.gguf_file import gguf_shapes  # imports torch, and the package gguf
+
+        return gguf_shapes(file)
     with safe_open(file, framework="pt") as tensors:
         return {
             key: tuple(tensors.get_slice(key).get_shape())
             for key in tensors.keys()  # noqa: SIM118
+            if not key.endswith(COMPANION_SUFFIXES)
         }
 
 
@@ -133,16 +146,21 @@ def without_denoiser_prefix(shapes: Shapes) -> Shapes:
     return result
 
 
-def has_scaled_weights(shapes: Shapes) -> bool:
-    """Return whether a file has quantized weights with scales."""
-    return any(name.endswith(SCALE_SUFFIXES) for name in shapes)
+def is_quantized_file(file: Path) -> bool:
+    """Return whether a file has weights that stay quantized: GGUF, or codes with scales.
+
+    Raises OSError or SafetensorError."""
+    if file.suffix == GGUF_SUFFIX:
+        return True
+    with safe_open(file, framework="pt") as tensors:
+        return any(key.endswith(SCALE_SUFFIXES) for key in tensors.keys())  # noqa: SIM118
 
 
 def num_parameters(files: list[Path], prefixes: tuple[str, ...] = ("",)) -> int:
-    """Count the parameters in .safetensors files whose names begin with a prefix."""
+    """Count the parameters in files of weights whose names begin with a prefix."""
     count = 0
     for file in files:
-        if file.suffix != ".safetensors":
+        if file.suffix not in WEIGHT_SUFFIXES:
             continue
         for name, shape in tensor_shapes(file).items():
             if name.startswith(prefixes):

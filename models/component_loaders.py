@@ -1,6 +1,7 @@
 """Loaders of the components of a pipeline that do not come from a diffusers folder as they are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from common.dtypes import DTYPES
 from common.errors import ModelError
 from models.checkpoint_files import config_path, read_config
 from models.model_files import ModelFiles
+from models.quiet import hide_load_report
 from models.text_encoder_files import load_encoder
+
+ComponentLoaders = dict[str, Callable[[], Any]]
+"""Component of a pipeline -> function that loads it."""
 
 
 def load_vae(files: ModelFiles, class_name: str, path: str) -> nn.Module:
@@ -57,13 +62,55 @@ def set_vae_dtype(vae: nn.Module, dtype: str) -> None:
             module.to(DTYPES[dtype])
 
 
+def encoder_loaders(
+    files: ModelFiles,
+    pipeline_name: str,
+    all_components: Iterable[str],
+    options: Mapping[str, Any],
+) -> ComponentLoaders:
+    """Return the loaders of encoders that do not come from the source as they are.
+
+    `all_components`: of the pipeline. `options`: arguments of the pipeline."""
+    loaders: ComponentLoaders = {}
+    for component in files.quantized_encoders:
+        loaders[component] = partial(load_quantized_encoder, files, component)
+    for component in files.contained_components:
+        loaders[component] = partial(
+            load_contained_component, files, pipeline_name, component, all_components, options
+        )
+    for component in files.text_encoder_files:
+        loaders[component] = partial(load_text_encoder, files, component)
+    return loaders
+
+
 def load_text_encoder(files: ModelFiles, component: str) -> nn.Module:
     """Load a text encoder from a file of --model.text_encoders."""
     file = files.text_encoder_files[component]
     class_name = files.pipeline_config[component][1]
     with files.loading_errors(f"--model.text_encoders {file}: "):
         config_folder = config_path(files.source, f"{component}/config.json").parent
-        return load_encoder(file, class_name, config_folder, files.component_dtype(component))
+        layers = files.encoder_format(component)
+        return load_encoder(
+            file, class_name, config_folder, files.component_dtype(component), layers
+        )
+
+
+def load_quantized_encoder(files: ModelFiles, component: str) -> nn.Module:
+    """Load a text encoder of the source, and quantize each weight when it was read."""
+    import transformers
+
+    from models.quantized_encoders import EncoderQuantization
+
+    encoder_class = getattr(transformers, files.pipeline_config[component][1])
+    format = files.encoder_format(component)
+    with files.loading_errors(), hide_load_report():
+        return encoder_class.from_pretrained(
+            files.source,
+            subfolder=component,
+            dtype=files.component_dtype(component),
+            quantization_config=EncoderQuantization(format.quantization),
+            **files.load_options,
+        )
 
 
 def load_contained_component(
@@ -87,4 +134,9 @@ def load_contained_component(
         **other_components,
         **options,
     )
-    return getattr(pipeline, component)
+    module = getattr(pipeline, component)
+    if component in files.quantized_encoders:
+        from models.quantized_encoders import quantize_encoder
+
+        quantize_encoder(module, files.config.text_encoder_quantization)
+    return module

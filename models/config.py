@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     FamilyName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+"""Suffixes of files of a model's weights."""
 Quantization = Literal["none", "fp8", "int8", "nf4"]
 """Format of frozen weights: none, or a key of FORMATS in models/quantization.py."""
 Placement = Literal["device", "layers", "cpu"]
@@ -27,20 +29,20 @@ class ModelConfig:
     __pydantic_config__ = STRICT
 
     path: str | None = None
-    """A diffusers folder, a Hub id (owner/name), or a single .safetensors file: a checkpoint or a
-    denoiser."""
+    """A diffusers folder, a Hub id (owner/name), or a single .safetensors or .gguf file: a checkpoint
+    or a denoiser."""
     family: FamilyName | None = None
     """Model family (docs/models.md). Detected from the model if not set; must match it."""
     variant: str | None = None
     """Weight variant of a diffusers folder or Hub id, such as fp16."""
     config: str | None = None
-    """For a single .safetensors file: a diffusers folder or Hub id with the configuration and the
+    """For a single file: a diffusers folder or Hub id with the configuration and the
     tokenizers, and with all components that the file does not contain. None: the Hub repository of
     the same kind of model."""
     quantization: Quantization = "none"
     """Format of the frozen weights of the denoiser's blocks. fp8 and int8: a byte per weight. nf4:
     about half a byte. Each layer is converted back while it computes, which costs time. Adapters are
-    trained for the rounded weights."""
+    trained for the rounded weights. none: weights of GGUF and scaled fp8 files stay in their format."""
     train_text_encoder: bool = False
     """Adapt the text encoders too, if all of them are CLIP (docs/models.md). Captions are then encoded
     in every step."""
@@ -53,8 +55,12 @@ class ModelConfig:
     """Encode and decode large images in overlapping tiles, which needs less memory. It changes the
     latents a little at the tiles' borders."""
     text_encoders: tuple[str, ...] = ()
-    """Text encoders that replace the model's own, or for a file without any: .safetensors files as
-    in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""
+    """Text encoders that replace the model's own, or for a file without any: .safetensors or .gguf
+    files as in ComfyUI's models/text_encoders. Which encoder a file holds is detected from its tensors."""
+    text_encoder_quantization: Quantization = "none"
+    """Format of the weights of text encoders with over a billion parameters, such as T5-XXL. It takes
+    less memory, on the GPU and on the CPU, and changes the conditioning a little. none: weights of GGUF
+    and scaled fp8 files stay in their format."""
     text_encoder_placement: Annotated[Placement, CHANGEABLE] = "device"
     """Place of the text encoders while captions are encoded. device: on the GPU as a whole. layers:
     in CPU memory; each layer is copied to the GPU when it is needed. cpu: encode on the CPU."""
@@ -75,12 +81,14 @@ def text_encoder_errors(config: ModelConfig) -> list[str]:
     errors = []
     for path in map(Path, config.text_encoders):
         if path.is_dir():
-            errors.append(f"{path}: is a folder; expected .safetensors files. Name the files in it")
+            errors.append(
+                f"{path}: is a folder; expected .safetensors or .gguf files. Name the files in it"
+            )
         elif not path.is_file():
             errors.append(f"{path}: does not exist")
-        elif path.suffix != ".safetensors":
+        elif path.suffix not in WEIGHT_SUFFIXES:
             errors.append(
-                f"{path}: is a {path.suffix or 'nameless'} file; expected .safetensors files"
+                f"{path}: is a {path.suffix or 'nameless'} file; expected .safetensors or .gguf files"
             )
     return errors
 
@@ -89,18 +97,19 @@ def path_error(config: ModelConfig) -> str | None:
     """Return why `config.path` cannot be a model, as the text after `--model.path`, or None. Looks
     at names only."""
     if config.path is None:
-        return ": no model given. Name a diffusers folder, a Hub id or a single .safetensors file"
+        return ": no model given. Name a diffusers folder, a Hub id or a single .safetensors or .gguf file"
     path = Path(config.path)
     if path.is_dir():
         if (path / "model_index.json").is_file():
             return None
         return f" {config.path}: is a folder without model_index.json; expected a diffusers model"
     if path.is_file():
-        if path.suffix == ".safetensors":
+        if path.suffix in WEIGHT_SUFFIXES:
             return None
         return (
-            f" {config.path}: is a {path.suffix or 'nameless'} file; expected a .safetensors file"
+            f" {config.path}: is a {path.suffix or 'nameless'} file; expected a .safetensors or "
+            ".gguf file"
         )
-    if is_hub_id(config.path) and path.suffix != ".safetensors":
+    if is_hub_id(config.path) and path.suffix not in WEIGHT_SUFFIXES:
         return None  # it is looked up when the model is loaded
     return f" {config.path}: does not exist"

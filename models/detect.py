@@ -11,13 +11,12 @@ from safetensors import SafetensorError
 from common.errors import ModelError
 from models import FAMILIES, family_classes
 from models.checkpoint_files import (
-    SCALED_FP8_MESSAGE,
-    has_scaled_weights,
     local_path,
     tensor_shapes,
     without_denoiser_prefix,
 )
 from models.config import ModelConfig
+from models.stored_formats import check_formats
 
 if TYPE_CHECKING:
     from models.base import ModelFamily
@@ -87,12 +86,13 @@ def detect_by_tensors(file: Path) -> Detection:
     """Detect the family of a single file by the names and shapes of its tensors."""
     try:
         shapes = tensor_shapes(file)
+        check_formats(file)
+    except ModelError as error:
+        raise ModelError(f"--model.path {error}") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"--model.path {file}: is not a readable .safetensors file: {error}"
         ) from error
-    if has_scaled_weights(shapes):
-        raise ModelError(f"--model.path {file}: {SCALED_FP8_MESSAGE}")
     denoiser_shapes = without_denoiser_prefix(shapes)
     for name, family_class in family_classes().items():
         if family_class.matches_checkpoint(denoiser_shapes):

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,14 +10,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from common.errors import ModelError
 from models.base import Limits, ModelFamily, Role, TensorLayout, TokenCounts
 from models.block_format import PLAIN, BlockFormat
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
 from models.component_loaders import (
+    ComponentLoaders,
     check_fp16,
-    load_contained_component,
-    load_text_encoder,
+    encoder_loaders,
     load_vae,
     set_vae_dtype,
     vae_file_config,
@@ -27,6 +28,7 @@ from models.latents import LatentScale
 from models.model_files import LOADING_ERRORS, FamilyComponents, ModelFiles
 from models.quiet import hide_progress_bars
 from models.released import CONFIG_NAMES
+from models.stored_formats import quantized_file_message
 from models.text_encoder_files import check_tokenizer
 from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
@@ -38,9 +40,6 @@ WIDER_DTYPES = {
     torch.float8_e5m2: torch.bfloat16,
 }
 """Dtype of weights on disk -> dtype in which they are trained."""
-
-ComponentLoaders = dict[str, Callable[[], Any]]
-"""Component of a pipeline -> function that loads it."""
 
 
 class DiffusersFamily(ModelFamily):
@@ -67,6 +66,8 @@ class DiffusersFamily(ModelFamily):
     """Scale of the latents, of a VAE whose config does not have it."""
     frame_step: ClassVar[int] = 1
     """Limits.frame_step."""
+    reads_quantized_files: ClassVar[bool] = False
+    """True if single files may be GGUF, or have scaled codes."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -115,6 +116,7 @@ class DiffusersFamily(ModelFamily):
 
     @cached_property
     def denoiser_config(self) -> dict[str, Any]:
+        """The configuration of the denoiser."""
         import diffusers
 
         denoiser_class = getattr(diffusers, self.denoiser_class)
@@ -164,6 +166,8 @@ class DiffusersFamily(ModelFamily):
     def check(self) -> None:
         super().check()
         _ = self.files.text_encoder_files  # first, so that its errors are reported first
+        if self.files.is_quantized and not self.reads_quantized_files:
+            raise ModelError(quantized_file_message(self.config.path, self.name))
         try:
             config = read_config(self.files.source, f"{self.denoiser_component}/config.json")
         except LOADING_ERRORS:
@@ -246,6 +250,10 @@ class DiffusersFamily(ModelFamily):
         self.check_denoiser(denoiser.config)
         return denoiser
 
+    def use_stored_formats(self, denoiser: nn.Module) -> None:
+        """WHEN: memory is planned. Give layers of a denoiser without values the formats that their
+        weights have in the model's file, if they stay quantized."""
+
     def load_single_file(
         self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
     ) -> nn.Module:
@@ -298,10 +306,10 @@ class DiffusersFamily(ModelFamily):
         return " ".join(tags)
 
     def pipeline(self, denoiser: nn.Module | None) -> Any:
-        components = list(self.components)
+        names = list(self.components)
         if denoiser is not None:
-            components.remove(self.denoiser_component)
-        return self.load_components(*components, denoiser=denoiser)
+            names.remove(self.denoiser_component)
+        return self.load_components(*names, denoiser=denoiser)
 
     def load_components(self, *components: str, denoiser: nn.Module | None = None) -> Any:
         """Load the pipeline with these components and `denoiser`; the others are None."""
@@ -315,7 +323,8 @@ class DiffusersFamily(ModelFamily):
             for component, load in self.replacement_loaders().items():
                 if component in components:
                     replacements[component] = load()
-            arguments = self._component_arguments({*components} - replacements.keys())
+            names = {*components} - replacements.keys()
+            arguments = self._component_arguments(names)
             if denoiser is not None:
                 arguments[self.denoiser_component] = denoiser
             pipeline = pipeline_class.from_pretrained(
@@ -347,19 +356,9 @@ class DiffusersFamily(ModelFamily):
     def component_loaders(self) -> ComponentLoaders:
         """Return the loaders of all components that do not come from the source as they are."""
         files = self.files
-        all_components = self.all_components()
-        loaders: ComponentLoaders = {}
-        for component in files.contained_components:
-            loaders[component] = partial(
-                load_contained_component,
-                files,
-                self.pipelines[0],
-                component,
-                all_components,
-                self.pipeline_options,
-            )
-        for component in files.text_encoder_files:
-            loaders[component] = partial(load_text_encoder, files, component)
+        loaders = encoder_loaders(
+            files, self.pipelines[0], self.all_components(), self.pipeline_options
+        )
         if "vae" in files.contained_components:
             loaders["vae"] = partial(load_vae, files, self.vae_class, str(files.path))
         if self.config.vae is not None:

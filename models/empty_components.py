@@ -11,6 +11,7 @@ from torch import nn
 
 from common.dtypes import DTYPES
 from models.diffusers_family import DiffusersFamily
+from models.layer_loading import names_in_fp32, use_formats_of_file
 from models.model_files import ENCODERS
 
 
@@ -38,10 +39,17 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
 
 
 def empty_encoder(family: DiffusersFamily, component: str) -> nn.Module:
-    """Return an encoder of the pipeline in the dtype in which it is loaded."""
-    encoder = family.files.empty_transformers_model(component)
-    dtype = family.files.component_dtype(component)
-    return cast_weights(encoder, dtype)
+    """Return an encoder of the pipeline in the dtype and formats in which it is loaded."""
+    files = family.files
+    encoder = files.empty_transformers_model(component)
+    encoder = cast_weights(encoder, files.component_dtype(component))
+    if component in files.quantized_encoders:
+        from models.quantized_encoders import quantize_encoder
+
+        quantize_encoder(encoder, family.config.text_encoder_quantization)
+    elif component in files.text_encoder_files:
+        use_formats_of_file(encoder, files.text_encoder_files[component])
+    return encoder
 
 
 def empty_vae(family: DiffusersFamily) -> nn.Module:
@@ -78,11 +86,3 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if buffer is not None and is_stored and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
     return model
-
-
-def names_in_fp32(model: Any) -> set[str]:
-    """Return the names of modules and parameters that stay in fp32 when a model is loaded in bf16."""
-    names = getattr(model, "_keep_in_fp32_modules", None)
-    if hasattr(model, "_keep_in_fp32_modules_strict"):  # transformers'; its other list is for fp16
-        names = model._keep_in_fp32_modules_strict
-    return set(names or ())

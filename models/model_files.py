@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import ModelError
+from models.block_format import BlockFormat
 from models.checkpoint_files import (
     Shapes,
     component_files,
@@ -23,6 +24,7 @@ from models.checkpoint_files import (
     config_files,
     config_path,
     denoiser_prefix,
+    is_quantized_file,
     local_path,
     num_parameters,
     read_config,
@@ -30,7 +32,7 @@ from models.checkpoint_files import (
     weight_dtype,
     without_denoiser_prefix,
 )
-from models.config import ModelConfig
+from models.config import WEIGHT_SUFFIXES, ModelConfig
 from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -70,6 +72,12 @@ class ModelFiles:
     @property
     def is_single_file(self) -> bool:
         return not self.path.is_dir()
+
+    @cached_property
+    def is_quantized(self) -> bool:
+        """True if the model is a single file whose weights stay quantized."""
+        with self.loading_errors():
+            return self.is_single_file and is_quantized_file(self.path)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -172,6 +180,10 @@ class ModelFiles:
 
         It is bf16 for a very large one, which was trained in bf16 and would only take more memory
         in fp32."""
+        return torch.bfloat16 if self.is_large(component) else torch.float32
+
+    def is_large(self, component: str) -> bool:
+        """Return whether a component has more parameters than MIN_LARGE."""
         if component in self.contained_components:
             prefixes = self.components.file_prefixes[component]
             count = num_parameters([self.path], prefixes)
@@ -185,7 +197,28 @@ class ModelFiles:
             with torch.device("meta"):
                 model = self.empty_transformers_model(component)
             count = sum(parameter.numel() for parameter in model.parameters())
-        return torch.bfloat16 if count > MIN_LARGE else torch.float32
+        return count > MIN_LARGE
+
+    @cached_property
+    def quantized_encoders(self) -> list[str]:
+        """Text encoders that --model.text_encoder_quantization quantizes: the very large ones."""
+        if self.config.text_encoder_quantization == "none":
+            return []
+        names = []
+        for component in self.components.text:
+            is_encoder = component.startswith("text_encoder")
+            is_present = component not in self.missing_components
+            if is_encoder and is_present and self.is_large(component):
+                names.append(component)
+        return names
+
+    def encoder_format(self, component: str) -> BlockFormat:
+        """Return the format of the weights in a text encoder's layers."""
+        quantization = self.config.text_encoder_quantization
+        if component not in self.quantized_encoders:
+            quantization = "none"
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        return BlockFormat(quantization, device, keeps_stored_format=True)
 
     def empty_transformers_model(self, component: str) -> nn.Module:
         """Return an encoder that is not loaded, on the current device: on meta, or in a
@@ -201,13 +234,15 @@ class ModelFiles:
     def denoiser_dtype(self) -> torch.dtype:
         """Return the dtype of the denoiser's weights on disk."""
         files = self.files_of_component(self.components.denoiser)
-        weights = [file for file in files if file.suffix == ".safetensors"]
+        weights = [file for file in files if file.suffix in WEIGHT_SUFFIXES]
         if not weights:
             raise ModelError(
                 f"--model.path {self.config.path}: has no .safetensors weights in the folder "
                 f"{self.components.denoiser}. Use a complete diffusers folder"
             )
         with self.loading_errors(f"{weights[0]}: "):
+            if is_quantized_file(weights[0]):
+                return torch.bfloat16  # of the values: each format's own is wider than needed
             return weight_dtype(weights[0])
 
     @contextmanager

@@ -54,7 +54,7 @@ def bf16_scales(scales: Tensor) -> Tensor:
 def scaled_rows(stored: StoredTensors, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return codes times the scale of their row."""
     codes = stored[CODES].to(dtype)
-    return codes.mul_(stored[SCALES].to(dtype))  # in place: no second matrix
+    return codes.mul_(stored[SCALES])  # in place: no second matrix
 
 
 def to_fp8(matrix: Tensor) -> StoredTensors:
@@ -153,6 +153,16 @@ def quantizable_layers(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
             seen_layers.add(layer)
             layers[name] = layer
     return layers
+
+
+def is_encoder_weight(key: str, weight: Tensor) -> bool:
+    """Return whether a text encoder's weight can be in any of the formats.
+
+    These are the matrices in lists of layers, without tables such as T5's of relative positions."""
+    is_numbered = any(part.isdigit() for part in key.split("."))
+    is_matrix = key.endswith(".weight") and weight.ndim == 2
+    is_table = "bias.weight" in key
+    return is_numbered and is_matrix and not is_table and weight.numel() % NF4_BLOCK == 0
 
 
 def is_quantizable(layer: nn.Module) -> bool:

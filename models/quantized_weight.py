@@ -184,7 +184,7 @@ def copied(weight: QuantizedWeight, source: Tensor, non_blocking: bool = False) 
 
 def as_stored(weight: QuantizedWeight, source: Tensor) -> Tensor:
     """Return plain values for a weight, in the orientation in which it is stored."""
-    values = source.values() if isinstance(source, QuantizedWeight) else source
+    values = plain_values(source)
     return values.T if weight.is_transposed else values
 
 
@@ -204,3 +204,8 @@ def stored_parts(tensor: Tensor) -> list[Tensor]:
     if isinstance(tensor, QuantizedWeight):
         return list(tensor.stored.values())
     return [tensor]
+
+
+def plain_values(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor that may be quantized."""
+    return tensor.values() if isinstance(tensor, QuantizedWeight) else tensor

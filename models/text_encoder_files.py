@@ -13,16 +13,17 @@ from safetensors import SafetensorError
 
 from common.errors import ModelError, error_list
 from models.checkpoint_files import (
-    SCALED_FP8_MESSAGE,
     Shapes,
-    has_scaled_weights,
     tensor_shapes,
 )
 from models.quiet import hide_load_report
+from models.stored_formats import check_formats
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from models.block_format import BlockFormat
 
 MIN_KNOWN_TOKENS = 0.9
 """Smallest share of a text encoder's tokens that its tokenizer must know."""
@@ -113,10 +114,11 @@ def match_file(path: str, signatures: Mapping[str, Signature]) -> FileMatch:
     """Find the text encoders with the signature of a file."""
     try:
         shapes = tensor_shapes(Path(path))
+        check_formats(Path(path))
+    except ModelError as error:
+        return FileMatch([], str(error).removeprefix(f"{path}: "))
     except (SafetensorError, OSError) as error:
         return FileMatch([], f"is not a readable .safetensors file: {error}")
-    if has_scaled_weights(shapes):
-        return FileMatch([], SCALED_FP8_MESSAGE)
     signature = Signature.of_shapes(shapes)
     encoders = [name for name in signatures if signatures[name] == signature]
     description = str(signature)
@@ -152,17 +154,18 @@ def assign_files(files: tuple[str, ...], signatures: Mapping[str, Signature]) ->
 
 
 def load_encoder(
-    file: Path, class_name: str, config_folder: Path, dtype: "torch.dtype"
+    file: Path, class_name: str, config_folder: Path, dtype: "torch.dtype", layers: "BlockFormat"
 ) -> "nn.Module":
     """Load a transformers encoder of this class and configuration, with the weights of a file.
 
-    Raises ModelError if weights are missing."""
+    `layers`: the format of the weights in its layers. Raises ModelError if weights are missing."""
     import transformers
-    from safetensors.torch import load_file
+
+    from models.layer_loading import read_encoder
 
     encoder_class = getattr(transformers, class_name)
     config = encoder_class.config_class.from_pretrained(config_folder)
-    tensors = load_file(file)
+    tensors = read_encoder(file, dtype, layers)
     if "text_projection" in tensors:  # as ComfyUI's older CLIPSave wrote it
         tensors["text_projection.weight"] = tensors.pop("text_projection").T
     if hasattr(config, "text_config") and not any("language_model." in name for name in tensors):

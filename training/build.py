@@ -26,6 +26,7 @@ from training.activation_offload import ActivationCopier
 from training.checkpoints.best import validation_errors
 from training.components import RunComponents
 from training.config import TrainConfig
+from training.distributed.accelerator import sharding_engines
 from training.distributed.engine import Engine
 from training.distributed.sharding import is_sharded, shard_base
 from training.memory.config import MemoryConfig
@@ -54,8 +55,21 @@ def load_family(config: TrainConfig) -> ModelFamily:
     if errors:
         raise ConfigError(error_list("cannot train", errors))
     family = get_family(config.model)
+    if config.model.quantization == "none" and family.files.is_quantized:
+        check_quantized_file(config)
     Objective(family.process(config.objective), config.objective)
     return family
+
+
+def check_quantized_file(config: TrainConfig) -> None:
+    """Raise ConfigError if an option does not work with a model whose file has quantized weights."""
+    errors = []
+    if config.compile == "blocks":
+        errors.append("--compile blocks. Use --compile none")
+    errors += [f"{engine}. Use ddp.yaml, or a model in bf16" for engine in sharding_engines()]
+    if errors:
+        subject = f"--model.path {config.model.path}: has quantized weights, which do not work with"
+        raise ConfigError(error_list(subject, errors))
 
 
 def load_denoiser(
@@ -65,7 +79,7 @@ def load_denoiser(
 
     `device`: the device of the training. `contiguous`: keep the memory layout of all weights."""
     dtype = BASE_DTYPES[config.training_dtype]
-    blocks = BlockFormat(config.model.quantization, device)
+    blocks = BlockFormat(config.model.quantization, device, keeps_stored_format=True)
     denoiser = family.load_denoiser(dtype, blocks)
     dtype = prepare_denoiser(config, family, denoiser, device, contiguous)
     return denoiser, dtype
@@ -80,10 +94,10 @@ def prepare_denoiser(
 ) -> torch.dtype:
     """Quantize, compile and checkpoint the blocks of a denoiser as `load_denoiser` does; return the
     dtype of its weights."""
-    is_quantized = config.model.quantization != "none"
+    is_quantized = family.block_storage is not None
     is_compiled = not is_quantized and compilation.uses_compiler(config.compile, device)
     dtype = most_common_dtype(denoiser)
-    if is_quantized:
+    if config.model.quantization != "none":
         blocks = family.blocks(denoiser, depth=1)
         quantize_blocks(blocks, config.model.quantization, device)
     if not contiguous:

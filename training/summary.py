@@ -172,8 +172,8 @@ def model_lines(
     if datasets.validation is not None:
         num_validation = len(datasets.validation)
     dtype = str(loss_function.dtype).removeprefix("torch.")
-    if config.model.quantization != "none":
-        dtype += f", those of blocks stored as {config.model.quantization}"
+    if components.family.block_storage is not None:
+        dtype += f", those of blocks stored in {components.family.block_storage}"
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",

@@ -145,7 +145,8 @@ class Flux1(FluxFamily):
 
     @property
     def text_cache_tag(self) -> str:
-        return "" if self.max_tokens == TOKENS else f"{self.max_tokens} tokens"
+        tag = super().text_cache_tag
+        return tag if self.max_tokens == TOKENS else f"{self.max_tokens} tokens {tag}".rstrip()
 
     @property
     def pooled_width(self) -> int:

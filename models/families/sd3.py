@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from models.base import TensorLayout, base_metadata
-from models.block_format import BlockFormat
 from models.comfy import ComfyLayout, PooledLayout
 from models.families.transformer_family import (
     ATTENTION,
@@ -23,7 +22,10 @@ from models.families.transformer_family import (
     TransformerFamily,
     pooled_rows,
 )
+from models.layer_names.names import OriginalLayer
 from models.layer_names.tables import Names, Rule, SwappedHalves, TableNames, fused_qkv
+from models.quantized_weight import plain_values
+from models.weight_file import WeightFile
 
 T5_TOKENS = 256
 """Tokens of T5, the pipeline's default."""
@@ -100,11 +102,10 @@ class StableDiffusion3(TransformerFamily):
         keys = {"joint_blocks.0.x_block.attn.qkv.weight", "pos_embed", "y_embedder.mlp.0.weight"}
         return keys <= shapes.keys()
 
-    def load_single_file(
-        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
-    ) -> nn.Module:
-        # diffusers stores the position embedding as a buffer, which no parameter's name leads to
-        return self.load_by_diffusers(denoiser_class, dtype, blocks)
+    def read_buffers(self, file: WeightFile, dtype: torch.dtype) -> dict[str, Tensor]:
+        key = f"{self.files.denoiser_prefix}pos_embed"
+        positions = file.read(key, OriginalLayer(key), dtype)
+        return {"pos_embed.pos_embed": plain_values(positions)}
 
     @property
     def patch_size(self) -> int:

@@ -4,19 +4,18 @@ In diffusers it is the pipeline's `transformer`. The original models' code, and 
 names for its layers, which the family states as a table.
 """
 
-from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.block_format import BlockFormat
 from models.diffusers_family import DiffusersFamily
-from models.layer_names.names import OriginalLayer
+from models.layer_loading import LayerReader, open_weights
 from models.quantization import quantizable_layers
+from models.weight_file import WeightFile
 
 ATTENTION = r".*\.attn2?\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)"
 """Target preset: the projections of diffusers' usual attention."""
@@ -35,6 +34,7 @@ class TransformerFamily(DiffusersFamily):
     media: Literal["image", "video"] = "image"
     latent_channels = 16
     denoiser_component = "transformer"
+    reads_quantized_files = True
     cond_width_key: ClassVar[str] = "joint_attention_dim"
     """The denoiser's config option for the width of the embeddings that it takes."""
 
@@ -54,23 +54,33 @@ class TransformerFamily(DiffusersFamily):
         """Load the denoiser of a single file by the table of names, for any size of model."""
         with init_empty_weights(include_buffers=False):
             denoiser = denoiser_class.from_config(self.denoiser_config)
+        with open_weights(self.files.path) as file:
+            weights = self._reader(denoiser, file).read(dtype, blocks)
+            weights |= self.read_buffers(file, dtype)
+        # buffers that are not read have their values from the configuration
+        denoiser.load_state_dict(weights, strict=False, assign=True)
+        return denoiser.eval()
+
+    def _reader(self, denoiser: nn.Module, file: WeightFile) -> LayerReader:
+        """Return the reader of a single file's weights for a denoiser without values."""
         keys = self.stored_keys(denoiser)
         self._check_keys({*keys.values()})
         originals = self.layer_names.original(denoiser)
-        quantized_layers: Collection[str] = ()
-        if not blocks.is_plain:
-            quantized_layers = quantizable_layers(self.blocks(denoiser)).keys()
-        state = {}
-        with safe_open(self.files.path, framework="pt") as file:
-            for name, key in keys.items():
-                layer, _, parameter = name.rpartition(".")
-                original = originals.get(layer, OriginalLayer(key))
-                value = read_layer(file, key, original, dtype)
-                if layer in quantized_layers and parameter == "weight":
-                    value = blocks.quantized(value)
-                state[name] = value
-        denoiser.load_state_dict(state, assign=True)
-        return denoiser.eval()
+        layers = quantizable_layers(self.blocks(denoiser))
+        return LayerReader(denoiser, file, keys, originals, layers)
+
+    def use_stored_formats(self, denoiser: nn.Module) -> None:
+        if not self.files.is_quantized:
+            return
+        with open_weights(self.files.path) as file:
+            weights = self._reader(denoiser, file).empty_weights()
+        for name, weight in weights.items():
+            layer: Any = denoiser.get_submodule(name)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def read_buffers(self, file: WeightFile, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the denoiser's buffers that are in a single file, by name."""
+        return {}
 
     def _check_keys(self, keys: set[str]) -> None:
         """Raise ModelError if a single file lacks one of the tensors."""
@@ -81,25 +91,6 @@ class TransformerFamily(DiffusersFamily):
                 f"{', '.join(missing_keys[:MAX_NAMED_TENSORS])}. Use a complete file, or the "
                 "--model.config of its model"
             )
-
-    def load_by_diffusers(
-        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
-    ) -> nn.Module:
-        """Load the denoiser of a single file by diffusers' converter, for families that need it."""
-        return super().load_single_file(denoiser_class, dtype, blocks)
-
-
-def read_layer(file: Any, key: str, original: OriginalLayer, dtype: torch.dtype) -> Tensor:
-    """Read a layer's weight or bias from an open .safetensors file in the original layout."""
-    stored = file.get_slice(key)
-    if original.row_slice is None:
-        tensor = stored[:].to(dtype)
-    else:
-        first, count = original.row_slice
-        tensor = stored[first : first + count].to(dtype)
-    if original.swapped_halves:
-        return tensor.roll(len(tensor) // 2, 0)
-    return tensor
 
 
 def pooled_rows(embeds: Tensor, pooled: Tensor) -> list[dict[str, Tensor]]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.base import TensorLayout, base_metadata
-from models.block_format import BlockFormat
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.families.transformer_family import TransformerFamily
 from models.families.wan_names import WAN_NAMES
@@ -96,11 +95,6 @@ class Wan(TransformerFamily):
         if input_channels(shapes) == IMAGE_CHANNELS and IMAGE_EMBEDDER_KEY not in shapes:
             return self.two_expert_model
         return super().find_source()
-
-    def load_single_file(
-        self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
-    ) -> nn.Module:
-        return self.load_by_diffusers(denoiser_class, dtype, blocks)
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         inputs = config["in_channels"]

@@ -230,11 +230,3 @@ def test_both_kinds_of_fp8_are_widened(file, whole, configs, dtype):
     assert denoiser.dtype == torch.bfloat16
     wanted = stored["model.diffusion_model.input_blocks.0.0.weight"].to(torch.bfloat16)
     assert denoiser.conv_in.weight.equal(wanted)
-
-
-@pytest.mark.parametrize("key", ["scaled_fp8", "out.2.scale_weight", "out.2.weight_scale"])
-def test_scaled_fp8_is_refused_whatever_the_family(file, whole, key):
-    scale = {f"model.diffusion_model.{key}": torch.ones(1)}
-    for tensors in (whole, native_tensors(SD3, "model.diffusion_model.")):
-        with pytest.raises(ModelError, match="scaled fp8"):
-            family_of_file(file, tensors | scale, None)

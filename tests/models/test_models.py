@@ -328,8 +328,8 @@ def assert_one_message_about(error: ModelError, config: ModelConfig) -> None:
     ("name", "make", "words"),
     [
         ("folder", Path.mkdir, "model_index.json"),
-        ("model.ckpt", Path.touch, "is a .ckpt file; expected a .safetensors file"),
-        ("model", Path.touch, "is a nameless file; expected a .safetensors file"),
+        ("model.ckpt", Path.touch, "is a .ckpt file; expected a .safetensors or .gguf file"),
+        ("model", Path.touch, "is a nameless file; expected a .safetensors or .gguf file"),
         ("model.safetensors", None, "does not exist"),
         ("nowhere/model", None, "does not exist"),
         (None, None, "no model given"),

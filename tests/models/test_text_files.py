@@ -7,79 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.family_cases import PROMPTS, Case, cases, folder_of, native_tensors
+from helpers.family_cases import Case, cases, folder_of, native_tensors
 from helpers.ldm import vae_name, vae_tensor
+from helpers.text_files import assert_same_rows, bare, encoders_of, text_files
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from common.errors import ConfigError, ModelError
 from common.hashing import hash_of_files
-from models.base import ModelFamily, cond_bytes
+from models.base import cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
-from models.encoder_placement import keep_first_layers
 from training.cli import load_config
 
 CASES = {str(case): case for case in cases()}
 FLUX, SDXL, SD3 = CASES["flux1-dev"], CASES["sdxl"], CASES["sd3"]
-LEFT_OUT = (
-    "lm_head.",
-    "encoder.embed_tokens.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)
-
-
-def comfy_tensors(encoder: nn.Module) -> dict[str, Tensor]:
-    """An encoder under the names in ComfyUI's files, with what else these have."""
-    state = {
-        name: tensor
-        for name, tensor in encoder.state_dict().items()
-        if not name.startswith(LEFT_OUT)
-    }
-    state = {name.replace("model.visual.", "visual."): tensor for name, tensor in state.items()}
-    state = {
-        name.replace("model.language_model.", "model."): tensor for name, tensor in state.items()
-    }
-    kind = type(encoder).__name__
-    if kind == "CLIPTextModel":
-        state = {
-            f"text_model.{name.removeprefix('text_model.')}": tensor
-            for name, tensor in state.items()
-        }
-    if kind == "Qwen3Model":
-        state = {f"model.{name}": tensor for name, tensor in state.items()}
-    more = {"logit_scale": torch.ones(1), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
-    return {**{name: tensor.contiguous() for name, tensor in state.items()}, **more}
-
-
-def encoders_of(case: Case) -> dict[str, nn.Module]:
-    """The text encoders with all their layers, as files have them; without heads and vision towers."""
-    pipeline = get_family(ModelConfig(path=str(folder_of(case)), **case.model)).pipeline(None)
-    encoders = {}
-    for name, part in pipeline.components.items():
-        if not name.startswith("text_encoder") or part is None:
-            continue
-        if case.family.startswith("flux2"):
-            keep_first_layers(part, last_state=1000)
-        encoders[name] = part
-    return encoders
-
-
-def text_files(case: Case, folder: Path) -> dict[str, str]:
-    """A file of each of the case's text encoders."""
-    paths = {name: str(folder / f"{name}.safetensors") for name in encoders_of(case)}
-    for name, encoder in encoders_of(case).items():
-        save_file(comfy_tensors(encoder), paths[name])
-    return paths
-
-
-def bare(case: Case, folder: Path, pattern: str) -> Path:
-    """A copy of the case's folder without weights in the parts of that pattern."""
-    copy = Path(shutil.copytree(folder_of(case), folder))
-    for file in copy.glob(f"{pattern}/*.safetensors"):
-        file.unlink()
-    return copy
 
 
 def split(case: Case, folder: Path) -> dict[str, Any]:
@@ -97,17 +38,6 @@ def split(case: Case, folder: Path) -> dict[str, Any]:
         "path": str(folder / "model.safetensors"), "vae": str(folder / "ae.safetensors"),
         "config": str(bare(case, folder / "configs", "*")), "text_encoders": tuple(files.values()),
     }  # fmt: skip
-
-
-def rows(family: ModelFamily) -> list[dict[str, Tensor]]:
-    with torch.no_grad():
-        return family.encode_prompt(family.load_encoders("text"), [*PROMPTS])
-
-
-def assert_same_rows(family: ModelFamily, expected: ModelFamily) -> None:
-    for found, wanted in zip(rows(family), rows(expected), strict=True):
-        assert found.keys() == wanted.keys()
-        assert all(found[name].equal(wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
@@ -241,18 +171,17 @@ def test_plain_fp8_is_widened(tmp_path):
 
 def test_the_errors_of_all_files_are_listed_at_once(tmp_path):
     files = text_files(FLUX, tmp_path)
-    twin, short, scaled, broken, vae = (
-        str(tmp_path / f"{n}.safetensors") for n in ("twin", "short", "fp8", "no", "vae")
+    twin, short, rotated, broken, vae = (
+        str(tmp_path / f"{n}.safetensors") for n in ("twin", "short", "rotated", "no", "vae")
     )
     shutil.copy(files["text_encoder"], twin)
     tensors = load_file(files["text_encoder_2"])
     save_file({name: tensor for name, tensor in tensors.items() if "block.1." not in name}, short)
-    save_file(
-        {**tensors, "encoder.block.0.layer.0.SelfAttention.k.scale_weight": torch.ones(1)}, scaled
-    )
+    marker = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    save_file({**tensors, "encoder.block.0.layer.0.SelfAttention.k.comfy_quant": marker}, rotated)
     Path(broken).write_text("nothing")
     save_file({"decoder.conv_in.weight": torch.zeros(1)}, vae)
-    given = (files["text_encoder"], twin, short, scaled, broken, vae)
+    given = (files["text_encoder"], twin, short, rotated, broken, vae)
     with pytest.raises(ModelError) as caught:
         get_family(ModelConfig(path=str(folder_of(FLUX)), text_encoders=given))
     said = str(caught.value).splitlines()
@@ -266,19 +195,20 @@ def test_the_errors_of_all_files_are_listed_at_once(tmp_path):
         f"or text_encoder_2 (T5 of {len(tensors['shared.weight'])} tokens x 32, {layers} layers"
         in said[2]
     )
-    assert "scaled fp8" in said[3]
+    assert f"{rotated}: has weights in nvfp4; expected" in said[3]
     assert "not a readable .safetensors file" in said[4]
     assert "named like decoder.conv_in.weight" in said[5]
 
 
 def test_names_that_cannot_be_text_encoders_are_refused_before_anything_loads(tmp_path, options):
-    gguf = tmp_path / "t5xxl-q8.gguf"
-    gguf.touch()
+    pickled = tmp_path / "t5xxl.bin"
+    pickled.touch()
     with pytest.raises(ConfigError) as caught:
         load_config(
-            [*options, "--model.text_encoders", str(gguf), "nope.safetensors", str(tmp_path)]
+            [*options, "--model.text_encoders", str(pickled), "nope.safetensors", str(tmp_path)]
         )
     said = str(caught.value)
-    assert f"--model.text_encoders {gguf}: is a .gguf file; expected .safetensors files" in said
+    expected = "expected .safetensors or .gguf files"
+    assert f"--model.text_encoders {pickled}: is a .bin file; {expected}" in said
     assert "--model.text_encoders nope.safetensors: does not exist" in said
-    assert f"--model.text_encoders {tmp_path}: is a folder; expected .safetensors files" in said
+    assert f"--model.text_encoders {tmp_path}: is a folder; {expected}" in said

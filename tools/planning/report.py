@@ -56,9 +56,8 @@ def title(config: TrainConfig, planner: MemoryPlanner) -> str:
     size = f"{width}x{height}"
     if frames:
         size += f", {frames[0]} frames"
-    base: str = config.model.quantization
-    if base == "none":
-        base = config.training_dtype
+    storage = planner.family.block_storage
+    base = config.training_dtype if storage is None else storage
     facts = [
         f"{config.algorithm} rank {config.rank}",
         size,

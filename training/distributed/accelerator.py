@@ -113,10 +113,15 @@ def launch_errors(config: TrainConfig, precision: str) -> list[str]:
     return [*errors, *engine_errors(config)]
 
 
+def sharding_engines() -> list[str]:
+    """Return the engines of the launch that shard the model, by Accelerate's names."""
+    return [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
+
+
 def engine_errors(config: TrainConfig) -> list[str]:
     """Return options that FSDP or DeepSpeed does not support."""
     errors: list[str] = []
-    engines = [name for name in ("FSDP", "DEEPSPEED") if is_enabled(f"ACCELERATE_USE_{name}")]
+    engines = sharding_engines()
     if config.model.train_text_encoder and engines:
         errors.append(
             f"{engines[0]}, which does not support --model.train_text_encoder. Use ddp.yaml"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.config import Quantization
 from models.families.unet_family import UNetFamily
 from training.memory.changes import Changes, changed_config
 from training.memory.config import ResultChange
@@ -26,7 +27,7 @@ from training.memory.planner import MemoryPlanner
 
 ALL = "all"
 """Value of memory.offload_blocks."""
-SMALLER_FORMATS = {
+SMALLER_FORMATS: dict[Quantization, tuple[Quantization, ...]] = {
     "none": ("int8", "fp8", "nf4"),
     "fp8": ("nf4",),
     "int8": ("nf4",),
@@ -252,7 +253,7 @@ def training_steps(planner: MemoryPlanner, allowed: Sequence[ResultChange]) -> l
         steps.append({"checkpoint_depth": best_depth})
     if "batch_size" in allowed:
         steps += batch_steps(config.batch_size, config.grad_accumulation_steps)
-    for quantization in SMALLER_FORMATS[config.model.quantization]:
+    for quantization in smaller_formats(planner):
         if quantization not in allowed:
             continue
         step: Changes = {"model.quantization": quantization}
@@ -264,6 +265,14 @@ def training_steps(planner: MemoryPlanner, allowed: Sequence[ResultChange]) -> l
     if config.memory.offload_blocks != ALL:
         steps.append({"gradient_checkpointing": True, "memory.offload_blocks": ALL})
     return steps
+
+
+def smaller_formats(planner: MemoryPlanner) -> tuple[Quantization, ...]:
+    """Return the formats of the denoiser's blocks that need less memory than theirs."""
+    quantization = planner.config.model.quantization
+    if quantization == "none" and planner.family.files.is_quantized:
+        return SMALLER_FORMATS["fp8"]
+    return SMALLER_FORMATS[quantization]
 
 
 def batch_steps(batch_size: int, accumulation_steps: int) -> list[Changes]:

@@ -137,6 +137,7 @@ class TrainingTrace:
         dtype = self.inputs.loss_function.dtype
         denoiser = family.empty_denoiser("cpu")
         denoiser = cast_weights(denoiser, dtype)
+        family.use_stored_formats(denoiser)
         device = torch.device("cpu")
         build.prepare_denoiser(config, family, denoiser, device)
         blocks = family.blocks(denoiser, config.checkpoint_depth)
