@@ -18,7 +18,7 @@ from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
 from training.memory.changes import Changes, changed_config  # noqa: E402
 from training.memory.config import GIB  # noqa: E402
-from training.memory.phase_memory import CAPTIONS, IMAGES, PREVIEW, TRAINING  # noqa: E402
+from training.memory.phase_memory import CAPTIONS, IMAGES, SAMPLES, TRAINING  # noqa: E402
 from training.memory.planner import RESERVE, MemoryPlanner  # noqa: E402
 
 PAGE = PROJECT / "docs" / "memory.md"
@@ -33,7 +33,12 @@ WAYS: dict[str, Changes] = {
     "nf4, offloaded": {"model.quantization": "nf4", **OFFLOADED},
 }
 """Ways to keep the base model."""
-LAYERS: Changes = {"model.text_encoder_placement": "layers"}
+SAMPLE_WAYS = ("bf16", "nf4", "bf16, offloaded")
+CAPTION_WAYS: dict[str, Changes] = {
+    "captions": {},
+    "captions, int8": {"model.text_encoder_quantization": "int8"},
+    "captions, layers": {"model.text_encoder_placement": "layers"},
+}
 RECIPES = {
     "Stable Diffusion 1.5": "sd15",
     "SDXL": "sdxl",
@@ -61,16 +66,17 @@ class Row:
     model: str
     sample: str
     encoding: list[int]
-    """Captions, captions in layers, images."""
+    """Captions, captions with quantized encoders, captions in layers, images."""
     training: dict[str, int]
     """Way to keep the base model -> bytes."""
-    preview: list[int]
-    """With the text encoders on the GPU, and in layers."""
+    samples: dict[str, int]
+    """The same for samples."""
 
     def cells(self) -> list[str]:
         """Return the cells of the table of needs."""
         training = [self.training[way] for way in WAYS]
-        sizes = [*self.encoding, *training, *self.preview]
+        samples = [self.samples[way] for way in SAMPLE_WAYS]
+        sizes = [*self.encoding, *training, *samples]
         return [self.model, self.sample, *map(gib, sizes)]
 
     def settings(self, card: int) -> str:
@@ -109,17 +115,18 @@ def plan(name: str) -> Row:
         return Row(
             model=name,
             sample=f"{sample}, batch {config.batch_size}, rank {config.rank}",
-            encoding=[need(CAPTIONS, {}), need(CAPTIONS, LAYERS), need(IMAGES, {})],
+            encoding=[need(CAPTIONS, changes) for changes in CAPTION_WAYS.values()]
+            + [need(IMAGES, {})],
             training={way: need(TRAINING, changes) for way, changes in WAYS.items()},
-            preview=[need(PREVIEW, {}), need(PREVIEW, LAYERS)],
+            samples={way: need(SAMPLES, WAYS[way]) for way in SAMPLE_WAYS},
         )
 
 
 def tables(all_rows: list[Row]) -> str:
     """Return both tables in Markdown."""
     needs = [
-        ["model", "sample", "captions", "captions, layers", "images",
-         *[f"train, {way}" for way in WAYS], "preview, bf16", "preview, bf16, layers"],
+        ["model", "sample", *CAPTION_WAYS, "images",
+         *[f"train, {way}" for way in WAYS], *[f"samples, {way}" for way in SAMPLE_WAYS]],
         *[row.cells() for row in all_rows],
     ]  # fmt: skip
     cards = [["model", *[f"{card} GB" for card in CARDS]]]

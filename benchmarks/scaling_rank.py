@@ -143,6 +143,7 @@ class RequestedBatches:
         for callback in self.trainer.callbacks:
             if isinstance(callback, SaveCheckpoint):
                 callback.save()
+                callback.checkpoints.writer.wait()
         services = self.trainer.services
         file_sizes = newest_checkpoint(services.folder) if services.process.is_main else {}
         answer({"seconds": self.timer.save_seconds, "files": file_sizes})

@@ -215,9 +215,11 @@ class ModelFamily(ABC):
         text encoders or the VAE alone, in fp32 (very large text encoders in bf16)."""
 
     @abstractmethod
-    def pipeline(self, denoiser: nn.Module | None) -> Any:
-        """WHEN: for previews and for the export of a merged model. OUT: diffusers' whole pipeline
-        on the CPU, with `denoiser` if it is given."""
+    def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
+        """WHEN: for samples and for the export of a merged model. OUT: diffusers' whole pipeline
+        on the CPU, with `denoiser` if it is given.
+
+        Trained text encoders are in it always."""
 
     def trim_text_encoders(self, pipeline: Any) -> None:
         """WHEN: prompts will be encoded. Remove parts of text encoders that this does not need."""

@@ -251,8 +251,7 @@ class DiffusersFamily(ModelFamily):
         return denoiser
 
     def use_stored_formats(self, denoiser: nn.Module) -> None:
-        """WHEN: memory is planned. Give layers of a denoiser without values the formats that their
-        weights have in the model's file, if they stay quantized."""
+        """WHEN: memory is planned. Give empty layers the formats of their weights in the file."""
 
     def load_single_file(
         self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat
@@ -305,10 +304,12 @@ class DiffusersFamily(ModelFamily):
             tags.append("tiling")
         return " ".join(tags)
 
-    def pipeline(self, denoiser: nn.Module | None) -> Any:
+    def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
         names = list(self.components)
         if denoiser is not None:
             names.remove(self.denoiser_component)
+        if not with_text_encoders:
+            names = [name for name in names if name not in self.text_components]
         return self.load_components(*names, denoiser=denoiser)
 
     def load_components(self, *components: str, denoiser: nn.Module | None = None) -> Any:

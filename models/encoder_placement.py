@@ -4,6 +4,8 @@ import gc
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
 from torch import nn
 
 from models.config import Placement
@@ -19,11 +21,48 @@ def place_text_encoders(encoders: Any, placement: Placement, device: torch.devic
         return encoders
     if placement == "device":
         return encoders.to(device)
-    from accelerate import cpu_offload
-
     for encoder in text_encoders_of(encoders):
-        cpu_offload(encoder, execution_device=device)
+        for module in encoder.modules():
+            if module is encoder or has_own_tensors(module):
+                add_hook_to_module(module, CopyToDevice(device))
     return encoders
+
+
+def has_own_tensors(module: nn.Module) -> bool:
+    """Return whether a module has parameters or buffers besides those of its children."""
+    return bool(module._parameters or module._buffers)
+
+
+class CopyToDevice(ModelHook):
+    """Copies a module's own parameters and buffers to a device while the module computes.
+
+    accelerate.cpu_offload does the same, but cannot copy quantized weights."""
+
+    def __init__(self, device: torch.device):
+        self.execution_device = device
+        """Pipelines of diffusers look for it."""
+        self.host_parameters: dict[str, Any] = {}
+        self.host_buffers: dict[str, Any] = {}
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        self.host_parameters = dict(module._parameters)
+        self.host_buffers = dict(module._buffers)
+        for name, parameter in self.host_parameters.items():
+            if parameter is not None:
+                copy = parameter.detach().to(self.execution_device)
+                module._parameters[name] = nn.Parameter(copy, requires_grad=False)
+        for name, buffer in self.host_buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(self.execution_device)
+        return (
+            send_to_device(args, self.execution_device),
+            send_to_device(kwargs, self.execution_device),
+        )
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        module._parameters.update(self.host_parameters)
+        module._buffers.update(self.host_buffers)
+        return output
 
 
 def modules_of(pipeline: Any) -> list[nn.Module]:

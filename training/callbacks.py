@@ -7,11 +7,14 @@ from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
 from training.compilation import ReportCompilation
 from training.components import RunComponents
+from training.export import ExportSteps
 from training.memory.metrics import memory_metrics
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import TrainingDiverged, finite_mean, is_finite
 from training.reporting.trackers import finish_trackers
 from training.run_folder import CHECKPOINTS
+from training.sampling.callback import DrawSamples
+from training.sampling.renderer import SampleRenderer
 from training.stopping.signals import RunStopped, StopRequest, requeue_job
 from training.trainer import StepCallback, Trainer
 from training.validation import validate
@@ -20,7 +23,10 @@ MAX_NAMED_IMAGES = 5
 
 
 def step_callbacks(
-    trainer: Trainer, components: RunComponents, checkpoints: RunCheckpoints
+    trainer: Trainer,
+    components: RunComponents,
+    checkpoints: RunCheckpoints,
+    renderer: SampleRenderer | None,
 ) -> list[StepCallback]:
     """Return the callbacks of a run, in the order in which they are called after each step."""
     log_metrics = LogMetrics(trainer, checkpoints)
@@ -31,9 +37,25 @@ def step_callbacks(
         log_metrics,
         Validate(trainer, components),
         save_checkpoint,
+        *step_files(trainer, components, renderer),
         HandleRequests(trainer, save_checkpoint),
         EmitMetrics(trainer, components.previous_steps),
     ]
+
+
+def step_files(
+    trainer: Trainer, components: RunComponents, renderer: SampleRenderer | None
+) -> list[StepCallback]:
+    """Return what writes adapters and samples while the run trains, if the options ask for it."""
+    config, state, services = trainer.config, trainer.state, trainer.services
+    callbacks: list[StepCallback] = []
+    if config.export.every:
+        export_steps = ExportSteps(components, services, state)
+        callbacks.append(export_steps)
+    if config.sample.every and renderer is not None:
+        draw_samples = DrawSamples(renderer, components.family, state, services)
+        callbacks.append(draw_samples)
+    return callbacks
 
 
 def compilation_reports(trainer: Trainer) -> list[StepCallback]:

@@ -20,6 +20,7 @@ from models.config import is_hub_id, path_error, text_encoder_errors
 from objectives.config import objective_errors
 from training.config import SCHEMA, TrainConfig
 from training.kohya_names import KOHYA_NAMES
+from training.sampling.prompts import prompt_errors
 
 Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -186,6 +187,7 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += folder_errors("output_dir", config.output_dir)
     errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
+    errors += prompt_errors(config.sample)
     has_text_rate = config.optim.text_encoder_learning_rate is not None
     if has_text_rate and not config.model.train_text_encoder:
         errors.append(

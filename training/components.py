@@ -7,6 +7,7 @@ from data.precompute.build import Datasets
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
 from training.config import TrainConfig
+from training.sampling.prepare import PreparedSamples
 
 
 @dataclass
@@ -20,3 +21,5 @@ class RunComponents:
     names: LayerSpellings
     previous_steps: int
     """Steps for which the existing LoRA was trained."""
+    samples: PreparedSamples | None
+    """The prompts of sample images; None if nothing is drawn."""

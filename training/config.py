@@ -128,14 +128,21 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample images of preview.png: drawn before and after training from the same prompts and the
-    same noise."""
+    """Sample images: those of preview.png, drawn before and after training, and those that are drawn
+    while the model trains. A prompt always has the same noise."""
 
     __pydantic_config__ = STRICT
 
+    every: Annotated[int, Field(ge=0)] = 0
+    """Draw samples every so many steps, into output_dir/samples. 0: never."""
+    at_start: bool = False
+    """With every: also draw samples before the first step."""
     prompts: tuple[str, ...] = ()
     """Prompts. None given: the first four captions of the validation images, or of the training
-    images."""
+    images. Options of one image follow its prompt: --n negative prompt, --w width, --h height, --d
+    seed, --l guidance scale, --s denoising steps."""
+    prompt_file: str | None = None
+    """A UTF-8 text file with further prompts, one per line."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
@@ -198,15 +205,18 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The files written after the last step."""
+    """Adapter files, and the other files written after the last step."""
 
     __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "lora"
     """The adapter is written to output_dir/<name>.safetensors, further formats to
     <name>.<format>.safetensors."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Also write the adapter every so many steps, to <name>-step<number>.safetensors. 0: only after the
+    last step."""
     weights: Literal["last", "best"] = "last"
-    """Weights to export: those after the last step, or those with the lowest validation loss (which
+    """Weights to export at the end: those after the last step, or those with the lowest validation loss (which
     are then kept)."""
     formats: tuple[FormatName, ...] = ()
     """File formats, one or several. None given: the one that most programs load for this model.

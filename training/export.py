@@ -26,11 +26,12 @@ from training.components import RunComponents
 from training.config import EmaConfig, TrainConfig
 from training.distributed.sharding import is_sharded
 from training.metadata import ExportFacts, file_metadata
-from training.preview import Preview, PreviewRenderer, Weights
 from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_json, loss_png
 from training.reporting.trackers import log_images
 from training.run_folder import LOSS_CHART, LOSS_FILE, PREVIEW
+from training.sampling.files import padded_stills
+from training.sampling.renderer import SampleRenderer, Samples, Weights
 from training.services import RunServices
 from training.train_state import TrainState
 
@@ -125,9 +126,15 @@ class RunExport:
     """Writes the files of a finished run: first the adapter, then the preview, whose drawing may
     fail."""
 
-    def __init__(self, components: RunComponents, services: RunServices, state: TrainState):
+    def __init__(
+        self,
+        components: RunComponents,
+        services: RunServices,
+        state: TrainState,
+        renderer: SampleRenderer | None,
+    ):
         self.config, self.components = components.config, components
-        self.services, self.state = services, state
+        self.services, self.state, self.renderer = services, state, renderer
         self.total_steps = components.previous_steps + state.step
         self.jobs: list[ExportJob] = []
 
@@ -158,7 +165,7 @@ class RunExport:
         # the main weights last, because the merged model is made of those that are loaded last
         for job in reversed(self.jobs):
             components.adapted.load_state_dict(job.weights)
-            facts = self._facts(job)
+            facts = export_facts(components, self.state, job)
             paths += write_adapter(components, facts)
         return paths
 
@@ -166,13 +173,13 @@ class RunExport:
         """Draw and write the preview; return whether a signal ended this, on all processes alike.
 
         Collective. `initial_weights`: the weights before training."""
-        renderer = PreviewRenderer(self.components, self.services)
+        assert self.renderer is not None  # the config asks for a preview
         trained_weights = self.jobs[0].weights
         weight_sets = {"before": initial_weights, "after": trained_weights}
-        preview = renderer.render(weight_sets)
-        if preview is not None:
-            self._write_preview(preview)
-        return renderer.was_stopped
+        samples = self.renderer.render(weight_sets)
+        if samples is not None:
+            self._write_preview(samples)
+        return self.renderer.was_stopped
 
     def _write_losses(self) -> list[Path]:
         folder = self.services.folder
@@ -183,26 +190,15 @@ class RunExport:
         write_file(png_path, loss_png(history))
         return [json_path, png_path]
 
-    def _write_preview(self, preview: Preview) -> None:
+    def _write_preview(self, samples: Samples) -> None:
         services = self.services
         path = services.folder / PREVIEW
-        grid = grid_png(preview.images, preview.prompts)
-        write_file(path, grid)
-        tracked_images = {}
-        for label in preview.images:
-            key = f"preview/{label}"
-            tracked_images[key] = preview.images[label]
+        rows = {label: padded_stills(images) for label, images in samples.images.items()}
+        texts = [prompt.text for prompt in samples.prompts]
+        write_file(path, grid_png(rows, texts))
+        tracked_images = {f"preview/{label}": stills for label, stills in rows.items()}
         log_images(services.accelerator, tracked_images, self.total_steps)
         print(f"wrote {path}")
-
-    def _facts(self, job: ExportJob) -> ExportFacts:
-        return ExportFacts(
-            name=self.config.export.name + job.suffix,
-            total_steps=self.components.previous_steps + job.step,
-            total_batch_size=self.config.batch_size * self.state.micro_batches_per_step,
-            started_at=self.state.started_at,
-            weights=job.description,
-        )
 
     def outdated_files(self, paths: list[Path]) -> list[Path]:
         """Return files of an earlier run, which exported other weights, that this run did not
@@ -215,6 +211,48 @@ class RunExport:
             candidates.update(folder.glob(pattern))
         candidates.difference_update(paths)
         return sorted(candidates)
+
+
+class ExportSteps:
+    """Writes the adapter periodically, in files that have the step in their names."""
+
+    def __init__(self, components: RunComponents, services: RunServices, state: TrainState):
+        self.config, self.components = components.config, components
+        self.services, self.state = services, state
+
+    def before_first_step(self) -> None:
+        """There is nothing to export yet."""
+
+    def after_step(self) -> None:
+        step = self.state.step
+        if step % self.config.export.every:
+            return
+        weights = self.services.ema.evaluation_state()
+        if self.services.process.is_main:
+            with self.components.adapted.using(weights):
+                self._write(step)
+        self.services.barrier.wait()
+
+    @exact_products()
+    def _write(self, step: int) -> None:
+        components = self.components
+        if is_sharded(self.services.accelerator):
+            components = on_one_process(components)
+        job = ExportJob({}, step, f"after step {step}", f"-step{step:08d}")
+        for path in write_adapter(components, export_facts(components, self.state, job)):
+            self.services.reporter.say(f"wrote {path}")
+
+
+def export_facts(components: RunComponents, state: TrainState, job: ExportJob) -> ExportFacts:
+    """Return what a file's metadata says about the weights of a job."""
+    config = components.config
+    return ExportFacts(
+        name=config.export.name + job.suffix,
+        total_steps=components.previous_steps + job.step,
+        total_batch_size=config.batch_size * state.micro_batches_per_step,
+        started_at=state.started_at,
+        weights=job.description,
+    )
 
 
 def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:

@@ -98,13 +98,13 @@ def handle_error(
     from training.checkpoints.storage import CheckpointError
     from training.distributed.accelerator import DistributedError
     from training.distributed.failures import describe_error
-    from training.preview import PreviewError
     from training.reporting.history import TrainingDiverged
+    from training.sampling.renderer import SamplingError
 
     exit_code = 1
     if isinstance(error, UserError):
         exit_code = 2
-    if isinstance(error, PreviewError):
+    if isinstance(error, SamplingError):
         exit_code = 0
     if failures is not None:
         signals.ignore_signals()
@@ -116,7 +116,7 @@ def handle_error(
         TrainingDiverged,
         WriteError,
         DistributedError,
-        PreviewError,
+        SamplingError,
     )
     message = str(error) if isinstance(error, expected_errors) else describe_error(error, config)
     print_error(message, is_first=failures is not None)
@@ -137,6 +137,7 @@ def train(
     from training.export import RunExport, check_export
     from training.memory.run_plan import fit_run
     from training.reporting.trackers import finish_trackers, start_tracker
+    from training.sampling.renderer import build_renderer
     from training.services import RunServices
     from training.summary import summary
     from training.trainer import Trainer
@@ -157,7 +158,8 @@ def train(
         start_tracker(accelerator, config, services.reporter.tracker_id)
         batches = BatchStream(config, components.datasets.train, services.process)
         trainer = Trainer(config, engine, loss_function, batches, state, services)
-        trainer.callbacks = step_callbacks(trainer, components, checkpoints)
+        renderer = build_renderer(components, services)
+        trainer.callbacks = step_callbacks(trainer, components, checkpoints, renderer)
         micro_batches_per_step = state.micro_batches_per_step
         say(summary(components, loss_function, services.process, micro_batches_per_step))
         try:
@@ -166,7 +168,7 @@ def train(
             checkpoints.writer.finish(say)
             raise
         checkpoints.writer.wait()
-        export = RunExport(components, services, state)
+        export = RunExport(components, services, state, renderer)
         export.collect_weights()
         if services.requests.must_stop():
             stop_run(services.requests.agreed, trainer)
@@ -196,19 +198,24 @@ def build_components(
     from training.distributed.device import host_threads
     from training.distributed.sharding import needs_contiguous_weights
     from training.loss import build_loss
+    from training.sampling.prepare import check_prompts, prepare_samples
 
     family = build.load_family(config)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode
+    check_prompts(config, family)
     check = partial(build.check_adapters, config, family)
     datasets = build_datasets(config.data, family, process, only_square, check)
+    samples = None
+    if config.preview or config.sample.every:
+        samples = prepare_samples(config, family, datasets, accelerator.device)
     contiguous = needs_contiguous_weights(accelerator)
     denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
     names = layer_spellings(family, denoiser)
     with host_threads(accelerator):
         adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
-    components = RunComponents(config, family, datasets, adapted, names, previous_steps)
+    components = RunComponents(config, family, datasets, adapted, names, previous_steps, samples)
     return components, loss_function
 
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import torch
 
+from common.errors import counted
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
 from models.blocks import inner_blocks
@@ -183,6 +184,18 @@ def model_lines(
     ]
 
 
+def sample_lines(components: RunComponents) -> list[str]:
+    """Return a line about samples that are drawn during training, and about what they cost."""
+    config, samples = components.config, components.samples
+    if samples is None or not config.sample.every:
+        return []
+    passes = sum(prompt.num_inference_steps or 0 for prompt in samples.prompts)
+    count = counted(len(samples.prompts), "prompt")
+    return [
+        f"samples     {count} every {config.sample.every} steps, {passes} denoising steps each time"
+    ]
+
+
 def end_lines(components: RunComponents) -> list[str]:
     """Return lines about an existing adapter and the output folder."""
     config = components.config
@@ -215,6 +228,7 @@ def summary(
         parameter_line(components),
         *checkpointing_lines(components),
         *step_lines(components, micro_batches_per_step, process.count),
+        *sample_lines(components),
         *end_lines(components),
     ]
     return "\n".join(lines)

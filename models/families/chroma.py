@@ -74,8 +74,8 @@ class Chroma(FluxFamily):
     def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         return {"attention_mask": self.mask(noisy, cond)}
 
-    def pipeline(self, denoiser: nn.Module | None) -> Any:
-        pipeline = super().pipeline(denoiser)
+    def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
+        pipeline = super().pipeline(denoiser, with_text_encoders)
         mask_padding(pipeline)
         return pipeline
 

@@ -162,7 +162,7 @@ class TextTraining(UNetFamily):
     ) -> Tensor:
         return denoiser(noisy, timestep, cond=cond, return_dict=False)[0]
 
-    def pipeline(self, denoiser: nn.Module | None) -> Any:
+    def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
         if denoiser is None:
             return super().pipeline(None)
         pipeline = self.load_components(

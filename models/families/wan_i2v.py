@@ -119,8 +119,8 @@ class WanImageToVideo(Wan):
             return self.load_media_encoders("vae", *self.vision_components)
         return text_pipeline(super().load_encoders(role))
 
-    def pipeline(self, denoiser: nn.Module | None) -> Any:
-        pipeline = super().pipeline(denoiser)
+    def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
+        pipeline = super().pipeline(denoiser, with_text_encoders)
         pipeline.encode_prompt = text_pipeline(pipeline).encode_prompt
         return pipeline
 

@@ -156,7 +156,8 @@ def counts_collectives() -> None:
 
 def is_slow_at_the_end() -> None:
     """Rank 0 exports, and rank 1 draws its first image, for longer than a collective may take."""
-    from training import export, preview
+    from training import export
+    from training.sampling import renderer
 
     def slowed(function, rank: int):
         seconds = [float(os.environ["TEST_SECONDS"])]
@@ -169,14 +170,14 @@ def is_slow_at_the_end() -> None:
         return call
 
     export.write_adapter = slowed(export.write_adapter, 0)
-    preview.draw_sample = slowed(preview.draw_sample, 1)
+    renderer.draw_sample = slowed(renderer.draw_sample, 1)
 
 
 def cannot_draw() -> None:
     """Rank 1 has no memory for the second image."""
-    from training import preview
+    from training.sampling import renderer
 
-    original, calls = preview.draw_sample, []
+    original, calls = renderer.draw_sample, []
 
     def draw(*args, **kwargs):
         calls.append(1)
@@ -184,7 +185,7 @@ def cannot_draw() -> None:
             raise MemoryError("rank 1 has no memory left")
         return original(*args, **kwargs)
 
-    preview.draw_sample = draw
+    renderer.draw_sample = draw
 
 
 def traces_eagerly() -> None:

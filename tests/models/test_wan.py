@@ -10,8 +10,9 @@ from PIL import Image
 
 from common.errors import ModelError
 from data.sources.comfy_shards import scan_folder
-from training.config import SampleConfig
-from training.preview import draw_sample, first_frame
+from training.sampling.draw import draw_sample
+from training.sampling.prompts import SamplePrompt
+from training.sampling.renderer import first_frame
 
 CASE, SEEN = (next(case for case in cases() if str(case) == name) for name in ("wan", "wan2.1-i2v"))
 FRAMES, SIDE = 9, 32
@@ -140,14 +141,12 @@ def test_previews_of_image_to_video_go_on_from_a_clips_first_frame():
     pipeline = family.pipeline(family.load_denoiser(torch.float32))
     options = {**family.preview_options(1.0), "height": SIDE, "width": SIDE, "num_frames": 5}
     clip = torch.rand(family.latent_channels, 2, 3, 5, generator=torch.Generator().manual_seed(0))
-    images = [first_frame(family, latents, pipeline, SIDE) for latents in (clip, clip.roll(1, 1))]
-    other_end = first_frame(family, torch.stack([clip[:, 0], clip[:, 0]], 1), pipeline, SIDE)
+    size = (SIDE, SIDE)
+    images = [first_frame(family, latents, pipeline, size) for latents in (clip, clip.roll(1, 1))]
+    other_end = first_frame(family, torch.stack([clip[:, 0], clip[:, 0]], 1), pipeline, size)
     assert np.array_equal(images[0], other_end), "the rest of the clip is not looked at"
-    drawn = [
-        draw_sample(
-            pipeline, "owl", 0, SampleConfig(num_inference_steps=2), {**options, "image": i}
-        )
-        for i in images
-    ]
-    assert drawn[0].shape == (SIDE, SIDE, 3)
+    options |= {"prompt": "owl", "num_inference_steps": 2}
+    prompt = SamplePrompt("owl", seed=0)
+    drawn = [draw_sample(pipeline, prompt, {**options, "image": image}) for image in images]
+    assert drawn[0].shape == (5, SIDE, SIDE, 3)
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01

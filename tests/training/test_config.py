@@ -133,7 +133,7 @@ BAD_COMMAND_LINES = {
     "model is no model": (["--model.path", str(TWEMOJI), "--data.path", "."], "model_index.json"),
     "model is a pickle": (
         ["--model.path", str(PROJECT / "LICENSE"), "--data.path", "."],
-        "expected a .safetensors file",
+        "expected a .safetensors or .gguf file",
     ),
     "images are no folder": (
         [NEEDED[0], "--data.path", "/nowhere"],

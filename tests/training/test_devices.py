@@ -112,7 +112,7 @@ def check_cases(
 
 def decoded_dtypes(record: dict[str, Any]) -> set[str]:
     """The dtypes of convolutions in previews: those of the VAE, and with a UNet some on the way to it."""
-    drawing = [entry[1:] for entry in record["products"] if entry[3] == "training/preview.py:call"]
+    drawing = [entry[1:] for entry in record["products"] if entry[3] == "sampling/draw.py:call"]
     return {dtype for operator, dtype, *_ in drawing if operator == "aten::convolution"}
 
 

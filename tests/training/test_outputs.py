@@ -10,11 +10,13 @@ from diffusers import StableDiffusionPipeline
 from helpers.project import BASE
 from PIL import Image
 
-from training import preview
 from training.config import SampleConfig
 from training.reporting.history import History, ValidationSeries
 from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_png, smoothed
+from training.sampling import renderer
+from training.sampling.draw import draw_sample
+from training.sampling.prompts import SamplePrompt
 
 STRONG = ["--learning_rate=5e-3", "--adapter.targets=all", "--adapter.alpha=8", "--steps=10"]
 
@@ -26,29 +28,32 @@ def pipeline(path=BASE) -> StableDiffusionPipeline:
 
 
 def draw(loaded, prompts, side, config) -> np.ndarray:
-    options = {"height": side, "width": side, "guidance_scale": config.guidance_scale}
-    return np.stack(
-        [
-            preview.draw_sample(loaded, prompt, n, config, options)
-            for n, prompt in enumerate(prompts)
-        ]
-    )
+    images = []
+    for number, text in enumerate(prompts):
+        prompt = SamplePrompt(text).completed(number, side, config)
+        options = {"prompt": text, "height": side, "width": side}
+        options |= {
+            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.num_inference_steps,
+        }
+        images.append(draw_sample(loaded, prompt, options)[0])
+    return np.stack(images)
 
 
 @pytest.fixture
 def drawn(options, run_here, tmp_path, monkeypatch):
     """Runs a short strong training with previews; returns its before and after images, prompts and preview config."""
     kept = {}
-    original = preview.PreviewRenderer.render
+    original = renderer.SampleRenderer.render
 
     def keep(self, weight_sets):
         drawn = original(self, weight_sets)
-        kept.update(
-            drawn.images, arguments=(drawn.prompts, self.config.data.resolution, self.config.sample)
-        )
+        texts = [prompt.text for prompt in drawn.prompts]
+        kept.update({label: np.concatenate(images) for label, images in drawn.images.items()})
+        kept["arguments"] = (texts, self.config.data.resolution, self.config.sample)
         return drawn
 
-    monkeypatch.setattr(preview.PreviewRenderer, "render", keep)
+    monkeypatch.setattr(renderer.SampleRenderer, "render", keep)
     more = ["--preview", "--sample.num_inference_steps=4", "--export.merged_model"]
     assert run_here([*options, *STRONG, *more]) == 0
     return kept
@@ -128,7 +133,7 @@ def test_everything_else_is_written_before_an_image_is_drawn(
     def kill(*args: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(preview, "draw_sample", kill)
+    monkeypatch.setattr(renderer, "draw_sample", kill)
     with pytest.raises(Killed):
         run_here([*options, "--preview", "--steps=2", "--export.merged_model"])
     for name in ("lora.safetensors", "loss.json", "loss.png", "model_with_lora"):

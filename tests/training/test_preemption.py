@@ -61,7 +61,7 @@ MOMENTS = {  # where, in which call, the step that is saved
     "a training step": ("training.loss.LossFunction.__call__", 30, None),
     "a validation": ("training.validation.chunk_batch", 7, 4),
     "a checkpoint": ("training.checkpoints.storage.save", 1, 12),
-    "a preview": ("training.preview.draw_sample", 3, 12),
+    "a preview": ("training.sampling.renderer.draw_sample", 3, 12),
     "the export": ("training.export.write_adapter", 1, 12),
 }
 

@@ -1,15 +1,25 @@
-"""Previews with text encoders that stay in CPU memory: the same images."""
+"""Prompts are encoded before training, wherever the text encoders are: the images are those of a whole pipeline."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.family_cases import SIDE, Case, cases, folder_of
+import torch
+from helpers.family_cases import SIDE, Case, cases, family_of
 from helpers.project import BASE
+from PIL import Image
 
 from common.hashing import sha256_of_file
-from training import preview
+from models.config import ModelConfig
+from models.encoder_placement import place_text_encoders, text_encoders_of
+from training.config import SampleConfig
+from training.sampling import prepare
+from training.sampling.draw import draw_sample, pipeline_options
+from training.sampling.encoded_prompts import encode_prompts, replayed
+from training.sampling.prompts import SamplePrompt
 
 DRAWN = ["--preview", "--sample.num_inference_steps=2", "--sample.prompts", "a cat"]
+CPU = torch.device("cpu")
 
 
 def preview_hash(run_here, options: list[str], folder: Path, placement: str) -> str:
@@ -19,31 +29,48 @@ def preview_hash(run_here, options: list[str], folder: Path, placement: str) -> 
 
 
 def test_text_encoders_that_stay_on_the_cpu_draw_the_same(options, run_here, tmp_path, monkeypatch):
-    placed = []
-    original = preview.place_text_encoders
-
-    def place(pipeline, placement, device):
-        placed.append(placement)
-        result = original(pipeline, placement, device)
-        assert next(pipeline.text_encoder.parameters()).is_meta  # its values wait on the CPU
-        assert not any(parameter.is_meta for parameter in pipeline.unet.parameters())
-        assert not any(parameter.is_meta for parameter in pipeline.vae.parameters())
-        return result
-
-    monkeypatch.setattr(preview, "place_text_encoders", place)
     options = [*options, f"--model.path={BASE}"]
+    monkeypatch.setattr(prepare, "read_prompt", lambda path: None)  # encode each time
     expected = preview_hash(run_here, options, tmp_path, "device")
-    assert placed == []
     assert preview_hash(run_here, options, tmp_path, "layers") == expected
     assert preview_hash(run_here, options, tmp_path, "cpu") == expected
-    assert placed == ["layers", "layers"]
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_every_family_draws_the_same(case: Case, options, run_here, tmp_path, videos):
-    model = [f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}", *case.options]
-    if case.first_frame:
-        model += [f"--data.path={videos}", "--data.frames=5"]
-    expected = preview_hash(run_here, [*options, *model], tmp_path, "device")
-    assert preview_hash(run_here, [*options, *model], tmp_path, "layers") == expected
+def test_every_family_draws_what_its_whole_pipeline_draws(case: Case, guidance_scale):
+    family = family_of(case)
+    config = SampleConfig(num_inference_steps=2, guidance_scale=guidance_scale)
+    prompts = [
+        SamplePrompt("a red fox in the snow", negative="blurry").completed(0, SIDE, config),
+        SamplePrompt("owl").completed(1, SIDE, config),
+    ]
+    encoded = encode_prompts(family, ModelConfig(), prompts, CPU)
+    denoiser = family.load_denoiser(torch.float32)
+    whole = family.pipeline(denoiser)
+    family.trim_text_encoders(whole)
+    pipeline = family.pipeline(denoiser, with_text_encoders=False)
+    assert not text_encoders_of(pipeline)
+    for prompt, results in zip(prompts, encoded, strict=True):
+        options = pipeline_options(family, whole, prompt)
+        if family.has_image_input:
+            options |= {"image": Image.new("RGB", (SIDE, SIDE), "green"), "num_frames": 5}
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            expected = draw_sample(whole, prompt, options)
+            with replayed(pipeline, results, CPU):
+                drawn = draw_sample(pipeline, prompt, options)
+        assert np.array_equal(drawn, expected)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_layers_that_are_copied_encode_the_same_and_return(case: Case):
+    family = family_of(case)
+    encoders = family.load_encoders("text")
+    parts = [dict(part.named_parameters()) for part in text_encoders_of(encoders)]
+    with torch.no_grad():
+        expected = family.encode_prompt(encoders, ["a cat"])[0]
+        place_text_encoders(encoders, "layers", CPU)
+        rows = family.encode_prompt(encoders, ["a cat"])[0]
+    assert all(rows[name].equal(expected[name]) for name in expected)
+    for part, before in zip(text_encoders_of(encoders), parts, strict=True):
+        assert all(parameter is before[name] for name, parameter in part.named_parameters())

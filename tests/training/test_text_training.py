@@ -1,5 +1,6 @@
 """Training CLIP text encoders with the denoiser: the same conditioning, in every step, and files that load."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -82,17 +83,18 @@ def arguments(name: str, options: list[str], *more: str) -> list[str]:
 def test_a_run_trains_the_encoders_and_diffusers_draws_what_it_drew(
     name, options, run_here, tmp_path, monkeypatch
 ):
-    from training import preview
+    from training.sampling import renderer
 
     kept = {}
-    original = preview.PreviewRenderer.render
+    original = renderer.SampleRenderer.render
 
     def keep(self, weight_sets):
         drawn = original(self, weight_sets)
-        kept.update(drawn.images, prompts=drawn.prompts)
+        kept.update({label: np.concatenate(images) for label, images in drawn.images.items()})
+        kept["prompts"] = [prompt.text for prompt in drawn.prompts]
         return drawn
 
-    monkeypatch.setattr(preview.PreviewRenderer, "render", keep)
+    monkeypatch.setattr(renderer.SampleRenderer, "render", keep)
     previews = [
         "--preview",
         "--sample.num_inference_steps=3",

@@ -17,7 +17,7 @@ from training.memory.kept_changes import RESULT_CHANGES
 from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
-    PREVIEW,
+    SAMPLES,
     TRAINING,
     VALIDATION,
     PhaseMemory,
@@ -79,7 +79,7 @@ def fit_into(
     search.reduce([IMAGES], image_steps(planner, allowed))
     search.reduce(search.training_phases, training_steps(planner, allowed))
     search.use_spare_memory()
-    search.decide_preview()
+    search.decide_samples()
     return Fit(budget, search.changes, list(search.phases.values()), planner.reserve)
 
 
@@ -98,7 +98,7 @@ class Search:
 
     @property
     def training_phases(self) -> list[PhaseName]:
-        """The phases with the denoiser, except the preview."""
+        """The phases with the denoiser, except samples."""
         return [name for name in (TRAINING, VALIDATION) if name in self.phases]
 
     def total(self, names: list[PhaseName]) -> int:
@@ -138,22 +138,20 @@ class Search:
         for phase in self.planner.trace(names, self.changes):
             self.phases[phase.name] = phase
 
-    def decide_preview(self) -> None:
-        """Keep the text encoders out of the preview, or turn it off, if it does not fit.
+    def decide_samples(self) -> None:
+        """Turn samples off if they do not fit.
 
-        The phases before it were traced with the changes so far, and the preview was not."""
-        if PREVIEW not in self.phases:
+        The phases before them were traced with the changes so far, and the samples were not."""
+        if SAMPLES not in self.phases:
             return
         if self.changes:
-            self.take([PREVIEW], {})
-        changes_before = self.changes
-        config = changed_config(self.planner.config, self.changes)
-        is_too_large = self.total([PREVIEW]) > self.budget
-        if is_too_large and config.model.text_encoder_placement == "device":
-            self.take([CAPTIONS, PREVIEW], {"model.text_encoder_placement": "layers"})
-        if self.total([PREVIEW]) > self.budget:
-            del self.phases[PREVIEW]
-            self.changes = {**changes_before, "preview": False}
+            self.take([SAMPLES], {})
+        if self.total([SAMPLES]) > self.budget:
+            del self.phases[SAMPLES]
+            changes: Changes = {"preview": False}
+            if self.planner.config.sample.every:
+                changes["sample.every"] = 0
+            self.changes = {**self.changes, **changes}
 
     def use_spare_memory(self) -> None:
         """Offload and recompute only as many blocks as necessary.

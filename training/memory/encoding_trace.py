@@ -1,5 +1,6 @@
 """The memory of encoding captions and images, traced with tensors that have no values."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from data.precompute.encode import media_batch_size
 from models.diffusers_family import DiffusersFamily
 from models.empty_components import empty_encoders
 from models.encoder_placement import modules_of, text_encoders_of
+from models.quantized_weight import stored_parts
 from training.config import TrainConfig
 from training.memory.live_bytes import LiveBytes
 from training.memory.phase_memory import CAPTIONS, ENCODERS, IMAGES, VAE, PhaseMemory
@@ -71,6 +73,7 @@ def largest_layer(modules: list[nn.Module]) -> int:
     for module in modules:
         for layer in module.modules():
             parameters = layer.parameters(recurse=False)
-            num_bytes = sum(parameter.nbytes for parameter in parameters)
+            tensors = chain.from_iterable(map(stored_parts, parameters))
+            num_bytes = sum(tensor.nbytes for tensor in tensors)
             largest = max(largest, num_bytes)
     return largest

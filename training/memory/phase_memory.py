@@ -8,12 +8,12 @@ from typing import Literal
 
 from training.memory.live_bytes import ACTIVATIONS, HOST
 
-PhaseName = Literal["encode captions", "encode images", "train", "validate", "preview"]
+PhaseName = Literal["encode captions", "encode images", "train", "validate", "samples"]
 CAPTIONS: PhaseName = "encode captions"
 IMAGES: PhaseName = "encode images"
 TRAINING: PhaseName = "train"
 VALIDATION: PhaseName = "validate"
-PREVIEW: PhaseName = "preview"
+SAMPLES: PhaseName = "samples"
 BASE = "base model"
 ENCODERS = "text encoders"
 VAE = "VAE"

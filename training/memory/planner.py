@@ -19,7 +19,7 @@ from training.memory.fake_tensors import fake_tensors
 from training.memory.phase_memory import (
     CAPTIONS,
     IMAGES,
-    PREVIEW,
+    SAMPLES,
     TRAINING,
     VALIDATION,
     PhaseMemory,
@@ -62,8 +62,8 @@ class MemoryPlanner:
         data = self.config.data
         if data.validation_path is not None or data.validation_fraction:
             names.append(VALIDATION)
-        if self.config.preview:
-            names.append(PREVIEW)
+        if self.config.preview or self.config.sample.every:
+            names.append(SAMPLES)
         return self.trace(names, {})
 
     def trace(self, names: Sequence[PhaseName], changes: Changes) -> list[PhaseMemory]:

@@ -27,7 +27,7 @@ from training.distributed.sharding import SHARDING_ENGINES
 from training.memory.changes import as_options, changed_config
 from training.memory.config import GIB
 from training.memory.kept_changes import keep_changes, kept_changes
-from training.memory.phase_memory import CAPTIONS, HOST, IMAGES, PREVIEW, TRAINING, VALIDATION
+from training.memory.phase_memory import CAPTIONS, HOST, IMAGES, SAMPLES, TRAINING, VALIDATION
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = PROJECT / "train_lora.py"
@@ -93,7 +93,7 @@ def fit_run(
 def check_plan(config: TrainConfig, plan: Plan, budget: int, say: Callable[[str], None]) -> None:
     """Say what the plan needs. Raises ConfigError if training does not fit.
 
-    Only notes concern phases after which nothing is lost: encoding and previews."""
+    Only notes concern phases after which nothing is lost: encoding and samples."""
     needed, phase = need_of(plan)
     say(f"memory      the plan needs {gib(needed)} of {gib(budget)} GiB (most in: {phase})")
     if is_too_large(plan, budget):
@@ -102,8 +102,8 @@ def check_plan(config: TrainConfig, plan: Plan, budget: int, say: Callable[[str]
         total = values["total"] + plan["reserve"]
         if total <= budget:
             continue
-        if name == PREVIEW:
-            advice = "--model.text_encoder_placement layers, or --no_preview"
+        if name == SAMPLES:
+            advice = "--model.vae_tiling, or --no_preview and --sample.every 0"
         elif name == CAPTIONS:
             advice = "--model.text_encoder_placement layers"
         elif name == IMAGES:

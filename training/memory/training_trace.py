@@ -1,4 +1,4 @@
-"""The memory of training, validation and previews, traced with tensors that have no values."""
+"""The memory of training, validation and samples, traced with tensors that have no values."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,23 +19,22 @@ from models.base import TensorLayout
 from models.blocks import inner_blocks
 from models.diffusers_family import DiffusersFamily
 from models.empty_components import cast_weights, empty_encoders
-from models.encoder_placement import modules_of, text_encoders_of
+from models.encoder_placement import modules_of
 from training import build
 from training.block_classes import outermost
 from training.block_offload import offloaded_blocks
 from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.loss import LossFunction
-from training.memory.encoding_trace import encode_tokens, label_modules, largest_layer
+from training.memory.encoding_trace import label_modules
 from training.memory.live_bytes import ACTIVATIONS, LiveBytes
 from training.memory.phase_memory import (
     ADAPTERS,
     BASE,
-    ENCODERS,
     GRADIENTS,
     HOST,
     OPTIMIZER,
-    PREVIEW,
+    SAMPLES,
     TRAINING,
     VAE,
     VALIDATION,
@@ -46,7 +45,9 @@ from training.memory.sample_shape import SampleShape, sample_of_size
 from training.optim.ema import EmaWeights
 from training.optim.registry import OPTIMIZERS
 from training.optim.schedule import build_optimizer
-from training.preview import has_bf16_weights, preview_side
+from training.sampling.draw import has_bf16_weights
+from training.sampling.prepare import sample_frames, sample_side
+from training.sampling.prompts import configured_prompts
 from training.validation import validation_batch_size
 
 UNPLANNED_ERRORS = (DataDependentOutputException, NotImplementedError, RuntimeError)
@@ -99,7 +100,7 @@ class TraceInputs:
 class TrainingTrace:
     """The denoiser with its adapters and their optimizer, in the phases that have them in memory.
 
-    WHEN: in a block of `fake_tensors`. The preview comes last: its components stay in memory."""
+    WHEN: in a block of `fake_tensors`. Samples come last: its components stay in memory."""
 
     def __init__(self, inputs: TraceInputs):
         self.inputs = inputs
@@ -186,7 +187,7 @@ class TrainingTrace:
             return self._peak_of(name, self._step)
         if name == VALIDATION:
             return self._peak_of(name, self._validate)
-        return self._preview()
+        return self._samples()
 
     def _peak_of(self, name: PhaseName, function: Callable[[], None]) -> PhaseMemory:
         """Return the memory of a phase that a function goes through."""
@@ -221,44 +222,34 @@ class TrainingTrace:
         with self.inputs.accelerator.autocast():
             self.inputs.loss_function(self.engine.denoiser, batch)
 
-    def _preview(self) -> PhaseMemory:
-        """Return the memory of drawing a preview.
+    def _samples(self) -> PhaseMemory:
+        """Return the memory of drawing samples.
 
-        The denoiser and the optimizer's state stay in memory. Text encoders that encode layer by
-        layer take as much as their largest layer."""
-        text = empty_encoders(self.family, "text")
-        encoders = text_encoders_of(text)
+        The denoiser and the optimizer's state stay in memory. Prompts were encoded before."""
         media = empty_encoders(self.family, "media")
-        label_modules(self.live_bytes, encoders, ENCODERS)
         label_modules(self.live_bytes, modules_of(media), VAE)
-        draw = partial(self._draw, encoders, media)
-        phase = self._peak_of(PREVIEW, draw)
-        if self.config.model.text_encoder_placement != "device":
-            phase.num_bytes[ENCODERS] = largest_layer(encoders)
-        return phase
+        return self._peak_of(SAMPLES, partial(self._draw, media))
 
     @torch.no_grad()
-    def _draw(self, encoders: list[nn.Module], media: Any) -> None:
-        """Do what one step of drawing does: encode, predict, decode.
+    def _draw(self, media: Any) -> None:
+        """Do what one step of drawing does: predict and decode.
 
         The prediction is for two samples: with and without the prompt."""
-        latents = self._preview_latents()
-        all_modules = [*encoders, *modules_of(media), self.engine.denoiser]
+        latents = self._sample_latents()
+        all_modules = [*modules_of(media), self.engine.denoiser]
         is_bf16 = any(has_bf16_weights(module) for module in all_modules)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            for encoder in encoders:
-                encode_tokens(encoder, self.family.max_tokens, batch_size=1)
             self._forward(2, latents)
         decoded_latents = torch.empty(1, *latents)
         self.family.decode_media(media, decoded_latents)
 
-    def _preview_latents(self) -> tuple[int, ...]:
-        """Return the shape of a preview's latents.
-
-        Only models that are given an image draw videos in previews."""
-        num_frames = 1
-        if self.family.has_image_input:
-            num_frames = self.config.data.frames
-        side = preview_side(self.config, self.family)
-        sample = sample_of_size(self.family, Size(side, side), num_frames)
+    def _sample_latents(self) -> tuple[int, ...]:
+        """Return the shape of the largest sample's latents."""
+        num_frames = sample_frames(self.config, self.family)
+        side = sample_side(self.config, self.family)
+        sizes = [Size(side, side)]
+        for prompt in configured_prompts(self.config.sample):
+            sizes.append(Size(prompt.width or side, prompt.height or side))
+        largest = max(sizes, key=lambda size: size.width * size.height)
+        sample = sample_of_size(self.family, largest, num_frames)
         return sample.latents

@@ -1,0 +1,229 @@
+"""Samples while a run trains: what is drawn, when, and what it costs: no bit of the training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.family_cases import SIDE, cases, folder_of
+from helpers.runs import assert_same_result
+from PIL import Image
+from safetensors.torch import load_file
+
+from training import cli
+from training.sampling import prepare, renderer
+from training.sampling.prompts import SamplePrompt, parse_prompt
+
+VIDEO = next(case for case in cases() if str(case) == "wan")
+SAMPLED = ["--sample.every=2", "--sample.num_inference_steps=2"]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "samples").iterdir())
+
+
+def test_samples_change_no_bit_of_the_training(options, run_here, tmp_path):
+    options = [
+        *options,
+        "--ema.decay=0.9",
+        "--adapter.dropout=0.3",
+        "--data.validation_fraction=0.3",
+    ]
+    plain, sampled = tmp_path / "plain", tmp_path / "sampled"
+    assert run_here([*options, f"--output_dir={plain}"]) == 0
+    more = [*SAMPLED, "--sample.at_start", "--export.every=3"]
+    assert run_here([*options, *more, f"--output_dir={sampled}"]) == 0
+    assert_same_result(plain, sampled)
+    steps = {name.split("_")[1] for name in names_in(sampled)}
+    assert steps == {f"step{step:08d}" for step in (0, 2, 4, 6)}
+
+
+def test_the_files_of_a_step(options, run_here, tmp_path, capsys):
+    prompts = ["a cat --n dog --w 64 --h 128 --d 7 --l 2.5 --s 3", "an owl"]
+    more = ["--sample.prompts", *prompts, "--steps=2", "--export.name=fox"]
+    assert run_here([*options, *SAMPLED, *more]) == 0
+    out = tmp_path / "out"
+    first, second, sheet = names_in(out)
+    assert first == "fox_step00000002_00.png"
+    assert second == "fox_step00000002_01.png"
+    image = Image.open(out / "samples" / first)
+    assert image.size == (64, 128)
+    lines = image.text["parameters"].splitlines()
+    assert lines[:2] == ["a cat", "Negative prompt: dog"]
+    assert lines[2] == "Steps: 3, CFG scale: 2.5, Seed: 7, Size: 64x128, Lora: fox, step 2"
+    assert str(tmp_path) not in image.text["parameters"]
+    assert Image.open(out / "samples" / second).size == (64, 64)
+    assert Image.open(out / "samples" / sheet).height > 128
+    assert "step 2: 2 samples in" in capsys.readouterr().out
+
+
+def test_samples_are_of_the_weights_that_would_be_exported(options, run_here, tmp_path):
+    """The last sample is the one of the preview, which is drawn with the exported weights."""
+    more = ["--preview", "--sample.prompts", "a cat", "--learning_rate=1e-2", "--ema.decay=0.5"]
+    assert run_here([*options, *SAMPLED, "--sample.at_start", *more]) == 0
+    folder = tmp_path / "out" / "samples"
+    drawn = [np.asarray(Image.open(folder / f"lora_step0000000{step}_00.png")) for step in (0, 6)]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 10, "the adapter does something"
+    grid = np.asarray(Image.open(tmp_path / "out" / "preview.png"))
+    enlarged = [
+        np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.LANCZOS))
+        for image in drawn
+    ]
+    assert all(contains(grid, image) for image in enlarged)
+
+
+def contains(grid: np.ndarray, image: np.ndarray) -> bool:
+    height, width, _ = image.shape
+    corners = np.argwhere((grid[: -height + 1, : -width + 1] == image[0, 0]).all(2))
+    return any(np.array_equal(grid[y : y + height, x : x + width], image) for y, x in corners)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_process_that_is_killed_while_it_draws_has_lost_nothing(
+    options, run_here, tmp_path, monkeypatch
+):
+    options = [*options, *SAMPLED, "--checkpoint.every=2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_here([*options, f"--output_dir={whole}"]) == 0
+    original, calls = renderer.draw_sample, []
+
+    def kill(*args: object) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 6:  # the second image of step 4
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(renderer, "draw_sample", kill)
+    with pytest.raises(Killed):
+        run_here([*options, f"--output_dir={parts}"])
+    assert not any("step00000004" in name for name in names_in(parts))
+    assert run_here([*options, f"--output_dir={parts}"]) == 0
+    assert_same_result(whole, parts)
+    assert names_in(parts) == names_in(whole)
+    for name in names_in(whole):
+        assert (parts / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+
+
+@pytest.mark.parametrize("moment", ["drawing", "encoding", "writing"])
+def test_a_failure_is_said_once_and_ends_nothing(
+    moment, options, run_here, tmp_path, monkeypatch, capsys
+):
+    def fail(*_: object) -> None:
+        raise OSError("no room")
+
+    target = {
+        "drawing": (renderer, "draw_sample"),
+        "encoding": (prepare, "encode_prompts"),
+        "writing": ("training.sampling.callback.write_samples",),
+    }[moment]
+    monkeypatch.setattr(*target, fail)
+    plain, failed = tmp_path / "plain", tmp_path / "failed"
+    assert run_here([*options, f"--output_dir={plain}"]) == 0
+    capsys.readouterr()
+    assert (
+        run_here(
+            [*options, *SAMPLED, "--sample.prompts", f"an owl {moment}", f"--output_dir={failed}"]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert said.count("could not be ") == (3 if moment == "writing" else 1)
+    assert_same_result(plain, failed)
+
+
+def test_encoded_prompts_are_kept(options, run_here, tmp_path, monkeypatch):
+    """A second run loads no text encoders."""
+    options = [*options, *SAMPLED, "--steps=2", "--sample.prompts", "a cat of this test"]
+    assert run_here([*options, f"--output_dir={tmp_path / 'one'}"]) == 0
+    monkeypatch.setattr(prepare, "encode_prompts", None)
+    assert run_here([*options, f"--output_dir={tmp_path / 'two'}"]) == 0
+    assert names_in(tmp_path / "one") == names_in(tmp_path / "two")
+    name = names_in(tmp_path / "one")[0]
+    one, two = (tmp_path / folder / "samples" / name for folder in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_videos_are_written_as_webp_and_mp4(options, run_here, tmp_path, videos):
+    import av
+
+    replaced = ("--model.path", "--data.path", "--data.resolution", "--adapter.targets")
+    kept = [option for option in options if not option.startswith(replaced)]
+    model = [f"--model.path={folder_of(VIDEO)}", f"--data.resolution={SIDE}", *VIDEO.options]
+    data = [f"--data.path={videos}", "--data.frames=5", "--sample.prompts", "an owl"]
+    assert run_here([*kept, *model, *data, *SAMPLED, "--steps=2"]) == 0
+    folder = tmp_path / "out" / "samples"
+    name = "lora_step00000002_00"
+    assert Image.open(folder / f"{name}.webp").n_frames == 5
+    with av.open(str(folder / f"{name}.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+    assert (folder / "lora_step00000002_sheet.png").is_file()
+
+
+def test_an_exported_step_is_the_adapter_of_a_run_that_ends_there(options, run_here, tmp_path):
+    assert run_here([*options, "--export.every=2", f"--output_dir={tmp_path / 'long'}"]) == 0
+    assert run_here([*options, "--steps=4", f"--output_dir={tmp_path / 'short'}"]) == 0
+    exported = load_file(tmp_path / "long" / "lora-step00000004.safetensors")
+    expected = load_file(tmp_path / "short" / "lora.safetensors")
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[key], expected[key]) for key in expected)
+    assert (tmp_path / "long" / "lora-step00000002.safetensors").is_file()
+    assert not (tmp_path / "long" / "lora-step00000003.safetensors").exists()
+
+
+def test_a_prompt_with_options():
+    prompt = parse_prompt("a fox, --n red -- or -w  --w 512 --d 3 --l 0.5")
+    assert prompt == SamplePrompt(
+        "a fox,", negative="red -- or -w", width=512, seed=3, guidance_scale=0.5
+    )
+    assert parse_prompt("well--known owl") == SamplePrompt("well--known owl")
+    assert parse_prompt("--s 5") == SamplePrompt("", num_inference_steps=5)
+
+
+def error_of(options: list[str], capsys) -> str:
+    import train_lora
+
+    assert train_lora.main(options) == 2
+    return capsys.readouterr().err
+
+
+def test_all_errors_of_prompts_are_said_at_once(options, tmp_path, capsys):
+    missing, latin, lines = tmp_path / "no.txt", tmp_path / "latin.txt", tmp_path / "lines.txt"
+    latin.write_bytes("Gr\xfc\xdfe".encode("latin-1"))
+    lines.write_text("# comment\n\na cat\nan owl --q 3 --w wide --s 0\n")
+    bad = ["--sample.prompts", "a cat --x 1", "an owl --h -3"]
+    message = error_of([*options, *bad, f"--sample.prompt_file={lines}"], capsys)
+    assert (
+        "--sample.prompts 'a cat --x 1': --x is no option of a prompt; expected --n, --w" in message
+    )
+    assert "--h -3: expected a number from 8 to 16384" in message
+    assert f"--sample.prompt_file {lines}, line 4: --q is no option" in message
+    assert "--w wide: expected a number" in message
+    assert "--s 0: expected a number from 1 to 1000" in message
+    assert f"{missing}: could not be read" in error_of(
+        [*options, f"--sample.prompt_file={missing}"], capsys
+    )
+    assert "is not a UTF-8 text file" in error_of(
+        [*options, f"--sample.prompt_file={latin}"], capsys
+    )
+
+
+def test_a_size_that_the_model_cannot_draw_is_an_error_before_encoding(
+    options, run_here, tmp_path, capsys
+):
+    assert run_here([*options, "--sample.prompts", "a cat --w 70 --h 64"]) == 2
+    message = capsys.readouterr()
+    assert '"a cat" --w 70: is not a multiple of 16; the nearest is 64' in message.err
+    assert "encoding" not in message.out + message.err
+
+
+def test_samples_may_change_when_a_run_is_resumed(options, run_here, tmp_path):
+    assert run_here([*options, "--steps=2"]) == 0
+    assert run_here([*options, *SAMPLED, "--sample.prompts", "an owl", "--steps=4"]) == 0
+    assert "lora_step00000004_00.png" in names_in(tmp_path / "out")
+    config = cli.load_config([*options, *SAMPLED])
+    assert config.sample.every == 2
+    assert json.loads((tmp_path / "out" / "loss.json").read_text())

@@ -1,0 +1,82 @@
+"""Drawing of one sample by diffusers' own pipeline."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.precision import without_autocast
+from models.base import ModelFamily
+from models.encoder_placement import modules_of
+from training.sampling.prompts import SamplePrompt
+
+
+def pipeline_options(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for a completed prompt."""
+    assert prompt.guidance_scale is not None  # it is completed
+    options: dict[str, Any] = {
+        # by name: it is not the first argument of every pipeline
+        "prompt": prompt.text,
+        "height": prompt.height,
+        "width": prompt.width,
+        "num_inference_steps": prompt.num_inference_steps,
+        **family.preview_options(prompt.guidance_scale),
+    }
+    if prompt.negative is not None and takes_negative_prompt(pipeline):
+        options["negative_prompt"] = prompt.negative
+    return options
+
+
+def takes_negative_prompt(pipeline: Any) -> bool:
+    """Return whether a pipeline takes a negative prompt."""
+    return "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def draw_sample(pipeline: Any, prompt: SamplePrompt, options: dict[str, Any]) -> np.ndarray:
+    """Draw one image or video (F, H, W, 3) in [0, 1].
+
+    `options`: the arguments of the pipeline's call, without the noise."""
+    assert prompt.seed is not None  # it is completed
+    with uses_bf16_modules(pipeline), vae_in_own_dtype(pipeline.vae):
+        result = pipeline(
+            generator=torch.Generator().manual_seed(prompt.seed),
+            output_type="np",
+            **options,
+        )
+    if hasattr(result, "images"):
+        return result.images
+    return result.frames[0]
+
+
+@contextmanager
+def vae_in_own_dtype(vae: Any) -> Iterator[None]:
+    """Let a VAE encode and decode in the dtype of its weights in a block: bf16 autocast would band
+    colors."""
+
+    def in_own_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with without_autocast(inputs.device.type):
+                return function(inputs.to(vae.dtype), *args, **kwargs)
+
+        return call
+
+    vae.encode, vae.decode = in_own_dtype(vae.encode), in_own_dtype(vae.decode)
+    try:
+        yield
+    finally:
+        del vae.encode, vae.decode
+
+
+def uses_bf16_modules(pipeline: Any) -> AbstractContextManager:
+    """Return autocast, for a block in which modules in bf16 get inputs from others in fp32."""
+    is_bf16 = any(has_bf16_weights(module) for module in modules_of(pipeline))
+    return torch.autocast(pipeline._execution_device.type, torch.bfloat16, enabled=is_bf16)
+
+
+def has_bf16_weights(module: nn.Module) -> bool:
+    """Return whether a module has weights in bf16."""
+    return any(parameter.dtype is torch.bfloat16 for parameter in module.parameters())

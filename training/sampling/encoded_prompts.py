@@ -1,0 +1,110 @@
+"""Prompts that are encoded before training, so that drawing needs no text encoders.
+
+A pipeline of diffusers is called, and what its `encode_prompt` returns is recorded. When the pipeline
+draws, these results are replayed. So the arguments and the order of the calls stay those of diffusers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from models.base import ModelFamily
+from models.config import ModelConfig
+from models.encoder_placement import place_text_encoders, release_text_encoders
+from training.sampling.draw import pipeline_options, uses_bf16_modules
+from training.sampling.prompts import SamplePrompt
+
+EncodedPrompt = list[Any]
+"""The results of the calls of encode_prompt for one image, in their order, on the CPU."""
+
+
+class EncodingDone(Exception):
+    """The end of a call of a pipeline whose prompts are encoded."""
+
+
+class EndOfEncoding:
+    """A scheduler that ends the call of a pipeline when it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise EncodingDone
+
+
+def encode_prompts(
+    family: ModelFamily,
+    config: ModelConfig,
+    prompts: Sequence[SamplePrompt],
+    device: torch.device,
+) -> list[EncodedPrompt]:
+    """Load the text encoders, encode the prompts, and free the text encoders."""
+    pipeline = family.load_encoders("text")
+    place_text_encoders(pipeline, config.text_encoder_placement, device)
+    encoding_device = device
+    if config.text_encoder_placement == "cpu":
+        encoding_device = torch.device("cpu")
+    # pipelines read the denoiser's configuration
+    object.__setattr__(pipeline, family.denoiser_component, family.empty_denoiser())
+    object.__setattr__(pipeline, "scheduler", EndOfEncoding())
+    pipeline.prepare_latents = end_encoding
+    with on_device(pipeline, encoding_device):
+        encoded = [encode_prompt(family, pipeline, prompt) for prompt in prompts]
+    release_text_encoders(pipeline)
+    return encoded
+
+
+def encode_prompt(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> EncodedPrompt:
+    """Return what encode_prompt returns while a pipeline is called."""
+    results: EncodedPrompt = []
+    original = pipeline.encode_prompt
+
+    def record(*args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
+        results.append(tree_map_only(Tensor, Tensor.cpu, result))
+        return result
+
+    pipeline.encode_prompt = record
+    try:
+        with uses_bf16_modules(pipeline):
+            pipeline(**pipeline_options(family, pipeline, prompt))
+    except EncodingDone:
+        return results
+    finally:
+        pipeline.encode_prompt = original
+    raise RuntimeError("the pipeline drew before it prepared latents")
+
+
+def end_encoding(*_: Any, **__: Any) -> None:
+    """Raise EncodingDone. It replaces a function of a pipeline that is called after the encoding."""
+    raise EncodingDone
+
+
+@contextmanager
+def on_device(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Let a pipeline without all its modules work on a device in a block."""
+    pipeline_class = type(pipeline)
+    members = {"_execution_device": property(lambda _: device)}
+    pipeline.__class__ = type(pipeline_class.__name__, (pipeline_class,), members)
+    try:
+        yield
+    finally:
+        pipeline.__class__ = pipeline_class
+
+
+@contextmanager
+def replayed(pipeline: Any, encoded: EncodedPrompt, device: torch.device) -> Iterator[None]:
+    """Let encode_prompt of a pipeline return recorded results in a block."""
+    original = pipeline.encode_prompt
+    remaining = list(encoded)
+
+    def replay(*_: Any, **__: Any) -> Any:
+        result = remaining.pop(0)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), result)
+
+    pipeline.encode_prompt = replay
+    try:
+        yield
+    finally:
+        pipeline.encode_prompt = original

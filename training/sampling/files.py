@@ -1,0 +1,127 @@
+"""The files of samples: images or videos with their options, and a sheet of each step."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from common.atomic import write_file
+from training.reporting.image_grid import grid_png, to_levels
+from training.sampling.prompts import SamplePrompt
+from training.sampling.renderer import Samples
+
+FOLDER = "samples"
+"""Folder of the samples in output_dir."""
+SHEET = "sheet"
+
+
+def sample_name(name: str, step: int, number: int | str) -> str:
+    """Return the name of a sample's file, without its ending."""
+    text = number if isinstance(number, str) else f"{number:02d}"
+    return f"{name}_step{step:08d}_{text}"
+
+
+def sheet_path(folder: Path, name: str, step: int) -> Path:
+    """Return the path of the sheet with all samples of a step. It is written last."""
+    return folder / FOLDER / f"{sample_name(name, step, SHEET)}.png"
+
+
+def write_samples(samples: Samples, folder: Path, name: str, step: int, fps: float) -> Path:
+    """Write the samples of one step, and then their sheet; return the path of the sheet.
+
+    `folder`: output_dir. `name`: of the adapter. `fps`: frames per second of videos."""
+    (images,) = samples.images.values()
+    path = sheet_path(folder, name, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, (prompt, frames) in enumerate(zip(samples.prompts, images, strict=True)):
+        base_path = path.with_name(sample_name(name, step, number))
+        write_sample(base_path, frames, prompt, f"{name}, step {step}", fps)
+    stills = padded_stills(images)
+    texts = [prompt.text for prompt in samples.prompts]
+    write_file(path, grid_png({f"step {step}": stills}, texts))
+    return path
+
+
+def write_sample(
+    path: Path, frames: np.ndarray, prompt: SamplePrompt, title: str, fps: float
+) -> None:
+    """Write an image as a PNG, and a video as an animated WebP and, with the package av, an MP4.
+
+    `path`: without its ending. `frames`: (F, H, W, 3) in [0, 1]."""
+    images = [Image.fromarray(to_levels(frame)) for frame in frames]
+    if len(images) == 1:
+        info = PngInfo()
+        info.add_text("parameters", parameters_text(prompt, title))
+        buffer = io.BytesIO()
+        images[0].save(buffer, "PNG", pnginfo=info)
+        write_file(path.with_suffix(".png"), buffer.getvalue())
+        return
+    write_file(path.with_suffix(".webp"), webp_bytes(images, fps))
+    video = mp4_bytes(images, fps)
+    if video is not None:
+        write_file(path.with_suffix(".mp4"), video)
+
+
+def parameters_text(prompt: SamplePrompt, title: str) -> str:
+    """Return the options of an image as A1111's web UI writes them into PNG files."""
+    lines = [prompt.text]
+    if prompt.negative:
+        lines.append(f"Negative prompt: {prompt.negative}")
+    facts = {
+        "Steps": prompt.num_inference_steps,
+        "CFG scale": prompt.guidance_scale,
+        "Seed": prompt.seed,
+        "Size": f"{prompt.width}x{prompt.height}",
+        "Lora": title,
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+    return "\n".join(lines)
+
+
+def webp_bytes(images: Sequence[Image.Image], fps: float) -> bytes:
+    """Return images as an animated WebP that repeats."""
+    buffer = io.BytesIO()
+    milliseconds = round(1000 / fps)
+    images[0].save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=images[1:],
+        duration=milliseconds,
+        loop=0,
+        quality=85,
+    )
+    return buffer.getvalue()
+
+
+def mp4_bytes(images: Sequence[Image.Image], fps: float) -> bytes | None:
+    """Return images as an MP4; None without the package av."""
+    try:
+        import av
+    except ImportError:
+        return None
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=round(fps))
+        stream.width, stream.height = images[0].size
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def padded_stills(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the last frames (N, H, W, 3), padded with white to the largest size.
+
+    The first frame of a video may be the input."""
+    stills = [frames[-1] for frames in videos]
+    height = max(still.shape[0] for still in stills)
+    width = max(still.shape[1] for still in stills)
+    padded = np.ones((len(stills), height, width, 3), np.float32)
+    for row, still in zip(padded, stills, strict=True):
+        row[: still.shape[0], : still.shape[1]] = still
+    return padded

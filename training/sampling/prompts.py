@@ -1,0 +1,172 @@
+"""The prompts of sample images. This module imports no torch, because config errors must be fast.
+
+A prompt may end with options, as in kohya's trainers:
+
+  a red fox in the snow --n blurry --w 768 --h 512 --d 42 --l 4.5 --s 20
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.config import SampleConfig
+
+OPTION_PATTERN = re.compile(r"\s--(\w+)(?:\s+|$)")
+MAX_SHOWN_LETTERS = 60
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt and the options of its image. None: the run's option."""
+
+    text: str
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+
+    def completed(self, number: int, side: int, config: SampleConfig) -> "SamplePrompt":
+        """Return the prompt with all options but the negative prompt.
+
+        Each prompt number has its own noise. `side`: default width and height."""
+        defaults = {
+            "width": side,
+            "height": side,
+            "seed": (config.seed + number) % 2**64,
+            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": config.num_inference_steps,
+        }
+        missing: dict[str, Any] = {}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                missing[name] = value
+        return replace(self, **missing)
+
+    @property
+    def shown(self) -> str:
+        """The prompt for messages."""
+        if len(self.text) <= MAX_SHOWN_LETTERS:
+            return self.text
+        return self.text[:MAX_SHOWN_LETTERS] + "..."
+
+
+class PromptOption(NamedTuple):
+    """An option after a prompt: the field that it sets, its type and its smallest and largest
+    value."""
+
+    field: str
+    type: type
+    smallest: float = 0
+    largest: float = 0
+
+
+OPTIONS = {
+    "n": PromptOption("negative", str),
+    "w": PromptOption("width", int, 8, 16384),
+    "h": PromptOption("height", int, 8, 16384),
+    "d": PromptOption("seed", int, 0, 2**64 - 1),
+    "l": PromptOption("guidance_scale", float, 0, 1000),
+    "s": PromptOption("num_inference_steps", int, 1, 1000),
+}
+"""Letters after the prompt, as kohya's trainers have them."""
+
+
+def parse_prompt(line: str) -> SamplePrompt:
+    """Read a prompt with its options. Raises ValueError naming all errors."""
+    text, *letters_and_values = OPTION_PATTERN.split(f" {line}")
+    values: dict[str, str | float] = {}
+    errors = []
+    letters, texts = letters_and_values[::2], letters_and_values[1::2]
+    for letter, value in zip(letters, texts, strict=True):
+        option = OPTIONS.get(letter)
+        if option is None:
+            known_options = ", ".join(f"--{known_letter}" for known_letter in OPTIONS)
+            errors.append(f"--{letter} is no option of a prompt; expected {known_options}")
+            continue
+        try:
+            values[option.field] = option_value(option, value.strip())
+        except ValueError as error:
+            errors.append(f"--{letter} {value.strip()}: {error}")
+    if errors:
+        raise ValueError("; ".join(errors))
+    return SamplePrompt(text.strip(), **values)  # type: ignore[arg-type]
+
+
+def option_value(option: PromptOption, text: str) -> str | float:
+    """Convert the text of an option. Raises ValueError."""
+    if option.type is str:
+        return text
+    expected = f"expected a number from {option.smallest} to {option.largest}"
+    try:
+        number = option.type(text)
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if not option.smallest <= number <= option.largest:
+        raise ValueError(expected)
+    return number
+
+
+def configured_prompts(config: SampleConfig) -> list[SamplePrompt]:
+    """Return the prompts of the options and of the prompt file. Raises ValueError naming all errors."""
+    prompts = []
+    errors = []
+    for flag, line in prompt_lines(config):
+        try:
+            prompts.append(parse_prompt(line))
+        except ValueError as error:
+            errors.append(f"{flag}: {error}")
+    if errors:
+        raise ValueError("\n  ".join(errors))
+    return prompts
+
+
+def prompt_lines(config: SampleConfig) -> list[tuple[str, str]]:
+    """Return each prompt, after the option or the line of a file that it comes from.
+
+    Empty lines of a file and those that begin with # are left out. Raises ValueError."""
+    lines = []
+    for prompt in config.prompts:
+        lines.append((f"--sample.prompts {prompt!r}", prompt))
+    if config.prompt_file is None:
+        return lines
+    flag = f"--sample.prompt_file {config.prompt_file}"
+    try:
+        content = Path(config.prompt_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag}: is not a UTF-8 text file. Save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{flag}: could not be read: {error.strerror}") from error
+    for number, line in enumerate(content.splitlines(), 1):
+        is_prompt = line.strip() and not line.startswith("#")
+        if is_prompt:
+            lines.append((f"{flag}, line {number}", line))
+    if not lines:
+        raise ValueError(f"{flag}: has no prompts. Write one per line")
+    return lines
+
+
+def prompt_errors(config: SampleConfig) -> list[str]:
+    """Return the errors in the prompts of the options."""
+    try:
+        configured_prompts(config)
+    except ValueError as error:
+        return str(error).split("\n  ")
+    return []
+
+
+def size_errors(prompts: Sequence[SamplePrompt], step: int) -> list[str]:
+    """Return the sizes that are no multiples of `step`, each with the nearest size."""
+    errors = []
+    for prompt in prompts:
+        for letter, size in (("w", prompt.width), ("h", prompt.height)):
+            if size is not None and size % step:
+                nearest = max(step, round(size / step) * step)
+                errors.append(
+                    f'"{prompt.shown}" --{letter} {size}: is not a multiple of {step}; the nearest '
+                    f"is {nearest}"
+                )
+    return errors

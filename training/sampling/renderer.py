@@ -1,0 +1,253 @@
+"""Draws the samples of a run. The processes share the prompts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from models.base import ModelFamily
+from objectives.schedulers import override_scheduler
+from training.components import RunComponents
+from training.distributed.failures import describe_error
+from training.distributed.sharding import is_sharded
+from training.reporting.image_grid import to_image
+from training.sampling.draw import draw_sample, pipeline_options
+from training.sampling.encoded_prompts import replayed
+from training.sampling.prepare import PreparedSamples, sample_frames
+from training.sampling.prompts import SamplePrompt
+from training.services import RunServices
+
+Weights = dict[str, Tensor]
+Share = dict[tuple[str, int], np.ndarray]
+"""Label of the weights and number of the prompt -> image or video of one process."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts, and for each label the images or videos (F, H, W, 3) in [0, 1] of these prompts."""
+
+    prompts: list[SamplePrompt]
+    images: dict[str, list[np.ndarray]]
+
+
+class SamplingError(RuntimeError):
+    """Samples that could not be drawn, with a model whose processes draw each image together."""
+
+    def __init__(self, error: str):
+        super().__init__(
+            f"samples could not be drawn, and are left out:\n{error}\nAll other files of the run "
+            "are written"
+        )
+
+
+class SampleRenderer:
+    """Draws all prompts with sets of weights. After an error, it draws nothing more.
+
+    The pipeline is loaded for the first image. Its modules, besides the denoiser, wait on the CPU
+    while nothing is drawn. A failure must not fail the run: drawing may need memory that training
+    did not."""
+
+    def __init__(self, components: RunComponents, services: RunServices, samples: PreparedSamples):
+        self.config, self.components, self.services = components.config, components, services
+        self.samples = samples
+        self.prompts = samples.prompts
+        self.dataset = components.datasets.validation or components.datasets.train
+        self.device = services.accelerator.device
+        self.pipeline: Any = None
+        self.error = samples.error
+        self.is_error_reported = False
+        self.was_stopped = False
+        """True if `render` ended before all images, because the run has to stop."""
+
+    def render(self, weight_sets: dict[str, Weights]) -> Samples | None:
+        """Return the images on the main process. Collective.
+
+        Returns None if drawing failed, which is printed once, or if the run has to stop. With a
+        sharded model, raises SamplingError: the other processes then wait in the middle of an
+        image."""
+        share = self._draw_share(weight_sets)
+        self.was_stopped = share is None
+        if share is None:
+            return None
+        self.error = self._shared_error()
+        if self.error is not None:
+            self._report_error()
+            return None
+        images = self._gather(share)
+        if not self.services.process.is_main:
+            return None
+        rows: dict[str, list[np.ndarray]] = {}
+        for label in weight_sets:
+            rows[label] = [images[label, number] for number in range(len(self.prompts))]
+        return Samples(self.prompts, rows)
+
+    def _report_error(self) -> None:
+        """Print the error once."""
+        if not self.is_error_reported:
+            self.services.reporter.say(
+                f"samples could not be drawn, and are left out:\n{self.error}"
+            )
+        self.is_error_reported = True
+
+    def _shared_error(self) -> str | None:
+        """Return the first error of all processes. Collective."""
+        process = self.services.process
+        if process.count == 1:
+            return self.error
+        self.services.barrier.wait()
+        errors: list[str | None] = [None] * process.count
+        dist.all_gather_object(errors, self.error, group=self.services.consensus.group)
+        return next((error for error in errors if error is not None), None)
+
+    def _gather(self, share: Share) -> Share:
+        """Return the images of all processes on the main process. Collective."""
+        process = self.services.process
+        if process.count == 1:
+            return share
+        shares: list[Any] = [None] * process.count
+        target = shares if process.is_main else None
+        dist.gather_object(share, target, group=self.services.consensus.group)
+        images: Share = {}
+        if process.is_main:
+            for other_share in shares:
+                images |= other_share
+        return images
+
+    def _draw_share(self, weight_sets: dict[str, Weights]) -> Share | None:
+        """Draw this process's prompts; return the images by label and number of the prompt.
+
+        Returns None on all processes if the run has to stop, which all check equally often. They
+        wait for each other without a time limit: one may load slower, or draw a longer video.
+        Afterwards the adapters have their trained weights again."""
+        adapted, services = self.components.adapted, self.services
+        is_model_sharded = is_sharded(services.accelerator)
+        images: Share = {}
+        adapted.model.eval()
+        try:
+            for label, weights in weight_sets.items():
+                with adapted.using(weights):
+                    for number in self._prompt_numbers():
+                        services.barrier.wait()
+                        if services.requests.must_stop():
+                            return None
+                        if number is not None:
+                            self._try_to_draw(images, label, number)
+                        if self.error is not None and is_model_sharded:
+                            raise SamplingError(self.error)
+        finally:
+            adapted.model.train()
+            self._rest()
+        return images
+
+    def _prompt_numbers(self) -> list[int | None]:
+        """Return the number of the prompt that this process draws in each round, or None.
+
+        All processes have the same number of rounds."""
+        process = self.services.process
+        num_prompts = len(self.prompts)
+        numbers: list[int | None] = []
+        for first in range(0, num_prompts, process.count):
+            number = first + process.index
+            if number < num_prompts:
+                numbers.append(number)
+            elif is_sharded(self.services.accelerator):  # each pass needs all processes
+                numbers.append(num_prompts - 1)
+            else:
+                numbers.append(None)
+        return numbers
+
+    def _try_to_draw(self, images: Share, label: str, number: int) -> None:
+        """Add an image, unless there was an error; keep the error of drawing."""
+        if self.error is not None:
+            return
+        try:
+            self._wake()
+            with unchanged_random_state(self.device):
+                images[label, number] = self._draw(number)
+        except Exception as error:
+            self.error, self.pipeline = describe_error(error), None
+            if isinstance(error, torch.OutOfMemoryError):
+                self.error += (
+                    "\nSamples need the VAE on the GPU too. Use --model.vae_tiling, smaller samples, "
+                    "or --no_preview and --sample.every 0"
+                )
+
+    def _draw(self, number: int) -> np.ndarray:
+        prompt = self.prompts[number]
+        options = pipeline_options(self.components.family, self.pipeline, prompt)
+        options |= self._frame_options(prompt, number)
+        if self.samples.encoded is None:
+            return draw_sample(self.pipeline, prompt, options)
+        with replayed(self.pipeline, self.samples.encoded[number], self.device):
+            return draw_sample(self.pipeline, prompt, options)
+
+    def _frame_options(self, prompt: SamplePrompt, number: int) -> dict[str, Any]:
+        """Return the number of frames, and the first one, of models that make videos."""
+        family = self.components.family
+        if family.media != "video":
+            return {}
+        options: dict[str, Any] = {"num_frames": sample_frames(self.config, family)}
+        if family.has_image_input:
+            assert prompt.width is not None  # it is completed
+            assert prompt.height is not None
+            latents = self.dataset.latents(number % len(self.dataset))
+            size = (prompt.width, prompt.height)
+            options["image"] = first_frame(family, latents, self.pipeline, size)
+        return options
+
+    def _wake(self) -> None:
+        """Load the pipeline, with the scheduler that the options ask for, and move it to the device
+        that draws."""
+        if self.pipeline is None:
+            family, model = self.components.family, self.components.adapted.model
+            has_encoders = self.samples.encoded is None
+            pipeline = family.pipeline(model, with_text_encoders=has_encoders)
+            self.pipeline = override_scheduler(pipeline, self.config.objective)
+        self.pipeline.to(self.device)
+
+    def _rest(self) -> None:
+        """Move the modules besides the denoiser to the CPU."""
+        if self.pipeline is None or self.device.type == "cpu":
+            return
+        trained_modules = {*self.components.adapted.model.modules()}
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module) and not has_common(component, trained_modules):
+                component.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def build_renderer(components: RunComponents, services: RunServices) -> SampleRenderer | None:
+    """Return the renderer of a run; None if nothing is drawn."""
+    if components.samples is None:
+        return None
+    return SampleRenderer(components, services, components.samples)
+
+
+def has_common(module: nn.Module, modules: set[nn.Module]) -> bool:
+    """Return whether a module, or a module in it, is one of `modules`."""
+    return not modules.isdisjoint(module.modules())
+
+
+@contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Restore PyTorch's random numbers after a block: a scheduler may take some."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@torch.no_grad()
+def first_frame(
+    family: ModelFamily, latents: Tensor, pipeline: Any, size: tuple[int, int]
+) -> Image.Image:
+    """Decode the first frame of a clip, given its raw latents (C, F, h, w), and crop it to a size
+    (width, height)."""
+    pixels = family.decode_media(pipeline, latents[None, :, :1].to(pipeline._execution_device))[0]
+    return ImageOps.fit(to_image(pixels.cpu()), size)
