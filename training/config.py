@@ -216,8 +216,8 @@ class ExportConfig:
     """Also write the adapter every so many steps, to <name>-step<number>.safetensors. 0: only after the
     last step."""
     weights: Literal["last", "best"] = "last"
-    """Weights to export at the end: those after the last step, or those with the lowest validation loss (which
-    are then kept)."""
+    """Weights to export at the end: those after the last step, or those with the lowest validation
+    loss (which are then kept)."""
     formats: tuple[FormatName, ...] = ()
     """File formats, one or several. None given: the one that most programs load for this model.
     kohya: ComfyUI, A1111, Forge and, for LoRA, diffusers. comfyui: the names of ComfyUI's trainer.
