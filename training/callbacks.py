@@ -37,25 +37,28 @@ def step_callbacks(
         log_metrics,
         Validate(trainer, components),
         save_checkpoint,
-        *step_files(trainer, components, renderer),
+        *adapter_exports(trainer, components),
+        *samples(trainer, components, renderer),
         HandleRequests(trainer, save_checkpoint),
         EmitMetrics(trainer, components.previous_steps),
     ]
 
 
-def step_files(
+def adapter_exports(trainer: Trainer, components: RunComponents) -> list[StepCallback]:
+    """Return what exports the adapter while the run trains, if the options ask for it."""
+    if not trainer.config.export.every:
+        return []
+    return [ExportSteps(components, trainer.services, trainer.state)]
+
+
+def samples(
     trainer: Trainer, components: RunComponents, renderer: SampleRenderer | None
 ) -> list[StepCallback]:
-    """Return what writes adapters and samples while the run trains, if the options ask for it."""
-    config, state, services = trainer.config, trainer.state, trainer.services
-    callbacks: list[StepCallback] = []
-    if config.export.every:
-        export_steps = ExportSteps(components, services, state)
-        callbacks.append(export_steps)
-    if config.sample.every and renderer is not None:
-        draw_samples = DrawSamples(renderer, components.family, state, services)
-        callbacks.append(draw_samples)
-    return callbacks
+    """Return what draws samples while the run trains, if the options ask for it."""
+    if renderer is None or not trainer.config.sample.every:
+        return []
+    family = components.family
+    return [DrawSamples(renderer, family, trainer.state, trainer.services)]
 
 
 def compilation_reports(trainer: Trainer) -> list[StepCallback]:
