@@ -17,6 +17,10 @@ from common.errors import ModelError, error_list
 from lora_algos.targets import adaptable_layers, norm_layers
 from models.config import ModelConfig
 from models.detect import get_family
+from models.layer_loading import open_weights
+from models.layer_names.names import OriginalLayer
+from models.quantized_weight import plain_values
+from models.weight_file import WeightFile
 
 SUFFIXES = ("weight", "bias")
 """Tensors of a layer."""
@@ -40,7 +44,13 @@ class BaseModel:
         self.skeleton = self.family.empty_denoiser()
         denoiser_files = self.family.identity_files("denoiser")
         self.files = [file for file in denoiser_files if file.suffix == ".safetensors"]
-        self.store = open_files(self.files, str(config.path))
+        self.quantized_file: WeightFile | None = None
+        """A single file of quantized weights, which only some commands can read."""
+        if self.family.files.is_quantized:
+            self.quantized_file = open_weights(self.family.files.path)
+            self.store = TensorStore([])
+        else:
+            self.store = open_files(self.files, str(config.path))
         self.file_keys = self.family.stored_keys(self.skeleton)
         """Parameter name -> key in the file."""
         self.layers: dict[str, nn.Module] = {
@@ -69,15 +79,19 @@ class BaseModel:
     def _check_complete(self, path: str) -> None:
         """Raise ModelError naming all parameters that are missing or unusable."""
         errors = []
+        stored_shapes = {key: info.shape for key, info in self.store.infos.items()}
+        if self.quantized_file is not None:
+            stored_shapes = self.family.files.shapes
         for name, parameter in self.skeleton.named_parameters():
             key = self.file_keys[name]
-            info = self.store.infos.get(key)
+            stored_shape = stored_shapes.get(key)
             shape = tuple(parameter.shape)
-            if info is None:
+            info = self.store.infos.get(key)
+            if stored_shape is None:
                 errors.append(f"{key}: missing")
-            elif not self._has_shape(name, info.shape, shape):
-                errors.append(f"{key}: {info.shape} in the file, {shape} by its config")
-            elif not info.dtype.is_floating_point:
+            elif not self._has_shape(name, stored_shape, shape):
+                errors.append(f"{key}: {stored_shape} in the file, {shape} by its config")
+            elif info is not None and not info.dtype.is_floating_point:
                 errors.append(f"{key}: quantized weights ({info.dtype}) are not supported")
         if errors:
             raise ModelError(error_list(f"{path} is incomplete", errors))
@@ -117,7 +131,12 @@ class BaseModel:
 
         OUT: fp32, with the shape that it has in diffusers."""
         name = parameter_name(layer, suffix)
-        stored = self.store.get(self.file_keys[name])
+        key = self.file_keys[name]
+        if self.quantized_file is not None:
+            original = self.natives.get(layer, OriginalLayer(key))
+            value = self.quantized_file.read(key, original, torch.float32)
+            return plain_values(value).reshape(self.shape(layer, suffix))
+        stored = self.store.get(key)
         return self.extract_layer(stored, layer, suffix)
 
     def weight(self, layer: str) -> Tensor:

@@ -23,6 +23,11 @@ from tools.tables import BlockTable
 def run(options: MergeOptions) -> int:
     """Merge adapters into a model; return the exit code."""
     model = BaseModel(options.model_config(options.model))
+    if model.quantized_file is not None:
+        raise ModelError(
+            f"MODEL {options.model}: has quantized weights, into which nothing can be merged. Use "
+            "the model in bf16 or fp16"
+        )
     loras = read_loras(options, model)
     merger = Merger(model, loras)
     foreign_weights = write_model(merger, Path(options.out))

@@ -8,7 +8,7 @@ from training.checkpoints.storage import checkpoint_paths
 from training.compilation import ReportCompilation
 from training.components import RunComponents
 from training.export import ExportSteps
-from training.memory.metrics import memory_metrics
+from training.memory.phase_memory import VALIDATION
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import TrainingDiverged, finite_mean, is_finite
 from training.reporting.trackers import finish_trackers
@@ -120,7 +120,7 @@ class LogMetrics:
         learning_rate = scheduled_learning_rate(
             self.config, state.step - 1, state.micro_batches_per_step
         )
-        memory = memory_metrics(self.services.accelerator.device)
+        memory = self.services.memory.metrics()
         reporter.row |= {
             **memory,
             "train/loss": loss,
@@ -188,7 +188,7 @@ class Validate:
         if self.dataset is None or not self._is_due():
             return
         state, reporter = self.state, self.services.reporter
-        with self.services.ema.applied():
+        with self.services.memory.phase(VALIDATION), self.services.ema.applied():
             result = validate(
                 self.services.accelerator,
                 self.components.adapted.model,

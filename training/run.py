@@ -135,6 +135,8 @@ def train(
     from training.checkpoints.resume import RunCheckpoints
     from training.distributed.device import device_notes, host_threads
     from training.export import RunExport, check_export
+    from training.memory.phase_memory import TRAINING
+    from training.memory.phase_watch import PhaseWatch
     from training.memory.run_plan import fit_run
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.sampling.renderer import build_renderer
@@ -144,7 +146,7 @@ def train(
 
     for note in device_notes(accelerator.device, config.training_dtype):
         say(f"note: {note}")
-    config = fit_run(config, accelerator, say)
+    config, planned_bytes = fit_run(config, accelerator, say)
     components, loss_function = build_components(config, accelerator)
     check_export(components)
     initial_weights = components.adapted.state_dict() if config.preview else None
@@ -152,7 +154,8 @@ def train(
 
     # from here on, all processes answer signals together, between two steps
     with signals.deferred():
-        services = RunServices.build(config, accelerator, engine, signals, failures)
+        memory = PhaseWatch(accelerator.device, planned_bytes)
+        services = RunServices.build(config, accelerator, engine, signals, failures, memory)
         checkpoints = RunCheckpoints(components, engine, services)
         state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)
@@ -163,7 +166,8 @@ def train(
         micro_batches_per_step = state.micro_batches_per_step
         say(summary(components, loss_function, services.process, micro_batches_per_step))
         try:
-            trainer.train()
+            with memory.phase(TRAINING):
+                trainer.train()
         except BaseException:
             checkpoints.writer.finish(say)
             raise

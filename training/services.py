@@ -15,6 +15,7 @@ from training.distributed.consensus import Consensus
 from training.distributed.engine import Engine
 from training.distributed.failures import FailureWatch
 from training.distributed.rank_check import RankCheck
+from training.memory.phase_watch import PhaseWatch
 from training.optim.ema import EmaWeights
 from training.optim.registry import OPTIMIZERS
 from training.reporting.reporter import Reporter
@@ -34,6 +35,7 @@ class RunServices:
     consensus: Consensus
     barrier: StoreBarrier
     rank_check: RankCheck
+    memory: PhaseWatch
     requests: Requests
 
     @classmethod
@@ -44,6 +46,7 @@ class RunServices:
         engine: Engine,
         signals: SignalHandler,
         failures: FailureWatch,
+        memory: PhaseWatch,
     ) -> RunServices:
         """Build the components of a run. Collective."""
         folder = Path(config.output_dir)
@@ -59,6 +62,7 @@ class RunServices:
             consensus=consensus,
             barrier=StoreBarrier(accelerator, failures.heartbeat_keys, timeout.total_seconds()),
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
+            memory=memory,
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
         )
 

@@ -113,6 +113,7 @@ def memory_advice(advice: list[str]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        error.has_advice = True  # type: ignore[attr-defined]
         error.add_note(f"To use less memory in encoding, try {', or '.join(advice)}")
         raise
 

@@ -27,6 +27,7 @@ from models.families.transformer_family import TransformerFamily
 from models.gguf_formats import BLOCK_TYPES, BLOCKS
 from models.quantization import CODES, quantizable_layers
 from models.quantized_weight import QuantizedWeight, plain_values
+from tools.base_model import BaseModel
 
 STORED = BlockFormat("none", keeps_stored_format=True)
 CASES = [
@@ -168,6 +169,34 @@ def test_fp8_keeps_the_codes_of_an_fp8_file(write, tmp_path):
         weight: Any = loaded.get_submodule(name).weight.data
         assert weight.stored[CODES].dtype == torch.float8_e4m3fn
         assert weight.values().equal(layer.weight), "no value is rounded again"
+
+
+@pytest.mark.parametrize("kind", ["gguf", "fp8"])
+@EVERY_CASE
+def test_the_tools_read_the_values(case, kind, tmp_path):
+    path = tmp_path / ("model.gguf" if kind == "gguf" else "model.safetensors")
+    if kind == "gguf":
+        write_gguf(path, native_tensors(case), "Q8_0")
+    else:
+        write_scaled(path, native_tensors(case))
+    model = BaseModel(ModelConfig(path=str(path), config=str(folder_of(case)), **case.model))
+    whole = family_of_file(case, path).load_denoiser(torch.float32)
+    for layer in model.layers:
+        assert model.weight(layer).equal(whole.get_submodule(layer).weight.data)
+
+
+def test_nothing_is_merged_into_quantized_weights(tmp_path, capsys):
+    import train_lora
+
+    path, lora = tmp_path / "model.gguf", tmp_path / "lora.safetensors"
+    write_gguf(path, native_tensors(FLUX), "Q8_0")
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, lora)
+    out = tmp_path / "out.safetensors"
+    options = [str(path), str(out), "--lora", str(lora), "--config", str(folder_of(FLUX))]
+    assert train_lora.main(["merge", *options]) == 2
+    message = capsys.readouterr().err
+    assert f"MODEL {path}: has quantized weights, into which nothing can be merged" in message
+    assert not out.exists()
 
 
 def error_of(path: Path, case: Case = FLUX) -> str:

@@ -5,6 +5,7 @@ import torch
 
 from data.precompute import encode
 from training.distributed.engine import Engine
+from training.memory.phase_watch import PhaseWatch
 
 
 def full(*args, **kwargs):
@@ -59,6 +60,22 @@ def test_a_step_that_does_not_fit_says_what_takes_less(
     assert not [words for words in said if words not in line], line
     assert not [words for words in unsaid if words in line], line
     assert "encode_batch_size" not in line
+
+
+def test_the_phase_and_its_plan_are_named(options, run_here, monkeypatch, capsys):
+    monkeypatch.setattr(Engine, "backward", full)
+    assert run_here(options) == 1
+    assert "The GPU's memory ran out in the phase `train`" in capsys.readouterr().err
+    watch = PhaseWatch(torch.device("cpu"), {"validate": 3 * 2**30})
+    with (
+        pytest.raises(torch.OutOfMemoryError) as caught,
+        watch.phase("train"),
+        watch.phase("validate"),
+    ):
+        full()
+    assert caught.value.__notes__ == [
+        "The GPU's memory ran out in the phase `validate`; planned 3.0 GiB"
+    ]
 
 
 def test_a_sharded_run_is_not_told_to_shard(monkeypatch):

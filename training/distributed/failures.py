@@ -134,7 +134,7 @@ def describe_error(error: BaseException, config: TrainConfig | None = None) -> s
         phrase in str(error) for phrase in CONNECTION_ERRORS
     ):
         text += "\n\nAnother process, its node or the network has failed. Its log may contain the reason."
-    has_advice = hasattr(error, "__notes__")  # encoding adds its own
+    has_advice = getattr(error, "has_advice", False)  # encoding adds its own
     if isinstance(error, torch.OutOfMemoryError) and config is not None and not has_advice:
         text += f"\nTo use less memory, try {', or '.join(memory_advice(config))}"
     return text

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -51,19 +51,25 @@ Plan = dict[str, Any]
 """The JSON of the command `plan`."""
 
 
+class FittedRun(NamedTuple):
+    """A config that fits into the budget, and the plan of its phases."""
+
+    config: TrainConfig
+    planned: dict[str, int]
+    """Phase -> bytes on the GPU; empty if the run was not planned."""
+
+
 class UnplannableError(Exception):
     """A run whose memory cannot be planned."""
 
 
-def fit_run(
-    config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]
-) -> TrainConfig:
+def fit_run(config: TrainConfig, accelerator: Accelerator, say: Callable[[str], None]) -> FittedRun:
     """Return the config with options changed so that the run fits into `memory.budget`. Collective.
 
     Raises ConfigError if nothing fits."""
     budget = budget_of(config, accelerator)
     if budget is None:
-        return config
+        return FittedRun(config, {})
     say("memory      planning; --memory.budget none skips this")
     is_required = config.memory.chooses_options
     try:
@@ -72,10 +78,10 @@ def fit_run(
         if is_required:
             raise ConfigError(f"--memory.budget {config.memory.budget}: {error}") from error
         say(f"note: the memory of this run is not planned: {error}")
-        return config
+        return FittedRun(config, {})
     if not is_required:
         check_plan(config, plan, budget, say)
-        return config
+        return FittedRun(config, totals_of(plan["phases"]))
     if not plan["budget"]["fits"]:
         raise ConfigError(too_large(config, plan, budget))
     changes = {**plan["kept"], **plan["budget"]["options"]}
@@ -83,11 +89,17 @@ def fit_run(
         say(f"memory      options for {gib(budget)} GiB: {as_options(changes)}")
     else:
         say(f"memory      fits into {gib(budget)} GiB without changes")
-    host_bytes = max(phase.get(HOST, 0) for phase in plan["budget"]["phases"].values())
+    phases = plan["budget"]["phases"]
+    host_bytes = max(phase.get(HOST, 0) for phase in phases.values())
     say_host_memory(host_bytes, say)
     if accelerator.is_main_process:
         keep_changes(config, changes)
-    return changed_config(config, changes)
+    return FittedRun(changed_config(config, changes), totals_of(phases))
+
+
+def totals_of(phases: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Return the bytes on the GPU of each planned phase."""
+    return {name: values["total"] for name, values in phases.items()}
 
 
 def check_plan(config: TrainConfig, plan: Plan, budget: int, say: Callable[[str], None]) -> None:

@@ -16,6 +16,7 @@ from objectives.schedulers import override_scheduler
 from training.components import RunComponents
 from training.distributed.failures import describe_error
 from training.distributed.sharding import is_sharded
+from training.memory.phase_memory import SAMPLES
 from training.reporting.image_grid import to_image
 from training.sampling.draw import draw_sample, pipeline_options
 from training.sampling.encoded_prompts import replayed
@@ -167,8 +168,8 @@ class SampleRenderer:
         if self.error is not None:
             return
         try:
-            self._wake()
-            with unchanged_random_state(self.device):
+            with self.services.memory.phase(SAMPLES), unchanged_random_state(self.device):
+                self._wake()
                 images[label, number] = self._draw(number)
         except Exception as error:
             self.error, self.pipeline = describe_error(error), None

@@ -1,0 +1,76 @@
+"""PhaseWatch: the GPU memory that each phase of a run takes, beside the planned one."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from training.memory.config import GIB
+from training.memory.phase_memory import TRAINING, PhaseName
+
+PlannedBytes = Mapping[str, int]
+"""Phase -> planned bytes on the GPU. Empty if the run was not planned."""
+
+
+class PhaseWatch:
+    """Measures the peak of each phase, and adds the plan to out-of-memory errors."""
+
+    def __init__(self, device: torch.device, planned: PlannedBytes):
+        self.device, self.planned = device, planned
+        self.current: PhaseName = TRAINING
+        self.peaks: dict[str, int] = {}
+        """Phase -> most bytes of tensors on the GPU so far."""
+
+    @contextmanager
+    def phase(self, name: PhaseName) -> Iterator[None]:
+        """Measure a block as a phase. Phases may be inside of others."""
+        self._record_peak()
+        outer, self.current = self.current, name
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._explain(error)
+            raise
+        finally:
+            self._record_peak()
+            self.current = outer
+
+    def metrics(self) -> dict[str, float]:
+        """Return memory in GiB: of this process on the host, and of its tensors on a GPU, now and
+        at most so far, in the whole run and in each phase."""
+        process = psutil.Process()
+        num_bytes = {"memory/host": process.memory_info().rss}
+        if self.device.type == "cuda":
+            self._record_peak()
+            num_bytes["memory/gpu"] = torch.cuda.memory_allocated(self.device)
+            num_bytes["memory/gpu_peak"] = max(self.peaks.values())
+            for name, peak in self.peaks.items():
+                num_bytes[f"memory/gpu_peak_{name.replace(' ', '_')}"] = peak
+        return {name: size / GIB for name, size in num_bytes.items()}
+
+    def _record_peak(self) -> None:
+        """Note the peak since the last call for the current phase."""
+        if self.device.type != "cuda":
+            return
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.peaks[self.current] = max(peak, self.peaks.get(self.current, 0))
+
+    def _explain(self, error: torch.OutOfMemoryError) -> None:
+        """Add phase, planned and actual memory to an error, unless an inner phase did."""
+        if getattr(error, "is_explained", False):
+            return
+        error.is_explained = True  # type: ignore[attr-defined]
+        facts = [f"The GPU's memory ran out in the phase `{self.current}`"]
+        if self.current in self.planned:
+            facts.append(f"planned {self.planned[self.current] / GIB:.1f} GiB")
+        if self.device.type == "cuda":
+            free, size = torch.cuda.mem_get_info(self.device)
+            own = torch.cuda.memory_reserved(self.device)
+            others = size - free - own
+            facts.append(
+                f"this process has {own / GIB:.1f} of {size / GIB:.1f} GiB, and CUDA and other "
+                f"programs {others / GIB:.1f} GiB"
+            )
+        error.add_note("; ".join(facts))
