@@ -133,15 +133,28 @@ class BaseModel:
         name = parameter_name(layer, suffix)
         key = self.file_keys[name]
         if self.quantized_file is not None:
-            original = self.natives.get(layer, OriginalLayer(key))
-            value = self.quantized_file.read(key, original, torch.float32)
-            return plain_values(value).reshape(self.shape(layer, suffix))
+            value = plain_values(self._quantized(key, layer))
+            return value.reshape(self.shape(layer, suffix))
         stored = self.store.get(key)
         return self.extract_layer(stored, layer, suffix)
 
     def weight(self, layer: str) -> Tensor:
         """Return a layer's weight in fp32."""
         return self.parameter(layer)
+
+    def stored_weight(self, layer: str) -> Tensor:
+        """Return the stored tensor that a layer's weight is read from, perhaps quantized.
+
+        A quantized one has the rows of the layer alone."""
+        key = self.file_keys[parameter_name(layer, "weight")]
+        if self.quantized_file is None:
+            return self.store.get(key)
+        return self._quantized(key, layer)
+
+    def _quantized(self, key: str, layer: str) -> Tensor:
+        assert self.quantized_file is not None
+        original = self.natives.get(layer, OriginalLayer(key))
+        return self.quantized_file.read(key, original, torch.float32)
 
     def extract_layer(self, stored: Tensor, layer: str, suffix: str) -> Tensor:
         """Return a layer's weight or bias from the stored tensor that contains it.

@@ -15,6 +15,7 @@ from lora_algos.detection import algorithm_name, rank_of
 from tools.adapter_file import AdapterFile, LayerData, delta_of, needs_base
 from tools.base_model import BaseModel
 from tools.options import InspectOptions
+from tools.survival import survey
 from tools.tables import NO_VALUE, BlockTable, list_facts, one_line
 from tools.unknown_model import UnknownModel
 
@@ -50,8 +51,9 @@ MAX_VALUE_LENGTH = 100
 def run(options: InspectOptions) -> int:
     """Print the content; return the exit code: 1 if something is damaged or does not fit."""
     model: BaseModel | UnknownModel = UnknownModel()
-    if options.model:
-        model = BaseModel(options.model_config(options.model))
+    path = options.model or options.against
+    if path is not None:
+        model = BaseModel(options.model_config(path))
     adapter = AdapterFile(Path(options.file), model)
     num_keys = len(adapter.store.infos)
     print(
@@ -64,9 +66,12 @@ def run(options: InspectOptions) -> int:
     table, layer_errors = survey_layers(adapter)
     if table.total.num_layers:
         print(table)
-    if options.model:
+    if path is not None:
         num_fitting = sum(len(keys) for keys in adapter.layers.values())
-        print(f"{num_fitting} of {num_keys} keys belong to layers of {options.model}")
+        print(f"{num_fitting} of {num_keys} keys belong to layers of {path}")
+    if options.against is not None and not layer_errors:
+        print(f"merged into {options.against}:")
+        print(survey(adapter, BaseModel(options.model_config(options.against))))
     errors = adapter.key_errors + layer_errors
     for error in errors:
         print(f"  {error}")

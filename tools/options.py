@@ -107,9 +107,16 @@ class InspectOptions(Options):
     """A .safetensors file, or a folder of PEFT."""
     model: str | None = None
     """Base model: a diffusers folder, a Hub id or a single file."""
+    against: str | None = None
+    """Base model as another program loads it, for example in fp8: print how much of the adapter stays
+    if that program merges it into the weights."""
 
     def errors(self) -> list[str]:
-        return [*adapter_errors("FILE", self.file), *self.model_errors("--model", self.model)]
+        return [
+            *adapter_errors("FILE", self.file),
+            *self.model_errors("--model", self.model),
+            *self.model_errors("--against", self.against),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
