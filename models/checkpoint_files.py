@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Beginnings of the names of a denoiser's tensors in a single file."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
-GGUF_SUFFIX = ".gguf"
+SAFETENSORS_SUFFIX, GGUF_SUFFIX = ".safetensors", ".gguf"
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """Ends of the names of the scales of quantized weights."""
 COMPANION_SUFFIXES = (
@@ -151,9 +151,19 @@ def is_quantized_file(file: Path) -> bool:
 
     Raises OSError or SafetensorError."""
     if file.suffix == GGUF_SUFFIX:
-        return True
+        from models.gguf_file import has_quantized_tensors  # imports torch, and the package gguf
+
+        return has_quantized_tensors(file)
+    return has_scales(file)
+
+
+def has_scales(file: Path, prefixes: tuple[str, ...] = ("",)) -> bool:
+    """Return whether a .safetensors file has scales of weights whose names begin with a prefix.
+
+    Raises OSError or SafetensorError."""
     with safe_open(file, framework="pt") as tensors:
-        return any(key.endswith(SCALE_SUFFIXES) for key in tensors.keys())  # noqa: SIM118
+        scale_keys = [key for key in tensors.keys() if key.endswith(SCALE_SUFFIXES)]  # noqa: SIM118
+    return any(key.startswith(prefixes) for key in scale_keys)
 
 
 def num_parameters(files: list[Path], prefixes: tuple[str, ...] = ("",)) -> int:

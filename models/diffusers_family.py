@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from models.base import Limits, ModelFamily, Role, TensorLayout, TokenCounts
 from models.block_format import PLAIN, BlockFormat
-from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
+from models.checkpoint_files import GGUF_SUFFIX, VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
 from models.component_loaders import (
     ComponentLoaders,
@@ -166,7 +166,8 @@ class DiffusersFamily(ModelFamily):
     def check(self) -> None:
         super().check()
         _ = self.files.text_encoder_files  # first, so that its errors are reported first
-        if self.files.is_quantized and not self.reads_quantized_files:
+        is_plain = not self.files.is_quantized and self.files.path.suffix != GGUF_SUFFIX
+        if not is_plain and not self.reads_quantized_files:
             raise ModelError(quantized_file_message(self.config.path, self.name))
         try:
             config = read_config(self.files.source, f"{self.denoiser_component}/config.json")

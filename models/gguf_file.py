@@ -79,10 +79,14 @@ def tensor_shape(reader: Any, tensor: "ReaderTensor") -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
+def has_quantized_tensors(path: Path) -> bool:
+    """Return whether a GGUF file has weights that are quantized. Raises ModelError."""
+    reader = open_gguf(path)
+    return any(tensor.tensor_type.name in GGUF_FORMATS for tensor in reader.tensors)
+
+
 class GgufFile(WeightFile):
     """An open GGUF file, which is mapped into memory."""
-
-    is_quantized = True
 
     def __init__(self, path: Path):
         self.reader = open_gguf(path)
@@ -90,6 +94,7 @@ class GgufFile(WeightFile):
         for tensor in self.reader.tensors:
             name = tensor_name(self.reader, tensor)
             self.tensors[name] = tensor
+        self.is_quantized = any(self.format(key) is not None for key in self.tensors)
 
     def close(self) -> None:
         self.tensors = {}

@@ -18,12 +18,14 @@ from torch import nn
 from common.errors import ModelError
 from models.block_format import BlockFormat
 from models.checkpoint_files import (
+    SAFETENSORS_SUFFIX,
     Shapes,
     component_files,
     component_folder,
     config_files,
     config_path,
     denoiser_prefix,
+    has_scales,
     is_quantized_file,
     local_path,
     num_parameters,
@@ -120,9 +122,24 @@ class ModelFiles:
             return set()
         contained = set()
         for component, prefixes in self.components.file_prefixes.items():
+            if component in self.text_encoder_files:
+                continue
             if any(name.startswith(prefixes) for name in self.shapes):
                 contained.add(component)
-        return contained - self.text_encoder_files.keys()
+        if self.is_quantized and self.path.suffix == SAFETENSORS_SUFFIX:
+            self._check_contained(contained)
+        return contained
+
+    def _check_contained(self, contained: set[str]) -> None:
+        """Raise ModelError if diffusers would read codes of these components without their scales."""
+        for component in contained:
+            prefixes = self.components.file_prefixes[component]
+            if has_scales(self.path, prefixes):
+                raise ModelError(
+                    f"--model.path {self.config.path}: contains {component} with scaled weights, "
+                    "which are read from files of text encoders alone. Also set "
+                    "--model.text_encoders to the encoder's own file, or --model.vae"
+                )
 
     @cached_property
     def text_encoder_files(self) -> dict[str, Path]:

@@ -47,9 +47,10 @@ class SafetensorsFile(WeightFile):
 
     def stored(self, key: str, rows: slice) -> StoredTensors:
         stored = self.file.get_slice(key)
-        values = stored[rows]
+        is_number = not stored.get_shape()
+        values = self.file.get_tensor(key) if is_number else stored[rows]
         if self.format(key) is None:
-            return {PLAIN_VALUES: values}
+            return {PLAIN_VALUES: self._scaled(values, key, rows)}
         scales = self._row_scales(key)
         return {
             CODES: values,
@@ -65,16 +66,31 @@ class SafetensorsFile(WeightFile):
             SCALES: scales,
         }
 
+    def _scaled(self, values: Tensor, key: str, rows: slice) -> Tensor:
+        """Return values times their scale, if they are codes of another shape than a matrix."""
+        if self._scale_key(key) is None:
+            return values
+        scales = self._row_scales(key)[rows]
+        shape = [len(values), *[1] * (values.ndim - 1)]
+        return values.float() * scales.reshape(shape)
+
+    def _scale_key(self, key: str) -> str | None:
+        """Return the key of the scales of a weight; None if it has none."""
+        layer = key.removesuffix(".weight")
+        for suffix in SCALE_SUFFIXES:
+            scale_key = layer + suffix
+            if scale_key in self.keys and key.endswith(".weight"):
+                return scale_key
+        return None
+
     def _row_scales(self, key: str) -> Tensor:
         """Return (out, 1) in fp32. Codes without a scale are values."""
         stored = self.file.get_slice(key)
         num_rows = stored.get_shape()[0]
-        layer = key.removesuffix(".weight")
+        scale_key = self._scale_key(key)
         scales = torch.ones(1)
-        for suffix in SCALE_SUFFIXES:
-            scale_key = layer + suffix
-            if scale_key in self.keys:
-                scales = self.file.get_tensor(scale_key)
+        if scale_key is not None:
+            scales = self.file.get_tensor(scale_key)
         num_scales = scales.numel()
         if num_scales not in (1, num_rows):
             raise ModelError(

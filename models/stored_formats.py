@@ -9,11 +9,14 @@ from typing import Any
 from safetensors import safe_open
 
 from common.errors import ModelError
+from models.checkpoint_files import COMPANION_SUFFIXES
 
 READ_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 """ComfyUI's names of formats that are read."""
 ROTATION = "convrot"
 """Option of a format whose weights are rotated, which is not read."""
+DTYPES_OF_CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
+"""dtypes of codes, as safetensors names them."""
 MARKER = ".comfy_quant"
 HEADER_FIELD = "_quantization_metadata"
 BITSANDBYTES = ".quant_state.bitsandbytes__"
@@ -49,12 +52,24 @@ def format_names(file: Any) -> Iterator[str]:
     keys = list(file.keys())
     if any(BITSANDBYTES in key for key in keys):
         yield "a format of bitsandbytes"
+    yield from unknown_scales(file, set(keys))
     for options in comfy_formats(file, keys):
         name = str(options.get("format"))
         if options.get(ROTATION):
             yield f"{name} with {ROTATION}"
         elif name not in READ_FORMATS:
             yield name
+
+
+def unknown_scales(file: Any, keys: set[str]) -> Iterator[str]:
+    """Yield the names of scales that are not known, of weights that are codes."""
+    for key in keys:
+        layer, _, name = key.rpartition(".")
+        weight_key = f"{layer}.weight"
+        if "scale" not in name or key.endswith(COMPANION_SUFFIXES) or weight_key not in keys:
+            continue
+        if file.get_slice(weight_key).get_dtype() in DTYPES_OF_CODES:
+            yield f"codes with {name}"
 
 
 def comfy_formats(file: Any, keys: Collection[str]) -> Iterator[dict[str, Any]]:

@@ -38,7 +38,7 @@ def step_callbacks(
         Validate(trainer, components),
         save_checkpoint,
         *adapter_exports(trainer, components),
-        *samples(trainer, components, renderer),
+        *samples(trainer, components, renderer, save_checkpoint),
         HandleRequests(trainer, save_checkpoint),
         EmitMetrics(trainer, components.previous_steps),
     ]
@@ -52,13 +52,16 @@ def adapter_exports(trainer: Trainer, components: RunComponents) -> list[StepCal
 
 
 def samples(
-    trainer: Trainer, components: RunComponents, renderer: SampleRenderer | None
+    trainer: Trainer,
+    components: RunComponents,
+    renderer: SampleRenderer | None,
+    save_checkpoint: "SaveCheckpoint",
 ) -> list[StepCallback]:
     """Return what draws samples while the run trains, if the options ask for it."""
     if renderer is None or not trainer.config.sample.every:
         return []
-    family = components.family
-    return [DrawSamples(renderer, family, trainer.state, trainer.services)]
+    state, services = trainer.state, trainer.services
+    return [DrawSamples(renderer, components, state, services, save_checkpoint.save)]
 
 
 def compilation_reports(trainer: Trainer) -> list[StepCallback]:

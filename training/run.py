@@ -213,6 +213,8 @@ def build_components(
     samples = None
     if config.preview or config.sample.every:
         samples = prepare_samples(config, family, datasets, accelerator.device)
+        for note in samples.notes:
+            say(note)
     contiguous = needs_contiguous_weights(accelerator)
     denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
     names = layer_spellings(family, denoiser)

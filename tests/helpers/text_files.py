@@ -40,7 +40,7 @@ def comfy_tensors(encoder: nn.Module) -> dict[str, Tensor]:
         }
     if kind == "Qwen3Model":
         state = {f"model.{name}": tensor for name, tensor in state.items()}
-    more = {"logit_scale": torch.ones(1), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    more = {"logit_scale": torch.tensor(4.6), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
     return {**{name: tensor.contiguous() for name, tensor in state.items()}, **more}
 
 

@@ -232,6 +232,57 @@ def test_files_of_bitsandbytes_are_named(tmp_path):
     assert "has weights in a format of bitsandbytes" in error_of(path)
 
 
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale_2", "scales"])
+def test_scales_of_unknown_kinds_are_named(name, tmp_path):
+    """Codes without the scales that they need would be other weights."""
+    path = tmp_path / "model.safetensors"
+    layer = "double_blocks.0.img_mlp.0"
+    tensors = native_tensors(FLUX)
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors | {f"{layer}.{name}": torch.ones(1)}, path)
+    assert f"has weights in codes with {name}" in error_of(path)
+
+
+def test_codes_of_convolutions_are_scaled(tmp_path):
+    case = next(case for case in CASES if case.family == "sd3")
+    path = tmp_path / "model.safetensors"
+    tensors = native_tensors(case)
+    key = "x_embedder.proj.weight"
+    weight = tensors[key]
+    tensors[key] = (weight / weight.abs().max() * 448).to(torch.float8_e4m3fn)
+    tensors["x_embedder.proj.scale_weight"] = weight.abs().max() / 448
+    save_file(tensors, path)
+    loaded = family_of_file(case, path).load_denoiser(torch.float32).pos_embed.proj.weight
+    assert torch.allclose(loaded, weight, rtol=0.07, atol=1e-3)
+
+
+def test_an_encoder_with_scales_in_a_checkpoint_is_refused(tmp_path):
+    """diffusers' converter would read its codes without them."""
+    path = tmp_path / "model.safetensors"
+    prefix = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    encoder = {f"{prefix}.weight": codes, f"{prefix}.scale_weight": torch.ones(1)}
+    save_file(native_tensors(FLUX, "model.diffusion_model.") | encoder, path)
+    family = family_of_file(FLUX, path)
+    with pytest.raises(ModelError, match=r"contains text_encoder_2 with scaled weights"):
+        family.load_encoders("text")
+
+
+def test_a_gguf_file_without_codes_is_a_plain_one(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "flux")
+    for name, tensor in native_tensors(FLUX).items():
+        writer.add_tensor(name, tensor.to(torch.float16).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    family = family_of_file(FLUX, path)
+    assert family.block_storage is None
+    loaded = family.load_denoiser(torch.float32, STORED)
+    assert not any(isinstance(weight.data, QuantizedWeight) for weight in loaded.parameters())
+
+
 def test_types_that_are_not_read_are_named(tmp_path):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "flux")

@@ -1,19 +1,25 @@
 """Samples while a run trains: what is drawn, when, and what it costs: no bit of the training."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.family_cases import SIDE, cases, folder_of
+from helpers.project import BASE
 from helpers.runs import assert_same_result
 from PIL import Image
 from safetensors.torch import load_file
 
+from models.config import ModelConfig
+from models.detect import get_family
 from training import cli
+from training.config import SampleConfig
 from training.sampling import prepare, renderer
-from training.sampling.prompts import SamplePrompt, parse_prompt
+from training.sampling.encoded_prompts import encode_prompts
+from training.sampling.prompts import SamplePrompt, configured_prompts, parse_prompt
 
 VIDEO = next(case for case in cases() if str(case) == "wan")
 SAMPLED = ["--sample.every=2", "--sample.num_inference_steps=2"]
@@ -135,6 +141,98 @@ def test_a_failure_is_said_once_and_ends_nothing(
     assert_same_result(plain, failed)
 
 
+def test_a_step_is_saved_before_its_samples_are_drawn(options, run_here, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(renderer, "draw_sample", kill)
+    with pytest.raises(Killed):
+        run_here([*options, "--sample.every=3", "--checkpoint.every=100"])
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step_*")] == [
+        "step_00000003"
+    ]
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_sharded_model_ends_a_run_only_in_the_middle_of_an_image(
+    moment, options, run_here, tmp_path, monkeypatch, capsys
+):
+    def fail(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(renderer, "is_sharded", lambda accelerator: True)
+    target = (prepare, "encode_prompts") if moment == "before" else (renderer, "draw_sample")
+    monkeypatch.setattr(*target, fail)
+    prompts = ["--sample.prompts", f"a sharded cat {moment}"]
+    code = run_here([*options, *SAMPLED, *prompts])
+    assert code == (0 if moment == "before" else 1)
+    said = capsys.readouterr()
+    assert "samples could not be drawn" in said.out + said.err
+    if moment == "during":
+        assert "The checkpoint of the last saved step is complete" in said.err
+        assert any((tmp_path / "out" / "checkpoints").glob("step_*2"))
+
+
+def test_a_failed_encoding_frees_the_text_encoders(monkeypatch):
+    family = get_family(ModelConfig(path=str(BASE)))
+    pipeline = family.load_encoders("text")
+    encoder = weakref.ref(pipeline.text_encoder)
+    monkeypatch.setattr(type(family), "load_encoders", lambda *_: pipeline)
+    prompt = SamplePrompt("a cat", guidance_scale=1.0, width=7, height=7)  # no multiples of 8
+    with pytest.raises(ValueError, match="divisible by 8"):
+        encode_prompts(family, ModelConfig(), [prompt], torch.device("cpu"))
+    del pipeline
+    monkeypatch.undo()
+    assert encoder() is None
+
+
+def test_the_model_that_encoded_a_prompt_is_part_of_its_key(tmp_path, monkeypatch):
+    family = get_family(ModelConfig(path=str(BASE)))
+    prompt = SamplePrompt("a cat")
+    before = prepare.prompt_key(family, "hash", prompt)
+    assert prepare.prompt_key(family, "hash", prompt) == before
+    family.files.pipeline_config["force_zeros_for_empty_prompt"] = True
+    changed = prepare.prompt_key(family, "hash", prompt)
+    assert changed != before
+    assert prepare.prompt_key(family, "other", prompt) != changed
+
+
+def test_trackers_get_samples_at_the_step_of_the_metrics(options, run_here, tmp_path, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(
+        "training.sampling.callback.log_images", lambda _, images, step: tracked.append(step)
+    )
+    assert run_here([*options, "--steps=3", f"--output_dir={tmp_path / 'first'}"]) == 0
+    lora = f"--existing_lora={tmp_path / 'first' / 'lora.safetensors'}"
+    more = [*options, *SAMPLED, lora, "--steps=2"]
+    assert run_here(more) == 0
+    assert tracked == [5]
+
+
+def test_an_export_that_an_earlier_process_missed_is_made_up_for(options, run_here, tmp_path):
+    options = [*options, "--export.every=2", "--checkpoint.every=2"]
+    assert run_here([*options, "--steps=4"]) == 0
+    path = tmp_path / "out" / "lora-step00000004.safetensors"
+    expected = load_file(path)
+    path.unlink()
+    assert run_here([*options, "--steps=6"]) == 0
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(path).items())
+
+
+def test_a_model_without_negative_prompts_says_so(options, run_here, tmp_path, capsys):
+    case = next(case for case in cases() if str(case) == "flux1-dev")
+    replaced = ("--model.path", "--data.resolution", "--adapter.targets")
+    kept = [option for option in options if not option.startswith(replaced)]
+    model = [f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}"]
+    assert run_here([*kept, *model, *SAMPLED, "--steps=2", "--sample.prompts", "owl --n red"]) == 0
+    assert "this model uses no negative prompts" in capsys.readouterr().out
+    image = Image.open(tmp_path / "out" / "samples" / "lora_step00000002_00.png")
+    assert "Negative" not in image.text["parameters"]
+
+
 def test_encoded_prompts_are_kept(options, run_here, tmp_path, monkeypatch):
     """A second run loads no text encoders."""
     options = [*options, *SAMPLED, "--steps=2", "--sample.prompts", "a cat of this test"]
@@ -172,6 +270,27 @@ def test_an_exported_step_is_the_adapter_of_a_run_that_ends_there(options, run_h
     assert all(torch.equal(exported[key], expected[key]) for key in expected)
     assert (tmp_path / "long" / "lora-step00000002.safetensors").is_file()
     assert not (tmp_path / "long" / "lora-step00000003.safetensors").exists()
+
+
+def test_a_prompt_file_of_another_editor(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat --w 64\r\n  # comment\r\nan\u2028owl\r\n".encode())
+    first, second = configured_prompts(SampleConfig(prompt_file=str(path)))
+    assert first == SamplePrompt("a cat", width=64)
+    assert second == SamplePrompt("an\u2028owl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat --n --w 512", "--n : expected a text"),
+        ("a cat --w=512 --h 512", "--w=: write a space instead of ="),
+        ("a cat --w 64 --w 32", "--w is there twice"),
+    ],
+)
+def test_options_that_would_be_misread_are_errors(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_prompt(line)
 
 
 def test_a_prompt_with_options():

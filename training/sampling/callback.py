@@ -1,10 +1,10 @@
 """The callback that draws samples while a run trains."""
 
 import time
+from collections.abc import Callable
 
-from common.atomic import WriteError
 from common.errors import counted
-from models.base import ModelFamily
+from training.components import RunComponents
 from training.config import TrainConfig
 from training.reporting.trackers import log_images
 from training.sampling.files import padded_stills, sheet_path, write_samples
@@ -16,16 +16,18 @@ from training.train_state import TrainState
 class DrawSamples:
     """Draws samples periodically with the weights that would be exported.
 
-    WHEN: after the step is saved, so that a process that ends while it draws has lost nothing."""
+    The step is saved before, so that a process that ends while it draws has lost nothing."""
 
     def __init__(
         self,
         renderer: SampleRenderer,
-        family: ModelFamily,
+        components: RunComponents,
         state: TrainState,
         services: RunServices,
+        save_step: Callable[[], None],
     ):
-        self.renderer, self.family = renderer, family
+        """`save_step`: saves a checkpoint of this step, if there is none."""
+        self.renderer, self.components, self.save_step = renderer, components, save_step
         self.state, self.services = state, services
         self.config: TrainConfig = renderer.config
 
@@ -41,6 +43,7 @@ class DrawSamples:
 
     def after_step(self) -> None:
         if self._is_due():
+            self.save_step()
             self._draw()
 
     def _is_due(self) -> bool:
@@ -62,13 +65,20 @@ class DrawSamples:
 
     def _write(self, samples: Samples, seconds: float) -> None:
         services, step = self.services, self.state.step
-        name, fps = self.config.export.name, self.family.limits.fps
+        name, fps = self.config.export.name, self.components.family.limits.fps
         try:
             path = write_samples(samples, services.folder, name, step, fps)
-        except (OSError, WriteError) as error:  # a full disk must not end the training
-            services.reporter.say(f"samples of step {step} could not be written: {error}")
+            self._track(samples)
+        except Exception as error:  # a full disk or a tracker must not end the training
+            reason = f"{type(error).__name__}: {error}"
+            services.reporter.say(f"samples of step {step} could not be written: {reason}")
             return
-        (images,) = samples.images.values()
-        log_images(services.accelerator, {"samples": padded_stills(images)}, step)
         count = counted(len(samples.prompts), "sample")
         services.reporter.say(f"step {step}: {count} in {seconds:.1f} s, {path}")
+
+    def _track(self, samples: Samples) -> None:
+        """Send the samples to the trackers, at the step of the metrics."""
+        total_steps = self.components.previous_steps + self.state.step
+        (images,) = samples.images.values()
+        stills = padded_stills(images)
+        log_images(self.services.accelerator, {"samples": stills}, total_steps)

@@ -1,5 +1,6 @@
 """Drawing of one sample by diffusers' own pipeline."""
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,14 +27,18 @@ def pipeline_options(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -
         "num_inference_steps": prompt.num_inference_steps,
         **family.preview_options(prompt.guidance_scale),
     }
-    if prompt.negative is not None and takes_negative_prompt(pipeline):
+    if prompt.negative is not None and uses_negative_prompt(type(pipeline), options):
         options["negative_prompt"] = prompt.negative
     return options
 
 
-def takes_negative_prompt(pipeline: Any) -> bool:
-    """Return whether a pipeline takes a negative prompt."""
-    return "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters
+def uses_negative_prompt(pipeline_class: Any, options: dict[str, Any]) -> bool:
+    """Return whether a call of a pipeline uses a negative prompt.
+
+    Guidance-distilled models do not, unless they are given a second scale."""
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    needs_scale = "true_cfg_scale" in parameters and "true_cfg_scale" not in options
+    return "negative_prompt" in parameters and not needs_scale
 
 
 def draw_sample(pipeline: Any, prompt: SamplePrompt, options: dict[str, Any]) -> np.ndarray:
@@ -80,3 +85,10 @@ def uses_bf16_modules(pipeline: Any) -> AbstractContextManager:
 def has_bf16_weights(module: nn.Module) -> bool:
     """Return whether a module has weights in bf16."""
     return any(parameter.dtype is torch.bfloat16 for parameter in module.parameters())
+
+
+def free_memory(device: torch.device) -> None:
+    """Free modules that refer to themselves in a circle, and give unused memory back to the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ A pipeline of diffusers is called, and what its `encode_prompt` returns is recor
 draws, these results are replayed. So the arguments and the order of the calls stay those of diffusers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from models.base import ModelFamily
 from models.config import ModelConfig
 from models.encoder_placement import place_text_encoders, release_text_encoders
-from training.sampling.draw import pipeline_options, uses_bf16_modules
+from training.sampling.draw import free_memory, pipeline_options, uses_bf16_modules
 from training.sampling.prompts import SamplePrompt
 
 EncodedPrompt = list[Any]
@@ -41,18 +41,20 @@ def encode_prompts(
 ) -> list[EncodedPrompt]:
     """Load the text encoders, encode the prompts, and free the text encoders."""
     pipeline = family.load_encoders("text")
-    place_text_encoders(pipeline, config.text_encoder_placement, device)
     encoding_device = device
     if config.text_encoder_placement == "cpu":
         encoding_device = torch.device("cpu")
-    # pipelines read the denoiser's configuration
-    object.__setattr__(pipeline, family.denoiser_component, family.empty_denoiser())
-    object.__setattr__(pipeline, "scheduler", EndOfEncoding())
-    pipeline.prepare_latents = end_encoding
-    with on_device(pipeline, encoding_device):
-        encoded = [encode_prompt(family, pipeline, prompt) for prompt in prompts]
-    release_text_encoders(pipeline)
-    return encoded
+    try:
+        place_text_encoders(pipeline, config.text_encoder_placement, device)
+        # pipelines read the denoiser's configuration
+        object.__setattr__(pipeline, family.denoiser_component, family.empty_denoiser())
+        object.__setattr__(pipeline, "scheduler", EndOfEncoding())
+        pipeline.prepare_latents = end_encoding
+        with on_device(pipeline, encoding_device):
+            return [encode_prompt(family, pipeline, prompt) for prompt in prompts]
+    finally:
+        release_text_encoders(pipeline)
+        free_memory(device)
 
 
 def encode_prompt(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> EncodedPrompt:
@@ -65,14 +67,11 @@ def encode_prompt(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> E
         results.append(tree_map_only(Tensor, Tensor.cpu, result))
         return result
 
-    pipeline.encode_prompt = record
-    try:
-        with uses_bf16_modules(pipeline):
+    with replaced_encoding(pipeline, record), uses_bf16_modules(pipeline):
+        try:
             pipeline(**pipeline_options(family, pipeline, prompt))
-    except EncodingDone:
-        return results
-    finally:
-        pipeline.encode_prompt = original
+        except EncodingDone:
+            return results
     raise RuntimeError("the pipeline drew before it prepared latents")
 
 
@@ -96,15 +95,27 @@ def on_device(pipeline: Any, device: torch.device) -> Iterator[None]:
 @contextmanager
 def replayed(pipeline: Any, encoded: EncodedPrompt, device: torch.device) -> Iterator[None]:
     """Let encode_prompt of a pipeline return recorded results in a block."""
-    original = pipeline.encode_prompt
     remaining = list(encoded)
 
     def replay(*_: Any, **__: Any) -> Any:
         result = remaining.pop(0)
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), result)
 
-    pipeline.encode_prompt = replay
+    with replaced_encoding(pipeline, replay):
+        yield
+
+
+@contextmanager
+def replaced_encoding(pipeline: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace encode_prompt of a pipeline in a block.
+
+    Afterwards the pipeline has no more attributes than before: its own method would be a circle."""
+    attributes = vars(pipeline)
+    own_function = attributes.get("encode_prompt")
+    pipeline.encode_prompt = function
     try:
         yield
     finally:
-        pipeline.encode_prompt = original
+        del pipeline.encode_prompt
+        if own_function is not None:
+            pipeline.encode_prompt = own_function

@@ -98,19 +98,22 @@ def webp_bytes(images: Sequence[Image.Image], fps: float) -> bytes:
 
 
 def mp4_bytes(images: Sequence[Image.Image], fps: float) -> bytes | None:
-    """Return images as an MP4; None without the package av."""
+    """Return images as an MP4; None without the package av, or if it cannot encode H.264."""
     try:
         import av
     except ImportError:
         return None
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=round(fps))
-        stream.width, stream.height = images[0].size
-        stream.pix_fmt = "yuv420p"
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=round(fps))
+            stream.width, stream.height = images[0].size
+            stream.pix_fmt = "yuv420p"
+            for image in images:
+                container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            container.mux(stream.encode())
+    except (av.FFmpegError, ValueError):
+        return None
     return buffer.getvalue()
 
 

@@ -3,7 +3,7 @@
 import io
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from common.hashing import hash_of, hash_of_files
 from data.dataset import LatentDataset
 from data.precompute.build import Datasets
 from models.base import ModelFamily
+from models.checkpoint_files import read_config
 from training.config import TrainConfig
 from training.distributed.failures import describe_error
+from training.sampling.draw import uses_negative_prompt
 from training.sampling.encoded_prompts import EncodedPrompt, encode_prompts
 from training.sampling.prompts import SamplePrompt, configured_prompts, size_errors
 
@@ -35,6 +37,7 @@ class PreparedSamples:
     """The encoded prompts. None: the pipeline encodes them, because the text encoders are trained."""
     error: str | None = None
     """The error that encoding ended with. Then nothing is drawn."""
+    notes: tuple[str, ...] = ()
 
 
 def check_prompts(config: TrainConfig, family: ModelFamily) -> None:
@@ -51,13 +54,28 @@ def prepare_samples(
     """Return the prompts, encoded. An error does not end the run: nothing is drawn then."""
     dataset = datasets.validation or datasets.train
     prompts = run_prompts(config, family, dataset)
-    if config.model.train_text_encoder:
-        return PreparedSamples(prompts, None)
-    try:
-        encoded = stored_or_encoded(config, family, prompts, device)
-    except Exception as error:  # drawing is worth less than the training
-        return PreparedSamples(prompts, [], describe_error(error, config))
-    return PreparedSamples(prompts, encoded)
+    notes = []
+    if has_unused_negatives(family, prompts):
+        notes.append("note: this model uses no negative prompts: --n has no effect on samples")
+        prompts = [replace(prompt, negative=None) for prompt in prompts]
+    encoded: list[EncodedPrompt] | None = None
+    error_text = None
+    if not config.model.train_text_encoder:
+        try:
+            encoded = stored_or_encoded(config, family, prompts, device)
+        except Exception as error:  # drawing is worth less than the training
+            encoded, error_text = [], describe_error(error, config)
+    return PreparedSamples(prompts, encoded, error_text, tuple(notes))
+
+
+def has_unused_negatives(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> bool:
+    """Return whether prompts have negative prompts, and the model does not use them."""
+    import diffusers
+
+    if all(prompt.negative is None for prompt in prompts):
+        return False
+    pipeline_class = getattr(diffusers, family.pipelines[0])
+    return not uses_negative_prompt(pipeline_class, family.preview_options(1.0))
 
 
 def run_prompts(
@@ -125,9 +143,20 @@ def stored_or_encoded(
 def prompt_key(family: ModelFamily, model_hash: str, prompt: SamplePrompt) -> str:
     """Return a hash of what the encoded prompt depends on."""
     import diffusers
+    import transformers
 
-    pipeline = f"{family.pipelines[0]} of diffusers {diffusers.__version__}"
-    facts = [family.name, pipeline, model_hash, family.text_cache_tag]
+    source = family.files.source
+    denoiser_config = read_config(source, f"{family.denoiser_component}/config.json")
+    facts = [
+        family.name,
+        family.pipelines[0],
+        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}",
+        model_hash,
+        family.text_cache_tag,
+        # they decide whether there is a negative prompt, and what an empty one is
+        repr(sorted(family.files.pipeline_config.items(), key=str)),
+        repr(sorted(denoiser_config.items(), key=str)),
+    ]
     return hash_of(*facts, repr(prompt))
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from training.config import SampleConfig
 
-OPTION_PATTERN = re.compile(r"\s--(\w+)(?:\s+|$)")
+OPTION_PATTERN = re.compile(r"\s--(\w+)(?=\s|$)")
+EQUALS_PATTERN = re.compile(r"\s--(\w+)=")
 MAX_SHOWN_LETTERS = 60
 
 
@@ -80,6 +81,8 @@ def parse_prompt(line: str) -> SamplePrompt:
     text, *letters_and_values = OPTION_PATTERN.split(f" {line}")
     values: dict[str, str | float] = {}
     errors = []
+    for letter in EQUALS_PATTERN.findall(f" {line}"):
+        errors.append(f"--{letter}=: write a space instead of =")
     letters, texts = letters_and_values[::2], letters_and_values[1::2]
     for letter, value in zip(letters, texts, strict=True):
         option = OPTIONS.get(letter)
@@ -87,6 +90,8 @@ def parse_prompt(line: str) -> SamplePrompt:
             known_options = ", ".join(f"--{known_letter}" for known_letter in OPTIONS)
             errors.append(f"--{letter} is no option of a prompt; expected {known_options}")
             continue
+        if option.field in values:
+            errors.append(f"--{letter} is there twice")
         try:
             values[option.field] = option_value(option, value.strip())
         except ValueError as error:
@@ -99,6 +104,8 @@ def parse_prompt(line: str) -> SamplePrompt:
 def option_value(option: PromptOption, text: str) -> str | float:
     """Convert the text of an option. Raises ValueError."""
     if option.type is str:
+        if not text:
+            raise ValueError("expected a text")
         return text
     expected = f"expected a number from {option.smallest} to {option.largest}"
     try:
@@ -135,15 +142,16 @@ def prompt_lines(config: SampleConfig) -> list[tuple[str, str]]:
         return lines
     flag = f"--sample.prompt_file {config.prompt_file}"
     try:
-        content = Path(config.prompt_file).read_text(encoding="utf-8")
+        content = Path(config.prompt_file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{flag}: is not a UTF-8 text file. Save it as UTF-8") from error
     except OSError as error:
         raise ValueError(f"{flag}: could not be read: {error.strerror}") from error
-    for number, line in enumerate(content.splitlines(), 1):
-        is_prompt = line.strip() and not line.startswith("#")
+    for number, line in enumerate(content.split("\n"), 1):
+        text = line.strip()
+        is_prompt = text and not text.startswith("#")
         if is_prompt:
-            lines.append((f"{flag}, line {number}", line))
+            lines.append((f"{flag}, line {number}", text))
     if not lines:
         raise ValueError(f"{flag}: has no prompts. Write one per line")
     return lines

@@ -18,7 +18,7 @@ from training.distributed.failures import describe_error
 from training.distributed.sharding import is_sharded
 from training.memory.phase_memory import SAMPLES
 from training.reporting.image_grid import to_image
-from training.sampling.draw import draw_sample, pipeline_options
+from training.sampling.draw import draw_sample, free_memory, pipeline_options
 from training.sampling.encoded_prompts import replayed
 from training.sampling.prepare import PreparedSamples, sample_frames
 from training.sampling.prompts import SamplePrompt
@@ -72,13 +72,12 @@ class SampleRenderer:
         Returns None if drawing failed, which is printed once, or if the run has to stop. With a
         sharded model, raises SamplingError: the other processes then wait in the middle of an
         image."""
-        share = self._draw_share(weight_sets)
-        self.was_stopped = share is None
-        if share is None:
-            return None
-        self.error = self._shared_error()
-        if self.error is not None:
-            self._report_error()
+        self.was_stopped = False
+        share: Share | None = {}
+        if not self._has_failed():
+            share = self._draw_share(weight_sets)
+            self.was_stopped = share is None
+        if share is None or self._has_failed():
             return None
         images = self._gather(share)
         if not self.services.process.is_main:
@@ -88,23 +87,22 @@ class SampleRenderer:
             rows[label] = [images[label, number] for number in range(len(self.prompts))]
         return Samples(self.prompts, rows)
 
-    def _report_error(self) -> None:
-        """Print the error once."""
+    def _has_failed(self) -> bool:
+        """Return whether a process could not draw; print its error once. Collective."""
+        process = self.services.process
+        if process.count > 1:
+            self.services.barrier.wait()
+            errors: list[str | None] = [None] * process.count
+            dist.all_gather_object(errors, self.error, group=self.services.consensus.group)
+            self.error = next((error for error in errors if error is not None), None)
+        if self.error is None:
+            return False
         if not self.is_error_reported:
             self.services.reporter.say(
                 f"samples could not be drawn, and are left out:\n{self.error}"
             )
         self.is_error_reported = True
-
-    def _shared_error(self) -> str | None:
-        """Return the first error of all processes. Collective."""
-        process = self.services.process
-        if process.count == 1:
-            return self.error
-        self.services.barrier.wait()
-        errors: list[str | None] = [None] * process.count
-        dist.all_gather_object(errors, self.error, group=self.services.consensus.group)
-        return next((error for error in errors if error is not None), None)
+        return True
 
     def _gather(self, share: Share) -> Share:
         """Return the images of all processes on the main process. Collective."""
@@ -144,23 +142,24 @@ class SampleRenderer:
         finally:
             adapted.model.train()
             self._rest()
+            if self.error is not None:
+                self.pipeline = None
+                free_memory(self.device)
         return images
 
     def _prompt_numbers(self) -> list[int | None]:
         """Return the number of the prompt that this process draws in each round, or None.
 
-        All processes have the same number of rounds."""
+        All processes have the same number of rounds. Those that share a model draw the same
+        prompt: prompts may need different numbers of passes."""
         process = self.services.process
         num_prompts = len(self.prompts)
+        if is_sharded(self.services.accelerator):  # each pass needs all processes
+            return list(range(num_prompts))
         numbers: list[int | None] = []
         for first in range(0, num_prompts, process.count):
             number = first + process.index
-            if number < num_prompts:
-                numbers.append(number)
-            elif is_sharded(self.services.accelerator):  # each pass needs all processes
-                numbers.append(num_prompts - 1)
-            else:
-                numbers.append(None)
+            numbers.append(number if number < num_prompts else None)
         return numbers
 
     def _try_to_draw(self, images: Share, label: str, number: int) -> None:
@@ -172,7 +171,7 @@ class SampleRenderer:
                 self._wake()
                 images[label, number] = self._draw(number)
         except Exception as error:
-            self.error, self.pipeline = describe_error(error), None
+            self.error = describe_error(error)
             if isinstance(error, torch.OutOfMemoryError):
                 self.error += (
                     "\nSamples need the VAE on the GPU too. Use --model.vae_tiling, smaller samples, "
@@ -220,8 +219,7 @@ class SampleRenderer:
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module) and not has_common(component, trained_modules):
                 component.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
 
 def build_renderer(components: RunComponents, services: RunServices) -> SampleRenderer | None:
