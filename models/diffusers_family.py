@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from common.errors import ModelError
 from models.base import Limits, ModelFamily, Role, TensorLayout, TokenCounts
 from models.block_format import PLAIN, BlockFormat
-from models.checkpoint_files import GGUF_SUFFIX, VAE_PREFIXES, hub_id_of_shapes, read_config
+from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
 from models.component_loaders import (
     ComponentLoaders,
@@ -28,7 +27,6 @@ from models.latents import LatentScale
 from models.model_files import LOADING_ERRORS, FamilyComponents, ModelFiles
 from models.quiet import hide_progress_bars
 from models.released import CONFIG_NAMES
-from models.stored_formats import quantized_file_message
 from models.text_encoder_files import check_tokenizer
 from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
@@ -166,9 +164,7 @@ class DiffusersFamily(ModelFamily):
     def check(self) -> None:
         super().check()
         _ = self.files.text_encoder_files  # first, so that its errors are reported first
-        is_plain = not self.files.is_quantized and self.files.path.suffix != GGUF_SUFFIX
-        if not is_plain and not self.reads_quantized_files:
-            raise ModelError(quantized_file_message(self.config.path, self.name))
+        self.files.check_single_file(self.pipelines, self.reads_quantized_files)
         try:
             config = read_config(self.files.source, f"{self.denoiser_component}/config.json")
         except LOADING_ERRORS:

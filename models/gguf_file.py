@@ -21,6 +21,7 @@ PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 PARSING_ERRORS = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 """Errors that the package raises for files that are broken."""
 ARCHITECTURE_FIELD = "general.architecture"
+MAGIC = b"GGUF"
 SHAPE_FIELD = "comfy.gguf.orig_shape."
 """Beginning of the fields with the shapes of weights that ComfyUI-GGUF's converter reshaped."""
 
@@ -36,7 +37,20 @@ def open_gguf(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except PARSING_ERRORS as error:
-        raise ModelError(f"{path}: is not a readable GGUF file: {error}") from error
+        raise ModelError(f"{path}: {reading_error(path)}") from error
+
+
+def reading_error(path: Path) -> str:
+    """Return why the package could not read a file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+            num_bytes = file.seek(0, 2)
+    except OSError as error:
+        return f"could not be read: {error.strerror}"
+    if start != MAGIC:
+        return "is not a GGUF file, although its name ends in .gguf"
+    return f"is incomplete or damaged ({num_bytes:,} bytes). Download it again"
 
 
 def gguf_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from torch import nn
 from common.errors import ModelError
 from models.block_format import BlockFormat
 from models.checkpoint_files import (
+    GGUF_SUFFIX,
     SAFETENSORS_SUFFIX,
     Shapes,
     component_files,
@@ -35,6 +36,7 @@ from models.checkpoint_files import (
     without_denoiser_prefix,
 )
 from models.config import WEIGHT_SUFFIXES, ModelConfig
+from models.stored_formats import quantized_file_message
 from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -109,6 +111,26 @@ class ModelFiles:
         """The model_index.json of the source."""
         with self.loading_errors():
             return read_config(self.source, "model_index.json")
+
+    def check_single_file(self, pipelines: tuple[str, ...], reads_quantized: bool) -> None:
+        """Raise ModelError if a single file has quantized weights that its family does not read, or
+        if --model.config describes another kind of model.
+
+        `pipelines`: of the family."""
+        if not self.is_single_file:
+            return
+        is_plain = not self.is_quantized and self.path.suffix != GGUF_SUFFIX
+        if not is_plain and not reads_quantized:
+            raise ModelError(quantized_file_message(self.config.path, self.components.family))
+        if self.config.config is None:
+            return
+        pipeline = str(self.pipeline_config.get("_class_name"))
+        if pipeline not in pipelines:
+            raise ModelError(
+                f"--model.config {self.config.config}: is the configuration of a {pipeline}, but "
+                f"{self.config.path} is {self.components.family}. Use the configuration of the same "
+                "model"
+            )
 
     @cached_property
     def missing_components(self) -> set[str]:

@@ -42,8 +42,8 @@ def check_formats(path: Path) -> None:
 def quantized_file_message(path: str | None, family: str) -> str:
     """Return the error for a family whose quantized files are not read."""
     return (
-        f"--model.path {path}: has quantized weights, which cannot be read for {family}. Use a "
-        "file in fp16 or bf16; --model.quantization int8 quantizes it"
+        f"--model.path {path}: is a GGUF or quantized file, which cannot be read for {family}. Use "
+        "a .safetensors file in fp16 or bf16; --model.quantization int8 quantizes it"
     )
 
 

@@ -1,7 +1,7 @@
-"""How much of an adapter stays if another program merges it into the weights of a file.
+"""The part of an adapter that stays if another program merges it into the weights of a file.
 
 Such a program adds the update to each weight, and rounds the sum to the file's format. Updates that
-are small beside the steps of the format are lost in part.
+are smaller than the steps of the format are lost in part.
 """
 
 import math
@@ -15,7 +15,7 @@ from models.quantization import CODES, SCALES
 from models.quantized_weight import QuantizedWeight
 from tools.adapter_file import AdapterFile, delta_of
 from tools.base_model import BaseModel
-from tools.tables import align_columns, block_of
+from tools.tables import NO_VALUE, align_columns, block_of
 
 GGUF_DTYPE = torch.bfloat16
 """dtype of weights with updates in programs that read GGUF files: they merge into the values."""
@@ -33,19 +33,30 @@ class Survival:
 
     def add(self, update: Tensor, remainder: Tensor) -> None:
         """Add a layer. `remainder`: what merging changes in the weight."""
-        noise = remainder - update
         self.num_layers += 1
-        self.kept += float((update * remainder).sum())
-        self.squared_update += float(update.square().sum())
-        self.squared_noise += float(noise.square().sum())
+        self.kept += inner_product(update, remainder)
+        self.squared_update += inner_product(update, update)
+        noise = remainder - update
+        self.squared_noise += inner_product(noise, noise)
 
     def cells(self, name: str) -> list[str]:
         """Return the texts of one line."""
-        if not self.squared_update:
-            return [name, str(self.num_layers), "-", "-"]
-        share = self.kept / self.squared_update
-        noise = math.sqrt(self.squared_noise / self.squared_update)
-        return [name, str(self.num_layers), f"{share:.1%}", f"{noise:.1%}"]
+        share = noise = NO_VALUE
+        if self.squared_update:
+            ratio = self.squared_noise / self.squared_update
+            share = f"{self.kept / self.squared_update:.1%}"
+            noise = f"{math.sqrt(ratio):.1%}"
+        return [
+            name,
+            str(self.num_layers),
+            share,
+            noise,
+        ]
+
+
+def inner_product(first: Tensor, second: Tensor) -> float:
+    """Return the sum of all products."""
+    return float((first * second).sum())
 
 
 @dataclass
@@ -63,14 +74,20 @@ class SurvivalTable:
             sums.add(update, remainder)
 
     def __str__(self) -> str:
-        lines = [["block", "layers", "stays", "rounding"]]
-        for name, row in [*self.rows.items(), ("all", self.total)]:
-            lines.append(row.cells(name))
-        return "\n".join(align_columns(lines, num_left=2))
+        rows = dict(self.rows)
+        rows["all"] = self.total
+        table = [["block", "layers", "stays", "rounding"]]
+        for name, row in rows.items():
+            cells = row.cells(name)
+            table.append(cells)
+        lines = align_columns(table, num_left=2)
+        return "\n".join(lines)
 
 
 def survey(adapter: AdapterFile, model: BaseModel) -> SurvivalTable:
-    """Return what stays of each layer's update. Raises AdapterError or ModelError."""
+    """Return what stays of each layer's update.
+
+    Raises AdapterError for damaged layers, and ModelError for layers that the model lacks."""
     table = SurvivalTable()
     for layer in adapter.layers:
         if layer not in model.layers:
@@ -93,15 +110,21 @@ def rounded(values: Tensor, stored: Tensor) -> Tensor:
         return to_dtype(values, stored.dtype)
     if CODES not in stored.stored:
         return to_dtype(values, GGUF_DTYPE)
-    codes = stored.stored[CODES]
+    dtype = stored.stored[CODES].dtype
     scales = stored.stored[SCALES].float()
     scaled = values / scales
-    if not codes.is_floating_point():
+    if not dtype.is_floating_point:
         scaled = scaled.round()
-    return to_dtype(scaled, codes.dtype) * scales
+    codes = to_dtype(scaled, dtype)
+    return codes * scales
 
 
 def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values, rounded to a dtype and limited to its range."""
-    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    return values.clamp(limits.min, limits.max).to(dtype).float()
+    largest: float
+    if dtype.is_floating_point:
+        largest = torch.finfo(dtype).max
+    else:
+        largest = torch.iinfo(dtype).max
+    limited = values.clamp(-largest, largest)
+    return limited.to(dtype).float()

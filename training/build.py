@@ -63,13 +63,29 @@ def load_family(config: TrainConfig) -> ModelFamily:
 
 def check_quantized_file(config: TrainConfig) -> None:
     """Raise ConfigError if an option does not work with a model whose file has quantized weights."""
-    errors = []
+    subject = f"--model.path {config.model.path}: has quantized weights, with which"
     if config.compile == "blocks":
-        errors.append("--compile blocks. Use --compile none")
-    errors += [f"{engine}. Use ddp.yaml, or a model in bf16" for engine in sharding_engines()]
-    if errors:
-        subject = f"--model.path {config.model.path}: has quantized weights, which do not work with"
-        raise ConfigError(error_list(subject, errors))
+        raise ConfigError(f"{subject} --compile blocks does not work. Use --compile none")
+    for engine in sharding_engines():
+        raise ConfigError(f"{subject} {engine} does not work. Use ddp.yaml, or a model in bf16")
+
+
+def format_notes(config: TrainConfig, family: ModelFamily) -> list[str]:
+    """Return notes on formats of weights that are not what a user expects."""
+    notes = []
+    quantization = config.model.quantization
+    if quantization != "none" and family.files.is_quantized:
+        notes.append(
+            "note: the weights in the model's file are quantized already. --model.quantization "
+            f"{quantization} rounds them a second time"
+        )
+    encoder_quantization = config.model.text_encoder_quantization
+    if encoder_quantization != "none" and not family.files.quantized_encoders:
+        notes.append(
+            f"note: --model.text_encoder_quantization {encoder_quantization} has no effect: no text "
+            "encoder of this model has over a billion parameters"
+        )
+    return notes
 
 
 def load_denoiser(

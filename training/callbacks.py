@@ -7,7 +7,6 @@ from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
 from training.compilation import ReportCompilation
 from training.components import RunComponents
-from training.export import ExportSteps
 from training.memory.phase_memory import VALIDATION
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import TrainingDiverged, finite_mean, is_finite
@@ -15,6 +14,7 @@ from training.reporting.trackers import finish_trackers
 from training.run_folder import CHECKPOINTS
 from training.sampling.callback import DrawSamples
 from training.sampling.renderer import SampleRenderer
+from training.step_export import ExportSteps
 from training.stopping.signals import RunStopped, StopRequest, requeue_job
 from training.trainer import StepCallback, Trainer
 from training.validation import validate

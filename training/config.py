@@ -140,13 +140,14 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     """Prompts. None given: the first four captions of the validation images, or of the training
     images. Options of one image follow its prompt: --n negative prompt, --w width, --h height, --d
-    seed, --l guidance scale, --s denoising steps."""
+    seed, --l guidance scale, --s denoising steps: "a cat --w 768 --s 20"."""
     prompt_file: str | None = None
     """A UTF-8 text file with further prompts, one per line."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
-    """Classifier-free guidance scale."""
+    """Classifier-free guidance scale. For guidance-distilled models such as FLUX.1 dev: the guidance
+    input."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
     """Seed of the noise; prompt number n uses seed + n."""
 

@@ -213,52 +213,6 @@ class RunExport:
         return sorted(candidates)
 
 
-class ExportSteps:
-    """Writes the adapter periodically, in files that have the step in their names."""
-
-    def __init__(self, components: RunComponents, services: RunServices, state: TrainState):
-        self.config, self.components = components.config, components
-        self.services, self.state = services, state
-
-    def before_first_step(self) -> None:
-        """Export what an earlier process, which ended, did not."""
-        pattern = f"{self.config.export.name}{self._suffix}.*"
-        is_missing = not any(self.services.folder.glob(pattern))
-        is_wanted = is_missing and self.state.step > 0
-        if self.services.consensus.max_now(int(is_wanted)):
-            self.after_step()
-
-    @property
-    def _suffix(self) -> str:
-        return f"-step{self.state.step:08d}"
-
-    def after_step(self) -> None:
-        step = self.state.step
-        if step % self.config.export.every:
-            return
-        weights = self.services.ema.evaluation_state()
-        if self.services.process.is_main:
-            with self.components.adapted.using(weights):
-                self._try_to_write(step)
-        self.services.barrier.wait()
-
-    def _try_to_write(self, step: int) -> None:
-        """Write the files. A full disk does not end the training."""
-        try:
-            self._write(step)
-        except WriteError as error:
-            self.services.reporter.say(f"the adapter of step {step} is not exported: {error}")
-
-    @exact_products()
-    def _write(self, step: int) -> None:
-        components = self.components
-        if is_sharded(self.services.accelerator):
-            components = on_one_process(components)
-        job = ExportJob({}, step, f"after step {step}", self._suffix)
-        for path in write_adapter(components, export_facts(components, self.state, job)):
-            self.services.reporter.say(f"wrote {path}")
-
-
 def export_facts(components: RunComponents, state: TrainState, job: ExportJob) -> ExportFacts:
     """Return what a file's metadata says about the weights of a job."""
     config = components.config

@@ -135,8 +135,6 @@ def train(
     from training.checkpoints.resume import RunCheckpoints
     from training.distributed.device import device_notes, host_threads
     from training.export import RunExport, check_export
-    from training.memory.phase_memory import TRAINING
-    from training.memory.phase_watch import PhaseWatch
     from training.memory.run_plan import fit_run
     from training.reporting.trackers import finish_trackers, start_tracker
     from training.sampling.renderer import build_renderer
@@ -154,8 +152,8 @@ def train(
 
     # from here on, all processes answer signals together, between two steps
     with signals.deferred():
-        memory = PhaseWatch(accelerator.device, planned_bytes)
-        services = RunServices.build(config, accelerator, engine, signals, failures, memory)
+        services = RunServices.build(config, accelerator, engine, signals, failures)
+        services.memory.planned.update(planned_bytes)
         checkpoints = RunCheckpoints(components, engine, services)
         state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)
@@ -166,8 +164,7 @@ def train(
         micro_batches_per_step = state.micro_batches_per_step
         say(summary(components, loss_function, services.process, micro_batches_per_step))
         try:
-            with memory.phase(TRAINING):
-                trainer.train()
+            trainer.train()
         except BaseException:
             checkpoints.writer.finish(say)
             raise
@@ -205,6 +202,8 @@ def build_components(
     from training.sampling.prepare import check_prompts, prepare_samples
 
     family = build.load_family(config)
+    for note in build.format_notes(config, family):
+        say(note)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode
     check_prompts(config, family)

@@ -46,7 +46,6 @@ class RunServices:
         engine: Engine,
         signals: SignalHandler,
         failures: FailureWatch,
-        memory: PhaseWatch,
     ) -> RunServices:
         """Build the components of a run. Collective."""
         folder = Path(config.output_dir)
@@ -62,7 +61,7 @@ class RunServices:
             consensus=consensus,
             barrier=StoreBarrier(accelerator, failures.heartbeat_keys, timeout.total_seconds()),
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
-            memory=memory,
+            memory=PhaseWatch(accelerator.device),
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
         )
 

@@ -10,6 +10,7 @@ from common.errors import counted
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
 from models.blocks import inner_blocks
+from models.quantized_weight import QuantizedWeight
 from training.block_classes import outermost
 from training.block_offload import offloaded_blocks
 from training.components import RunComponents
@@ -174,7 +175,7 @@ def model_lines(
         num_validation = len(datasets.validation)
     dtype = str(loss_function.dtype).removeprefix("torch.")
     if components.family.block_storage is not None:
-        dtype += f", those of blocks stored in {components.family.block_storage}"
+        dtype += f", those of blocks stored in {', '.join(block_formats(components))}"
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",
@@ -190,10 +191,21 @@ def sample_lines(components: RunComponents) -> list[str]:
     if samples is None or not config.sample.every:
         return []
     passes = sum(prompt.num_inference_steps or 0 for prompt in samples.prompts)
-    count = counted(len(samples.prompts), "prompt")
+    prompts = counted(len(samples.prompts), "prompt")
+    times = -(-config.steps // config.sample.every) + config.sample.at_start
     return [
-        f"samples     {count} every {config.sample.every} steps, {passes} denoising steps each time"
+        f"samples     {prompts} every {config.sample.every} steps, {counted(passes, 'denoising step')} "
+        f"each time, {counted(times, 'time')} in this run"
     ]
+
+
+def block_formats(components: RunComponents) -> list[str]:
+    """Return the formats of quantized weights, by name."""
+    names = set()
+    for parameter in components.adapted.model.parameters():
+        if isinstance(parameter.data, QuantizedWeight):
+            names.add(parameter.data.format.name)
+    return sorted(names)
 
 
 def end_lines(components: RunComponents) -> list[str]:

@@ -9,6 +9,7 @@ from training.checkpoints.best import stops_early
 from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.loss import LossFunction
+from training.memory.phase_memory import TRAINING
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import LossBuffer
 from training.services import RunServices
@@ -46,7 +47,14 @@ class Trainer:
         """Called in this order; `step_callbacks` in training/callbacks.py makes the list."""
 
     def train(self) -> None:
-        """Take all remaining steps. Raises RunStopped after a request to stop."""
+        """Take all remaining steps.
+
+        Raises RunStopped after a request to stop."""
+        memory = self.services.memory
+        with memory.phase(TRAINING):
+            self._train()
+
+    def _train(self) -> None:
         state, reporter = self.state, self.services.reporter
         for callback in self.callbacks:
             callback.before_first_step()

@@ -94,6 +94,15 @@ def test_an_image_that_cannot_be_drawn_costs_the_preview_alone(engine, small, tm
     assert not (tmp_path / "out" / "preview.png").exists()
 
 
+def test_prompts_of_a_sharded_model_may_need_different_numbers_of_passes(small, tmp_path):
+    """All processes draw the same prompt: each pass gathers the weights from all of them."""
+    prompts = ["--sample.prompts", "a cat --s 1", "an owl --s 3", "--sample.every=2", "--steps=2"]
+    runs = runs_file(tmp_path, [*small, *prompts])
+    result = launched("fsdp2", 2, runs)
+    assert result.returncode == 0, result.stderr
+    assert len([*(tmp_path / "out" / "samples").glob("*-step00000002_0*.png")]) == 2
+
+
 def test_a_step_takes_one_collective_of_the_gradients_and_one_number(small, tmp_path):
     result = with_fault("counts_collectives", tmp_path, small)
     assert result.returncode == 0, result.stderr

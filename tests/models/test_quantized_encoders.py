@@ -118,7 +118,14 @@ def quantized_family(case: Case, quantization: str) -> ModelFamily:
     return get_family(config)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp8"])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        "nf4",
+        pytest.param("int8", marks=pytest.mark.long),
+        pytest.param("fp8", marks=pytest.mark.long),
+    ],
+)
 @EVERY_CASE
 def test_large_encoders_are_quantized_while_they_are_loaded(name, quantization, monkeypatch):
     monkeypatch.setattr("models.model_files.MIN_LARGE", 1000)

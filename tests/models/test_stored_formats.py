@@ -38,6 +38,11 @@ CASES = [
 """Each denoiser once."""
 FLUX = next(case for case in cases() if str(case) == "flux1-dev")
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+MOST_LONG = pytest.mark.parametrize(
+    "case",
+    [FLUX, *[pytest.param(case, marks=pytest.mark.long) for case in CASES if case is not FLUX]],
+    ids=str,
+)
 FACTORS = {
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),
@@ -101,7 +106,7 @@ def test_every_transformer_is_read_from_gguf(case, tmp_path):
     check_weights(case, path, write_gguf(path, native_tensors(case), "Q8_0"), tmp_path)
 
 
-@EVERY_CASE
+@MOST_LONG
 def test_every_transformer_is_read_from_scaled_fp8(case, tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = native_tensors(case, "model.diffusion_model.")
@@ -172,7 +177,7 @@ def test_fp8_keeps_the_codes_of_an_fp8_file(write, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "fp8"])
-@EVERY_CASE
+@MOST_LONG
 def test_the_tools_read_the_values(case, kind, tmp_path):
     path = tmp_path / ("model.gguf" if kind == "gguf" else "model.safetensors")
     if kind == "gguf":
@@ -316,7 +321,20 @@ def test_a_broken_gguf_file_is_refused(cut, tmp_path):
     whole, path = tmp_path / "whole.gguf", tmp_path / "model.gguf"
     write_gguf(whole, native_tensors(FLUX), "Q8_0")
     path.write_bytes(whole.read_bytes()[:cut])
-    assert f"--model.path {path}: is not a readable GGUF file" in error_of(path)
+    reason = "is not a GGUF file" if cut in (0, 3) else "is incomplete or damaged"
+    message = error_of(path)
+    assert f"--model.path {path}: {reason}" in message
+
+
+def test_the_configuration_of_another_family_is_an_error(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, native_tensors(FLUX), "Q8_0")
+    other = next(case for case in CASES if case.family == "z_image")
+    with pytest.raises(ModelError) as caught:
+        get_family(ModelConfig(path=str(path), config=str(folder_of(other))))
+    message = str(caught.value)
+    assert f"--model.config {folder_of(other)}: is the configuration of a ZImagePipeline" in message
+    assert f"{path} is flux1" in message
 
 
 @pytest.mark.parametrize("key", ["out.2.scale_weight", "out.2.weight_scale"])
@@ -325,5 +343,7 @@ def test_unets_are_refused(key, tmp_path):
     save_single_file(BASE, path, torch.float32)
     tensors = load_file(path)
     save_file(tensors | {f"model.diffusion_model.{key}": torch.ones(1)}, path)
-    with pytest.raises(ModelError, match="has quantized weights, which cannot be read for sd15"):
+    with pytest.raises(
+        ModelError, match="is a GGUF or quantized file, which cannot be read for sd15"
+    ):
         get_family(ModelConfig(path=str(path), config=str(BASE)))

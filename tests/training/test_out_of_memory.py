@@ -66,7 +66,8 @@ def test_the_phase_and_its_plan_are_named(options, run_here, monkeypatch, capsys
     monkeypatch.setattr(Engine, "backward", full)
     assert run_here(options) == 1
     assert "The GPU's memory ran out in the phase `train`" in capsys.readouterr().err
-    watch = PhaseWatch(torch.device("cpu"), {"validate": 3 * 2**30})
+    watch = PhaseWatch(torch.device("cpu"))
+    watch.planned["validate"] = 3 * 2**30
     with (
         pytest.raises(torch.OutOfMemoryError) as caught,
         watch.phase("train"),

@@ -36,7 +36,7 @@ def test_text_encoders_that_stay_on_the_cpu_draw_the_same(options, run_here, tmp
     assert preview_hash(run_here, options, tmp_path, "cpu") == expected
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 4.0])
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_family_draws_what_its_whole_pipeline_draws(case: Case, guidance_scale):
     family = family_of(case)

@@ -19,6 +19,7 @@ from training import cli
 from training.config import SampleConfig
 from training.sampling import prepare, renderer
 from training.sampling.encoded_prompts import encode_prompts
+from training.sampling.overview import shown_steps, thumbnail
 from training.sampling.prompts import SamplePrompt, configured_prompts, parse_prompt
 
 VIDEO = next(case for case in cases() if str(case) == "wan")
@@ -41,7 +42,7 @@ def test_samples_change_no_bit_of_the_training(options, run_here, tmp_path):
     more = [*SAMPLED, "--sample.at_start", "--export.every=3"]
     assert run_here([*options, *more, f"--output_dir={sampled}"]) == 0
     assert_same_result(plain, sampled)
-    steps = {name.split("_")[1] for name in names_in(sampled)}
+    steps = {name.split("_")[0].removeprefix("lora-") for name in names_in(sampled)} - {"steps.png"}
     assert steps == {f"step{step:08d}" for step in (0, 2, 4, 6)}
 
 
@@ -50,14 +51,15 @@ def test_the_files_of_a_step(options, run_here, tmp_path, capsys):
     more = ["--sample.prompts", *prompts, "--steps=2", "--export.name=fox"]
     assert run_here([*options, *SAMPLED, *more]) == 0
     out = tmp_path / "out"
-    first, second, sheet = names_in(out)
-    assert first == "fox_step00000002_00.png"
-    assert second == "fox_step00000002_01.png"
+    first, second, sheet, overview = names_in(out)
+    assert overview == "fox-steps.png"
+    assert first == "fox-step00000002_00.png"
+    assert second == "fox-step00000002_01.png"
     image = Image.open(out / "samples" / first)
     assert image.size == (64, 128)
     lines = image.text["parameters"].splitlines()
     assert lines[:2] == ["a cat", "Negative prompt: dog"]
-    assert lines[2] == "Steps: 3, CFG scale: 2.5, Seed: 7, Size: 64x128, Lora: fox, step 2"
+    assert lines[2] == "Steps: 3, CFG scale: 2.5, Seed: 7, Size: 64x128, Lora: fox-step00000002"
     assert str(tmp_path) not in image.text["parameters"]
     assert Image.open(out / "samples" / second).size == (64, 64)
     assert Image.open(out / "samples" / sheet).height > 128
@@ -69,7 +71,7 @@ def test_samples_are_of_the_weights_that_would_be_exported(options, run_here, tm
     more = ["--preview", "--sample.prompts", "a cat", "--learning_rate=1e-2", "--ema.decay=0.5"]
     assert run_here([*options, *SAMPLED, "--sample.at_start", *more]) == 0
     folder = tmp_path / "out" / "samples"
-    drawn = [np.asarray(Image.open(folder / f"lora_step0000000{step}_00.png")) for step in (0, 6)]
+    drawn = [np.asarray(Image.open(folder / f"lora-step0000000{step}_00.png")) for step in (0, 6)]
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 10, "the adapter does something"
     grid = np.asarray(Image.open(tmp_path / "out" / "preview.png"))
     enlarged = [
@@ -112,6 +114,25 @@ def test_a_process_that_is_killed_while_it_draws_has_lost_nothing(
     assert names_in(parts) == names_in(whole)
     for name in names_in(whole):
         assert (parts / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+
+
+def test_one_picture_shows_all_steps(options, run_here, tmp_path):
+    prompts = ["--sample.prompts", "a cat --w 64 --h 128", "an owl"]
+    assert run_here([*options, *SAMPLED, "--sample.at_start", *prompts]) == 0
+    folder = tmp_path / "out" / "samples"
+    picture = np.asarray(Image.open(folder / "lora-steps.png"))
+    rows = 4
+    assert picture.shape[0] == 8 + rows * (2 * 128 + 8) + 44, "tiny samples are enlarged"
+    files = shown_steps(folder, "lora", 2)
+    assert list(files) == [0, 2, 4, 6]
+    assert shown_steps(folder, "lora", 3) == {}
+    first = thumbnail(files[6][1], (64, 128))
+    assert first.shape == (128, 64, 3)
+    assert first[0].min() == 1, "padded with white"
+    for step in range(8, 40, 2):
+        for path in files[6]:
+            (folder / path.name.replace("step00000006", f"step{step:08d}")).write_bytes(b"")
+    assert list(shown_steps(folder, "lora", 2)) == [0, *range(18, 40, 2)]
 
 
 @pytest.mark.parametrize("moment", ["drawing", "encoding", "writing"])
@@ -180,7 +201,8 @@ def test_a_failed_encoding_frees_the_text_encoders(monkeypatch):
     family = get_family(ModelConfig(path=str(BASE)))
     pipeline = family.load_encoders("text")
     encoder = weakref.ref(pipeline.text_encoder)
-    monkeypatch.setattr(type(family), "load_encoders", lambda *_: pipeline)
+    loaded = [pipeline]
+    monkeypatch.setattr(type(family), "load_encoders", lambda *_: loaded.pop())
     prompt = SamplePrompt("a cat", guidance_scale=1.0, width=7, height=7)  # no multiples of 8
     with pytest.raises(ValueError, match="divisible by 8"):
         encode_prompts(family, ModelConfig(), [prompt], torch.device("cpu"))
@@ -229,7 +251,7 @@ def test_a_model_without_negative_prompts_says_so(options, run_here, tmp_path, c
     model = [f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}"]
     assert run_here([*kept, *model, *SAMPLED, "--steps=2", "--sample.prompts", "owl --n red"]) == 0
     assert "this model uses no negative prompts" in capsys.readouterr().out
-    image = Image.open(tmp_path / "out" / "samples" / "lora_step00000002_00.png")
+    image = Image.open(tmp_path / "out" / "samples" / "lora-step00000002_00.png")
     assert "Negative" not in image.text["parameters"]
 
 
@@ -254,11 +276,11 @@ def test_videos_are_written_as_webp_and_mp4(options, run_here, tmp_path, videos)
     data = [f"--data.path={videos}", "--data.frames=5", "--sample.prompts", "an owl"]
     assert run_here([*kept, *model, *data, *SAMPLED, "--steps=2"]) == 0
     folder = tmp_path / "out" / "samples"
-    name = "lora_step00000002_00"
+    name = "lora-step00000002_00"
     assert Image.open(folder / f"{name}.webp").n_frames == 5
     with av.open(str(folder / f"{name}.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 5
-    assert (folder / "lora_step00000002_sheet.png").is_file()
+    assert (folder / "lora-step00000002_sheet.png").is_file()
 
 
 def test_an_exported_step_is_the_adapter_of_a_run_that_ends_there(options, run_here, tmp_path):
@@ -283,9 +305,10 @@ def test_a_prompt_file_of_another_editor(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a cat --n --w 512", "--n : expected a text"),
+        ("a cat --n --w 512", "--n: has no value"),
+        ("--w 512", "has no text before its options"),
         ("a cat --w=512 --h 512", "--w=: write a space instead of ="),
-        ("a cat --w 64 --w 32", "--w is there twice"),
+        ("a cat --w 64 --w 32", "--w is repeated"),
     ],
 )
 def test_options_that_would_be_misread_are_errors(line, message):
@@ -299,7 +322,6 @@ def test_a_prompt_with_options():
         "a fox,", negative="red -- or -w", width=512, seed=3, guidance_scale=0.5
     )
     assert parse_prompt("well--known owl") == SamplePrompt("well--known owl")
-    assert parse_prompt("--s 5") == SamplePrompt("", num_inference_steps=5)
 
 
 def error_of(options: list[str], capsys) -> str:
@@ -316,12 +338,13 @@ def test_all_errors_of_prompts_are_said_at_once(options, tmp_path, capsys):
     bad = ["--sample.prompts", "a cat --x 1", "an owl --h -3"]
     message = error_of([*options, *bad, f"--sample.prompt_file={lines}"], capsys)
     assert (
-        "--sample.prompts 'a cat --x 1': --x is no option of a prompt; expected --n, --w" in message
+        "--sample.prompts 'a cat --x 1': --x is not an option of a prompt; expected --n, --w"
+        in message
     )
-    assert "--h -3: expected a number from 8 to 16384" in message
-    assert f"--sample.prompt_file {lines}, line 4: --q is no option" in message
-    assert "--w wide: expected a number" in message
-    assert "--s 0: expected a number from 1 to 1000" in message
+    assert "--h -3: expected a whole number from 8 to 16384" in message
+    assert f"--sample.prompt_file {lines}, line 4: --q is not an option" in message
+    assert "--w wide: expected a whole number" in message
+    assert "--s 0: expected a whole number from 1 to 1000" in message
     assert f"{missing}: could not be read" in error_of(
         [*options, f"--sample.prompt_file={missing}"], capsys
     )
@@ -335,14 +358,17 @@ def test_a_size_that_the_model_cannot_draw_is_an_error_before_encoding(
 ):
     assert run_here([*options, "--sample.prompts", "a cat --w 70 --h 64"]) == 2
     message = capsys.readouterr()
-    assert '"a cat" --w 70: is not a multiple of 16; the nearest is 64' in message.err
+    assert (
+        "--sample.prompts 'a cat --w 70 --h 64': --w 70 is not a multiple of 16. Use 64 or 80"
+        in message.err
+    )
     assert "encoding" not in message.out + message.err
 
 
 def test_samples_may_change_when_a_run_is_resumed(options, run_here, tmp_path):
     assert run_here([*options, "--steps=2"]) == 0
     assert run_here([*options, *SAMPLED, "--sample.prompts", "an owl", "--steps=4"]) == 0
-    assert "lora_step00000004_00.png" in names_in(tmp_path / "out")
+    assert "lora-step00000004_00.png" in names_in(tmp_path / "out")
     config = cli.load_config([*options, *SAMPLED])
     assert config.sample.every == 2
     assert json.loads((tmp_path / "out" / "loss.json").read_text())

@@ -40,7 +40,9 @@ def plan_as_text(config: TrainConfig, planner: MemoryPlanner, plan: Plan) -> str
     lines.append(peak_line(plan.phases, planner.is_gpu))
     lines += host_lines(plan.phases)
     lines.append(f"{ASSUMPTIONS} {GPU_NOTE}" if planner.is_gpu else ASSUMPTIONS)
-    if plan.fit is not None:
+    if plan.fit is None:
+        lines += search_hint(planner)
+    else:
         lines.append("")
         lines += fit_lines(plan.fit)
     if plan.full_fit is not None:
@@ -84,6 +86,13 @@ def host_lines(phases: list[PhaseMemory]) -> list[str]:
     if not num_bytes:
         return []
     return [f"What is offloaded takes {gib(num_bytes)} GiB of CPU memory."]
+
+
+def search_hint(planner: MemoryPlanner) -> list[str]:
+    """Return a line on how to find options that fit."""
+    if not planner.is_gpu:
+        return []
+    return ["To find options that fit your card: --memory.budget 12GB, or another size."]
 
 
 def phase_table(phases: list[PhaseMemory]) -> list[str]:

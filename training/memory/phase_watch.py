@@ -1,6 +1,6 @@
-"""PhaseWatch: the GPU memory that each phase of a run takes, beside the planned one."""
+"""PhaseWatch: the GPU memory that each phase of a run takes, and the planned one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -9,15 +9,14 @@ import torch
 from training.memory.config import GIB
 from training.memory.phase_memory import TRAINING, PhaseName
 
-PlannedBytes = Mapping[str, int]
-"""Phase -> planned bytes on the GPU. Empty if the run was not planned."""
-
 
 class PhaseWatch:
     """Measures the peak of each phase, and adds the plan to out-of-memory errors."""
 
-    def __init__(self, device: torch.device, planned: PlannedBytes):
-        self.device, self.planned = device, planned
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.planned: dict[str, int] = {}
+        """Phase -> planned bytes on the GPU. Empty if the run was not planned."""
         self.current: PhaseName = TRAINING
         self.peaks: dict[str, int] = {}
         """Phase -> most bytes of tensors on the GPU so far."""
@@ -45,17 +44,24 @@ class PhaseWatch:
             self._record_peak()
             num_bytes["memory/gpu"] = torch.cuda.memory_allocated(self.device)
             num_bytes["memory/gpu_peak"] = max(self.peaks.values())
-            for name, peak in self.peaks.items():
-                num_bytes[f"memory/gpu_peak_{name.replace(' ', '_')}"] = peak
-        return {name: size / GIB for name, size in num_bytes.items()}
+            for phase, peak in self.peaks.items():
+                name = phase.replace(" ", "_")
+                num_bytes[f"memory/gpu_peak_{name}"] = peak
+        metrics = {}
+        for name, size in num_bytes.items():
+            metrics[name] = size / GIB
+        return metrics
 
     def _record_peak(self) -> None:
-        """Note the peak since the last call for the current phase."""
+        """Note the peak since the last call for the current phase.
+
+        The peak is that of PyTorch's own tensors."""
         if self.device.type != "cuda":
             return
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.peaks[self.current] = max(peak, self.peaks.get(self.current, 0))
+        earlier_peak = self.peaks.get(self.current, 0)
+        self.peaks[self.current] = max(peak, earlier_peak)
 
     def _explain(self, error: torch.OutOfMemoryError) -> None:
         """Add phase, planned and actual memory to an error, unless an inner phase did."""
@@ -63,14 +69,21 @@ class PhaseWatch:
             return
         error.is_explained = True  # type: ignore[attr-defined]
         facts = [f"The GPU's memory ran out in the phase `{self.current}`"]
-        if self.current in self.planned:
-            facts.append(f"planned {self.planned[self.current] / GIB:.1f} GiB")
+        planned = self.planned.get(self.current)
+        if planned is not None:
+            facts.append(f"planned {planned / GIB:.1f} GiB")
         if self.device.type == "cuda":
-            free, size = torch.cuda.mem_get_info(self.device)
-            own = torch.cuda.memory_reserved(self.device)
-            others = size - free - own
-            facts.append(
-                f"this process has {own / GIB:.1f} of {size / GIB:.1f} GiB, and CUDA and other "
-                f"programs {others / GIB:.1f} GiB"
-            )
-        error.add_note("; ".join(facts))
+            facts.append(memory_in_use(self.device))
+        text = "; ".join(facts)
+        error.add_note(text)
+
+
+def memory_in_use(device: torch.device) -> str:
+    """Return who has the memory of a GPU."""
+    free, size = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    others = size - free - own
+    return (
+        f"this process has {own / GIB:.1f} of {size / GIB:.1f} GiB, and CUDA and other programs "
+        f"{others / GIB:.1f} GiB"
+    )

@@ -119,6 +119,12 @@ class Reporter:
         if self.progress is not None:
             self.progress.update()
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count seconds, which went into drawing, in the speed of the training."""
+        if self.progress is not None:
+            self.progress.start_t += seconds
+            self.progress.last_print_t += seconds
+
     def show(self, **values: str) -> None:
         """Show values at the progress bar."""
         if self.progress is not None:

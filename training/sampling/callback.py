@@ -8,6 +8,7 @@ from training.components import RunComponents
 from training.config import TrainConfig
 from training.reporting.trackers import log_images
 from training.sampling.files import padded_stills, sheet_path, write_samples
+from training.sampling.overview import write_overview
 from training.sampling.renderer import SampleRenderer, Samples, SamplingError
 from training.services import RunServices
 from training.train_state import TrainState
@@ -26,7 +27,7 @@ class DrawSamples:
         services: RunServices,
         save_step: Callable[[], None],
     ):
-        """`save_step`: saves a checkpoint of this step, if there is none."""
+        """`save_step`: saves a checkpoint of this step, unless it has one."""
         self.renderer, self.components, self.save_step = renderer, components, save_step
         self.state, self.services = state, services
         self.config: TrainConfig = renderer.config
@@ -34,11 +35,14 @@ class DrawSamples:
     def before_first_step(self) -> None:
         """Draw what an earlier process did not: samples before training, or those of the step from
         which the run is resumed."""
-        is_due = self.config.sample.at_start if self.state.step == 0 else self._is_due()
-        path = sheet_path(self.services.folder, self.config.export.name, self.state.step)
-        is_missing = not path.exists()
-        is_wanted = int(is_due and is_missing)
-        if self.services.consensus.max_now(is_wanted):
+        step = self.state.step
+        is_due = self._is_due()
+        if step == 0:
+            is_due = self.config.sample.at_start
+        name = self.config.export.name
+        path = sheet_path(self.services.folder, name, step)
+        is_wanted = is_due and not path.exists()
+        if self.services.consensus.max_now(int(is_wanted)):
             self._draw()
 
     def after_step(self) -> None:
@@ -47,7 +51,9 @@ class DrawSamples:
             self._draw()
 
     def _is_due(self) -> bool:
-        return self.state.step % self.config.sample.every == 0
+        step = self.state.step
+        is_last = step == self.config.steps
+        return is_last or step % self.config.sample.every == 0
 
     def _draw(self) -> None:
         """Draw and write the samples of this step. Collective."""
@@ -60,21 +66,25 @@ class DrawSamples:
                 f"{error}\nA sharded model cannot train on after that. The checkpoint of the last "
                 "saved step is complete: resume with --sample.every 0"
             ) from error
+        seconds = time.monotonic() - started_at
         if samples is not None:
-            self._write(samples, time.monotonic() - started_at)
+            self._write(samples, seconds)
+        self.services.reporter.leave_out(seconds)
 
     def _write(self, samples: Samples, seconds: float) -> None:
         services, step = self.services, self.state.step
         name, fps = self.config.export.name, self.components.family.limits.fps
         try:
             path = write_samples(samples, services.folder, name, step, fps)
+            path = write_overview(path.parent, name, samples.prompts)
             self._track(samples)
         except Exception as error:  # a full disk or a tracker must not end the training
             reason = f"{type(error).__name__}: {error}"
             services.reporter.say(f"samples of step {step} could not be written: {reason}")
             return
         count = counted(len(samples.prompts), "sample")
-        services.reporter.say(f"step {step}: {count} in {seconds:.1f} s, {path}")
+        duration = f"{seconds:.1f} s"
+        services.reporter.say(f"step {step}: {count} in {duration}, {path}")
 
     def _track(self, samples: Samples) -> None:
         """Send the samples to the trackers, at the step of the metrics."""

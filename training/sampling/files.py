@@ -21,7 +21,7 @@ SHEET = "sheet"
 def sample_name(name: str, step: int, number: int | str) -> str:
     """Return the name of a sample's file, without its ending."""
     text = number if isinstance(number, str) else f"{number:02d}"
-    return f"{name}_step{step:08d}_{text}"
+    return f"{name}-step{step:08d}_{text}"
 
 
 def sheet_path(folder: Path, name: str, step: int) -> Path:
@@ -38,7 +38,7 @@ def write_samples(samples: Samples, folder: Path, name: str, step: int, fps: flo
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, (prompt, frames) in enumerate(zip(samples.prompts, images, strict=True)):
         base_path = path.with_name(sample_name(name, step, number))
-        write_sample(base_path, frames, prompt, f"{name}, step {step}", fps)
+        write_sample(base_path, frames, prompt, f"{name}-step{step:08d}", fps)
     stills = padded_stills(images)
     texts = [prompt.text for prompt in samples.prompts]
     write_file(path, grid_png({f"step {step}": stills}, texts))

@@ -42,10 +42,9 @@ class PreparedSamples:
 
 def check_prompts(config: TrainConfig, family: ModelFamily) -> None:
     """Raise ConfigError for prompts that the model cannot draw. WHEN: before anything is encoded."""
-    prompts = configured_prompts(config.sample)
-    errors = size_errors(prompts, family.limits.pixel_step)
+    errors = size_errors(config.sample, family.limits.pixel_step)
     if errors:
-        raise ConfigError(error_list("--sample.prompts", errors))
+        raise ConfigError(error_list("samples of these sizes cannot be drawn", errors))
 
 
 def prepare_samples(

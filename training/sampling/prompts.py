@@ -6,7 +6,6 @@ A prompt may end with options, as in kohya's trainers:
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from training.config import SampleConfig
 
 OPTION_PATTERN = re.compile(r"\s--(\w+)(?=\s|$)")
 EQUALS_PATTERN = re.compile(r"\s--(\w+)=")
-MAX_SHOWN_LETTERS = 60
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,6 @@ class SamplePrompt:
                 missing[name] = value
         return replace(self, **missing)
 
-    @property
-    def shown(self) -> str:
-        """The prompt for messages."""
-        if len(self.text) <= MAX_SHOWN_LETTERS:
-            return self.text
-        return self.text[:MAX_SHOWN_LETTERS] + "..."
-
 
 class PromptOption(NamedTuple):
     """An option after a prompt: the field that it sets, its type and its smallest and largest
@@ -71,6 +62,7 @@ OPTIONS = {
     "h": PromptOption("height", int, 8, 16384),
     "d": PromptOption("seed", int, 0, 2**64 - 1),
     "l": PromptOption("guidance_scale", float, 0, 1000),
+    "g": PromptOption("guidance_scale", float, 0, 1000),
     "s": PromptOption("num_inference_steps", int, 1, 1000),
 }
 """Letters after the prompt, as kohya's trainers have them."""
@@ -88,14 +80,17 @@ def parse_prompt(line: str) -> SamplePrompt:
         option = OPTIONS.get(letter)
         if option is None:
             known_options = ", ".join(f"--{known_letter}" for known_letter in OPTIONS)
-            errors.append(f"--{letter} is no option of a prompt; expected {known_options}")
+            errors.append(f"--{letter} is not an option of a prompt; expected {known_options}")
             continue
         if option.field in values:
-            errors.append(f"--{letter} is there twice")
+            errors.append(f"--{letter} is repeated")
         try:
             values[option.field] = option_value(option, value.strip())
         except ValueError as error:
-            errors.append(f"--{letter} {value.strip()}: {error}")
+            option_text = f"--{letter} {value.strip()}".rstrip()
+            errors.append(f"{option_text}: {error}")
+    if not text.strip():
+        errors.append("has no text before its options")
     if errors:
         raise ValueError("; ".join(errors))
     return SamplePrompt(text.strip(), **values)  # type: ignore[arg-type]
@@ -103,11 +98,12 @@ def parse_prompt(line: str) -> SamplePrompt:
 
 def option_value(option: PromptOption, text: str) -> str | float:
     """Convert the text of an option. Raises ValueError."""
+    if not text:
+        raise ValueError("has no value")
     if option.type is str:
-        if not text:
-            raise ValueError("expected a text")
         return text
-    expected = f"expected a number from {option.smallest} to {option.largest}"
+    kind = "whole number" if option.type is int else "number"
+    expected = f"expected a {kind} from {option.smallest} to {option.largest}"
     try:
         number = option.type(text)
     except ValueError as error:
@@ -117,15 +113,27 @@ def option_value(option: PromptOption, text: str) -> str | float:
     return number
 
 
+class LocatedPrompt(NamedTuple):
+    """A prompt and where it is, for messages: an option, or a line of a file."""
+
+    place: str
+    prompt: SamplePrompt
+
+
 def configured_prompts(config: SampleConfig) -> list[SamplePrompt]:
-    """Return the prompts of the options and of the prompt file. Raises ValueError naming all errors."""
+    """Return the prompts of the options, and then those of the prompt file. Raises ValueError."""
+    return [prompt for _, prompt in located_prompts(config)]
+
+
+def located_prompts(config: SampleConfig) -> list[LocatedPrompt]:
+    """Return `configured_prompts` and their places. Raises ValueError naming all errors."""
     prompts = []
     errors = []
-    for flag, line in prompt_lines(config):
+    for place, line in prompt_lines(config):
         try:
-            prompts.append(parse_prompt(line))
+            prompts.append(LocatedPrompt(place, parse_prompt(line)))
         except ValueError as error:
-            errors.append(f"{flag}: {error}")
+            errors.append(f"{place}: {error}")
     if errors:
         raise ValueError("\n  ".join(errors))
     return prompts
@@ -159,22 +167,25 @@ def prompt_lines(config: SampleConfig) -> list[tuple[str, str]]:
 
 def prompt_errors(config: SampleConfig) -> list[str]:
     """Return the errors in the prompts of the options."""
-    try:
-        configured_prompts(config)
-    except ValueError as error:
-        return str(error).split("\n  ")
-    return []
-
-
-def size_errors(prompts: Sequence[SamplePrompt], step: int) -> list[str]:
-    """Return the sizes that are no multiples of `step`, each with the nearest size."""
     errors = []
-    for prompt in prompts:
+    if config.at_start and not config.every:
+        errors.append("--sample.at_start: draws nothing without --sample.every. Also set it")
+    try:
+        located_prompts(config)
+    except ValueError as error:
+        errors += str(error).split("\n  ")
+    return errors
+
+
+def size_errors(config: SampleConfig, step: int) -> list[str]:
+    """Return the sizes that are no multiples of `step`, each with the nearest sizes."""
+    errors = []
+    for place, prompt in located_prompts(config):
         for letter, size in (("w", prompt.width), ("h", prompt.height)):
             if size is not None and size % step:
-                nearest = max(step, round(size / step) * step)
+                smaller = max(step, size // step * step)
                 errors.append(
-                    f'"{prompt.shown}" --{letter} {size}: is not a multiple of {step}; the nearest '
-                    f"is {nearest}"
+                    f"{place}: --{letter} {size} is not a multiple of {step}. Use {smaller} or "
+                    f"{size // step * step + step}"
                 )
     return errors

@@ -37,6 +37,10 @@ class Samples:
     images: dict[str, list[np.ndarray]]
 
 
+class DrawingStopped(Exception):
+    """The end of a sample whose process has to stop."""
+
+
 class SamplingError(RuntimeError):
     """Samples that could not be drawn, with a model whose processes draw each image together."""
 
@@ -139,6 +143,9 @@ class SampleRenderer:
                             self._try_to_draw(images, label, number)
                         if self.error is not None and is_model_sharded:
                             raise SamplingError(self.error)
+            services.barrier.wait()
+            if services.requests.must_stop():
+                return None
         finally:
             adapted.model.train()
             self._rest()
@@ -170,6 +177,8 @@ class SampleRenderer:
             with self.services.memory.phase(SAMPLES), unchanged_random_state(self.device):
                 self._wake()
                 images[label, number] = self._draw(number)
+        except DrawingStopped:
+            self.services.reporter.say("stopping: the samples of this step are left out")
         except Exception as error:
             self.error = describe_error(error)
             if isinstance(error, torch.OutOfMemoryError):
@@ -182,10 +191,18 @@ class SampleRenderer:
         prompt = self.prompts[number]
         options = pipeline_options(self.components.family, self.pipeline, prompt)
         options |= self._frame_options(prompt, number)
+        if not is_sharded(self.services.accelerator):  # each pass needs all processes
+            options["callback_on_step_end"] = self._end_if_stopped
         if self.samples.encoded is None:
             return draw_sample(self.pipeline, prompt, options)
         with replayed(self.pipeline, self.samples.encoded[number], self.device):
             return draw_sample(self.pipeline, prompt, options)
+
+    def _end_if_stopped(self, *_: Any) -> dict[str, Any]:
+        """Raise DrawingStopped between two denoising steps if this process has to stop."""
+        if self.services.requests.has_signal_to_stop:
+            raise DrawingStopped
+        return {}
 
     def _frame_options(self, prompt: SamplePrompt, number: int) -> dict[str, Any]:
         """Return the number of frames, and the first one, of models that make videos."""

@@ -49,6 +49,11 @@ class Requests:
         self.agreed = StopRequest.NONE
         return request
 
+    @property
+    def has_signal_to_stop(self) -> bool:
+        """True if a signal stops this process. Others may not know it yet."""
+        return self.signals.request.stops
+
     def must_stop(self) -> bool:
         """Return whether any process has a request to stop, as of now. Collective."""
         self.agreed = max(self.agreed, StopRequest(self.consensus.max_now(self._own_request())))

@@ -1,0 +1,99 @@
+"""One picture of all samples of a run: a row for each step, and a column for each prompt."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common.atomic import write_file
+from training.reporting.image_grid import grid_png
+from training.sampling.prompts import SamplePrompt
+
+MAX_SIDE = 256
+"""Longest side of a sample in the picture, in pixels."""
+MAX_ROWS = 12
+"""Rows of the picture: the first step, and the newest ones."""
+ENDINGS = (".png", ".webp")
+
+
+def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> Path:
+    """Write the picture of all steps whose samples are in a folder; return its path.
+
+    Steps with another number of samples are left out: they had other prompts."""
+    cell_size = largest_size(prompts)
+    rows: dict[str, np.ndarray] = {}
+    steps = shown_steps(folder, name, len(prompts))
+    for step, paths in steps.items():
+        cells = []
+        for sample_path in paths:
+            cell = thumbnail(sample_path, cell_size)
+            cells.append(cell)
+        rows[f"step {step}"] = np.stack(cells)
+    path = folder / f"{name}-steps.png"
+    texts = [prompt.text for prompt in prompts]
+    write_file(path, grid_png(rows, texts))
+    return path
+
+
+def shown_steps(folder: Path, name: str, num_prompts: int) -> dict[int, list[Path]]:
+    """Return the files of each step that is shown, in the order of the prompts.
+
+    Steps with another number of samples than `num_prompts` are not."""
+    files = files_by_step(folder, name)
+    complete_steps = []
+    for step in sorted(files):
+        if len(files[step]) == num_prompts:
+            complete_steps.append(step)
+    num_hidden = max(0, len(complete_steps) - MAX_ROWS)
+    del complete_steps[1 : 1 + num_hidden]
+    shown = {}
+    for step in complete_steps:
+        shown[step] = files[step]
+    return shown
+
+
+def files_by_step(folder: Path, name: str) -> dict[int, list[Path]]:
+    """Return the samples of each step in a folder.
+
+    The files of a step are in the order of their numbers."""
+    pattern = re.compile(rf"{re.escape(name)}-step(\d+)_(\d+)")
+    files: dict[int, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = pattern.fullmatch(path.stem)
+        if match is None or path.suffix not in ENDINGS:
+            continue
+        step = int(match[1])
+        files.setdefault(step, [])
+        files[step].append(path)
+    return files
+
+
+def largest_size(prompts: Sequence[SamplePrompt]) -> tuple[int, int]:
+    """Return width and height of a cell, which all samples fit into."""
+    width = height = 1
+    for prompt in prompts:
+        assert prompt.width is not None  # it is completed
+        assert prompt.height is not None
+        width = max(width, prompt.width)
+        height = max(height, prompt.height)
+    longest = max(width, height)
+    factor = min(1, MAX_SIDE / longest)
+    return (
+        round(factor * width),
+        round(factor * height),
+    )
+
+
+def thumbnail(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return an image, or the last frame of a video, as (H, W, 3) in [0, 1].
+
+    `size`: width and height. Samples of other proportions are padded with white."""
+    with Image.open(path) as image:
+        num_frames = getattr(image, "n_frames", 1)
+        image.seek(num_frames - 1)
+        colors = image.convert("RGB")
+    padded = ImageOps.pad(colors, size, color="white")
+    levels = np.asarray(padded, np.float32)
+    return levels / 255
