@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import ModelError
+from models import family_classes
 from models.block_format import BlockFormat
 from models.checkpoint_files import (
     GGUF_SUFFIX,
@@ -57,6 +58,14 @@ class FamilyComponents:
     """Text encoders and tokenizers."""
     file_prefixes: Mapping[str, tuple[str, ...]]
     """Components besides the denoiser in a single file -> prefixes of their tensors."""
+
+
+def all_pipelines() -> list[str]:
+    """Return diffusers' pipelines of all families."""
+    pipelines: list[str] = []
+    for family in family_classes().values():
+        pipelines += family.pipelines
+    return pipelines
 
 
 class ModelFiles:
@@ -124,8 +133,9 @@ class ModelFiles:
             raise ModelError(quantized_file_message(self.config.path, self.components.family))
         if self.config.config is None:
             return
-        pipeline = str(self.pipeline_config.get("_class_name"))
-        if pipeline not in pipelines:
+        pipeline = self.pipeline_config.get("_class_name")
+        other_pipelines = set(all_pipelines()) - {*pipelines}
+        if isinstance(pipeline, str) and pipeline in other_pipelines:
             raise ModelError(
                 f"--model.config {self.config.config}: is the configuration of a {pipeline}, but "
                 f"{self.config.path} is {self.components.family}. Use the configuration of the same "
@@ -155,12 +165,13 @@ class ModelFiles:
     def _check_contained(self, contained: set[str]) -> None:
         """Raise ModelError if diffusers would read codes of these components without their scales."""
         for component in contained:
+            is_replaced = component == "vae" and self.config.vae is not None
             prefixes = self.components.file_prefixes[component]
-            if has_scales(self.path, prefixes):
+            if not is_replaced and has_scales(self.path, prefixes):
+                option = "--model.vae" if component == "vae" else "--model.text_encoders"
                 raise ModelError(
                     f"--model.path {self.config.path}: contains {component} with scaled weights, "
-                    "which are read from files of text encoders alone. Also set "
-                    "--model.text_encoders to the encoder's own file, or --model.vae"
+                    f"which are not read from there. Also set {option} to its own file"
                 )
 
     @cached_property
@@ -280,7 +291,7 @@ class ModelFiles:
                 f"{self.components.denoiser}. Use a complete diffusers folder"
             )
         with self.loading_errors(f"{weights[0]}: "):
-            if is_quantized_file(weights[0]):
+            if weights[0].suffix == GGUF_SUFFIX or is_quantized_file(weights[0]):
                 return torch.bfloat16  # of the values: each format's own is wider than needed
             return weight_dtype(weights[0])
 

@@ -15,12 +15,13 @@ from adapter_files.safetensors_stream import TensorInfo, TensorStore
 from adapter_files.spellings import layer_spellings
 from common.errors import ModelError, error_list
 from lora_algos.targets import adaptable_layers, norm_layers
+from models.checkpoint_files import GGUF_SUFFIX
 from models.config import ModelConfig
 from models.detect import get_family
 from models.layer_loading import open_weights
 from models.layer_names.names import OriginalLayer
 from models.quantized_weight import plain_values
-from models.weight_file import WeightFile
+from models.weight_file import PLAIN_VALUES, WeightFile
 
 SUFFIXES = ("weight", "bias")
 """Tensors of a layer."""
@@ -45,9 +46,10 @@ class BaseModel:
         denoiser_files = self.family.identity_files("denoiser")
         self.files = [file for file in denoiser_files if file.suffix == ".safetensors"]
         self.quantized_file: WeightFile | None = None
-        """A single file of quantized weights, which only some commands can read."""
-        if self.family.files.is_quantized:
-            self.quantized_file = open_weights(self.family.files.path)
+        """A single file of quantized weights, or GGUF, which only some commands can read."""
+        files = self.family.files
+        if files.is_quantized or files.path.suffix == GGUF_SUFFIX:
+            self.quantized_file = open_weights(files.path)
             self.store = TensorStore([])
         else:
             self.store = open_files(self.files, str(config.path))
@@ -133,7 +135,8 @@ class BaseModel:
         name = parameter_name(layer, suffix)
         key = self.file_keys[name]
         if self.quantized_file is not None:
-            value = plain_values(self._quantized(key, layer))
+            stored = self._read(self.quantized_file, layer, torch.float32, suffix)
+            value = plain_values(stored)
             return value.reshape(self.shape(layer, suffix))
         stored = self.store.get(key)
         return self.extract_layer(stored, layer, suffix)
@@ -149,12 +152,24 @@ class BaseModel:
         key = self.file_keys[parameter_name(layer, "weight")]
         if self.quantized_file is None:
             return self.store.get(key)
-        return self._quantized(key, layer)
+        file = self.quantized_file
+        dtype = torch.float32
+        if file.format(key) is None:
+            no_rows = slice(0, 0)
+            stored = file.stored(key, no_rows)
+            dtype = stored[PLAIN_VALUES].dtype
+        return self._read(file, layer, dtype)
 
-    def _quantized(self, key: str, layer: str) -> Tensor:
-        assert self.quantized_file is not None
-        original = self.natives.get(layer, OriginalLayer(key))
-        return self.quantized_file.read(key, original, torch.float32)
+    def _read(
+        self, file: WeightFile, layer: str, dtype: torch.dtype, suffix: str = "weight"
+    ) -> Tensor:
+        """Return a layer's weight or bias from a file whose weights may be quantized."""
+        name = parameter_name(layer, suffix)
+        key = self.file_keys[name]
+        original = self.natives.get(layer)
+        if original is None:
+            original = OriginalLayer(key)
+        return file.read(key, original, dtype)
 
     def extract_layer(self, stored: Tensor, layer: str, suffix: str) -> Tensor:
         """Return a layer's weight or bias from the stored tensor that contains it.

@@ -1,5 +1,7 @@
 """The callback that exports the adapter while a run trains."""
 
+import glob
+
 from common.atomic import WriteError
 from common.precision import exact_products
 from training.build import on_one_process
@@ -21,11 +23,13 @@ class ExportSteps:
         """Export what an earlier process, which ended, did not.
 
         Collective, because the weights are."""
-        name = self.config.export.name
+        name = glob.escape(self.config.export.name)
         pattern = f"{name}{self._suffix}.*"
         paths = self.services.folder.glob(pattern)
         is_missing = not any(paths)
-        is_wanted = is_missing and self.state.step > 0
+        # only the main process writes, and perhaps only its computer has the folder
+        is_main = self.services.process.is_main
+        is_wanted = is_main and is_missing and self.state.step > 0
         if self.services.consensus.max_now(int(is_wanted)):
             self.after_step()
 

@@ -284,6 +284,9 @@ def test_a_gguf_file_without_codes_is_a_plain_one(tmp_path):
     writer.close()
     family = family_of_file(FLUX, path)
     assert family.block_storage is None
+    assert family.files.denoiser_dtype() == torch.bfloat16
+    model = BaseModel(ModelConfig(path=str(path), config=str(folder_of(FLUX))))
+    assert model.stored_weight("x_embedder").dtype == torch.float16
     loaded = family.load_denoiser(torch.float32, STORED)
     assert not any(isinstance(weight.data, QuantizedWeight) for weight in loaded.parameters())
 

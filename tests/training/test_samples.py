@@ -19,7 +19,7 @@ from training import cli
 from training.config import SampleConfig
 from training.sampling import prepare, renderer
 from training.sampling.encoded_prompts import encode_prompts
-from training.sampling.overview import shown_steps, thumbnail
+from training.sampling.overview import shown_steps, thumbnail, write_overview
 from training.sampling.prompts import SamplePrompt, configured_prompts, parse_prompt
 
 VIDEO = next(case for case in cases() if str(case) == "wan")
@@ -116,6 +116,15 @@ def test_a_process_that_is_killed_while_it_draws_has_lost_nothing(
         assert (parts / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
 
 
+def test_a_run_that_stops_early_draws_its_last_step(options, run_here, tmp_path):
+    stopping = ["--data.validation_fraction=0.3", "--validation.every=1", "--validation.patience=1"]
+    more = ["--validation.min_delta=100", "--sample.every=50", "--sample.num_inference_steps=1"]
+    assert run_here([*options, *stopping, *more]) == 0
+    steps = {name.split("_")[0] for name in names_in(tmp_path / "out")} - {"lora-steps.png"}
+    (step,) = steps
+    assert step < "lora-step00000006"
+
+
 def test_one_picture_shows_all_steps(options, run_here, tmp_path):
     prompts = ["--sample.prompts", "a cat --w 64 --h 128", "an owl"]
     assert run_here([*options, *SAMPLED, "--sample.at_start", *prompts]) == 0
@@ -126,6 +135,9 @@ def test_one_picture_shows_all_steps(options, run_here, tmp_path):
     files = shown_steps(folder, "lora", 2)
     assert list(files) == [0, 2, 4, 6]
     assert shown_steps(folder, "lora", 3) == {}
+    assert list(shown_steps(folder, "lora", 1)) == [0, 2, 4, 6], (
+        "files of earlier prompts may be left"
+    )
     first = thumbnail(files[6][1], (64, 128))
     assert first.shape == (128, 64, 3)
     assert first[0].min() == 1, "padded with white"
@@ -133,6 +145,9 @@ def test_one_picture_shows_all_steps(options, run_here, tmp_path):
         for path in files[6]:
             (folder / path.name.replace("step00000006", f"step{step:08d}")).write_bytes(b"")
     assert list(shown_steps(folder, "lora", 2)) == [0, *range(18, 40, 2)]
+    owl = SamplePrompt("owl", width=64, height=64)
+    assert write_overview(folder, "lora", [owl, owl]) == folder / "lora-steps.png"
+    assert write_overview(folder, "other", [owl]) is None
 
 
 @pytest.mark.parametrize("moment", ["drawing", "encoding", "writing"])

@@ -7,7 +7,10 @@ import psutil
 import torch
 
 from training.memory.config import GIB
-from training.memory.phase_memory import TRAINING, PhaseName
+from training.memory.phase_memory import PhaseName
+
+START = "start"
+"""Name of what comes before the first phase: encoding and loading."""
 
 
 class PhaseWatch:
@@ -17,7 +20,7 @@ class PhaseWatch:
         self.device = device
         self.planned: dict[str, int] = {}
         """Phase -> planned bytes on the GPU. Empty if the run was not planned."""
-        self.current: PhaseName = TRAINING
+        self.current: str = START
         self.peaks: dict[str, int] = {}
         """Phase -> most bytes of tensors on the GPU so far."""
 

@@ -121,7 +121,7 @@ class Reporter:
 
     def leave_out(self, seconds: float) -> None:
         """Do not count seconds, which went into drawing, in the speed of the training."""
-        if self.progress is not None:
+        if self.progress is not None and not self.progress.disable:  # else it has no times
             self.progress.start_t += seconds
             self.progress.last_print_t += seconds
 

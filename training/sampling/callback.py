@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from common.errors import counted
+from training.checkpoints.best import stops_early
 from training.components import RunComponents
 from training.config import TrainConfig
 from training.reporting.trackers import log_images
@@ -41,18 +42,23 @@ class DrawSamples:
             is_due = self.config.sample.at_start
         name = self.config.export.name
         path = sheet_path(self.services.folder, name, step)
-        is_wanted = is_due and not path.exists()
+        # only the main process writes, and perhaps only its computer has the folder
+        is_wanted = self.services.process.is_main and is_due and not path.exists()
         if self.services.consensus.max_now(int(is_wanted)):
             self._draw()
 
     def after_step(self) -> None:
-        if self._is_due():
+        if not self._is_due():
+            return
+        if self.config.checkpoint.every:  # else only the last step is saved
             self.save_step()
-            self._draw()
+        self._draw()
 
     def _is_due(self) -> bool:
         step = self.state.step
         is_last = step == self.config.steps
+        if stops_early(self.state.history.validation, self.config.validation):
+            is_last = True
         return is_last or step % self.config.sample.every == 0
 
     def _draw(self) -> None:
@@ -76,12 +82,12 @@ class DrawSamples:
         name, fps = self.config.export.name, self.components.family.limits.fps
         try:
             path = write_samples(samples, services.folder, name, step, fps)
-            path = write_overview(path.parent, name, samples.prompts)
-            self._track(samples)
-        except Exception as error:  # a full disk or a tracker must not end the training
+            path = write_overview(path.parent, name, samples.prompts) or path
+        except Exception as error:  # a full disk must not end the training
             reason = f"{type(error).__name__}: {error}"
             services.reporter.say(f"samples of step {step} could not be written: {reason}")
             return
+        self._track(samples)
         count = counted(len(samples.prompts), "sample")
         duration = f"{seconds:.1f} s"
         services.reporter.say(f"step {step}: {count} in {duration}, {path}")
@@ -91,4 +97,7 @@ class DrawSamples:
         total_steps = self.components.previous_steps + self.state.step
         (images,) = samples.images.values()
         stills = padded_stills(images)
-        log_images(self.services.accelerator, {"samples": stills}, total_steps)
+        try:
+            log_images(self.services.accelerator, {"samples": stills}, total_steps)
+        except Exception as error:  # a tracker may raise anything
+            self.services.reporter.say(f"note: the samples were not tracked: {error}")

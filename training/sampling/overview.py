@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,22 @@ MAX_ROWS = 12
 ENDINGS = (".png", ".webp")
 
 
-def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> Path:
+def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> Path | None:
     """Write the picture of all steps whose samples are in a folder; return its path.
 
-    Steps with another number of samples are left out: they had other prompts."""
+    Steps that lack a sample, or have one that cannot be read, are left out. Returns None if all are."""
     cell_size = largest_size(prompts)
     rows: dict[str, np.ndarray] = {}
     steps = shown_steps(folder, name, len(prompts))
     for step, paths in steps.items():
-        cells = []
-        for sample_path in paths:
-            cell = thumbnail(sample_path, cell_size)
-            cells.append(cell)
-        rows[f"step {step}"] = np.stack(cells)
+        with suppress(OSError, ValueError):
+            cells = []
+            for sample_path in paths:
+                cell = thumbnail(sample_path, cell_size)
+                cells.append(cell)
+            rows[f"step {step}"] = np.stack(cells)
+    if not rows:
+        return None
     path = folder / f"{name}-steps.png"
     texts = [prompt.text for prompt in prompts]
     write_file(path, grid_png(rows, texts))
@@ -40,39 +44,41 @@ def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> 
 def shown_steps(folder: Path, name: str, num_prompts: int) -> dict[int, list[Path]]:
     """Return the files of each step that is shown, in the order of the prompts.
 
-    Steps with another number of samples than `num_prompts` are not."""
+    Steps that lack one of the `num_prompts` samples are not."""
     files = files_by_step(folder, name)
+    numbers = range(num_prompts)
     complete_steps = []
     for step in sorted(files):
-        if len(files[step]) == num_prompts:
+        if files[step].keys() >= {*numbers}:
             complete_steps.append(step)
     num_hidden = max(0, len(complete_steps) - MAX_ROWS)
     del complete_steps[1 : 1 + num_hidden]
     shown = {}
     for step in complete_steps:
-        shown[step] = files[step]
+        shown[step] = [files[step][number] for number in numbers]
     return shown
 
 
-def files_by_step(folder: Path, name: str) -> dict[int, list[Path]]:
-    """Return the samples of each step in a folder.
+def files_by_step(folder: Path, name: str) -> dict[int, dict[int, Path]]:
+    """Return the samples of each step in a folder, by their numbers.
 
-    The files of a step are in the order of their numbers."""
+    Other files are left out."""
     pattern = re.compile(rf"{re.escape(name)}-step(\d+)_(\d+)")
-    files: dict[int, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    files: dict[int, dict[int, Path]] = {}
+    for path in folder.iterdir():
         match = pattern.fullmatch(path.stem)
         if match is None or path.suffix not in ENDINGS:
             continue
-        step = int(match[1])
-        files.setdefault(step, [])
-        files[step].append(path)
+        step, number = int(match[1]), int(match[2])
+        files.setdefault(step, {})
+        files[step][number] = path
     return files
 
 
 def largest_size(prompts: Sequence[SamplePrompt]) -> tuple[int, int]:
     """Return width and height of a cell, which all samples fit into."""
-    width = height = 1
+    width = 1
+    height = 1
     for prompt in prompts:
         assert prompt.width is not None  # it is completed
         assert prompt.height is not None

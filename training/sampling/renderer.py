@@ -79,7 +79,8 @@ class SampleRenderer:
         self.was_stopped = False
         share: Share | None = {}
         if not self._has_failed():
-            share = self._draw_share(weight_sets)
+            with self.services.memory.phase(SAMPLES):
+                share = self._draw_share(weight_sets)
             self.was_stopped = share is None
         if share is None or self._has_failed():
             return None
@@ -174,7 +175,7 @@ class SampleRenderer:
         if self.error is not None:
             return
         try:
-            with self.services.memory.phase(SAMPLES), unchanged_random_state(self.device):
+            with unchanged_random_state(self.device):
                 self._wake()
                 images[label, number] = self._draw(number)
         except DrawingStopped:
