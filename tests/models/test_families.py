@@ -231,16 +231,13 @@ def test_text_encoders_encode_the_same_layer_by_layer(case):
     with torch.no_grad():
         for placement in ("device", "layers", "cpu"):
             encoders = family.load_encoders("text")
+            parts = text_encoders_of(encoders)
+            loaded = [dict(part.named_parameters()) for part in parts]
             encoders = place_text_encoders(encoders, placement, torch.device("cpu"))
             rows[placement] = family.encode_prompt(encoders, PROMPTS)
-            if placement == "layers":
-                weights = [
-                    weight
-                    for component in encoders.components.values()
-                    if isinstance(component, torch.nn.Module)
-                    for weight in component.parameters()
-                ]
-                assert all(weight.is_meta for weight in weights), "none stays on the device"
+            for part, weights in zip(parts, loaded, strict=True):
+                for name, weight in part.named_parameters():
+                    assert weight is weights[name], "no copy stays on the device"
     for placement in ("layers", "cpu"):
         for row, expected in zip(rows[placement], rows["device"], strict=True):
             assert row.keys() == expected.keys()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.hashing import sha256_of_file
 from models.config import ModelConfig
-from models.encoder_placement import place_text_encoders, text_encoders_of
+from models.encoder_placement import text_encoders_of
 from training.config import SampleConfig
 from training.sampling import prepare
 from training.sampling.draw import draw_sample, pipeline_options
@@ -60,17 +60,3 @@ def test_every_family_draws_what_its_whole_pipeline_draws(case: Case, guidance_s
             with replayed(pipeline, results, CPU):
                 drawn = draw_sample(pipeline, prompt, options)
         assert np.array_equal(drawn, expected)
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_layers_that_are_copied_encode_the_same_and_return(case: Case):
-    family = family_of(case)
-    encoders = family.load_encoders("text")
-    parts = [dict(part.named_parameters()) for part in text_encoders_of(encoders)]
-    with torch.no_grad():
-        expected = family.encode_prompt(encoders, ["a cat"])[0]
-        place_text_encoders(encoders, "layers", CPU)
-        rows = family.encode_prompt(encoders, ["a cat"])[0]
-    assert all(rows[name].equal(expected[name]) for name in expected)
-    for part, before in zip(text_encoders_of(encoders), parts, strict=True):
-        assert all(parameter is before[name] for name, parameter in part.named_parameters())
