@@ -29,7 +29,11 @@ from lora_algos import ALGORITHMS
 from models.base import cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
-from models.encoder_placement import place_text_encoders, release_text_encoders
+from models.encoder_placement import (
+    place_text_encoders,
+    release_text_encoders,
+    text_encoders_of,
+)
 from training.build import attach_adapters
 from training.cli import load_config
 
