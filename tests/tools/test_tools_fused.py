@@ -51,7 +51,8 @@ class Small(ModelFamily):
 
     @property
     def files(self) -> Any:
-        return SimpleNamespace(path=Path(str(self.config.path)), is_single_file=True)
+        path = Path(str(self.config.path))
+        return SimpleNamespace(path=path, is_single_file=True, is_quantized=False)
 
     def empty_denoiser(self, device: str = "meta") -> nn.Module:
         with torch.device("meta"):
