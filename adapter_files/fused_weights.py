@@ -16,7 +16,7 @@ from lora_algos.detection import detect_algorithm, layer_delta
 from lora_algos.full import DIFF
 from lora_algos.tensors import ALPHA, BIAS, COMMON_NAMES, LayerTensors, to_device
 from lora_algos.traits import RowAxes, RowAxis, TensorTraits
-from models.layer_names.names import RowSlice
+from models.layer_names.names import RowSlice, swap_halves
 
 Slices = Mapping[RowSlice, LayerTensors]
 """Rows of a fused weight -> the adapter of these rows."""
@@ -177,11 +177,6 @@ def place(
         target = placed.narrow(axis, start // unit, count // unit)
         target.copy_(value)
     return placed
-
-
-def swap_halves(tensor: Tensor) -> Tensor:
-    """Return a tensor with the halves of its rows swapped."""
-    return tensor.roll(tensor.shape[0] // 2, 0)
 
 
 def swap_adapter(tensors: LayerTensors, weight: Tensor) -> LayerTensors:

@@ -22,6 +22,7 @@ from common.errors import AdapterError
 from lora_algos.targets import layers_of
 from lora_algos.tensors import ALPHA, LayerTensors
 from lora_algos.traits import Layers, Metadata
+from models.layer_names.names import swap_halves
 
 
 class ImportedLayers(NamedTuple):
@@ -106,7 +107,7 @@ class LayerReader:
         """Return the layer's tensors, given those of the original model's weight."""
         rows = self.names.slices.get(self.layer)
         if rows is None:
-            weight = fused_weights.swap_halves(self.weight)
+            weight = swap_halves(self.weight)
             tensors = for_weight(self._normalize(tensors, weight), weight, self.metadata)
             return fused_weights.swap_adapter(tensors, weight)
         num_rows = self.names.num_fused_rows(self.layer)

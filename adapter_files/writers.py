@@ -29,6 +29,7 @@ from common.errors import AdapterError, error_list
 from lora_algos.detection import all_algorithms, detect_algorithm, find_algorithm
 from lora_algos.tensors import ALPHA, BIAS, LayerTensors
 from lora_algos.traits import FileTraits, Layers, Weights
+from models.layer_names.names import swap_halves
 
 FORMATS_READ_BY_PEFT = ("diffusers", "peft")
 """Formats whose layers PEFT computes."""
@@ -138,7 +139,7 @@ def original_adapter(
     weight = weights[layer]
     if layer in names.swapped:
         tensors = fused_weights.swap_adapter(group[layer], weight)
-        return tensors, fused_weights.swap_halves(weight)
+        return tensors, swap_halves(weight)
     if layer not in names.slices:
         return group[layer], weight
     slices = {names.slices[name]: tensors for name, tensors in group.items()}

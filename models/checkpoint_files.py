@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,8 +162,12 @@ def has_scales(file: Path, prefixes: tuple[str, ...] = ("",)) -> bool:
 
     Raises OSError or SafetensorError."""
     with safe_open(file, framework="pt") as tensors:
-        scale_keys = [key for key in tensors.keys() if key.endswith(SCALE_SUFFIXES)]  # noqa: SIM118
-    return any(key.startswith(prefixes) for key in scale_keys)
+        return any_scales(tensors.keys(), prefixes)
+
+
+def any_scales(keys: Iterable[str], prefixes: tuple[str, ...] = ("",)) -> bool:
+    """Return whether some of the keys are of scales, and begin with a prefix."""
+    return any(key.endswith(SCALE_SUFFIXES) and key.startswith(prefixes) for key in keys)
 
 
 def num_parameters(files: list[Path], prefixes: tuple[str, ...] = ("",)) -> int:

@@ -102,13 +102,13 @@ def load_quantized_encoder(files: ModelFiles, component: str) -> nn.Module:
     from models.quantized_encoders import EncoderQuantization
 
     encoder_class = getattr(transformers, files.pipeline_config[component][1])
-    format = files.encoder_format(component)
+    layers = files.encoder_format(component)
     with files.loading_errors(), hide_load_report():
         return encoder_class.from_pretrained(
             files.source,
             subfolder=component,
             dtype=files.component_dtype(component),
-            quantization_config=EncoderQuantization(format.quantization),
+            quantization_config=EncoderQuantization(layers),
             **files.load_options,
         )
 

@@ -15,7 +15,7 @@ from models.layer_names.names import OriginalLayer
 from models.quantization import is_encoder_weight
 from models.quantized_weight import QuantizedWeight, plain_values
 from models.safetensors_file import SafetensorsFile
-from models.weight_file import WeightFile
+from models.weight_file import WHOLE_TENSOR, WeightFile
 
 
 def open_weights(path: Path) -> WeightFile:
@@ -60,10 +60,8 @@ class LayerReader:
             dtype = torch.float32
         key = self.keys[name]
         layer, _, parameter = name.rpartition(".")
-        original = self.originals.get(layer)
-        if original is None:
-            original = OriginalLayer(key)
-        weight = self.file.read(key, original, dtype)
+        original = self.originals.get(layer, WHOLE_TENSOR)
+        weight = self.file.read(key, dtype, original)
         if layer in self.layers and parameter == "weight":
             return blocks.formatted(weight, self.file.is_quantized)
         return plain_values(weight)
@@ -93,8 +91,7 @@ def read_encoder(path: Path, dtype: torch.dtype, layers: BlockFormat) -> dict[st
     keys = tensor_shapes(path)
     with open_weights(path) as file:
         for key in keys:
-            layer = OriginalLayer(key)
-            weight = file.read(key, layer, dtype)
+            weight = file.read(key, dtype)
             if is_encoder_weight(key, weight):
                 weights[key] = layers.formatted(weight, file.is_quantized)
             else:

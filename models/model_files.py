@@ -92,6 +92,11 @@ class ModelFiles:
         with self.loading_errors():
             return self.is_single_file and is_quantized_file(self.path)
 
+    @property
+    def has_plain_tensors(self) -> bool:
+        """True if libraries read the weights: .safetensors files without codes."""
+        return not self.is_quantized and self.path.suffix != GGUF_SUFFIX
+
     @cached_property
     def shapes(self) -> Shapes:
         """Shapes of the tensors of a single file."""
@@ -128,8 +133,7 @@ class ModelFiles:
         `pipelines`: of the family."""
         if not self.is_single_file:
             return
-        is_plain = not self.is_quantized and self.path.suffix != GGUF_SUFFIX
-        if not is_plain and not reads_quantized:
+        if not self.has_plain_tensors and not reads_quantized:
             raise ModelError(quantized_file_message(self.config.path, self.components.family))
         if self.config.config is None:
             return
@@ -291,7 +295,7 @@ class ModelFiles:
                 f"{self.components.denoiser}. Use a complete diffusers folder"
             )
         with self.loading_errors(f"{weights[0]}: "):
-            if weights[0].suffix == GGUF_SUFFIX or is_quantized_file(weights[0]):
+            if not self.has_plain_tensors:
                 return torch.bfloat16  # of the values: each format's own is wider than needed
             return weight_dtype(weights[0])
 

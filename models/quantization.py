@@ -1,6 +1,6 @@
 """Quantization of a denoiser's frozen weights: the formats, and the layers that get one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -134,10 +134,19 @@ def quantize_blocks(
     Embeddings, output layers and text encoders stay as they were. So do biases, norms, and weights
     that NF4_BLOCK does not divide. `device`: where the codes are computed."""
     layers = quantizable_layers(blocks)
-    for layer in layers.values():
+    quantize_layers(layers.values(), quantization, device)
+    return len(layers)
+
+
+def quantize_layers(
+    layers: Iterable[nn.Linear],
+    quantization: Quantization,
+    device: torch.device | None = None,
+) -> None:
+    """Quantize the weights of layers, one by one. `device`: where the codes are computed."""
+    for layer in layers:
         weight = quantize(layer.weight, FORMATS[quantization], device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
-    return len(layers)
 
 
 def quantizable_layers(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:

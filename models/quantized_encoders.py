@@ -9,8 +9,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from models.block_format import BlockFormat
 from models.config import Quantization
-from models.quantization import FORMATS, is_encoder_weight, quantize
+from models.quantization import is_encoder_weight, quantize_layers
 
 METHOD = "train-lora-encoder"
 """The name of the quantizer in transformers."""
@@ -20,22 +21,23 @@ def quantize_encoder(encoder: nn.Module, quantization: Quantization) -> None:
     """Quantize the layers of a text encoder.
 
     `encoder`: with values, or without for a plan of memory."""
-    format = FORMATS[quantization]
+    layers = []
     for name, layer in encoder.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         if is_encoder_weight(f"{name}.weight", layer.weight):
-            weight = quantize(layer.weight, format)
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layers.append(layer)
+    quantize_layers(layers, quantization)
 
 
 @register_quantization_config(METHOD)
 class EncoderQuantization(QuantizationConfigMixin):
     """The argument of transformers' from_pretrained that lets an EncoderQuantizer load a model."""
 
-    def __init__(self, quantization: Quantization):
+    def __init__(self, layers: BlockFormat):
+        """`layers`: the format of the weights in the encoder's layers."""
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.quantization = quantization
+        self.layers = layers
 
 
 @register_quantizer(METHOD)
@@ -58,7 +60,7 @@ class EncoderQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> "QuantizeWeight":
         """Return the operation on each of these parameters."""
-        return QuantizeWeight(self.quantization_config.quantization)
+        return QuantizeWeight(self.quantization_config.layers)
 
     def postprocess_model(self, model: Any, **_: Any) -> None:
         """Let the model be a plain one again: its weights act as plain weights."""
@@ -68,8 +70,8 @@ class EncoderQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """Turns a weight that was read into one in the format."""
 
-    def __init__(self, quantization: Quantization):
-        self.format = FORMATS[quantization]
+    def __init__(self, layers: BlockFormat):
+        self.layers = layers
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *_: Any, **__: Any
@@ -80,6 +82,6 @@ class QuantizeWeight(ConversionOps):
             tensor = tensors
             if isinstance(tensors, list):
                 (tensor,) = tensors
-            weight = quantize(tensor, self.format)
+            weight = self.layers.quantized(tensor)
             weights[name] = nn.Parameter(weight, requires_grad=False)
         return weights

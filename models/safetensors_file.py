@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common.errors import ModelError
-from models.checkpoint_files import SCALE_SUFFIXES, is_quantized_file
+from models.checkpoint_files import SCALE_SUFFIXES, any_scales
 from models.quantization import CODES, FORMATS, SCALES
 from models.quantized_weight import Format, StoredTensors
 from models.weight_file import PLAIN_VALUES, WeightFile
@@ -32,7 +32,7 @@ class SafetensorsFile(WeightFile):
         self.path = path
         self.file = safe_open(path, framework="pt")
         self.keys = set(self.file.keys())
-        self.is_quantized = is_quantized_file(path)
+        self.is_quantized = any_scales(self.keys)
 
     def close(self) -> None:
         self.file.__exit__(None, None, None)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.layer_names.names import OriginalLayer
+from models.layer_names.names import OriginalLayer, swap_halves
 from models.quantized_weight import Format, QuantizedWeight, StoredTensors
 
 PLAIN_VALUES = "values"
 """Name of the stored tensor of a weight that is not quantized."""
 ALL_ROWS = slice(None)
+WHOLE_TENSOR = OriginalLayer("")
+"""Place of a layer that has a stored tensor for itself."""
 
 
 class WeightFile(ABC):
@@ -45,7 +47,7 @@ class WeightFile(ABC):
     def empty(self, key: str, num_rows: int) -> StoredTensors:
         """Return `stored` of a quantized weight's rows, without values."""
 
-    def read(self, key: str, original: OriginalLayer, dtype: torch.dtype) -> Tensor:
+    def read(self, key: str, dtype: torch.dtype, original: OriginalLayer = WHOLE_TENSOR) -> Tensor:
         """Return a layer's weight or bias, quantized if it is so in the file.
 
         `original`: where the layer is in the stored tensor."""
@@ -55,7 +57,7 @@ class WeightFile(ABC):
             rows = slice(first, first + num_rows)
         stored: StoredTensors = {}
         for name, tensor in self.stored(key, rows).items():
-            ordered = swapped_halves(tensor) if original.swapped_halves else tensor
+            ordered = swap_halves(tensor) if original.swapped_halves else tensor
             stored[name] = in_own_memory(ordered)
         format = self.format(key)
         if format is None:
@@ -76,9 +78,3 @@ def in_own_memory(tensor: Tensor) -> Tensor:
     if is_part:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor.contiguous()
-
-
-def swapped_halves(tensor: Tensor) -> Tensor:
-    """Return the rows with their two halves swapped."""
-    half = len(tensor) // 2
-    return tensor.roll(half, 0)

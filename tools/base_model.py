@@ -10,18 +10,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from adapter_files.fused_weights import swap_halves
 from adapter_files.safetensors_stream import TensorInfo, TensorStore
 from adapter_files.spellings import layer_spellings
 from common.errors import ModelError, error_list
 from lora_algos.targets import adaptable_layers, norm_layers
-from models.checkpoint_files import GGUF_SUFFIX
 from models.config import ModelConfig
 from models.detect import get_family
 from models.layer_loading import open_weights
-from models.layer_names.names import OriginalLayer
+from models.layer_names.names import swap_halves
 from models.quantized_weight import plain_values
-from models.weight_file import PLAIN_VALUES, WeightFile
+from models.weight_file import PLAIN_VALUES, WHOLE_TENSOR, WeightFile
 
 SUFFIXES = ("weight", "bias")
 """Tensors of a layer."""
@@ -48,7 +46,7 @@ class BaseModel:
         self.quantized_file: WeightFile | None = None
         """A single file of quantized weights, or GGUF, which only some commands can read."""
         files = self.family.files
-        if files.is_quantized or files.path.suffix == GGUF_SUFFIX:
+        if not files.has_plain_tensors:
             self.quantized_file = open_weights(files.path)
             self.store = TensorStore([])
         else:
@@ -166,10 +164,8 @@ class BaseModel:
         """Return a layer's weight or bias from a file whose weights may be quantized."""
         name = parameter_name(layer, suffix)
         key = self.file_keys[name]
-        original = self.natives.get(layer)
-        if original is None:
-            original = OriginalLayer(key)
-        return file.read(key, original, dtype)
+        original = self.natives.get(layer, WHOLE_TENSOR)
+        return file.read(key, dtype, original)
 
     def extract_layer(self, stored: Tensor, layer: str, suffix: str) -> Tensor:
         """Return a layer's weight or bias from the stored tensor that contains it.

@@ -51,13 +51,13 @@ class ExportJob:
 def export_jobs(config: TrainConfig, state: TrainState, services: RunServices) -> list[ExportJob]:
     """Return the adapter's weights, and with an EMA the other ones of EMA and trained weights.
     Collective."""
-    averages = ["raw"]
+    main = main_average(config.ema)
+    averages = [main]
     if config.ema.decay:
-        averages.append("ema")
-    if config.ema.evaluate_with == "ema":
-        averages.reverse()
+        other = {"raw", "ema"}.difference(averages)
+        averages += other
     if config.export.weights == "best" and state.best is not None:
-        return [best_job(config, state, state.best, averages[0])]
+        return [best_job(config, state, state.best, main)]
     if config.export.weights == "best":
         services.reporter.say(
             f"no validation loss was finite: the weights after step {state.step} are exported"
@@ -84,6 +84,13 @@ def best_job(config: TrainConfig, state: TrainState, best: BestWeights, average:
         f"which has the lowest validation loss, {loss:.5f}"
     )
     return ExportJob(best.weights, best.step, description)
+
+
+def main_average(config: EmaConfig) -> str:
+    """Return the weights that are evaluated and exported as the adapter: ema or raw."""
+    if not config.decay:
+        return "raw"
+    return config.evaluate_with
 
 
 def average_name(config: EmaConfig, average: str) -> str:
@@ -193,10 +200,14 @@ class RunExport:
     def _write_preview(self, samples: Samples) -> None:
         services = self.services
         path = services.folder / PREVIEW
-        rows = {label: padded_stills(images) for label, images in samples.images.items()}
+        rows = {}
+        tracked_images = {}
+        for label, images in samples.images.items():
+            rows[label] = padded_stills(images)
+            tracked_images[f"preview/{label}"] = rows[label]
         texts = [prompt.text for prompt in samples.prompts]
-        write_file(path, grid_png(rows, texts))
-        tracked_images = {f"preview/{label}": stills for label, stills in rows.items()}
+        grid = grid_png(rows, texts)
+        write_file(path, grid)
         log_images(services.accelerator, tracked_images, self.total_steps)
         print(f"wrote {path}")
 

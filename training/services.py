@@ -65,6 +65,13 @@ class RunServices:
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
         )
 
+    def main_wants(self, is_wanted: bool) -> bool:
+        """Return what the main process says. Collective.
+
+        WHEN: a file in output_dir decides: perhaps only the main process's computer has it."""
+        number = int(self.process.is_main and is_wanted)
+        return bool(self.consensus.max_now(number))
+
     @property
     def process(self) -> ProcessInfo:
         return ProcessInfo.of(self.accelerator)

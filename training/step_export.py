@@ -7,7 +7,8 @@ from common.precision import exact_products
 from training.build import on_one_process
 from training.components import RunComponents
 from training.distributed.sharding import is_sharded
-from training.export import ExportJob, average_name, export_facts, write_adapter
+from training.export import ExportJob, average_name, export_facts, main_average, write_adapter
+from training.run_folder import STEP_SUFFIX
 from training.services import RunServices
 from training.train_state import TrainState
 
@@ -27,15 +28,12 @@ class ExportSteps:
         pattern = f"{name}{self._suffix}.*"
         paths = self.services.folder.glob(pattern)
         is_missing = not any(paths)
-        # only the main process writes, and perhaps only its computer has the folder
-        is_main = self.services.process.is_main
-        is_wanted = is_main and is_missing and self.state.step > 0
-        if self.services.consensus.max_now(int(is_wanted)):
+        if self.services.main_wants(is_missing and self.state.step > 0):
             self.after_step()
 
     @property
     def _suffix(self) -> str:
-        return f"-step{self.state.step:08d}"
+        return STEP_SUFFIX.format(self.state.step)
 
     def after_step(self) -> None:
         step = self.state.step
@@ -60,10 +58,7 @@ class ExportSteps:
         components, ema = self.components, self.config.ema
         if is_sharded(self.services.accelerator):
             components = on_one_process(components)
-        average = "raw"
-        if ema.decay:
-            average = ema.evaluate_with
-        weights_name = average_name(ema, average)
+        weights_name = average_name(ema, main_average(ema))
         description = f"{weights_name}after step {step}"
         job = ExportJob({}, step, description, self._suffix)
         facts = export_facts(components, self.state, job)

@@ -22,7 +22,6 @@ from models.families.transformer_family import (
     TransformerFamily,
     pooled_rows,
 )
-from models.layer_names.names import OriginalLayer
 from models.layer_names.tables import Names, Rule, SwappedHalves, TableNames, fused_qkv
 from models.quantized_weight import plain_values
 from models.weight_file import WeightFile
@@ -104,7 +103,7 @@ class StableDiffusion3(TransformerFamily):
 
     def read_buffers(self, file: WeightFile, dtype: torch.dtype) -> dict[str, Tensor]:
         key = f"{self.files.denoiser_prefix}pos_embed"
-        positions = file.read(key, OriginalLayer(key), dtype)
+        positions = file.read(key, dtype)
         return {"pos_embed.pos_embed": plain_values(positions)}
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class RowSlice(NamedTuple):
@@ -64,6 +64,11 @@ class LayerNames(ABC):
     def text_encoders(self, denoiser: nn.Module) -> dict[str, str]:
         """Return kohya's names of the layers of text encoders that are part of the denoiser."""
         return text_encoder_names(denoiser)
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Return a tensor with the halves of its rows swapped."""
+    return tensor.roll(tensor.shape[0] // 2, 0)
 
 
 def layers_with_weight(module: nn.Module) -> dict[str, Any]:

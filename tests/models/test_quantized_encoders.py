@@ -81,24 +81,23 @@ def gguf_values(path: Path, case: Case, tensors: dict[str, Tensor]) -> dict[str,
     return {keys[new_name]: value for new_name, value in values.items()}
 
 
+def check_files(case: Case, folder: Path, is_scaled: bool) -> list[int]:
+    """Quantized files encode as plain ones of their values; returns the numbers of quantized weights."""
+    model = bare(case, folder / "bare", "text_encoder*")
+    paths, plain_paths = write_files(case, folder, is_scaled)
+    family = family_with(case, paths, model)
+    assert_same_rows(family, family_with(case, plain_paths, model))
+    return [num_quantized(encoder) for encoder in text_encoders_of(family.load_encoders("text"))]
+
+
 @EVERY_CASE
 def test_scaled_files_encode_as_their_values(name, tmp_path):
-    case = CASES[name]
-    folder = bare(case, tmp_path / "bare", "text_encoder*")
-    paths, plain_paths = write_files(case, tmp_path, is_scaled=True)
-    family = family_with(case, paths, folder)
-    assert all(num_quantized(encoder) for encoder in text_encoders_of(family.load_encoders("text")))
-    assert_same_rows(family, family_with(case, plain_paths, folder))
+    assert all(check_files(CASES[name], tmp_path, is_scaled=True))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gguf_files_encode_as_their_values(name, tmp_path):
-    case = CASES[name]
-    folder = bare(case, tmp_path / "bare", "text_encoder*")
-    paths, plain_paths = write_files(case, tmp_path, is_scaled=False)
-    family = family_with(case, paths, folder)
-    assert any(num_quantized(encoder) for encoder in text_encoders_of(family.load_encoders("text")))
-    assert_same_rows(family, family_with(case, plain_paths, folder))
+    assert any(check_files(CASES[name], tmp_path, is_scaled=False))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

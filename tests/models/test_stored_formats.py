@@ -138,11 +138,10 @@ def test_a_shape_that_the_converter_changed_is_restored(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     from models.gguf_file import GgufFile, gguf_shapes
-    from models.layer_names.names import OriginalLayer
 
     assert gguf_shapes(path) == {"x.weight": (6, 4, 2)}
     with GgufFile(path) as file:
-        assert file.read("x.weight", OriginalLayer("x"), torch.float32).equal(values)
+        assert file.read("x.weight", torch.float32).equal(values)
 
 
 def test_another_format_replaces_that_of_the_file(tmp_path):

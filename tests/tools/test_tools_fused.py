@@ -52,7 +52,7 @@ class Small(ModelFamily):
     @property
     def files(self) -> Any:
         path = Path(str(self.config.path))
-        return SimpleNamespace(path=path, is_single_file=True, is_quantized=False)
+        return SimpleNamespace(path=path, is_single_file=True, has_plain_tensors=True)
 
     def empty_denoiser(self, device: str = "meta") -> nn.Module:
         with torch.device("meta"):

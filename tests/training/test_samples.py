@@ -177,6 +177,17 @@ def test_a_failure_is_said_once_and_ends_nothing(
     assert_same_result(plain, failed)
 
 
+def test_a_sample_without_memory_names_the_phase(options, run_here, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(renderer, "draw_sample", fail)
+    assert run_here([*options, *SAMPLED, "--steps=2"]) == 0
+    said = capsys.readouterr().out
+    assert "The GPU's memory ran out in the phase `samples`" in said
+    assert "Use --model.vae_tiling, smaller samples" in said
+
+
 def test_a_step_is_saved_before_its_samples_are_drawn(options, run_here, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

@@ -32,7 +32,7 @@ class PhaseWatch:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            self._explain(error)
+            self.explain(error)
             raise
         finally:
             self._record_peak()
@@ -66,7 +66,7 @@ class PhaseWatch:
         earlier_peak = self.peaks.get(self.current, 0)
         self.peaks[self.current] = max(peak, earlier_peak)
 
-    def _explain(self, error: torch.OutOfMemoryError) -> None:
+    def explain(self, error: torch.OutOfMemoryError) -> None:
         """Add phase, planned and actual memory to an error, unless an inner phase did."""
         if getattr(error, "is_explained", False):
             return

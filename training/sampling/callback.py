@@ -42,9 +42,7 @@ class DrawSamples:
             is_due = self.config.sample.at_start
         name = self.config.export.name
         path = sheet_path(self.services.folder, name, step)
-        # only the main process writes, and perhaps only its computer has the folder
-        is_wanted = self.services.process.is_main and is_due and not path.exists()
-        if self.services.consensus.max_now(int(is_wanted)):
+        if self.services.main_wants(is_due and not path.exists()):
             self._draw()
 
     def after_step(self) -> None:

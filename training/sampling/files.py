@@ -10,23 +10,22 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.atomic import write_file
 from training.reporting.image_grid import grid_png, to_levels
+from training.run_folder import SAMPLES_FOLDER, STEP_SUFFIX
 from training.sampling.prompts import SamplePrompt
 from training.sampling.renderer import Samples
 
-FOLDER = "samples"
-"""Folder of the samples in output_dir."""
 SHEET = "sheet"
 
 
 def sample_name(name: str, step: int, number: int | str) -> str:
     """Return the name of a sample's file, without its ending."""
     text = number if isinstance(number, str) else f"{number:02d}"
-    return f"{name}-step{step:08d}_{text}"
+    return f"{name}{STEP_SUFFIX.format(step)}_{text}"
 
 
 def sheet_path(folder: Path, name: str, step: int) -> Path:
     """Return the path of the sheet with all samples of a step. It is written last."""
-    return folder / FOLDER / f"{sample_name(name, step, SHEET)}.png"
+    return folder / SAMPLES_FOLDER / f"{sample_name(name, step, SHEET)}.png"
 
 
 def write_samples(samples: Samples, folder: Path, name: str, step: int, fps: float) -> Path:
@@ -36,9 +35,10 @@ def write_samples(samples: Samples, folder: Path, name: str, step: int, fps: flo
     (images,) = samples.images.values()
     path = sheet_path(folder, name, step)
     path.parent.mkdir(parents=True, exist_ok=True)
+    title = name + STEP_SUFFIX.format(step)
     for number, (prompt, frames) in enumerate(zip(samples.prompts, images, strict=True)):
         base_path = path.with_name(sample_name(name, step, number))
-        write_sample(base_path, frames, prompt, f"{name}-step{step:08d}", fps)
+        write_sample(base_path, frames, prompt, title, fps)
     stills = padded_stills(images)
     texts = [prompt.text for prompt in samples.prompts]
     write_file(path, grid_png({f"step {step}": stills}, texts))

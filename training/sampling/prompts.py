@@ -126,7 +126,7 @@ def configured_prompts(config: SampleConfig) -> list[SamplePrompt]:
 
 
 def located_prompts(config: SampleConfig) -> list[LocatedPrompt]:
-    """Return `configured_prompts` and their places. Raises ValueError naming all errors."""
+    """Return `configured_prompts` and their places. Raises ValueError, whose arguments are all errors."""
     prompts = []
     errors = []
     for place, line in prompt_lines(config):
@@ -135,7 +135,7 @@ def located_prompts(config: SampleConfig) -> list[LocatedPrompt]:
         except ValueError as error:
             errors.append(f"{place}: {error}")
     if errors:
-        raise ValueError("\n  ".join(errors))
+        raise ValueError(*errors)
     return prompts
 
 
@@ -173,7 +173,7 @@ def prompt_errors(config: SampleConfig) -> list[str]:
     try:
         located_prompts(config)
     except ValueError as error:
-        errors += str(error).split("\n  ")
+        errors += error.args
     return errors
 
 

@@ -180,13 +180,14 @@ class SampleRenderer:
                 images[label, number] = self._draw(number)
         except DrawingStopped:
             self.services.reporter.say("stopping: the samples of this step are left out")
+        except torch.OutOfMemoryError as error:
+            self.services.memory.explain(error)
+            self.error = describe_error(error) + (
+                "\nSamples need the VAE on the GPU too. Use --model.vae_tiling, smaller samples, or "
+                "--no_preview and --sample.every 0"
+            )
         except Exception as error:
             self.error = describe_error(error)
-            if isinstance(error, torch.OutOfMemoryError):
-                self.error += (
-                    "\nSamples need the VAE on the GPU too. Use --model.vae_tiling, smaller samples, "
-                    "or --no_preview and --sample.every 0"
-                )
 
     def _draw(self, number: int) -> np.ndarray:
         prompt = self.prompts[number]
