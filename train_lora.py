@@ -6,6 +6,8 @@ value]` (docs/data.md). Commands that work on files: `python train_lora.py
 inspect|convert|merge|resize|extract FILE` (docs/formats.md).
 """
 
+import os
+import signal
 import sys
 
 import tools
@@ -43,5 +45,18 @@ def main(argv: list[str] | None = None) -> int:
             return stopped.code
 
 
+def closed_pipe() -> int:
+    """Return the exit code after a reader such as `head` has closed the output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = closed_pipe()
+    sys.exit(code)

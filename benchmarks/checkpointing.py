@@ -32,7 +32,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from models.blocks import find_blocks  # noqa: E402
 from training import gradient_checkpointing  # noqa: E402
-from training.memory.live_bytes import ACTIVATIONS, LiveBytes  # noqa: E402
+from training.memory.live_bytes import LiveBytes  # noqa: E402
+from training.memory.phase_memory import ACTIVATIONS  # noqa: E402
 
 MIB = 2**20
 NONE, DIFFUSERS = "none", "diffusers' own"

@@ -46,7 +46,8 @@ def new_file(path: Path, is_shared: bool = False) -> Iterator[Path]:
         if not is_shared:
             flush_folder(path.parent)
     except BaseException as error:
-        partial_path.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial_path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise WriteError(path, error) from error
         raise

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from common.atomic import WriteError
 from common.errors import AdapterError, ConfigError, ModelError, error_list
 from tools.data.options import DataOptions, ExportOptions
 from tools.options import OPTIONS, Options, parse
 from tools.planning.options import PlanOptions
 from tools.run_options import RunOptions, read_run_options
+from tools.runs.options import FOLDER_OPTIONS, parse_folder_options
 from training.run import leave_process_group, print_error, quiet_libraries
 
 RUN_COMMANDS: dict[str, type[RunOptions]] = {
     options.command: options for options in (PlanOptions, DataOptions, ExportOptions)
 }
 """Commands that take the options of a run."""
-COMMANDS = (*RUN_COMMANDS, *OPTIONS)
+COMMANDS = (*RUN_COMMANDS, *OPTIONS, *FOLDER_OPTIONS)
 M_MMAP_THRESHOLD = -3
 """Parameter number of mallopt(3)."""
 LARGE_TENSOR = 1 << 20
@@ -38,6 +40,8 @@ COMMAND_FLAGS = {
 def run_command(argv: list[str]) -> int:
     """Run the command in `argv`; return the exit code. Raises UserError for a mistake in the
     input."""
+    if argv[0] in FOLDER_OPTIONS:
+        return run_on_folders(argv)
     options: Options | RunOptions
     is_run_command = argv[0] in RUN_COMMANDS
     if is_run_command:
@@ -55,6 +59,20 @@ def run_command(argv: list[str]) -> int:
             return 130
 
 
+def run_on_folders(argv: list[str]) -> int:
+    """Run a command that reads the folders of runs; return its exit code."""
+    options = parse_folder_options(argv)
+    errors = options.errors()
+    if errors:
+        raise ConfigError(error_list(options.command, errors))
+    quiet_libraries()
+    try:
+        return import_module(f"tools.runs.{options.command}").run(options)
+    except WriteError as error:
+        print_error(str(error))
+        return 1
+
+
 def read_options(argv: list[str]) -> Options:
     """Return the options of a command that works on files. Raises ConfigError naming all errors."""
     options = parse(argv)
@@ -67,7 +85,6 @@ def read_options(argv: list[str]) -> Options:
 def run_module(module: str, options: object, is_run_command: bool) -> int:
     """Run a command's module; return the exit code: 0, or 1 if it found or met a problem."""
     # imports torch, which takes long enough to be interrupted
-    from common.atomic import WriteError
     from tools.rewrite import ToolError
 
     if not is_run_command:

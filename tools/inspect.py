@@ -11,12 +11,13 @@ from torch import Tensor
 from adapter_files.keys import guess_model
 from common.dtypes import dtype_name
 from common.errors import AdapterError
+from common.text import one_line
 from lora_algos.detection import algorithm_name, rank_of
 from tools.adapter_file import AdapterFile, LayerData, delta_of, needs_base
 from tools.base_model import BaseModel
 from tools.options import InspectOptions
 from tools.survival import survey
-from tools.tables import NO_VALUE, BlockTable, list_facts, one_line
+from tools.tables import NO_VALUE, BlockTable, list_facts
 from tools.unknown_model import UnknownModel
 
 FACT_KEYS = {

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
-from training.memory.live_bytes import HOST, counted_as
+from training.memory.live_bytes import counted_as
+from training.memory.phase_memory import HOST
 from training.memory.side_stream import Event, SideStream
 
 MIN_BYTES = 2**20

@@ -9,6 +9,7 @@ from training.compilation import ReportCompilation
 from training.components import RunComponents
 from training.memory.phase_memory import VALIDATION
 from training.optim.schedule import scheduled_learning_rate
+from training.record_callbacks import UpdateStatus, WriteReport
 from training.reporting.history import TrainingDiverged, finite_mean, is_finite
 from training.reporting.trackers import finish_trackers
 from training.run_folder import CHECKPOINTS
@@ -35,12 +36,14 @@ def step_callbacks(
         *compilation_reports(trainer),
         CompareRanks(trainer),
         log_metrics,
+        UpdateStatus(trainer.state, trainer.services, components.previous_steps),
         Validate(trainer, components),
         save_checkpoint,
         *adapter_exports(trainer, components),
         *samples(trainer, components, renderer, save_checkpoint),
         HandleRequests(trainer, save_checkpoint),
         EmitMetrics(trainer, components.previous_steps),
+        WriteReport(trainer.services),
     ]
 
 

@@ -33,6 +33,8 @@ COMMAND_NAMES = (
     "merge",
     "resize",
     "extract",
+    "report",
+    "status",
 )
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"

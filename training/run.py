@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -20,10 +21,15 @@ from training.stopping.signals import RunStopped, SignalHandler, report_stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from training.components import RunComponents
     from training.distributed.failures import FailureWatch
+    from training.export import RunExport
     from training.loss import LossFunction
+    from training.run_record import RunRecord
+    from training.services import RunServices
+    from training.trainer import Trainer
 
 LOCK_TIMEOUT = 120.0
 """Seconds. Processes may outlive their launcher a little, and NFS keeps the locks of a dead client
@@ -50,7 +56,9 @@ def run_training(config: TrainConfig, signals: SignalHandler) -> int:
                 run_config = with_kept_changes(config)
                 lock = locked_folder(run_config, LOCK_TIMEOUT, say)  # type: ignore[assignment]
             with lock:
-                train(config, accelerator, failures, signals)
+                record = build_record(config, accelerator, failures)
+                with record.kept():
+                    train(config, accelerator, failures, signals, record)
     except RunFailed as failure:
         return failure.exit_code
     return 0
@@ -125,34 +133,50 @@ def handle_error(
     return exit_code
 
 
+def build_record(
+    config: TrainConfig, accelerator: Accelerator, failures: FailureWatch
+) -> RunRecord:
+    """Return what keeps the files about the run up to date. It also hears of the failure of another
+    process."""
+    from training.run_record import RunRecord
+
+    num_processes, is_main = accelerator.num_processes, accelerator.is_main_process
+    record = RunRecord(Path(config.output_dir), config.steps, num_processes, is_main)
+    failures.on_failure = partial(record.status.end, "failed")
+    return record
+
+
 def train(
-    config: TrainConfig, accelerator: Accelerator, failures: FailureWatch, signals: SignalHandler
+    config: TrainConfig,
+    accelerator: Accelerator,
+    failures: FailureWatch,
+    signals: SignalHandler,
+    record: RunRecord,
 ) -> None:
     """Build the run, train, and export the result."""
     from training import build
     from training.batch_stream import BatchStream
     from training.callbacks import step_callbacks, stop_run
     from training.checkpoints.resume import RunCheckpoints
-    from training.distributed.device import device_notes, host_threads
+    from training.distributed.device import device_notes
     from training.export import RunExport, check_export
     from training.memory.run_plan import fit_run
-    from training.reporting.trackers import finish_trackers, start_tracker
+    from training.reporting.trackers import start_tracker
     from training.sampling.renderer import build_renderer
     from training.services import RunServices
-    from training.summary import summary
     from training.trainer import Trainer
 
     for note in device_notes(accelerator.device, config.training_dtype):
-        say(f"note: {note}")
-    config, planned_bytes = fit_run(config, accelerator, say)
-    components, loss_function = build_components(config, accelerator)
+        record.say(f"note: {note}")
+    config, planned_bytes = fit_run(config, accelerator, record.say)
+    components, loss_function = build_components(config, accelerator, record)
     check_export(components)
     initial_weights = components.adapted.state_dict() if config.preview else None
     engine = build.build_engine(accelerator, components)
 
     # from here on, all processes answer signals together, between two steps
     with signals.deferred():
-        services = RunServices.build(config, accelerator, engine, signals, failures)
+        services = RunServices.build(config, accelerator, engine, signals, failures, record)
         services.memory.planned.update(planned_bytes)
         checkpoints = RunCheckpoints(components, engine, services)
         state = checkpoints.resume()
@@ -161,21 +185,58 @@ def train(
         trainer = Trainer(config, engine, loss_function, batches, state, services)
         renderer = build_renderer(components, services)
         trainer.callbacks = step_callbacks(trainer, components, checkpoints, renderer)
-        micro_batches_per_step = state.micro_batches_per_step
-        say(summary(components, loss_function, services.process, micro_batches_per_step))
+        describe_run(components, loss_function, services, state.micro_batches_per_step)
         try:
             trainer.train()
         except BaseException:
-            checkpoints.writer.finish(say)
+            checkpoints.writer.finish(record.say)
             raise
         checkpoints.writer.wait()
         export = RunExport(components, services, state, renderer)
         export.collect_weights()
         if services.requests.must_stop():
             stop_run(services.requests.agreed, trainer)
-    with host_threads(accelerator):
-        if accelerator.is_main_process:
-            export.write(batches.timer.share)
+    write_results(export, trainer, signals, initial_weights)
+
+
+def describe_run(
+    components: RunComponents,
+    loss_function: LossFunction,
+    services: RunServices,
+    micro_batches_per_step: int,
+) -> None:
+    """Print the summary of a run, and write the facts that its report shows."""
+    from training.report.facts import run_facts
+    from training.summary import summary
+
+    if not services.process.is_main:
+        return
+    text = summary(components, loss_function, services.process, micro_batches_per_step)
+    say(text)
+    pictures = services.record.pictures
+    facts = run_facts(components, loss_function, services, text, pictures)
+    services.record.write_facts(facts)
+
+
+def write_results(
+    export: RunExport,
+    trainer: Trainer,
+    signals: SignalHandler,
+    initial_weights: dict[str, Tensor] | None,
+) -> None:
+    """Write the files of a finished run, and draw the preview. Collective.
+
+    `initial_weights`: the weights before training, for the preview. None: no preview is drawn."""
+    from training.callbacks import stop_run
+    from training.distributed.device import host_threads
+    from training.reporting.status import EXPORTING
+    from training.reporting.trackers import finish_trackers
+
+    services = trainer.services
+    services.record.status.set_phase(EXPORTING)
+    with host_threads(services.accelerator):
+        if services.process.is_main:
+            export.write(trainer.batches.timer.share)
     services.barrier.wait()
     if initial_weights is not None:
         with signals.deferred():
@@ -183,37 +244,44 @@ def train(
             services.barrier.wait()
             if was_stopped and services.requests.must_stop():
                 stop_run(services.requests.agreed, trainer)
-    finish_trackers(accelerator)
+    finish_trackers(services.accelerator)
     services.barrier.wait()  # the processes leave the group together
 
 
 def build_components(
-    config: TrainConfig, accelerator: Accelerator
+    config: TrainConfig, accelerator: Accelerator, record: RunRecord
 ) -> tuple[RunComponents, LossFunction]:
     """Encode the data, load the base model and attach adapters. Collective."""
     from adapter_files.spellings import layer_spellings
     from common.process import ProcessInfo
-    from data.precompute.build import build_datasets
+    from data.precompute.build import DatasetBuilder
     from training import build
     from training.components import RunComponents
     from training.distributed.device import host_threads
     from training.distributed.sharding import needs_contiguous_weights
     from training.loss import build_loss
+    from training.memory.phase_memory import IMAGES
+    from training.reporting.status import LOADING
     from training.sampling.prepare import check_prompts, prepare_samples
 
     family = build.load_family(config)
     for note in build.format_notes(config, family):
-        say(note)
+        record.say(note)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode
     check_prompts(config, family)
     check = partial(build.check_adapters, config, family)
-    datasets = build_datasets(config.data, family, process, only_square, check)
+    record.status.set_phase(IMAGES)
+    with DatasetBuilder.opened(config.data, family, process) as builder:
+        plan = builder.plan(only_square)
+        datasets = builder.encode(plan, check)
+        record.add_pictures(builder, plan, datasets)
     samples = None
     if config.preview or config.sample.every:
         samples = prepare_samples(config, family, datasets, accelerator.device)
         for note in samples.notes:
-            say(note)
+            record.say(note)
+    record.status.set_phase(LOADING)
     contiguous = needs_contiguous_weights(accelerator)
     denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
     names = layer_spellings(family, denoiser)

@@ -26,6 +26,20 @@ LAUNCHER_FILE = ".launcher"
 """Identifies the launcher that started the run."""
 METRICS_FILE, TRACKER_FILE, SAMPLES_FOLDER = "metrics.jsonl", "tracker.json", "samples"
 LOSS_FILE, LOSS_CHART, PREVIEW = "loss.json", "loss.png", "preview.png"
+STATUS_FILE, EVENTS_FILE = "status.json", "events.jsonl"
+REPORT, FACTS_FILE = "report.html", "report.json"
+RUN_FILES = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    TRACKER_FILE,
+    LOSS_FILE,
+    LOSS_CHART,
+    PREVIEW,
+    EVENTS_FILE,
+    REPORT,
+    FACTS_FILE,
+)
+"""Files of one run, which another run in the same folder removes."""
 STEP_SUFFIX = "-step{:08d}"
 """Follows the name of the adapter in files of a single step."""
 SAVE_FILE = "save"
@@ -40,6 +54,11 @@ VALIDATION_OPTIONS = frozenset(
 )
 """Options that make validation losses incomparable, so they cannot change where these determine the
 best step."""
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Return whether a folder has files of a run that has begun to train."""
+    return (folder / CONFIG_FILE).is_file()
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -190,6 +209,6 @@ def clear_run(folder: Path) -> None:
 
     Exported adapters stay until they are replaced."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (CONFIG_FILE, METRICS_FILE, TRACKER_FILE, LOSS_FILE, LOSS_CHART, PREVIEW):
+    for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)

@@ -20,6 +20,7 @@ from training.optim.ema import EmaWeights
 from training.optim.registry import OPTIMIZERS
 from training.reporting.reporter import Reporter
 from training.reporting.trackers import new_tracker_id
+from training.run_record import RunRecord
 from training.stopping.requests import Requests
 from training.stopping.signals import SignalHandler
 
@@ -37,6 +38,7 @@ class RunServices:
     rank_check: RankCheck
     memory: PhaseWatch
     requests: Requests
+    record: RunRecord
 
     @classmethod
     def build(
@@ -46,23 +48,26 @@ class RunServices:
         engine: Engine,
         signals: SignalHandler,
         failures: FailureWatch,
+        record: RunRecord,
     ) -> RunServices:
         """Build the components of a run. Collective."""
         folder = Path(config.output_dir)
         timeout = collective_timeout(config.distributed)
         consensus = Consensus(accelerator, timeout)
         is_main = accelerator.is_main_process
+        memory = PhaseWatch(accelerator.device, record.status.set_phase)
         is_schedule_free = OPTIMIZERS[config.optimizer].is_schedule_free
         return cls(
             accelerator=accelerator,
             folder=folder,
-            reporter=Reporter(accelerator, folder, new_tracker_id()),
+            reporter=Reporter(accelerator, folder, new_tracker_id(), record.say),
             ema=EmaWeights(config.ema, engine, is_schedule_free),
             consensus=consensus,
             barrier=StoreBarrier(accelerator, failures.heartbeat_keys, timeout.total_seconds()),
             rank_check=RankCheck(engine.denoiser, engine.names, consensus),
-            memory=PhaseWatch(accelerator.device),
+            memory=memory,
             requests=Requests(consensus, signals, folder, config.checkpoint.every_minutes, is_main),
+            record=record,
         )
 
     def main_wants(self, is_wanted: bool) -> bool:

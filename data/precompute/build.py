@@ -97,13 +97,13 @@ def build_datasets(
     family: ModelFamily,
     process: ProcessInfo,
     only_square: bool = False,
-    before_encoding: Callable[[], None] | None = None,
 ) -> Datasets:
     """List, check and encode the training data; return the same datasets on every process.
 
-    Collective. Raises DataError with all unusable files. `before_encoding`: called if rows are missing."""
+    Collective. Raises DataError with all unusable files."""
     with DatasetBuilder.opened(config, family, process) as builder:
-        return builder.run(only_square, before_encoding)
+        plan = builder.plan(only_square)
+        return builder.encode(plan)
 
 
 class DatasetBuilder:
@@ -130,13 +130,10 @@ class DatasetBuilder:
         self.component_hashes = stages.run_on_main(self._hash_components)
         self.sources = self._open_sources()
 
-    def run(
-        self,
-        only_square: bool,
-        before_encoding: Callable[[], None] | None = None,
-    ) -> Datasets:
-        """Encode everything that is missing; return the datasets. Collective."""
-        plan = self.plan(only_square)
+    def encode(self, plan: DataPlan, before_encoding: Callable[[], None] | None = None) -> Datasets:
+        """Encode everything that is missing; return the datasets. Collective.
+
+        `before_encoding`: called if rows are missing."""
         is_complete = not plan.missing_images and not plan.missing_captions
         if before_encoding is not None and not is_complete:
             before_encoding()

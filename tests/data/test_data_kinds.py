@@ -34,7 +34,7 @@ def build(tmp_path, family):
             resolution=64, cache_dir=str(tmp_path / options.pop("cache", "cache")), **options
         )
         with DatasetBuilder.opened(config, family, SINGLE_PROCESS) as opened:
-            built = opened.run(False)
+            built = opened.encode(opened.plan(False))
             if export is not None:
                 write_dataset(opened, built, export, form)
         return built

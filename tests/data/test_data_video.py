@@ -37,7 +37,7 @@ def build(tmp_path):
             **options,
         }
         with DatasetBuilder.opened(data_config(**given), family, SINGLE_PROCESS) as opened:
-            built = opened.run(False)
+            built = opened.encode(opened.plan(False))
             if export is not None:
                 write_dataset(opened, built, export, form)
         return built.train

@@ -17,7 +17,7 @@ from models.config import ModelConfig, Quantization
 from models.detect import get_family
 from models.quantization import FORMATS, quantize, quantize_blocks
 from models.quantized_weight import QuantizedWeight
-from training.memory.live_bytes import ACTIVATIONS
+from training.memory.phase_memory import ACTIVATIONS
 
 MAX_ERRORS = {"fp8": 0.03, "int8": 0.01, "nf4": 0.1}
 """Format -> relative error of normally distributed weights."""

@@ -335,7 +335,7 @@ def test_encoded_data_is_reported(told, images, tmp_path):
     with DatasetBuilder.opened(
         data, get_family(ModelConfig(path=str(BASE))), SINGLE_PROCESS
     ) as build:
-        write_dataset(build, build.run(False), tmp_path / "encoded", "encoded")
+        write_dataset(build, build.encode(build.plan(False)), tmp_path / "encoded", "encoded")
     code, out, _ = told(f"--sheets={tmp_path / 'sheets'}", "--decode", images=tmp_path / "encoded")
     assert code == 0
     assert table(out, "sources")[1][1:5] == ["encoded", "training", "4", "0"]

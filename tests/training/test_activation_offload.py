@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from models.blocks import find_blocks
 from training import activation_offload, gradient_checkpointing
 from training.activation_offload import ActivationCopier, HostedTensor
-from training.memory.live_bytes import ACTIVATIONS, HOST, LiveBytes
+from training.memory.live_bytes import LiveBytes
+from training.memory.phase_memory import ACTIVATIONS, HOST
 
 CPU = torch.device("cpu")
 

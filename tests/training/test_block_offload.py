@@ -14,8 +14,9 @@ from models.quantization import quantize_blocks
 from training import block_offload, gradient_checkpointing
 from training.block_offload import HostWeights, evenly_spaced, offloaded_blocks
 from training.memory.config import MemoryConfig
-from training.memory.live_bytes import HOST, LiveBytes
+from training.memory.live_bytes import LiveBytes
 from training.memory.phase_memory import BASE as COPIES
+from training.memory.phase_memory import HOST
 
 CPU = torch.device("cpu")
 REST = "rest"

@@ -24,7 +24,7 @@ from lora_algos.targets import adaptable_layers
 from models.blocks import find_blocks
 from training import gradient_checkpointing
 from training.config import TrainConfig
-from training.memory.live_bytes import ACTIVATIONS
+from training.memory.phase_memory import ACTIVATIONS
 from training.run_folder import CHANGEABLE_OPTIONS
 
 FULL, KEPT = "full", "keep-attention-output"

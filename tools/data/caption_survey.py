@@ -4,12 +4,12 @@ from hashlib import blake2b
 
 import numpy as np
 
+from common.text import one_line
 from data.config import SourceConfig
 from data.media.captions import trigger_of, with_trigger
+from data.plan_samples import Sample
 from models.base import ModelFamily
 from tools.data.counts import NameList, ValueRange
-from tools.data.samples import Sample
-from tools.tables import one_line
 
 TOKENIZED_TOGETHER = 1000
 MAX_CAPTION_LENGTH = 60

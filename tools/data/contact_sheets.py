@@ -1,10 +1,9 @@
 """Contact sheets: one PNG per bucket, with images as training sees them above their captions."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,26 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.atomic import write_file
-from common.errors import DataError, counted
-from data.precompute.encode import decode_pixels
-from data.precompute.streams import IMAGES_AHEAD, map_ahead
+from common.errors import counted
+from data.plan_samples import PlanSamples
+from data.thumbnails import Thumbnail, spread_evenly, thumbnails_of_images, to_thumbnail
 from models.base import ModelFamily
-from tools.data.samples import FileContent, PlanSamples, Sample
-from tools.data.sheet_png import MAX_SIDE, Tile, sheet_png
-from training.reporting.image_grid import to_image
+from tools.data.sheet_png import Tile, sheet_png
 
 MAX_IMAGES = 48
 """Images on a sheet."""
 
 BucketSize = tuple[int, int]
 """Width and height in pixels."""
-
-
-class Thumbnail(NamedTuple):
-    """A sample and its small image."""
-
-    sample: Sample
-    image: Image.Image
 
 
 @dataclass
@@ -94,7 +84,8 @@ def write_sheets(sheets: dict[BucketSize, SheetPlan], folder: Path, decode: bool
             title = sheet_title(width, height, sheet, decode)
             write_file(file, sheet_png(title, sheet.tiles))
             result.written_files.append(file)
-        if num_drawn < min(sheet.num_samples, MAX_IMAGES):
+        num_expected = min(sheet.num_samples, MAX_IMAGES)
+        if num_drawn < num_expected:
             note = incomplete_note(file, sheet, decode)
             result.notes.append(note)
     return result
@@ -110,17 +101,10 @@ def plan_sheets(samples: PlanSamples, is_drawable: np.ndarray) -> dict[BucketSiz
         is_in_bucket = (sizes == size).all(axis=1)
         drawable_indices = np.flatnonzero(is_in_bucket & is_drawable)
         num_samples = int(is_in_bucket.sum())
+        chosen_indices = spread_evenly(drawable_indices, MAX_IMAGES)
         width, height = size.tolist()
-        sheets[width, height] = SheetPlan(spread_evenly(drawable_indices), num_samples)
+        sheets[width, height] = SheetPlan(chosen_indices, num_samples)
     return sheets
-
-
-def spread_evenly(indices: np.ndarray) -> np.ndarray:
-    """Return at most MAX_IMAGES of the indices, with the first and the last one."""
-    last_position = len(indices) - 1
-    num_chosen = min(len(indices), MAX_IMAGES)
-    positions = np.linspace(0, last_position, num_chosen).round()
-    return indices[positions.astype(np.int64)]
 
 
 def sheet_title(width: int, height: int, sheet: SheetPlan, decode: bool) -> str:
@@ -151,35 +135,6 @@ def incomplete_note(file: Path, sheet: SheetPlan, decode: bool) -> str:
     return f"{file.name} shows {of_all}; the other samples are latents. {advice}"
 
 
-def thumbnails_of_images(samples: PlanSamples, indices: np.ndarray) -> Iterator[Thumbnail]:
-    """Yield thumbnails of images and of the first frames of clips.
-
-    Each source is read once. Threads prepare the next thumbnails."""
-    chosen_samples = list(samples.at(indices))
-    make_thumbnails = partial(thumbnails_of_file, background=samples.config.background)
-    contents = samples.read_contents(chosen_samples)
-    for thumbnails in map_ahead(make_thumbnails, contents, IMAGES_AHEAD):
-        yield from thumbnails
-
-
-def thumbnails_of_file(file: FileContent, background: str) -> list[Thumbnail]:
-    """Return the thumbnails of a file. Raises DataError naming the file."""
-    thumbnails = []
-    name = file.samples[0].listed.name
-    try:
-        if isinstance(file.content, DataError):
-            raise file.content
-        for sample in file.samples:
-            clip = sample.planned.clip
-            if clip is not None:
-                clip = replace(clip, frames=1)
-            pixels = decode_pixels(file.content, sample.planned.crop, clip, background)
-            thumbnails.append(Thumbnail(sample, to_thumbnail(pixels)))
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
-    return thumbnails
-
-
 @torch.no_grad()
 def thumbnails_of_latents(
     samples: PlanSamples, family: ModelFamily, indices: np.ndarray
@@ -202,20 +157,7 @@ def decode_thumbnail(family: ModelFamily, encoders: Any, latents: Tensor) -> Ima
     batch = latents[None].float()
     decoded = family.decode_media(encoders, batch)
     pixels = decoded[0].cpu()
-    if pixels.ndim == 4:
+    has_frames = pixels.ndim == 4
+    if has_frames:
         pixels = pixels[:, 0]
     return to_thumbnail(pixels)
-
-
-def to_thumbnail(pixels: Tensor) -> Image.Image:
-    """Convert pixels (3, H, W) in [-1, 1] to an image with a longer side of MAX_SIDE.
-
-    Smaller images are enlarged by an integer factor."""
-    image = to_image(pixels)
-    longer_side = max(image.size)
-    if longer_side >= MAX_SIDE:
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        return image
-    zoom = max(1, MAX_SIDE // longer_side)
-    size = (image.width * zoom, image.height * zoom)
-    return image.resize(size, Image.Resampling.NEAREST)

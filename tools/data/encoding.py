@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.config import DataConfig
+from data.plan_samples import PlanSamples
 from data.precompute.build import DataPlan
 from data.precompute.plan import clip_frames, missing_positions
 from data.store.store import Store
 from data.store.tables import list_owners
 from models.base import ModelFamily, cond_bytes
-from tools.data.samples import PlanSamples
 
 LATENT_BYTES = 4
 """Latents are stored in fp32."""

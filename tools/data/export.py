@@ -20,7 +20,8 @@ def run(options: ExportOptions) -> int:
     family = get_family(config.model)
     process = ProcessInfo.of(accelerator)
     with DatasetBuilder.opened(config.data, family, process) as builder:
-        datasets = builder.run(not config.bucket_mode)
+        plan = builder.plan(not config.bucket_mode)
+        datasets = builder.encode(plan)
 
         def write() -> int:
             return write_dataset(builder, datasets, out, options.form)

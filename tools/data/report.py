@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.process import ProcessInfo
 from data.config import DataConfig, SourceConfig
+from data.plan_samples import PlanSamples
 from data.precompute.build import DataPlan, DatasetBuilder
 from data.sources import detect_kind
 from models.base import ModelFamily
@@ -14,7 +15,6 @@ from tools.data.contact_sheets import draw_sheets
 from tools.data.counts import NameList
 from tools.data.encoding import Amount, conditioning_amount, latents_amount
 from tools.data.options import DataOptions
-from tools.data.samples import PlanSamples
 from tools.data.survey import Survey, find_copies
 from tools.tables import Fact, align_columns, list_facts
 from training.config import TrainConfig

@@ -6,12 +6,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.tables import one_line
+from common.text import one_line
 from training.reporting.image_grid import wrapped_text
 
 MAX_COLUMNS = 8
-MAX_SIDE = 176
-"""Longer side of an image in pixels."""
 MIN_COLUMN_WIDTH = 128
 """Pixels that a caption needs."""
 GAP = 10

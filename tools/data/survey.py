@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.plan_samples import PlanSamples, Sample
 from models.base import ModelFamily
 from tools.data.caption_survey import CaptionSurvey
 from tools.data.counts import MAX_NAMES, NameList, ValueRange
-from tools.data.samples import PlanSamples, Sample
 
 MAX_COPIES = 5
 """Copies of one file that are named."""

@@ -129,17 +129,19 @@ class RunCheckpoints:
             write_launcher_id(services.folder)
         services.accelerator.wait_for_everyone()
         checkpoint = self._agreed_checkpoint()
+        previous_steps = self.components.previous_steps
         if checkpoint is None:
             state = self._new_state(services.process.count * self.config.grad_accumulation_steps)
-            services.reporter.resume(-1, {})
+            last_step = services.reporter.resume(-1, {})
         else:
             saved_state = state_of(checkpoint)
             state = self._restore(checkpoint, saved_state)
-            services.reporter.resume(self.components.previous_steps + state.step, saved_state.row)
+            last_step = services.reporter.resume(previous_steps + state.step, saved_state.row)
             services.reporter.say(f"resumed at step {state.step} of {self.config.steps}")
         if services.process.is_main:
             truncate_logs(services.folder, state.step)
             write_file(services.folder / CONFIG_FILE, to_yaml(self.config))
+            services.record.start_steps(previous_steps + state.step, last_step)
         services.accelerator.wait_for_everyone()
         return state
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -45,6 +46,8 @@ class FailureWatch:
     def __init__(self, accelerator: Accelerator):
         self.rank = accelerator.process_index
         self.store: dist.Store | None = None
+        self.on_failure: Callable[[str], object] | None = None
+        """Called with the report of another process's failure, before this process ends."""
         self.heartbeat_keys: list[str] = []
         """Keys of counters in the store, which each process counts up."""
         if accelerator.num_processes == 1:
@@ -66,9 +69,12 @@ class FailureWatch:
                     store.add(self.heartbeat_keys[self.rank], 1)
                     next_beat = now + BEAT_EVERY
                 if store.check([self.key]):
-                    exit_code = int(store.get(self.key).split()[0])
+                    report = store.get(self.key).decode(errors="replace")
+                    exit_code, _, text = report.partition(" ")
+                    if self.on_failure is not None:
+                        self.on_failure(text)
                     time.sleep(EXIT_DELAY)
-                    end_process(exit_code)
+                    end_process(int(exit_code))
         except Exception:  # the store ended with the process or the launcher that held it
             if not self.is_over.wait(GRACE_PERIOD):
                 print(

@@ -13,10 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from models.quantized_weight import QuantizedWeight, stored_parts
-
-ACTIVATIONS = "activations"
-HOST = "CPU memory"
-"""Category of what is not on the device."""
+from training.memory.phase_memory import ACTIVATIONS, HOST
 
 
 @dataclass

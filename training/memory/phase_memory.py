@@ -6,14 +6,15 @@ A phase is what a run does with one set of modules in memory.
 from dataclasses import dataclass
 from typing import Literal
 
-from training.memory.live_bytes import ACTIVATIONS, HOST
-
 PhaseName = Literal["encode captions", "encode images", "train", "validate", "samples"]
 CAPTIONS: PhaseName = "encode captions"
 IMAGES: PhaseName = "encode images"
 TRAINING: PhaseName = "train"
 VALIDATION: PhaseName = "validate"
 SAMPLES: PhaseName = "samples"
+ACTIVATIONS = "activations"
+HOST = "CPU memory"
+"""Category of what is not on the device."""
 BASE = "base model"
 ENCODERS = "text encoders"
 VAE = "VAE"

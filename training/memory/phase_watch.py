@@ -1,6 +1,6 @@
 """PhaseWatch: the GPU memory that each phase of a run takes, and the planned one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -16,8 +16,10 @@ START = "start"
 class PhaseWatch:
     """Measures the peak of each phase, and adds the plan to out-of-memory errors."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, on_phase: Callable[[str], object] | None = None):
+        """`on_phase`: called with the name of a phase that begins or continues."""
         self.device = device
+        self.on_phase = on_phase
         self.planned: dict[str, int] = {}
         """Phase -> planned bytes on the GPU. Empty if the run was not planned."""
         self.current: str = START
@@ -28,7 +30,8 @@ class PhaseWatch:
     def phase(self, name: PhaseName) -> Iterator[None]:
         """Measure a block as a phase. Phases may be inside of others."""
         self._record_peak()
-        outer, self.current = self.current, name
+        outer = self.current
+        self._enter(name)
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -36,7 +39,12 @@ class PhaseWatch:
             raise
         finally:
             self._record_peak()
-            self.current = outer
+            self._enter(outer)
+
+    def _enter(self, name: str) -> None:
+        self.current = name
+        if self.on_phase is not None:
+            self.on_phase(name)
 
     def metrics(self) -> dict[str, float]:
         """Return memory in GiB: of this process on the host, and of its tensors on a GPU, now and
@@ -61,17 +69,19 @@ class PhaseWatch:
         The peak is that of PyTorch's own tensors."""
         if self.device.type != "cuda":
             return
+        phase = self.current
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        earlier_peak = self.peaks.get(self.current, 0)
-        self.peaks[self.current] = max(peak, earlier_peak)
+        earlier_peak = self.peaks.get(phase, 0)
+        self.peaks[phase] = max(peak, earlier_peak)
 
     def explain(self, error: torch.OutOfMemoryError) -> None:
         """Add phase, planned and actual memory to an error, unless an inner phase did."""
         if getattr(error, "is_explained", False):
             return
         error.is_explained = True  # type: ignore[attr-defined]
-        facts = [f"The GPU's memory ran out in the phase `{self.current}`"]
+        phase = f"phase `{self.current}`"
+        facts = [f"The GPU's memory ran out in the {phase}"]
         planned = self.planned.get(self.current)
         if planned is not None:
             facts.append(f"planned {planned / GIB:.1f} GiB")
@@ -84,9 +94,7 @@ class PhaseWatch:
 def memory_in_use(device: torch.device) -> str:
     """Return who has the memory of a GPU."""
     free, size = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
-    others = size - free - own
-    return (
-        f"this process has {own / GIB:.1f} of {size / GIB:.1f} GiB, and CUDA and other programs "
-        f"{others / GIB:.1f} GiB"
-    )
+    reserved = torch.cuda.memory_reserved(device)
+    other_programs = size - free - reserved
+    text = f"this process has {reserved / GIB:.1f} of {size / GIB:.1f} GiB"
+    return f"{text}, and CUDA and other programs {other_programs / GIB:.1f} GiB"

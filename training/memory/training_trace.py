@@ -27,8 +27,9 @@ from training.config import TrainConfig
 from training.distributed.engine import Engine
 from training.loss import LossFunction
 from training.memory.encoding_trace import label_modules
-from training.memory.live_bytes import ACTIVATIONS, LiveBytes
+from training.memory.live_bytes import LiveBytes
 from training.memory.phase_memory import (
+    ACTIVATIONS,
     ADAPTERS,
     BASE,
     GRADIENTS,

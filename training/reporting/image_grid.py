@@ -6,24 +6,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+from data.media.pictures import to_levels
 
 MIN_SIDE = 128
 """Smaller images are enlarged by a whole number to at least this width in pixels."""
 GAP, LABEL_WIDTH, CAPTION_HEIGHT, FONT_SIZE = 8, 72, 44, 13
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """Convert pixels (3, H, W) in [-1, 1] to an image."""
-    values = (pixels.float().clamp(-1, 1) + 1) / 2
-    array = values.permute(1, 2, 0).numpy()
-    return Image.fromarray(to_levels(array))
-
-
-def to_levels(array: np.ndarray) -> np.ndarray:
-    """Convert values in [0, 1] to 8-bit levels."""
-    levels = 255 * array
-    return levels.round().astype(np.uint8)
 
 
 def grid_png(rows: dict[str, np.ndarray], captions: list[str]) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.batches import Batch
-from training.reporting.reporter import JsonLines
+from training.reporting.json_lines import JsonLines
 from training.run_folder import SAMPLES_FOLDER
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from data.media.pictures import to_levels
 from training.config import TrainConfig, to_dict
-from training.reporting.image_grid import to_levels
 
 
 def new_tracker_id() -> str:

@@ -9,7 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common.atomic import write_file
-from training.reporting.image_grid import grid_png, to_levels
+from data.media.pictures import to_levels
+from training.reporting.image_grid import grid_png
 from training.run_folder import SAMPLES_FOLDER, STEP_SUFFIX
 from training.sampling.prompts import SamplePrompt
 from training.sampling.renderer import Samples

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from data.media.pictures import to_image
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
 from training.components import RunComponents
 from training.distributed.failures import describe_error
 from training.distributed.sharding import is_sharded
 from training.memory.phase_memory import SAMPLES
-from training.reporting.image_grid import to_image
 from training.sampling.draw import draw_sample, free_memory, pipeline_options
 from training.sampling.encoded_prompts import replayed
 from training.sampling.prepare import PreparedSamples, sample_frames

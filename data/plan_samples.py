@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import DataError
+from common.text import one_line
 from data.config import DataConfig, SourceConfig
 from data.precompute.build import DataPlan
 from data.samples import ListedSample, PlannedSample
 from data.store.store import MISSING
 from data.store.tables import list_starts
-from tools.tables import one_line
 
 MAX_NAME_LENGTH = 200
 

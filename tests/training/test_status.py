@@ -1,0 +1,176 @@
+"""status.json and `status`: what a run is doing, and whether it lives."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from helpers.run_folders import status_of_this_process, write_status
+
+import train_lora
+from training.distributed.engine import Engine
+from training.reporting import status as status_module
+from training.reporting.json_lines import JsonLines
+from training.reporting.liveness import SILENT_AFTER, STALLED_AFTER, condition_of
+from training.reporting.status import StatusFile, read_status
+
+HOUR = 3600.0
+
+
+def kinds(folder: Path) -> list[str]:
+    """The kinds of the events of a run, without messages."""
+    events = JsonLines(folder / "events.jsonl").rows()
+    return [event["kind"] for event in events if event["kind"] != "message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "condition"),
+    [
+        ({}, "running"),
+        ({"state": "finished"}, "finished"),
+        ({"state": "failed", "pid": 1}, "failed"),
+        ({"pid": 2**22 + 1}, "dead"),
+        # another process has the number now
+        ({"pid_started_at": time.time() - 9 * HOUR}, "dead"),
+        ({"host": "elsewhere"}, "running"),
+        ({"host": "elsewhere", "updated_at": time.time() - SILENT_AFTER - 1}, "dead"),
+        ({"updated_at": time.time() - SILENT_AFTER - 1}, "stalled"),
+        ({"progress_at": time.time() - STALLED_AFTER - 1}, "stalled"),
+        # a step takes ten minutes
+        ({"progress_at": time.time() - HOUR, "steps_per_second": 1 / 600}, "running"),
+        # encoding has no steps
+        ({"progress_at": time.time() - HOUR, "phase": "encode images"}, "running"),
+    ],
+)
+def test_the_condition_of_a_run(changes, condition):
+    assert condition_of(status_of_this_process(**changes)) == condition
+
+
+def test_the_time_that_is_left():
+    assert status_of_this_process().remaining_seconds == 30
+    assert status_of_this_process(steps_per_second=0.0).remaining_seconds is None
+    assert status_of_this_process(state="finished").remaining_seconds is None
+
+
+def test_a_run_writes_its_status_and_events(options, run_here, tmp_path):
+    assert run_here([*options, "--data.validation_fraction=0.3"]) == 0
+    folder = tmp_path / "out"
+    status = read_status(folder)
+    assert (status.state, status.step, status.steps) == ("finished", 6, 6)
+    assert status.loss > 0
+    assert status.steps_per_second > 0
+    assert kinds(folder) == ["started", "finished"]
+    events = JsonLines(folder / "events.jsonl").rows()
+    messages = {event["step"]: event["text"] for event in events if event["kind"] == "message"}
+    assert messages[6].startswith("validation loss at step 6")
+
+
+def test_an_error_is_in_the_status(options, run_here, tmp_path, monkeypatch, capsys):
+    """Also in that of a run that is resumed; its marks tell of the failure."""
+
+    def fail(*_):
+        raise RuntimeError("the disk burns")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "backward", fail)
+        assert run_here(options) == 1
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.message) == ("failed", "RuntimeError: the disk burns")
+    assert train_lora.main(["status", str(tmp_path / "out")]) == 1
+    assert "RuntimeError: the disk burns" in capsys.readouterr().out
+    assert run_here(options) == 0
+    assert kinds(tmp_path / "out") == ["started", "failed", "resumed", "finished"]
+
+
+def test_a_mistake_leaves_no_status(options, run_here, tmp_path):
+    assert run_here([*options, "--adapter.targets=nothing"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_is_marked(options, run_here, tmp_path):
+    """The file ends without an end, as after a SIGKILL."""
+    assert run_here([*options, "--checkpoint.every=2"]) == 0
+    path = tmp_path / "out" / "events.jsonl"
+    *lines, finished = path.read_text().splitlines(keepends=True)
+    assert "finished" in finished
+    path.write_text("".join(lines))
+    assert run_here([*options, "--steps=8"]) == 0
+    assert kinds(tmp_path / "out") == ["started", "killed", "resumed", "finished"]
+    events = {event["kind"]: event for event in JsonLines(path).rows()}
+    assert events["killed"]["step"] == 6
+    assert events["resumed"]["step"] == 6
+
+
+def test_the_status_is_written_while_the_main_thread_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(status_module, "BEAT_EVERY", 0.05)
+    status_file = StatusFile(tmp_path, steps=3, num_processes=1, is_main=True)
+    with status_file.kept():
+        first = read_status(tmp_path)
+        deadline = time.monotonic() + 20
+        while read_status(tmp_path).updated_at == first.updated_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert read_status(tmp_path).state == "running"
+    assert read_status(tmp_path).state == "finished"
+
+
+def test_other_processes_write_no_status(tmp_path):
+    with StatusFile(tmp_path, steps=3, num_processes=2, is_main=False).kept():
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_ends_no_run(tmp_path):
+    """The folder cannot be made, because a file has its name."""
+    (tmp_path / "file").write_text("")
+    status_file = StatusFile(tmp_path / "file" / "out", 3, 1, is_main=True)
+    with status_file.kept():
+        status_file.set_step(1, 2.0)
+    assert status_file.status.state == "finished"
+
+
+def test_the_table(tmp_path, capsys):
+    write_status(tmp_path / "a")
+    write_status(tmp_path / "b", pid=2**22 + 1, phase="samples")
+    write_status(tmp_path / "c", state="stopped", message="SIGTERM: saved step 40 of 100")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "status.json").write_text("{}")
+    assert train_lora.main(["status", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    header, alive, dead, dead_note, stopped, stopped_note, damaged, damaged_note = out.splitlines()
+    assert header.split() == [
+        "run",
+        "state",
+        "phase",
+        "step",
+        "steps/s",
+        "left",
+        "loss",
+        "GPU",
+        "GiB",
+        "seen",
+    ]
+    assert alive.split()[1:8] == ["running", "train", "40/100", "2", "30s", "0.2500", "7.5"]
+    assert dead.split()[1] == "dead"
+    assert "has ended without a word in the phase `samples`" in dead_note
+    assert stopped.split()[1] == "stopped"
+    assert stopped_note.strip() == "SIGTERM: saved step 40 of 100"
+    assert damaged.split()[1] == "unreadable"
+    assert "cannot be read" in damaged_note
+
+
+def test_the_exit_code_and_json(tmp_path, capsys):
+    write_status(tmp_path / "a")
+    assert train_lora.main(["status", "--json", str(tmp_path / "a")]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["condition"], entry["step"]) == ("running", 40)
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_mistakes_with_folders(command, tmp_path, capsys):
+    assert train_lora.main([command, str(tmp_path), str(tmp_path / "missing")]) == 2
+    error = capsys.readouterr().err
+    assert f"OUTPUT_DIR {tmp_path}: holds no " in error
+    assert "missing: is not a folder. Check the path" in error
+    assert train_lora.main([command]) == 2
+    assert "no folder given" in capsys.readouterr().err

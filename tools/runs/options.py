@@ -1,0 +1,136 @@
+"""Options of the commands that read the folders of runs. Imports no torch, so that they answer at
+once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+from tyro.conf import Positional, arg
+
+from training.run_folder import (
+    CONFIG_FILE,
+    REPORT,
+    STATUS_FILE,
+    is_run_folder,
+)
+
+COMPARISON = "comparison.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Options that both commands have."""
+
+    command: ClassVar[str]
+
+    def errors(self) -> list[str]:
+        """Return the errors in the values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(FolderOptions):
+    """Write the report of a run again, or a page that compares several runs."""
+
+    command: ClassVar[str] = "report"
+
+    folders: Annotated[Positional[tuple[str, ...]], arg(metavar="OUTPUT_DIR ...")]
+    """The output_dir of a run, or of several runs."""
+    out: str | None = None
+    """Path of the page. None: report.html in the folder of the run; for several runs, comparison.html in
+    the current folder."""
+    overwrite: bool = False
+    """Replace the page of --out if it exists and is not a report."""
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the page."""
+        if self.out is not None:
+            return Path(self.out)
+        if len(self.folders) == 1:
+            return Path(self.folders[0]) / REPORT
+        return Path(COMPARISON)
+
+    def errors(self) -> list[str]:
+        errors = missing_folder_errors(self.folders)
+        for name in self.folders:
+            folder = Path(name)
+            if folder.is_dir() and not is_run_folder(folder):
+                errors.append(
+                    f"OUTPUT_DIR {name}: holds no run; expected a folder with {CONFIG_FILE}. Name the "
+                    "--output_dir of a run that has begun to train"
+                )
+        if self.out is not None:
+            errors += self.out_errors(Path(self.out))
+        return errors
+
+    def out_errors(self, path: Path) -> list[str]:
+        """Return why the page cannot be written to --out."""
+        if path.suffix != ".html":
+            return [f"--out {path}: must end in .html"]
+        if not path.parent.is_dir():
+            return [f"--out {path}: the folder {path.parent} does not exist"]
+        if path.exists() and not self.overwrite:
+            return [f"--out {path}: already exists. Choose another path, or add --overwrite"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions(FolderOptions):
+    """Print what runs are doing, and which of them are dead. The exit code is 1 if a run has failed, is
+    dead or trains no steps."""
+
+    command: ClassVar[str] = "status"
+
+    folders: Annotated[Positional[tuple[str, ...]], arg(metavar="OUTPUT_DIR ...")]
+    """Folders of runs, or folders that hold folders of runs."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def errors(self) -> list[str]:
+        errors = missing_folder_errors(self.folders)
+        for name in self.folders:
+            folder = Path(name)
+            if folder.is_dir() and not run_folders(folder):
+                errors.append(
+                    f"OUTPUT_DIR {name}: holds no {STATUS_FILE}, and neither do the folders in it. Name "
+                    "the --output_dir of a run"
+                )
+        return errors
+
+
+FOLDER_OPTIONS: dict[str, type[FolderOptions]] = {
+    options.command: options for options in (ReportOptions, StatusOptions)
+}
+
+
+def missing_folder_errors(names: tuple[str, ...]) -> list[str]:
+    """Return an error for each name that is not a folder, and one if there are no names."""
+    if not names:
+        return ["OUTPUT_DIR: no folder given. Name the --output_dir of a run"]
+    return [
+        f"OUTPUT_DIR {name}: is not a folder. Check the path"
+        for name in names
+        if not Path(name).is_dir()
+    ]
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folder if it has a status, or else those of the folders in it that have one."""
+    if (folder / STATUS_FILE).is_file():
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{STATUS_FILE}"))
+
+
+def parse_folder_options(argv: list[str]) -> FolderOptions:
+    """Return the options in `argv`, which begins with the command.
+
+    tyro ends the program with exit code 2 for wrong names and types."""
+    command, *arguments = argv
+    return tyro.cli(
+        FOLDER_OPTIONS[command],
+        args=arguments,
+        use_underscores=True,
+        prog=f"train_lora.py {command}",
+    )

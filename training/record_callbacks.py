@@ -1,0 +1,54 @@
+"""The callbacks that keep status.json and report.html up to date."""
+
+from training.services import RunServices
+from training.train_state import TrainState
+
+
+class UpdateStatus:
+    """Tells status.json about each step. Is called before the metrics of the step are written."""
+
+    def __init__(self, state: TrainState, services: RunServices, previous_steps: int):
+        """`previous_steps`: those of an existing adapter."""
+        self.state = state
+        self.reporter = services.reporter
+        self.record = services.record
+        self.previous_steps = previous_steps
+
+    def before_first_step(self) -> None:
+        self.after_step()
+
+    def after_step(self) -> None:
+        step = self.state.step
+        row = self.reporter.row
+        self.record.events.step = self.previous_steps + step
+        self.record.status.set_step(
+            step,
+            speed=self.reporter.speed,
+            loss=row.get("train/loss"),
+            gpu_gib=row.get("memory/gpu_peak"),
+        )
+
+
+class WriteReport:
+    """Writes report.html from time to time. Is called after the metrics of the step were written."""
+
+    def __init__(self, services: RunServices):
+        self.report = services.record.report
+        self.say = services.record.say
+        self.is_error_reported = False
+
+    def before_first_step(self) -> None:
+        self.report.write_if_due()
+        self._report_error()
+
+    def after_step(self) -> None:
+        self.before_first_step()
+
+    def _report_error(self) -> None:
+        """Say once why the report could not be written."""
+        error = self.report.error
+        if error is None or self.is_error_reported:
+            return
+        self.is_error_reported = True
+        reason = f"{type(error).__name__}: {error}"
+        self.say(f"note: report.html could not be written: {reason}")

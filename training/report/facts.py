@@ -1,0 +1,83 @@
+"""Facts about a run that its report shows, from the parts of the run."""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from common.process import available_cores
+from training.components import RunComponents
+from training.loss import LossFunction
+from training.metadata import LIBRARIES, bucket_info
+from training.services import RunServices
+
+NOISE_BINS = 20
+NUM_QUANTILES = 2000
+"""Samples from which the distribution of noise levels is counted."""
+
+
+def run_facts(
+    components: RunComponents,
+    loss_function: LossFunction,
+    services: RunServices,
+    summary: str,
+    pictures: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the facts, as values that JSON has."""
+    datasets = components.datasets
+    prompts = []
+    if components.samples is not None:
+        prompts = [asdict(prompt) for prompt in components.samples.prompts]
+    num_validation = 0
+    if datasets.validation is not None:
+        num_validation = len(datasets.validation)
+    return {
+        "summary": summary,
+        "versions": library_versions(),
+        "hardware": hardware(services),
+        "planned_bytes": services.memory.planned,
+        "buckets": bucket_info(datasets.train),
+        "num_trained": len(datasets.train),
+        "num_held_out": num_validation,
+        "dataset": datasets.train.content_hash,
+        "noise_levels": noise_shares(components, loss_function),
+        "prompts": prompts,
+        "trigger_words": components.config.export.trigger_words,
+        "pictures": pictures,
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide a result."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware(services: RunServices) -> dict[str, str]:
+    """Return what the run trains on, without the name of the computer."""
+    process = services.process
+    device = f"CPU, {available_cores()} cores"
+    if process.device.type == "cuda":
+        device = torch.cuda.get_device_name(process.device)
+    return {"device": device, "processes": str(process.count), "system": platform.system()}
+
+
+def noise_shares(components: RunComponents, loss_function: LossFunction) -> list[float]:
+    """Return the share of the training samples in each of NOISE_BINS equal ranges of the noise level.
+
+    The level is sigma / (signal + sigma): 0 is clean, 1 is pure noise. The largest bucket counts."""
+    dataset, objective = components.datasets.train, loss_function.objective
+    largest = max(dataset.buckets, key=lambda bucket: sum(segment.visits for segment in bucket))
+    shape = (1, *dataset.latent_shape(largest[0].first))
+    num_tokens = components.family.limits.num_tokens(shape)
+    quantile = (torch.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
+    levels = objective.process.levels(objective.density(quantile), num_tokens)
+    counts = torch.histc(levels.flow_sigma.float(), NOISE_BINS, 0, 1)
+    return (counts / counts.sum()).tolist()

@@ -1,0 +1,90 @@
+"""The files of a run as its report lists them, and how to use them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.report.run_files import RunFiles
+from training.report.sample_pictures import link
+from training.run_folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    LOSS_CHART,
+    LOSS_FILE,
+    METRICS_FILE,
+    PREVIEW,
+    SAMPLES_FOLDER,
+    STATUS_FILE,
+)
+
+PURPOSES = {
+    PREVIEW: "samples before and after training",
+    LOSS_CHART: "losses as a picture",
+    LOSS_FILE: "losses of all steps",
+    METRICS_FILE: "metrics of each log",
+    CONFIG_FILE: "all options; train_lora.py config.yaml repeats the run",
+    EVENTS_FILE: "starts, ends and messages",
+    STATUS_FILE: "what the run is doing",
+    "checkpoints": "from which the run is resumed",
+    SAMPLES_FOLDER: "samples of all steps",
+    "model_with_lora": "base model with the adapter merged",
+}
+"""Name of a file or folder -> what it is for."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file or folder of a run."""
+
+    name: str
+    link: str
+    purpose: str
+    num_bytes: int | None
+    """None for folders."""
+
+    @property
+    def size_text(self) -> str:
+        """Return the size in MB; empty for folders."""
+        if self.num_bytes is None:
+            return ""
+        return f"{self.num_bytes / 1e6:.3g} MB"
+
+
+def output_files(run: RunFiles, folder: Path) -> list[OutputFile]:
+    """Return the files that a run has written, the adapters first. `folder`: of the report."""
+    files = []
+    for path in [*adapter_files(run), *other_files(run)]:
+        purpose = PURPOSES.get(path.name, "adapter")
+        num_bytes = path.stat().st_size if path.is_file() else None
+        files.append(OutputFile(path.name, link(path, folder), purpose, num_bytes))
+    return files
+
+
+def adapter_files(run: RunFiles) -> list[Path]:
+    """Return the exported adapters: files, and folders of PEFT."""
+    name = run.adapter_name
+    paths = [path for path in run.folder.iterdir() if path.suffix in (".safetensors", ".peft")]
+    return sorted(path for path in paths if path.name.startswith(name))
+
+
+def other_files(run: RunFiles) -> Iterator[Path]:
+    for name in PURPOSES:
+        path = run.folder / name
+        if path.exists():
+            yield path
+
+
+def usage(run: RunFiles) -> dict[str, str]:
+    """Return for each program how the adapter is used there; empty before it is written."""
+    name = f"{run.adapter_name}.safetensors"
+    if not (run.folder / name).is_file():
+        return {}
+    texts = {
+        "ComfyUI": f"Copy {name} into ComfyUI/models/loras and load it with the node Load LoRA."
+    }
+    if run.options.get("algorithm") in ("LoRA", "DoRA"):
+        texts["diffusers"] = f'pipeline.load_lora_weights("{run.name}", weight_name="{name}")'
+    words = run.facts.get("trigger_words")
+    if words:
+        texts["Trigger words"] = str(words)
+    return texts

@@ -1,0 +1,276 @@
+"""report.html: one file that shows a run, or compares several."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from training.memory.config import GIB
+from training.report.curves import Chart, comparison_charts, run_charts
+from training.report.output_files import output_files, usage
+from training.report.run_files import RunFiles
+from training.report.sample_pictures import PictureCache, SampleSeries, sample_series
+from training.report.settings import (
+    all_options,
+    changed_options,
+    option_differences,
+    public_text,
+)
+
+ASSETS = Path(__file__).with_name("assets")
+ASSET_NAMES = (
+    "report.css",
+    "report.js",
+    "uPlot.min.css",
+    "uPlot.iife.min.js",
+    "uPlot.LICENSE",
+)
+PHASE_PEAK = "memory/gpu_peak_"
+"""Start of the names of metrics with the peak of a phase."""
+REFRESH_EVERY = 30
+"""Seconds after which the page of a living run loads itself again."""
+MAX_EVENTS = 200
+TABLE_ROWS = 40
+"""Rows of the table with the numbers of a chart."""
+CONDITION_TEXTS = {
+    "running": "running",
+    "stalled": "stalled: the process lives, and trains no step",
+    "dead": "dead: the process has ended without a word",
+    "finished": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+    "unknown": "ended, or never started",
+}
+
+
+def run_page(run: RunFiles, pictures: PictureCache, folder: Path) -> str:
+    """Return the page of a run. `folder`: of the page; its links are relative to it."""
+    charts = run_charts(run)
+    samples = sample_series(run, pictures, folder)
+    is_alive = run.condition in ("running", "stalled")
+    return render(
+        "run.html",
+        title=f"{run.name}: {run.adapter_name}",
+        run=run,
+        header=run_header(run),
+        charts=charts,
+        tables=[chart_table(chart) for chart in charts],
+        samples=samples,
+        phases=phase_rows(run),
+        events=shown_events(run),
+        changed=changed_options(run),
+        options=all_options(run),
+        files=output_files(run, folder),
+        usage=usage(run),
+        data=page_data(charts, [samples], [run.name]),
+        refresh_every=REFRESH_EVERY if is_alive else 0,
+        written_at=run.read_at,
+    )
+
+
+def comparison_page(runs: Sequence[RunFiles], pictures: PictureCache, folder: Path) -> str:
+    """Return a page that compares runs. `folder`: of the page."""
+    labels = run_labels(runs)
+    charts = comparison_charts(runs, labels)
+    samples = [sample_series(run, pictures, folder) for run in runs]
+    steps: set[int] = set()
+    for series in samples:
+        steps.update(series.steps)
+    return render(
+        "comparison.html",
+        title=f"{len(runs)} runs",
+        labels=labels,
+        headers=[run_header(run) for run in runs],
+        charts=charts,
+        tables=[chart_table(chart) for chart in charts],
+        samples=samples,
+        steps=sorted(steps),
+        num_prompts=max(len(series.prompts) for series in samples),
+        differences=option_differences(runs),
+        data=page_data(charts, samples, labels),
+        refresh_every=0,
+        written_at=max(run.read_at for run in runs),
+    )
+
+
+def run_labels(runs: Sequence[RunFiles]) -> list[str]:
+    """Return a different label for each run: the name of its folder, or more of its path."""
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}: {name}" for number, name in enumerate(names, start=1)]
+
+
+@cache
+def environment() -> Environment:
+    """Return the templates. Everything in them is escaped."""
+    templates = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["time"] = time_text
+    templates.filters["duration"] = duration_text
+    templates.filters["public"] = public_text
+    return templates
+
+
+def render(template_name: str, **values: Any) -> str:
+    """Return a template with its values. Styles and scripts are inside of the page."""
+    template = environment().get_template(template_name)
+    return template.render(assets=page_assets(), **values)
+
+
+@cache
+def page_assets() -> dict[str, str]:
+    """Return the contents of the styles and scripts, by file name."""
+    assets = {}
+    for name in ASSET_NAMES:
+        path = ASSETS / name
+        assets[name] = path.read_text(encoding="utf-8")
+    return assets
+
+
+def run_header(run: RunFiles) -> dict[str, Any]:
+    """Return the values in the head of the page, by name."""
+    validation: dict[int, float] = {}
+    loss: float | None = None
+    for row in run.rows:
+        loss = row.get("train/loss", loss)
+        if row.get("validation/loss") is not None:
+            validation[row["step"]] = row["validation/loss"]
+    best_step = min(validation, key=lambda step: validation[step], default=None)
+    model = run.options.get("model", {})
+    return {
+        **status_header(run),
+        "name": run.name,
+        "condition": run.condition,
+        "condition_text": CONDITION_TEXTS[run.condition],
+        "steps": run.options.get("steps"),
+        "loss": loss,
+        "first_validation": next(iter(validation.values()), None),
+        "best_validation": None if best_step is None else validation[best_step],
+        "best_step": best_step,
+        "seconds": training_seconds(run),
+        "algorithm": run.options.get("algorithm"),
+        "rank": run.options.get("rank"),
+        "model": public_text(str(model.get("path"))),
+    }
+
+
+def status_header(run: RunFiles) -> dict[str, Any]:
+    """Return the values in the head of the page that status.json decides, by name."""
+    status = run.status
+    if status is None:
+        return {"message": "", "step": run.last_step, "phase": "", "remaining": None}
+    remaining: float | None = None
+    if run.condition == "running":
+        remaining = status.remaining_seconds
+    message = public_text(status.message)
+    return {
+        "message": message,
+        "step": status.step,
+        "phase": status.phase,
+        "remaining": remaining,
+    }
+
+
+def training_seconds(run: RunFiles) -> float | None:
+    """Return the time that the processes of a run have taken, without the time between them."""
+    total = 0.0
+    last_time: float | None = None
+    for event in run.events:
+        is_start = event["kind"] in ("started", "resumed", "killed")
+        if last_time is not None and not is_start:
+            total += event["time"] - last_time
+        last_time = event["time"]
+    if last_time is None:
+        return None
+    if run.status is not None:
+        total += max(0.0, run.status.updated_at - last_time)
+    return total
+
+
+def phase_rows(run: RunFiles) -> list[tuple[str, float | None, float | None]]:
+    """Return for each phase its name, and its planned and its largest measured memory in GiB."""
+    planned: dict[str, float] = {}
+    for name, num_bytes in run.facts.get("planned_bytes", {}).items():
+        planned[name] = num_bytes / GIB
+    measured: dict[str, float] = {}
+    for row in run.rows[-1:]:
+        for name, value in row.items():
+            if name.startswith(PHASE_PEAK):
+                phase = name.removeprefix(PHASE_PEAK).replace("_", " ")
+                measured[phase] = value
+    rows = []
+    for name in {**planned, **measured}:
+        rows.append((name, planned.get(name), measured.get(name)))
+    return rows
+
+
+def shown_events(run: RunFiles) -> list[dict[str, Any]]:
+    """Return the last events, the newest one first."""
+    events = []
+    last_events = run.events[-MAX_EVENTS:]
+    for event in reversed(last_events):
+        text = str(event.get("text", ""))
+        events.append({**event, "text": public_text(text)})
+    return events
+
+
+def chart_table(chart: Chart) -> list[list[str]]:
+    """Return the numbers of a chart as rows of text, for readers who do not see it."""
+    labels = [series.label for series in chart.series]
+    rows = [[chart.x_label, *labels]]
+    last_index = len(chart.x) - 1
+    num_rows = min(len(chart.x), TABLE_ROWS)
+    for position in np.linspace(0, last_index, num_rows).round():
+        index = int(position)
+        values = [number_text(series.values[index]) for series in chart.series]
+        rows.append([f"{chart.x[index]:g}", *values])
+    return rows
+
+
+def number_text(value: float | None) -> str:
+    """Return a number with four digits; empty without one."""
+    if value is None:
+        return ""
+    return f"{value:.4g}"
+
+
+def page_data(
+    charts: Sequence[Chart], samples: Sequence[SampleSeries], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Return the numbers and pictures that the script of the page reads."""
+    runs = []
+    for label, series in zip(labels, samples, strict=True):
+        prompts = []
+        for prompt in series.prompts:
+            prompts.append({"pictures": prompt.pictures, "links": prompt.links})
+        runs.append({"label": label, "steps": series.steps, "prompts": prompts})
+    return {"charts": [asdict(chart) for chart in charts], "samples": runs}
+
+
+def time_text(seconds: float) -> str:
+    """Return seconds since the epoch as a time in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def duration_text(seconds: float | None) -> str:
+    """Return a duration as hours, minutes and seconds."""
+    if seconds is None:
+        return "-"
+    whole_minutes, remaining_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(whole_minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {remaining_seconds} s"
+    return f"{remaining_seconds} s"

@@ -1,0 +1,141 @@
+"""Pictures of a run's samples, small enough to be inside of its report."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from training.report.data_pictures import data_uri, picture_of_caption
+from training.report.run_files import RunFiles
+
+MAX_SIDE = 320
+"""Longer side of a picture in pixels."""
+MAX_PICTURES = 200
+"""Pictures inside of one report. With more, steps in the middle are left out."""
+
+
+@dataclass
+class PictureCache:
+    """Small pictures by file. A report is written again and again, and most of its pictures stay."""
+
+    pictures: dict[tuple[Path, int], str] = field(default_factory=dict)
+
+    def picture(self, path: Path) -> str | None:
+        """Return the small picture of an image, or of the last frame of a video, as a data URI.
+
+        Returns None if the file is not readable."""
+        with suppress(OSError, ValueError):
+            key = (path, path.stat().st_mtime_ns)
+            if key not in self.pictures:
+                self.pictures[key] = small_picture(path)
+            return self.pictures[key]
+        return None
+
+
+@dataclass(frozen=True)
+class SampledPrompt:
+    """A prompt, and its pictures at each step."""
+
+    text: str
+    details: str
+    """Size, seed and so on."""
+    original: str | None
+    """The picture of the training data whose caption the prompt is."""
+    pictures: list[str | None]
+    links: list[str]
+    """Path of the original image of each picture, from the folder of the report."""
+
+
+@dataclass(frozen=True)
+class SampleSeries:
+    """All samples of a run that its report shows."""
+
+    steps: list[int]
+    prompts: list[SampledPrompt]
+    num_hidden: int
+    """Steps that are not shown."""
+
+
+def small_picture(path: Path) -> str:
+    """Return the small picture of a file as a data URI."""
+    with Image.open(path) as image:
+        image.seek(getattr(image, "n_frames", 1) - 1)
+        colors = image.convert("RGB")
+    colors.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    return data_uri(colors)
+
+
+def sample_series(run: RunFiles, cache: PictureCache, folder: Path) -> SampleSeries:
+    """Return the samples of a run. `folder`: of the report, for its links."""
+    counts = [len(files) for files in run.samples.values()]
+    num_prompts = max(counts, default=0)
+    steps = shown_steps([*run.samples], num_prompts)
+    prompts = []
+    for number in range(num_prompts):
+        paths = [run.samples[step].get(number) for step in steps]
+        prompts.append(sampled_prompt(run, number, paths, cache, folder))
+    num_hidden = len(run.samples) - len(steps)
+    return SampleSeries(steps, prompts, num_hidden)
+
+
+def sampled_prompt(
+    run: RunFiles,
+    number: int,
+    paths: Sequence[Path | None],
+    cache: PictureCache,
+    folder: Path,
+) -> SampledPrompt:
+    """Return a prompt with its pictures. `paths`: of its samples; None: a step has none."""
+    text, details = f"prompt {number + 1}", ""
+    prompts = run.facts.get("prompts", [])
+    if number < len(prompts):
+        prompt = prompts[number]
+        text, details = prompt["text"], prompt_details(prompt)
+    pictures: list[str | None] = []
+    links = []
+    for path in paths:
+        picture, target = None, ""
+        if path is not None:
+            picture = cache.picture(path)
+            target = link(path, folder)
+        pictures.append(picture)
+        links.append(target)
+    original = picture_of_caption(run.facts.get("pictures", []), text)
+    return SampledPrompt(text, details, original, pictures, links)
+
+
+def shown_steps(steps: list[int], num_prompts: int) -> list[int]:
+    """Return the steps whose pictures fit into a report, spread evenly, with the first and the last
+    one."""
+    if not steps:
+        return []
+    max_steps = max(2, MAX_PICTURES // num_prompts)
+    if len(steps) <= max_steps:
+        return steps
+    last_index = len(steps) - 1
+    positions = np.linspace(0, last_index, max_steps).round()
+    return [steps[int(position)] for position in positions]
+
+
+def prompt_details(prompt: dict[str, Any]) -> str:
+    """Return the options of a prompt as one line."""
+    facts = [
+        f"{prompt['width']} x {prompt['height']}",
+        f"seed {prompt['seed']}",
+        f"{prompt['num_inference_steps']} steps",
+        f"guidance {prompt['guidance_scale']}",
+    ]
+    if prompt["negative"]:
+        facts.append(f"negative prompt: {prompt['negative']}")
+    return ", ".join(facts)
+
+
+def link(path: Path, folder: Path) -> str:
+    """Return the path of a file from a folder, for a link."""
+    relative = os.path.relpath(path.resolve(), folder.resolve())
+    return Path(relative).as_posix()
