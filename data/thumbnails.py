@@ -28,8 +28,8 @@ class Thumbnail(NamedTuple):
 
 def spread_evenly(indices: np.ndarray, count: int) -> np.ndarray:
     """Return at most `count` of the indices, with the first and the last one."""
-    last_position = len(indices) - 1
     num_chosen = min(len(indices), count)
+    last_position = len(indices) - 1
     positions = np.linspace(0, last_position, num_chosen).round()
     return indices[positions.astype(np.int64)]
 

@@ -190,6 +190,10 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
     errors += prompt_errors(config.sample)
+    if config.sample.grid and not config.export.every:
+        errors.append(
+            f"--sample.grid {config.sample.grid}: needs exported steps. Also set --export.every"
+        )
     has_text_rate = config.optim.text_encoder_learning_rate is not None
     if has_text_rate and not config.model.train_text_encoder:
         errors.append(

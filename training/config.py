@@ -140,9 +140,16 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     """Prompts. None given: the first four captions of the validation images, or of the training
     images. Options of one image follow its prompt: --n negative prompt, --w width, --h height, --d
-    seed, --l guidance scale, --s denoising steps: "a cat --w 768 --s 20"."""
+    seed, --l guidance scale, --s denoising steps, --am strength of the adapter: "a cat --w 768 --s 20"."""
     prompt_file: str | None = None
     """A UTF-8 text file with further prompts, one per line."""
+    grid: Annotated[int, Field(ge=0, le=100)] = 0
+    """With export.every: after the last step, draw each prompt with the last so many exported steps at
+    each of grid_strengths, and write a picture for each prompt. 0: none."""
+    grid_strengths: Annotated[
+        tuple[Annotated[float, Field(ge=-10, le=10)], ...], Field(min_length=1)
+    ] = (0.5, 0.75, 1.0, 1.25)
+    """Strengths of the adapter in the grid: factors on its update."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
@@ -333,6 +340,10 @@ class TrainConfig:
     distributed: Annotated[DistributedConfig, CHANGEABLE] = field(default_factory=DistributedConfig)
     tracking: Annotated[TrackingConfig, CHANGEABLE] = field(default_factory=TrackingConfig)
     export: Annotated[ExportConfig, CHANGEABLE] = field(default_factory=ExportConfig)
+
+    @property
+    def draws_samples(self) -> bool:
+        return bool(self.preview or self.sample.every or self.sample.grid)
 
     @property
     def keeps_best_weights(self) -> bool:

@@ -31,7 +31,9 @@ from training.reporting.loss_files import loss_json, loss_png
 from training.reporting.trackers import log_images
 from training.run_folder import LOSS_CHART, LOSS_FILE, PREVIEW
 from training.sampling.files import padded_stills
-from training.sampling.renderer import SampleRenderer, Samples, Weights
+from training.sampling.grid import SampleGrid
+from training.sampling.renderer import SampleRenderer
+from training.sampling.samples import Samples, Weights, WeightSet
 from training.services import RunServices
 from training.train_state import TrainState
 
@@ -182,11 +184,20 @@ class RunExport:
         Collective. `initial_weights`: the weights before training."""
         assert self.renderer is not None  # the config asks for a preview
         trained_weights = self.jobs[0].weights
-        weight_sets = {"before": initial_weights, "after": trained_weights}
+        weight_sets = {
+            "before": WeightSet(initial_weights),
+            "after": WeightSet(trained_weights),
+        }
         samples = self.renderer.render(weight_sets)
         if samples is not None:
             self._write_preview(samples)
         return self.renderer.was_stopped
+
+    def draw_grids(self) -> bool:
+        """Draw and write the grids of steps and strengths; return whether a signal ended this."""
+        assert self.renderer is not None  # the config asks for grids
+        grid = SampleGrid(self.renderer, self.services)
+        return grid.draw(self.state.step)
 
     def _write_losses(self) -> list[Path]:
         folder = self.services.folder

@@ -213,9 +213,9 @@ def describe_run(
         return
     text = summary(components, loss_function, services.process, micro_batches_per_step)
     say(text)
-    pictures = services.record.pictures
-    facts = run_facts(components, loss_function, services, text, pictures)
-    services.record.write_facts(facts)
+    record = services.record
+    facts = run_facts(components, loss_function, services, text, record.data)
+    record.write_facts(facts)
 
 
 def write_results(
@@ -244,6 +244,12 @@ def write_results(
             services.barrier.wait()
             if was_stopped and services.requests.must_stop():
                 stop_run(services.requests.agreed, trainer)
+    if trainer.config.sample.grid:
+        with signals.deferred():
+            was_stopped = export.draw_grids()
+            services.barrier.wait()
+            if was_stopped and services.requests.must_stop():
+                stop_run(services.requests.agreed, trainer)
     finish_trackers(services.accelerator)
     services.barrier.wait()  # the processes leave the group together
 
@@ -261,6 +267,7 @@ def build_components(
     from training.distributed.sharding import needs_contiguous_weights
     from training.loss import build_loss
     from training.memory.phase_memory import IMAGES
+    from training.report.data_pictures import MAX_COMPARED
     from training.reporting.status import LOADING
     from training.sampling.prepare import check_prompts, prepare_samples
 
@@ -275,9 +282,10 @@ def build_components(
     with DatasetBuilder.opened(config.data, family, process) as builder:
         plan = builder.plan(only_square)
         datasets = builder.encode(plan, check)
-        record.add_pictures(builder, plan, datasets)
+        max_compared = MAX_COMPARED if config.sample.every else 0
+        record.add_pictures(builder, plan, datasets, max_compared)
     samples = None
-    if config.preview or config.sample.every:
+    if config.draws_samples:
         samples = prepare_samples(config, family, datasets, accelerator.device)
         for note in samples.notes:
             record.say(note)

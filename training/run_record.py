@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.atomic import WriteError, write_file
 from data.precompute.build import DataPlan, DatasetBuilder, Datasets
-from training.report.data_pictures import data_pictures
+from training.report.data_pictures import NO_PICTURES, DataPictures, data_pictures
 from training.report.facts_file import read_facts
 from training.report.writer import ReportWriter
 from training.reporting.events import EventLog
@@ -26,8 +26,8 @@ class RunRecord:
         self.status = StatusFile(folder, steps, num_processes, is_main)
         self.events = EventLog(folder, is_main)
         self.report = ReportWriter(folder, is_main)
-        self.pictures: list[dict[str, Any]] = []
-        """Pictures of the data, for the report."""
+        self.data = NO_PICTURES
+        """Pictures of the data, for the report and for measures of samples."""
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -47,16 +47,22 @@ class RunRecord:
         had done. Both count the steps of an existing adapter."""
         self.events.open(step, last_step, self.num_processes)
 
-    def add_pictures(self, builder: DatasetBuilder, plan: DataPlan, datasets: Datasets) -> None:
-        """Read small pictures of the data, unless an earlier process of the run did."""
+    def add_pictures(
+        self, builder: DatasetBuilder, plan: DataPlan, datasets: Datasets, max_compared: int
+    ) -> None:
+        """Read small pictures of the data, unless an earlier process of the run did.
+
+        `max_compared`: largest number of training images with which samples are compared."""
         if not self.is_main:
             return
         facts = read_facts(self.folder)
         if facts and facts["dataset"] == datasets.train.content_hash:
-            self.pictures = facts["pictures"]
+            self.data = DataPictures(facts["pictures"], facts["small_images"])
+        has_compared = bool(self.data.small_images)
+        if self.data.pictures and (has_compared or not max_compared):
             return
         try:
-            self.pictures = data_pictures(builder, plan)
+            self.data = data_pictures(builder, plan, max_compared)
         except Exception as error:  # pictures are worth less than the run
             self.say(f"note: the report has no pictures of the data: {error}")
 

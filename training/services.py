@@ -55,7 +55,8 @@ class RunServices:
         timeout = collective_timeout(config.distributed)
         consensus = Consensus(accelerator, timeout)
         is_main = accelerator.is_main_process
-        memory = PhaseWatch(accelerator.device, record.status.set_phase)
+        memory = PhaseWatch(accelerator.device)
+        memory.on_phase = record.status.set_phase
         is_schedule_free = OPTIMIZERS[config.optimizer].is_schedule_free
         return cls(
             accelerator=accelerator,

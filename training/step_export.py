@@ -9,6 +9,8 @@ from training.components import RunComponents
 from training.distributed.sharding import is_sharded
 from training.export import ExportJob, average_name, export_facts, main_average, write_adapter
 from training.run_folder import STEP_SUFFIX
+from training.sampling.grid_weights import keep_weights
+from training.sampling.samples import Weights
 from training.services import RunServices
 from training.train_state import TrainState
 
@@ -43,13 +45,15 @@ class ExportSteps:
         weights = services.ema.evaluation_state()
         if services.process.is_main:
             with self.components.adapted.using(weights):
-                self._try_to_write(step)
+                self._try_to_write(step, weights)
         services.barrier.wait()
 
-    def _try_to_write(self, step: int) -> None:
+    def _try_to_write(self, step: int, weights: Weights) -> None:
         """Write the files. A full disk does not end the training."""
         try:
             self._write(step)
+            if self.config.sample.grid:
+                keep_weights(self.services.folder, step, weights, self.config.sample.grid)
         except WriteError as error:
             self.services.reporter.say(f"the adapter of step {step} is not exported: {error}")
 

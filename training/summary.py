@@ -188,15 +188,26 @@ def model_lines(
 def sample_lines(components: RunComponents) -> list[str]:
     """Return a line about samples that are drawn during training, and about what they cost."""
     config, samples = components.config, components.samples
-    if samples is None or not config.sample.every:
+    if samples is None:
         return []
     passes = sum(prompt.num_inference_steps or 0 for prompt in samples.prompts)
     prompts = counted(len(samples.prompts), "prompt")
-    times = -(-config.steps // config.sample.every) + config.sample.at_start
-    return [
-        f"samples     {prompts} every {config.sample.every} steps, {counted(passes, 'denoising step')} "
-        f"each time, {counted(times, 'time')} in this run"
-    ]
+    lines = []
+    if config.sample.every:
+        times = -(-config.steps // config.sample.every) + config.sample.at_start
+        lines.append(
+            f"samples     {prompts} every {config.sample.every} steps, "
+            f"{counted(passes, 'denoising step')} each time, {counted(times, 'time')} in this run"
+        )
+    if config.sample.grid:
+        num_steps = min(config.sample.grid, config.steps // config.export.every)
+        num_strengths = len(config.sample.grid_strengths)
+        num_passes = passes * num_steps * num_strengths
+        lines.append(
+            f"grid        {prompts} x {num_steps} exported steps x {num_strengths} strengths at the end, "
+            f"{counted(num_passes, 'denoising step')}"
+        )
+    return lines
 
 
 def block_formats(components: RunComponents) -> list[str]:

@@ -16,6 +16,7 @@ SHORT_RUN = [
     "--batch_size=1",
     "--data.num_workers=0",
     "--no_preview",
+    "--sample.num_inference_steps=1",
 ]
 """Options that shorten a run of a command on a page."""
 

@@ -55,6 +55,23 @@ def test_forward_is_that_of_the_layer_with_the_delta_added(spec, kind):
 
 @every_kind
 @every_spec
+@torch.no_grad()
+def test_a_strength_multiplies_the_update(spec, kind):
+    """As programs do that load the adapter: W + strength x dW."""
+    adapted, layer, x = in_double(kind, spec)
+    plain = copy.deepcopy(layer.base_layer)
+    delta = dict(adapted.deltas())["layer"]
+    own_output = layer(x)
+    for strength in (0.0, 0.5, 1.25, -1.0):
+        scaled = copy.deepcopy(plain)
+        scaled.weight += strength * delta
+        with adapted.at_strength(strength):
+            torch.testing.assert_close(layer(x), scaled(x), rtol=0, atol=1e-11)
+    assert layer(x).equal(own_output)
+
+
+@every_kind
+@every_spec
 @every_dtype
 @torch.no_grad()
 def test_a_new_adapter_changes_nothing(spec, kind, dtype):

@@ -111,6 +111,15 @@ def test_data_commands_run(name, workspace, cache_dir, run_here):
         assert run_here([*words_of(command)[2:], *options]) == 0
 
 
+def test_the_commands_on_runs_run(workspace, cache_dir, run_here):
+    short = ["--steps=2", "--no_preview", f"--data.cache_dir={cache_dir}", "--data.num_workers=0"]
+    for recipe in ("demo", "demo_flow"):
+        assert run_here([f"recipes/{recipe}.yaml", *short]) == 0
+    for command in commands("docs/report.md"):
+        assert run_here(words_of(command)[2:]) == 0, command
+    assert (workspace / "comparison.html").is_file()
+
+
 def test_the_commands_on_files_run(workspace, cache_dir, run_here):
     short = ["--steps=2", "--no_preview", f"--data.cache_dir={cache_dir}", "--data.num_workers=0"]
     assert run_here(["recipes/demo.yaml", *short]) == 0

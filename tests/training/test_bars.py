@@ -94,6 +94,7 @@ def assert_within_bar(measure: Callable[[], loop.Comparison], bar: float) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_loop_costs_little_over_a_bare_one(tmp_path, cache_dir):
     def measure() -> loop.Comparison:
         reset_accelerate()

@@ -61,7 +61,9 @@ def test_the_report_of_a_run(options, run_here, tmp_path, images):
     assert run_here([*options, *more]) == 0
     page = Page(tmp_path / "out" / "report.html")
     charts = {chart["id"]: chart for chart in page.data["charts"]}
-    assert [*charts] == ["loss", "validation", "rate", "norm", "speed", "wait", "memory", "noise"]
+    assert [*charts] == [
+        *("loss", "validation", "rate", "norm", "speed", "wait", "memory", "measures", "noise"),
+    ]
     assert charts["loss"]["x"] == [3, 6]
     assert charts["validation"]["x"] == [0, 6]
     assert len(charts["validation"]["series"]) == 10

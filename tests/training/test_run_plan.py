@@ -61,6 +61,7 @@ def test_a_run_that_cannot_be_planned(small, lora_file, run_here, capsys):
     assert "note: the memory of this run is not planned: " in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_result_changes_that_it_chose(small, run_here, tmp_path, capsys):
     """The same command resumes it, and a smaller budget too, bit for bit."""
     options = [

@@ -151,6 +151,8 @@ class Search:
             changes: Changes = {"preview": False}
             if self.planner.config.sample.every:
                 changes["sample.every"] = 0
+            if self.planner.config.sample.grid:
+                changes["sample.grid"] = 0
             self.changes = {**self.changes, **changes}
 
     def use_spare_memory(self) -> None:

@@ -16,10 +16,10 @@ START = "start"
 class PhaseWatch:
     """Measures the peak of each phase, and adds the plan to out-of-memory errors."""
 
-    def __init__(self, device: torch.device, on_phase: Callable[[str], object] | None = None):
-        """`on_phase`: called with the name of a phase that begins or continues."""
+    def __init__(self, device: torch.device):
         self.device = device
-        self.on_phase = on_phase
+        self.on_phase: Callable[[str], object] | None = None
+        """Called with the name of a phase that begins or continues."""
         self.planned: dict[str, int] = {}
         """Phase -> planned bytes on the GPU. Empty if the run was not planned."""
         self.current: str = START
@@ -50,11 +50,12 @@ class PhaseWatch:
         """Return memory in GiB: of this process on the host, and of its tensors on a GPU, now and
         at most so far, in the whole run and in each phase."""
         process = psutil.Process()
-        num_bytes = {"memory/host": process.memory_info().rss}
+        host_memory = process.memory_info()
+        num_bytes = {"memory/host": host_memory.rss}
         if self.device.type == "cuda":
             self._record_peak()
-            num_bytes["memory/gpu"] = torch.cuda.memory_allocated(self.device)
             num_bytes["memory/gpu_peak"] = max(self.peaks.values())
+            num_bytes["memory/gpu"] = torch.cuda.memory_allocated(self.device)
             for phase, peak in self.peaks.items():
                 name = phase.replace(" ", "_")
                 num_bytes[f"memory/gpu_peak_{name}"] = peak
@@ -95,6 +96,9 @@ def memory_in_use(device: torch.device) -> str:
     """Return who has the memory of a GPU."""
     free, size = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    other_programs = size - free - reserved
-    text = f"this process has {reserved / GIB:.1f} of {size / GIB:.1f} GiB"
-    return f"{text}, and CUDA and other programs {other_programs / GIB:.1f} GiB"
+    used = size - free
+    other_programs = used - reserved
+    return (
+        f"this process has {reserved / GIB:.1f} of {size / GIB:.1f} GiB, "
+        f"and CUDA and other programs {other_programs / GIB:.1f} GiB"
+    )

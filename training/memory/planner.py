@@ -62,7 +62,7 @@ class MemoryPlanner:
         data = self.config.data
         if data.validation_path is not None or data.validation_fraction:
             names.append(VALIDATION)
-        if self.config.preview or self.config.sample.every:
+        if self.config.draws_samples:
             names.append(SAMPLES)
         return self.trace(names, {})
 

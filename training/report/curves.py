@@ -105,6 +105,18 @@ GPU_MEMORY = MetricChart(
 )
 
 
+MEASURES = MetricChart(
+    "measures",
+    "Samples, roughly",
+    "Nearest image: distance of the samples to the nearest training image, as a multiple of the usual "
+    "distance between training images; near 0 they are copies. Contrast and saturation: relative to the "
+    "samples before training; a steady rise means burned colors. Means over the prompts.",
+    {
+        "samples/nearest_image": "nearest image",
+        "samples/contrast": "contrast",
+        "samples/saturation": "saturation",
+    },
+)
 COMPARED = {
     "loss": ("Training loss", "Smoothed."),
     "validation": (
@@ -130,6 +142,7 @@ def run_charts(run: RunFiles) -> list[Chart]:
         metric_chart(run, SPEED),
         metric_chart(run, WAIT),
         metric_chart(run, memory),
+        metric_chart(run, MEASURES),
         noise_chart(run),
     ]
     return [chart for chart in charts if chart.x]
@@ -190,10 +203,11 @@ def metric_chart(run: RunFiles, chart: MetricChart) -> Chart:
     rows = [row for row in run.rows if main_metric in row]
     steps, main_values = column(rows, main_metric)
     chosen = thinned(main_values)
+    has_points = len(rows) < SMOOTHED_SHARE
     series = []
     for name, label in chart.labels.items():
         values = [number(row.get(name), chart.scale) for row in rows]
-        series.append(Series(label, pick(values, chosen)))
+        series.append(Series(label, pick(values, chosen), has_points=has_points))
     return Chart(
         id=chart.id,
         title=chart.title,

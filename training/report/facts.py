@@ -11,6 +11,7 @@ from common.process import available_cores
 from training.components import RunComponents
 from training.loss import LossFunction
 from training.metadata import LIBRARIES, bucket_info
+from training.report.data_pictures import DataPictures
 from training.services import RunServices
 
 NOISE_BINS = 20
@@ -23,7 +24,7 @@ def run_facts(
     loss_function: LossFunction,
     services: RunServices,
     summary: str,
-    pictures: list[dict[str, Any]],
+    data: DataPictures,
 ) -> dict[str, Any]:
     """Return the facts, as values that JSON has."""
     datasets = components.datasets
@@ -45,7 +46,8 @@ def run_facts(
         "noise_levels": noise_shares(components, loss_function),
         "prompts": prompts,
         "trigger_words": components.config.export.trigger_words,
-        "pictures": pictures,
+        "pictures": data.pictures,
+        "small_images": data.small_images,
     }
 
 

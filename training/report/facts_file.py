@@ -19,6 +19,7 @@ NO_FACTS: dict[str, Any] = {
     "prompts": [],
     "trigger_words": None,
     "pictures": [],
+    "small_images": "",
 }
 """Facts that a file may lack."""
 

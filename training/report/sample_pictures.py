@@ -12,9 +12,14 @@ from PIL import Image
 
 from training.report.data_pictures import data_uri, picture_of_caption
 from training.report.run_files import RunFiles
+from training.run_folder import SAMPLES_FOLDER
+from training.sampling.files import grid_path
 
 MAX_SIDE = 320
 """Longer side of a picture in pixels."""
+GRID_SIDE = 1200
+"""The same for a grid of steps and strengths."""
+MAX_GRIDS = 12
 MAX_PICTURES = 200
 """Pictures inside of one report. With more, steps in the middle are left out."""
 
@@ -25,14 +30,14 @@ class PictureCache:
 
     pictures: dict[tuple[Path, int], str] = field(default_factory=dict)
 
-    def picture(self, path: Path) -> str | None:
+    def picture(self, path: Path, max_side: int = MAX_SIDE) -> str | None:
         """Return the small picture of an image, or of the last frame of a video, as a data URI.
 
-        Returns None if the file is not readable."""
+        `max_side`: in pixels. Returns None if the file is not readable."""
         with suppress(OSError, ValueError):
             key = (path, path.stat().st_mtime_ns)
             if key not in self.pictures:
-                self.pictures[key] = small_picture(path)
+                self.pictures[key] = small_picture(path, max_side)
             return self.pictures[key]
         return None
 
@@ -52,6 +57,16 @@ class SampledPrompt:
 
 
 @dataclass(frozen=True)
+class GridPicture:
+    """A grid of steps and strengths of one prompt."""
+
+    text: str
+    """The prompt."""
+    picture: str
+    link: str
+
+
+@dataclass(frozen=True)
 class SampleSeries:
     """All samples of a run that its report shows."""
 
@@ -59,14 +74,16 @@ class SampleSeries:
     prompts: list[SampledPrompt]
     num_hidden: int
     """Steps that are not shown."""
+    grids: list[GridPicture]
+    """Grids of steps and strengths, in the order of the prompts."""
 
 
-def small_picture(path: Path) -> str:
+def small_picture(path: Path, max_side: int) -> str:
     """Return the small picture of a file as a data URI."""
     with Image.open(path) as image:
         image.seek(getattr(image, "n_frames", 1) - 1)
         colors = image.convert("RGB")
-    colors.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    colors.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return data_uri(colors)
 
 
@@ -80,7 +97,29 @@ def sample_series(run: RunFiles, cache: PictureCache, folder: Path) -> SampleSer
         paths = [run.samples[step].get(number) for step in steps]
         prompts.append(sampled_prompt(run, number, paths, cache, folder))
     num_hidden = len(run.samples) - len(steps)
-    return SampleSeries(steps, prompts, num_hidden)
+    grids = grid_pictures(run, cache, folder)
+    return SampleSeries(steps, prompts, num_hidden, grids)
+
+
+def grid_pictures(run: RunFiles, cache: PictureCache, folder: Path) -> list[GridPicture]:
+    """Return the first grids of steps and strengths. `folder`: of the report, for its links."""
+    samples_folder = run.folder / SAMPLES_FOLDER
+    grids = []
+    for number in range(MAX_GRIDS):
+        path = grid_path(samples_folder, run.adapter_name, number)
+        picture = cache.picture(path, GRID_SIDE)
+        if picture is not None:
+            grid = GridPicture(prompt_text(run, number), picture, link(path, folder))
+            grids.append(grid)
+    return grids
+
+
+def prompt_text(run: RunFiles, number: int) -> str:
+    """Return the text of a prompt, or its number if the run has not written it."""
+    prompts = run.facts.get("prompts", [])
+    if number < len(prompts):
+        return prompts[number]["text"]
+    return f"prompt {number + 1}"
 
 
 def sampled_prompt(
@@ -91,11 +130,11 @@ def sampled_prompt(
     folder: Path,
 ) -> SampledPrompt:
     """Return a prompt with its pictures. `paths`: of its samples; None: a step has none."""
-    text, details = f"prompt {number + 1}", ""
+    text = prompt_text(run, number)
+    details = ""
     prompts = run.facts.get("prompts", [])
     if number < len(prompts):
-        prompt = prompts[number]
-        text, details = prompt["text"], prompt_details(prompt)
+        details = prompt_details(prompts[number])
     pictures: list[str | None] = []
     links = []
     for path in paths:

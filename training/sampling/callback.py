@@ -8,9 +8,17 @@ from training.checkpoints.best import stops_early
 from training.components import RunComponents
 from training.config import TrainConfig
 from training.reporting.trackers import log_images
-from training.sampling.files import padded_stills, sheet_path, write_samples
+from training.sampling.files import (
+    padded_stills,
+    read_still,
+    sample_paths,
+    sheet_path,
+    write_samples,
+)
+from training.sampling.measures import measure_samples
 from training.sampling.overview import write_overview
-from training.sampling.renderer import SampleRenderer, Samples, SamplingError
+from training.sampling.renderer import SampleRenderer, SamplingError
+from training.sampling.samples import Samples, WeightSet
 from training.services import RunServices
 from training.train_state import TrainState
 
@@ -32,6 +40,7 @@ class DrawSamples:
         self.renderer, self.components, self.save_step = renderer, components, save_step
         self.state, self.services = state, services
         self.config: TrainConfig = renderer.config
+        self.data_images = services.record.data.images
 
     def before_first_step(self) -> None:
         """Draw what an earlier process did not: samples before training, or those of the step from
@@ -64,7 +73,7 @@ class DrawSamples:
         started_at = time.monotonic()
         weights = self.services.ema.evaluation_state()
         try:
-            samples = self.renderer.render({"now": weights})
+            samples = self.renderer.render({"now": WeightSet(weights)})
         except SamplingError as error:
             raise RuntimeError(
                 f"{error}\nA sharded model cannot train on after that. The checkpoint of the last "
@@ -85,10 +94,19 @@ class DrawSamples:
             reason = f"{type(error).__name__}: {error}"
             services.reporter.say(f"samples of step {step} could not be written: {reason}")
             return
+        self._measure(samples)
         self._track(samples)
         count = counted(len(samples.prompts), "sample")
         duration = f"{seconds:.1f} s"
         services.reporter.say(f"step {step}: {count} in {duration}, {path}")
+
+    def _measure(self, samples: Samples) -> None:
+        """Add rough numbers about the samples to the metrics of the step."""
+        (images,) = samples.images.values()
+        stills = [frames[-1] for frames in images]
+        name = self.config.export.name
+        base_stills = [read_still(path) for path in sample_paths(self.services.folder, name, 0)]
+        self.services.reporter.row |= measure_samples(stills, base_stills, self.data_images)
 
     def _track(self, samples: Samples) -> None:
         """Send the samples to the trackers, at the step of the metrics."""

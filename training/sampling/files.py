@@ -1,5 +1,6 @@
 """The files of samples: images or videos with their options, and a sheet of each step."""
 
+import glob
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from data.media.pictures import to_levels
 from training.reporting.image_grid import grid_png
 from training.run_folder import SAMPLES_FOLDER, STEP_SUFFIX
 from training.sampling.prompts import SamplePrompt
-from training.sampling.renderer import Samples
+from training.sampling.samples import Samples
 
 SHEET = "sheet"
+IMAGE_SUFFIXES = (".png", ".webp")
+"""Endings of samples: images, and videos."""
 
 
 def sample_name(name: str, step: int, number: int | str) -> str:
@@ -27,6 +30,33 @@ def sample_name(name: str, step: int, number: int | str) -> str:
 def sheet_path(folder: Path, name: str, step: int) -> Path:
     """Return the path of the sheet with all samples of a step. It is written last."""
     return folder / SAMPLES_FOLDER / f"{sample_name(name, step, SHEET)}.png"
+
+
+def grid_path(folder: Path, name: str, number: int) -> Path:
+    """Return the path of a prompt's grid. `name`: of the adapter."""
+    return folder / f"{name}-grid_{number:02d}.png"
+
+
+def sample_paths(folder: Path, name: str, step: int) -> list[Path]:
+    """Return the files of the samples of a step, in the order of their prompts. `folder`: output_dir."""
+    start = sample_name(name, step, "")
+    pattern = glob.escape(start) + "[0-9]*"
+    samples_folder = folder / SAMPLES_FOLDER
+    paths = []
+    for path in sorted(samples_folder.glob(pattern)):
+        if path.suffix in IMAGE_SUFFIXES:
+            paths.append(path)
+    return paths
+
+
+def read_still(path: Path) -> np.ndarray:
+    """Return a sample, or the last frame of a video, as (H, W, 3) in [0, 1]."""
+    with Image.open(path) as image:
+        num_frames = getattr(image, "n_frames", 1)
+        image.seek(num_frames - 1)
+        colors = image.convert("RGB")
+    levels = np.asarray(colors, np.float32)
+    return levels / 255
 
 
 def write_samples(samples: Samples, folder: Path, name: str, step: int, fps: float) -> Path:
@@ -71,13 +101,15 @@ def parameters_text(prompt: SamplePrompt, title: str) -> str:
     lines = [prompt.text]
     if prompt.negative:
         lines.append(f"Negative prompt: {prompt.negative}")
-    facts = {
+    facts: dict[str, object] = {
         "Steps": prompt.num_inference_steps,
         "CFG scale": prompt.guidance_scale,
         "Seed": prompt.seed,
         "Size": f"{prompt.width}x{prompt.height}",
         "Lora": title,
     }
+    if prompt.strength is not None and prompt.strength != 1:
+        facts["Lora strength"] = f"{prompt.strength:g}"
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
     return "\n".join(lines)
 

@@ -10,13 +10,13 @@ from PIL import Image, ImageOps
 
 from common.atomic import write_file
 from training.reporting.image_grid import grid_png
+from training.sampling.files import IMAGE_SUFFIXES
 from training.sampling.prompts import SamplePrompt
 
 MAX_SIDE = 256
 """Longest side of a sample in the picture, in pixels."""
 MAX_ROWS = 12
 """Rows of the picture: the first step, and the newest ones."""
-ENDINGS = (".png", ".webp")
 
 
 def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> Path | None:
@@ -67,7 +67,7 @@ def files_by_step(folder: Path, name: str) -> dict[int, dict[int, Path]]:
     files: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
         match = pattern.fullmatch(path.stem)
-        if match is None or path.suffix not in ENDINGS:
+        if match is None or path.suffix not in IMAGE_SUFFIXES:
             continue
         step, number = int(match[1]), int(match[2])
         files.setdefault(step, {})

@@ -156,7 +156,7 @@ def prompt_key(family: ModelFamily, model_hash: str, prompt: SamplePrompt) -> st
         repr(sorted(family.files.pipeline_config.items(), key=str)),
         repr(sorted(denoiser_config.items(), key=str)),
     ]
-    return hash_of(*facts, repr(prompt))
+    return hash_of(*facts, repr(replace(prompt, strength=None)))
 
 
 def read_prompt(path: Path) -> EncodedPrompt | None:

@@ -27,6 +27,8 @@ class SamplePrompt:
     seed: int | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    strength: float | None = None
+    """Factor on the update of the adapter."""
 
     def completed(self, number: int, side: int, config: SampleConfig) -> "SamplePrompt":
         """Return the prompt with all options but the negative prompt.
@@ -38,6 +40,7 @@ class SamplePrompt:
             "seed": (config.seed + number) % 2**64,
             "guidance_scale": config.guidance_scale,
             "num_inference_steps": config.num_inference_steps,
+            "strength": 1.0,
         }
         missing: dict[str, Any] = {}
         for name, value in defaults.items():
@@ -64,6 +67,7 @@ OPTIONS = {
     "l": PromptOption("guidance_scale", float, 0, 1000),
     "g": PromptOption("guidance_scale", float, 0, 1000),
     "s": PromptOption("num_inference_steps", int, 1, 1000),
+    "am": PromptOption("strength", float, -10, 10),
 }
 """Letters after the prompt, as kohya's trainers have them."""
 

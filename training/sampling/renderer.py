@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,11 @@ from training.sampling.draw import draw_sample, free_memory, pipeline_options
 from training.sampling.encoded_prompts import replayed
 from training.sampling.prepare import PreparedSamples, sample_frames
 from training.sampling.prompts import SamplePrompt
+from training.sampling.samples import Samples, WeightSet
 from training.services import RunServices
 
-Weights = dict[str, Tensor]
 Share = dict[tuple[str, int], np.ndarray]
 """Label of the weights and number of the prompt -> image or video of one process."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Prompts, and for each label the images or videos (F, H, W, 3) in [0, 1] of these prompts."""
-
-    prompts: list[SamplePrompt]
-    images: dict[str, list[np.ndarray]]
 
 
 class DrawingStopped(Exception):
@@ -70,7 +61,7 @@ class SampleRenderer:
         self.was_stopped = False
         """True if `render` ended before all images, because the run has to stop."""
 
-    def render(self, weight_sets: dict[str, Weights]) -> Samples | None:
+    def render(self, weight_sets: dict[str, WeightSet]) -> Samples | None:
         """Return the images on the main process. Collective.
 
         Returns None if drawing failed, which is printed once, or if the run has to stop. With a
@@ -123,7 +114,7 @@ class SampleRenderer:
                 images |= other_share
         return images
 
-    def _draw_share(self, weight_sets: dict[str, Weights]) -> Share | None:
+    def _draw_share(self, weight_sets: dict[str, WeightSet]) -> Share | None:
         """Draw this process's prompts; return the images by label and number of the prompt.
 
         Returns None on all processes if the run has to stop, which all check equally often. They
@@ -134,14 +125,14 @@ class SampleRenderer:
         images: Share = {}
         adapted.model.eval()
         try:
-            for label, weights in weight_sets.items():
+            for label, (weights, strength) in weight_sets.items():
                 with adapted.using(weights):
                     for number in self._prompt_numbers():
                         services.barrier.wait()
                         if services.requests.must_stop():
                             return None
                         if number is not None:
-                            self._try_to_draw(images, label, number)
+                            self._try_to_draw(images, label, number, strength)
                         if self.error is not None and is_model_sharded:
                             raise SamplingError(self.error)
             services.barrier.wait()
@@ -170,14 +161,19 @@ class SampleRenderer:
             numbers.append(number if number < num_prompts else None)
         return numbers
 
-    def _try_to_draw(self, images: Share, label: str, number: int) -> None:
-        """Add an image, unless there was an error; keep the error of drawing."""
+    def _try_to_draw(self, images: Share, label: str, number: int, strength: float) -> None:
+        """Add an image, unless there was an error; keep the error of drawing.
+
+        `strength`: multiplied by that of the prompt."""
         if self.error is not None:
             return
         try:
             with unchanged_random_state(self.device):
                 self._wake()
-                images[label, number] = self._draw(number)
+                prompt_strength = self.prompts[number].strength
+                assert prompt_strength is not None  # it is completed
+                with self.components.adapted.at_strength(prompt_strength * strength):
+                    images[label, number] = self._draw(number)
         except DrawingStopped:
             self.services.reporter.say("stopping: the samples of this step are left out")
         except torch.OutOfMemoryError as error:

@@ -1,0 +1,105 @@
+"""Grids of steps and strengths, from which one sees the best step."""
+
+import time
+
+import numpy as np
+
+from common.atomic import WriteError, write_file
+from training.config import TrainConfig
+from training.reporting.image_grid import grid_png
+from training.run_folder import SAMPLES_FOLDER
+from training.sampling.files import grid_path, padded_stills
+from training.sampling.grid_weights import read_weights, remove_weights
+from training.sampling.renderer import SampleRenderer
+from training.sampling.samples import Samples, Weights, WeightSet
+from training.services import RunServices
+
+
+class SampleGrid:
+    """Draws each prompt with the weights of the last exported steps, at several strengths."""
+
+    def __init__(self, renderer: SampleRenderer, services: RunServices):
+        self.renderer = renderer
+        self.services = services
+        self.config: TrainConfig = renderer.config
+
+    def draw(self, last_step: int) -> bool:
+        """Draw and write the grids; return whether a signal ended this, on all processes alike.
+
+        Collective. An error costs the grids alone."""
+        started_at = time.monotonic()
+        reason = ""
+        weights: dict[int, Weights] = {}
+        try:
+            weights = read_weights(self.services.folder, last_step, self.config.sample.grid)
+        except Exception as error:  # grids are worth less than the run
+            reason = f"{type(error).__name__}: {error}"
+        if not weights and not reason:
+            reason = "no step was exported"
+        has_reason = int(bool(reason))
+        if self.services.consensus.max_now(has_reason):
+            self.services.reporter.say(f"the grids of steps and strengths are left out: {reason}")
+            return False
+        cells = self._cells(weights)
+        samples = self.renderer.render(cells)
+        if samples is not None:
+            self._write(samples, list(weights))
+            remove_weights(self.services.folder)
+            seconds = time.monotonic() - started_at
+            self.services.reporter.say(f"the grids took {seconds:.0f} s")
+        return self.renderer.was_stopped
+
+    def _cells(self, weights: dict[int, Weights]) -> dict[str, WeightSet]:
+        """Return the weights and the strength of each cell."""
+        strengths = self.config.sample.grid_strengths
+        cells: dict[str, WeightSet] = {}
+        for step in weights:
+            state = weights[step]
+            for strength in strengths:
+                label = cell_label(step, strength)
+                cell = WeightSet(state, strength)
+                cells[label] = cell
+        return cells
+
+    def _write(self, samples: Samples, steps: list[int]) -> None:
+        """Write a grid for each prompt. A full disk costs the grids alone."""
+        folder = self.services.folder / SAMPLES_FOLDER
+        name = self.config.export.name
+        reporter = self.services.reporter
+        num_prompts = len(samples.prompts)
+        for number in range(num_prompts):
+            path = grid_path(folder, name, number)
+            content = self._grid(samples, steps, number)
+            try:
+                write_file(path, content)
+            except WriteError as error:
+                reporter.say(f"note: {error}")
+                return
+            reporter.say(f"wrote {path}")
+
+    def _grid(self, samples: Samples, steps: list[int], number: int) -> bytes:
+        """Return the grid of a prompt: a row for each step, a column for each strength."""
+        captions = []
+        for strength in self.config.sample.grid_strengths:
+            captions.append(f"strength {strength:g}")
+        rows: dict[str, np.ndarray] = {}
+        for step in steps:
+            label = f"step {step}"
+            rows[label] = self._row(samples, step, number)
+        return grid_png(rows, captions)
+
+    def _row(self, samples: Samples, step: int, number: int) -> np.ndarray:
+        """Return the images of a prompt at one step.
+
+        OUT: (strengths, H, W, 3) in [0, 1]."""
+        images = []
+        for strength in self.config.sample.grid_strengths:
+            label = cell_label(step, strength)
+            images_of_cell = samples.images[label]
+            images.append(images_of_cell[number])
+        return padded_stills(images)
+
+
+def cell_label(step: int, strength: float) -> str:
+    """Return the label of a cell."""
+    return f"step {step}, strength {strength:g}"

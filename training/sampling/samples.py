@@ -1,0 +1,26 @@
+"""Samples, and the weights with which they are drawn."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from training.sampling.prompts import SamplePrompt
+
+Weights = dict[str, Tensor]
+
+
+class WeightSet(NamedTuple):
+    """Weights of the adapter, and the factor on its update."""
+
+    weights: Weights
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts, and for each label the images or videos (F, H, W, 3) in [0, 1] of these prompts."""
+
+    prompts: list[SamplePrompt]
+    images: dict[str, list[np.ndarray]]
