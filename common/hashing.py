@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.announce import announced
 from common.atomic import write_file
 
 REMEMBERED_HASHES = "file_hashes.json"
@@ -57,7 +58,8 @@ def file_hashes(paths: Iterable[Path], cache_dir: Path) -> dict[Path, str]:
         if stamp in remembered:
             hashes[path] = remembered[stamp]
             continue
-        hashes[path] = sha256_of_file(path)
+        with announced(f"hashing {path.name}, which is done once"):
+            hashes[path] = sha256_of_file(path)
         if path.stat().st_size >= MIN_REMEMBERED_BYTES:
             new_hashes[stamp] = hashes[path]
     if new_hashes:

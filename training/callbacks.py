@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from common.announce import announced
 from training.checkpoints.best import BestWeights, best_step, stops_early
 from training.checkpoints.resume import RunCheckpoints
 from training.checkpoints.storage import checkpoint_paths
@@ -194,7 +195,8 @@ class Validate:
         if self.dataset is None or not self._is_due():
             return
         state, reporter = self.state, self.services.reporter
-        with self.services.memory.phase(VALIDATION), self.services.ema.applied():
+        phase = self.services.memory.phase(VALIDATION)
+        with phase, self.services.ema.applied(), announced("validating"):
             result = validate(
                 self.services.accelerator,
                 self.components.adapted.model,

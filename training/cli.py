@@ -2,6 +2,7 @@
 no torch."""
 
 import difflib
+import importlib.util
 import sys
 import types
 import typing
@@ -190,6 +191,11 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
     errors += prompt_errors(config.sample)
+    tracker = config.tracking.report_to
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        errors.append(
+            f"--tracking.report_to {tracker}: the package {tracker} is not installed. Use pip install {tracker}"
+        )
     if config.sample.grid and not config.export.every:
         errors.append(
             f"--sample.grid {config.sample.grid}: needs exported steps. Also set --export.every"

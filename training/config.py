@@ -50,6 +50,20 @@ def name_value_pairs(value: Any) -> Any:
     return tuple(sorted(map(str, value)))
 
 
+TrackerName = Literal[
+    "none",
+    "wandb",
+    "tensorboard",
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "trackio",
+]
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Options of the optimizer and of the learning rate."""
@@ -199,8 +213,9 @@ class TrackingConfig:
 
     __pydantic_config__ = STRICT
 
-    report_to: Literal["none", "wandb", "tensorboard"] = "none"
-    """Tracker. wandb runs offline, into output_dir, if no API key is set."""
+    report_to: TrackerName = "none"
+    """Tracker, of those that Accelerate supports; its package must be installed. wandb runs offline, into
+    output_dir, if no API key is set."""
     project: str = "train-lora"
     """Project name in the tracker."""
     log_every: Annotated[int, Field(ge=1)] = 10

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.announce import announced
 from common.errors import UserError
 from training.config import TrainConfig
 from training.memory.kept_changes import with_kept_changes
@@ -72,14 +73,15 @@ def run_guard(
     first one.
 
     Raises RunFailed after an error was printed, and RunStopped if a signal stopped the run."""
-    with signals.held():
+    with signals.held(), announced("importing the libraries"):
         # imports torch: earlier errors are faster
         from training.distributed.accelerator import build_accelerator
         from training.distributed.failures import FailureWatch
 
     failures: FailureWatch | None = None
     try:
-        accelerator = build_accelerator(config)
+        with announced("connecting the processes"):
+            accelerator = build_accelerator(config)
         failures = FailureWatch(accelerator)
         yield accelerator, failures
     except RunStopped as stopped:
@@ -172,14 +174,16 @@ def train(
     components, loss_function = build_components(config, accelerator, record)
     check_export(components)
     initial_weights = components.adapted.state_dict() if config.preview else None
-    engine = build.build_engine(accelerator, components)
+    with announced("moving the model to the device"):
+        engine = build.build_engine(accelerator, components)
 
     # from here on, all processes answer signals together, between two steps
     with signals.deferred():
         services = RunServices.build(config, accelerator, engine, signals, failures, record)
         services.memory.planned.update(planned_bytes)
         checkpoints = RunCheckpoints(components, engine, services)
-        state = checkpoints.resume()
+        with announced("looking for a checkpoint"):
+            state = checkpoints.resume()
         start_tracker(accelerator, config, services.reporter.tracker_id)
         batches = BatchStream(config, components.datasets.train, services.process)
         trainer = Trainer(config, engine, loss_function, batches, state, services)
@@ -191,7 +195,8 @@ def train(
         except BaseException:
             checkpoints.writer.finish(record.say)
             raise
-        checkpoints.writer.wait()
+        with announced("writing the checkpoint"):
+            checkpoints.writer.wait()
         export = RunExport(components, services, state, renderer)
         export.collect_weights()
         if services.requests.must_stop():
@@ -234,7 +239,7 @@ def write_results(
 
     services = trainer.services
     services.record.status.set_phase(EXPORTING)
-    with host_threads(services.accelerator):
+    with host_threads(services.accelerator), announced("writing the adapter"):
         if services.process.is_main:
             export.write(trainer.batches.timer.share)
     services.barrier.wait()
@@ -291,9 +296,10 @@ def build_components(
             record.say(note)
     record.status.set_phase(LOADING)
     contiguous = needs_contiguous_weights(accelerator)
-    denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
+    with announced("loading the base model"):
+        denoiser, dtype = build.load_denoiser(config, family, accelerator.device, contiguous)
     names = layer_spellings(family, denoiser)
-    with host_threads(accelerator):
+    with host_threads(accelerator), announced("attaching the adapter"):
         adapted, previous_steps = build.attach_adapters(config, family, denoiser, names)
     loss_function = build_loss(family, config.objective, config.loss_function, dtype)
     components = RunComponents(config, family, datasets, adapted, names, previous_steps, samples)

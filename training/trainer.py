@@ -1,8 +1,10 @@
 """The training loop: micro-batches, updates, and after each step the callbacks in their order."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from common.announce import announced
 from data.batches import Batch
 from training.batch_stream import BatchStream
 from training.checkpoints.best import stops_early
@@ -43,6 +45,7 @@ class Trainer:
         self.config, self.engine, self.loss_function = config, engine, loss_function
         self.batches, self.state, self.services = batches, state, services
         self.buffer = LossBuffer()
+        self.has_begun = False
         self.callbacks: Sequence[StepCallback] = ()
         """Called in this order; `step_callbacks` in training/callbacks.py makes the list."""
 
@@ -67,10 +70,18 @@ class Trainer:
                     f"{self.config.validation.patience} validations without improvement"
                 )
                 break
-            self.train_step(batches)
+            with self._announced_if_first():
+                self.train_step(batches)
             for callback in self.callbacks:
                 callback.after_step()
         reporter.close()
+
+    def _announced_if_first(self) -> AbstractContextManager:
+        """Announce the first step of this process, which fetches data, and may compile."""
+        if self.has_begun:
+            return nullcontext()
+        self.has_begun = True
+        return announced("the first step")
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Add up the gradients of a step's micro-batches, then update the weights. Reads nothing

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.announce import announced
 from common.atomic import publish_folder, remove_old
 from common.errors import DataError, bullet_list, counted, error_list
 from common.hashing import hash_of, hash_of_files, sha256_of_file
@@ -152,8 +153,10 @@ class DatasetBuilder:
 
     def plan(self, only_square: bool) -> DataPlan:
         """List, check and plan all samples, and encode nothing. Collective."""
-        errors = self.stages.run_on_main(lambda: self.sources.write_listing(self.listed_path))
-        unusable = self._check_contents(errors)
+        with announced("listing the samples"):
+            errors = self.stages.run_on_main(lambda: self.sources.write_listing(self.listed_path))
+        with announced("checking the images"):
+            unusable = self._check_contents(errors)
         stores = self._open_stores()
         step = self.family.limits.pixel_step
         planner = Planner(

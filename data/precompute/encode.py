@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from common.announce import announced
 from common.errors import DataError
 from common.process import ProcessInfo
 from data.config import DataConfig
@@ -171,7 +172,8 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
     if not len(share):
         return long_captions
     placement = family.config.text_encoder_placement
-    encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
+    with announced("loading the text encoders"):
+        encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
     captions = job.progress(missing.rows(share), len(share), "captions")
     with store.writer() as writer:
         for batch in batched(captions, job.config.encode_batch_size):
@@ -225,7 +227,8 @@ def encode_media(job: EncodeJob, store: Store, missing: Table[MissingMedia]) -> 
     share = job.own_share(np.arange(len(missing)))
     if not len(share):
         return
-    encoders = job.family.load_encoders("media").to(job.device)
+    with announced("loading the VAE"):
+        encoders = job.family.load_encoders("media").to(job.device)
     num_flips = missing.lengths("flips")
     num_tasks = int(num_flips[share].sum())
     tasks = media_tasks(job, missing, share)

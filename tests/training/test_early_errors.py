@@ -10,6 +10,7 @@ from data.precompute import encode
 CASES = {
     "targets": (["--adapter.targets=no_such_layer"], "--adapter.targets"),
     "option of another algorithm": (["--adapter.block_size=16"], "block_size = 16"),
+    "tracker without its package": (["--tracking.report_to=aim"], "Use pip install aim"),
     "rank": (["--adapter.init=pissa", "--rank=500"], "rank 500"),
     "file that is no adapter": (["--existing_lora={file}"], "--existing_lora {file}"),
 }

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from common.announce import announced
 from common.atomic import write_file
 from common.errors import ConfigError
 from training.config import TrainConfig, to_yaml
@@ -73,7 +74,8 @@ def fit_run(config: TrainConfig, accelerator: Accelerator, say: Callable[[str], 
     say("memory      planning; --memory.budget none skips this")
     is_required = config.memory.chooses_options
     try:
-        plan = shared_plan(config, accelerator, budget)
+        with announced("planning the memory"):
+            plan = shared_plan(config, accelerator, budget)
     except UnplannableError as error:
         if is_required:
             raise ConfigError(f"--memory.budget {config.memory.budget}: {error}") from error

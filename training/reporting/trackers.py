@@ -1,4 +1,4 @@
-"""Trackers (wandb, tensorboard), through Accelerate."""
+"""Trackers, such as W&B and TensorBoard, through Accelerate."""
 
 import netrc
 import os
@@ -11,6 +11,9 @@ from accelerate import Accelerator
 
 from data.media.pictures import to_levels
 from training.config import TrainConfig, to_dict
+
+ONE_IMAGE_TRACKERS = ("aim", "clearml")
+"""Trackers that take one image for each name."""
 
 
 def new_tracker_id() -> str:
@@ -64,13 +67,33 @@ def finish_trackers(accelerator: Accelerator) -> None:
 
 
 def log_images(accelerator: Accelerator, images: dict[str, np.ndarray], step: int) -> None:
-    """Send image arrays (N, H, W, 3) in [0, 1] to the trackers."""
+    """Send image arrays (N, H, W, 3) in [0, 1] to the trackers that take images.
+
+    Their errors do not fail the run."""
     arrays = {name: to_levels(array) for name, array in images.items()}
     for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            tracker.log_images({name: list(array) for name, array in arrays.items()}, step=step)
-        else:
-            tracker.log_images(arrays, step=step)
+        if not hasattr(tracker, "log_images"):
+            continue
+        values = images_for(tracker.name, arrays)
+        try:
+            tracker.log_images(values, step=step)
+        except Exception as error:  # a tracker may raise anything
+            accelerator.print(
+                f"note: {tracker.name} took no images: {type(error).__name__}: {error}"
+            )
+
+
+def images_for(tracker_name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return arrays (N, H, W, 3) in the form that a tracker's log_images takes."""
+    if tracker_name == "tensorboard":
+        return dict(arrays)
+    if tracker_name not in ONE_IMAGE_TRACKERS:
+        return {name: list(array) for name, array in arrays.items()}
+    values: dict[str, Any] = {}
+    for name, array in arrays.items():
+        for number, image in enumerate(array):
+            values[f"{name}/{number:02d}"] = image
+    return values
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, Any]:

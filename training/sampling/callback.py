@@ -113,7 +113,4 @@ class DrawSamples:
         total_steps = self.components.previous_steps + self.state.step
         (images,) = samples.images.values()
         stills = padded_stills(images)
-        try:
-            log_images(self.services.accelerator, {"samples": stills}, total_steps)
-        except Exception as error:  # a tracker may raise anything
-            self.services.reporter.say(f"note: the samples were not tracked: {error}")
+        log_images(self.services.accelerator, {"samples": stills}, total_steps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from common.announce import announced
 from models.base import ModelFamily
 from models.config import ModelConfig
 from models.encoder_placement import place_text_encoders, release_text_encoders
@@ -40,7 +41,8 @@ def encode_prompts(
     device: torch.device,
 ) -> list[EncodedPrompt]:
     """Load the text encoders, encode the prompts, and free the text encoders."""
-    pipeline = family.load_encoders("text")
+    with announced("loading the text encoders for the prompts"):
+        pipeline = family.load_encoders("text")
     encoding_device = device
     if config.text_encoder_placement == "cpu":
         encoding_device = torch.device("cpu")
@@ -50,7 +52,7 @@ def encode_prompts(
         object.__setattr__(pipeline, family.denoiser_component, family.empty_denoiser())
         object.__setattr__(pipeline, "scheduler", EndOfEncoding())
         pipeline.prepare_latents = end_encoding
-        with on_device(pipeline, encoding_device):
+        with on_device(pipeline, encoding_device), announced("encoding the prompts"):
             return [encode_prompt(family, pipeline, prompt) for prompt in prompts]
     finally:
         release_text_encoders(pipeline)

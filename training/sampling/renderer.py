@@ -10,6 +10,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from common.announce import announced
 from data.media.pictures import to_image
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
@@ -167,12 +168,14 @@ class SampleRenderer:
         `strength`: multiplied by that of the prompt."""
         if self.error is not None:
             return
+        adapted = self.components.adapted
         try:
             with unchanged_random_state(self.device):
                 self._wake()
                 prompt_strength = self.prompts[number].strength
                 assert prompt_strength is not None  # it is completed
-                with self.components.adapted.at_strength(prompt_strength * strength):
+                text = f"drawing sample {number + 1} of {len(self.prompts)}"
+                with adapted.at_strength(prompt_strength * strength), announced(text):
                     images[label, number] = self._draw(number)
         except DrawingStopped:
             self.services.reporter.say("stopping: the samples of this step are left out")
@@ -222,7 +225,8 @@ class SampleRenderer:
         if self.pipeline is None:
             family, model = self.components.family, self.components.adapted.model
             has_encoders = self.samples.encoded is None
-            pipeline = family.pipeline(model, with_text_encoders=has_encoders)
+            with announced("loading the VAE for the samples"):
+                pipeline = family.pipeline(model, with_text_encoders=has_encoders)
             self.pipeline = override_scheduler(pipeline, self.config.objective)
         self.pipeline.to(self.device)
 
