@@ -194,7 +194,8 @@ def path_errors(config: TrainConfig) -> list[str]:
     tracker = config.tracking.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         errors.append(
-            f"--tracking.report_to {tracker}: the package {tracker} is not installed. Use pip install {tracker}"
+            f"--tracking.report_to {tracker}: the package {tracker} is not installed. Use pip "
+            f"install {tracker}"
         )
     if config.sample.grid and not config.export.every:
         errors.append(

@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
 
 from common.errors import counted
 from training.checkpoints.best import stops_early
@@ -63,8 +66,9 @@ class DrawSamples:
 
     def _is_due(self) -> bool:
         step = self.state.step
+        validation = self.state.history.validation
         is_last = step == self.config.steps
-        if stops_early(self.state.history.validation, self.config.validation):
+        if stops_early(validation, self.config.validation):
             is_last = True
         return is_last or step % self.config.sample.every == 0
 
@@ -105,12 +109,17 @@ class DrawSamples:
         (images,) = samples.images.values()
         stills = [frames[-1] for frames in images]
         name = self.config.export.name
-        base_stills = [read_still(path) for path in sample_paths(self.services.folder, name, 0)]
-        self.services.reporter.row |= measure_samples(stills, base_stills, self.data_images)
+        base_paths = sample_paths(self.services.folder, name, step=0)
+        base_stills: list[np.ndarray] = []
+        with suppress(OSError, ValueError):  # a damaged file
+            base_stills = [read_still(path) for path in base_paths]
+        metrics = measure_samples(stills, base_stills, self.data_images)
+        self.services.reporter.row |= metrics
 
     def _track(self, samples: Samples) -> None:
         """Send the samples to the trackers, at the step of the metrics."""
         total_steps = self.components.previous_steps + self.state.step
         (images,) = samples.images.values()
         stills = padded_stills(images)
-        log_images(self.services.accelerator, {"samples": stills}, total_steps)
+        tracked_images = {"samples": stills}
+        log_images(self.services.accelerator, tracked_images, total_steps)
