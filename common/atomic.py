@@ -25,7 +25,7 @@ class WriteError(RuntimeError):
 def write_file(path: Path, data: bytes | str, is_shared: bool = False) -> None:
     """Replace `path` by `data`. Raises WriteError and leaves `path` unchanged if that fails."""
     with new_file(path, is_shared) as partial_path:
-        partial_path.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial_path.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
 
 
 @contextmanager

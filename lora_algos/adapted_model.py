@@ -121,24 +121,15 @@ class AdaptedModel:
     def at_strength(self, strength: float) -> Iterator[None]:
         """Multiply the updates by a factor in a block, as programs do that load the adapter.
 
-        Each layer then also computes its base. Its output is base + strength * update."""
-        if strength == 1:
-            yield
-            return
-
-        def scale(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            base = layer.base_layer(*inputs)
-            return torch.lerp(base, output, strength)
-
-        handles = []
-        for layer in self.layers().values():
-            module: nn.Module = layer  # type: ignore[assignment]
-            handles.append(module.register_forward_hook(scale))
+        Each layer then also computes its base: its output is base + strength * update."""
+        layers = self.layers().values()
+        for layer in layers:
+            layer.strength = strength
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer in layers:
+                layer.strength = 1.0
 
     def prepare_once_per_step(self) -> None:
         """Let layers keep what they compute from their factors until these change.

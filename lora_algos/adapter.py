@@ -61,6 +61,9 @@ class AdapterLayer(ABC):
     unmerged: tuple[Tensor, Tensor | None] | None
     """Weight and bias of the base while the update is merged into it."""
     training: bool
+    strength: float = 1.0
+    """Factor on the update in the forward pass, as programs have it that load the adapter. An attribute
+    and no hook, because compiled blocks do not see hooks that are added later."""
 
     @abstractmethod
     def update_tensors(self) -> dict[str, nn.Parameter]:
@@ -181,6 +184,14 @@ class AdapterLayer(ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with its update, in the dtype that the base layer returns."""
+        if self.strength == 1.0:
+            return self._adapted_forward(x)
+        base_output = self.base_layer(x)
+        output = self._adapted_forward(x)
+        return torch.lerp(base_output, output, self.strength)
+
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        """Return the output with the whole update."""
         if self.unmerged is not None:
             return self.base_layer(x)
         device = x.device.type

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from adapter_files import FORMATS
 from common.config_fields import CHANGEABLE, STRICT
+from common.text import public_values
 from data.config import DataConfig
 from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
@@ -157,7 +158,7 @@ class SampleConfig:
     seed, --l guidance scale, --s denoising steps, --am strength of the adapter: "a cat --w 768 --s 20"."""
     prompt_file: str | None = None
     """A UTF-8 text file with further prompts, one per line."""
-    grid: Annotated[int, Field(ge=0, le=100)] = 0
+    grid: Annotated[int, Field(ge=0, le=20)] = 0
     """With export.every: after the last step, draw each prompt with the last so many exported steps at
     each of grid_strengths, and write a picture for each prompt. 0: none."""
     grid_strengths: Annotated[
@@ -254,6 +255,10 @@ class ExportConfig:
     """
     svd_rank: Annotated[int, Field(ge=1)] = 16
     """Rank for lora-svd."""
+    metadata: Literal["public", "full", "none"] = "public"
+    """Metadata of adapter files. public: what other programs show, and all options, with the names of
+    files and folders but without their paths. full: the paths too, from which the run can be repeated.
+    none: only what is needed to load and continue the adapter."""
     trigger_words: str | None = None
     """Trigger words written into the metadata, for programs that show them."""
     merged_model: bool = False
@@ -376,4 +381,13 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return values_to_yaml(to_dict(config))
+
+
+def public_yaml(config: TrainConfig) -> str:
+    """Return a config for files that are published: paths are shortened to names."""
+    return values_to_yaml(public_values(to_dict(config)))
+
+
+def values_to_yaml(values: dict) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

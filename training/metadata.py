@@ -13,7 +13,7 @@ from common.hashing import hash_of_files
 from data.dataset import LatentDataset
 from lora_algos.traits import Layers
 from training.components import RunComponents
-from training.config import to_yaml
+from training.config import public_yaml, to_yaml
 from training.optim.registry import OPTIMIZERS
 
 LIBRARIES = ("torch", "accelerate", "diffusers", "peft", "transformers", "datasets", "safetensors")
@@ -36,10 +36,16 @@ class ExportFacts:
 
 def file_metadata(components: RunComponents, layers: Layers, facts: ExportFacts) -> dict[str, str]:
     """Return all metadata of an adapter file except its hashes."""
-    return {
+    needed = {
         **network_metadata(layers),
-        **kohya_metadata(components, facts),
         **components.family.file_metadata(components.adapted.model),
+        TOTAL_STEPS: str(facts.total_steps),
+    }
+    if components.config.export.metadata == "none":
+        return needed
+    return {
+        **needed,
+        **kohya_metadata(components, facts),
         **trainer_metadata(components, facts),
     }
 
@@ -118,10 +124,12 @@ def trainer_metadata(components: RunComponents, facts: ExportFacts) -> dict[str,
     packages = dict.fromkeys([*LIBRARIES, OPTIMIZERS[config.optimizer].package])
     versions = {name: version(name) for name in packages}
     cache_dir = Path(config.data.cache_dir)
+    text = public_yaml(config)
+    if config.export.metadata == "full":
+        text = to_yaml(config)
     return {
-        TOTAL_STEPS: str(facts.total_steps),
         "train_lora.weights": facts.weights,
-        "train_lora.config": to_yaml(config),
+        "train_lora.config": text,
         "train_lora.base_model_hash": hash_of_files(base_files, cache_dir),
         "train_lora.dataset_hash": components.datasets.train.content_hash,
         "train_lora.versions": json.dumps(versions),

@@ -35,7 +35,6 @@ class WriteReport:
     def __init__(self, services: RunServices):
         self.report = services.record.report
         self.say = services.record.say
-        self.is_error_reported = False
 
     def before_first_step(self) -> None:
         self.report.write_if_due()
@@ -46,9 +45,5 @@ class WriteReport:
 
     def _report_error(self) -> None:
         """Say once why the report could not be written."""
-        error = self.report.error
-        if error is None or self.is_error_reported:
-            return
-        self.is_error_reported = True
-        reason = f"{type(error).__name__}: {error}"
-        self.say(f"note: report.html could not be written: {reason}")
+        if self.report.error is not None and not self.report.is_error_told:
+            self.say(self.report.error_text())

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from training.loss import LossFunction
     from training.run_record import RunRecord
     from training.services import RunServices
+    from training.train_state import TrainState
     from training.trainer import Trainer
 
 LOCK_TIMEOUT = 120.0
@@ -144,7 +145,7 @@ def build_record(
 
     num_processes, is_main = accelerator.num_processes, accelerator.is_main_process
     record = RunRecord(Path(config.output_dir), config.steps, num_processes, is_main)
-    failures.on_failure = partial(record.status.end, "failed")
+    failures.on_failure = record.status.end
     return record
 
 
@@ -189,7 +190,7 @@ def train(
         trainer = Trainer(config, engine, loss_function, batches, state, services)
         renderer = build_renderer(components, services)
         trainer.callbacks = step_callbacks(trainer, components, checkpoints, renderer)
-        describe_run(components, loss_function, services, state.micro_batches_per_step)
+        describe_run(components, loss_function, services, state)
         try:
             trainer.train()
         except BaseException:
@@ -208,7 +209,7 @@ def describe_run(
     components: RunComponents,
     loss_function: LossFunction,
     services: RunServices,
-    micro_batches_per_step: int,
+    state: TrainState,
 ) -> None:
     """Print the summary of a run, and write the facts that its report shows."""
     from training.report.facts import run_facts
@@ -216,7 +217,8 @@ def describe_run(
 
     if not services.process.is_main:
         return
-    text = summary(components, loss_function, services.process, micro_batches_per_step)
+    per_step = state.micro_batches_per_step
+    text = summary(components, loss_function, services.process, per_step, state.step)
     say(text)
     record = services.record
     facts = run_facts(components, loss_function, services, text, record.data)

@@ -13,7 +13,7 @@ from data.precompute.build import DataPlan, DatasetBuilder, Datasets
 from training.report.data_pictures import NO_PICTURES, DataPictures, data_pictures
 from training.report.facts_file import read_facts
 from training.report.writer import ReportWriter
-from training.reporting.events import EventLog
+from training.reporting.events import EventLog, Killed
 from training.reporting.status import State, StatusFile
 from training.run_folder import FACTS_FILE
 
@@ -38,14 +38,25 @@ class RunRecord:
 
     def say(self, message: str) -> None:
         """Print a message on the main process, without breaking a progress bar, and keep it."""
+        self.print(message)
+        self.events.add("message", message)
+
+    def print(self, message: str) -> None:
+        """Print a message on the main process, without breaking a progress bar."""
         if self.is_main:
             tqdm.write(message)
-            self.events.add("message", message)
 
-    def start_steps(self, step: int, last_step: int) -> None:
+    def start_steps(self, step: int, last_step: int, previous_steps: int) -> None:
         """Write that the run trains from a step on. `last_step`: the last one that an earlier process
-        had done. Both count the steps of an existing adapter."""
-        self.events.open(step, last_step, self.num_processes)
+        reported. Both count the `previous_steps` of an existing adapter."""
+        self.status.has_begun = True
+        earlier = self.status.earlier
+        killed: Killed | None = None
+        if earlier is not None:
+            killed_step = max(last_step, previous_steps + earlier.step)
+            killed = Killed(killed_step, earlier.updated_at)
+            self.status.keep_earlier_numbers()
+        self.events.open(step, self.num_processes, killed)
 
     def add_pictures(
         self, builder: DatasetBuilder, plan: DataPlan, datasets: Datasets, max_compared: int
@@ -75,3 +86,5 @@ class RunRecord:
         if self.events.is_open and state != "running":
             self.events.add(state, reason)
             self.report.write()
+            if self.report.error is not None and not self.report.is_error_told:
+                self.say(self.report.error_text())

@@ -51,9 +51,9 @@ class ExportSteps:
     def _try_to_write(self, step: int, weights: Weights) -> None:
         """Write the files. A full disk does not end the training."""
         try:
-            self._write(step)
             if self.config.sample.grid:
                 keep_weights(self.services.folder, step, weights, self.config.sample.grid)
+            self._write(step)
         except WriteError as error:
             self.services.reporter.say(f"the adapter of step {step} is not exported: {error}")
 

@@ -20,6 +20,7 @@ from training.loss import LossFunction
 from training.memory.config import GIB
 from training.optim.registry import OTHER_OPTIMIZERS
 from training.optim.schedule import batch_size_scale
+from training.run_folder import REPORT
 
 MAX_BUCKETS = 12
 
@@ -185,8 +186,10 @@ def model_lines(
     ]
 
 
-def sample_lines(components: RunComponents) -> list[str]:
-    """Return a line about samples that are drawn during training, and about what they cost."""
+def sample_lines(components: RunComponents, start_step: int) -> list[str]:
+    """Return lines about samples that are drawn, and about what they cost.
+
+    `start_step`: the step from which this process trains."""
     config, samples = components.config, components.samples
     if samples is None:
         return []
@@ -194,7 +197,8 @@ def sample_lines(components: RunComponents) -> list[str]:
     prompts = counted(len(samples.prompts), "prompt")
     lines = []
     if config.sample.every:
-        times = -(-config.steps // config.sample.every) + config.sample.at_start
+        first = start_step or -config.sample.at_start
+        times = num_multiples(first, config.steps, config.sample.every)
         lines.append(
             f"samples     {prompts} every {config.sample.every} steps, "
             f"{counted(passes, 'denoising step')} each time, {counted(times, 'time')} in this run"
@@ -204,10 +208,23 @@ def sample_lines(components: RunComponents) -> list[str]:
         num_strengths = len(config.sample.grid_strengths)
         num_passes = passes * num_steps * num_strengths
         lines.append(
-            f"grid        {prompts} x {num_steps} exported steps x {num_strengths} strengths at the end, "
+            f"grid        {prompts} x up to {counted(num_steps, 'exported step')} x "
+            f"{counted(num_strengths, 'strength')} at the end, "
             f"{counted(num_passes, 'denoising step')}"
         )
     return lines
+
+
+def num_multiples(start: int, end: int, interval: int) -> int:
+    """Return how many steps after `start` are multiples of an interval, or the last one.
+
+    A negative start counts step 0 too."""
+    steps = {step for step in range(0, end + 1, interval) if step > start}
+    if start < end:
+        steps.add(end)
+    if start == 0:
+        steps.discard(0)
+    return len(steps)
 
 
 def block_formats(components: RunComponents) -> list[str]:
@@ -235,7 +252,7 @@ def end_lines(components: RunComponents) -> list[str]:
             f"continued   {components.previous_steps} earlier + {config.steps} = {total_steps} "
             "steps in total"
         )
-    return [*lines, f"output      {config.output_dir}"]
+    return [*lines, f"output      {config.output_dir}; its {REPORT} shows the run while it trains"]
 
 
 def summary(
@@ -243,15 +260,16 @@ def summary(
     loss_function: LossFunction,
     process: ProcessInfo,
     micro_batches_per_step: int,
+    start_step: int = 0,
 ) -> str:
-    """Return the summary of a run."""
+    """Return the summary of a run. `start_step`: the step from which this process trains."""
     lines = [
         *model_lines(components, loss_function, process.device),
         *adapter_lines(components),
         parameter_line(components),
         *checkpointing_lines(components),
         *step_lines(components, micro_batches_per_step, process.count),
-        *sample_lines(components),
+        *sample_lines(components, start_step),
         *end_lines(components),
     ]
     return "\n".join(lines)

@@ -66,6 +66,7 @@ def write_facts(folder: Path, prompts: list[str], **facts: Any) -> None:
             "seed": number,
             "num_inference_steps": 8,
             "guidance_scale": 3.0,
+            "strength": 1.0,
         }
         for number, text in enumerate(prompts)
     ]

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from helpers.adapter_cases import SPECS, randomized
 from helpers.family_cases import Case, cases, collate, family_of
 from helpers.predictions import rows_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import ConfigError
 from lora_algos.adapted_model import AdaptedModel
@@ -139,3 +140,37 @@ def test_accelerates_own_compilation_is_refused(options, run_here, monkeypatch, 
         "dynamo_backend inductor. Leave it at no: --compile blocks decides"
         in capsys.readouterr().err
     )
+
+
+class TwoLayers(nn.Module):
+    """Two blocks of one class, which share what is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("algorithm", SPECS)
+@torch.no_grad()
+def test_compiled_blocks_see_the_strength(algorithm, monkeypatch):
+    """Also after they were compiled at strength 1, as by a sample or a validation."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    compilation.compiled.cache_clear()
+    torch._dynamo.reset()
+    model = nn.ModuleDict({"a": TwoLayers(), "b": TwoLayers()}).eval()
+    names = ("a.first", "a.second", "b.first", "b.second")
+    adapted = randomized(attach(model, dict.fromkeys(names, SPECS[algorithm]), seed=0))
+    x = torch.randn(4, 8)
+    expected = {}
+    for strength in (1.0, 0.5, -1.0):
+        with adapted.at_strength(strength):
+            expected[strength] = model["b"](model["a"](x))
+    compilation.apply({"a": model["a"], "b": model["b"]})
+    for strength in (1.0, 0.5, 1.0, -1.0, 0.5):
+        with adapted.at_strength(strength):
+            output = model["b"](model["a"](x))
+        torch.testing.assert_close(output, expected[strength], rtol=0, atol=1e-5)
+    assert (expected[0.5] - expected[1.0]).abs().max() > 1e-3

@@ -1,14 +1,17 @@
 """What a run leaves behind, loaded the way its users load it."""
 
 import io
+import socket
 import weakref
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from helpers.project import BASE
 from PIL import Image
+from safetensors import safe_open
 
 from training.config import SampleConfig
 from training.reporting.history import History, ValidationSeries
@@ -188,3 +191,71 @@ def test_a_conversion_copies_one_layer_at_a_time_to_the_host(
     monkeypatch.setattr(export, "host_copy", host_copy)
     assert run_here([*options, "--algorithm=OFT", f"--export.convert={conversion}"]) == 0
     assert len(alive) > 10
+
+
+SECRET = "hf_doNotPublishMe0123456789"
+
+
+def test_published_files_hold_no_paths_and_no_secrets(
+    run_here, tmp_path, images, cache_dir, monkeypatch
+):
+    """Everything that is sent to others: adapters in all formats, samples, pictures, the report."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    private = tmp_path / "alice_secret"
+    private.mkdir()
+    moved = images.rename(private / "cats")
+    out = private / "out"
+    arguments = [
+        f"--model.path={BASE}",
+        f"--data.path={moved}",
+        f"--data.cache_dir={cache_dir}",
+        "--data.resolution=64",
+        f"--output_dir={out}",
+        "--steps=2",
+        "--training_dtype=fp32",
+        "--adapter.targets=attention",
+        "--sample.every=2",
+        "--sample.at_start",
+        "--export.every=2",
+        "--sample.grid=1",
+        "--sample.num_inference_steps=1",
+        "--export.formats",
+        "kohya",
+        "diffusers",
+        "comfyui",
+        "peft",
+    ]
+    assert run_here(arguments) == 0
+    published = [path for path in out.rglob("*") if path.suffix in PUBLISHED and path.is_file()]
+    published += out.glob("*.peft/*")
+    published = [path for path in published if "checkpoints" not in path.parts]
+    assert len(published) > 12
+    host = socket.gethostname()
+    telling = [str(tmp_path), "alice_secret", str(BASE.parent), SECRET]
+    if len(host) > 5:  # "vm" is part of other words
+        telling.append(host)
+    for path in published:
+        content = path.read_bytes()
+        for text in telling:
+            assert text.encode() not in content, (path.name, text)
+
+
+PUBLISHED = (".safetensors", ".png", ".webp", ".html")
+
+
+@pytest.mark.parametrize("kind", ["public", "full", "none"])
+def test_the_metadata_that_a_file_holds(options, run_here, tmp_path, kind):
+    assert run_here([*options, "--steps=2", f"--export.metadata={kind}"]) == 0
+    with safe_open(tmp_path / "out" / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["train_lora.total_steps"] == "2"
+    assert metadata["ss_network_module"]
+    if kind == "none":
+        assert not [key for key in metadata if key.startswith(("train_lora.config", "ss_tag"))]
+        return
+    config = yaml.safe_load(metadata["train_lora.config"])
+    assert config["rank"] == 4
+    path = str(tmp_path / "images")
+    assert config["data"]["path"] == (path if kind == "full" else ".../images")
+    assert "ss_tag_frequency" in metadata

@@ -11,11 +11,12 @@ from helpers.run_folders import write_facts, write_run, write_samples, write_sta
 from helpers.runs import assert_same_result
 
 import train_lora
+from common.text import public_text, public_value
 from training.report import writer
 from training.report.curves import MAX_POINTS, thinned
+from training.report.page import phase_rows
 from training.report.run_files import read_run
 from training.report.sample_pictures import MAX_PICTURES, PictureCache, sample_series, shown_steps
-from training.report.settings import public_text
 
 HOSTILE = "a </script><script>alert(1)</script> \"quoted\" & 'single' <b>bold</b>"
 
@@ -87,11 +88,9 @@ def test_the_report_of_a_run(options, run_here, tmp_path, images):
 
 def test_the_report_has_no_paths(options, run_here, tmp_path):
     assert run_here(options) == 0
-    for name in ("report.html", "report.json"):
-        content = (tmp_path / "out" / name).read_text()
-        if name == "report.html":
-            assert str(tmp_path) not in content
-            assert "/tmp/" not in content
+    content = (tmp_path / "out" / "report.html").read_text()
+    assert str(tmp_path) not in content
+    assert str(tmp_path.parent) not in content
     assert train_lora.main(["report", str(tmp_path / "out")]) == 0
     assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
 
@@ -100,7 +99,10 @@ def test_the_report_has_no_paths(options, run_here, tmp_path):
     ("text", "shown"),
     [
         ("/home/bob/models/sd.safetensors", ".../sd.safetensors"),
-        ("/home/bob/my models/sd.safetensors", ".../sd.safetensors"),
+        ("error:/home/bob/x", "error:.../x"),
+        ("hdfs:///user/bob/x", ".../x"),
+        ("in ['/home/bob smith/a', 'b']", "in ['.../a', 'b']"),
+        ("/home/a/m.jsonl failed: [Errno 28] No space", ".../m.jsonl failed: [Errno 28] No space"),
         ("wrote /home/bob/out/lora.safetensors: 3", "wrote .../lora.safetensors: 3"),
         ("~/data/cats", ".../cats"),
         ("C:\\Users\\Bob\\a.png", ".../a.png"),
@@ -115,6 +117,11 @@ def test_the_report_has_no_paths(options, run_here, tmp_path):
 )
 def test_paths_are_shortened(text, shown):
     assert public_text(text) == shown
+
+
+def test_the_path_of_an_option_may_contain_spaces():
+    assert public_value("/home/bob smith/my models/sd.safetensors") == ".../sd.safetensors"
+    assert public_value("a fox in the snow") == "a fox in the snow"
 
 
 def test_a_report_that_fails_ends_no_run(options, run_here, tmp_path, monkeypatch, capsys):
@@ -197,7 +204,7 @@ def test_pictures_are_made_once(tmp_path, monkeypatch):
     again = sample_series(read_run(folder), cache, folder)
     assert again.prompts[0].pictures[:2] == first.prompts[0].pictures
     assert again.prompts[1].pictures[1] is None
-    assert again.prompts[0].links[0] == "samples/lora-step00000010_00.png"
+    assert again.prompts[0].links[0] == "./samples/lora-step00000010_00.png"
 
 
 def test_a_hundred_thousand_steps_take_a_moment(tmp_path):
@@ -243,7 +250,7 @@ def test_marks_of_a_run_that_was_killed(tmp_path):
     assert train_lora.main(["report", str(folder)]) == 0
     page = Page(folder / "report.html")
     assert page.data["charts"][0]["marks"] == [[60, "killed"], [40, "resumed"], [90, "failed"]]
-    assert "2 min 0 s" in [text.strip() for text in page.texts], "not from the kill to the start"
+    assert "3 min 0 s" in [text.strip() for text in page.texts], "not from the kill to the start"
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):
@@ -273,10 +280,114 @@ def test_mistakes_with_the_page(tmp_path, capsys):
     for out, reason in (
         ("page.txt", "must end in .html"),
         ("no/page.html", "does not exist"),
-        ("there.html", "already exists"),
+        ("there.html", "exists and is not a report"),
     ):
         assert train_lora.main(["report", str(folder), "--out", str(tmp_path / out)]) == 2
         assert reason in capsys.readouterr().err
     assert (tmp_path / "there.html").read_text() == "mine"
     out = str(tmp_path / "there.html")
     assert train_lora.main(["report", str(folder), "--out", out, "--overwrite"]) == 0
+    assert train_lora.main(["report", str(folder), "--out", out]) == 0, "it is a report now"
+    assert train_lora.main(["report", str(tmp_path)]) == 2
+    write_status(folder)
+    capsys.readouterr()
+    assert train_lora.main(["report", str(tmp_path)]) == 2
+    assert "Runs in it: run. Name these folders" in capsys.readouterr().err
+
+
+ODD_FILES = {
+    "config.yaml": [
+        "model: null",
+        "- a",
+        "1: 2",
+        "export: {name: ../../x}",
+        "date: 2026-99-99",
+        "tracking: null",
+    ],
+    "metrics.jsonl": [
+        '{"step": 1, "train/loss": "x"}',
+        '{"step": 1, "train/loss": {"a": [1]}}',
+        '{"step": 1, "train/loss": 1' + "0" * 400 + "}",
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": 1, "train/loss": NaN, "validation/loss": Infinity}',
+        "[" * 100_000,
+    ],
+    "events.jsonl": [
+        '{"step": 1}',
+        '{"step": 1, "kind": "killed", "time": NaN}',
+        '{"step": 1, "kind": "killed", "time": 1e300}',
+        '{"step": 1, "kind": "message", "time": 1, "text": "\\ud800"}',
+    ],
+    "report.json": [
+        "[]",
+        '{"prompts": [1, {}], "pictures": null, "noise_levels": {}}',
+        '{"prompts": null, "planned_bytes": [], "buckets": [1], "small_images": 3}',
+    ],
+    "status.json": ["{}", '{"pid": -1}', "null", "[1]"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name, contents in ODD_FILES.items() for content in contents],
+)
+def test_odd_files_are_read_as_far_as_they_go(name, content, tmp_path):
+    folder = write_run(tmp_path / "run")
+    write_samples(folder, [10])
+    (folder / name).write_text(content + "\n")
+    assert train_lora.main(["report", str(folder)]) == 0
+    assert Page(folder / "report.html").data["samples"]
+    assert (
+        train_lora.main(["report", str(folder), str(folder), "--out", str(tmp_path / "c.html")])
+        == 0
+    )
+
+
+def test_samples_of_earlier_prompts_are_left_out(options, run_here, tmp_path):
+    more = ["--sample.every=3", "--sample.num_inference_steps=1", "--sample.prompts"]
+    assert run_here([*options, *more, "a cat", "--steps=3"]) == 0
+    assert run_here([*options, *more, "a dog --am 0.5"]) == 0
+    page = Page(tmp_path / "out" / "report.html")
+    (prompt,) = page.data["samples"][0]["prompts"]
+    assert [picture is None for picture in prompt["pictures"]] == [True, False]
+    assert any("strength 0.5" in text for text in page.texts)
+
+
+def test_links_are_addresses_inside_of_the_folder(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("lora #1 100%.safetensors", "lora.safetensors"):
+        (folder / name).write_bytes(b"")
+    write_samples(folder, [10])
+    assert train_lora.main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert 'href="./lora%20%231%20100%25.safetensors"' in page
+    assert (
+        train_lora.main(
+            ["report", str(folder), "--out", str(tmp_path / "run" / "samples" / "x.html")]
+        )
+        == 0
+    )
+    assert 'href="../' not in (folder / "samples" / "x.html").read_text()
+
+
+def test_the_last_error_of_the_report_is_said(options, run_here, monkeypatch, capsys):
+    """The page fails only when it is written for the last time."""
+    original = writer.run_page
+
+    def page(run, *rest):
+        if run.condition == "finished":
+            raise RuntimeError("no page at the end")
+        return original(run, *rest)
+
+    monkeypatch.setattr(writer, "run_page", page)
+    assert run_here(options) == 0
+    assert "no page at the end" in capsys.readouterr().out
+
+
+def test_the_memory_of_phases_is_the_last_that_was_measured(tmp_path):
+    folder = write_run(tmp_path / "run")
+    write_facts(folder, [], planned_bytes={"train": 3 * 2**30})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 200, "memory/gpu_peak": 2.5, "memory/gpu_peak_train": 2.5}\n')
+        file.write('{"step": 200, "samples/contrast": 1.5}\n')
+    assert phase_rows(read_run(folder)) == [("train", 3.0, 2.5)]

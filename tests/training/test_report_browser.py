@@ -112,7 +112,7 @@ def test_the_slider_changes_the_pictures_by_mouse_and_keyboard(browser, run_fold
     assert image.get_attribute("src") != last
     assert page.locator("#step").get_attribute("aria-valuetext") == "step 200"
     link = page.locator("[data-prompt='1'] .now a").get_attribute("href")
-    assert link == "samples/lora-step00000200_01.png"
+    assert link == "./samples/lora-step00000200_01.png"
     page.keyboard.press("Home")
     assert caption.text_content().strip() == "step 0"
     # the step stays when the page loads itself again

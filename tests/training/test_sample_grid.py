@@ -101,6 +101,31 @@ def test_a_grid_that_cannot_be_drawn_costs_the_grid_alone(
     assert (tmp_path / "out" / "lora.safetensors").is_file()
 
 
+def test_a_grid_that_is_asked_for_later_says_why_it_is_left_out(options, run_here, capsys):
+    assert run_here([*options, "--export.every=2"]) == 0
+    assert run_here([*options, *GRID, "--sample.prompts", "a cat"]) == 0
+    assert "left out: no weights of exported steps are kept" in capsys.readouterr().out
+
+
+def test_an_error_in_writing_grids_costs_the_grids_alone(
+    options, run_here, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(grid, "grid_png", fail)
+    assert run_here([*options, *GRID, "--sample.prompts", "a cat"]) == 0
+    assert "are left out: MemoryError" in capsys.readouterr().out
+
+
+def test_a_grid_has_its_own_strengths(options, run_here, tmp_path):
+    """Not those of the prompts: a column tells which strength to set in another program."""
+    prompts = ["--sample.prompts", "a cat", "a cat --d 0 --am 0"]
+    assert run_here([*options, *GRID, *prompts, STRONG]) == 0
+    first, second = grids_in(tmp_path / "out").values()
+    assert first == second
+
+
 def test_a_grid_needs_exported_steps(options, run_here, capsys):
     assert run_here([*options, "--sample.grid=2"]) == 2
     assert "--sample.grid 2: needs exported steps. Also set --export.every" in (
@@ -110,7 +135,7 @@ def test_a_grid_needs_exported_steps(options, run_here, capsys):
 
 def test_the_summary_says_what_a_grid_costs(options, run_here, capsys):
     assert run_here([*options, *GRID, *PROMPTS]) == 0
-    line = "grid        2 prompts x 2 exported steps x 4 strengths at the end, 32 denoising steps"
+    line = "grid        2 prompts x up to 2 exported steps x 4 strengths at the end, 32 denoising steps"
     assert line in capsys.readouterr().out
 
 
@@ -173,6 +198,33 @@ def test_a_run_measures_its_samples(options, run_here, tmp_path):
     assert all(row["samples/nearest_image"] > 0 for row in rows)
     facts = json.loads((out / "report.json").read_text())
     assert len(DataImages.from_text(facts["small_images"]).small_images) == 4
+
+
+def test_trackers_get_the_measures_too(options, run_here, monkeypatch):
+    """The step is saved before samples are drawn, so its metrics are sent twice."""
+    sent: dict[int, set[str]] = {}
+
+    def log(self, values, step, **_):
+        sent.setdefault(step, set()).update(values)
+
+    monkeypatch.setattr("accelerate.Accelerator.log", log)
+    more = ["--sample.every=3", "--sample.num_inference_steps=1", "--tracking.log_every=1"]
+    assert run_here([*options, *more]) == 0
+    for step in (3, 6):
+        assert {"train/loss", "samples/nearest_image"} <= sent[step]
+
+
+def test_samples_that_cannot_be_measured_end_nothing(
+    options, run_here, tmp_path, monkeypatch, capsys
+):
+    more = ["--sample.every=3", "--sample.at_start", "--sample.num_inference_steps=1"]
+    assert run_here([*options, *more, "--steps=3"]) == 0
+    (tmp_path / "out" / "samples" / "lora-step00000000_00.png").write_bytes(b"damaged")
+    assert run_here([*options, *more]) == 0
+    assert "note: the samples were not measured" in capsys.readouterr().out
+    assert run_here([*options, *more, "--steps=9", "--sample.prompts", "another"]) == 0
+    rows = JsonLines(tmp_path / "out" / "metrics.jsonl").rows()
+    assert not [row for row in rows if row["step"] == 9 and "samples/contrast" in row]
 
 
 def test_the_same_measure_as_by_hand():

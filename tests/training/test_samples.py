@@ -132,21 +132,23 @@ def test_one_picture_shows_all_steps(options, run_here, tmp_path):
     picture = np.asarray(Image.open(folder / "lora-steps.png"))
     rows = 4
     assert picture.shape[0] == 8 + rows * (2 * 128 + 8) + 44, "tiny samples are enlarged"
-    files = shown_steps(folder, "lora", 2)
+    cat, owl = SamplePrompt("a cat"), SamplePrompt("an owl")
+    files = shown_steps(folder, "lora", [cat, owl])
     assert list(files) == [0, 2, 4, 6]
-    assert shown_steps(folder, "lora", 3) == {}
-    assert list(shown_steps(folder, "lora", 1)) == [0, 2, 4, 6], (
+    assert shown_steps(folder, "lora", [cat, owl, owl]) == {}
+    assert list(shown_steps(folder, "lora", [cat])) == [0, 2, 4, 6], (
         "files of earlier prompts may be left"
     )
+    assert shown_steps(folder, "lora", [cat, cat]) == {}, "the second sample is of another prompt"
     first = thumbnail(files[6][1], (64, 128))
     assert first.shape == (128, 64, 3)
     assert first[0].min() == 1, "padded with white"
     for step in range(8, 40, 2):
         for path in files[6]:
             (folder / path.name.replace("step00000006", f"step{step:08d}")).write_bytes(b"")
-    assert list(shown_steps(folder, "lora", 2)) == [0, *range(18, 40, 2)]
-    owl = SamplePrompt("owl", width=64, height=64)
-    assert write_overview(folder, "lora", [owl, owl]) == folder / "lora-steps.png"
+    assert list(shown_steps(folder, "lora", [cat, owl])) == [0, *range(18, 40, 2)]
+    cat, owl = [SamplePrompt(text, width=64, height=64) for text in ("a cat", "an owl")]
+    assert write_overview(folder, "lora", [cat, owl]) == folder / "lora-steps.png"
     assert write_overview(folder, "other", [owl]) is None
 
 

@@ -13,6 +13,7 @@ from training.reporting import status as status_module
 from training.reporting.json_lines import JsonLines
 from training.reporting.liveness import SILENT_AFTER, STALLED_AFTER, condition_of
 from training.reporting.status import StatusFile, read_status
+from training.sampling.renderer import SamplingError
 
 HOUR = 3600.0
 
@@ -31,7 +32,15 @@ def kinds(folder: Path) -> list[str]:
         ({"state": "failed", "pid": 1}, "failed"),
         ({"pid": 2**22 + 1}, "dead"),
         # another process has the number now
-        ({"pid_started_at": time.time() - 9 * HOUR}, "dead"),
+        (
+            {
+                "pid_started_at": time.time() - 9 * HOUR,
+                "updated_at": time.time() - SILENT_AFTER - 1,
+            },
+            "dead",
+        ),
+        # somebody has set the clock
+        ({"pid_started_at": time.time() - 9 * HOUR}, "running"),
         ({"host": "elsewhere"}, "running"),
         ({"host": "elsewhere", "updated_at": time.time() - SILENT_AFTER - 1}, "dead"),
         ({"updated_at": time.time() - SILENT_AFTER - 1}, "stalled"),
@@ -88,21 +97,69 @@ def test_a_mistake_leaves_no_status(options, run_here, tmp_path):
 
 
 def test_a_killed_run_is_marked(options, run_here, tmp_path):
-    """The file ends without an end, as after a SIGKILL."""
+    """The file ends without an end, in the middle of a line, as after a SIGKILL."""
     assert run_here([*options, "--checkpoint.every=2"]) == 0
     path = tmp_path / "out" / "events.jsonl"
     *lines, finished = path.read_text().splitlines(keepends=True)
     assert "finished" in finished
-    path.write_text("".join(lines))
+    path.write_text("".join(lines) + finished[:20])
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    killed_at = status["updated_at"] - 5
+    text = json.dumps({**status, "state": "running", "step": 5, "updated_at": killed_at})
+    (tmp_path / "out" / "status.json").write_text(text)
     assert run_here([*options, "--steps=8"]) == 0
     assert kinds(tmp_path / "out") == ["started", "killed", "resumed", "finished"]
     events = {event["kind"]: event for event in JsonLines(path).rows()}
-    assert events["killed"]["step"] == 6
+    assert events["killed"]["step"] == 6, "the last metrics are of step 6"
+    assert events["killed"]["time"] == killed_at
     assert events["resumed"]["step"] == 6
+
+
+def test_a_mistake_leaves_the_status_of_a_finished_run(options, run_here, tmp_path):
+    assert run_here(options) == 0
+    before = (tmp_path / "out" / "status.json").read_text()
+    assert run_here([*options, "--steps=4"]) == 2
+    assert json.loads((tmp_path / "out" / "status.json").read_text()) == json.loads(before)
+    assert kinds(tmp_path / "out") == ["started", "finished"]
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_numbers(options, run_here, tmp_path):
+    assert run_here(options) == 0
+    first = read_status(tmp_path / "out")
+    assert run_here(options) == 0
+    second = read_status(tmp_path / "out")
+    assert (second.loss, second.steps_per_second) == (first.loss, first.steps_per_second)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (SamplingError("no image"), "finished"),
+        (RuntimeError("no"), "failed"),
+        (KeyError(), "failed"),
+    ],
+)
+def test_the_state_after_an_error(error, state, tmp_path):
+    status_file = StatusFile(tmp_path, 3, 1, is_main=True)
+    with pytest.raises(type(error)), status_file.kept():
+        raise error
+    assert read_status(tmp_path).state == state
+
+
+def test_a_phase_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(status_module, "MIN_INTERVAL", 0.01)
+    status_file = StatusFile(tmp_path, 3, 1, is_main=True)
+    with status_file.kept():
+        status_file.set_phase("samples")
+        deadline = time.monotonic() + 5
+        while read_status(tmp_path).phase != "samples":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_the_status_is_written_while_the_main_thread_works(tmp_path, monkeypatch):
     monkeypatch.setattr(status_module, "BEAT_EVERY", 0.05)
+    monkeypatch.setattr(status_module, "MIN_INTERVAL", 0.01)
     status_file = StatusFile(tmp_path, steps=3, num_processes=1, is_main=True)
     with status_file.kept():
         first = read_status(tmp_path)

@@ -16,6 +16,9 @@ from training.run_folder import (
 )
 
 COMPARISON = "comparison.html"
+MARKER = b'<meta name="generator" content="train_lora.py report">'
+MARKER_WITHIN = 1000
+"""Bytes at the start of a page in which it names its generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class ReportOptions(FolderOptions):
     """Path of the page. None: report.html in the folder of the run; for several runs, comparison.html in
     the current folder."""
     overwrite: bool = False
-    """Replace the page of --out if it exists and is not a report."""
+    """Replace the page if it exists and is not one of this command."""
 
     @property
     def path(self) -> Path:
@@ -57,22 +60,27 @@ class ReportOptions(FolderOptions):
         for name in self.folders:
             folder = Path(name)
             if folder.is_dir() and not is_run_folder(folder):
+                inner = [run.name for run in run_folders(folder)]
+                advice = "Name the --output_dir of a run that has begun to train"
+                if inner:
+                    advice = f"Runs in it: {', '.join(inner)}. Name these folders"
                 errors.append(
-                    f"OUTPUT_DIR {name}: holds no run; expected a folder with {CONFIG_FILE}. Name the "
-                    "--output_dir of a run that has begun to train"
+                    f"OUTPUT_DIR {name}: holds no run; expected a folder with {CONFIG_FILE}. {advice}"
                 )
-        if self.out is not None:
-            errors += self.out_errors(Path(self.out))
+        if not errors:
+            errors += self.out_errors(self.path)
         return errors
 
     def out_errors(self, path: Path) -> list[str]:
-        """Return why the page cannot be written to --out."""
+        """Return why the page cannot be written."""
         if path.suffix != ".html":
             return [f"--out {path}: must end in .html"]
         if not path.parent.is_dir():
             return [f"--out {path}: the folder {path.parent} does not exist"]
-        if path.exists() and not self.overwrite:
-            return [f"--out {path}: already exists. Choose another path, or add --overwrite"]
+        if path.exists() and not is_report(path) and not self.overwrite:
+            return [
+                f"--out {path}: exists and is not a report. Choose another path, or add --overwrite"
+            ]
         return []
 
 
@@ -114,6 +122,15 @@ def missing_folder_errors(names: tuple[str, ...]) -> list[str]:
         for name in names
         if not Path(name).is_dir()
     ]
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page of this program."""
+    try:
+        with path.open("rb") as file:
+            return MARKER in file.read(MARKER_WITHIN)
+    except OSError:
+        return False
 
 
 def run_folders(folder: Path) -> list[Path]:

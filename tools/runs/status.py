@@ -13,7 +13,7 @@ from training.reporting.liveness import condition_of
 from training.reporting.status import Status, read_status
 
 COLUMNS = ["run", "state", "phase", "step", "steps/s", "left", "loss", "GPU GiB", "seen"]
-MAX_MESSAGE = 200
+MAX_MESSAGE = 400
 UNREADABLE = "unreadable"
 BAD_CONDITIONS = ("dead", "stalled", "failed", UNREADABLE)
 """Conditions of runs that somebody should look at."""
@@ -115,7 +115,8 @@ def note_of(run: RunStatus, now: float) -> str:
             f"{process} lives, and has done nothing for {silence}. Another process may hang, or the "
             "disk. Kill it, and run the same command to resume"
         )
-    return one_line(status.message, MAX_MESSAGE)
+    message = status.message.replace("\n  ", "; ")
+    return one_line(message, MAX_MESSAGE)
 
 
 def short_duration(seconds: float) -> str:

@@ -137,11 +137,11 @@ class RunCheckpoints:
             saved_state = state_of(checkpoint)
             state = self._restore(checkpoint, saved_state)
             last_step = services.reporter.resume(previous_steps + state.step, saved_state.row)
-            services.reporter.say(f"resumed at step {state.step} of {self.config.steps}")
+            services.record.print(f"resumed at step {state.step} of {self.config.steps}")
         if services.process.is_main:
             truncate_logs(services.folder, state.step)
             write_file(services.folder / CONFIG_FILE, to_yaml(self.config))
-            services.record.start_steps(previous_steps + state.step, last_step)
+            services.record.start_steps(previous_steps + state.step, last_step, previous_steps)
         services.accelerator.wait_for_everyone()
         return state
 

@@ -43,7 +43,7 @@ class PhaseWatch:
 
     def _enter(self, name: str) -> None:
         self.current = name
-        if self.on_phase is not None:
+        if self.on_phase is not None and name != START:
             self.on_phase(name)
 
     def metrics(self) -> dict[str, float]:

@@ -107,10 +107,10 @@ GPU_MEMORY = MetricChart(
 
 MEASURES = MetricChart(
     "measures",
-    "Samples, roughly",
-    "Nearest image: distance of the samples to the nearest training image, as a multiple of the usual "
-    "distance between training images; near 0 they are copies. Contrast and saturation: relative to the "
-    "samples before training; a steady rise means burned colors. Means over the prompts.",
+    "Samples against the data and the base model",
+    "Rough numbers, means over the prompts. Nearest image: distance to the nearest training image, as a "
+    "multiple of the usual distance between training images; near 0 they are copies. Contrast and "
+    "saturation: relative to the samples at step 0 (sample.at_start); a steady rise means burned colors.",
     {
         "samples/nearest_image": "nearest image",
         "samples/contrast": "contrast",
@@ -118,7 +118,7 @@ MEASURES = MetricChart(
     },
 )
 COMPARED = {
-    "loss": ("Training loss", "Smoothed."),
+    "loss": ("Training loss", "Smoothed over a twentieth of each run."),
     "validation": (
         "Validation loss",
         "Comparable if the runs have the same held-out images, noise levels and kind of model.",
@@ -198,14 +198,19 @@ def validation_chart(run: RunFiles) -> Chart:
 
 
 def metric_chart(run: RunFiles, chart: MetricChart) -> Chart:
-    """Return the curves of a chart of metrics."""
-    main_metric = next(iter(chart.labels))
-    rows = [row for row in run.rows if main_metric in row]
-    steps, main_values = column(rows, main_metric)
+    """Return the curves of a chart of metrics, without those that have no value."""
+    labels = {}
+    for name, label in chart.labels.items():
+        if any(name in row for row in run.rows):
+            labels[name] = label
+    rows = [row for row in run.rows if not labels.keys().isdisjoint(row)]
+    steps = [row["step"] for row in rows]
+    main_metric = next(iter(labels), "")
+    main_values = [number(row.get(main_metric)) for row in rows]
     chosen = thinned(main_values)
     has_points = len(rows) < SMOOTHED_SHARE
     series = []
-    for name, label in chart.labels.items():
+    for name, label in labels.items():
         values = [number(row.get(name), chart.scale) for row in rows]
         series.append(Series(label, pick(values, chosen), has_points=has_points))
     return Chart(
@@ -276,9 +281,10 @@ def overlaid(chart_id: str, curves: dict[str, Curve]) -> Chart:
     for label, curve in curves.items():
         if not curve:
             continue
-        values = [curve.get(step) for step in steps]
         has_points = len(curve) < SMOOTHED_SHARE
-        series.append(Series(label, values, has_points=has_points))
+        values = [curve.get(step) for step in steps]
+        labeled = Series(label, values, has_points=has_points)
+        series.append(labeled)
     return Chart(chart_id, title, note, steps, series)
 
 
@@ -287,7 +293,9 @@ def loss_curve(run: RunFiles) -> Curve:
     chart = loss_chart(run)
     smooth = chart.series[-1]
     steps = [int(step) for step in chart.x]
-    return dict(zip(steps, smooth.values, strict=True))
+    losses = smooth.values
+    points = zip(steps, losses, strict=True)
+    return dict(points)
 
 
 def metric_curve(name: str) -> Callable[[RunFiles], Curve]:
@@ -298,7 +306,8 @@ def metric_curve(name: str) -> Callable[[RunFiles], Curve]:
         chosen = thinned(values)
         chosen_steps = pick(steps, chosen)
         chosen_values = pick(values, chosen)
-        return dict(zip(chosen_steps, chosen_values, strict=True))
+        points = zip(chosen_steps, chosen_values, strict=True)
+        return dict(points)
 
     return read
 
@@ -310,8 +319,9 @@ def column(rows: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[f
     for row in rows:
         if name not in row:
             continue
+        step = row["step"]
         value = number(row[name])
-        steps.append(row["step"])
+        steps.append(step)
         values.append(value)
     return steps, values
 

@@ -45,7 +45,7 @@ def run_facts(
         "dataset": datasets.train.content_hash,
         "noise_levels": noise_shares(components, loss_function),
         "prompts": prompts,
-        "trigger_words": components.config.export.trigger_words,
+        "trigger_words": components.config.export.trigger_words or "",
         "pictures": data.pictures,
         "small_images": data.small_images,
     }

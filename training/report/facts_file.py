@@ -17,19 +17,47 @@ NO_FACTS: dict[str, Any] = {
     "dataset": "",
     "noise_levels": [],
     "prompts": [],
-    "trigger_words": None,
+    "trigger_words": "",
     "pictures": [],
     "small_images": "",
 }
 """Facts that a file may lack."""
+PROMPT_KEYS = ("text", "negative", "width", "height", "seed", "guidance_scale", "strength")
+PICTURE_KEYS = ("name", "caption", "width", "height", "is_held_out", "image")
+BUCKET_KEYS = ("resolution", "count")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return the facts of the run in a folder; empty if the file is missing or not readable."""
+    """Return the facts of the run in a folder; empty if the file is missing or not readable.
+
+    Facts of another type than a run writes are left out."""
+    path = folder / FACTS_FILE
     try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(facts, dict):
+    if not isinstance(content, dict):
         return {}
-    return NO_FACTS | facts
+    facts = dict(NO_FACTS)
+    for name, default in NO_FACTS.items():
+        expected_type = type(default)
+        value = content.get(name, default)
+        if isinstance(value, expected_type):
+            facts[name] = value
+    facts["prompts"] = complete_entries(facts["prompts"], PROMPT_KEYS)
+    facts["pictures"] = complete_entries(facts["pictures"], PICTURE_KEYS)
+    facts["buckets"] = complete_entries(facts["buckets"], BUCKET_KEYS)
+    return facts
+
+
+def complete_entries(entries: list[Any], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the entries that have all keys."""
+    expected_keys = {*keys}
+    complete = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        if expected_keys <= entry.keys():
+            complete.append(entry)
+    return complete

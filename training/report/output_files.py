@@ -13,18 +13,23 @@ from training.run_folder import (
     LOSS_FILE,
     METRICS_FILE,
     PREVIEW,
+    REPORT,
     SAMPLES_FOLDER,
     STATUS_FILE,
+    TRACKER_FILE,
 )
 
+KILOBYTE, MEGABYTE = 1e3, 1e6
 PURPOSES = {
+    REPORT: "this page",
     PREVIEW: "samples before and after training",
     LOSS_CHART: "losses as a picture",
     LOSS_FILE: "losses of all steps",
     METRICS_FILE: "metrics of each log",
-    CONFIG_FILE: "all options; train_lora.py config.yaml repeats the run",
+    CONFIG_FILE: "all options; with --output_dir and a new folder it repeats the run",
     EVENTS_FILE: "starts, ends and messages",
     STATUS_FILE: "what the run is doing",
+    TRACKER_FILE: "id of the run in the tracker",
     "checkpoints": "from which the run is resumed",
     SAMPLES_FOLDER: "samples of all steps",
     "model_with_lora": "base model with the adapter merged",
@@ -44,10 +49,12 @@ class OutputFile:
 
     @property
     def size_text(self) -> str:
-        """Return the size in MB; empty for folders."""
+        """Return the size; empty for folders."""
         if self.num_bytes is None:
             return ""
-        return f"{self.num_bytes / 1e6:.3g} MB"
+        if self.num_bytes < MEGABYTE:
+            return f"{self.num_bytes / KILOBYTE:.3g} kB"
+        return f"{self.num_bytes / MEGABYTE:.3g} MB"
 
 
 def output_files(run: RunFiles, folder: Path) -> list[OutputFile]:

@@ -10,17 +10,24 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.text import public_text
 from training.memory.config import GIB
 from training.report.curves import Chart, comparison_charts, run_charts
 from training.report.output_files import output_files, usage
 from training.report.run_files import RunFiles
-from training.report.sample_pictures import PictureCache, SampleSeries, sample_series
+from training.report.sample_pictures import (
+    GRID_SIDE,
+    PictureCache,
+    SampleSeries,
+    sample_series,
+)
 from training.report.settings import (
     all_options,
     changed_options,
     option_differences,
-    public_text,
 )
+from training.reporting.events import ENDS
+from training.run_folder import PREVIEW
 
 ASSETS = Path(__file__).with_name("assets")
 ASSET_NAMES = (
@@ -61,6 +68,7 @@ def run_page(run: RunFiles, pictures: PictureCache, folder: Path) -> str:
         charts=charts,
         tables=[chart_table(chart) for chart in charts],
         samples=samples,
+        preview=pictures.picture(run.folder / PREVIEW, GRID_SIDE),
         phases=phase_rows(run),
         events=shown_events(run),
         changed=changed_options(run),
@@ -90,12 +98,36 @@ def comparison_page(runs: Sequence[RunFiles], pictures: PictureCache, folder: Pa
         tables=[chart_table(chart) for chart in charts],
         samples=samples,
         steps=sorted(steps),
-        num_prompts=max(len(series.prompts) for series in samples),
+        rows=prompt_rows(samples),
+        without_samples=labels_without_samples(labels, samples),
         differences=option_differences(runs),
         data=page_data(charts, samples, labels),
         refresh_every=0,
         written_at=max(run.read_at for run in runs),
     )
+
+
+def prompt_rows(samples: Sequence[SampleSeries]) -> list[dict[str, Any]]:
+    """Return a row for each prompt, with a cell for each run that has drawn it."""
+    cells_of_text: dict[str, list[dict[str, Any]]] = {}
+    for run_number, series in enumerate(samples):
+        for number, prompt in enumerate(series.prompts):
+            cell = {"run": run_number, "number": number, "prompt": prompt}
+            cells_of_text.setdefault(prompt.text, [])
+            cells_of_text[prompt.text].append(cell)
+    rows = []
+    for text, cells in cells_of_text.items():
+        rows.append({"text": text, "cells": cells})
+    return rows
+
+
+def labels_without_samples(labels: Sequence[str], samples: Sequence[SampleSeries]) -> list[str]:
+    """Return the labels of the runs that have drawn no samples."""
+    without = []
+    for label, series in zip(labels, samples, strict=True):
+        if not series.prompts:
+            without.append(label)
+    return without
 
 
 def run_labels(runs: Sequence[RunFiles]) -> list[str]:
@@ -187,15 +219,17 @@ def training_seconds(run: RunFiles) -> float | None:
     total = 0.0
     last_time: float | None = None
     for event in run.events:
-        is_start = event["kind"] in ("started", "resumed", "killed")
-        if last_time is not None and not is_start:
-            total += event["time"] - last_time
+        if event["kind"] in ("started", "resumed"):
+            last_time = event["time"]
+        if last_time is None:
+            continue
+        total += max(0.0, event["time"] - last_time)
         last_time = event["time"]
-    if last_time is None:
-        return None
-    if run.status is not None:
+        if event["kind"] in ENDS:
+            last_time = None
+    if last_time is not None and run.status is not None:
         total += max(0.0, run.status.updated_at - last_time)
-    return total
+    return total if run.events else None
 
 
 def phase_rows(run: RunFiles) -> list[tuple[str, float | None, float | None]]:
@@ -204,11 +238,11 @@ def phase_rows(run: RunFiles) -> list[tuple[str, float | None, float | None]]:
     for name, num_bytes in run.facts.get("planned_bytes", {}).items():
         planned[name] = num_bytes / GIB
     measured: dict[str, float] = {}
-    for row in run.rows[-1:]:
-        for name, value in row.items():
+    for row in run.rows:
+        for name in row:
             if name.startswith(PHASE_PEAK):
                 phase = name.removeprefix(PHASE_PEAK).replace("_", " ")
-                measured[phase] = value
+                measured[phase] = row[name]
     rows = []
     for name in {**planned, **measured}:
         rows.append((name, planned.get(name), measured.get(name)))

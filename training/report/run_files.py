@@ -20,6 +20,11 @@ from training.run_folder import (
 )
 from training.sampling.overview import files_by_step
 
+SECTIONS = ("model", "export", "tracking")
+"""Sections of the options that a report reads."""
+LAST_TIME = 1e11
+"""Seconds since the epoch, thousands of years from now."""
+LARGEST_NUMBER = 1e300
 DEFAULT_NAME = "lora"
 """Default of export.name, for folders without a readable config."""
 
@@ -60,30 +65,36 @@ class RunFiles:
     @property
     def last_step(self) -> int:
         """Return the last step that any file names."""
-        steps = [row["step"] for row in self.rows[-1:]]
-        steps += [event["step"] for event in self.events[-1:]]
+        last_rows = [*self.rows[-1:], *self.events[-1:]]
+        steps = [row["step"] for row in last_rows]
         return max(steps, default=0)
 
 
 def adapter_name(options: dict[str, Any]) -> str:
     """Return export.name."""
-    export = options.get("export")
-    if isinstance(export, dict):
-        return str(export.get("name", DEFAULT_NAME))
-    return DEFAULT_NAME
+    export = options.get("export", {})
+    name = export.get("name", DEFAULT_NAME)
+    path = Path(str(name))  # of a config from elsewhere, which must not leave the folder
+    if not path.name:
+        return DEFAULT_NAME
+    return path.name
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read the files of a run. Those that are missing or not readable are left out."""
+    """Read the files of a run. What is missing, or not as a run writes it, is left out."""
     options = read_options(folder)
     samples: dict[int, dict[int, Path]] = {}
-    if (folder / SAMPLES_FOLDER).is_dir():
-        samples = files_by_step(folder / SAMPLES_FOLDER, adapter_name(options))
+    samples_folder = folder / SAMPLES_FOLDER
+    if samples_folder.is_dir():
+        name = adapter_name(options)
+        samples = files_by_step(samples_folder, name)
+    metrics = JsonLines(folder / METRICS_FILE)
+    events = JsonLines(folder / EVENTS_FILE)
     return RunFiles(
         folder=folder,
         options=options,
-        rows=JsonLines(folder / METRICS_FILE).rows(),
-        events=JsonLines(folder / EVENTS_FILE).rows(),
+        rows=metric_rows(metrics.rows()),
+        events=known_events(events.rows()),
         facts=read_facts(folder),
         status=read_status(folder),
         samples=dict(sorted(samples.items())),
@@ -92,9 +103,53 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """Return the options in config.yaml; empty if it is not readable."""
+    """Return the options in config.yaml; empty if it is not readable. Sections are mappings."""
+    path = folder / CONFIG_FILE
     try:
-        options = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        options = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return options if isinstance(options, dict) else {}
+    if not isinstance(options, dict):
+        return {}
+    readable = {str(name): value for name, value in options.items()}
+    for section in SECTIONS:
+        values = readable.get(section)
+        if not isinstance(values, dict):
+            readable[section] = {}
+    return readable
+
+
+def metric_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with their finite numbers only."""
+    result = []
+    for row in rows:
+        numbers = {}
+        for name, value in row.items():
+            if is_number(value):
+                numbers[name] = value
+        if "step" in numbers:
+            result.append(numbers)
+    return result
+
+
+def known_events(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows that are events."""
+    events = []
+    for row in rows:
+        seconds: Any = row.get("time")
+        kind: Any = row.get("kind")
+        is_event = isinstance(kind, str) and is_number(seconds) and is_number(row["step"])
+        if not is_event:
+            continue
+        if 0 <= seconds < LAST_TIME:
+            text = str(row.get("text", ""))
+            event = {**row, "text": text}
+            events.append(event)
+    return events
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number that a chart can show."""
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) < LARGEST_NUMBER

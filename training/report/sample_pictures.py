@@ -1,11 +1,10 @@
 """Pictures of a run's samples, small enough to be inside of its report."""
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -13,7 +12,7 @@ from PIL import Image
 from training.report.data_pictures import data_uri, picture_of_caption
 from training.report.run_files import RunFiles
 from training.run_folder import SAMPLES_FOLDER
-from training.sampling.files import grid_path
+from training.sampling.files import grid_path, is_of_prompt, prompt_of_file
 
 MAX_SIDE = 320
 """Longer side of a picture in pixels."""
@@ -34,12 +33,13 @@ class PictureCache:
         """Return the small picture of an image, or of the last frame of a video, as a data URI.
 
         `max_side`: in pixels. Returns None if the file is not readable."""
-        with suppress(OSError, ValueError):
+        try:
             key = (path, path.stat().st_mtime_ns)
             if key not in self.pictures:
                 self.pictures[key] = small_picture(path, max_side)
             return self.pictures[key]
-        return None
+        except Exception:  # damaged files raise many kinds of errors
+            return None
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class SampledPrompt:
     pictures: list[str | None]
     links: list[str]
     """Path of the original image of each picture, from the folder of the report."""
+
+    @property
+    def first(self) -> int:
+        """Return the index of the first picture that exists, or 0."""
+        for index, picture in enumerate(self.pictures):
+            if picture is not None:
+                return index
+        return 0
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,8 @@ def small_picture(path: Path, max_side: int) -> str:
 
 def sample_series(run: RunFiles, cache: PictureCache, folder: Path) -> SampleSeries:
     """Return the samples of a run. `folder`: of the report, for its links."""
-    counts = [len(files) for files in run.samples.values()]
-    num_prompts = max(counts, default=0)
+    numbers = {number for files in run.samples.values() for number in files}
+    num_prompts = max(numbers, default=-1) + 1
     steps = shown_steps([*run.samples], num_prompts)
     prompts = []
     for number in range(num_prompts):
@@ -115,10 +123,15 @@ def grid_pictures(run: RunFiles, cache: PictureCache, folder: Path) -> list[Grid
 
 
 def prompt_text(run: RunFiles, number: int) -> str:
-    """Return the text of a prompt, or its number if the run has not written it."""
+    """Return the text of a prompt: that of the run, or of its newest sample, or its number."""
     prompts = run.facts.get("prompts", [])
     if number < len(prompts):
         return prompts[number]["text"]
+    for files in reversed(run.samples.values()):
+        path = files.get(number)
+        text = None if path is None else prompt_of_file(path)
+        if text is not None:
+            return text
     return f"prompt {number + 1}"
 
 
@@ -129,7 +142,9 @@ def sampled_prompt(
     cache: PictureCache,
     folder: Path,
 ) -> SampledPrompt:
-    """Return a prompt with its pictures. `paths`: of its samples; None: a step has none."""
+    """Return a prompt with its pictures. `paths`: of its samples; None: a step has none.
+
+    A resumed run may have other prompts. Samples of the earlier ones are left out."""
     text = prompt_text(run, number)
     details = ""
     prompts = run.facts.get("prompts", [])
@@ -138,8 +153,9 @@ def sampled_prompt(
     pictures: list[str | None] = []
     links = []
     for path in paths:
-        picture, target = None, ""
-        if path is not None:
+        picture: str | None = None
+        target = ""
+        if path is not None and is_of_prompt(path, text):
             picture = cache.picture(path)
             target = link(path, folder)
         pictures.append(picture)
@@ -166,15 +182,20 @@ def prompt_details(prompt: dict[str, Any]) -> str:
     facts = [
         f"{prompt['width']} x {prompt['height']}",
         f"seed {prompt['seed']}",
-        f"{prompt['num_inference_steps']} steps",
+        f"{prompt.get('num_inference_steps')} steps",
         f"guidance {prompt['guidance_scale']}",
     ]
+    if prompt["strength"] != 1:
+        facts.append(f"strength {prompt['strength']}")
     if prompt["negative"]:
         facts.append(f"negative prompt: {prompt['negative']}")
     return ", ".join(facts)
 
 
 def link(path: Path, folder: Path) -> str:
-    """Return the path of a file from a folder, for a link."""
-    relative = os.path.relpath(path.resolve(), folder.resolve())
-    return Path(relative).as_posix()
+    """Return the address of a file from a folder; empty if the file is outside of the folder."""
+    try:
+        relative = path.absolute().relative_to(folder.absolute())
+    except ValueError:
+        return ""
+    return "./" + quote(relative.as_posix())

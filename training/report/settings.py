@@ -1,28 +1,13 @@
 """The options of runs, as a report shows them: without the paths of the computer."""
 
-import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from common.text import public_value
 from training.config import TrainConfig, to_dict
 from training.report.run_files import RunFiles
 from training.reporting.trackers import flatten
-
-FOLDERS = re.compile(r"(?:file://|(?<![\w.:/~-]))(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\",:;]+[/\\])+")
-"""Folders of an absolute path in a text."""
-HIDDEN = ".../"
-
-
-def public_text(text: str) -> str:
-    """Return a text in which absolute paths are only the names of their files.
-
-    A report is sent to others, whom user names and folders do not concern."""
-    path = Path(text)
-    if path.is_absolute():  # it may contain spaces
-        return HIDDEN + path.name
-    return FOLDERS.sub(HIDDEN, text)
 
 
 @cache
@@ -38,15 +23,24 @@ def changed_options(run: RunFiles) -> dict[str, str]:
     changed = {}
     for name, value in options.items():
         if value != defaults.get(name):
-            text = str(value)
-            changed[name] = public_text(text)
+            changed[name] = option_text(value)
     return changed
 
 
 def all_options(run: RunFiles) -> dict[str, str]:
     """Return all options of a run."""
     options = flatten(run.options)
-    return {name: public_text(str(value)) for name, value in options.items()}
+    return {name: option_text(value) for name, value in options.items()}
+
+
+def option_text(value: Any) -> str:
+    """Return the value of an option as a recipe has it, without the folders of paths."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = public_value(str(value))
+    if text in ("None", "[]", "{}"):
+        return ""
+    return text
 
 
 def option_differences(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
@@ -59,6 +53,7 @@ def option_differences(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     differences = {}
     for name in names:
         values = [run_options.get(name, "-") for run_options in options]
-        if len(set(values)) > 1:
+        different_values = set(values)
+        if len(different_values) > 1:
             differences[name] = values
     return differences

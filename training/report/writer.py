@@ -26,6 +26,7 @@ class ReportWriter:
         self.pictures = PictureCache()
         self.next_at = 0.0
         self.error: Exception | None = None
+        self.is_error_told = False
 
     def write_if_due(self) -> None:
         """Write the report, unless this was done a moment ago."""
@@ -47,3 +48,8 @@ class ReportWriter:
         duration = now - started_at
         interval = max(MIN_INTERVAL, duration / MAX_SHARE)
         self.next_at = now + interval
+
+    def error_text(self) -> str:
+        """Return why the report could not be written. Is called once."""
+        self.is_error_told = True
+        return f"note: report.html could not be written: {type(self.error).__name__}: {self.error}"

@@ -1,9 +1,10 @@
 """Files with one JSON object per line, which grow while a run trains."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.atomic import WriteError, write_file
 
@@ -19,7 +20,9 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = json_lines(rows).encode()
         try:
-            with self.path.open("ab") as file:
+            with self.path.open("a+b") as file:
+                if not ends_with_newline(file):  # a kill cut off the last row
+                    data = b"\n" + data
                 file.write(data)
         except OSError as error:
             raise WriteError(self.path, error) from error
@@ -28,14 +31,14 @@ class JsonLines:
         """Return all complete rows. A kill may have cut off the last one."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+        except OSError:
             return []
         *complete_lines, _ = text.split("\n")
         rows = []
         for line in complete_lines:
             try:
                 row = json.loads(line)
-            except ValueError:  # a line that a kill cut off and the resumed run continued
+            except (ValueError, RecursionError):  # a line that a kill cut off
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
@@ -57,3 +60,12 @@ def json_lines(rows: Iterable[dict[str, Any]]) -> str:
     """Return rows as lines of JSON."""
     lines = [json.dumps(row) + "\n" for row in rows]
     return "".join(lines)
+
+
+def ends_with_newline(file: BinaryIO) -> bool:
+    """Return whether a file that is open for reading is empty or ends with a newline."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return True
+    file.seek(size - 1)
+    return file.read(1) == b"\n"

@@ -14,6 +14,8 @@ SILENT_AFTER = 6 * BEAT_EVERY
 """Seconds without a new status.json after which a run on another computer counts as dead."""
 STALLED_AFTER = 120.0
 """Seconds without progress in training after which a run is stalled, at least."""
+MAX_CLOCK_ERROR = 2.0
+"""Seconds between two readings of the time at which a process started."""
 STALLED_STEPS = 20
 """Number of steps that would have fit into the time without progress, at least."""
 
@@ -27,13 +29,14 @@ def condition_of(status: Status, now: float | None = None) -> Condition:
         now = time.time()
     if status.state != "running":
         return status.state
-    if status.host == socket.gethostname():
-        if not is_alive(status):
+    is_silent = now - status.updated_at > SILENT_AFTER
+    if status.host != socket.gethostname():
+        if is_silent:
             return "dead"
-        if now - status.updated_at > SILENT_AFTER:
-            return "stalled"
-    elif now - status.updated_at > SILENT_AFTER:
+    elif not is_alive(status, is_silent):
         return "dead"
+    elif is_silent:
+        return "stalled"
     if status.phase == TRAINING and now - status.progress_at > patience(status):
         return "stalled"
     return "running"
@@ -46,12 +49,16 @@ def patience(status: Status) -> float:
     return max(STALLED_AFTER, STALLED_STEPS / status.steps_per_second)
 
 
-def is_alive(status: Status) -> bool:
-    """Return whether the process of a status lives on this computer."""
+def is_alive(status: Status, is_silent: bool) -> bool:
+    """Return whether the process of a status lives on this computer.
+
+    `is_silent`: whether it has not written for a while. A number may belong to another process by now;
+    the time at which it started tells, unless the clock was set."""
     try:
         process = psutil.Process(status.pid)
-        started_at = process.create_time()
+        difference = abs(process.create_time() - status.pid_started_at)
         is_zombie = process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (psutil.Error, ValueError):
         return False
-    return not is_zombie and abs(started_at - status.pid_started_at) < 2
+    is_same = difference < MAX_CLOCK_ERROR or not is_silent
+    return is_same and not is_zombie

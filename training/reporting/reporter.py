@@ -34,6 +34,8 @@ class Reporter:
         self.row: dict[str, float] = {}
         """Metrics of the current step that were not reported yet."""
         self.sent_step = -1
+        self.own_sent_step = -1
+        """The last step whose rows this process has sent. A step may have several."""
         self.tracker_id = tracker_id
         self.progress: tqdm | None = None
 
@@ -70,9 +72,10 @@ class Reporter:
         if not row or not self.accelerator.is_main_process:
             return
         self.lines.append({"step": step, **row})
-        if step > self.sent_step:
+        if step > self.sent_step or step == self.own_sent_step:
             self.accelerator.log(row, step=step)
             self.sent_step = step
+            self.own_sent_step = step
 
     def advance(self) -> None:
         """Advance the progress bar by a step."""

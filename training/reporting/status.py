@@ -2,17 +2,19 @@
 it does."""
 
 import json
+import math
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from pydantic import TypeAdapter
 
 from common.atomic import WriteError, write_file
 from common.errors import UserError
@@ -22,6 +24,8 @@ from training.stopping.signals import RunStopped
 State = Literal["running", "finished", "stopped", "failed"]
 BEAT_EVERY = 10.0
 """Seconds between two writes of the file."""
+MIN_INTERVAL = 1.0
+"""Seconds that are always between two writes."""
 MAX_MESSAGE = 500
 """Characters of an error that the file holds."""
 STARTING, LOADING, EXPORTING, FINISHED = "start", "load", "write files", "finished"
@@ -69,6 +73,8 @@ class StatusFile:
 
     def __init__(self, folder: Path, steps: int, num_processes: int, is_main: bool):
         self.path, self.is_main = folder / STATUS_FILE, is_main
+        self.earlier = read_status(folder)
+        """The status that an earlier process of the run left."""
         now = time.time()
         process = psutil.Process()
         self.status = Status(
@@ -88,14 +94,29 @@ class StatusFile:
             progress_at=now,
             updated_at=now,
         )
+        self.has_begun = False
+        """True once the run writes its own files."""
         self.at_end: Callable[[State, str], None] | None = None
         """Called with the last state and its reason, after the file was written."""
         self._lock = threading.Lock()
         self._is_over = threading.Event()
+        self._has_changed = threading.Event()
+
+    def keep_earlier_numbers(self) -> None:
+        """Show the last loss, speed and memory of an earlier process. WHEN: before the first step."""
+        if self.earlier is None:
+            return
+        self.status = replace(
+            self.status,
+            steps_per_second=self.earlier.steps_per_second,
+            loss=self.earlier.loss,
+            gpu_gib=self.earlier.gpu_gib,
+        )
 
     def set_phase(self, name: str) -> None:
         """Say what the run does from now on."""
         self.status = replace(self.status, phase=name, progress_at=time.time())
+        self._has_changed.set()
 
     def set_step(
         self, step: int, speed: float, loss: float | None = None, gpu_gib: float | None = None
@@ -103,10 +124,12 @@ class StatusFile:
         """Say which step is done. `speed`: steps per second. The last loss and memory stay if there
         are no new ones."""
         status = self.status
-        if loss is None:
+        if loss is None or not math.isfinite(loss):  # JSON has no NaN
             loss = status.loss
         if gpu_gib is None:
             gpu_gib = status.gpu_gib
+        if not speed:
+            speed = status.steps_per_second
         self.status = replace(
             status,
             step=step,
@@ -120,8 +143,8 @@ class StatusFile:
     def kept(self) -> Iterator[None]:
         """Keep the file up to date in a block. Its last state is the way in which the block ends.
 
-        After a mistake of the user, which ends a run before it has written anything, the file is
-        removed."""
+        After a mistake of the user that ends a run before it has begun, the file is as it was: the folder
+        may hold a run that is finished."""
         if not self.is_main:
             yield
             return
@@ -132,18 +155,21 @@ class StatusFile:
             yield
         except UserError as error:
             self.end("failed", str(error))
-            self.path.unlink(missing_ok=True)
+            if not self.has_begun:
+                self._restore()
             raise
         except RunStopped as stopped:
             self.end("stopped", str(stopped))
             raise
         except BaseException as error:
-            self.end("failed", f"{type(error).__name__}: {error}")
+            state: State = getattr(error, "run_state", "failed")
+            self.end(state, f"{type(error).__name__}: {error}")
             raise
         else:
             self.end("finished", "")
         finally:
             self._is_over.set()
+            self._has_changed.set()
             thread.join(BEAT_EVERY)
 
     def end(self, state: State, reason: str) -> None:
@@ -158,8 +184,19 @@ class StatusFile:
         if self.at_end is not None:
             self.at_end(state, reason)
 
+    def _restore(self) -> None:
+        """Write the status that an earlier process left, or remove the file."""
+        with suppress(WriteError, OSError):
+            if self.earlier is None:
+                self.path.unlink(missing_ok=True)
+            else:
+                write_file(self.path, as_json(self.earlier))
+
     def _beat(self) -> None:
-        while not self._is_over.wait(BEAT_EVERY):
+        """Write the file every BEAT_EVERY seconds, and soon after the phase has changed."""
+        while not self._is_over.wait(MIN_INTERVAL):
+            self._has_changed.wait(BEAT_EVERY)
+            self._has_changed.clear()
             with self._lock:
                 if not self._is_over.is_set():
                     self._write()
@@ -168,14 +205,18 @@ class StatusFile:
         """Write the file. A full disk must not end the run."""
         status = replace(self.status, updated_at=time.time())
         with suppress(WriteError):
-            write_file(self.path, json.dumps(asdict(status), indent=1) + "\n")
+            write_file(self.path, as_json(status))
+
+
+def as_json(status: Status) -> str:
+    """Return the content of status.json."""
+    return json.dumps(asdict(status), indent=1) + "\n"
 
 
 def read_status(folder: Path) -> Status | None:
     """Return the status of the run in a folder; None if the file is missing or not readable."""
     try:
-        values = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-        status_values = {item.name: values[item.name] for item in fields(Status)}
-        return Status(**status_values)
-    except (OSError, ValueError, KeyError, TypeError):
+        content = (folder / STATUS_FILE).read_bytes()
+        return TypeAdapter(Status).validate_json(content)
+    except (OSError, ValueError):
         return None

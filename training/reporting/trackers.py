@@ -103,5 +103,7 @@ def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             result |= flatten(value, f"{prefix}{name}.")
         else:
-            result[prefix + name] = value if isinstance(value, int | float | str) else str(value)
+            result[f"{prefix}{name}"] = (
+                value if isinstance(value, int | float | str) else str(value)
+            )
     return result

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import numpy as np
 
@@ -11,15 +10,17 @@ from training.checkpoints.best import stops_early
 from training.components import RunComponents
 from training.config import TrainConfig
 from training.reporting.trackers import log_images
+from training.run_folder import SAMPLES_FOLDER
 from training.sampling.files import (
+    is_of_prompt,
     padded_stills,
     read_still,
-    sample_paths,
     sheet_path,
     write_samples,
 )
 from training.sampling.measures import measure_samples
-from training.sampling.overview import write_overview
+from training.sampling.overview import files_by_step, write_overview
+from training.sampling.prompts import SamplePrompt
 from training.sampling.renderer import SampleRenderer, SamplingError
 from training.sampling.samples import Samples, WeightSet
 from training.services import RunServices
@@ -66,7 +67,8 @@ class DrawSamples:
 
     def _is_due(self) -> bool:
         step = self.state.step
-        validation = self.state.history.validation
+        history = self.state.history
+        validation = history.validation
         is_last = step == self.config.steps
         if stops_early(validation, self.config.validation):
             is_last = True
@@ -108,13 +110,29 @@ class DrawSamples:
         """Add rough numbers about the samples to the metrics of the step."""
         (images,) = samples.images.values()
         stills = [frames[-1] for frames in images]
+        reporter = self.services.reporter
+        try:
+            base_stills = self._base_stills(samples.prompts)
+            metrics = measure_samples(stills, base_stills, self.data_images)
+        except Exception as error:  # numbers are worth less than the training
+            reason = f"{type(error).__name__}: {error}"
+            reporter.say(f"note: the samples were not measured: {reason}")
+            return
+        reporter.row |= metrics
+
+    def _base_stills(self, prompts: list[SamplePrompt]) -> list[np.ndarray]:
+        """Return the samples of step 0 if these have the same prompts; else none."""
+        folder = self.services.folder / SAMPLES_FOLDER
         name = self.config.export.name
-        base_paths = sample_paths(self.services.folder, name, step=0)
-        base_stills: list[np.ndarray] = []
-        with suppress(OSError, ValueError):  # a damaged file
-            base_stills = [read_still(path) for path in base_paths]
-        metrics = measure_samples(stills, base_stills, self.data_images)
-        self.services.reporter.row |= metrics
+        all_files = files_by_step(folder, name)
+        files = all_files.get(0, {})
+        stills = []
+        for number, prompt in enumerate(prompts):
+            path = files.get(number)
+            if path is None or not is_of_prompt(path, prompt.text):
+                return []
+            stills.append(read_still(path))
+        return stills
 
     def _track(self, samples: Samples) -> None:
         """Send the samples to the trackers, at the step of the metrics."""

@@ -1,6 +1,5 @@
 """The files of samples: images or videos with their options, and a sheet of each step."""
 
-import glob
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,16 +36,23 @@ def grid_path(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}-grid_{number:02d}.png"
 
 
-def sample_paths(folder: Path, name: str, step: int) -> list[Path]:
-    """Return the files of the samples of a step, in the order of their prompts. `folder`: output_dir."""
-    start = sample_name(name, step, "")
-    pattern = glob.escape(start) + "[0-9]*"
-    samples_folder = folder / SAMPLES_FOLDER
-    paths = []
-    for path in sorted(samples_folder.glob(pattern)):
-        if path.suffix in IMAGE_SUFFIXES:
-            paths.append(path)
-    return paths
+def prompt_of_file(path: Path) -> str | None:
+    """Return the prompt of a sample, from its metadata; None if the file has none."""
+    try:
+        with Image.open(path) as image:
+            parameters = image.info.get("parameters")
+    except Exception:  # damaged files raise many kinds of errors
+        return None
+    if not isinstance(parameters, str):
+        return None
+    return parameters.split("\n")[0]
+
+
+def is_of_prompt(path: Path, text: str) -> bool:
+    """Return whether a sample has a prompt, as far as its metadata tell: those of videos do not."""
+    drawn_text = prompt_of_file(path)
+    first_line = text.split("\n")[0]
+    return drawn_text in (None, first_line)
 
 
 def read_still(path: Path) -> np.ndarray:

@@ -3,16 +3,24 @@
 import time
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 
-from common.atomic import WriteError, write_file
+from common.atomic import write_file
 from training.config import TrainConfig
 from training.reporting.image_grid import grid_png
 from training.run_folder import SAMPLES_FOLDER
 from training.sampling.files import grid_path, padded_stills
-from training.sampling.grid_weights import read_weights, remove_weights
+from training.sampling.grid_weights import kept_paths, read_weights, remove_weights, steps_up_to
 from training.sampling.renderer import SampleRenderer
 from training.sampling.samples import Samples, Weights, WeightSet
 from training.services import RunServices
+
+MAX_SIDE = 512
+"""Longer side of an image in a grid, in pixels."""
+NO_WEIGHTS = (
+    "no weights of exported steps are kept. They are kept from the step on at which --sample.grid is set, "
+    "and removed once the grids are drawn"
+)
 
 
 class SampleGrid:
@@ -28,26 +36,46 @@ class SampleGrid:
 
         Collective. An error costs the grids alone."""
         started_at = time.monotonic()
-        reason = ""
-        weights: dict[int, Weights] = {}
-        try:
-            weights = read_weights(self.services.folder, last_step, self.config.sample.grid)
-        except Exception as error:  # grids are worth less than the run
-            reason = f"{type(error).__name__}: {error}"
-        if not weights and not reason:
-            reason = "no step was exported"
-        has_reason = int(bool(reason))
-        if self.services.consensus.max_now(has_reason):
-            self.services.reporter.say(f"the grids of steps and strengths are left out: {reason}")
+        weights = self._read_weights(last_step)
+        if not weights:
             return False
-        cells = self._cells(weights)
-        samples = self.renderer.render(cells)
+        samples = self.renderer.render(self._cells(weights), MAX_SIDE)
         if samples is not None:
-            self._write(samples, list(weights))
+            try:
+                self._write(samples, list(weights))
+            except Exception as error:  # grids are worth less than the run
+                self._leave_out(f"{type(error).__name__}: {error}")
+                return False
             remove_weights(self.services.folder)
             seconds = time.monotonic() - started_at
             self.services.reporter.say(f"the grids took {seconds:.0f} s")
         return self.renderer.was_stopped
+
+    def _read_weights(self, last_step: int) -> dict[int, Weights]:
+        """Return the weights of each step, the same steps on all processes. Collective.
+
+        Prints the reason if no weights can be used."""
+        folder = self.services.folder
+        steps = [steps_up_to(last_step, kept_paths(folder))[-self.config.sample.grid :]]
+        if self.services.process.count > 1:
+            broadcast_object_list(steps)
+        if not steps[0]:
+            self._leave_out(NO_WEIGHTS)
+            return {}
+        error_text = ""
+        weights: dict[int, Weights] = {}
+        try:
+            weights = read_weights(folder, steps[0])
+        except Exception as error:  # for example, this computer does not have the files
+            error_text = f"{type(error).__name__}: {error}"
+        if self.services.consensus.max_now(int(bool(error_text))):
+            self._leave_out(error_text or "another process could not read the weights")
+            return {}
+        return weights
+
+    def _leave_out(self, reason: str) -> None:
+        """Print why nothing is drawn."""
+        self.services.reporter.say(f"the grids of steps and strengths are left out: {reason}")
 
     def _cells(self, weights: dict[int, Weights]) -> dict[str, WeightSet]:
         """Return the weights and the strength of each cell."""
@@ -62,7 +90,7 @@ class SampleGrid:
         return cells
 
     def _write(self, samples: Samples, steps: list[int]) -> None:
-        """Write a grid for each prompt. A full disk costs the grids alone."""
+        """Write a grid for each prompt."""
         folder = self.services.folder / SAMPLES_FOLDER
         name = self.config.export.name
         reporter = self.services.reporter
@@ -70,11 +98,7 @@ class SampleGrid:
         for number in range(num_prompts):
             path = grid_path(folder, name, number)
             content = self._grid(samples, steps, number)
-            try:
-                write_file(path, content)
-            except WriteError as error:
-                reporter.say(f"note: {error}")
-                return
+            write_file(path, content)
             reporter.say(f"wrote {path}")
 
     def _grid(self, samples: Samples, steps: list[int], number: int) -> bytes:

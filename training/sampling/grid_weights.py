@@ -48,12 +48,11 @@ def kept_paths(output_dir: Path) -> dict[int, Path]:
     return paths
 
 
-def read_weights(output_dir: Path, last_step: int, count: int) -> dict[int, Weights]:
-    """Return the weights of the last `count` steps up to `last_step`."""
+def read_weights(output_dir: Path, steps: list[int]) -> dict[int, Weights]:
+    """Return the weights of each step."""
     paths = kept_paths(output_dir)
-    steps = steps_up_to(last_step, paths)
     weights = {}
-    for step in steps[-count:]:
+    for step in steps:
         path = paths[step]
         weights[step] = load_file(path)
     return weights

@@ -49,8 +49,13 @@ class DataImages:
 
     @classmethod
     def from_text(cls, text: str) -> "DataImages | None":
-        """Return the images in a text of `as_text`."""
-        content = base64.b64decode(text)
+        """Return the images in a text of `as_text`; None if there are too few, or the text is cut."""
+        try:
+            content = base64.b64decode(text)
+        except ValueError:
+            return None
+        if len(content) % NUM_VALUES:
+            return None
         levels = np.frombuffer(content, np.uint8)
         images = levels.reshape(-1, NUM_VALUES)
         small_images = images / 255

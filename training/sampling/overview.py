@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from common.atomic import write_file
 from training.reporting.image_grid import grid_png
-from training.sampling.files import IMAGE_SUFFIXES
+from training.sampling.files import IMAGE_SUFFIXES, is_of_prompt
 from training.sampling.prompts import SamplePrompt
 
 MAX_SIDE = 256
@@ -25,7 +25,7 @@ def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> 
     Steps that lack a sample, or have one that cannot be read, are left out. Returns None if all are."""
     cell_size = largest_size(prompts)
     rows: dict[str, np.ndarray] = {}
-    steps = shown_steps(folder, name, len(prompts))
+    steps = shown_steps(folder, name, prompts)
     for step, paths in steps.items():
         with suppress(OSError, ValueError):
             cells = []
@@ -41,15 +41,15 @@ def write_overview(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> 
     return path
 
 
-def shown_steps(folder: Path, name: str, num_prompts: int) -> dict[int, list[Path]]:
+def shown_steps(folder: Path, name: str, prompts: Sequence[SamplePrompt]) -> dict[int, list[Path]]:
     """Return the files of each step that is shown, in the order of the prompts.
 
-    Steps that lack one of the `num_prompts` samples are not."""
+    Steps that lack the sample of a prompt are not."""
     files = files_by_step(folder, name)
-    numbers = range(num_prompts)
+    numbers = range(len(prompts))
     complete_steps = []
     for step in sorted(files):
-        if files[step].keys() >= {*numbers}:
+        if has_prompts(files[step], prompts):
             complete_steps.append(step)
     num_hidden = max(0, len(complete_steps) - MAX_ROWS)
     del complete_steps[1 : 1 + num_hidden]
@@ -57,6 +57,17 @@ def shown_steps(folder: Path, name: str, num_prompts: int) -> dict[int, list[Pat
     for step in complete_steps:
         shown[step] = [files[step][number] for number in numbers]
     return shown
+
+
+def has_prompts(files: dict[int, Path], prompts: Sequence[SamplePrompt]) -> bool:
+    """Return whether the samples of a step are those of the prompts. A resumed run may have others."""
+    for number, prompt in enumerate(prompts):
+        path = files.get(number)
+        if path is None:
+            return False
+        if not is_of_prompt(path, prompt.text):
+            return False
+    return True
 
 
 def files_by_step(folder: Path, name: str) -> dict[int, dict[int, Path]]:
@@ -69,7 +80,8 @@ def files_by_step(folder: Path, name: str) -> dict[int, dict[int, Path]]:
         match = pattern.fullmatch(path.stem)
         if match is None or path.suffix not in IMAGE_SUFFIXES:
             continue
-        step, number = int(match[1]), int(match[2])
+        step = int(match[1])
+        number = int(match[2])
         files.setdefault(step, {})
         files[step][number] = path
     return files

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from common.announce import announced
-from data.media.pictures import to_image
+from data.media.pictures import to_image, to_levels
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
 from training.components import RunComponents
@@ -36,6 +36,9 @@ class DrawingStopped(Exception):
 class SamplingError(RuntimeError):
     """Samples that could not be drawn, with a model whose processes draw each image together."""
 
+    run_state = "finished"
+    """For status.json: all other files are written."""
+
     def __init__(self, error: str):
         super().__init__(
             f"samples could not be drawn, and are left out:\n{error}\nAll other files of the run "
@@ -59,16 +62,20 @@ class SampleRenderer:
         self.pipeline: Any = None
         self.error = samples.error
         self.is_error_reported = False
+        self.max_side = 0
         self.was_stopped = False
         """True if `render` ended before all images, because the run has to stop."""
 
-    def render(self, weight_sets: dict[str, WeightSet]) -> Samples | None:
+    def render(self, weight_sets: dict[str, WeightSet], max_side: int = 0) -> Samples | None:
         """Return the images on the main process. Collective.
+
+        `max_side`: keep the last frame of each video only, and shrink it to this longer side.
 
         Returns None if drawing failed, which is printed once, or if the run has to stop. With a
         sharded model, raises SamplingError: the other processes then wait in the middle of an
         image."""
         self.was_stopped = False
+        self.max_side = max_side
         share: Share | None = {}
         if not self._has_failed():
             with self.services.memory.phase(SAMPLES):
@@ -162,21 +169,25 @@ class SampleRenderer:
             numbers.append(number if number < num_prompts else None)
         return numbers
 
-    def _try_to_draw(self, images: Share, label: str, number: int, strength: float) -> None:
+    def _try_to_draw(self, images: Share, label: str, number: int, strength: float | None) -> None:
         """Add an image, unless there was an error; keep the error of drawing.
 
-        `strength`: multiplied by that of the prompt."""
+        `strength`: None: that of the prompt."""
         if self.error is not None:
             return
         adapted = self.components.adapted
         try:
             with unchanged_random_state(self.device):
                 self._wake()
-                prompt_strength = self.prompts[number].strength
-                assert prompt_strength is not None  # it is completed
+                if strength is None:
+                    strength = self.prompts[number].strength
+                assert strength is not None  # prompts are completed
                 text = f"drawing sample {number + 1} of {len(self.prompts)}"
-                with adapted.at_strength(prompt_strength * strength), announced(text):
-                    images[label, number] = self._draw(number)
+                with adapted.at_strength(strength), announced(text):
+                    image = self._draw(number)
+                if self.max_side:
+                    image = shrunk(image[-1:], self.max_side)
+                images[label, number] = image
         except DrawingStopped:
             self.services.reporter.say("stopping: the samples of this step are left out")
         except torch.OutOfMemoryError as error:
@@ -239,6 +250,17 @@ class SampleRenderer:
             if isinstance(component, nn.Module) and not has_common(component, trained_modules):
                 component.to("cpu")
         free_memory(self.device)
+
+
+def shrunk(frames: np.ndarray, max_side: int) -> np.ndarray:
+    """Return frames (F, H, W, 3) in [0, 1] with a longer side of at most `max_side`."""
+    images = []
+    for frame in frames:
+        image = Image.fromarray(to_levels(frame))
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        levels = np.asarray(image, np.float32)
+        images.append(levels / 255)
+    return np.stack(images)
 
 
 def build_renderer(components: RunComponents, services: RunServices) -> SampleRenderer | None:

@@ -12,10 +12,10 @@ Weights = dict[str, Tensor]
 
 
 class WeightSet(NamedTuple):
-    """Weights of the adapter, and the factor on its update."""
+    """Weights of the adapter, and the factor on its update. None: that of each prompt."""
 
     weights: Weights
-    strength: float = 1.0
+    strength: float | None = None
 
 
 @dataclass(frozen=True)

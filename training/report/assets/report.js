@@ -55,16 +55,23 @@
           ctx.strokeStyle = color("mark");
           ctx.fillStyle = color("pale");
           ctx.font = 11 * devicePixelRatio + "px sans-serif";
+          ctx.textAlign = "left";
+          ctx.textBaseline = "alphabetic";
           ctx.setLineDash([4, 4]);
+          const width = 12 * devicePixelRatio;
+          let lastLabel = -Infinity;
           for (const [step, text] of marks) {
             const x = plot.valToPos(step, "x", true);
             if (x < bbox.left || x > bbox.left + bbox.width) continue;
+            // labels of steps that are close stand next to each other
+            const label = Math.max(x + 4, lastLabel + width);
+            lastLabel = label;
             ctx.beginPath();
             ctx.moveTo(x, bbox.top);
             ctx.lineTo(x, bbox.top + bbox.height);
             ctx.stroke();
             ctx.save();
-            ctx.translate(x + 4, bbox.top + 4);
+            ctx.translate(label, bbox.top + 4);
             ctx.rotate(Math.PI / 2);
             ctx.fillText(text, 0, 0);
             ctx.restore();
@@ -125,6 +132,8 @@
       const image = element.querySelector("img");
       const caption = element.querySelector("figcaption");
       const link = element.querySelector("a");
+      // a step may lack this sample: the nearest earlier one is shown
+      while (index > 0 && !prompt.pictures[index]) index -= 1;
       if (image && prompt.pictures[index]) image.src = prompt.pictures[index];
       if (link && prompt.links[index]) link.setAttribute("href", prompt.links[index]);
       const name = data.samples.length > 1 ? run.label + ", " : "";
@@ -171,6 +180,11 @@
 
   function reload() {
     remember("scroll", String(window.scrollY));
+    const open = [];
+    document.querySelectorAll("details").forEach((element, index) => {
+      if (element.open) open.push(index);
+    });
+    remember("open", open.join(","));
     location.reload();
   }
 
@@ -189,12 +203,26 @@
   function showAge() {
     const seconds = Date.now() / 1000 - Number(document.body.dataset.writtenAt);
     const isLive = Number(document.body.dataset.refreshEvery) > 0;
-    let text = "";
-    if (isLive && seconds >= 60) text = ", " + Math.round(seconds / 60) + " min ago";
-    if (isLive && seconds >= 600) text += ". If the run lived, this page would be newer";
-    document.getElementById("age").textContent = text;
+    if (!isLive || seconds < 60) return;
+    const age = duration(seconds);
+    document.getElementById("age").textContent = ", " + age + " ago";
+    const badge = document.querySelector("h1 .badge");
+    if (seconds >= 600 && badge) {
+      badge.textContent = "no news for " + age + ": the run may be dead";
+      badge.className = "badge dead";
+    }
   }
 
+  function duration(seconds) {
+    if (seconds < 6000) return Math.round(seconds / 60) + " min";
+    if (seconds < 172800) return Math.round(seconds / 3600) + " h";
+    return Math.round(seconds / 86400) + " days";
+  }
+
+  const open = (remembered("open") || "").split(",").filter(Boolean).map(Number);
+  document.querySelectorAll("details").forEach((element, index) => {
+    if (open.includes(index)) element.open = true;
+  });
   drawAll();
   connectSlider();
   connectRefresh();
