@@ -32,7 +32,7 @@ def public_text(text: str) -> str:
 
     A report is sent to others, whom user names and folders do not concern."""
     for folder in (os.getcwd(), os.path.expanduser("~")):
-        if len(folder) > 1:
+        if " " in folder:  # the pattern below ends at a space
             text = text.replace(folder + os.sep, HIDDEN)
     text = QUOTED_PATH.sub(rf"\1{HIDDEN}\2\1", text)
     text = FOLDERS.sub(HIDDEN, text)

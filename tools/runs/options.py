@@ -67,7 +67,8 @@ class ReportOptions(FolderOptions):
                 errors.append(
                     f"OUTPUT_DIR {name}: holds no run; expected a folder with {CONFIG_FILE}. {advice}"
                 )
-        if not errors:
+        is_own_report = self.out is None and len(self.folders) == 1
+        if not errors and not is_own_report:
             errors += self.out_errors(self.path)
         return errors
 
