@@ -36,6 +36,7 @@ COMMAND_NAMES = (
     "extract",
     "report",
     "status",
+    "push",
 )
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"

@@ -1,6 +1,7 @@
 """Options of the commands that read the folders of runs. Imports no torch, so that they answer at
 once."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -16,6 +17,7 @@ from training.run_folder import (
 )
 
 COMPARISON = "comparison.html"
+REPO_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MARKER = b'<meta name="generator" content="train_lora.py report">'
 MARKER_WITHIN = 1000
 """Bytes at the start of a page in which it names its generator."""
@@ -109,8 +111,44 @@ class StatusOptions(FolderOptions):
         return errors
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(FolderOptions):
+    """Upload the adapter of a finished run to the Hugging Face Hub, with samples and a model card."""
+
+    command: ClassVar[str] = "push"
+
+    folder: Annotated[Positional[str], arg(metavar="OUTPUT_DIR")]
+    """The output_dir of the run."""
+    repo: str
+    """Repository, as user/name. It is created if it does not exist."""
+    public: bool = False
+    """Create a public repository. Existing ones stay as they are."""
+    license: str | None = None
+    """License in the model card, as the Hub names it, such as apache-2.0."""
+    upload: bool = True
+    """Upload the folder. Otherwise it is only written."""
+
+    @property
+    def hub_folder(self) -> Path:
+        """Return the folder that is written and uploaded."""
+        return Path(self.folder) / "hub"
+
+    def errors(self) -> list[str]:
+        errors = missing_folder_errors((self.folder,))
+        folder = Path(self.folder)
+        if folder.is_dir() and not is_run_folder(folder):
+            errors.append(
+                f"OUTPUT_DIR {self.folder}: holds no run; expected a folder with {CONFIG_FILE}"
+            )
+        if not REPO_NAME.fullmatch(self.repo):
+            errors.append(
+                f"--repo {self.repo}: expected user/name with letters, digits, '-', '_' and '.'"
+            )
+        return errors
+
+
 FOLDER_OPTIONS: dict[str, type[FolderOptions]] = {
-    options.command: options for options in (ReportOptions, StatusOptions)
+    options.command: options for options in (ReportOptions, StatusOptions, PushOptions)
 }
 
 

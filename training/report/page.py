@@ -154,6 +154,19 @@ def environment() -> Environment:
     return templates
 
 
+@cache
+def text_environment() -> Environment:
+    """Return the templates of Markdown, in which nothing is escaped."""
+    return Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
 def render(template_name: str, **values: Any) -> str:
     """Return a template with its values. Styles and scripts are inside of the page."""
     template = environment().get_template(template_name)

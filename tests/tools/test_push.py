@@ -1,0 +1,111 @@
+"""`push`: the folder for the Hub, and what is said if it cannot be uploaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.project import PROJECT
+from helpers.run_folders import write_facts, write_run, write_samples
+from huggingface_hub import ModelCard
+
+import train_lora
+
+TOKEN = "hf_doNotPrintMe0123456789"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run of a Hub model with trigger words."""
+    folder = write_run(tmp_path / "sks dog", model={"path": "org/base-model"})
+    write_samples(folder, [100, 200])
+    write_facts(folder, ['a cat: "x" <b>', "sks dog"], trigger_words="sks dog", num_trained=12)
+    for name in ("lora", "lora.kohya", "lora.raw", "lora-step00000100"):
+        (folder / f"{name}.safetensors").write_bytes(b"weights")
+    (folder / "lora.peft").mkdir()
+    (folder / "lora.peft" / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def push(folder: Path, *words: str) -> int:
+    return train_lora.main(["push", str(folder), "--repo", "me/dog", *words])
+
+
+def test_the_folder(finished, capsys):
+    assert push(finished, "--license", "mit", "--no_upload") == 0
+    assert f"hf upload me/dog {finished / 'hub'}" in capsys.readouterr().out
+    names = sorted(path.name for path in (finished / "hub").iterdir())
+    assert names == [
+        "README.md",
+        "lora-step00000200_00.png",
+        "lora-step00000200_01.png",
+        "lora.kohya.safetensors",
+        "lora.peft",
+        "lora.safetensors",
+    ]
+    card = ModelCard((finished / "hub" / "README.md").read_text())
+    data = card.data.to_dict()
+    assert (data["base_model"], data["license"]) == ("org/base-model", "mit")
+    assert data["instance_prompt"] == "sks dog"
+    assert [entry["text"] for entry in data["widget"]] == ['a cat: "x" <b>', "sks dog"]
+    for entry in data["widget"]:
+        assert (finished / "hub" / entry["output"]["url"]).is_file()
+    assert 'load_lora_weights("me/dog", weight_name="lora.safetensors")' in card.content
+    assert 'from_pretrained("org/base-model"' in card.content
+    assert "trained on 12 images" in card.content
+
+
+def test_a_run_without_samples_shows_its_preview(tmp_path):
+    folder = write_run(
+        tmp_path / "run", algorithm="LoHa", model={"path": "/home/bob/sd.safetensors"}
+    )
+    (folder / "lora.safetensors").write_bytes(b"weights")
+    (folder / "preview.png").write_bytes(b"picture")
+    assert push(folder, "--no_upload") == 0
+    card = (folder / "hub" / "README.md").read_text()
+    assert "(preview.png)" in card
+    assert "bob" not in card
+    assert "for sd.safetensors" in card
+    assert "load_lora_weights" not in card, "diffusers loads no LoHa"
+
+
+def test_mistakes(tmp_path, finished, capsys):
+    assert push(tmp_path, "--no_upload") == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert train_lora.main(["push", str(finished), "--repo", "dog"]) == 2
+    assert "--repo dog: expected user/name" in capsys.readouterr().err
+    (finished / "lora.safetensors").unlink()
+    assert push(finished, "--no_upload") == 2
+    assert "has no lora.safetensors yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ({}, "no token of the Hub"),
+        ({"HF_TOKEN": TOKEN}, "not uploaded: "),  # nobody listens at the address
+    ],
+)
+def test_what_cannot_be_uploaded_is_written(variables, reason, finished, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "hf"),
+        **variables,
+    }
+    words = [sys.executable, "train_lora.py", "push", str(finished), "--repo", "me/dog"]
+    result = subprocess.run(
+        words, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert reason in result.stderr
+    assert f"hf upload me/dog {finished / 'hub'}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    assert (finished / "hub" / "README.md").is_file()
+    assert TOKEN not in json.dumps(
+        [path.read_text(errors="replace") for path in (finished / "hub").glob("*.md")]
+    )
