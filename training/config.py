@@ -223,7 +223,7 @@ class TrackingConfig:
     """Read the losses from the device, check that they are finite and report them every so many
     steps."""
     log_samples: bool = False
-    """Write output_dir/samples/rank_<n>.jsonl: step, sample index, dataset row, noise quantile and
+    """Write output_dir/sample_log/rank_<n>.jsonl: step, sample index, dataset row, noise quantile and
     a hash of the noise of every training sample. For comparing runs."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.announce import announced
-from common.errors import UserError
+from common.errors import UserError, counted
 from training.config import TrainConfig
 from training.memory.kept_changes import with_kept_changes
 from training.run_folder import locked_folder
@@ -51,6 +51,7 @@ class RunFailed(Exception):
 def run_training(config: TrainConfig, signals: SignalHandler) -> int:
     """Run one training; return the exit code. If one process fails, all end."""
     quiet_libraries()
+    say(heading(config))
     try:
         with run_guard(config, signals) as (accelerator, failures):
             lock = nullcontext()
@@ -64,6 +65,15 @@ def run_training(config: TrainConfig, signals: SignalHandler) -> int:
     except RunFailed as failure:
         return failure.exit_code
     return 0
+
+
+def heading(config: TrainConfig) -> str:
+    """Return the first line of a run, which needs nothing but the options."""
+    model = Path(config.model.path or "").name
+    return (
+        f"training    {config.algorithm} of rank {config.rank} for {model}, "
+        f"{counted(config.steps, 'step')}, into {config.output_dir}"
+    )
 
 
 @contextmanager
@@ -213,7 +223,7 @@ def describe_run(
 ) -> None:
     """Print the summary of a run, and write the facts that its report shows."""
     from training.report.facts import run_facts
-    from training.summary import summary
+    from training.summary import data_lines, summary
 
     if not services.process.is_main:
         return
@@ -221,7 +231,9 @@ def describe_run(
     text = summary(components, loss_function, services.process, per_step, state.step)
     say(text)
     record = services.record
-    facts = run_facts(components, loss_function, services, text, record.data)
+    samples = data_lines(components.datasets, components.config.batch_size)
+    full_text = "\n".join([*samples, text])
+    facts = run_facts(components, loss_function, services, full_text, record.data)
     record.write_facts(facts)
 
 
@@ -277,6 +289,7 @@ def build_components(
     from training.report.data_pictures import MAX_COMPARED
     from training.reporting.status import LOADING
     from training.sampling.prepare import check_prompts, prepare_samples
+    from training.summary import data_lines
 
     family = build.load_family(config)
     for note in build.format_notes(config, family):
@@ -291,6 +304,8 @@ def build_components(
         datasets = builder.encode(plan, check)
         max_compared = MAX_COMPARED if config.sample.every else 0
         record.add_pictures(builder, plan, datasets, max_compared)
+    for line in data_lines(datasets, config.batch_size):
+        say(line)
     samples = None
     if config.draws_samples:
         samples = prepare_samples(config, family, datasets, accelerator.device)

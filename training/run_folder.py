@@ -25,6 +25,8 @@ LOCK_FILE = ".lock"
 LAUNCHER_FILE = ".launcher"
 """Identifies the launcher that started the run."""
 METRICS_FILE, TRACKER_FILE, SAMPLES_FOLDER = "metrics.jsonl", "tracker.json", "samples"
+SAMPLE_LOG = "sample_log"
+"""Folder with the training samples of each process."""
 LOSS_FILE, LOSS_CHART, PREVIEW = "loss.json", "loss.png", "preview.png"
 STATUS_FILE, EVENTS_FILE = "status.json", "events.jsonl"
 REPORT, FACTS_FILE = "report.html", "report.json"
@@ -212,3 +214,4 @@ def clear_run(folder: Path) -> None:
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / SAMPLE_LOG, ignore_errors=True)

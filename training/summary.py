@@ -9,6 +9,7 @@ import torch
 from common.errors import counted
 from common.process import ProcessInfo
 from data.dataset import LatentDataset
+from data.precompute.build import Datasets
 from models.blocks import inner_blocks
 from models.quantized_weight import QuantizedWeight
 from training.block_classes import outermost
@@ -169,20 +170,26 @@ def step_lines(
 def model_lines(
     components: RunComponents, loss_function: LossFunction, device: torch.device
 ) -> list[str]:
-    """Return lines about the base model, the objective and the data."""
-    config, datasets = components.config, components.datasets
-    num_validation = 0
-    if datasets.validation is not None:
-        num_validation = len(datasets.validation)
+    """Return lines about the base model and the objective."""
+    config = components.config
     dtype = str(loss_function.dtype).removeprefix("torch.")
     if components.family.block_storage is not None:
         dtype += f", those of blocks stored in {', '.join(block_formats(components))}"
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",
+    ]
+
+
+def data_lines(datasets: Datasets, batch_size: int) -> list[str]:
+    """Return lines about the samples. They are printed before the base model is loaded."""
+    num_validation = 0
+    if datasets.validation is not None:
+        num_validation = len(datasets.validation)
+    return [
         f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded "
         f"now: {datasets.encoded_images} images, {datasets.encoded_captions} captions",
-        *bucket_lines(datasets.train, config.batch_size),
+        *bucket_lines(datasets.train, batch_size),
     ]
 
 
@@ -262,7 +269,9 @@ def summary(
     micro_batches_per_step: int,
     start_step: int = 0,
 ) -> str:
-    """Return the summary of a run. `start_step`: the step from which this process trains."""
+    """Return the summary of a run, without the lines about its data.
+
+    `start_step`: the step from which this process trains."""
     lines = [
         *model_lines(components, loss_function, process.device),
         *adapter_lines(components),

@@ -187,7 +187,7 @@ def test_a_stratified_run_goes_on_where_it_stopped(options, run_here, tmp_path):
             assert run_here([*more, f"--steps={steps}", f"--output_dir={tmp_path / name}"]) == 0
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
     logs = [
-        [json.loads(row) for row in (run / "samples" / "rank_0.jsonl").open()]
+        [json.loads(row) for row in (run / "sample_log" / "rank_0.jsonl").open()]
         for run in (whole, parts)
     ]
     assert logs[0] == logs[1]

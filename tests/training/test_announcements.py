@@ -69,6 +69,13 @@ def test_a_slow_run_says_what_it_does(options, run_here, tmp_path, monkeypatch, 
     assert positions == sorted(positions), begun
 
 
+def test_what_is_trained_is_said_first_and_the_data_before_the_model(options, run_here, capsys):
+    assert run_here(options) == 0
+    starts = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert starts[0] == "training"
+    assert starts.index("training") < starts.index("images") < starts.index("model")
+
+
 @pytest.mark.parametrize(("rank", "is_loud"), [("0", True), ("1", False)])
 def test_only_the_main_process_speaks(rank, is_loud, monkeypatch):
     monkeypatch.setenv("RANK", rank)

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from data.batches import Batch
 from training.reporting.json_lines import JsonLines
-from training.run_folder import SAMPLES_FOLDER
+from training.run_folder import SAMPLE_LOG
 
 
 class SampleLog:
     """The samples of one process, one line each."""
 
     def __init__(self, folder: Path, process_index: int):
-        self.lines = JsonLines(folder / SAMPLES_FOLDER / f"rank_{process_index}.jsonl")
+        self.lines = JsonLines(folder / SAMPLE_LOG / f"rank_{process_index}.jsonl")
 
     def add(self, step: int, rows: list[int], batch: Batch) -> None:
         """Add the samples of a batch. `step`: the step that it is part of, counted from 1."""
@@ -34,7 +34,7 @@ class SampleLog:
 
 def truncate_logs(folder: Path, step: int) -> None:
     """Remove the samples after `step`, which will be seen again, perhaps by other processes."""
-    for path in (folder / SAMPLES_FOLDER).glob("rank_*.jsonl"):
+    for path in (folder / SAMPLE_LOG).glob("rank_*.jsonl"):
         JsonLines(path).truncate(step)
 
 
