@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_algos import ALGORITHMS
+from training.reporting.status import read_status
 
 pytestmark = pytest.mark.slow
 VALIDATED = [f"--data.validation_path={TWEMOJI / 'validation'}"]
@@ -51,7 +52,7 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
     steps = ["--objective.stratified_timesteps", "--objective.noise_offset=0.1", "--ema.decay=0.9"]
     others = {
         "buckets": [f"--data.path={wide}", "--preview", "--sample.num_inference_steps=2", "--batch_size=2",
-                    "--gradient_checkpointing"],
+                    "--gradient_checkpointing", "--export.every=2", "--sample.grid=1"],
         "steps": steps,
         "text": [*steps, "--model.train_text_encoder"],
     }  # fmt: skip
@@ -128,10 +129,14 @@ def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp
         for name in names:
             assert_same_run(alone / name, many / name)
         assert len(json.loads((many / names[-1] / "loss.json").read_text())["validation"]) == 2
-        images = [
-            np.asarray(Image.open(folder / "buckets" / "preview.png"), int)
-            for folder in (alone, many)
-        ]
-        assert np.abs(images[0] - images[1]).max() <= 2, (
-            "drawn by other ranks, with weights that differ by rounding"
-        )
+        for picture in ("preview.png", "samples/lora-grid_00.png", "samples/lora-grid_03.png"):
+            images = [
+                np.asarray(Image.open(folder / "buckets" / picture), int)
+                for folder in (alone, many)
+            ]
+            assert np.abs(images[0] - images[1]).max() <= 2, (
+                "drawn by other ranks, with weights that differ by rounding"
+            )
+        status = read_status(many / "buckets")
+        assert (status.state, status.num_processes) == ("finished", processes)
+        assert (many / "buckets" / "report.html").is_file()

@@ -14,6 +14,8 @@ from helpers.project import BASE, PROJECT, RANKS, TWEMOJI, accelerate_launch
 from helpers.runs import assert_same_adapter, launched, runs_file
 from safetensors.torch import load_file
 
+from training.reporting.status import read_status
+
 pytestmark = pytest.mark.slow
 
 
@@ -62,6 +64,9 @@ def test_an_exception_on_one_rank_ends_all_within_seconds_and_is_said_once(small
     summary = result.stderr.split("Root Cause")[1]
     assert "ValueError: the disk of rank 1 is on fire" in summary, "last of all, torchrun names it"
     assert "Connection closed" not in result.stderr
+    status = read_status(tmp_path / "out")
+    assert status.state == "failed"
+    assert "rank 1: ValueError: the disk of rank 1 is on fire" in status.message
 
 
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout(small, tmp_path):
@@ -131,6 +136,9 @@ def test_a_signal_on_one_rank_is_known_to_all(number, small, tmp_path):
     assert f"stopped by {number.name}: saved step 5 of 12" in result.stdout
     assert saved == ["step_00000005"]
     assert result.stderr.count("error: ") == 0
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.step) == ("stopped", 5)
+    assert status.message.startswith(f"{number.name}: saved step 5 of 12")
 
 
 def test_a_dead_rank_restarts_the_group_which_goes_on_by_itself(small, tmp_path):

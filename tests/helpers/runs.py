@@ -123,7 +123,7 @@ def assert_same(a: dict, b: dict) -> None:
 def samples(folder: Path) -> list[dict]:
     rows = [
         json.loads(line)
-        for path in folder.glob("samples/*.jsonl")
+        for path in folder.glob("sample_log/*.jsonl")
         for line in path.read_text().splitlines()
     ]
     return sorted(rows, key=lambda row: row["visit"])
