@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def closed_pipe() -> int:
     """Return the exit code after a reader such as `head` has closed the output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
+    return 128 + getattr(signal, "SIGPIPE", 13)
 
 
 if __name__ == "__main__":
