@@ -192,6 +192,7 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
     errors += prompt_errors(config.sample)
+    errors += missing_path_errors("sample.score_model", config.sample.score_model)
     tracker = config.tracking.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         errors.append(

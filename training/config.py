@@ -165,6 +165,9 @@ class SampleConfig:
         tuple[Annotated[float, Field(ge=-10, le=10)], ...], Field(min_length=1)
     ] = (0.5, 0.75, 1.0, 1.25)
     """Strengths of the adapter in the grid: factors on its update."""
+    score_model: str | None = None
+    """A folder with a CLIP model of transformers. With every: measure how well samples fit their prompts,
+    on the CPU."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0

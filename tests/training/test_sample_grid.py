@@ -5,11 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from helpers.project import BASE
 from helpers.runs import assert_same_result
 from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
 
 from training.reporting.json_lines import JsonLines
 from training.sampling import grid, measures
+from training.sampling.clip_score import ClipScore
 from training.sampling.files import read_still
 from training.sampling.measures import DataImages, as_text, measure_samples, small_image
 from training.sampling.prompts import parse_prompt
@@ -240,3 +250,74 @@ def test_the_same_measure_as_by_hand():
     expected = distance / np.median(nearest)
     assert data.relative_distance(other) == pytest.approx(expected, rel=0.01)
     assert measures.SIDE == 16
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A tiny CLIP model with random weights, and the tokenizer of the embedded base."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+            "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    vision = {**sizes, "image_size": 30, "patch_size": 15}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.save_pretrained(folder)
+    size = {"height": 30, "width": 30}
+    images = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_the_clip_score_is_the_cosine(clip_folder):
+    clip = ClipScore(clip_folder)
+    images = [*noise_images(2)]
+    texts = ["a cat", "a dog"]
+    inputs = clip.processor(
+        text=texts,
+        images=[Image.fromarray((255 * image).round().astype(np.uint8)) for image in images],
+        return_tensors="pt",
+        padding=True,
+    )
+    with torch.no_grad():
+        logits = clip.model(**inputs).logits_per_image / clip.model.logit_scale.exp()
+    assert clip.score(images, texts) == pytest.approx(
+        100 * logits.diagonal().mean().item(), rel=1e-4
+    )
+    assert clip.score(images[:1], ["many words " * 100]) == pytest.approx(0, abs=100)
+
+
+def test_a_score_is_in_the_metrics_and_changes_no_bit(
+    options, run_here, tmp_path, clip_folder, capsys
+):
+    more = ["--sample.every=3", "--sample.num_inference_steps=1", "--adapter.dropout=0.3"]
+    plain, scored = tmp_path / "plain", tmp_path / "scored"
+    assert run_here([*options, *more, f"--output_dir={plain}"]) == 0
+    assert (
+        run_here([*options, *more, f"--sample.score_model={clip_folder}", f"--output_dir={scored}"])
+        == 0
+    )
+    assert_same_result(plain, scored)
+    rows = [
+        row for row in JsonLines(scored / "metrics.jsonl").rows() if "samples/clip_score" in row
+    ]
+    assert [row["step"] for row in rows] == [3, 6]
+    (scored / "model.safetensors").write_bytes(b"")
+    broken = [
+        *options,
+        *more,
+        f"--sample.score_model={scored}",
+        f"--output_dir={tmp_path / 'broken'}",
+    ]
+    assert run_here(broken) == 0, "a model that cannot be loaded costs the score alone"
+    out = capsys.readouterr().out
+    assert out.count("note: --sample.score_model") == 1
+    rows = JsonLines(tmp_path / "broken" / "metrics.jsonl").rows()
+    assert [row["step"] for row in rows if "samples/nearest_image" in row] == [3, 6]
+    assert run_here([*options, "--sample.score_model=missing"]) == 2

@@ -117,6 +117,13 @@ MEASURES = MetricChart(
         "samples/saturation": "saturation",
     },
 )
+CLIP_SCORE = MetricChart(
+    "clip",
+    "Samples against their prompts",
+    "100 x the cosine of image and prompt in sample.score_model, the mean over the prompts. Overtrained "
+    "adapters follow prompts less.",
+    {"samples/clip_score": "CLIP score"},
+)
 COMPARED = {
     "loss": ("Training loss", "Smoothed over a twentieth of each run."),
     "validation": (
@@ -143,6 +150,7 @@ def run_charts(run: RunFiles) -> list[Chart]:
         metric_chart(run, WAIT),
         metric_chart(run, memory),
         metric_chart(run, MEASURES),
+        metric_chart(run, CLIP_SCORE),
         noise_chart(run),
     ]
     return [chart for chart in charts if chart.x]

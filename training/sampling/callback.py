@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from training.components import RunComponents
 from training.config import TrainConfig
 from training.reporting.trackers import log_images
 from training.run_folder import SAMPLES_FOLDER
+from training.sampling.clip_score import ClipScore
 from training.sampling.files import (
     is_of_prompt,
     padded_stills,
@@ -45,6 +47,8 @@ class DrawSamples:
         self.state, self.services = state, services
         self.config: TrainConfig = renderer.config
         self.data_images = services.record.data.images
+        self.score_model = self.config.sample.score_model
+        self.clip_score: ClipScore | None = None
 
     def before_first_step(self) -> None:
         """Draw what an earlier process did not: samples before training, or those of the step from
@@ -118,7 +122,26 @@ class DrawSamples:
             reason = f"{type(error).__name__}: {error}"
             reporter.say(f"note: the samples were not measured: {reason}")
             return
-        reporter.row |= metrics
+        reporter.row |= metrics | self._clip_metrics(stills, samples.prompts)
+
+    def _clip_metrics(
+        self, stills: list[np.ndarray], prompts: list[SamplePrompt]
+    ) -> dict[str, float]:
+        """Return the score of the CLIP model, if there is one. After an error, it is not used again."""
+        folder = self.score_model
+        if folder is None:
+            return {}
+        texts = [prompt.text for prompt in prompts]
+        try:
+            if self.clip_score is None:
+                self.clip_score = ClipScore(Path(folder))
+            score = self.clip_score.score(stills, texts)
+        except Exception as error:  # a score is worth less than the training
+            self.score_model = None
+            reason = f"{type(error).__name__}: {error}"
+            self.services.reporter.say(f"note: --sample.score_model {folder}: {reason}")
+            return {}
+        return {"samples/clip_score": score}
 
     def _base_stills(self, prompts: list[SamplePrompt]) -> list[np.ndarray]:
         """Return the samples of step 0 if these have the same prompts; else none."""
