@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ def one_line(text: str, max_length: int) -> str:
     return line[: max_length - 3] + "..."
 
 
-def public_text(text: str) -> str:
+def public_text(text: str, paths: Iterable[str] = ()) -> str:
     """Return a text in which absolute paths are only the names of their files.
 
-    A report is sent to others, whom user names and folders do not concern."""
+    A report is sent to others, whom user names and folders do not concern. `paths`: those that the text
+    may contain; other paths are shortened up to their first space."""
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, public_value(path))
     for folder in (os.getcwd(), os.path.expanduser("~")):
-        if " " in folder:  # the pattern below ends at a space
+        if " " in folder:
             text = text.replace(folder + os.sep, HIDDEN)
     text = QUOTED_PATH.sub(rf"\1{HIDDEN}\2\1", text)
     text = FOLDERS.sub(HIDDEN, text)
@@ -41,10 +45,16 @@ def public_text(text: str) -> str:
 
 def public_value(text: str) -> str:
     """Return an option without the folders of its path, which may contain spaces."""
-    path = Path(text)
-    if path.is_absolute():
-        return HIDDEN + path.name
+    if is_private_path(text):
+        return HIDDEN + Path(text).name
     return public_text(text)
+
+
+def is_private_path(text: str) -> bool:
+    """Return whether a text is a path that tells where the files of a user are: one that begins at the
+    root or at a home, or leaves the working folder."""
+    path = Path(text)
+    return path.is_absolute() or text.startswith("~") or ".." in path.parts
 
 
 def public_values(values: Any) -> Any:

@@ -41,6 +41,7 @@ COMMAND_NAMES = (
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
 MAX_ERRORS = 100
+OTHER_PACKAGES = {"tensorboard": ("tensorboardX",)}  # that trackers work with too
 TYPE_MESSAGES = {
     "tuple_type": "expected a list. Write [first, second]",
     "dataclass_type": "expected a section. Write its options on indented lines below it",
@@ -194,7 +195,8 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += prompt_errors(config.sample)
     errors += missing_path_errors("sample.score_model", config.sample.score_model)
     tracker = config.tracking.report_to
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+    packages = [tracker, *OTHER_PACKAGES.get(tracker, ())]
+    if tracker != "none" and not any(map(importlib.util.find_spec, packages)):
         errors.append(
             f"--tracking.report_to {tracker}: the package {tracker} is not installed. Use pip "
             f"install {tracker}"

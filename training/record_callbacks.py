@@ -15,7 +15,9 @@ class UpdateStatus:
         self.previous_steps = previous_steps
 
     def before_first_step(self) -> None:
-        self.after_step()
+        step = self.state.step
+        self.record.events.step = self.previous_steps + step
+        self.record.status.set_first_step(step)
 
     def after_step(self) -> None:
         step = self.state.step

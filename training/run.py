@@ -155,7 +155,7 @@ def build_record(
 
     num_processes, is_main = accelerator.num_processes, accelerator.is_main_process
     record = RunRecord(Path(config.output_dir), config.steps, num_processes, is_main)
-    failures.on_failure = record.status.end
+    failures.on_failure = record.status.end_by_other
     return record
 
 
@@ -174,6 +174,7 @@ def train(
     from training.distributed.device import device_notes
     from training.export import RunExport, check_export
     from training.memory.run_plan import fit_run
+    from training.reporting.status import EXPORTING
     from training.reporting.trackers import start_tracker
     from training.sampling.renderer import build_renderer
     from training.services import RunServices
@@ -206,6 +207,7 @@ def train(
         except BaseException:
             checkpoints.writer.finish(record.say)
             raise
+        record.status.set_phase(EXPORTING)
         with announced("writing the checkpoint"):
             checkpoints.writer.wait()
         export = RunExport(components, services, state, renderer)

@@ -22,7 +22,9 @@ class RunRecord:
     """Keeps the files about a run up to date. Processes other than the main one write nothing."""
 
     def __init__(self, folder: Path, steps: int, num_processes: int, is_main: bool):
-        self.folder, self.is_main, self.num_processes = folder, is_main, num_processes
+        self.folder = folder
+        self.is_main = is_main
+        self.num_processes = num_processes
         self.status = StatusFile(folder, steps, num_processes, is_main)
         self.events = EventLog(folder, is_main)
         self.report = ReportWriter(folder, is_main)
@@ -46,16 +48,22 @@ class RunRecord:
         if self.is_main:
             tqdm.write(message)
 
-    def start_steps(self, step: int, last_step: int, previous_steps: int) -> None:
+    def start_steps(
+        self,
+        step: int,
+        last_step: int,
+        previous_steps: int,
+        is_resumed: bool,
+    ) -> None:
         """Write that the run trains from a step on. `last_step`: the last one that an earlier process
         reported. Both count the `previous_steps` of an existing adapter."""
-        self.status.has_begun = True
-        earlier = self.status.earlier
         killed: Killed | None = None
-        if earlier is not None:
-            killed_step = max(last_step, previous_steps + earlier.step)
-            killed = Killed(killed_step, earlier.updated_at)
-            self.status.keep_earlier_numbers()
+        earlier = self.status.earlier
+        if earlier is not None and earlier.trained_until is not None:
+            total_step = previous_steps + earlier.step
+            killed_step = max(last_step, total_step)
+            killed = Killed(killed_step, earlier.trained_until)
+        self.status.begin(is_resumed)
         self.events.open(step, self.num_processes, killed)
 
     def add_pictures(
@@ -83,8 +91,11 @@ class RunRecord:
             write_file(self.folder / FACTS_FILE, json.dumps(facts))
 
     def _note_end(self, state: State, reason: str) -> None:
-        if self.events.is_open and state != "running":
-            self.events.add(state, reason)
-            self.report.write()
-            if self.report.error is not None and not self.report.is_error_told:
-                self.say(self.report.error_text())
+        if not self.events.is_open or state == "running":
+            return
+        self.events.add(state, reason)
+        report = self.report
+        report.write()
+        if report.error is not None and not report.is_error_told:
+            text = report.error_text()
+            self.print(text)

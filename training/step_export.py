@@ -8,6 +8,8 @@ from training.build import on_one_process
 from training.components import RunComponents
 from training.distributed.sharding import is_sharded
 from training.export import ExportJob, average_name, export_facts, main_average, write_adapter
+from training.memory.phase_memory import TRAINING
+from training.reporting.status import EXPORTING
 from training.run_folder import STEP_SUFFIX
 from training.sampling.grid_weights import keep_weights
 from training.sampling.samples import Weights
@@ -42,11 +44,14 @@ class ExportSteps:
         if step % self.config.export.every:
             return
         services = self.services
+        status = services.record.status
+        status.set_phase(EXPORTING)
         weights = services.ema.evaluation_state()
         if services.process.is_main:
             with self.components.adapted.using(weights):
                 self._try_to_write(step, weights)
         services.barrier.wait()
+        status.set_phase(TRAINING)
 
     def _try_to_write(self, step: int, weights: Weights) -> None:
         """Write the files. A full disk does not end the training."""

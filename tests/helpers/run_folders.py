@@ -93,6 +93,7 @@ def status_of_this_process(**changes: Any) -> Status:
         "started_at": now - 60,
         "progress_at": now,
         "updated_at": now,
+        "has_stepped": True,
     }
     return Status(**{**values, **changes})
 

@@ -35,7 +35,7 @@ def push(folder: Path, *words: str) -> int:
 
 def test_the_folder(finished, capsys):
     assert push(finished, "--license", "mit", "--no_upload") == 0
-    assert f"hf upload me/dog {finished / 'hub'}" in capsys.readouterr().out
+    assert f"hf upload me/dog '{finished / 'hub'}' --private" in capsys.readouterr().out
     names = sorted(path.name for path in (finished / "hub").iterdir())
     assert names == [
         "README.md",
@@ -76,9 +76,38 @@ def test_mistakes(tmp_path, finished, capsys):
     assert "holds no run" in capsys.readouterr().err
     assert train_lora.main(["push", str(finished), "--repo", "dog"]) == 2
     assert "--repo dog: expected user/name" in capsys.readouterr().err
-    (finished / "lora.safetensors").unlink()
+    for path in finished.glob("lora*"):
+        path.rename(finished / f"other_{path.name}")
     assert push(finished, "--no_upload") == 2
-    assert "has no lora.safetensors yet" in capsys.readouterr().err
+    assert "has no adapter yet" in capsys.readouterr().err
+
+
+def test_an_edited_card_is_kept_and_other_adapters_are_not_taken(finished, capsys):
+    (finished / "lora_client2.safetensors").write_bytes(b"weights")
+    assert push(finished, "--no_upload") == 0
+    assert not (finished / "hub" / "lora_client2.safetensors").exists()
+    (finished / "hub" / "README.md").write_text("mine")
+    assert push(finished, "--no_upload") == 0
+    assert "is kept" in capsys.readouterr().out
+    assert (finished / "hub" / "README.md").read_text() == "mine"
+
+
+def test_a_local_model_is_no_model_of_the_hub(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "base-model").mkdir(parents=True)
+    assert push(finished, "--no_upload") == 0
+    card = ModelCard((finished / "hub" / "README.md").read_text())
+    assert card.data.base_model is None
+
+
+def test_only_a_folder_of_peft(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "lora.peft").mkdir()
+    (folder / "config.yaml").write_bytes(b"\xff")
+    assert push(folder, "--no_upload") == 0
+    card = (folder / "hub" / "README.md").read_text()
+    assert "`lora.peft` is a folder of PEFT" in card
+    assert "preview.png" not in card
 
 
 @pytest.mark.parametrize(
@@ -102,7 +131,7 @@ def test_what_cannot_be_uploaded_is_written(variables, reason, finished, tmp_pat
     )
     assert result.returncode == 1
     assert reason in result.stderr
-    assert f"hf upload me/dog {finished / 'hub'}" in result.stderr
+    assert f"hf upload me/dog '{finished / 'hub'}' --private" in result.stderr
     assert "Traceback" not in result.stderr
     assert TOKEN not in result.stdout + result.stderr
     assert (finished / "hub" / "README.md").is_file()

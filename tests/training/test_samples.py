@@ -66,6 +66,17 @@ def test_the_files_of_a_step(options, run_here, tmp_path, capsys):
     assert "step 2: 2 samples in" in capsys.readouterr().out
 
 
+def test_the_name_of_an_adapter_may_contain_dots(options, run_here, tmp_path):
+    more = ["--sample.prompts", "a cat", "an owl", "--export.name=fox-v1.0", "--steps=2"]
+    assert run_here([*options, *SAMPLED, *more]) == 0
+    assert names_in(tmp_path / "out") == [
+        "fox-v1.0-step00000002_00.png",
+        "fox-v1.0-step00000002_01.png",
+        "fox-v1.0-step00000002_sheet.png",
+        "fox-v1.0-steps.png",
+    ]
+
+
 def test_samples_are_of_the_weights_that_would_be_exported(options, run_here, tmp_path):
     """The last sample is the one of the preview, which is drawn with the exported weights."""
     more = ["--preview", "--sample.prompts", "a cat", "--learning_rate=1e-2", "--ema.decay=0.5"]

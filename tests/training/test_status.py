@@ -8,6 +8,7 @@ import pytest
 from helpers.run_folders import status_of_this_process, write_status
 
 import train_lora
+from training import build
 from training.distributed.engine import Engine
 from training.reporting import status as status_module
 from training.reporting.json_lines import JsonLines
@@ -28,6 +29,8 @@ def kinds(folder: Path) -> list[str]:
     ("changes", "condition"),
     [
         ({}, "running"),
+        # a process that resumes may compile for long
+        ({"progress_at": time.time() - STALLED_AFTER - 1, "has_stepped": False}, "running"),
         ({"state": "finished"}, "finished"),
         ({"state": "failed", "pid": 1}, "failed"),
         ({"pid": 2**22 + 1}, "dead"),
@@ -96,7 +99,11 @@ def test_a_mistake_leaves_no_status(options, run_here, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_is_marked(options, run_here, tmp_path):
+def fail_to_load(*_):
+    raise RuntimeError("no such disk")
+
+
+def test_a_killed_run_is_marked(options, run_here, tmp_path, monkeypatch):
     """The file ends without an end, in the middle of a line, as after a SIGKILL."""
     assert run_here([*options, "--checkpoint.every=2"]) == 0
     path = tmp_path / "out" / "events.jsonl"
@@ -105,8 +112,11 @@ def test_a_killed_run_is_marked(options, run_here, tmp_path):
     path.write_text("".join(lines) + finished[:20])
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     killed_at = status["updated_at"] - 5
-    text = json.dumps({**status, "state": "running", "step": 5, "updated_at": killed_at})
+    text = json.dumps({**status, "state": "running", "step": 5, "trained_until": killed_at})
     (tmp_path / "out" / "status.json").write_text(text)
+    with monkeypatch.context() as patch:  # a start that dies while it loads
+        patch.setattr(build, "load_denoiser", fail_to_load)
+        assert run_here([*options, "--steps=8"]) == 1
     assert run_here([*options, "--steps=8"]) == 0
     assert kinds(tmp_path / "out") == ["started", "killed", "resumed", "finished"]
     events = {event["kind"]: event for event in JsonLines(path).rows()}
@@ -121,6 +131,32 @@ def test_a_mistake_leaves_the_status_of_a_finished_run(options, run_here, tmp_pa
     assert run_here([*options, "--steps=4"]) == 2
     assert json.loads((tmp_path / "out" / "status.json").read_text()) == json.loads(before)
     assert kinds(tmp_path / "out") == ["started", "finished"]
+
+
+def test_a_new_run_has_no_numbers_of_an_earlier_one(options, run_here, tmp_path, monkeypatch):
+    assert run_here(options) == 0
+
+    def fail(*_):
+        raise RuntimeError("not yet")
+
+    monkeypatch.setattr(Engine, "backward", fail)
+    assert run_here([*options, "--rank=2", "--overwrite"]) == 1
+    status = read_status(tmp_path / "out")
+    assert (status.loss, status.steps_per_second, status.remaining_seconds) == (None, 0, None)
+
+
+def test_a_mistake_on_another_process_leaves_the_status_too(tmp_path):
+    write_status(tmp_path, state="finished")
+    before = (tmp_path / "status.json").read_text()
+    status_file = StatusFile(tmp_path, 3, 2, is_main=True)
+    with status_file.kept():
+        status_file.end_by_other(2, "rank 1: ConfigError: wrong")
+    assert json.loads((tmp_path / "status.json").read_text()) == json.loads(before)
+    status_file = StatusFile(tmp_path, 3, 2, is_main=True)
+    with status_file.kept():
+        status_file.end_by_other(143, "rank 1: RunStopped: SIGTERM: saved step 2")
+        status_file.set_step(3, 1.0)
+    assert read_status(tmp_path).state == "stopped"
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_numbers(options, run_here, tmp_path):

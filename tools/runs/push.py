@@ -1,5 +1,6 @@
 """`push`: uploads the adapter of a finished run to the Hugging Face Hub."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -16,13 +17,17 @@ def run(options: PushOptions) -> int:
     folder = options.hub_folder
     files = read_run(Path(options.folder))
     publication = Publication(options.repo, options.license)
-    write_hub_folder(files, folder, publication)
+    is_kept = write_hub_folder(files, folder, publication)
     print(f"wrote {folder}. Look at its README.md")
+    if is_kept:
+        print("note: the README.md of an earlier call is kept. Delete it to have it written again")
     if files.options["export"].get("metadata") == "full":
         print(
             "note: the metadata of the adapter hold paths of this computer (--export.metadata full)"
         )
-    command = f"hf upload {options.repo} {folder}"
+    command = shlex.join(["hf", "upload", options.repo, str(folder)])
+    if not options.public:
+        command += " --private"
     if not options.upload:
         print(f"To upload it: {command}")
         return 0

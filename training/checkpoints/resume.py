@@ -141,7 +141,9 @@ class RunCheckpoints:
         if services.process.is_main:
             truncate_logs(services.folder, state.step)
             write_file(services.folder / CONFIG_FILE, to_yaml(self.config))
-            services.record.start_steps(previous_steps + state.step, last_step, previous_steps)
+            first_step = previous_steps + state.step
+            is_resumed = checkpoint is not None
+            services.record.start_steps(first_step, last_step, previous_steps, is_resumed)
         services.accelerator.wait_for_everyone()
         return state
 

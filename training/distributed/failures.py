@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,9 +46,9 @@ class FailureWatch:
     def __init__(self, accelerator: Accelerator):
         self.rank = accelerator.process_index
         self.store: dist.Store | None = None
-        self.on_failure: Callable[[Any, str], object] | None = None
-        """Called with the state of the run and the report of the process that ended it, before this
-        process ends."""
+        self.on_failure: Callable[[int, str], object] | None = None
+        """Called with exit code and report of another process that ended the run, before this process
+        ends."""
         self.heartbeat_keys: list[str] = []
         """Keys of counters in the store, which each process counts up."""
         if accelerator.num_processes == 1:
@@ -74,8 +73,7 @@ class FailureWatch:
                     report = store.get(self.key).decode(errors="replace")
                     exit_code, _, text = report.partition(" ")
                     if self.on_failure is not None:
-                        state = "stopped" if ": RunStopped: " in text else "failed"
-                        self.on_failure(state, text)
+                        self.on_failure(int(exit_code), text)
                     time.sleep(EXIT_DELAY)
                     end_process(int(exit_code))
         except Exception:  # the store ended with the process or the launcher that held it

@@ -45,6 +45,7 @@ def run_facts(
         "dataset": datasets.train.content_hash,
         "noise_levels": noise_shares(components, loss_function),
         "prompts": prompts,
+        "media": components.family.media,
         "trigger_words": components.config.export.trigger_words or "",
         "pictures": data.pictures,
         "small_images": data.small_images,

@@ -17,6 +17,7 @@ NO_FACTS: dict[str, Any] = {
     "dataset": "",
     "noise_levels": [],
     "prompts": [],
+    "media": "image",
     "trigger_words": "",
     "pictures": [],
     "small_images": "",

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from common.atomic import new_folder
 from common.errors import ConfigError
+from models.config import is_hub_id
 from training.report.output_files import adapter_files
 from training.report.page import text_environment
 from training.report.run_files import RunFiles
@@ -18,7 +19,6 @@ from training.run_folder import PREVIEW
 
 CARD = "README.md"
 CARD_TEMPLATE = "card.md"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 OTHER_WEIGHTS = re.compile(r"-step\d{8}\.|\.(raw|ema)\.")
 """In names of adapters of single steps, and of the weights that are not the main ones."""
 MAX_SAMPLES = 8
@@ -47,27 +47,37 @@ class Publication:
     license_name: str | None
 
 
-def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> None:
-    """Write the folder, which replaces an earlier one. Raises ConfigError before the end of a run."""
-    main_path = run.folder / f"{run.adapter_name}.safetensors"
-    if not main_path.is_file():
+def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> bool:
+    """Write the folder, which replaces an earlier one; return whether it keeps an earlier README.md.
+
+    The README.md may have been edited. Raises ConfigError before the end of a run."""
+    adapters = main_adapters(run)
+    if not adapters:
         raise ConfigError(
-            f"OUTPUT_DIR {run.folder}: has no {main_path.name} yet. Wait for the end of the run"
+            f"OUTPUT_DIR {run.folder}: has no adapter yet. Wait for the end of the run"
         )
     samples = last_samples(run)
+    preview = run.folder / PREVIEW
+    card = model_card(run, adapters[0].name, samples, publication)
+    earlier_card = folder / CARD
+    is_kept = earlier_card.is_file()
+    if is_kept:
+        card = earlier_card.read_text(encoding="utf-8")
     with new_folder(folder) as partial_path:
-        for path in adapter_files(run):
-            if not OTHER_WEIGHTS.search(path.name):
-                copy_to(path, partial_path)
-        sample_names = []
-        for path in samples.values():
+        for path in [*adapters, *samples.values()]:
             copy_to(path, partial_path)
-            sample_names.append(path.name)
-        if not samples and (run.folder / PREVIEW).is_file():
-            copy_to(run.folder / PREVIEW, partial_path)
-        card = model_card(run, samples, publication)
+        if not samples and preview.is_file():
+            copy_to(preview, partial_path)
         card_path = partial_path / CARD
         card_path.write_text(card, encoding="utf-8")
+    return is_kept
+
+
+def main_adapters(run: RunFiles) -> list[Path]:
+    """Return the adapters of the end of the run in all formats, first the one without a format in its
+    name."""
+    adapters = [path for path in adapter_files(run) if not OTHER_WEIGHTS.search(path.name)]
+    return sorted(adapters, key=lambda path: (path.suffix == ".peft", len(path.name)))
 
 
 def copy_to(path: Path, folder: Path) -> None:
@@ -88,10 +98,12 @@ def last_samples(run: RunFiles) -> dict[int, Path]:
     return dict(files[:MAX_SAMPLES])
 
 
-def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication) -> str:
-    """Return the content of README.md. `samples`: by the number of the prompt."""
+def model_card(run: RunFiles, file: str, samples: dict[int, Path], publication: Publication) -> str:
+    """Return the content of README.md. `file`: name of the adapter. `samples`: by the number of the
+    prompt."""
     model = str(run.options["model"].get("path"))
-    base_model = model if HUB_ID.fullmatch(model) else None
+    base_model = model if is_hub_id(model) else None
+    media = run.facts.get("media", "image")
     trigger_words = run.facts.get("trigger_words") or None
     widget = []
     for number, path in samples.items():
@@ -100,7 +112,7 @@ def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication
         base_model=base_model,
         library_name="diffusers",
         license=publication.license_name,
-        pipeline_tag="text-to-image",
+        pipeline_tag=f"text-to-{media}",
         tags=["lora", "diffusers", "template:sd-lora", "train-lora"],
         instance_prompt=trigger_words,
         widget=widget or None,
@@ -113,13 +125,18 @@ def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication
     return template.render(
         data=data.to_yaml(),
         name=run.name,
-        file=f"{run.adapter_name}.safetensors",
+        file=file,
         base=base_model or Path(model).name,
         repo=publication.repo,
         base_model=base_model,
         trigger_words=trigger_words,
         num_images=run.facts.get("num_trained"),
         settings=settings,
+        algorithm=run.options.get("algorithm", "Adapter"),
+        rank=run.options.get("rank", "?"),
         loads_in_diffusers=run.options.get("algorithm") in DIFFUSERS_ALGORITHMS,
-        has_preview=not samples,
+        has_samples=bool(samples),
+        has_preview=not samples and (run.folder / PREVIEW).is_file(),
+        is_peft=file.endswith(".peft"),
+        media=media,
     )

@@ -1,9 +1,11 @@
 """The files of a run as its report lists them, and how to use them."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_files import FORMATS
 from training.report.run_files import RunFiles
 from training.report.sample_pictures import link
 from training.run_folder import (
@@ -19,6 +21,7 @@ from training.run_folder import (
     TRACKER_FILE,
 )
 
+FORMAT_ENDINGS = "|".join(rf"\.{name}" for name in FORMATS)
 KILOBYTE, MEGABYTE = 1e3, 1e6
 PURPOSES = {
     REPORT: "this page",
@@ -69,9 +72,11 @@ def output_files(run: RunFiles, folder: Path) -> list[OutputFile]:
 
 def adapter_files(run: RunFiles) -> list[Path]:
     """Return the exported adapters: files, and folders of PEFT."""
-    name = run.adapter_name
-    paths = [path for path in run.folder.iterdir() if path.suffix in (".safetensors", ".peft")]
-    return sorted(path for path in paths if path.name.startswith(name))
+    name = re.escape(run.adapter_name)
+    pattern = re.compile(
+        rf"{name}(-step\d+)?(\.(raw|ema))?({FORMAT_ENDINGS})?(\.safetensors|\.peft)"
+    )
+    return sorted(path for path in run.folder.iterdir() if pattern.fullmatch(path.name))
 
 
 def other_files(run: RunFiles) -> Iterator[Path]:

@@ -1,16 +1,16 @@
 """report.html: one file that shows a run, or compares several."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.text import public_text
+from common.text import public_text, public_value
 from training.memory.config import GIB
 from training.report.curves import Chart, comparison_charts, run_charts
 from training.report.output_files import output_files, usage
@@ -25,6 +25,7 @@ from training.report.settings import (
     all_options,
     changed_options,
     option_differences,
+    private_paths,
 )
 from training.reporting.events import ENDS
 from training.run_folder import PREVIEW
@@ -59,12 +60,14 @@ def run_page(run: RunFiles, pictures: PictureCache, folder: Path) -> str:
     """Return the page of a run. `folder`: of the page; its links are relative to it."""
     charts = run_charts(run)
     samples = sample_series(run, pictures, folder)
+    public = public_of(run)
     is_alive = run.condition in ("running", "stalled")
     return render(
         "run.html",
         title=f"{run.name}: {run.adapter_name}",
         run=run,
         header=run_header(run),
+        public=public,
         charts=charts,
         tables=[chart_table(chart) for chart in charts],
         samples=samples,
@@ -150,7 +153,6 @@ def environment() -> Environment:
     )
     templates.filters["time"] = time_text
     templates.filters["duration"] = duration_text
-    templates.filters["public"] = public_text
     return templates
 
 
@@ -183,6 +185,11 @@ def page_assets() -> dict[str, str]:
     return assets
 
 
+def public_of(run: RunFiles) -> Callable[[str], str]:
+    """Return a function that takes the folders of the run's paths out of a text."""
+    return partial(public_text, paths=private_paths(run))
+
+
 def run_header(run: RunFiles) -> dict[str, Any]:
     """Return the values in the head of the page, by name."""
     validation: dict[int, float] = {}
@@ -206,7 +213,7 @@ def run_header(run: RunFiles) -> dict[str, Any]:
         "seconds": training_seconds(run),
         "algorithm": run.options.get("algorithm"),
         "rank": run.options.get("rank"),
-        "model": public_text(str(model.get("path"))),
+        "model": public_value(str(model.get("path"))),
     }
 
 
@@ -218,7 +225,8 @@ def status_header(run: RunFiles) -> dict[str, Any]:
     remaining: float | None = None
     if run.condition == "running":
         remaining = status.remaining_seconds
-    message = public_text(status.message)
+    public = public_of(run)
+    message = public(status.message)
     return {
         "message": message,
         "step": status.step,
@@ -264,11 +272,12 @@ def phase_rows(run: RunFiles) -> list[tuple[str, float | None, float | None]]:
 
 def shown_events(run: RunFiles) -> list[dict[str, Any]]:
     """Return the last events, the newest one first."""
+    public = public_of(run)
     events = []
     last_events = run.events[-MAX_EVENTS:]
     for event in reversed(last_events):
         text = str(event.get("text", ""))
-        events.append({**event, "text": public_text(text)})
+        events.append({**event, "text": public(text)})
     return events
 
 

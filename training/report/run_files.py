@@ -2,6 +2,7 @@
 can be read too."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,15 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """Return the options in config.yaml; empty if it is not readable. Sections are mappings."""
+    """Return the options in config.yaml; without values if it is not readable. Sections are mappings."""
     path = folder / CONFIG_FILE
-    try:
+    options: Any = None
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         text = path.read_text(encoding="utf-8")
         options = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    if not isinstance(options, dict):
-        return {}
-    readable = {str(name): value for name, value in options.items()}
+    readable: dict[str, Any] = {}
+    if isinstance(options, dict):
+        readable = {str(name): value for name, value in options.items()}
     for section in SECTIONS:
         values = readable.get(section)
         if not isinstance(values, dict):

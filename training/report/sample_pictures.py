@@ -99,6 +99,9 @@ def sample_series(run: RunFiles, cache: PictureCache, folder: Path) -> SampleSer
     """Return the samples of a run. `folder`: of the report, for its links."""
     numbers = {number for files in run.samples.values() for number in files}
     num_prompts = max(numbers, default=-1) + 1
+    run_prompts = run.facts.get("prompts", [])
+    if run_prompts:  # samples of earlier prompts may be left
+        num_prompts = min(num_prompts, len(run_prompts))
     steps = shown_steps([*run.samples], num_prompts)
     prompts = []
     for number in range(num_prompts):

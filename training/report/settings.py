@@ -1,10 +1,11 @@
 """The options of runs, as a report shows them: without the paths of the computer."""
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from common.text import public_value
+from common.text import is_private_path, public_value
 from training.config import TrainConfig, to_dict
 from training.report.run_files import RunFiles
 from training.reporting.trackers import flatten
@@ -31,6 +32,17 @@ def all_options(run: RunFiles) -> dict[str, str]:
     """Return all options of a run."""
     options = flatten(run.options)
     return {name: option_text(value) for name, value in options.items()}
+
+
+def private_paths(run: RunFiles) -> list[str]:
+    """Return the paths in the options of a run that its report does not show."""
+    paths = []
+    for value in flatten(run.options).values():
+        text = str(value)
+        if is_private_path(text):
+            paths.append(text)
+            paths.append(os.path.abspath(text))
+    return paths
 
 
 def option_text(value: Any) -> str:

@@ -44,7 +44,7 @@ def condition_of(status: Status, now: float | None = None) -> Condition:
 
 def patience(status: Status) -> float:
     """Return the seconds without a step that are normal in this run."""
-    if status.steps_per_second <= 0:
+    if not status.has_stepped or status.steps_per_second <= 0:
         return 10 * STALLED_AFTER  # the first step compiles
     return max(STALLED_AFTER, STALLED_STEPS / status.steps_per_second)
 

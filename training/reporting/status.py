@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 from pydantic import TypeAdapter
@@ -22,6 +22,10 @@ from training.run_folder import STATUS_FILE
 from training.stopping.signals import RunStopped
 
 State = Literal["running", "finished", "stopped", "failed"]
+STOP_REPORT = ": RunStopped: "
+"""In the report of a process that a signal has stopped."""
+MISTAKE = 2
+"""Exit code of a run that ends because of a mistake of the user."""
 BEAT_EVERY = 10.0
 """Seconds between two writes of the file."""
 MIN_INTERVAL = 1.0
@@ -58,11 +62,15 @@ class Status:
     """Time of the last step, or of the last change of the phase."""
     updated_at: float
     """Time at which the file was written."""
+    has_stepped: bool = False
+    """True once this process has done a step."""
+    trained_until: float | None = None
+    """Time at which a process of the run last wrote the file while it trained."""
 
     @property
     def remaining_seconds(self) -> float | None:
         """Return an estimate of the time until the last step; None before there is a rate."""
-        if self.state != "running" or self.steps_per_second <= 0:
+        if self.state != "running" or not self.has_stepped or self.steps_per_second <= 0:
             return None
         return (self.steps - self.step) / self.steps_per_second
 
@@ -94,6 +102,14 @@ class StatusFile:
             progress_at=now,
             updated_at=now,
         )
+        if self.earlier is not None:  # until this process has its own numbers
+            self.status = replace(
+                self.status,
+                steps_per_second=self.earlier.steps_per_second,
+                loss=self.earlier.loss,
+                gpu_gib=self.earlier.gpu_gib,
+                trained_until=self.earlier.trained_until,
+            )
         self.has_begun = False
         """True once the run writes its own files."""
         self.at_end: Callable[[State, str], None] | None = None
@@ -102,42 +118,39 @@ class StatusFile:
         self._is_over = threading.Event()
         self._has_changed = threading.Event()
 
-    def keep_earlier_numbers(self) -> None:
-        """Show the last loss, speed and memory of an earlier process. WHEN: before the first step."""
-        if self.earlier is None:
-            return
-        self.status = replace(
-            self.status,
-            steps_per_second=self.earlier.steps_per_second,
-            loss=self.earlier.loss,
-            gpu_gib=self.earlier.gpu_gib,
-        )
+    def begin(self, is_resumed: bool) -> None:
+        """Say that the run begins to write its own files. A new run has no earlier numbers."""
+        with self._lock:
+            self.has_begun = True
+            if not is_resumed:
+                self.status = replace(self.status, loss=None, gpu_gib=None, steps_per_second=0.0)
 
     def set_phase(self, name: str) -> None:
         """Say what the run does from now on."""
-        self.status = replace(self.status, phase=name, progress_at=time.time())
+        self._change(phase=name)
         self._has_changed.set()
+
+    def set_first_step(self, step: int) -> None:
+        """Say from which step the run trains."""
+        self._change(step=step)
 
     def set_step(
         self, step: int, speed: float, loss: float | None = None, gpu_gib: float | None = None
     ) -> None:
         """Say which step is done. `speed`: steps per second. The last loss and memory stay if there
         are no new ones."""
-        status = self.status
-        if loss is None or not math.isfinite(loss):  # JSON has no NaN
-            loss = status.loss
-        if gpu_gib is None:
-            gpu_gib = status.gpu_gib
-        if not speed:
-            speed = status.steps_per_second
-        self.status = replace(
-            status,
-            step=step,
-            steps_per_second=speed,
-            loss=loss,
-            gpu_gib=gpu_gib,
-            progress_at=time.time(),
-        )
+        changes: dict[str, Any] = {"step": step, "steps_per_second": speed, "has_stepped": True}
+        if loss is not None and math.isfinite(loss):  # JSON has no NaN
+            changes["loss"] = loss
+        if gpu_gib is not None:
+            changes["gpu_gib"] = gpu_gib
+        self._change(**changes)
+
+    def _change(self, **changes: Any) -> None:
+        """Change the status, unless the run is over: another thread may have ended it."""
+        with self._lock:
+            if not self._is_over.is_set():
+                self.status = replace(self.status, progress_at=time.time(), **changes)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -154,9 +167,7 @@ class StatusFile:
         try:
             yield
         except UserError as error:
-            self.end("failed", str(error))
-            if not self.has_begun:
-                self._restore()
+            self.end("failed", str(error), is_mistake=True)
             raise
         except RunStopped as stopped:
             self.end("stopped", str(stopped))
@@ -172,17 +183,30 @@ class StatusFile:
             self._has_changed.set()
             thread.join(BEAT_EVERY)
 
-    def end(self, state: State, reason: str) -> None:
-        """Write the last state of the run. Only the first call counts."""
+    def end(self, state: State, reason: str, is_mistake: bool = False) -> None:
+        """Write the last state of the run. Only the first call counts.
+
+        `is_mistake`: of the user. Before the run has begun, it leaves the file as it was."""
         with self._lock:
             if self._is_over.is_set() or not self.is_main:
                 return
             self._is_over.set()
-        phase = FINISHED if state == "finished" else self.status.phase
-        self.status = replace(self.status, state=state, phase=phase, message=reason[:MAX_MESSAGE])
+            phase = self.status.phase
+            if state == "finished":
+                phase = FINISHED
+            message = reason[:MAX_MESSAGE]
+            self.status = replace(self.status, state=state, phase=phase, message=message)
+        if is_mistake and not self.has_begun:
+            self._restore()
+            return
         self._write()
         if self.at_end is not None:
             self.at_end(state, reason)
+
+    def end_by_other(self, exit_code: int, report: str) -> None:
+        """Write that another process has ended the run. `report`: of this process."""
+        state: State = "stopped" if STOP_REPORT in report else "failed"
+        self.end(state, report, is_mistake=exit_code == MISTAKE)
 
     def _restore(self) -> None:
         """Write the status that an earlier process left, or remove the file."""
@@ -203,7 +227,10 @@ class StatusFile:
 
     def _write(self) -> None:
         """Write the file. A full disk must not end the run."""
-        status = replace(self.status, updated_at=time.time())
+        now = time.time()
+        status = replace(self.status, updated_at=now)
+        if self.has_begun:
+            status = replace(status, trained_until=now)
         with suppress(WriteError):
             write_file(self.path, as_json(status))
 

@@ -10,6 +10,7 @@ from common.errors import counted
 from training.checkpoints.best import stops_early
 from training.components import RunComponents
 from training.config import TrainConfig
+from training.memory.phase_memory import SAMPLES, TRAINING
 from training.reporting.trackers import log_images
 from training.run_folder import SAMPLES_FOLDER
 from training.sampling.clip_score import ClipScore
@@ -90,9 +91,12 @@ class DrawSamples:
                 "saved step is complete: resume with --sample.every 0"
             ) from error
         seconds = time.monotonic() - started_at
+        status = self.services.record.status
         if samples is not None:
+            status.set_phase(SAMPLES)
             self._write(samples, seconds)
-        self.services.reporter.leave_out(seconds)
+            status.set_phase(TRAINING)
+        self.services.reporter.leave_out(time.monotonic() - started_at)
 
     def _write(self, samples: Samples, seconds: float) -> None:
         services, step = self.services, self.state.step

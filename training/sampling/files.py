@@ -94,12 +94,17 @@ def write_sample(
         info.add_text("parameters", parameters_text(prompt, title))
         buffer = io.BytesIO()
         images[0].save(buffer, "PNG", pnginfo=info)
-        write_file(path.with_suffix(".png"), buffer.getvalue())
+        write_file(with_ending(path, ".png"), buffer.getvalue())
         return
-    write_file(path.with_suffix(".webp"), webp_bytes(images, fps))
+    write_file(with_ending(path, ".webp"), webp_bytes(images, fps))
     video = mp4_bytes(images, fps)
     if video is not None:
-        write_file(path.with_suffix(".mp4"), video)
+        write_file(with_ending(path, ".mp4"), video)
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """Return a path with a further ending. The name of an adapter may contain dots."""
+    return path.with_name(path.name + ending)
 
 
 def parameters_text(prompt: SamplePrompt, title: str) -> str:

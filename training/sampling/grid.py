@@ -11,6 +11,7 @@ from training.reporting.image_grid import grid_png
 from training.run_folder import SAMPLES_FOLDER
 from training.sampling.files import grid_path, padded_stills
 from training.sampling.grid_weights import kept_paths, read_weights, remove_weights, steps_up_to
+from training.sampling.prompts import SamplePrompt
 from training.sampling.renderer import SampleRenderer
 from training.sampling.samples import Samples, Weights, WeightSet
 from training.services import RunServices
@@ -36,57 +37,71 @@ class SampleGrid:
 
         Collective. An error costs the grids alone."""
         started_at = time.monotonic()
-        weights = self._read_weights(last_step)
-        if not weights:
-            return False
-        samples = self.renderer.render(self._cells(weights), MAX_SIDE)
-        if samples is not None:
+        images: dict[str, list[np.ndarray]] = {}
+        prompts: list[SamplePrompt] = []
+        steps = self._agreed_steps(last_step)
+        for step in steps:
+            weights = self._read_weights(step)
+            if weights is None:
+                return False
+            samples = self.renderer.render(self._cells(step, weights), MAX_SIDE)
+            if self.renderer.was_stopped:
+                return True
+            if samples is not None:
+                images |= samples.images
+                prompts = samples.prompts
+        num_cells = len(steps) * len(self.config.sample.grid_strengths)
+        is_complete = bool(images) and len(images) == num_cells
+        if is_complete:  # else drawing has failed, or this is not the main process
             try:
-                self._write(samples, list(weights))
+                self._write(Samples(prompts, images), steps)
             except Exception as error:  # grids are worth less than the run
                 self._leave_out(f"{type(error).__name__}: {error}")
                 return False
             remove_weights(self.services.folder)
             seconds = time.monotonic() - started_at
             self.services.reporter.say(f"the grids took {seconds:.0f} s")
-        return self.renderer.was_stopped
+        return False
 
-    def _read_weights(self, last_step: int) -> dict[int, Weights]:
-        """Return the weights of each step, the same steps on all processes. Collective.
+    def _agreed_steps(self, last_step: int) -> list[int]:
+        """Return the last steps whose weights are kept, as the main process sees them. Collective.
 
-        Prints the reason if no weights can be used."""
-        folder = self.services.folder
-        steps = [steps_up_to(last_step, kept_paths(folder))[-self.config.sample.grid :]]
+        Prints the reason if the list is empty."""
+        kept_steps = steps_up_to(last_step, kept_paths(self.services.folder))
+        agreed = [kept_steps[-self.config.sample.grid :]]
         if self.services.process.count > 1:
-            broadcast_object_list(steps)
-        if not steps[0]:
+            broadcast_object_list(agreed)
+        (steps,) = agreed
+        if not steps:
             self._leave_out(NO_WEIGHTS)
-            return {}
+        return steps
+
+    def _read_weights(self, step: int) -> Weights | None:
+        """Return the weights of a step. Collective.
+
+        Prints the reason and returns None on all processes if one of them cannot read the file."""
         error_text = ""
-        weights: dict[int, Weights] = {}
+        weights: Weights = {}
         try:
-            weights = read_weights(folder, steps[0])
-        except Exception as error:  # for example, this computer does not have the files
+            weights = read_weights(self.services.folder, step)
+        except Exception as error:  # for example, this computer does not have the file
             error_text = f"{type(error).__name__}: {error}"
-        if self.services.consensus.max_now(int(bool(error_text))):
+        has_error = int(bool(error_text))
+        if self.services.consensus.max_now(has_error):
             self._leave_out(error_text or "another process could not read the weights")
-            return {}
+            return None
         return weights
 
     def _leave_out(self, reason: str) -> None:
         """Print why nothing is drawn."""
         self.services.reporter.say(f"the grids of steps and strengths are left out: {reason}")
 
-    def _cells(self, weights: dict[int, Weights]) -> dict[str, WeightSet]:
-        """Return the weights and the strength of each cell."""
-        strengths = self.config.sample.grid_strengths
+    def _cells(self, step: int, weights: Weights) -> dict[str, WeightSet]:
+        """Return the weights and the strength of each cell of a row."""
         cells: dict[str, WeightSet] = {}
-        for step in weights:
-            state = weights[step]
-            for strength in strengths:
-                label = cell_label(step, strength)
-                cell = WeightSet(state, strength)
-                cells[label] = cell
+        for strength in self.config.sample.grid_strengths:
+            label = cell_label(step, strength)
+            cells[label] = WeightSet(weights, strength)
         return cells
 
     def _write(self, samples: Samples, steps: list[int]) -> None:

@@ -48,14 +48,11 @@ def kept_paths(output_dir: Path) -> dict[int, Path]:
     return paths
 
 
-def read_weights(output_dir: Path, steps: list[int]) -> dict[int, Weights]:
-    """Return the weights of each step."""
+def read_weights(output_dir: Path, step: int) -> Weights:
+    """Return the weights of a step."""
     paths = kept_paths(output_dir)
-    weights = {}
-    for step in steps:
-        path = paths[step]
-        weights[step] = load_file(path)
-    return weights
+    path = paths[step]
+    return load_file(path)
 
 
 def remove_weights(output_dir: Path) -> None:

@@ -132,10 +132,12 @@
       const image = element.querySelector("img");
       const caption = element.querySelector("figcaption");
       const link = element.querySelector("a");
-      // a step may lack this sample: the nearest earlier one is shown
-      while (index > 0 && !prompt.pictures[index]) index -= 1;
-      if (image && prompt.pictures[index]) image.src = prompt.pictures[index];
-      if (link && prompt.links[index]) link.setAttribute("href", prompt.links[index]);
+      const picture = prompt.pictures[index];
+      image.hidden = !picture;
+      element.querySelector(".missing").hidden = Boolean(picture);
+      if (picture) image.src = picture;
+      if (picture && prompt.links[index]) link.setAttribute("href", prompt.links[index]);
+      else link.removeAttribute("href");
       const name = data.samples.length > 1 ? run.label + ", " : "";
       caption.textContent = name + "step " + run.steps[index];
     });
