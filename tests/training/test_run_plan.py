@@ -41,11 +41,11 @@ def test_a_run_that_does_not_fit_stops_before_it_encodes(small, run_here, tmp_pa
     options = [*small, f"--data.cache_dir={cache}", "--data.encode_pixels=4096"]
     with mock.patch.object(run_plan, "budget_of", return_value=20 * MIB):  # of a GPU
         assert run_here(options) == 2
-        err = capsys.readouterr().err
+        _, _, err = capsys.readouterr().err.rpartition("error: ")  # after announcements
         with mock.patch.object(run_plan, "run_plan_command") as command:  # the plan is kept
             assert run_here(options) == 2
     command.assert_not_called()
-    assert capsys.readouterr().err == err
+    assert capsys.readouterr().err == f"error: {err}"
     assert "--memory.budget check: the plan needs" in err
     assert "It fits with: --gradient_checkpointing" in err
     assert "Use --memory.budget auto to change options" in err
