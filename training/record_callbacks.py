@@ -39,13 +39,10 @@ class WriteReport:
         self.say = services.record.say
 
     def before_first_step(self) -> None:
-        self.report.write_if_due()
-        self._report_error()
+        self.after_step()
 
     def after_step(self) -> None:
-        self.before_first_step()
-
-    def _report_error(self) -> None:
-        """Say once why the report could not be written."""
-        if self.report.error is not None and not self.report.is_error_told:
-            self.say(self.report.error_text())
+        self.report.write_if_due()
+        error_text = self.report.untold_error()
+        if error_text:
+            self.say(error_text)

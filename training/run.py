@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -245,7 +245,7 @@ def write_results(
     signals: SignalHandler,
     initial_weights: dict[str, Tensor] | None,
 ) -> None:
-    """Write the files of a finished run, and draw the preview. Collective.
+    """Write the files of a finished run, and draw the preview and the grids. Collective.
 
     `initial_weights`: the weights before training, for the preview. None: no preview is drawn."""
     from training.callbacks import stop_run
@@ -259,15 +259,14 @@ def write_results(
         if services.process.is_main:
             export.write(trainer.batches.timer.share)
     services.barrier.wait()
+    draw_functions: list[Callable[[], bool]] = []
     if initial_weights is not None:
-        with signals.deferred():
-            was_stopped = export.draw_preview(initial_weights)
-            services.barrier.wait()
-            if was_stopped and services.requests.must_stop():
-                stop_run(services.requests.agreed, trainer)
+        draw_functions.append(partial(export.draw_preview, initial_weights))
     if trainer.config.sample.grid:
+        draw_functions.append(export.draw_grids)
+    for draw in draw_functions:
         with signals.deferred():
-            was_stopped = export.draw_grids()
+            was_stopped = draw()
             services.barrier.wait()
             if was_stopped and services.requests.must_stop():
                 stop_run(services.requests.agreed, trainer)

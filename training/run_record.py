@@ -94,8 +94,7 @@ class RunRecord:
         if not self.events.is_open or state == "running":
             return
         self.events.add(state, reason)
-        report = self.report
-        report.write()
-        if report.error is not None and not report.is_error_told:
-            text = report.error_text()
-            self.print(text)
+        self.report.write()
+        error_text = self.report.untold_error()
+        if error_text:
+            self.print(error_text)

@@ -25,7 +25,7 @@ MARKER_WITHIN = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
-    """Options that both commands have."""
+    """Options of a command that reads the folders of runs."""
 
     command: ClassVar[str]
 

@@ -160,7 +160,7 @@ def loss_chart(run: RunFiles) -> Chart:
     """Return the training loss, raw and smoothed."""
     steps, losses = column(run.rows, TRAIN_LOSS)
     chosen = thinned(losses)
-    log_every = run.options.get("tracking", {}).get("log_every")
+    log_every = run.options["tracking"].get("log_every")
     label = f"mean of {log_every} steps"
     if log_every == 1:
         label = "each step"
@@ -338,7 +338,7 @@ def run_marks(run: RunFiles) -> list[tuple[int, str]]:
     """Return the steps at which the run ended or was resumed."""
     marks = []
     for event in run.events:
-        kind = str(event.get("kind"))
+        kind = event["kind"]
         if kind in MARKED_KINDS:
             mark = event["step"], kind
             marks.append(mark)

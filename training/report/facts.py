@@ -2,7 +2,7 @@
 
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -56,10 +56,7 @@ def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that decide a result."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        versions[name] = version(name)
     return versions
 
 
@@ -69,7 +66,11 @@ def hardware(services: RunServices) -> dict[str, str]:
     device = f"CPU, {available_cores()} cores"
     if process.device.type == "cuda":
         device = torch.cuda.get_device_name(process.device)
-    return {"device": device, "processes": str(process.count), "system": platform.system()}
+    return {
+        "device": device,
+        "processes": str(process.count),
+        "system": platform.system(),
+    }
 
 
 def noise_shares(components: RunComponents, loss_function: LossFunction) -> list[float]:
@@ -81,6 +82,7 @@ def noise_shares(components: RunComponents, loss_function: LossFunction) -> list
     shape = (1, *dataset.latent_shape(largest[0].first))
     num_tokens = components.family.limits.num_tokens(shape)
     quantile = (torch.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
-    levels = objective.process.levels(objective.density(quantile), num_tokens)
+    t = objective.density(quantile)
+    levels = objective.process.levels(t, num_tokens)
     counts = torch.histc(levels.flow_sigma.float(), NOISE_BINS, 0, 1)
     return (counts / counts.sum()).tolist()

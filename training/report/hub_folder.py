@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from common.atomic import new_folder
 from common.errors import ConfigError
 from models.config import is_hub_id
-from training.report.output_files import adapter_files
+from training.report.output_files import DIFFUSERS_ALGORITHMS, adapter_files
 from training.report.page import text_environment
 from training.report.run_files import RunFiles
 from training.report.sample_pictures import prompt_text
@@ -22,8 +22,6 @@ CARD_TEMPLATE = "card.md"
 OTHER_WEIGHTS = re.compile(r"-step\d{8}\.|\.(raw|ema)\.")
 """In names of adapters of single steps, and of the weights that are not the main ones."""
 MAX_SAMPLES = 8
-DIFFUSERS_ALGORITHMS = ("LoRA", "DoRA")
-"""Algorithms that diffusers loads."""
 SHOWN_OPTIONS = (
     "algorithm",
     "rank",

@@ -22,6 +22,8 @@ from training.run_folder import (
 )
 
 FORMAT_ENDINGS = "|".join(rf"\.{name}" for name in FORMATS)
+DIFFUSERS_ALGORITHMS = ("LoRA", "DoRA")
+"""Algorithms that diffusers loads."""
 KILOBYTE, MEGABYTE = 1e3, 1e6
 PURPOSES = {
     REPORT: "this page",
@@ -94,7 +96,7 @@ def usage(run: RunFiles) -> dict[str, str]:
     texts = {
         "ComfyUI": f"Copy {name} into ComfyUI/models/loras and load it with the node Load LoRA."
     }
-    if run.options.get("algorithm") in ("LoRA", "DoRA"):
+    if run.options.get("algorithm") in DIFFUSERS_ALGORITHMS:
         texts["diffusers"] = f'pipeline.load_lora_weights("{run.name}", weight_name="{name}")'
     words = run.facts.get("trigger_words")
     if words:

@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.text import public_text, public_value
+from data.thumbnails import spread_evenly
 from training.memory.config import GIB
 from training.report.curves import Chart, comparison_charts, run_charts
 from training.report.output_files import output_files, usage
@@ -199,7 +200,7 @@ def run_header(run: RunFiles) -> dict[str, Any]:
         if row.get("validation/loss") is not None:
             validation[row["step"]] = row["validation/loss"]
     best_step = min(validation, key=lambda step: validation[step], default=None)
-    model = run.options.get("model", {})
+    model = run.options["model"]
     return {
         **status_header(run),
         "name": run.name,
@@ -276,8 +277,8 @@ def shown_events(run: RunFiles) -> list[dict[str, Any]]:
     events = []
     last_events = run.events[-MAX_EVENTS:]
     for event in reversed(last_events):
-        text = str(event.get("text", ""))
-        events.append({**event, "text": public(text)})
+        text = public(event["text"])
+        events.append({**event, "text": text})
     return events
 
 
@@ -285,10 +286,8 @@ def chart_table(chart: Chart) -> list[list[str]]:
     """Return the numbers of a chart as rows of text, for readers who do not see it."""
     labels = [series.label for series in chart.series]
     rows = [[chart.x_label, *labels]]
-    last_index = len(chart.x) - 1
-    num_rows = min(len(chart.x), TABLE_ROWS)
-    for position in np.linspace(0, last_index, num_rows).round():
-        index = int(position)
+    all_indices = np.arange(len(chart.x))
+    for index in spread_evenly(all_indices, TABLE_ROWS):
         values = [number_text(series.values[index]) for series in chart.series]
         rows.append([f"{chart.x[index]:g}", *values])
     return rows

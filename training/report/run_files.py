@@ -73,7 +73,7 @@ class RunFiles:
 
 def adapter_name(options: dict[str, Any]) -> str:
     """Return export.name."""
-    export = options.get("export", {})
+    export = options["export"]
     name = export.get("name", DEFAULT_NAME)
     path = Path(str(name))  # of a config from elsewhere, which must not leave the folder
     if not path.name:

@@ -9,10 +9,11 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from data.thumbnails import spread_evenly
 from training.report.data_pictures import data_uri, picture_of_caption
 from training.report.run_files import RunFiles
 from training.run_folder import SAMPLES_FOLDER
-from training.sampling.files import grid_path, is_of_prompt, prompt_of_file
+from training.sampling.files import grid_path, is_of_prompt, last_frame, prompt_of_file
 
 MAX_SIDE = 320
 """Longer side of a picture in pixels."""
@@ -88,9 +89,7 @@ class SampleSeries:
 
 def small_picture(path: Path, max_side: int) -> str:
     """Return the small picture of a file as a data URI."""
-    with Image.open(path) as image:
-        image.seek(getattr(image, "n_frames", 1) - 1)
-        colors = image.convert("RGB")
+    colors = last_frame(path)
     colors.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return data_uri(colors)
 
@@ -173,11 +172,8 @@ def shown_steps(steps: list[int], num_prompts: int) -> list[int]:
     if not steps:
         return []
     max_steps = max(2, MAX_PICTURES // num_prompts)
-    if len(steps) <= max_steps:
-        return steps
-    last_index = len(steps) - 1
-    positions = np.linspace(0, last_index, max_steps).round()
-    return [steps[int(position)] for position in positions]
+    chosen = spread_evenly(np.array(steps), max_steps)
+    return chosen.tolist()
 
 
 def prompt_details(prompt: dict[str, Any]) -> str:

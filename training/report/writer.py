@@ -49,7 +49,9 @@ class ReportWriter:
         interval = max(MIN_INTERVAL, duration / MAX_SHARE)
         self.next_at = now + interval
 
-    def error_text(self) -> str:
-        """Return why the report could not be written. Is called once."""
+    def untold_error(self) -> str:
+        """Return why the report could not be written; empty if it could, or after the first call."""
+        if self.error is None or self.is_error_told:
+            return ""
         self.is_error_told = True
         return f"note: report.html could not be written: {type(self.error).__name__}: {self.error}"

@@ -57,11 +57,20 @@ def is_of_prompt(path: Path, text: str) -> bool:
 
 def read_still(path: Path) -> np.ndarray:
     """Return a sample, or the last frame of a video, as (H, W, 3) in [0, 1]."""
+    return to_array(last_frame(path))
+
+
+def last_frame(path: Path) -> Image.Image:
+    """Return an image, or the last frame of a video. The first frame may be the input."""
     with Image.open(path) as image:
         num_frames = getattr(image, "n_frames", 1)
         image.seek(num_frames - 1)
-        colors = image.convert("RGB")
-    levels = np.asarray(colors, np.float32)
+        return image.convert("RGB")
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Return an image as (H, W, 3) in [0, 1]."""
+    levels = np.asarray(image, np.float32)
     return levels / 255
 
 

@@ -6,11 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from common.atomic import write_file
 from training.reporting.image_grid import grid_png
-from training.sampling.files import IMAGE_SUFFIXES, is_of_prompt
+from training.sampling.files import IMAGE_SUFFIXES, is_of_prompt, last_frame, to_array
 from training.sampling.prompts import SamplePrompt
 
 MAX_SIDE = 256
@@ -108,10 +108,5 @@ def thumbnail(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Return an image, or the last frame of a video, as (H, W, 3) in [0, 1].
 
     `size`: width and height. Samples of other proportions are padded with white."""
-    with Image.open(path) as image:
-        num_frames = getattr(image, "n_frames", 1)
-        image.seek(num_frames - 1)
-        colors = image.convert("RGB")
-    padded = ImageOps.pad(colors, size, color="white")
-    levels = np.asarray(padded, np.float32)
-    return levels / 255
+    padded = ImageOps.pad(last_frame(path), size, color="white")
+    return to_array(padded)

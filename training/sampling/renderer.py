@@ -20,6 +20,7 @@ from training.distributed.sharding import is_sharded
 from training.memory.phase_memory import SAMPLES
 from training.sampling.draw import draw_sample, free_memory, pipeline_options
 from training.sampling.encoded_prompts import replayed
+from training.sampling.files import to_array
 from training.sampling.prepare import PreparedSamples, sample_frames
 from training.sampling.prompts import SamplePrompt
 from training.sampling.samples import Samples, WeightSet
@@ -258,8 +259,7 @@ def shrunk(frames: np.ndarray, max_side: int) -> np.ndarray:
     for frame in frames:
         image = Image.fromarray(to_levels(frame))
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        levels = np.asarray(image, np.float32)
-        images.append(levels / 255)
+        images.append(to_array(image))
     return np.stack(images)
 
 
