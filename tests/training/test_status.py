@@ -25,37 +25,40 @@ def kinds(folder: Path) -> list[str]:
     return [event["kind"] for event in events if event["kind"] != "message"]
 
 
+# Times are relative to the moment of the test: the parameters are made long before, at collection.
 @pytest.mark.parametrize(
     ("changes", "condition"),
     [
         ({}, "running"),
         # a process that resumes may compile for long
-        ({"progress_at": time.time() - STALLED_AFTER - 1, "has_stepped": False}, "running"),
+        ({"progress_at": -STALLED_AFTER - 1, "has_stepped": False}, "running"),
         ({"state": "finished"}, "finished"),
         ({"state": "failed", "pid": 1}, "failed"),
         ({"pid": 2**22 + 1}, "dead"),
         # another process has the number now
         (
             {
-                "pid_started_at": time.time() - 9 * HOUR,
-                "updated_at": time.time() - SILENT_AFTER - 1,
+                "pid_started_at": -9 * HOUR,
+                "updated_at": -SILENT_AFTER - 1,
             },
             "dead",
         ),
         # somebody has set the clock
-        ({"pid_started_at": time.time() - 9 * HOUR}, "running"),
+        ({"pid_started_at": -9 * HOUR}, "running"),
         ({"host": "elsewhere"}, "running"),
-        ({"host": "elsewhere", "updated_at": time.time() - SILENT_AFTER - 1}, "dead"),
-        ({"updated_at": time.time() - SILENT_AFTER - 1}, "stalled"),
-        ({"progress_at": time.time() - STALLED_AFTER - 1}, "stalled"),
+        ({"host": "elsewhere", "updated_at": -SILENT_AFTER - 1}, "dead"),
+        ({"updated_at": -SILENT_AFTER - 1}, "stalled"),
+        ({"progress_at": -STALLED_AFTER - 1}, "stalled"),
         # a step takes ten minutes
-        ({"progress_at": time.time() - HOUR, "steps_per_second": 1 / 600}, "running"),
+        ({"progress_at": -HOUR, "steps_per_second": 1 / 600}, "running"),
         # encoding has no steps
-        ({"progress_at": time.time() - HOUR, "phase": "encode images"}, "running"),
+        ({"progress_at": -HOUR, "phase": "encode images"}, "running"),
     ],
 )
 def test_the_condition_of_a_run(changes, condition):
-    assert condition_of(status_of_this_process(**changes)) == condition
+    now = time.time()
+    times = {name: now + value for name, value in changes.items() if name.endswith("_at")}
+    assert condition_of(status_of_this_process(**{**changes, **times}), now) == condition
 
 
 def test_the_time_that_is_left():
