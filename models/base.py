@@ -27,6 +27,7 @@ from common.errors import ModelError
 from models.block_format import PLAIN, BlockFormat
 from models.blocks import find_blocks
 from models.comfy import ComfyLayout
+from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
 from models.config import ModelConfig
 from models.layer_names.names import LayerNames
 from models.model_files import ModelFiles
@@ -125,6 +126,11 @@ class ModelFamily(ABC):
     """True if its pipeline takes a first frame besides the prompt."""
     comfy_widths: ClassVar[Mapping[int, str]] = {}
     """Widths of ComfyUI's conditioning -> the model that has it. Messages name the model."""
+
+    has_experts: bool = False
+    """True if one denoiser is for high and another one for low noise levels (--model.expert)."""
+    comfy_nodes: ComfyNodes | None = None
+    """The nodes with which ComfyUI draws; None: a run writes no workflow for ComfyUI."""
 
     files: ModelFiles
     """The files of the model."""
@@ -306,6 +312,11 @@ class ModelFamily(ABC):
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         """WHEN: for previews. OUT: arguments of the pipeline's call."""
         return {"guidance_scale": guidance_scale}
+
+    def comfy_guidance(self, scale: float) -> ComfyGuidance:
+        """WHEN: a workflow for ComfyUI is written. IN: guidance scale of a sample. OUT: the same
+        guidance in ComfyUI."""
+        return cfg_guidance(scale)
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
         """WHEN: adapters are attached. OUT: layers, and modules with layers, on whose output no

@@ -36,6 +36,7 @@ from training.sampling.renderer import SampleRenderer
 from training.sampling.samples import Samples, Weights, WeightSet
 from training.services import RunServices
 from training.train_state import TrainState
+from training.workflow.run_workflow import write_run_workflow
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class RunExport:
         if is_sharded(self.services.accelerator):
             components = on_one_process(components)
         paths = [*self._write_adapters(components), *self._write_losses()]
+        paths += write_run_workflow(components)
         if self.config.export.merged_model:
             paths.append(write_merged_model(components))
         previous_steps = components.previous_steps

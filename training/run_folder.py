@@ -30,6 +30,8 @@ SAMPLE_LOG = "sample_log"
 LOSS_FILE, LOSS_CHART, PREVIEW = "loss.json", "loss.png", "preview.png"
 STATUS_FILE, EVENTS_FILE = "status.json", "events.jsonl"
 REPORT, FACTS_FILE = "report.html", "report.json"
+WORKFLOW, WORKFLOW_API = "workflow.json", "workflow_api.json"
+"""Workflows for ComfyUI's editor, and for its server."""
 RUN_FILES = (
     CONFIG_FILE,
     METRICS_FILE,
@@ -40,6 +42,8 @@ RUN_FILES = (
     EVENTS_FILE,
     REPORT,
     FACTS_FILE,
+    WORKFLOW,
+    WORKFLOW_API,
 )
 """Files of one run, which another run in the same folder removes."""
 STEP_SUFFIX = "-step{:08d}"

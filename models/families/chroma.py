@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.base import base_metadata
 from models.block_format import PLAIN, BlockFormat
+from models.comfy_nodes import ComfyNodes
 from models.families.flux1 import BLOCK_KEYS, TOKENS, FluxFamily
 from models.families.flux_names import FLUX_TABLE
 from models.families.transformer_family import T5_PREFIX
@@ -41,6 +42,13 @@ class Chroma(FluxFamily):
     layer_names = TableNames(table=FLUX_TABLE, original_only=r"distilled_guidance_layer\..*")
     max_tokens = TOKENS
     comfy_widths: ClassVar = {4096: "Chroma"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("t5xxl_fp16.safetensors",),
+        text_encoder_type="chroma",
+        vae="ae.safetensors",
+        shift="ModelSamplingAuraFlow",
+        text_padding=1,
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

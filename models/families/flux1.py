@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from models.base import base_metadata
 from models.comfy import ComfyLayout, PooledLayout
+from models.comfy_nodes import ComfyGuidance, ComfyNodes
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import PATCH, image_ids, pack, unpack
 from models.families.transformer_family import (
@@ -117,6 +118,12 @@ class Flux1(FluxFamily):
     }
     has_guidance_input = True
     comfy_widths: ClassVar = {4096: "FLUX.1"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+        text_encoder_type="flux",
+        vae="ae.safetensors",
+        shift="ModelSamplingFlux",
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -179,6 +186,10 @@ class Flux1(FluxFamily):
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         options = super().preview_options(guidance_scale)
         return {**options, "max_sequence_length": self.max_tokens}
+
+    def comfy_guidance(self, scale: float) -> ComfyGuidance:
+        has_input = self.denoiser_config["guidance_embeds"]
+        return ComfyGuidance(1.0, scale if has_input else None)
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         config: Any = denoiser.config

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.base import TensorLayout, TokenCounts, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
+from models.comfy_nodes import ComfyGuidance, ComfyNodes
 from models.diffusers_family import ComponentLoaders
 from models.encoder_placement import keep_first_layers
 from models.families.flux_names import FLUX_TABLE
@@ -180,10 +181,20 @@ class Flux2(Flux2Family):
     has_guidance_input = True
     text_layers = (10, 20, 30)
     comfy_widths: ClassVar = {15360: "FLUX.2 dev"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("mistral_3_small_flux2_bf16.safetensors",),
+        text_encoder_type="flux2",
+        vae="flux2-vae.safetensors",
+        latents="EmptyFlux2LatentImage",
+        has_size_scheduler=True,
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return {MODULATION_KEY, GUIDANCE_KEY} <= shapes.keys()
+
+    def comfy_guidance(self, scale: float) -> ComfyGuidance:
+        return ComfyGuidance(1.0, scale)
 
     def replacement_loaders(self) -> ComponentLoaders:
         from transformers.utils import is_torchvision_available

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
 from models.families.flux2 import GUIDANCE_KEY, MODULATION_KEY, Flux2Family
 
 WIDTH_4B = 7680
@@ -24,6 +25,22 @@ class Flux2Klein(Flux2Family):
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline")
     text_layers = (9, 18, 27)
     comfy_widths: ClassVar = {WIDTH_4B: "FLUX.2 klein 4B", 12288: "FLUX.2 klein 9B"}
+
+    @property
+    def comfy_nodes(self) -> ComfyNodes:  # type: ignore[override]
+        is_4b = self.cond_width <= WIDTH_4B
+        text_encoder = "qwen_3_4b.safetensors" if is_4b else "qwen_3_8b_fp8mixed.safetensors"
+        return ComfyNodes(
+            text_encoders=(text_encoder,),
+            text_encoder_type="flux2",
+            vae="flux2-vae.safetensors",
+            latents="EmptyFlux2LatentImage",
+            has_size_scheduler=True,
+        )
+
+    def comfy_guidance(self, scale: float) -> ComfyGuidance:
+        is_distilled = self.files.pipeline_config.get("is_distilled", False)
+        return ComfyGuidance(1.0) if is_distilled else cfg_guidance(scale)
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

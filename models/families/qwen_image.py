@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
+from models.comfy_nodes import ComfyNodes
 from models.families.packing import PATCH, pack, unpack
 from models.families.transformer_family import ATTENTION, TransformerFamily
 from models.latents import with_frame_axis
@@ -39,6 +40,12 @@ class QwenImage(TransformerFamily):
         "all": r".*",
     }
     comfy_widths: ClassVar = {3584: "Qwen-Image"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("qwen_2.5_vl_7b.safetensors",),
+        text_encoder_type="qwen_image",
+        vae="qwen_image_vae.safetensors",
+        shift="ModelSamplingAuraFlow",
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

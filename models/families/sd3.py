@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.base import TensorLayout, base_metadata
 from models.comfy import ComfyLayout, PooledLayout
+from models.comfy_nodes import ComfyNodes
 from models.families.transformer_family import (
     ATTENTION,
     CLIP_G_PREFIX,
@@ -95,6 +96,11 @@ class StableDiffusion3(TransformerFamily):
         "all": r".*",
     }
     comfy_widths: ClassVar = {4096: "SD3"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),
+        shift="ModelSamplingSD3",
+        schedule="normal",
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning, PooledLayout
+from models.comfy_nodes import ComfyNodes
 from models.families.trained_text_encoder import with_trained_text_encoders
 from models.families.transformer_family import pooled_rows
 from models.families.unet_family import UNetFamily
@@ -68,6 +69,7 @@ class StableDiffusionXL(UNetFamily):
     latent_scale = 0.13025
     penultimate_encoders = ("text_encoder",)
     comfy_widths: ClassVar = {2048: "SDXL"}
+    comfy_nodes = ComfyNodes(latents="EmptyLatentImage", zeroes_missing_negative=True)
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from models.base import base_metadata
 from models.checkpoint_files import Shapes
+from models.comfy_nodes import ComfyNodes
 from models.diffusers_family import ComponentLoaders, DiffusersFamily
 from models.layer_names.unet import UNetNames
 from objectives.schedulers import V_PREDICTION, ZERO_SNR, scheduler_from_config
@@ -38,6 +39,7 @@ class UNetFamily(DiffusersFamily):
     denoiser_component = "unet"
     denoiser_class = "UNet2DConditionModel"
     layer_names = UNetNames()
+    comfy_nodes = ComfyNodes(latents="EmptyLatentImage")
     penultimate_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders whose last layer is not used, but the output of the layer before it."""
     targets: ClassVar = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from models.base import TensorLayout, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
+from models.comfy_nodes import ComfyNodes
 from models.families.transformer_family import TransformerFamily
 from models.families.wan_names import WAN_NAMES
 from models.latents import with_frame_axis
@@ -105,6 +106,17 @@ class Wan(TransformerFamily):
                 f"takes {inputs} channels and returns {outputs}. Use a model of a supported kind"
             )
 
+    @property
+    def comfy_nodes(self) -> ComfyNodes:  # type: ignore[override]
+        is_5b = self.latent_channels != 16
+        return ComfyNodes(
+            text_encoders=("umt5_xxl_fp16.safetensors",),
+            text_encoder_type="wan",
+            vae="wan2.2_vae.safetensors" if is_5b else "wan_2.1_vae.safetensors",
+            latents="Wan22ImageToVideoLatent" if is_5b else "EmptyHunyuanLatentVideo",
+            shift="ModelSamplingSD3",
+        )
+
     @cached_property
     def boundary(self) -> float | None:
         """Noise level (sigma) from which on the expert for high noise is used.
@@ -116,7 +128,7 @@ class Wan(TransformerFamily):
         return index.get("boundary_ratio")
 
     @property
-    def has_experts(self) -> bool:
+    def has_experts(self) -> bool:  # type: ignore[override]
         return self.boundary is not None
 
     def check_expert(self) -> None:

@@ -5,6 +5,7 @@ first frame has no noise instead, is trained as text to video (wan.py).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from models.base import Role, TensorLayout
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
+from models.comfy_nodes import ComfyNodes
 from models.families.wan import (
     IMAGE_CHANNELS,
     IMAGE_EMBEDDER_KEY,
@@ -83,6 +85,10 @@ class WanImageToVideo(Wan):
                 f"its denoiser takes {channels} channels, not {expected_channels}. Use a model of "
                 "a supported kind"
             )
+
+    @property
+    def comfy_nodes(self) -> ComfyNodes:  # type: ignore[override]
+        return replace(super().comfy_nodes, latents="WanImageToVideo")
 
     @property
     def has_clip_input(self) -> bool:

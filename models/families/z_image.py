@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
+from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
 from models.families.transformer_family import TransformerFamily
 from models.layer_names.tables import Names, Rule, TableNames, fused_qkv
 
@@ -53,6 +54,12 @@ class ZImage(TransformerFamily):
         "all": r".*",
     }
     comfy_widths: ClassVar = {2560: "Z-Image"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("qwen_3_4b.safetensors",),
+        text_encoder_type="lumina2",
+        vae="ae.safetensors",
+        shift="ModelSamplingAuraFlow",
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -98,6 +105,9 @@ class ZImage(TransformerFamily):
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         # the authors' scale: 0 is without guidance, and 1 is 2 in other models
         return {"guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
+
+    def comfy_guidance(self, scale: float) -> ComfyGuidance:
+        return cfg_guidance(1 + scale)
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")

@@ -15,7 +15,7 @@ from training.report.output_files import DIFFUSERS_ALGORITHMS, adapter_files
 from training.report.page import text_environment
 from training.report.run_files import RunFiles
 from training.report.sample_pictures import prompt_text
-from training.run_folder import PREVIEW
+from training.run_folder import PREVIEW, WORKFLOW
 
 CARD = "README.md"
 CARD_TEMPLATE = "card.md"
@@ -55,7 +55,7 @@ def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> b
             f"OUTPUT_DIR {run.folder}: has no adapter yet. Wait for the end of the run"
         )
     samples = last_samples(run)
-    preview = run.folder / PREVIEW
+    preview, workflow = run.folder / PREVIEW, run.folder / WORKFLOW
     card = model_card(run, adapters[0].name, samples, publication)
     earlier_card = folder / CARD
     is_kept = earlier_card.is_file()
@@ -66,6 +66,8 @@ def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> b
             copy_to(path, partial_path)
         if not samples and preview.is_file():
             copy_to(preview, partial_path)
+        if workflow.is_file():
+            copy_to(workflow, partial_path)
         card_path = partial_path / CARD
         card_path.write_text(card, encoding="utf-8")
     return is_kept
@@ -135,6 +137,7 @@ def model_card(run: RunFiles, file: str, samples: dict[int, Path], publication: 
         loads_in_diffusers=run.options.get("algorithm") in DIFFUSERS_ALGORITHMS,
         has_samples=bool(samples),
         has_preview=not samples and (run.folder / PREVIEW).is_file(),
+        has_workflow=(run.folder / WORKFLOW).is_file(),
         is_peft=file.endswith(".peft"),
         media=media,
     )

@@ -19,6 +19,8 @@ from training.run_folder import (
     SAMPLES_FOLDER,
     STATUS_FILE,
     TRACKER_FILE,
+    WORKFLOW,
+    WORKFLOW_API,
 )
 
 FORMAT_ENDINGS = "|".join(rf"\.{name}" for name in FORMATS)
@@ -35,6 +37,8 @@ PURPOSES = {
     EVENTS_FILE: "starts, ends and messages",
     STATUS_FILE: "what the run is doing",
     TRACKER_FILE: "id of the run in the tracker",
+    WORKFLOW: "draws the first sample in ComfyUI: open it there",
+    WORKFLOW_API: "the same for ComfyUI's server",
     "checkpoints": "from which the run is resumed",
     SAMPLES_FOLDER: "samples of all steps",
     "model_with_lora": "base model with the adapter merged",
@@ -96,6 +100,8 @@ def usage(run: RunFiles) -> dict[str, str]:
     texts = {
         "ComfyUI": f"Copy {name} into ComfyUI/models/loras and load it with the node Load LoRA."
     }
+    if (run.folder / WORKFLOW).is_file():
+        texts["ComfyUI"] += f" Or open {WORKFLOW}, which draws the first sample."
     if run.options.get("algorithm") in DIFFUSERS_ALGORITHMS:
         texts["diffusers"] = f'pipeline.load_lora_weights("{run.name}", weight_name="{name}")'
     words = run.facts.get("trigger_words")

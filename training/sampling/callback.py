@@ -28,6 +28,7 @@ from training.sampling.renderer import SampleRenderer, SamplingError
 from training.sampling.samples import Samples, WeightSet
 from training.services import RunServices
 from training.train_state import TrainState
+from training.workflow.run_workflow import step_workflows
 
 
 class DrawSamples:
@@ -102,7 +103,8 @@ class DrawSamples:
         services, step = self.services, self.state.step
         name, fps = self.config.export.name, self.components.family.limits.fps
         try:
-            path = write_samples(samples, services.folder, name, step, fps)
+            workflows = self._workflows(len(samples.prompts))
+            path = write_samples(samples, services.folder, name, step, fps, workflows)
             path = write_overview(path.parent, name, samples.prompts) or path
         except Exception as error:  # a full disk must not end the training
             reason = f"{type(error).__name__}: {error}"
@@ -113,6 +115,15 @@ class DrawSamples:
         count = counted(len(samples.prompts), "sample")
         duration = f"{seconds:.1f} s"
         services.reporter.say(f"step {step}: {count} in {duration}, {path}")
+
+    def _workflows(self, num_samples: int) -> list[str]:
+        """Return the workflows of this step's samples, for their metadata; empty texts after an error."""
+        try:
+            return step_workflows(self.components, self.state.step)
+        except Exception as error:  # metadata are worth less than the samples
+            reason = f"{type(error).__name__}: {error}"
+            self.services.reporter.say(f"note: samples have no workflow for ComfyUI: {reason}")
+            return [""] * num_samples
 
     def _measure(self, samples: Samples) -> None:
         """Add rough numbers about the samples to the metrics of the step."""

@@ -96,15 +96,23 @@ def on_device(pipeline: Any, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def replayed(pipeline: Any, encoded: EncodedPrompt, device: torch.device) -> Iterator[None]:
-    """Let encode_prompt of a pipeline return recorded results in a block."""
+    """Let encode_prompt of a pipeline return recorded results in a block, in fp32.
+
+    Pipelines make the noise in the dtype of the embeddings: in bf16 it would be another, coarser noise
+    than ComfyUI's, and the latents would be rounded after each step."""
     remaining = list(encoded)
 
     def replay(*_: Any, **__: Any) -> Any:
         result = remaining.pop(0)
-        return tree_map_only(Tensor, lambda tensor: tensor.to(device), result)
+        return tree_map_only(Tensor, lambda tensor: widened(tensor).to(device), result)
 
     with replaced_encoding(pipeline, replay):
         yield
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return embeddings in fp32; masks and tokens as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 @contextmanager

@@ -74,33 +74,39 @@ def to_array(image: Image.Image) -> np.ndarray:
     return levels / 255
 
 
-def write_samples(samples: Samples, folder: Path, name: str, step: int, fps: float) -> Path:
+def write_samples(
+    samples: Samples, folder: Path, name: str, step: int, fps: float, workflows: Sequence[str]
+) -> Path:
     """Write the samples of one step, and then their sheet; return the path of the sheet.
 
-    `folder`: output_dir. `name`: of the adapter. `fps`: frames per second of videos."""
+    `folder`: output_dir. `name`: of the adapter. `fps`: frames per second of videos. `workflows`:
+    for ComfyUI's editor, one of each sample, which may be empty."""
     (images,) = samples.images.values()
     path = sheet_path(folder, name, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     title = name + STEP_SUFFIX.format(step)
-    for number, (prompt, frames) in enumerate(zip(samples.prompts, images, strict=True)):
+    rows = zip(samples.prompts, images, workflows, strict=True)
+    for number, (prompt, frames, workflow) in enumerate(rows):
         base_path = path.with_name(sample_name(name, step, number))
-        write_sample(base_path, frames, prompt, title, fps)
+        texts = {"parameters": parameters_text(prompt, title), "workflow": workflow}
+        write_sample(base_path, frames, texts, fps)
     stills = padded_stills(images)
-    texts = [prompt.text for prompt in samples.prompts]
-    write_file(path, grid_png({f"step {step}": stills}, texts))
+    captions = [prompt.text for prompt in samples.prompts]
+    write_file(path, grid_png({f"step {step}": stills}, captions))
     return path
 
 
-def write_sample(
-    path: Path, frames: np.ndarray, prompt: SamplePrompt, title: str, fps: float
-) -> None:
+def write_sample(path: Path, frames: np.ndarray, texts: dict[str, str], fps: float) -> None:
     """Write an image as a PNG, and a video as an animated WebP and, with the package av, an MP4.
 
-    `path`: without its ending. `frames`: (F, H, W, 3) in [0, 1]."""
+    `path`: without its ending. `frames`: (F, H, W, 3) in [0, 1]. `texts`: metadata of a PNG; empty
+    ones are left out."""
     images = [Image.fromarray(to_levels(frame)) for frame in frames]
     if len(images) == 1:
         info = PngInfo()
-        info.add_text("parameters", parameters_text(prompt, title))
+        for key, text in texts.items():
+            if text:
+                info.add_text(key, text)
         buffer = io.BytesIO()
         images[0].save(buffer, "PNG", pnginfo=info)
         write_file(with_ending(path, ".png"), buffer.getvalue())

@@ -1,0 +1,47 @@
+"""Knowledge about a family of models as ComfyUI has it: the nodes with which it draws."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ComfyNodes:
+    """The nodes and files with which ComfyUI draws with a family of models."""
+
+    text_encoders: tuple[str, ...] = ()
+    """Usual names of the text encoders' files. Empty: the text encoders are in the checkpoint."""
+    text_encoder_type: str = ""
+    """The model that the node for text encoders asks for."""
+    vae: str = ""
+    """Usual name of the VAE's file. Empty: the VAE is in the checkpoint."""
+    latents: str = "EmptySD3LatentImage"
+    """The node that makes empty latents."""
+    shift: str = ""
+    """The node that sets the shift of the noise levels, for flow matching."""
+    schedule: str = "simple"
+    """ComfyUI's schedule with the noise levels of diffusers' pipeline, for flow matching."""
+    has_size_scheduler: bool = False
+    """True if noise levels come from the node Flux2Scheduler, which is given the image size."""
+    zeroes_missing_negative: bool = False
+    """True if the pipeline uses zeros, not the embeddings of an empty text, without a negative prompt."""
+    text_padding: int | None = None
+    """Padding tokens after a text, where ComfyUI's default is another number."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """True if the base model is a file with its VAE."""
+        return not self.vae
+
+
+@dataclass(frozen=True)
+class ComfyGuidance:
+    """Guidance as ComfyUI has it."""
+
+    cfg: float
+    """Classifier-free guidance scale. 1: without, and without a negative prompt."""
+    distilled: float | None = None
+    """Guidance input of a guidance-distilled model."""
+
+
+def cfg_guidance(scale: float) -> ComfyGuidance:
+    """Return classifier-free guidance, which pipelines of diffusers use above 1."""
+    return ComfyGuidance(max(scale, 1.0))

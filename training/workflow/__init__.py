@@ -1,0 +1,1 @@
+"""A workflow for ComfyUI that draws a sample of a run."""
