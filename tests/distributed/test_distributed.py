@@ -69,7 +69,9 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
 
 
 @pytest.mark.parametrize(
-    ("processes", "algorithms"), [(1, ALGORITHMS), (2, ("LoRA", "OFT"))], ids=["1", "2"]
+    ("processes", "algorithms"),
+    [(1, ALGORITHMS), pytest.param(2, ("LoRA", "OFT"), marks=pytest.mark.long)],
+    ids=["1", "2"],
 )
 def test_a_run_that_was_killed_is_the_run_that_was_not(
     processes, algorithms, wide_images, tmp_path

@@ -141,6 +141,7 @@ def test_a_signal_on_one_rank_is_known_to_all(number, small, tmp_path):
     assert status.message.startswith(f"{number.name}: saved step 5 of 12")
 
 
+@pytest.mark.long
 def test_a_dead_rank_restarts_the_group_which_goes_on_by_itself(small, tmp_path):
     straight = launched(
         "ddp", 2, runs_file(tmp_path, [*small, f"--output_dir={tmp_path / 'straight'}"])

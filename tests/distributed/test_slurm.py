@@ -198,6 +198,7 @@ def handles_usr1(pid: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
+@pytest.mark.long
 def test_a_warning_of_the_time_limit_saves_and_requeues(cluster, settings, tmp_path):
     """SLURM's shortest limit is a minute; the warning comes 20 to 50 seconds after the start, wherever the run is."""
     options = ["--time=1", "--signal=USR1@10", *ONE_NODE, *settings, f"--output_dir={tmp_path}"]
@@ -207,6 +208,7 @@ def test_a_warning_of_the_time_limit_saves_and_requeues(cluster, settings, tmp_p
     cluster.run("scancel", job.id)
 
 
+@pytest.mark.long
 def test_tasks_of_an_array_train_a_recipe_each_and_fail_alone(cluster, settings, tmp_path):
     recipes = [tmp_path / f"{name}.yaml" for name in ("cats", "dogs")]
     for rank, recipe in enumerate(recipes, 4):

@@ -58,8 +58,12 @@ def zero(tmp_path_factory):
     return run
 
 
-def test_zero_is_the_same_run_and_its_checkpoints_are_everyones(zero, tmp_path):
+@pytest.mark.parametrize(
+    "names", [["OFT"], pytest.param([*OTHERS], marks=pytest.mark.long)], ids=len
+)
+def test_zero_is_the_same_run_and_its_checkpoints_are_everyones(zero, names, tmp_path):
     """Straight, stopped and gone on with, and gone on with by DDP."""
+    others = {name: OTHERS[name] for name in names}
     options = [*common(tmp_path / "cache"), "--grad_accumulation_steps=2", "--steps=5"]
     whole, halves, other, ddp = (tmp_path / name for name in ("whole", "halves", "other", "ddp"))
     zero(
@@ -67,16 +71,16 @@ def test_zero_is_the_same_run_and_its_checkpoints_are_everyones(zero, tmp_path):
         [*options, f"--output_dir={halves}", "--steps=2"],
         [*options, f"--output_dir={halves}"],
         [*options, f"--output_dir={other}", "--steps=2"],
-        *([*options, *more, f"--output_dir={tmp_path / name}"] for name, more in OTHERS.items()),
+        *([*options, *more, f"--output_dir={tmp_path / name}"] for name, more in others.items()),
     )
     assert_same_adapter(whole, halves)
     runs = [[*options, f"--output_dir={ddp}"], [*options, f"--output_dir={other}"]]
-    runs += [[*options, *more, f"--output_dir={ddp / name}"] for name, more in OTHERS.items()]
+    runs += [[*options, *more, f"--output_dir={ddp / name}"] for name, more in others.items()]
     result = launched("ddp", 2, runs_file(tmp_path, *runs))
     assert result.returncode == 0, result.stderr
     assert "resumed at step 2" in result.stdout
     for folder in (ddp, other):
         assert_same_run(whole, folder)
-    for name in OTHERS:
+    for name in others:
         # of a gradient that is nothing but rounding Lion takes the sign
         assert_same_run(tmp_path / name, ddp / name, 1e-3 if name == "Lion" else 1e-5)

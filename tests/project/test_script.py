@@ -159,6 +159,7 @@ def test_existing_lora_is_continued_bit_for_bit(options, run_here, tmp_path, dty
     assert json.loads((tmp_path / "on" / "loss.json").read_text())["total_steps"] == 7
 
 
+@pytest.mark.long
 def test_two_processes_train_what_one_does(options, tmp_path):
     single = [*options, "--grad_accumulation_steps=4", f"--output_dir={tmp_path / 'one'}"]
     double = [*options, "--grad_accumulation_steps=2", f"--output_dir={tmp_path / 'two'}"]

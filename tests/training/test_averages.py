@@ -201,7 +201,7 @@ def test_a_run_that_brings_nothing_ends_and_stays_at_its_end(options, run_here, 
     assert_same_adapter(out, tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_ranks_end_together_with_the_same_weights(options, tmp_path):
     best = [
         *options,

@@ -63,7 +63,7 @@ def test_what_stays_on_the_device_is_no_read():
     assert counter.reads == []
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop"])
 def test_a_step_reads_the_device_only_where_it_reports(options, run_here, optimizer, accumulation):
     """No read of an optimizer is left out: the fused ones have none, and RMSprop adds to its counters unread."""

@@ -71,7 +71,14 @@ def count_copies(model: nn.Module) -> LiveBytes:
     return live_bytes
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=" ".join)
+@pytest.mark.parametrize(
+    "combination",
+    [
+        *COMBINATIONS[:3],
+        *(pytest.param(combination, marks=pytest.mark.long) for combination in COMBINATIONS[3:]),
+    ],
+    ids=" ".join,
+)
 def test_a_run_is_the_same_bit_for_bit(options, run_here, tmp_path, combination):
     number, *more = combination
     plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"

@@ -57,7 +57,9 @@ def gradients(case: Case, adapted: AdaptedModel, rows: list, size: tuple[int, in
     return [parameter.grad for parameter in adapted.named_parameters().values()]
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize(
+    "is_checkpointed", [pytest.param(False, marks=pytest.mark.long), True], ids=["", "checkpointed"]
+)
 @pytest.mark.parametrize(
     "case",
     [

@@ -370,7 +370,7 @@ def test_zero_takes_what_works_on_shares_of_weights(options, run_here, monkeypat
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(options, tmp_path):
     """And one of them goes on with what two began."""
     names = [

@@ -66,7 +66,13 @@ MOMENTS = {  # where, in which call, the step that is saved
 }
 
 
-CASES = [(moment, signal.SIGTERM) for moment in MOMENTS]
+QUICK_MOMENTS = ("encoding images", "a training step", "a checkpoint", "a preview")
+CASES = [(moment, signal.SIGTERM) for moment in QUICK_MOMENTS]
+CASES += [
+    pytest.param(moment, signal.SIGTERM, marks=pytest.mark.long)
+    for moment in MOMENTS
+    if moment not in QUICK_MOMENTS
+]
 CASES += [
     pytest.param(moment, signal.SIGINT, marks=pytest.mark.long)
     for moment in ("encoding images", "a training step", "the export")
