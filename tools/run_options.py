@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar
 import tyro
 
 from common.errors import ConfigError, error_list
-from training.cli import input_errors, parse_options, validate_options
+from training.cli import parse_options, validate_options
 from training.config import TrainConfig
+from training.config_errors import input_errors
 
 
 @dataclass(frozen=True, kw_only=True)

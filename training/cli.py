@@ -2,7 +2,6 @@
 no torch."""
 
 import difflib
-import importlib.util
 import sys
 import types
 import typing
@@ -16,12 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from common.errors import ConfigError, error_list
-from data.config import DataConfig
-from models.config import is_hub_id, path_error, text_encoder_errors
-from objectives.config import objective_errors
 from training.config import SCHEMA, TrainConfig
+from training.config_errors import config_errors
 from training.kohya_names import KOHYA_NAMES
-from training.sampling.prompts import prompt_errors
 
 Parsed = TypeVar("Parsed")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -41,7 +37,6 @@ COMMAND_NAMES = (
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
 MAX_ERRORS = 100
-OTHER_PACKAGES = {"tensorboard": ("tensorboardX",)}  # that trackers work with too
 TYPE_MESSAGES = {
     "tuple_type": "expected a list. Write [first, second]",
     "dataclass_type": "expected a section. Write its options on indented lines below it",
@@ -58,7 +53,7 @@ def load_config(argv: list[str] | None = None) -> TrainConfig:
     arguments = sys.argv[1:] if argv is None else argv
     config = parse_options(list(arguments), lambda config: config, PROGRAM)
     config = validate_options(asdict(config), source="the command line", prefix="--")
-    errors = path_errors(config) + objective_errors(config.objective, config.loss_function)
+    errors = config_errors(config)
     if errors:
         raise ConfigError(error_list("cannot start", errors, MAX_ERRORS))
     return config
@@ -184,110 +179,6 @@ def similar_option(name: str) -> str | None:
         if option.split(".")[-1] == last_word:
             return option
     return None
-
-
-def path_errors(config: TrainConfig) -> list[str]:
-    """Return the errors in the paths of a config. No file is opened."""
-    errors = input_errors(config)
-    errors += folder_errors("output_dir", config.output_dir)
-    errors += output_dir_errors(config.data, config.output_dir)
-    errors += missing_path_errors("existing_lora", config.existing_lora)
-    errors += prompt_errors(config.sample)
-    errors += missing_path_errors("sample.score_model", config.sample.score_model)
-    tracker = config.tracking.report_to
-    packages = [tracker, *OTHER_PACKAGES.get(tracker, ())]
-    if tracker != "none" and not any(map(importlib.util.find_spec, packages)):
-        errors.append(
-            f"--tracking.report_to {tracker}: the package {tracker} is not installed. Use pip "
-            f"install {tracker}"
-        )
-    if config.sample.grid and not config.export.every:
-        errors.append(
-            f"--sample.grid {config.sample.grid}: needs exported steps. Also set --export.every"
-        )
-    has_text_rate = config.optim.text_encoder_learning_rate is not None
-    if has_text_rate and not config.model.train_text_encoder:
-        errors.append(
-            "--optim.text_encoder_learning_rate: has no effect without --model.train_text_encoder"
-        )
-    return errors
-
-
-def output_dir_errors(data: DataConfig, path: str) -> list[str]:
-    """Return an error if a run would write its files into a folder of images."""
-    output_dir = Path(path).resolve()
-    errors = []
-    for flag, source in source_paths(data).items():
-        if source is not None and output_dir.is_relative_to(Path(source).resolve()):
-            errors.append(
-                f"--output_dir {path}: is in the folder of --{flag}, so its pictures would become "
-                "training images. Choose a folder outside of it"
-            )
-    return errors
-
-
-def input_errors(config: TrainConfig) -> list[str]:
-    """Return the errors in the paths of the model and of the data."""
-    model, data = config.model, config.data
-    errors = []
-    error = path_error(model)
-    if error:
-        errors.append(f"--model.path{error}")
-    errors += missing_path_errors("model.vae", model.vae)
-    if model.config is not None and not is_hub_id(model.config):
-        errors += missing_path_errors("model.config", model.config)
-    for error in text_encoder_errors(model):
-        errors.append(f"--model.text_encoders {error}")
-    errors += source_errors(data)
-    if data.validation_path is not None and data.validation_fraction:
-        errors.append(
-            "--data.validation_fraction: cannot be used together with --data.validation_path. "
-            "Choose one"
-        )
-    errors += folder_errors("data.cache_dir", data.cache_dir)
-    return errors
-
-
-def missing_path_errors(flag: str, path: str | None) -> list[str]:
-    """Return an error if a path is set and does not exist."""
-    if path is None or Path(path).exists():
-        return []
-    return [f"--{flag} {path}: does not exist. Check the path"]
-
-
-def folder_errors(flag: str, path: str) -> list[str]:
-    """Return an error if a path exists and is not a folder."""
-    folder = Path(path)
-    if folder.is_dir():
-        return []
-    if not folder.exists():
-        return []
-    return [f"--{flag} {path}: exists and is not a folder"]
-
-
-def source_errors(data: DataConfig) -> list[str]:
-    """Return the errors in the paths of the data."""
-    errors = []
-    for flag, path in source_paths(data).items():
-        if path is not None and not Path(path).is_dir() and not is_hub_id(path):
-            errors.append(f"--{flag} {path}: is not a folder. Check the path")
-    if data.path is None and not data.sources:
-        errors.append(
-            "--data.path: no training images given. Name a folder of images with caption files"
-        )
-    return errors
-
-
-def source_paths(data: DataConfig) -> dict[str, str | None]:
-    """Return the path of each source of samples, by its option."""
-    paths = {
-        "data.path": data.path,
-        "data.validation_path": data.validation_path,
-    }
-    for index, source in enumerate(data.sources):
-        flag = f"data.sources.{index}.path"
-        paths[flag] = source.path
-    return paths
 
 
 def option_types(section: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

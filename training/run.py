@@ -174,14 +174,18 @@ def train(
     from training.distributed.device import device_notes
     from training.export import RunExport, check_export
     from training.memory.run_plan import fit_run
+    from training.publishing import publication_notes
     from training.reporting.status import EXPORTING
     from training.reporting.trackers import start_tracker
     from training.sampling.renderer import build_renderer
     from training.services import RunServices
     from training.trainer import Trainer
 
-    for note in device_notes(accelerator.device, config.training_dtype):
-        record.say(f"note: {note}")
+    notes = [f"note: {note}" for note in device_notes(accelerator.device, config.training_dtype)]
+    if accelerator.is_main_process:
+        notes += publication_notes(config.hub)
+    for note in notes:
+        record.say(note)
     config, planned_bytes = fit_run(config, accelerator, record.say)
     components, loss_function = build_components(config, accelerator, record)
     check_export(components)
@@ -250,6 +254,7 @@ def write_results(
     `initial_weights`: the weights before training, for the preview. None: no preview is drawn."""
     from training.callbacks import stop_run
     from training.distributed.device import host_threads
+    from training.publishing import publish_run
     from training.reporting.status import EXPORTING
     from training.reporting.trackers import finish_trackers
 
@@ -270,6 +275,9 @@ def write_results(
             services.barrier.wait()
             if was_stopped and services.requests.must_stop():
                 stop_run(services.requests.agreed, trainer)
+    if services.process.is_main:
+        publish_run(trainer.config, services.accelerator)
+    services.barrier.wait()
     finish_trackers(services.accelerator)
     services.barrier.wait()  # the processes leave the group together
 

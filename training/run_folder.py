@@ -46,6 +46,8 @@ RUN_FILES = (
     WORKFLOW_API,
 )
 """Files of one run, which another run in the same folder removes."""
+HUB_FOLDER = "hub"
+"""Folder for the Hugging Face Hub."""
 STEP_SUFFIX = "-step{:08d}"
 """Follows the name of the adapter in files of a single step."""
 SAVE_FILE = "save"

@@ -211,6 +211,7 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc: no key
     more = ["--tracking.report_to=wandb", "--preview", "--sample.num_inference_steps=2",
+            "--tracking.artifacts", "--sample.every=6",
             f"--data.validation_path={TWEMOJI / 'validation'}"]  # fmt: skip
     assert run_here([*options, *more]) == 0
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
@@ -223,6 +224,8 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     assert {"train/loss", "train/lr", "train/grad_norm", "train/samples_per_second", "memory/host", "validation/loss",
             "validation/quantile_0.5", "preview/after.filenames"} <= seen  # fmt: skip
     assert {"learning_rate", "model.path"} <= config
+    artifacts = {record.artifact.name for record in read}
+    assert {"out-adapter", "out-samples"} <= artifacts
 
 
 def test_tensorboard_gets_the_losses(options, run_here, tmp_path):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.fake_hub import TOKEN as HUB_TOKEN
+from helpers.fake_hub import FakeHub, fake_hub
 from helpers.project import PROJECT
 from helpers.run_folders import write_facts, write_run, write_samples
 from huggingface_hub import ModelCard
@@ -138,3 +140,76 @@ def test_what_cannot_be_uploaded_is_written(variables, reason, finished, tmp_pat
     assert TOKEN not in json.dumps(
         [path.read_text(errors="replace") for path in (finished / "hub").glob("*.md")]
     )
+
+
+def online(hub: FakeHub, home: Path, token: str = HUB_TOKEN) -> dict[str, str]:
+    """An environment in which a server on this computer is the Hub."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**environment, "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_TOKEN": token}
+
+
+def launched(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train_lora.py", *words]
+    return subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_folder_is_uploaded(finished, tmp_path):
+    with fake_hub() as hub:
+        result = launched(
+            ["push", str(finished), "--repo", "me/dog"], online(hub, tmp_path / "home")
+        )
+    assert result.returncode == 0, result.stderr
+    assert "uploaded to https://huggingface.co/me/dog" in result.stdout
+    assert hub.created["visibility"] == "private"
+    assert hub.files["lora.safetensors"] == b"weights"
+    assert hub.files.keys() == {
+        str(path.relative_to(finished / "hub"))
+        for path in (finished / "hub").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_uploads_its_adapter(options, tmp_path):
+    """It is published after the last step; a public repository only if that is asked for."""
+    wanted = ["--hub.push=me/dog", "--hub.public", "--hub.license=mit", "--steps=1"]
+    with fake_hub() as hub:
+        result = launched([*options, *wanted], online(hub, tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    assert "uploaded to https://huggingface.co/me/dog" in result.stdout
+    assert hub.created["visibility"] == "public"
+    adapter = (tmp_path / "out" / "lora.safetensors").read_bytes()
+    assert hub.files["lora.safetensors"] == adapter
+    assert b"license: mit" in hub.files["README.md"]
+    assert json.loads(hub.files["workflow.json"])["nodes"]
+    assert hub.requests[0] == ("GET", "/api/whoami-v2"), "asked before training"
+
+
+def test_a_wrong_token_is_said_before_training(options, tmp_path):
+    with fake_hub() as hub:
+        result = launched(
+            [*options, "--hub.push=me/dog"], online(hub, tmp_path / "home", token=TOKEN)
+        )
+    assert result.returncode == 2
+    assert result.stderr.endswith(
+        "error: --hub.push me/dog: the Hub does not accept the token. Use `hf auth login` again\n"
+    )
+    assert not (tmp_path / "out" / "lora.safetensors").exists()
+
+
+def test_an_offline_run_writes_the_folder(options, run_here, tmp_path, capsys):
+    assert run_here([*options, "--hub.push=me/dog", "--steps=1"]) == 0
+    captured = capsys.readouterr()
+    assert (
+        "HF_HUB_OFFLINE is set: at the end the folder for the Hub is only written" in captured.out
+    )
+    assert "To upload it later: hf upload me/dog" in captured.err
+    assert (tmp_path / "out" / "hub" / "lora.safetensors").is_file()
+
+
+def test_a_wrong_repository_is_an_error_of_the_options(options, run_here, capsys):
+    assert run_here([*options, "--hub.push=dog", "--tracking.artifacts"]) == 2
+    error = capsys.readouterr().err
+    assert "--hub.push dog: expected user/name" in error
+    assert "--tracking.artifacts: only W&B stores artifacts" in error

@@ -13,7 +13,7 @@ from helpers.project import BASE
 from PIL import Image
 from safetensors import safe_open
 
-from training.config import SampleConfig
+from training.output_config import SampleConfig
 from training.reporting.history import History, ValidationSeries
 from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_png, smoothed

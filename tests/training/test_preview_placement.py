@@ -12,7 +12,7 @@ from PIL import Image
 from common.hashing import sha256_of_file
 from models.config import ModelConfig
 from models.encoder_placement import text_encoders_of
-from training.config import SampleConfig
+from training.output_config import SampleConfig
 from training.sampling import prepare
 from training.sampling.draw import draw_sample, pipeline_options
 from training.sampling.encoded_prompts import encode_prompts, replayed

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from models.config import ModelConfig
 from models.detect import get_family
 from training import cli
-from training.config import SampleConfig
+from training.output_config import SampleConfig
 from training.sampling import prepare, renderer
 from training.sampling.encoded_prompts import encode_prompts
 from training.sampling.overview import shown_steps, thumbnail, write_overview

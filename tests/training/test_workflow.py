@@ -18,7 +18,7 @@ from models.config import ModelConfig
 from models.detect import get_family
 from models.released import configuration_folder, released_models
 from objectives.config import ObjectiveConfig
-from training.config import SampleConfig
+from training.output_config import SampleConfig
 from training.sampling.draw import draw_sample, pipeline_options
 from training.sampling.encoded_prompts import replayed, widened
 from training.sampling.prompts import SamplePrompt

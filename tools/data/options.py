@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from tools.run_options import RunOptions
-from training.cli import folder_errors
+from training.config_errors import folder_errors
 
 
 @dataclass(frozen=True, kw_only=True)

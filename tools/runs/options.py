@@ -1,7 +1,6 @@
 """Options of the commands that read the folders of runs. Imports no torch, so that they answer at
 once."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -9,6 +8,7 @@ from typing import Annotated, ClassVar
 import tyro
 from tyro.conf import Positional, arg
 
+from common.hub import repo_error
 from training.run_folder import (
     CONFIG_FILE,
     REPORT,
@@ -17,7 +17,6 @@ from training.run_folder import (
 )
 
 COMPARISON = "comparison.html"
-REPO_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MARKER = b'<meta name="generator" content="train_lora.py report">'
 MARKER_WITHIN = 1000
 """Bytes at the start of a page in which it names its generator."""
@@ -128,11 +127,6 @@ class PushOptions(FolderOptions):
     upload: bool = True
     """Upload the folder. Otherwise it is only written."""
 
-    @property
-    def hub_folder(self) -> Path:
-        """Return the folder that is written and uploaded."""
-        return Path(self.folder) / "hub"
-
     def errors(self) -> list[str]:
         errors = missing_folder_errors((self.folder,))
         folder = Path(self.folder)
@@ -140,10 +134,9 @@ class PushOptions(FolderOptions):
             errors.append(
                 f"OUTPUT_DIR {self.folder}: holds no run; expected a folder with {CONFIG_FILE}"
             )
-        if not REPO_NAME.fullmatch(self.repo):
-            errors.append(
-                f"--repo {self.repo}: expected user/name with letters, digits, '-', '_' and '.'"
-            )
+        error = repo_error(self.repo)
+        if error:
+            errors.append(f"--repo {self.repo}: {error}")
         return errors
 
 

@@ -43,6 +43,8 @@ class Publication:
     repo: str
     """user/name on the Hub."""
     license_name: str | None
+    is_public: bool = False
+    """True: a new repository is public."""
 
 
 def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.config import SampleConfig
+from training.output_config import SampleConfig
 
 OPTION_PATTERN = re.compile(r"\s--(\w+)(?=\s|$)")
 EQUALS_PATTERN = re.compile(r"\s--(\w+)=")
