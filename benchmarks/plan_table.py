@@ -51,6 +51,7 @@ RECIPES = {
     "FLUX.2 dev": "flux2",
     "Qwen-Image": "qwen_image",
     "Z-Image": "z_image",
+    "Krea 2 Raw": "krea2",
     "Wan 2.1 T2V 1.3B": "wan",
     "Wan 2.1 T2V 14B": "wan",
     "Wan 2.2 TI2V 5B": "wan",

@@ -11,6 +11,7 @@ FAMILIES: dict[str, str] = {
     "chroma": "models.families.chroma",
     "qwen_image": "models.families.qwen_image",
     "z_image": "models.families.z_image",
+    "krea2": "models.families.krea2",
     "flux2": "models.families.flux2",
     "flux2_klein": "models.families.flux2_klein",
     "wan": "models.families.wan",

@@ -93,8 +93,8 @@ def keep_first_layers(text_encoder: Any, last_state: int) -> None:
 
     These are later layers, the head, and the vision tower of a multimodal model. One layer more
     stays, because the last hidden state is normalized."""
-    model = text_encoder.model
-    for name in ("vision_tower", "multi_modal_projector"):
+    model = getattr(text_encoder, "model", text_encoder)  # with and without a head
+    for name in ("vision_tower", "multi_modal_projector", "visual"):
         if hasattr(model, name):
             setattr(model, name, None)
     language_model = getattr(model, "language_model", model)

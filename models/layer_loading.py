@@ -38,6 +38,7 @@ class LayerReader:
         each layer is in the original model. `layers`: those that get the format of the blocks."""
         self.file, self.keys, self.originals, self.layers = file, keys, originals, layers
         self.exact_names = names_in_fp32(denoiser)
+        self.shapes = {name: tensor.shape for name, tensor in denoiser.named_parameters()}
 
     def read(self, dtype: torch.dtype, blocks: BlockFormat) -> dict[str, Tensor]:
         """Return all weights by name, in `dtype`."""
@@ -64,7 +65,12 @@ class LayerReader:
         weight = self.file.read(key, dtype, original)
         if layer in self.layers and parameter == "weight":
             return blocks.formatted(weight, self.file.is_quantized)
-        return plain_values(weight)
+        values = plain_values(weight)
+        if layer not in self.originals:
+            values = values.view(
+                self.shapes[name]
+            )  # a table that the original model has as one row
+        return values
 
 
 def empty_weight(file: WeightFile, key: str, layer: Any) -> QuantizedWeight | None:

@@ -1,6 +1,6 @@
 """Qwen-Image (Qwen team 2025, arXiv 2508.02324): a transformer over tokens of text and image.
 
-Its text encoder is Qwen2.5-VL. Its VAE is for videos; an image is a video of one frame.
+Its text encoder is Qwen2.5-VL.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.comfy_nodes import ComfyNodes
 from models.families.packing import PATCH, pack, unpack
-from models.families.transformer_family import ATTENTION, TransformerFamily
-from models.latents import with_frame_axis
+from models.families.qwen_vae import QwenVaeFamily
+from models.families.transformer_family import ATTENTION
 from models.layer_names.tables import TableNames
 
 TOKENS = 1024
@@ -23,14 +23,12 @@ AFTER_CAPTION = "<|im_end|>\n<|im_start|>assistant\n"
 """The part of the pipeline's template after the caption."""
 
 
-class QwenImage(TransformerFamily):
+class QwenImage(QwenVaeFamily):
     """Conditioning is the encoder's last state, without the template in front of the caption."""
 
     name = "qwen_image"
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     denoiser_class = "QwenImageTransformer2DModel"
-    vae_class = "AutoencoderKLQwenImage"
-    file_prefixes: ClassVar = {}
     layer_names = TableNames()  # all names are the same
     variable_length: ClassVar = {"prompt_embeds": None}
     max_tokens = TOKENS
@@ -54,21 +52,9 @@ class QwenImage(TransformerFamily):
     def find_source(self) -> str:
         return "Qwen/Qwen-Image"  # diffusers would detect the file as Stable Diffusion 1
 
-    @property
-    def latent_step(self) -> int:
-        return 2 ** len(self.vae_config["temperal_downsample"])  # diffusers' spelling
-
     @cached_property
     def comfy(self) -> ComfyLayout:
         return MaskedLayout(self.cond_width, has_frame_axis=True)
-
-    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = super().encode_media(encoders, with_frame_axis(pixels, True))
-        return with_frame_axis(mean, False), with_frame_axis(deviation, False)
-
-    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        pixels = super().decode_media(encoders, with_frame_axis(latents, True))
-        return with_frame_axis(pixels, False)
 
     def num_template_tokens(self) -> int:
         return super().num_template_tokens() + len(self.tokenizer(AFTER_CAPTION).input_ids)

@@ -32,6 +32,7 @@ FAMILIES = {
     "flux2_klein_9b": "flux2_klein",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
+    "krea2": "krea2",
     "sd3": "sd3",
     "sd35_medium": "sd3",
     "sd35_large": "sd3",

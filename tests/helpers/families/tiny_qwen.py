@@ -11,6 +11,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
 
 from helpers.tiny_models import WORDS
@@ -65,6 +67,16 @@ def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     ).eval()
+
+
+def qwen3_vl() -> Qwen3VLModel:
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": WIDTH,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {**TEXT, **special_tokens(), "rope_parameters": rope, "head_dim": 8}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 def qwen3() -> Qwen3Model:
