@@ -11,7 +11,7 @@ from torch import nn
 from adapter_files import files
 from adapter_files.reader import import_layers
 from adapter_files.spellings import LayerSpellings, layer_spellings
-from common.errors import AdapterError, ConfigError, error_list
+from common.errors import AdapterError, ConfigError, ModelError, error_list
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
@@ -194,6 +194,11 @@ def check_adapters(config: TrainConfig, family: ModelFamily) -> None:
     takes long. Reads no weights of the model."""
     if config.model.train_text_encoder:
         return  # the empty model has no text encoders
+    if config.adapter.train_norms and not family.layer_names.comfyui_loads_norms:
+        raise ModelError(
+            f"--adapter.train_norms: ComfyUI does not load the norms of {family.name}. Remove the "
+            "option"
+        )
     denoiser = family.empty_denoiser()
     plan = adapter_plan(config)
     if config.existing_lora is None:

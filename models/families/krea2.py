@@ -98,7 +98,12 @@ class Krea2(QwenVaeFamily):
     name = "krea2"
     pipelines = ("Krea2Pipeline",)
     denoiser_class = "Krea2Transformer2DModel"
-    layer_names = TableNames(table=TABLE)
+    layer_names = TableNames(
+        table=TABLE,
+        original_only=r".*norm.*",
+        writes_alpha=False,  # diffusers' converter knows none
+        comfyui_loads_norms=False,
+    )
     variable_length: ClassVar = {"prompt_embeds": None}
     max_tokens = TOKENS
     cond_width_key = "text_hidden_dim"

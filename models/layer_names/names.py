@@ -48,6 +48,8 @@ class LayerNames(ABC):
     writes_alpha: bool = True
     """True if LoRAs under ComfyUI's names have alpha tensors. Otherwise alpha is multiplied into
     the second factor."""
+    comfyui_loads_norms: bool = True
+    """False if ComfyUI loads no adapters of normalization layers."""
 
     @abstractmethod
     def original(self, denoiser: nn.Module) -> dict[str, OriginalLayer]:

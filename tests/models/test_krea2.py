@@ -96,3 +96,10 @@ def test_a_long_caption_does_not_change_the_dtype_of_the_conditioning():
     cond = collate(family, rows_of(RAW, CAPTIONS))
     assert cond["prompt_embeds"].shape[2:] == (3, 16)
     assert cond["prompt_embeds"].dtype == family.cond_layout()["prompt_embeds"].dtype
+
+
+def test_norms_cannot_be_trained(options, run_here, capsys):
+    mine = [option for option in options if not option.startswith("--model.path")]
+    more = [f"--model.path={folder_of(RAW)}", "--adapter.train_norms"]
+    assert run_here([*mine, *more]) == 2
+    assert "ComfyUI does not load the norms of krea2" in capsys.readouterr().err
