@@ -4,7 +4,12 @@ import re
 import shlex
 from pathlib import Path
 
-REPO_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+REPO_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+MAX_REPO_NAME = 96
+"""Characters of user/name."""
+REFUSED_PARTS = ("--", "..")
+REFUSED_ENDINGS = ("-", ".", ".git")
+"""Parts and endings that the Hub refuses."""
 NO_TOKEN = "no token of the Hub. Use `hf auth login`, or set HF_TOKEN"
 INVALID_TOKEN = "the Hub does not accept the token. Use `hf auth login` again"
 UNAUTHORIZED = 401
@@ -17,9 +22,13 @@ class TokenError(Exception):
 
 def repo_error(repo: str) -> str | None:
     """Return what is wrong with the name of a repository; None if it can be one."""
-    if REPO_NAME.fullmatch(repo):
-        return None
-    return "expected user/name with letters, digits, '-', '_' and '.'"
+    if not REPO_NAME.fullmatch(repo):
+        return "expected user/name with letters from a to z, digits, '-', '_' and '.'"
+    if any(part in repo for part in REFUSED_PARTS) or repo.endswith(REFUSED_ENDINGS):
+        return "the Hub refuses names with '--' or '..', and with '-', '.' or '.git' at the end"
+    if len(repo) > MAX_REPO_NAME:
+        return f"is too long; expected at most {MAX_REPO_NAME} characters"
+    return None
 
 
 def is_offline() -> bool:

@@ -23,13 +23,14 @@ class ComfyNodes:
     """True if noise levels come from the node Flux2Scheduler, which is given the image size."""
     zeroes_missing_negative: bool = False
     """True if the pipeline uses zeros, not the embeddings of an empty text, without a negative prompt."""
-    text_padding: int | None = None
-    """Padding tokens after a text, where ComfyUI's default is another number."""
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """True if the base model is a file with its VAE."""
-        return not self.vae
+    text_padding: int = 0
+    """T5: tokens of padding after a text. Only used if text_length or this is not 0."""
+    text_length: int = 0
+    """T5: tokens to which a text is padded, where ComfyUI's default is another number."""
+    separate_vae: str = ""
+    """For checkpoints: usual name of the VAE's file for a base model without a VAE."""
+    difference: str = ""
+    """A difference between ComfyUI and the pipeline that nodes cannot remove, for the note."""
 
 
 @dataclass(frozen=True)

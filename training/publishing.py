@@ -21,6 +21,9 @@ from training.report.hub_folder import (
 from training.report.run_files import RunFiles, read_run
 from training.run_folder import HUB_FOLDER
 
+MAX_ARTIFACT_NAME = 100
+"""Characters of a run's name in the name of an artifact. W&B takes 128 with the rest."""
+
 
 def publication_notes(config: HubConfig) -> list[str]:
     """Return what may keep the adapter from the Hub at the end. Raises ConfigError without a valid token.
@@ -37,7 +40,9 @@ def publication_notes(config: HubConfig) -> list[str]:
         raise ConfigError(f"--hub.push {config.push}: {error}") from error
     if reason is None:
         return []
-    return [f"note: --hub.push {config.push}: the Hub does not answer now: {reason}"]
+    return [
+        f"note: --hub.push {config.push}: the Hub does not answer, so the token was not checked: {reason}"
+    ]
 
 
 def publish(folder: Path, publication: Publication, wants_upload: bool = True) -> bool:
@@ -88,7 +93,7 @@ def publish_run(config: TrainConfig, accelerator: Accelerator) -> None:
         return
     publication = Publication(repo, config.hub.license, config.hub.public)
     try:
-        publish(folder, publication)
+        publish(folder, publication, wants_upload=not hub.is_offline())
     except Exception as error:
         print(f"note: nothing was published: {type(error).__name__}: {error}")
 
@@ -106,7 +111,7 @@ def log_artifacts(accelerator: Accelerator, run: RunFiles) -> None:
     for name, (artifact_type, paths) in files.items():
         if not paths:
             continue
-        run_name = re.sub(r"[^\w.-]", "-", run.name)
+        run_name = re.sub(r"[^\w.-]", "-", run.name, flags=re.ASCII)[:MAX_ARTIFACT_NAME]
         artifact = wandb.Artifact(f"{run_name}-{name}", type=artifact_type)
         for path in paths:
             if path.is_dir():

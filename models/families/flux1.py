@@ -118,12 +118,6 @@ class Flux1(FluxFamily):
     }
     has_guidance_input = True
     comfy_widths: ClassVar = {4096: "FLUX.1"}
-    comfy_nodes = ComfyNodes(
-        text_encoders=("clip_l.safetensors", "t5xxl_fp16.safetensors"),
-        text_encoder_type="flux",
-        vae="ae.safetensors",
-        shift="ModelSamplingFlux",
-    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -186,6 +180,16 @@ class Flux1(FluxFamily):
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         options = super().preview_options(guidance_scale)
         return {**options, "max_sequence_length": self.max_tokens}
+
+    @property
+    def comfy_nodes(self) -> ComfyNodes:  # type: ignore[override]
+        return ComfyNodes(
+            text_encoders=("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+            text_encoder_type="flux",
+            vae="ae.safetensors",
+            shift="ModelSamplingFlux",
+            text_length=self.max_tokens,
+        )
 
     def comfy_guidance(self, scale: float) -> ComfyGuidance:
         has_input = self.denoiser_config["guidance_embeds"]

@@ -43,6 +43,8 @@ class QwenImage(QwenVaeFamily):
         text_encoder_type="qwen_image",
         vae="qwen_image_vae.safetensors",
         shift="ModelSamplingAuraFlow",
+        difference="The trainer's pipeline scales the guided prediction to the length of the unguided "
+        "one. ComfyUI does not: use a lower cfg there.",
     )
 
     @classmethod

@@ -100,6 +100,8 @@ class StableDiffusion3(TransformerFamily):
         text_encoders=("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),
         shift="ModelSamplingSD3",
         schedule="normal",
+        text_length=T5_TOKENS,
+        separate_vae="sd3_vae.safetensors",
     )
 
     @classmethod

@@ -5,6 +5,7 @@ It is given the size of each image, the corner of its crop, and the size of the 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -69,7 +70,6 @@ class StableDiffusionXL(UNetFamily):
     latent_scale = 0.13025
     penultimate_encoders = ("text_encoder",)
     comfy_widths: ClassVar = {2048: "SDXL"}
-    comfy_nodes = ComfyNodes(latents="EmptyLatentImage", zeroes_missing_negative=True)
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -87,6 +87,11 @@ class StableDiffusionXL(UNetFamily):
                 f"--model.path {self.config.path}: is not of the family sdxl: its UNet takes no "
                 "size conditioning. Remove --model.family"
             )
+
+    @property
+    def comfy_nodes(self) -> ComfyNodes:  # type: ignore[override]
+        zeroes = self.files.pipeline_config.get("force_zeros_for_empty_prompt", True)
+        return replace(UNetFamily.comfy_nodes, zeroes_missing_negative=zeroes)
 
     @property
     def pooled_width(self) -> int:

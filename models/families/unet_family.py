@@ -39,7 +39,7 @@ class UNetFamily(DiffusersFamily):
     denoiser_component = "unet"
     denoiser_class = "UNet2DConditionModel"
     layer_names = UNetNames()
-    comfy_nodes = ComfyNodes(latents="EmptyLatentImage")
+    comfy_nodes = ComfyNodes(latents="EmptyLatentImage", separate_vae="vae.safetensors")
     penultimate_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders whose last layer is not used, but the output of the layer before it."""
     targets: ClassVar = {

@@ -12,8 +12,11 @@ from helpers.fake_hub import FakeHub, fake_hub
 from helpers.project import PROJECT
 from helpers.run_folders import write_facts, write_run, write_samples
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 import train_lora
+from common.hub import repo_error
 
 TOKEN = "hf_doNotPrintMe0123456789"
 
@@ -21,7 +24,8 @@ TOKEN = "hf_doNotPrintMe0123456789"
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A run of a Hub model with trigger words."""
-    folder = write_run(tmp_path / "sks dog", model={"path": "org/base-model"})
+    formats = {"name": "lora", "formats": ["diffusers", "kohya", "peft"]}
+    folder = write_run(tmp_path / "sks dog", model={"path": "org/base-model"}, export=formats)
     write_samples(folder, [100, 200])
     write_facts(folder, ['a cat: "x" <b>', "sks dog"], trigger_words="sks dog", num_trained=12)
     for name in ("lora", "lora.kohya", "lora.raw", "lora-step00000100"):
@@ -174,6 +178,7 @@ def test_a_folder_is_uploaded(finished, tmp_path):
 def test_a_run_uploads_its_adapter(options, tmp_path):
     """It is published after the last step; a public repository only if that is asked for."""
     wanted = ["--hub.push=me/dog", "--hub.public", "--hub.license=mit", "--steps=1"]
+    wanted += ["--sample.every=1", "--sample.num_inference_steps=1"]
     with fake_hub() as hub:
         result = launched([*options, *wanted], online(hub, tmp_path / "home"))
     assert result.returncode == 0, result.stderr
@@ -204,7 +209,9 @@ def test_an_offline_run_writes_the_folder(options, run_here, tmp_path, capsys):
     assert (
         "HF_HUB_OFFLINE is set: at the end the folder for the Hub is only written" in captured.out
     )
-    assert "To upload it later: hf upload me/dog" in captured.err
+    assert "To upload it: hf upload me/dog" in captured.out
+    assert "not uploaded" not in captured.err
+    assert not (tmp_path / "out" / "hub" / "workflow.json").exists(), "its prompt is a caption"
     assert (tmp_path / "out" / "hub" / "lora.safetensors").is_file()
 
 
@@ -213,3 +220,45 @@ def test_a_wrong_repository_is_an_error_of_the_options(options, run_here, capsys
     error = capsys.readouterr().err
     assert "--hub.push dog: expected user/name" in error
     assert "--tracking.artifacts: only W&B stores artifacts" in error
+
+
+def test_a_card_that_nobody_edited_is_written_again(options, run_here, tmp_path):
+    """With --overwrite, and when a run is resumed; files of earlier formats are left out."""
+    offline = [*options, "--hub.push=me/dog", "--sample.every=1", "--sample.num_inference_steps=1"]
+    hub = tmp_path / "out" / "hub"
+    assert run_here([*offline, "--steps=1", "--export.formats", "kohya", "peft"]) == 0
+    assert (hub / "lora.peft").is_dir()
+    assert run_here([*offline, "--steps=2", "--export.formats", "kohya", "diffusers"]) == 0
+    card = (hub / "README.md").read_text()
+    assert "| `steps` | 2 |" in card
+    assert 'weight_name="lora.diffusers.safetensors"' in card
+    assert "copy `lora.safetensors` into" in card
+    assert not (hub / "lora.peft").exists()
+    for entry in ModelCard(card).data.to_dict()["widget"]:
+        assert (hub / entry["output"]["url"]).is_file()
+    more = ["--overwrite", "--rank=2", "--steps=1", "--export.formats", "kohya"]
+    assert run_here([*offline, *more]) == 0
+    assert "| `rank` | 2 |" in (hub / "README.md").read_text()
+    assert not (hub / "lora.diffusers.safetensors").exists()
+
+
+def test_trigger_words_of_any_letters(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "lora.safetensors").write_bytes(b"weights")
+    write_facts(folder, ["a"], trigger_words='a "b" `c`')
+    assert push(folder, "--no_upload") == 0
+    card = (folder / "hub" / "README.md").read_text()
+    assert """Trigger words: `` a "b" `c` ``""" in card
+    (line,) = [line for line in card.splitlines() if line.startswith("pipeline(")]
+    call = line.split(").images")[0].removeprefix("pipeline(")
+    assert json.loads(call) == 'a "b" `c`'
+
+
+@pytest.mark.parametrize(
+    "name", ["me/my--dog", "me/dog.", "me/dog.git", "me/k\u00e4fer", "-u/dog", "me/" + "d" * 100]
+)
+def test_names_that_the_hub_refuses(name):
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    assert repo_error(name)
+    assert repo_error("user-1/my_dog.v2-x") is None

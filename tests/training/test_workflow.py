@@ -3,6 +3,7 @@
 tests/fixtures/comfyui_sigmas.json has noise levels that ComfyUI 0.3.64 computed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,26 +11,30 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers.family_cases import SIDE, Case, cases, family_of
+from helpers.family_cases import SIDE, Case, cases, family_of, folder_of, native_tensors
 from helpers.project import BASE
 from PIL import Image
+from safetensors.torch import save_file
+from torch.utils._pytree import tree_map_only
 
 from models.config import ModelConfig
 from models.detect import get_family
 from models.released import configuration_folder, released_models
 from objectives.config import ObjectiveConfig
+from training.adapter_names import adapter_names, comfyui_adapter, diffusers_adapter
 from training.output_config import SampleConfig
 from training.sampling.draw import draw_sample, pipeline_options
-from training.sampling.encoded_prompts import replayed, widened
+from training.sampling.encoded_prompts import encode_prompts, replayed, widened
 from training.sampling.prompts import SamplePrompt
 from training.workflow import run_workflow
-from training.workflow.graph import Graph, Output, api_form, node_definitions
-from training.workflow.model_names import base_files, downloads, known_files
+from training.workflow.graph import WIDGET_TYPES, Graph, Output, api_form, node_definitions
+from training.workflow.model_names import base_files, downloads, expert_files, known_files
 from training.workflow.model_nodes import DrawnSample
 from training.workflow.sample_graph import sample_graph
 from training.workflow.samplers import comfy_sampler
 from training.workflow.ui_form import ui_form
 
+CPU = torch.device("cpu")
 PROMPT = SamplePrompt("a (red) fox {or cat}", None, 768, 512, 42, 4.0, 20, 0.8)
 OPTIONAL = {"device", "audio", "clip_vision_output", "start_image"}
 """Inputs that a node may lack."""
@@ -65,8 +70,8 @@ def check_links(graph: Graph) -> None:
         missing_names = definition.inputs.keys() - node.inputs.keys() - OPTIONAL
         assert not missing_names, (node.kind, missing_names)
         for name, value in node.inputs.items():
-            is_link = name in definition.links
-            assert is_link == isinstance(value, Output), (node.kind, name)
+            if name in definition.links:
+                assert isinstance(value, Output), (node.kind, name)
             if isinstance(value, Output):
                 assert value.node < node.number
                 source = definitions[graph.nodes[value.node - 1].kind]
@@ -85,18 +90,16 @@ def editor_to_server(editor: dict) -> dict:
             continue
         values = iter(node["widgets_values"])
         inputs = {}
+        has_choices = node["type"] == "CLIPTextEncode"
         for name, kind in node_definitions()[node["type"]].inputs.items():
             slots = [slot for slot in node["inputs"] if slot["name"] == name]
-            if slots:
-                if slots[0]["link"] is not None:
-                    inputs[name] = links[slots[0]["link"]]
-                continue
-            value = next(values)
-            if kind == "STRING":
-                value = value.replace("\\{", "{").replace("\\}", "}")
+            if kind in WIDGET_TYPES:
+                inputs[name] = next(values)
+                assert not (has_choices and re.search(r"[{}]|//|/\*", str(inputs[name])))
             if kind in ("SEED", "UPLOAD"):
                 next(values)
-            inputs[name] = value
+            if slots and slots[0]["link"] is not None:
+                inputs[name] = links[slots[0]["link"]]
         result[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return result
 
@@ -111,7 +114,7 @@ def test_the_workflow_of_every_released_model(hub_id):
     editor = ui_form(graph, "a note", downloads())
     assert editor_to_server(editor) == api_form(graph)
     text = json.dumps(editor)
-    assert "a \\\\(red\\\\) fox" in text, "ComfyUI would read a weight"
+    assert "a \\\\(red\\\\) fox {or cat}" in text, "ComfyUI would read a weight"
     assert str(folder) not in text
     positions = [tuple(node["pos"]) for node in editor["nodes"]]
     assert len({*positions}) == len(positions)
@@ -131,7 +134,9 @@ def test_the_noise_is_that_of_comfyui(case: Case, monkeypatch):
     family = family_of(case)
     prompt = SamplePrompt("a red fox").completed(0, SIDE, SampleConfig(num_inference_steps=1))
     prompt = replace(prompt, seed=7)
-    pipeline = family.pipeline(family.load_denoiser(torch.float32))
+    encoded = encode_prompts(family, ModelConfig(), [prompt], CPU)
+    in_bf16 = tree_map_only(torch.Tensor, rounded, encoded[0])
+    pipeline = family.pipeline(family.load_denoiser(torch.float32), with_text_encoders=False)
     options = pipeline_options(family, pipeline, prompt)
     num_frames = 1
     if family.has_image_input:
@@ -147,7 +152,8 @@ def test_the_noise_is_that_of_comfyui(case: Case, monkeypatch):
         return noise
 
     monkeypatch.setattr(torch, "randn", recorded)
-    draw_sample(pipeline, prompt, options)
+    with replayed(pipeline, in_bf16, CPU):
+        draw_sample(pipeline, prompt, options)
     monkeypatch.undo()
     limits = family.limits
     sides = (prompt.height // limits.latent_step, prompt.width // limits.latent_step)
@@ -156,6 +162,10 @@ def test_the_noise_is_that_of_comfyui(case: Case, monkeypatch):
     # ComfyUI's comfy.sample.prepare_noise
     expected = torch.randn(size, generator=torch.manual_seed(7), dtype=torch.float32)
     assert torch.equal(noises[0].flatten(), expected)
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
 def test_recorded_embeddings_are_replayed_in_fp32():
@@ -302,21 +312,67 @@ def test_prediction_types_and_trained_text_encoders():
     assert inputs_of(graph, "ModelSamplingDiscrete")["sampling"] == "v_prediction"
     assert inputs_of(graph, "ModelSamplingDiscrete")["zsnr"] is True
     assert inputs_of(graph, "LoraLoader")["strength_clip"] == 0.8
-    texts = [node.inputs["text"] for node in graph.nodes if node.kind == "CLIPTextEncode"]
-    assert texts == ["a \\(red\\) fox {or cat}", "blurry"]
+    positive, negative = [node for node in graph.nodes if node.kind == "CLIPTextEncode"]
+    assert isinstance(positive.inputs["text"], Output)
+    assert inputs_of(graph, "PrimitiveStringMultiline")["value"] == "a \\(red\\) fox {or cat}"
+    assert negative.inputs["text"] == "blurry"
+    sampler = inputs_of(graph, "KSampler")
+    assert (sampler["sampler_name"], sampler["scheduler"]) == ("ddim", "simple"), (
+        "of trailing steps"
+    )
 
 
-def test_names_of_base_models(tmp_path):
+def test_names_of_base_models():
     family = get_family(ModelConfig(path=str(BASE)))
     assert base_files(family) == [f"{Path(BASE).name}.safetensors"]
-    expert = "wan2.2_t2v_low_noise_14B_fp8.safetensors"
-    assert run_workflow.comfyui_adapter("lora", ()) == "lora.safetensors"
-    assert run_workflow.comfyui_adapter("lora", ("peft", "kohya")) == "lora.kohya.safetensors"
-    assert run_workflow.comfyui_adapter("lora", ("kohya", "comfyui")) == "lora.comfyui.safetensors"
-    assert run_workflow.comfyui_adapter("lora", ("peft",)) is None
-    from training.workflow.model_names import expert_files
+    expert = "Wan2.2_LowNoise_14B_fp8.safetensors"
+    assert expert_files(expert, "low") == [
+        expert.replace("Low", "high"),
+        expert.replace("Low", "low"),
+    ]
+    assert expert_files("wan_HIGH.gguf", "high") == ["wan_HIGH.gguf", "wan_HIGH_low_noise.gguf"]
 
-    assert expert_files(expert) == [expert.replace("low", "high"), expert]
+
+def test_the_adapter_that_a_program_reads():
+    names = adapter_names("lora", ["peft", "diffusers", "kohya"])
+    assert comfyui_adapter(names, reads_diffusers=True) == "lora.kohya.safetensors"
+    assert diffusers_adapter(names) == "lora.diffusers.safetensors"
+    names = adapter_names("lora", ["diffusers"])
+    assert comfyui_adapter(names, reads_diffusers=True) == "lora.safetensors"
+    assert comfyui_adapter(names, reads_diffusers=False) is None
+    assert comfyui_adapter(adapter_names("lora", ["peft"]), reads_diffusers=True) is None
+    assert comfyui_adapter(adapter_names("lora", []), reads_diffusers=False) == "lora.safetensors"
+
+
+@pytest.mark.parametrize("steps", [20, 30])
+def test_even_steps_are_those_of_the_trainer(steps):
+    """ComfyUI has one more of 30, the first, which is left out."""
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **SD_BETAS, timestep_spacing="leading", steps_offset=1
+    )
+    scheduler.set_timesteps(steps)
+    comfy = recorded_sigmas("ddim_uniform", steps, "discrete")
+    family = get_family(ModelConfig(path=str(BASE)))
+    graph = graph_of(family, replace(PROMPT, width=64, height=64, num_inference_steps=steps))
+    samplers = [node for node in graph.nodes if node.kind.startswith("KSampler")]
+    first = samplers[0].inputs.get("start_at_step", 0)
+    assert first == {20: 0, 30: 1}[steps]
+    assert np.abs(scheduler.sigmas.numpy()[:-1] / comfy[first:-1] - 1).max() < 2e-4
+
+
+@pytest.mark.parametrize("has_vae", [False, True])
+def test_a_denoiser_alone_is_no_checkpoint(has_vae, tmp_path):
+    (case,) = [case for case in cases() if str(case) == "sd3"]
+    tensors = native_tensors(case, "model.diffusion_model.")
+    if has_vae:
+        tensors["first_stage_model.decoder.conv_in.weight"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "sd3.safetensors")
+    config = ModelConfig(path=str(tmp_path / "sd3.safetensors"), config=str(folder_of(case)))
+    graph = graph_of(get_family(config), replace(PROMPT, width=SIDE, height=SIDE))
+    check_links(graph)
+    kinds = {node.kind for node in graph.nodes}
+    assert ("CheckpointLoaderSimple" in kinds) == has_vae
+    assert ({"UNETLoader", "VAELoader"} <= kinds) == (not has_vae)
 
 
 def test_a_run_writes_its_workflow(options, run_here, tmp_path):
@@ -331,18 +387,46 @@ def test_a_run_writes_its_workflow(options, run_here, tmp_path):
     (adapter,) = [node for node in server.values() if "lora_name" in node["inputs"]]
     assert (folder / adapter["inputs"]["lora_name"]).is_file()
     assert str(tmp_path) not in json.dumps(editor)
-    names = {}
+    names, notes = {}, {}
     for step in (2, 4, 6):
         with Image.open(folder / "samples" / f"lora-step{step:08d}_01.png") as image:
             drawn_graph = json.loads(image.text["workflow"])
         values = [node["widgets_values"] for node in drawn_graph["nodes"]]
         assert ["a dog"] in values
+        notes[step] = values[0][0]
         texts = [str(value[0]) for value in values if value]
         (names[step],) = [
             text for text in texts if text.endswith(".safetensors") and "lora" in text
         ]
     assert names[4] == "lora-step00000004.safetensors"
     assert names[2] == names[6] == "lora.safetensors"
+    assert "The adapter of step 2 was not exported" in notes[2]
+    assert "not exported" not in notes[4] + notes[6]
+
+
+def test_a_sample_before_training_is_the_base_model(options, run_here, tmp_path):
+    drawn = ["--sample.every=1", "--sample.at_start", "--sample.num_inference_steps=1", "--steps=1"]
+    assert run_here([*options, *drawn]) == 0
+    with Image.open(tmp_path / "out" / "samples" / "lora-step00000000_00.png") as image:
+        graph = json.loads(image.text["workflow"])
+        assert "Lora" not in image.text["parameters"]
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "LoraLoaderModelOnly"]
+    assert loader["widgets_values"] == ["lora.safetensors", 0.0]
+
+
+def test_a_long_prompt_has_a_remark():
+    family = get_family(ModelConfig(path=str(BASE)))
+    remarks = run_workflow.prompt_remarks(family, SamplePrompt("owl " * 100))
+    assert remarks == ["The trainer cuts this prompt after 22 tokens. ComfyUI does not."]
+    assert run_workflow.prompt_remarks(family, SamplePrompt("owl")) == []
+
+
+def test_an_outdated_workflow_is_removed(options, run_here, tmp_path):
+    assert run_here([*options, "--steps=1"]) == 0
+    assert (tmp_path / "out" / "workflow.json").is_file()
+    assert run_here([*options, "--steps=2", "--export.formats", "diffusers"]) == 0
+    assert not (tmp_path / "out" / "workflow.json").exists()
+    assert not (tmp_path / "out" / "workflow_api.json").exists()
 
 
 def test_a_run_without_samples_has_a_workflow_too(options, run_here, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from common.process import available_cores
+from models.families.transformer_family import TransformerFamily
 from training.components import RunComponents
 from training.loss import LossFunction
 from training.metadata import LIBRARIES, bucket_info
@@ -47,6 +48,7 @@ def run_facts(
         "prompts": prompts,
         "media": components.family.media,
         "trigger_words": components.config.export.trigger_words or "",
+        "comfyui_reads_diffusers": isinstance(components.family, TransformerFamily),
         "pictures": data.pictures,
         "small_images": data.small_images,
     }

@@ -19,6 +19,7 @@ NO_FACTS: dict[str, Any] = {
     "prompts": [],
     "media": "image",
     "trigger_words": "",
+    "comfyui_reads_diffusers": True,
     "pictures": [],
     "small_images": "",
 }

@@ -1,6 +1,5 @@
 """A folder for the Hugging Face Hub: the adapter, samples, and a model card."""
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from huggingface_hub import ModelCardData
 
 from common.atomic import new_folder
 from common.errors import ConfigError
+from common.hashing import hash_of
 from models.config import is_hub_id
-from training.report.output_files import DIFFUSERS_ALGORITHMS, adapter_files
+from training.report.output_files import comfyui_file, diffusers_file, exported_names
 from training.report.page import text_environment
 from training.report.run_files import RunFiles
 from training.report.sample_pictures import prompt_text
@@ -19,8 +19,8 @@ from training.run_folder import PREVIEW, WORKFLOW
 
 CARD = "README.md"
 CARD_TEMPLATE = "card.md"
-OTHER_WEIGHTS = re.compile(r"-step\d{8}\.|\.(raw|ema)\.")
-"""In names of adapters of single steps, and of the weights that are not the main ones."""
+SIGNATURE = "\n<!-- train-lora "
+"""Precedes the hash of a card, at its end."""
 MAX_SAMPLES = 8
 SHOWN_OPTIONS = (
     "algorithm",
@@ -48,9 +48,9 @@ class Publication:
 
 
 def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> bool:
-    """Write the folder, which replaces an earlier one; return whether it keeps an earlier README.md.
+    """Write the folder, which replaces an earlier one; return whether it keeps an edited README.md.
 
-    The README.md may have been edited. Raises ConfigError before the end of a run."""
+    Raises ConfigError before the end of a run."""
     adapters = main_adapters(run)
     if not adapters:
         raise ConfigError(
@@ -58,28 +58,41 @@ def write_hub_folder(run: RunFiles, folder: Path, publication: Publication) -> b
         )
     samples = last_samples(run)
     preview, workflow = run.folder / PREVIEW, run.folder / WORKFLOW
-    card = model_card(run, adapters[0].name, samples, publication)
-    earlier_card = folder / CARD
-    is_kept = earlier_card.is_file()
-    if is_kept:
-        card = earlier_card.read_text(encoding="utf-8")
+    has_pictures = bool(samples) or preview.is_file()
+    card = signed(model_card(run, samples, publication))
+    edited_card = read_edited_card(folder / CARD)
     with new_folder(folder) as partial_path:
         for path in [*adapters, *samples.values()]:
             copy_to(path, partial_path)
         if not samples and preview.is_file():
             copy_to(preview, partial_path)
-        if workflow.is_file():
+        if workflow.is_file() and has_pictures:  # else its prompt is a caption of the data
             copy_to(workflow, partial_path)
         card_path = partial_path / CARD
-        card_path.write_text(card, encoding="utf-8")
-    return is_kept
+        card_path.write_text(edited_card or card, encoding="utf-8")
+    return edited_card is not None
+
+
+def signed(card: str) -> str:
+    """Return a card with its hash, by which a later call knows that nobody has edited it."""
+    digest = hash_of(card)
+    return f"{card}{SIGNATURE}{digest} -->\n"
+
+
+def read_edited_card(path: Path) -> str | None:
+    """Return a card that somebody has edited; None if the file is missing or as it was written."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    card, _, _ = text.rpartition(SIGNATURE)
+    return None if text == signed(card) else text
 
 
 def main_adapters(run: RunFiles) -> list[Path]:
-    """Return the adapters of the end of the run in all formats, first the one without a format in its
-    name."""
-    adapters = [path for path in adapter_files(run) if not OTHER_WEIGHTS.search(path.name)]
-    return sorted(adapters, key=lambda path: (path.suffix == ".peft", len(path.name)))
+    """Return the adapters of the end of the run in all formats that its options ask for."""
+    names = exported_names(run)
+    paths = [run.folder / name for name in names.values()]
+    return [path for path in paths if path.exists()]
 
 
 def copy_to(path: Path, folder: Path) -> None:
@@ -92,17 +105,19 @@ def copy_to(path: Path, folder: Path) -> None:
 
 
 def last_samples(run: RunFiles) -> dict[int, Path]:
-    """Return the first samples of the last step that has any, by the number of their prompts."""
-    if not run.samples:
+    """Return the first samples of the last step that has any, by the number of their prompts.
+
+    None if the exported weights are those of another step."""
+    is_of_last_step = run.options["export"].get("weights") != "best"
+    if not run.samples or not is_of_last_step:
         return {}
     last_step = max(run.samples)
     files = sorted(run.samples[last_step].items())
     return dict(files[:MAX_SAMPLES])
 
 
-def model_card(run: RunFiles, file: str, samples: dict[int, Path], publication: Publication) -> str:
-    """Return the content of README.md. `file`: name of the adapter. `samples`: by the number of the
-    prompt."""
+def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication) -> str:
+    """Return the content of README.md. `samples`: by the number of the prompt."""
     model = str(run.options["model"].get("path"))
     base_model = model if is_hub_id(model) else None
     media = run.facts.get("media", "image")
@@ -127,7 +142,9 @@ def model_card(run: RunFiles, file: str, samples: dict[int, Path], publication: 
     return template.render(
         data=data.to_yaml(),
         name=run.name,
-        file=file,
+        comfyui_file=comfyui_file(run),
+        diffusers_file=diffusers_file(run),
+        peft_folder=exported_names(run).get("peft"),
         base=base_model or Path(model).name,
         repo=publication.repo,
         base_model=base_model,
@@ -136,10 +153,8 @@ def model_card(run: RunFiles, file: str, samples: dict[int, Path], publication: 
         settings=settings,
         algorithm=run.options.get("algorithm", "Adapter"),
         rank=run.options.get("rank", "?"),
-        loads_in_diffusers=run.options.get("algorithm") in DIFFUSERS_ALGORITHMS,
         has_samples=bool(samples),
         has_preview=not samples and (run.folder / PREVIEW).is_file(),
         has_workflow=(run.folder / WORKFLOW).is_file(),
-        is_peft=file.endswith(".peft"),
         media=media,
     )

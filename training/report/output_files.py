@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_files import FORMATS
+from training.adapter_names import adapter_names, comfyui_adapter, diffusers_adapter
 from training.report.run_files import RunFiles
 from training.report.sample_pictures import link
 from training.run_folder import (
     CONFIG_FILE,
     EVENTS_FILE,
+    HUB_FOLDER,
     LOSS_CHART,
     LOSS_FILE,
     METRICS_FILE,
@@ -41,6 +43,7 @@ PURPOSES = {
     WORKFLOW_API: "the same for ComfyUI's server",
     "checkpoints": "from which the run is resumed",
     SAMPLES_FOLDER: "samples of all steps",
+    HUB_FOLDER: "adapter, samples and model card for the Hugging Face Hub",
     "model_with_lora": "base model with the adapter merged",
 }
 """Name of a file or folder -> what it is for."""
@@ -92,19 +95,60 @@ def other_files(run: RunFiles) -> Iterator[Path]:
             yield path
 
 
+def exported_names(run: RunFiles) -> dict[str, str]:
+    """Return the adapter files that the options of a run ask for, by format."""
+    formats = run.options["export"].get("formats")
+    if isinstance(formats, list):
+        return adapter_names(run.adapter_name, formats)
+    names = adapter_names(run.adapter_name, [])  # of a config that is not readable
+    all_names = adapter_names(run.adapter_name, [*names, *FORMATS])
+    for file_format, name in all_names.items():
+        path = run.folder / name
+        if path.exists():
+            names[file_format] = name
+    return names
+
+
+def comfyui_file(run: RunFiles) -> str | None:
+    """Return the adapter file that ComfyUI reads, if it exists."""
+    names = exported_names(run)
+    reads_diffusers = run.facts.get("comfyui_reads_diffusers", True)
+    name = comfyui_adapter(names, reads_diffusers)
+    return existing_name(run, name)
+
+
+def diffusers_file(run: RunFiles) -> str | None:
+    """Return the adapter file that diffusers reads, if it exists."""
+    conversion = str(run.options["export"].get("convert", ""))
+    algorithm = run.options.get("algorithm")
+    is_lora = algorithm in DIFFUSERS_ALGORITHMS or conversion.startswith("lora")
+    if not is_lora:
+        return None
+    names = exported_names(run)
+    name = diffusers_adapter(names)
+    return existing_name(run, name)
+
+
+def existing_name(run: RunFiles, name: str | None) -> str | None:
+    """Return the name of a file in the folder of a run; None if there is no such file."""
+    if name is None or not (run.folder / name).is_file():
+        return None
+    return name
+
+
 def usage(run: RunFiles) -> dict[str, str]:
     """Return for each program how the adapter is used there; empty before it is written."""
-    name = f"{run.adapter_name}.safetensors"
-    if not (run.folder / name).is_file():
-        return {}
-    texts = {
-        "ComfyUI": f"Copy {name} into ComfyUI/models/loras and load it with the node Load LoRA."
-    }
-    if (run.folder / WORKFLOW).is_file():
-        texts["ComfyUI"] += f" Or open {WORKFLOW}, which draws the first sample."
-    if run.options.get("algorithm") in DIFFUSERS_ALGORITHMS:
+    texts = {}
+    name = comfyui_file(run)
+    if name is not None:
+        text = f"Copy {name} into ComfyUI/models/loras and load it with the node Load LoRA."
+        if (run.folder / WORKFLOW).is_file():
+            text += f" Or open {WORKFLOW}, which draws the first sample."
+        texts["ComfyUI"] = text
+    name = diffusers_file(run)
+    if name is not None:
         texts["diffusers"] = f'pipeline.load_lora_weights("{run.name}", weight_name="{name}")'
     words = run.facts.get("trigger_words")
-    if words:
+    if words and texts:
         texts["Trigger words"] = str(words)
     return texts

@@ -1,5 +1,6 @@
 """report.html: one file that shows a run, or compares several."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -160,7 +161,7 @@ def environment() -> Environment:
 @cache
 def text_environment() -> Environment:
     """Return the templates of Markdown, in which nothing is escaped."""
-    return Environment(
+    templates = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=False,
         undefined=StrictUndefined,
@@ -168,6 +169,16 @@ def text_environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    templates.filters["code"] = code_span
+    return templates
+
+
+def code_span(text: str) -> str:
+    """Return a text as code of Markdown, with fences that are longer than its own backticks."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    padding = " " if longest else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
 
 
 def render(template_name: str, **values: Any) -> str:

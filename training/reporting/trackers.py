@@ -42,7 +42,10 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, tracker_id: str
     if name == "wandb":
         if "WANDB_MODE" not in os.environ and not has_wandb_key():
             os.environ["WANDB_MODE"] = "offline"
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # artifacts wait there until they are sent
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.resolve() / "wandb"))
         run_name = Path(config.output_dir).name
         options["wandb"] = {
             "id": tracker_id,

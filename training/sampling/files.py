@@ -84,7 +84,7 @@ def write_samples(
     (images,) = samples.images.values()
     path = sheet_path(folder, name, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = name + STEP_SUFFIX.format(step)
+    title = name + STEP_SUFFIX.format(step) if step else ""
     rows = zip(samples.prompts, images, workflows, strict=True)
     for number, (prompt, frames, workflow) in enumerate(rows):
         base_path = path.with_name(sample_name(name, step, number))
@@ -123,7 +123,9 @@ def with_ending(path: Path, ending: str) -> Path:
 
 
 def parameters_text(prompt: SamplePrompt, title: str) -> str:
-    """Return the options of an image as A1111's web UI writes them into PNG files."""
+    """Return the options of an image as A1111's web UI writes them into PNG files.
+
+    `title`: of the adapter; empty for the base model."""
     lines = [prompt.text]
     if prompt.negative:
         lines.append(f"Negative prompt: {prompt.negative}")
@@ -132,8 +134,9 @@ def parameters_text(prompt: SamplePrompt, title: str) -> str:
         "CFG scale": prompt.guidance_scale,
         "Seed": prompt.seed,
         "Size": f"{prompt.width}x{prompt.height}",
-        "Lora": title,
     }
+    if title:
+        facts["Lora"] = title
     if prompt.strength is not None and prompt.strength != 1:
         facts["Lora strength"] = f"{prompt.strength:g}"
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))

@@ -1,6 +1,7 @@
 """Names of a model's files in ComfyUI's folders."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 from models.base import ModelFamily
 from models.comfy_nodes import ComfyNodes
 
-EXPERT_NAMES = ("high_noise", "low_noise")
-"""Parts of the names of Wan 2.2's two files, in the order in which they draw."""
+EXPERTS = ("high", "low")
+"""The experts of a model in the order in which they draw."""
+EXPERT_NAME = re.compile("(high|low)([_-]?noise)", re.IGNORECASE)
+"""Part of a file's name that tells which expert it is."""
 
 
 @cache
@@ -39,36 +42,52 @@ def base_files(family: ModelFamily) -> list[str]:
     if names is not None:
         return list(names)
     name = Path(path).name
-    if family.files.is_single_file:
-        return expert_files(name)
+    if not family.files.is_single_file:
+        name += ".safetensors"
     if family.has_experts:
-        return [f"{name}_{part}.safetensors" for part in EXPERT_NAMES]
-    return [f"{name}.safetensors"]
-
-
-def expert_files(name: str) -> list[str]:
-    """Return the files of both experts, given one of them; other files alone."""
-    for part in EXPERT_NAMES:
-        if part in name:
-            return [name.replace(part, other) for other in EXPERT_NAMES]
+        return expert_files(name, family.config.expert or "high")
     return [name]
+
+
+def expert_files(name: str, trained_expert: str) -> list[str]:
+    """Return the files of both experts. `name`: of the model, or of the file of the trained expert."""
+    path = Path(name)
+    names = []
+    for expert in EXPERTS:
+        if EXPERT_NAME.search(name):
+            names.append(EXPERT_NAME.sub(rf"{expert}\2", name))
+        elif expert == trained_expert:
+            names.append(name)
+        else:
+            names.append(f"{path.stem}_{expert}_noise{path.suffix}")
+    return names
 
 
 def text_encoder_files(family: ModelFamily, nodes: ComfyNodes) -> tuple[str, ...]:
     """Return the names of the text encoders' files: those of the run, or the usual ones."""
     run_files = family.config.text_encoders
-    if len(run_files) != len(nodes.text_encoders):
-        return nodes.text_encoders
+    usual_files = nodes.text_encoders
+    if "text_encoder_3" in family.files.missing_components:  # SD3 without T5
+        usual_files = usual_files[:2]
+    if len(run_files) != len(usual_files):
+        return usual_files
     return tuple(Path(path).name for path in run_files)
 
 
 def vae_file(family: ModelFamily, nodes: ComfyNodes) -> str:
-    """Return the name of the VAE's file; empty if the VAE is in the checkpoint."""
+    """Return the name of the VAE's file."""
     path = family.config.vae
     if path is None:
-        return nodes.vae
+        return nodes.vae or nodes.separate_vae
     name = Path(path).name
-    return name if Path(path).suffix else f"{name}.safetensors"
+    return name if Path(path).is_file() else f"{name}.safetensors"
+
+
+def is_checkpoint(family: ModelFamily, nodes: ComfyNodes) -> bool:
+    """Return whether ComfyUI loads the base model, with its VAE, as a checkpoint."""
+    if family.files.is_single_file:
+        return "vae" in family.files.contained_components
+    return not nodes.vae
 
 
 def is_whole_checkpoint(family: ModelFamily) -> bool:

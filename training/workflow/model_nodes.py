@@ -65,19 +65,29 @@ class ModelNodes:
         """Add the nodes that load the base model."""
         names = model_names.base_files(self.family)
         vae_name = model_names.vae_file(self.family, self.nodes)
-        is_whole = model_names.is_whole_checkpoint(self.family)
         encoder_names = model_names.text_encoder_files(self.family, self.nodes)
-        if self.nodes.is_checkpoint or is_whole:
+        if not model_names.is_checkpoint(self.family, self.nodes):
+            return self._load_separately(names, encoder_names, vae_name)
+        checkpoint = self._add("CheckpointLoaderSimple", ckpt_name=names[0])
+        clip = checkpoint.output(1)
+        vae = checkpoint.output(2)
+        if encoder_names and not model_names.is_whole_checkpoint(self.family):
+            clip = self._load_text_encoders(encoder_names)
+        if self.family.config.vae is not None:
+            vae = self._load_vae(vae_name)
+        return LoadedModel([checkpoint.output()], clip, vae)
+
+    def _load_separately(
+        self, names: list[str], encoder_names: tuple[str, ...], vae_name: str
+    ) -> LoadedModel:
+        """Add the nodes that load denoisers, text encoders and VAE from their own files."""
+        if encoder_names:
+            denoisers = [self._load_denoiser(name) for name in names]
+            clip = self._load_text_encoders(encoder_names)
+        else:  # a UNet, whose text encoders are in its file
             checkpoint = self._add("CheckpointLoaderSimple", ckpt_name=names[0])
+            denoisers = [checkpoint.output()]
             clip = checkpoint.output(1)
-            vae = checkpoint.output(2)
-            if encoder_names and not is_whole:
-                clip = self._load_text_encoders(encoder_names)
-            if self.family.config.vae is not None:
-                vae = self._load_vae(vae_name)
-            return LoadedModel([checkpoint.output()], clip, vae)
-        denoisers = [self._load_denoiser(name) for name in names]
-        clip = self._load_text_encoders(encoder_names)
         vae = self._load_vae(vae_name)
         return LoadedModel(denoisers, clip, vae)
 
@@ -101,7 +111,7 @@ class ModelNodes:
                 "DualCLIPLoader",
                 clip_name1=names[0],
                 clip_name2=names[1],
-                type=kind,
+                type=kind or self.family.name,
                 device="default",
             )
         else:
@@ -109,11 +119,14 @@ class ModelNodes:
             node = self._add(
                 "TripleCLIPLoader", clip_name1=first, clip_name2=second, clip_name3=third
             )
-        padding = self.nodes.text_padding
-        if padding is None:
+        padding, length = self.nodes.text_padding, self.nodes.text_length
+        if not padding and not length:
             return node.output()
         options = self._add(
-            "T5TokenizerOptions", clip=node.output(), min_padding=padding, min_length=0
+            "T5TokenizerOptions",
+            clip=node.output(),
+            min_padding=padding,
+            min_length=length,
         )
         return options.output()
 

@@ -1,15 +1,19 @@
 """The workflow of a run: the graph of a sample, with a note that says which files it needs."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.atomic import write_file
 from models.diffusers_family import DiffusersFamily
+from models.families.transformer_family import TransformerFamily
+from models.families.unet_family import UNetFamily
+from training.adapter_names import adapter_names, comfyui_adapter
 from training.components import RunComponents
 from training.run_folder import STEP_SUFFIX, WORKFLOW, WORKFLOW_API
-from training.sampling.prepare import run_prompts, sample_frames
+from training.sampling.prepare import has_unused_negatives, run_prompts, sample_frames
 from training.sampling.prompts import SamplePrompt
 from training.workflow.graph import Graph, api_form
 from training.workflow.model_names import downloads
@@ -17,8 +21,6 @@ from training.workflow.model_nodes import DrawnSample
 from training.workflow.sample_graph import sample_graph
 from training.workflow.ui_form import file_names, ui_form
 
-COMFYUI_FORMATS = ("comfyui", "kohya", "diffusers")
-"""Formats of adapter files that ComfyUI reads, the best one first."""
 FOLDERS = {
     "CheckpointLoaderSimple": "checkpoints",
     "CLIPVisionLoader": "clip_vision",
@@ -45,62 +47,111 @@ class Workflow:
 def write_run_workflow(components: RunComponents) -> list[Path]:
     """Write the workflow of the first sample, with the exported adapter; return the paths.
 
-    An error is printed: the run is worth more than its workflow."""
-    config = components.config
-    adapter = comfyui_adapter(config.export.name, config.export.formats)
-    prompts = sample_prompts(components)
-    if adapter is None or not prompts:
-        return []
+    An error is printed: the run is worth more than its workflow. Earlier workflows are removed."""
+    folder = Path(components.config.output_dir)
     try:
-        workflow = run_workflow(components, prompts[0], adapter)
-        if workflow is None:
-            return []
-        return write_workflow(workflow, Path(config.output_dir))
+        workflow = first_workflow(components)
+        if workflow is not None:
+            return write_workflow(workflow, folder)
     except Exception as error:
         print(f"note: {WORKFLOW} was not written: {type(error).__name__}: {error}")
-        return []
+    for name in (WORKFLOW, WORKFLOW_API):
+        (folder / name).unlink(missing_ok=True)
+    return []
+
+
+def first_workflow(components: RunComponents) -> Workflow | None:
+    """Return the workflow of the first sample; None if the run has no sample for ComfyUI."""
+    adapter = exported_adapter(components, components.config.export.name)
+    prompts = sample_prompts(components)
+    if adapter is None or not prompts:
+        return None
+    return run_workflow(components, prompts[0], adapter)
+
+
+def exported_adapter(components: RunComponents, name: str) -> str | None:
+    """Return the exported file that ComfyUI reads. `name`: of the adapter, perhaps with a step."""
+    names = adapter_names(name, components.config.export.formats)
+    is_transformer = isinstance(components.family, TransformerFamily)
+    return comfyui_adapter(names, reads_diffusers=is_transformer)
 
 
 def sample_prompts(components: RunComponents) -> list[SamplePrompt]:
     """Return the prompts of the run's samples, also of a run that draws none."""
     if components.samples is not None:
         return components.samples.prompts
-    datasets = components.datasets
+    family, datasets = components.family, components.datasets
     dataset = datasets.validation or datasets.train
-    return run_prompts(components.config, components.family, dataset)
+    prompts = run_prompts(components.config, family, dataset)
+    if has_unused_negatives(family, prompts):
+        prompts = [replace(prompt, negative=None) for prompt in prompts]
+    return prompts
 
 
 def step_workflows(components: RunComponents, step: int) -> list[str]:
     """Return a workflow of each sample of a step, for ComfyUI's editor; empty texts without workflows.
 
-    It loads the adapter of that step if it was exported, else that of the end of the run."""
+    It loads the adapter of that step if it was exported, else that of the end of the run. At step 0 its
+    strength is 0."""
     config = components.config
     prompts = sample_prompts(components)
+    texts = [""] * len(prompts)
+    if step == 0 and config.existing_lora is not None:
+        return texts
     export = config.export
-    is_exported = bool(export.every) and step > 0 and step % export.every == 0
-    name = export.name + (STEP_SUFFIX.format(step) if is_exported else "")
-    adapter = comfyui_adapter(name, export.formats)
-    texts = []
-    for prompt in prompts:
-        workflow = None
-        if adapter is not None:
-            workflow = run_workflow(components, prompt, adapter)
-        texts.append(json.dumps(workflow.editor) if workflow is not None else "")
+    name, remark = export.name, ""
+    if 0 < step < config.steps:
+        if export.every and step % export.every == 0:
+            name += STEP_SUFFIX.format(step)
+        else:
+            remark = (
+                f"The adapter of step {step} was not exported, so this draws with that of the end of "
+                "the run."
+            )
+    adapter = exported_adapter(components, name)
+    if adapter is None:
+        return texts
+    for number, prompt in enumerate(prompts):
+        if step == 0:
+            prompt = replace(prompt, strength=0.0)
+        workflow = run_workflow(components, prompt, adapter, remark)
+        if workflow is not None:
+            texts[number] = json.dumps(workflow.editor)
     return texts
 
 
-def run_workflow(components: RunComponents, prompt: SamplePrompt, adapter: str) -> Workflow | None:
+def run_workflow(
+    components: RunComponents, prompt: SamplePrompt, adapter: str, remark: str = ""
+) -> Workflow | None:
     """Return the workflow that draws a sample; None if ComfyUI's nodes of the model are not known.
 
-    `adapter`: name of a file that ComfyUI reads."""
-    config, family = components.config, components.family
-    if family.comfy_nodes is None or not isinstance(family, DiffusersFamily):
+    `adapter`: name of a file that ComfyUI reads. `remark`: for the note, may be empty."""
+    config = components.config
+    family = components.family
+    nodes = family.comfy_nodes
+    if nodes is None or not isinstance(family, DiffusersFamily):
         return None
     num_frames = sample_frames(config, family)
     sample = DrawnSample(prompt, adapter, num_frames, config.model.train_text_encoder)
-    graph = sample_graph(family, family.comfy_nodes, config.objective, sample)
-    note = note_text(graph, str(family.scheduler_config["_class_name"]))
-    return Workflow(ui_form(graph, note, downloads()), api_form(graph))
+    graph = sample_graph(family, nodes, config.objective, sample)
+    remarks = [remark, nodes.difference, *prompt_remarks(family, prompt)]
+    scheduler = str(family.scheduler_config["_class_name"])
+    note = note_text(graph, scheduler, remarks)
+    return Workflow(
+        editor=ui_form(graph, note, downloads()),
+        server=api_form(graph),
+    )
+
+
+def prompt_remarks(family: DiffusersFamily, prompt: SamplePrompt) -> list[str]:
+    """Return what ComfyUI does otherwise with a prompt: UNets see it cut after 75 tokens."""
+    if not isinstance(family, UNetFamily):
+        return []
+    texts = [text for text in (prompt.text, prompt.negative) if text]
+    counts, limit = family.count_tokens(texts)
+    if max(counts, default=0) <= limit:
+        return []
+    return [f"The trainer cuts this prompt after {limit} tokens. ComfyUI does not."]
 
 
 def write_workflow(workflow: Workflow, folder: Path) -> list[Path]:
@@ -114,28 +165,15 @@ def write_workflow(workflow: Workflow, folder: Path) -> list[Path]:
     return paths
 
 
-def comfyui_adapter(name: str, formats: tuple[str, ...]) -> str | None:
-    """Return the name of an exported file that ComfyUI reads; None if there is no such file.
+def note_text(graph: Graph, scheduler: str, remarks: Iterable[str] = ()) -> str:
+    """Return the note of a graph: which files it needs, and what is not the same.
 
-    `name`: of the adapter. `formats`: export.formats, which may be empty."""
-    if not formats:
-        return f"{name}.safetensors"
-    for file_format in COMFYUI_FORMATS:
-        if file_format in formats:
-            is_first = formats[0] == file_format
-            return f"{name}.safetensors" if is_first else f"{name}.{file_format}.safetensors"
-    return None
-
-
-def note_text(graph: Graph, scheduler: str) -> str:
-    """Return the note of a graph: which files they need, and what is not the same.
-
-    `scheduler`: class of diffusers with which the trainer draws."""
+    `scheduler`: class of diffusers with which the trainer draws. `remarks`: empty ones are left out."""
     lines = [
         "## A sample, drawn like the trainer's",
         "",
-        "Noise, size, steps, guidance and noise levels are those of the sample. ComfyUI computes "
-        "in another precision, so details may differ.",
+        "Prompt, noise, size, steps and guidance are those of the sample. ComfyUI computes in another "
+        "precision, so details may differ.",
         "",
         "Files in ComfyUI's folder `models`:",
         "",
@@ -153,4 +191,7 @@ def note_text(graph: Graph, scheduler: str) -> str:
     samplers = {node.inputs.get("sampler_name") for node in graph.nodes} - {None}
     for sampler in samplers:
         lines += ["", f"`{sampler}` is ComfyUI's nearest sampler to {scheduler} of diffusers."]
+    for remark in remarks:
+        if remark:
+            lines += ["", remark]
     return "\n".join(lines)

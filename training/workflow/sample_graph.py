@@ -1,20 +1,26 @@
 """The graph with which ComfyUI draws a sample as the trainer does: with the same noise, noise levels,
 guidance and size."""
 
-import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.comfy_nodes import ComfyGuidance, ComfyNodes
 from models.diffusers_family import DiffusersFamily
 from objectives.config import ObjectiveConfig
 from objectives.processes import Flow
+from objectives.schedulers import ZERO_SNR, scheduler_from_config
 from training.workflow.graph import Graph, Node, Output, Value
 from training.workflow.model_nodes import DrawnSample, ModelNodes
 from training.workflow.samplers import comfy_sampler
 
 CLIP_VISION = "clip_vision_h.safetensors"
+NUM_TIMESTEPS = 1000
+"""Noise levels of models with ComfyUI's discrete sampling."""
+EVEN_SCHEDULE = "ddim_uniform"
+LAST_STEP = 10000
+CHANGED_BY_EDITOR = re.compile(r"[{}]|//|/\*|\\")
+"""Choices in braces, comments and backslashes."""
 DEFAULT_IMAGE = "example.png"
 """An image that every ComfyUI has."""
 
@@ -50,6 +56,7 @@ class SampleGraph:
         self.prompt = sample.prompt
         self.width, self.height = sample.size
         assert self.prompt.guidance_scale is not None  # it is completed
+        self.scheduler_config = sampling_config(family.scheduler_config, objective)
         self.guidance: ComfyGuidance = family.comfy_guidance(self.prompt.guidance_scale)
 
     def build(self) -> Graph:
@@ -71,7 +78,7 @@ class SampleGraph:
     # Conditioning and latents.
 
     def _encode(self, clip: Output) -> Conditioning:
-        text = self._add("CLIPTextEncode", text=without_weights(self.prompt.text), clip=clip)
+        text = self._encode_text(self.prompt.text, clip)
         positive = text.output()
         if self.guidance.distilled is not None:
             node = self._add(
@@ -87,8 +94,15 @@ class SampleGraph:
             return Conditioning(positive, zeros.output())
         if negative_text is None:
             negative_text = str(self.family.preview_options(1.0).get("negative_prompt", ""))
-        negative = self._add("CLIPTextEncode", text=without_weights(negative_text), clip=clip)
+        negative = self._encode_text(negative_text, clip)
         return Conditioning(positive, negative.output())
+
+    def _encode_text(self, text: str, clip: Output) -> Node:
+        """Add the node that encodes a text. ComfyUI's editor would change some texts in that node."""
+        value: Value = without_weights(text)
+        if CHANGED_BY_EDITOR.search(text):
+            value = self._add("PrimitiveStringMultiline", value=value).output()
+        return self._add("CLIPTextEncode", text=value, clip=clip)
 
     def _latent_size(self) -> dict[str, Value]:
         size: dict[str, Value] = {"width": self.width, "height": self.height, "batch_size": 1}
@@ -128,16 +142,18 @@ class SampleGraph:
             return self._denoise_by_size(denoisers[0], conditioning, latents)
         if len(denoisers) > 1:
             return self._denoise_by_experts(denoisers, conditioning, latents)
-        node = self._add(
-            "KSampler",
-            model=denoisers[0],
-            seed=self._seed,
+        inputs: dict[str, Value] = {
             **self._sampler_inputs(),
-            positive=conditioning.positive,
-            negative=conditioning.negative,
-            latent_image=latents,
-            denoise=1.0,
-        )
+            "positive": conditioning.positive,
+            "negative": conditioning.negative,
+            "latent_image": latents,
+        }
+        num_extra_steps = 0
+        if inputs["scheduler"] == EVEN_SCHEDULE:
+            num_extra_steps = extra_steps(self._steps)
+        if num_extra_steps:
+            return self._denoise_from(num_extra_steps, denoisers[0], inputs)
+        node = self._add("KSampler", model=denoisers[0], seed=self._seed, **inputs, denoise=1.0)
         return node.output()
 
     @property
@@ -151,13 +167,27 @@ class SampleGraph:
         return self.prompt.num_inference_steps
 
     def _sampler_inputs(self) -> dict[str, Value]:
-        sampler = comfy_sampler(self.family.scheduler_config, self.nodes.schedule)
+        sampler = comfy_sampler(self.scheduler_config, self.nodes.schedule)
         return {
             "steps": self._steps,
             "cfg": self.guidance.cfg,
             "sampler_name": sampler.sampler,
             "scheduler": sampler.schedule,
         }
+
+    def _denoise_from(self, first_step: int, denoiser: Output, inputs: dict[str, Value]) -> Output:
+        """Let ComfyUI leave out its first steps, where its schedule has more of them."""
+        node = self._add(
+            "KSamplerAdvanced",
+            model=denoiser,
+            add_noise="enable",
+            noise_seed=self._seed,
+            **inputs,
+            start_at_step=first_step,
+            end_at_step=LAST_STEP,
+            return_with_leftover_noise="disable",
+        )
+        return node.output()
 
     def _denoise_by_experts(
         self, denoisers: list[Output], conditioning: Conditioning, latents: Output
@@ -189,7 +219,12 @@ class SampleGraph:
         assert isinstance(process, Flow)
         is_low = self.family.config.expert == "low"
         boundary = process.t_range[1] if is_low else process.t_range[0]
-        return math.floor(self._steps * (1 - boundary)) + 1
+        factor = process.shift(0)
+        level = factor * boundary / (1 + (factor - 1) * boundary)
+        scheduler = scheduler_from_config(self.scheduler_config)
+        scheduler.set_timesteps(self._steps)
+        timesteps = scheduler.timesteps.tolist()
+        return sum(timestep >= level * process.num_train_timesteps for timestep in timesteps)
 
     def _denoise_by_size(
         self, denoiser: Output, conditioning: Conditioning, latents: Output
@@ -233,6 +268,21 @@ class SampleGraph:
             format="auto",
             codec="auto",
         )
+
+
+def extra_steps(steps: int) -> int:
+    """Return how many steps more than `steps` ComfyUI's even schedule has, in front."""
+    spacing = max(NUM_TIMESTEPS // steps, 1)
+    num_levels = len(range(1, NUM_TIMESTEPS, spacing))
+    return max(num_levels - steps, 0)
+
+
+def sampling_config(config: dict[str, Any], objective: ObjectiveConfig) -> dict[str, Any]:
+    """Return the configuration of the scheduler that draws the samples of a run."""
+    if not objective.zero_terminal_snr and not config.get("rescale_betas_zero_snr"):
+        return config
+    scheduler = scheduler_from_config({**config, **ZERO_SNR})
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def without_weights(text: str) -> str:

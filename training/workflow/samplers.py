@@ -8,7 +8,7 @@ flow matching differ by less than 0.002, because ComfyUI rounds them to a table.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from objectives.processes import Flow
+from objectives.processes import EDM, Flow
 from objectives.schedulers import process_class_of
 
 SAMPLERS = {
@@ -67,7 +67,10 @@ def comfy_sampler(config: Mapping[str, Any], flow_schedule: str) -> ComfySampler
     for option, schedule in SIGMA_OPTIONS.items():
         if config.get(option):
             return ComfySampler(sampler, schedule)
-    if process_class_of(config) is Flow:
+    process_class = process_class_of(config)
+    if process_class is EDM:
+        return ComfySampler(sampler, config.get("sigma_schedule", "karras"))
+    if process_class is Flow:
         sampler = FLOW_SAMPLERS.get(class_name, sampler)
         schedule = "sgm_uniform" if class_name in MULTISTEP else flow_schedule
         return ComfySampler(sampler, schedule)

@@ -1,9 +1,8 @@
 """A graph of ComfyUI's nodes as its editor stores it: with positions, and with widgets in order."""
 
-import re
 from typing import Any
 
-from training.workflow.graph import Graph, Node
+from training.workflow.graph import Graph, Node, Output
 
 VERSION = 0.4
 """Version of the editor's format."""
@@ -41,7 +40,7 @@ def all_links(graph: Graph) -> list[list[Any]]:
     """Return [number, node, output, node, input, type] of each link."""
     links: list[list[Any]] = []
     for node in graph.nodes:
-        slots = node.definition.links
+        slots = slot_names(node)
         for name, source in node.sources.items():
             source_node = graph.nodes[source.node - 1]
             output_type = source_node.definition.outputs[source.slot]
@@ -81,14 +80,22 @@ def input_slots(node: Node, links: list[list[Any]]) -> list[dict[str, Any]]:
         if target == node.number:
             numbers[slot] = number
     slots = []
-    for slot, name in enumerate(node.definition.links):
-        entry = {
+    for slot, name in enumerate(slot_names(node)):
+        entry: dict[str, Any] = {
             "name": name,
             "type": node.definition.inputs[name],
             "link": numbers.get(slot),
         }
+        if name in node.definition.widgets:
+            entry["widget"] = {"name": name}
         slots.append(entry)
     return slots
+
+
+def slot_names(node: Node) -> list[str]:
+    """Return the names of inputs that may be links, and of widgets that have one."""
+    linked_widgets = [name for name in node.definition.widgets if name in node.sources]
+    return [*node.definition.links, *linked_widgets]
 
 
 def output_slots(node: Node, links: list[list[Any]]) -> list[dict[str, Any]]:
@@ -115,19 +122,14 @@ def widget_values(node: Node) -> list[Any]:
     for name in node.definition.widgets:
         value = node.inputs[name]
         kind = node.definition.inputs[name]
-        if kind == "STRING" and isinstance(value, str):
-            value = without_choices(value)
+        if isinstance(value, Output):
+            value = ""  # the widget has a link
         values.append(value)
         if kind == "SEED":
             values.append("fixed")  # what the editor does with the seed after an image
         if kind == "UPLOAD":
             values.append("image")
     return values
-
-
-def without_choices(text: str) -> str:
-    """Return a text in which the editor sees no {choice|other choice}."""
-    return re.sub(r"([{}])", r"\\\1", text)
 
 
 def note_entry(number: int, text: str) -> dict[str, Any]:
