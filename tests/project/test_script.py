@@ -226,6 +226,7 @@ def test_wandb_runs_offline_and_keeps_no_secret(options, run_here, tmp_path, mon
     assert {"learning_rate", "model.path"} <= config
     artifacts = {record.artifact.name for record in read}
     assert {"out-adapter", "out-samples"} <= artifacts
+    assert [*(tmp_path / "out" / "wandb" / "artifacts" / "staging").iterdir()]
 
 
 def test_tensorboard_gets_the_losses(options, run_here, tmp_path):

@@ -38,7 +38,7 @@ EXPECTED = [
     "validating",
     "the first step",
     "writing the checkpoint",
-    "drawing sample 1 of 1",
+    "drawing 2 samples",
 ]
 
 

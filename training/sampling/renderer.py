@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from common.announce import announced
+from common.errors import counted
 from data.media.pictures import to_image, to_levels
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
@@ -79,7 +80,9 @@ class SampleRenderer:
         self.max_side = max_side
         share: Share | None = {}
         if not self._has_failed():
-            with self.services.memory.phase(SAMPLES):
+            num_samples = len(weight_sets) * len(self.prompts)
+            text = f"drawing {counted(num_samples, 'sample')}"
+            with self.services.memory.phase(SAMPLES), announced(text):
                 share = self._draw_share(weight_sets)
             self.was_stopped = share is None
         if share is None or self._has_failed():
@@ -183,8 +186,7 @@ class SampleRenderer:
                 if strength is None:
                     strength = self.prompts[number].strength
                 assert strength is not None  # prompts are completed
-                text = f"drawing sample {number + 1} of {len(self.prompts)}"
-                with adapted.at_strength(strength), announced(text):
+                with adapted.at_strength(strength):
                     image = self._draw(number)
                 if self.max_side:
                     image = shrunk(image[-1:], self.max_side)
