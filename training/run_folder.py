@@ -221,4 +221,3 @@ def clear_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)
     shutil.rmtree(folder / SAMPLE_LOG, ignore_errors=True)
-    shutil.rmtree(folder / HUB_FOLDER, ignore_errors=True)
