@@ -4,7 +4,8 @@
 Commands that work on data: `python train_lora.py data|export-dataset [recipe.yaml] [--option
 value]` (docs/data.md). Commands that work on files: `python train_lora.py
 inspect|convert|merge|resize|extract FILE` (docs/formats.md). Commands that read the folders of runs:
-`python train_lora.py report|status|push OUTPUT_DIR` (docs/report.md).
+`python train_lora.py report|status|push OUTPUT_DIR` (docs/report.md). `python train_lora.py models`
+lists the models (docs/memory.md).
 """
 
 import os

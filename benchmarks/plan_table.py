@@ -1,11 +1,12 @@
-"""Writes the tables of docs/memory.md: `python benchmarks/plan_table.py`. It takes half an hour.
+"""Writes the tables of docs/memory.md, and the list of `train_lora.py models`. It takes half an hour.
 
 The recipes are planned for each released model that they train. `rows(names)` plans some models.
 """
 
+import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from models.released import released_models  # noqa: E402
+from tools.catalog.planned import CARDS, PLANNED_FILE, PlannedModel  # noqa: E402
 from tools.planning.plan import on_the_cpu, with_configurations  # noqa: E402
 from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
@@ -23,7 +25,6 @@ from training.memory.planner import RESERVE, MemoryPlanner  # noqa: E402
 
 PAGE = PROJECT / "docs" / "memory.md"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
-CARDS = (8, 12, 16, 24, 48, 80)
 OFFLOADED: Changes = {"memory.offload_blocks": "all", "memory.offload_activations": True}
 WAYS: dict[str, Changes] = {
     "bf16": {},
@@ -80,17 +81,17 @@ class Row:
         sizes = [*self.encoding, *training, *samples]
         return [self.model, self.sample, *map(gib, sizes)]
 
-    def settings(self, card: int) -> str:
-        """Return the ways with which training fits into a card of so many GB.
-
-        These are the first one, and the first one that is offloaded if the other is quantized."""
-        fitting = [way for way in WAYS if self.training[way] <= card * GIB]
-        if not fitting:
-            return "-"
-        ways = fitting[:1]
-        if ways[0] in ("int8", "nf4") and "bf16, offloaded" in fitting:
-            ways.append("bf16, offloaded")
-        return " or ".join(ways)
+    def planned(self) -> PlannedModel:
+        """Return what `train_lora.py models` lists."""
+        recipe = f"recipes/{RECIPES[self.model]}.yaml"
+        return PlannedModel(
+            model=self.model,
+            family=RECIPES[self.model],
+            recipe=recipe,
+            hub_ids=released_models()[self.model]["hub_ids"],
+            sample=self.sample,
+            training={way: round(size / GIB, 2) for way, size in self.training.items()},
+        )
 
 
 def rows(names: Iterable[str] = RECIPES) -> list[Row]:
@@ -132,7 +133,7 @@ def tables(all_rows: list[Row]) -> str:
     ]  # fmt: skip
     cards = [["model", *[f"{card} GB" for card in CARDS]]]
     for row in all_rows:
-        cards.append([row.model, *[row.settings(card) for card in CARDS]])
+        cards.append([row.model, *[" or ".join(row.planned().ways(card)) or "-" for card in CARDS]])
     return f"{markdown(needs)}\n\nWhat fits in training:\n\n{markdown(cards)}"
 
 
@@ -144,7 +145,10 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def main() -> None:
-    new_tables = tables(rows())
+    all_rows = rows()
+    entries = [asdict(row.planned()) for row in all_rows]
+    PLANNED_FILE.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    new_tables = tables(all_rows)
     page = PAGE.read_text(encoding="utf-8")
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)

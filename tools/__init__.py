@@ -10,6 +10,7 @@ from importlib import import_module
 
 from common.atomic import WriteError
 from common.errors import AdapterError, ConfigError, ModelError, error_list
+from tools.catalog.options import ModelsOptions, parse_models_options
 from tools.data.options import DataOptions, ExportOptions
 from tools.options import OPTIONS, Options, parse
 from tools.planning.options import PlanOptions
@@ -21,7 +22,7 @@ RUN_COMMANDS: dict[str, type[RunOptions]] = {
     options.command: options for options in (PlanOptions, DataOptions, ExportOptions)
 }
 """Commands that take the options of a run."""
-COMMANDS = (*RUN_COMMANDS, *OPTIONS, *FOLDER_OPTIONS)
+COMMANDS = (*RUN_COMMANDS, *OPTIONS, *FOLDER_OPTIONS, ModelsOptions.command)
 M_MMAP_THRESHOLD = -3
 """Parameter number of mallopt(3)."""
 LARGE_TENSOR = 1 << 20
@@ -42,6 +43,8 @@ def run_command(argv: list[str]) -> int:
     input."""
     if argv[0] in FOLDER_OPTIONS:
         return run_on_folders(argv)
+    if argv[0] == ModelsOptions.command:
+        return list_models(argv)
     options: Options | RunOptions
     is_run_command = argv[0] in RUN_COMMANDS
     if is_run_command:
@@ -57,6 +60,17 @@ def run_command(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print_error("interrupted; nothing was written")
             return 130
+
+
+def list_models(argv: list[str]) -> int:
+    """Run the command that lists the models; return its exit code."""
+    from tools.catalog.models import run
+
+    options = parse_models_options(argv)
+    errors = options.errors()
+    if errors:
+        raise ConfigError(error_list(options.command, errors))
+    return run(options)
 
 
 def run_on_folders(argv: list[str]) -> int:

@@ -33,6 +33,7 @@ COMMAND_NAMES = (
     "report",
     "status",
     "push",
+    "models",
 )
 PROGRAM = f"train_lora.py [RECIPE | {' | '.join(COMMAND_NAMES)}]"
 DEMO_RECIPE = PROJECT / "recipes" / "demo.yaml"
