@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.comfy_nodes import ComfyNodes
+from models.encoder_placement import keep_first_layers
 from models.families.packing import PATCH, pack, unpack
 from models.families.qwen_vae import QwenVaeFamily
 from models.families.transformer_family import ATTENTION
@@ -60,6 +61,10 @@ class QwenImage(QwenVaeFamily):
 
     def num_template_tokens(self) -> int:
         return super().num_template_tokens() + len(self.tokenizer(AFTER_CAPTION).input_ids)
+
+    def trim_text_encoders(self, pipeline: Any) -> None:
+        num_layers = pipeline.text_encoder.config.text_config.num_hidden_layers
+        keep_first_layers(pipeline.text_encoder, num_layers)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, mask = encoders.encode_prompt(

@@ -93,3 +93,14 @@ def test_text_encoders_are_cut_as_for_encoding():
     assert len(encoders.text_encoder.model.language_model.layers) == 31
     assert encoders.text_encoder.model.vision_tower is None
     assert next(encoders.text_encoder.parameters()).dtype == torch.bfloat16
+
+
+def test_qwen_image_encodes_without_vision_and_head():
+    """7.6 of 8.3 billion parameters are left, without the head 7.1."""
+    with configuration_folder(released_models()["Qwen-Image"]) as folder:
+        family = get_family(ModelConfig(path=str(folder)))
+        with torch.device("meta"):
+            encoders = empty_encoders(family, "text")
+    count = sum(parameter.numel() for parameter in encoders.text_encoder.parameters())
+    assert round(count / 1e8) == 71
+    assert encoders.text_encoder.model.visual is None
