@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from models.released import released_models  # noqa: E402
-from tools.catalog.planned import CARDS, PLANNED_FILE, PlannedModel  # noqa: E402
+from tools.catalog.planned import CARDS, PLANNED_FILE, WAYS, PlannedModel  # noqa: E402
 from tools.planning.plan import on_the_cpu, with_configurations  # noqa: E402
 from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
@@ -25,15 +25,6 @@ from training.memory.planner import RESERVE, MemoryPlanner  # noqa: E402
 
 PAGE = PROJECT / "docs" / "memory.md"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
-OFFLOADED: Changes = {"memory.offload_blocks": "all", "memory.offload_activations": True}
-WAYS: dict[str, Changes] = {
-    "bf16": {},
-    "int8": {"model.quantization": "int8"},
-    "nf4": {"model.quantization": "nf4"},
-    "bf16, offloaded": OFFLOADED,
-    "nf4, offloaded": {"model.quantization": "nf4", **OFFLOADED},
-}
-"""Ways to keep the base model."""
 SAMPLE_WAYS = ("bf16", "nf4", "bf16, offloaded")
 CAPTION_WAYS: dict[str, Changes] = {
     "captions": {},
@@ -133,7 +124,7 @@ def tables(all_rows: list[Row]) -> str:
     ]  # fmt: skip
     cards = [["model", *[f"{card} GB" for card in CARDS]]]
     for row in all_rows:
-        cards.append([row.model, *[" or ".join(row.planned().ways(card)) or "-" for card in CARDS]])
+        cards.append([row.model, *row.planned().cells()])
     return f"{markdown(needs)}\n\nWhat fits in training:\n\n{markdown(cards)}"
 
 

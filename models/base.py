@@ -129,6 +129,8 @@ class ModelFamily(ABC):
 
     has_experts: bool = False
     """True if one denoiser is for high and another one for low noise levels (--model.expert)."""
+    neutral_guidance: float = 1.0
+    """Guidance scale of the pipeline that is the same as no guidance."""
     comfy_nodes: ComfyNodes | None = None
     """The nodes with which ComfyUI draws; None: a run writes no workflow for ComfyUI."""
 
@@ -316,7 +318,7 @@ class ModelFamily(ABC):
     def comfy_guidance(self, scale: float) -> ComfyGuidance:
         """WHEN: a workflow for ComfyUI is written. IN: guidance scale of a sample. OUT: the same
         guidance in ComfyUI."""
-        return cfg_guidance(scale)
+        return cfg_guidance(scale + (1 - self.neutral_guidance))
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
         """WHEN: adapters are attached. OUT: layers, and modules with layers, on whose output no

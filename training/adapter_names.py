@@ -6,16 +6,20 @@ DEFAULT_FORMAT = ""
 """The format that most programs load for the model: that of a run without export.formats."""
 
 
+def adapter_name(name: str, file_format: str, position: int) -> str:
+    """Return the name of a file, or of PEFT's folder. `position`: of the format among all of the run."""
+    if file_format == "peft":
+        return f"{name}.peft"
+    if position == 0:
+        return f"{name}.safetensors"
+    return f"{name}.{file_format}.safetensors"
+
+
 def adapter_names(name: str, formats: tuple[str, ...] | list[str]) -> dict[str, str]:
     """Return the file or folder of each format. `name`: export.name, perhaps with a step."""
     names = {}
     for position, file_format in enumerate(formats or [DEFAULT_FORMAT]):
-        if file_format == "peft":
-            names[file_format] = f"{name}.peft"
-        elif position == 0:
-            names[file_format] = f"{name}.safetensors"
-        else:
-            names[file_format] = f"{name}.{file_format}.safetensors"
+        names[file_format] = adapter_name(name, file_format, position)
     return names
 
 

@@ -20,6 +20,7 @@ from common.precision import exact_products
 from lora_algos.full import DIFF
 from lora_algos.traits import Layers
 from objectives.schedulers import override_scheduler
+from training.adapter_names import adapter_name
 from training.build import on_one_process
 from training.checkpoints.best import BestWeights
 from training.components import RunComponents
@@ -256,7 +257,8 @@ def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:
     layers = converted_layers(components)
     metadata = file_metadata(components, layers, facts)
     paths: list[Path] = []
-    for file_format in export_formats(components, layers):
+    output_dir = Path(config.output_dir)
+    for position, file_format in enumerate(export_formats(components, layers)):
         exact_content = files.file_content(layers, adapted.model, names, file_format, torch.float32)
         error = verify_content(exact_content, layers, adapted.model, names)
         if not error <= MAX_ERROR:
@@ -270,19 +272,10 @@ def write_adapter(components: RunComponents, facts: ExportFacts) -> list[Path]:
         content.metadata |= metadata
         hashed_bytes = files.to_bytes(content.tensors, training_metadata(content.metadata))
         content.metadata |= addnet_hashes(hashed_bytes)
-        ending = file_ending(content, file_format, is_first=not paths)
-        path = Path(config.output_dir) / (facts.name + ending)
-        paths.append(write_content(path, content))
+        file_name = adapter_name(facts.name, file_format, position)
+        path = write_content(output_dir / file_name, content)
+        paths.append(path)
     return paths
-
-
-def file_ending(content: FileContent, file_format: str, is_first: bool) -> str:
-    """Return what follows the name of an adapter: only further formats are named."""
-    if content.config is not None:
-        return ".peft"
-    if is_first:
-        return ".safetensors"
-    return f".{file_format}.safetensors"
 
 
 def write_content(path: Path, content: FileContent) -> Path:

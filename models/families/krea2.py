@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.base import TensorLayout, base_metadata
 from models.blocks import find_blocks
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning, MaskedLayout
-from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
+from models.comfy_nodes import ComfyNodes
 from models.encoder_placement import keep_first_layers
 from models.families.packing import PATCH, image_ids, pack, unpack
 from models.families.qwen_vae import QwenVaeFamily
@@ -106,6 +106,7 @@ class Krea2(QwenVaeFamily):
     )
     variable_length: ClassVar = {"prompt_embeds": None}
     max_tokens = TOKENS
+    neutral_guidance = 0.0  # 1 is 2 in other models
     cond_width_key = "text_hidden_dim"
     targets: ClassVar = {
         "attention": ATTENTION,
@@ -200,11 +201,7 @@ class Krea2(QwenVaeFamily):
         return unpack(tokens, height, width)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
-        # the authors' scale: 0 is without guidance, and 1 is 2 in other models
         return {"guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
-
-    def comfy_guidance(self, scale: float) -> ComfyGuidance:
-        return cfg_guidance(1 + scale)
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("krea2", "Krea-2", "https://github.com/krea-ai/krea-2")

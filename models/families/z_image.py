@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
-from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
+from models.comfy_nodes import ComfyNodes
 from models.families.transformer_family import TransformerFamily
 from models.layer_names.tables import Names, Rule, TableNames, fused_qkv
 
@@ -47,6 +47,7 @@ class ZImage(TransformerFamily):
     layer_names = TableNames(table=TABLE)
     variable_length: ClassVar = {"prompt_embeds": None}
     max_tokens = TOKENS
+    neutral_guidance = 0.0  # 1 is 2 in other models
     cond_width_key = "cap_feat_dim"
     targets: ClassVar = {
         "attention": ATTENTION,
@@ -103,11 +104,7 @@ class ZImage(TransformerFamily):
         return -torch.stack(predictions).squeeze(2)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
-        # the authors' scale: 0 is without guidance, and 1 is 2 in other models
         return {"guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
-
-    def comfy_guidance(self, scale: float) -> ComfyGuidance:
-        return cfg_guidance(1 + scale)
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")

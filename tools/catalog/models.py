@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 from tools.catalog.options import ModelsOptions
 from tools.catalog.planned import CARDS, WAYS, PlannedModel, planned_models
-from tools.tables import NO_VALUE, align_columns
+from tools.tables import align_columns
+from training.memory.changes import as_options
 
 STATUS = (
     "GiB of GPU memory are planned for training with the recipe; `train_lora.py plan <recipe>` also "
@@ -21,32 +22,36 @@ def run(options: ModelsOptions) -> int:
         entries = [asdict(model) for model in models]
         print(json.dumps(entries, indent=1))
         return 0
-    rows = [cards_header()]
-    for model in models:
-        rows.append(cards_row(model))
-    if options.card is not None:
-        rows = [["model", "family", "recipe", "GiB", "options"]]
-        for model in models:
-            rows += card_rows(model, options.card)
+    if options.card is None:
+        rows = common_cards(models)
+    else:
+        rows = one_card(models, options.card)
     for line in align_columns(rows, num_left=len(rows[0])):
         print(line.rstrip())
     print(f"\n{STATUS}")
     return 0
 
 
-def cards_header() -> list[str]:
-    """Return the head of the table without a card."""
-    cards = [f"{card} GB" for card in CARDS]
-    return ["model", "family", *cards]
-
-
-def cards_row(model: PlannedModel) -> list[str]:
-    """Return the ways to keep a base model on each card."""
-    cells = [model.model, model.family]
+def common_cards(models: list[PlannedModel]) -> list[list[str]]:
+    """Return a table of the ways to keep each base model on common cards."""
+    header = ["model", "family"]
     for card in CARDS:
-        ways = model.ways(card)
-        cells.append(" or ".join(ways) or NO_VALUE)
-    return cells
+        header.append(f"{card} GB")
+    rows = [header]
+    for model in models:
+        row = [model.model, model.family]
+        row += model.cells()
+        rows.append(row)
+    return rows
+
+
+def one_card(models: list[PlannedModel], card: float) -> list[list[str]]:
+    """Return a table of the options with which each model fits into a card."""
+    header = ["model", "family", "recipe", "GiB", "options"]
+    rows = [header]
+    for model in models:
+        rows += card_rows(model, card)
+    return rows
 
 
 def card_rows(model: PlannedModel, card: float) -> list[list[str]]:
@@ -54,11 +59,11 @@ def card_rows(model: PlannedModel, card: float) -> list[list[str]]:
     start = [model.model, model.family, model.recipe]
     ways = model.ways(card)
     if not ways:
-        least = min(model.training.values())
-        return [[*start, f"{least:.1f}", f"does not fit into {card:g} GB"]]
+        smallest_need = min(model.training.values())
+        return [[*start, f"{smallest_need:.1f}", f"does not fit into {card:g} GB"]]
     rows = []
     for way in ways:
         need = model.training[way]
-        options = " ".join(WAYS[way])
+        options = as_options(WAYS[way])
         rows.append([*start, f"{need:.1f}", options or "no further options"])
     return rows

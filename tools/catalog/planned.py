@@ -6,14 +6,22 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.tables import NO_VALUE
+from training.memory.changes import Changes
+
 PLANNED_FILE = Path(__file__).with_name("planned_memory.json")
-OFFLOAD = ("--memory.offload_blocks all", "--memory.offload_activations")
-WAYS: dict[str, tuple[str, ...]] = {
-    "bf16": (),
-    "int8": ("--model.quantization int8",),
-    "nf4": ("--model.quantization nf4",),
-    "bf16, offloaded": OFFLOAD,
-    "nf4, offloaded": ("--model.quantization nf4", *OFFLOAD),
+INT8: Changes = {"model.quantization": "int8"}
+NF4: Changes = {"model.quantization": "nf4"}
+OFFLOADED: Changes = {
+    "memory.offload_blocks": "all",
+    "memory.offload_activations": True,
+}
+WAYS: dict[str, Changes] = {
+    "bf16": {},
+    "int8": INT8,
+    "nf4": NF4,
+    "bf16, offloaded": OFFLOADED,
+    "nf4, offloaded": {**NF4, **OFFLOADED},
 }
 """Way to keep the base model -> its options, the fastest one first."""
 EXACT_OFFLOADED = "bf16, offloaded"
@@ -44,6 +52,15 @@ class PlannedModel:
         if ways in (["int8"], ["nf4"]) and EXACT_OFFLOADED in fitting:
             ways.append(EXACT_OFFLOADED)
         return ways
+
+    def cells(self) -> list[str]:
+        """Return the ways for each of the common cards."""
+        cells = []
+        for card in CARDS:
+            ways = self.ways(card)
+            text = " or ".join(ways)
+            cells.append(text or NO_VALUE)
+        return cells
 
 
 def planned_models() -> list[PlannedModel]:

@@ -46,12 +46,11 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, tracker_id: str
         folder.mkdir(parents=True, exist_ok=True)
         # artifacts wait there until they are sent
         os.environ.setdefault("WANDB_DATA_DIR", str(folder.resolve() / "wandb"))
-        run_name = Path(config.output_dir).name
         options["wandb"] = {
             "id": tracker_id,
             "resume": "allow",
             "dir": config.output_dir,
-            "name": run_name,
+            "name": folder.name,
         }
     accelerator.init_trackers(
         config.tracking.project, config=flatten(to_dict(config)), init_kwargs=options

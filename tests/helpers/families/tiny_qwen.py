@@ -35,6 +35,11 @@ TEXT = {
     "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 2048,
 }  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": WIDTH,
+}  # fmt: skip
+# of a model with vision: its positions have three axes
+VISION_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
 @lru_cache
@@ -58,24 +63,16 @@ def special_tokens() -> dict[str, int]:
 
 
 def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
-    vision = {
-        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": WIDTH,
-        "fullatt_block_indexes": [0],
-    }  # fmt: skip
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = {**TEXT, **special_tokens(), "rope_parameters": rope}
+    vision = {**VISION, "fullatt_block_indexes": [0]}
+    text = {**TEXT, **special_tokens(), "rope_parameters": VISION_ROPE}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     ).eval()
 
 
 def qwen3_vl() -> Qwen3VLModel:
-    vision = {
-        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": WIDTH,
-        "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = {**TEXT, **special_tokens(), "rope_parameters": rope, "head_dim": 8}
+    vision = {**VISION, "deepstack_visual_indexes": [0]}
+    text = {**TEXT, **special_tokens(), "rope_parameters": VISION_ROPE, "head_dim": 8}
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
