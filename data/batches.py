@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.dataset import LatentDataset, sample_cond
 from data.schedule import Schedule, permutation, random_key
+from models.controls import without_controls
 from objectives.config import ObjectiveConfig
 from objectives.noise import modify_noise
 
@@ -118,10 +119,20 @@ class MicroBatches:
             seeds.append(random_key("sample", schedule.seed, visit))
         options = self.options
         batch = make_batch(self.dataset, rows, seeds, visits, options=options)
+        if drops_controls(schedule.seed, visits.start, self.dataset.control_dropout):
+            batch = replace(batch, cond=without_controls(batch.cond))
         if not options.stratified_timesteps:
             return batch
         quantile = stratify(batch.quantile, schedule, micro_batch, self.per_step)
         return replace(batch, quantile=quantile)
+
+
+def drops_controls(seed: int, first_visit: int, probability: float) -> bool:
+    """Return whether a micro-batch is trained without its control images.
+
+    All of its samples are, so that it stays one batch of tensors, and shorter."""
+    draw = random_key("control dropout", seed, first_visit) / 2**64
+    return draw < probability
 
 
 def make_batch(

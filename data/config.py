@@ -80,6 +80,10 @@ class SourceConfig:
     """Image column of a Hugging Face dataset."""
     weight_column: str | None = None
     """Column with a factor on the loss of each image."""
+    control_paths: tuple[str, ...] | None = None
+    """Folders with control images. []: none."""
+    control_columns: tuple[str, ...] | None = None
+    """Columns with control images. []: none."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Number of times that each image is seen per epoch. kohya's <repeats>_<name> folders multiply
     it."""
@@ -139,6 +143,19 @@ class DataConfig:
     masks: Literal["none", "alpha", "files"] = "none"
     """Masks of the loss. alpha: the loss counts where the image is opaque. files: it counts where
     <name>_mask.<extension> next to the image is white."""
+    control_paths: tuple[str, ...] = ()
+    """Folders with the control images of an edit model, which have the names of the images. Several
+    folders: each gives one control image, in this order. In one folder, an image may have several:
+    <name>_0, <name>_1. Without folders, they are next to the image: <name>_control,
+    <name>_control_1."""
+    control_columns: tuple[str, ...] | None = None
+    """Columns with control images, of a Hugging Face dataset, or with their paths, of a metadata
+    file. None: the column control_image, if there is one."""
+    control_pixels: Annotated[int, Field(ge=16 * 16)] | None = None
+    """Largest area in pixels of a control image in training, which takes less memory. None: the size
+    that the pipeline of the model gives it. Samples always have that size."""
+    control_dropout: Fraction = 0.0
+    """Probability of training a batch without its control images, for models that can do without."""
     mask_min_value: Fraction = 0.0
     """Weight of the loss where the mask is black."""
     prior_loss_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -175,7 +192,7 @@ class DataConfig:
         """Fill the options of `source` that are not set."""
         unset = {
             name: getattr(self, name)
-            for name in ("image_column", "weight_column")
+            for name in ("image_column", "weight_column", "control_paths", "control_columns")
             if getattr(source, name) is None
         }
         captions = CaptionConfig(

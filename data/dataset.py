@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from data.config import DataConfig
 from data.media.buckets import Crop
 from data.samples import ListedSample
 from data.schedule import Segment
@@ -104,10 +105,12 @@ class DatasetIndex:
 class LatentDataset:
     """Encoded images or videos with their captions, in training order."""
 
-    def __init__(self, folder: Path, stores: Stores, min_mask_weight: float = 0.0):
-        """`folder`: written by write_index. `min_mask_weight`: weight where a mask is black."""
+    def __init__(self, folder: Path, stores: Stores, config: DataConfig | None = None):
+        """`folder`: written by write_index."""
+        config = config or DataConfig()
         self.folder = folder
-        self.min_mask_weight = min_mask_weight
+        self.min_mask_weight = config.mask_min_value
+        self.control_dropout = config.control_dropout
         self.media = stores.media
         self.text = stores.text
         self.variable_lengths = stores.variable_lengths

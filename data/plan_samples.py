@@ -146,8 +146,8 @@ class PlanSamples:
             listed[file_index] = sample.listed
             file_samples = samples_of_file.setdefault(file_index, [])
             file_samples.append(sample)
-        for file_index, _, content in self.sources.contents(listed.items()):
-            yield FileContent(samples_of_file[file_index], content)
+        for file in self.sources.contents(listed.items()):
+            yield FileContent(samples_of_file[file.listed], file.content)
 
     def read_latents(self, samples: list[Sample]) -> Iterator[tuple[Sample, Tensor]]:
         """Yield the latents of each sample: first those in the store, then those of the sources."""

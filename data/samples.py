@@ -5,7 +5,7 @@ listed sample is trained on. Both are stored in tables (data/store/tables.py), w
 each field.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class ListedSample:
     """Factor on the loss."""
     mask_path: str = ""
     """Path of a mask file; empty if there is no mask."""
+    control_paths: list[str] = field(default_factory=list)
+    """Paths of the control images, unless they are in the content of the row."""
     width: int = 0
     height: int = 0
     """Size in pixels of stored latents; 0 for images."""

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from models.block_format import PLAIN, BlockFormat
 from models.blocks import find_blocks
-from models.comfy import ComfyLayout
+from models.comfy import ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
 from models.config import ModelConfig
+from models.controls import NO_CONTROLS, ControlLimits, ControlSize
 from models.layer_names.names import LayerNames
 from models.model_files import ModelFiles
 from objectives.config import ObjectiveConfig
@@ -124,6 +125,10 @@ class ModelFamily(ABC):
     """True if some models of the family are guidance-distilled (--model.guidance_scale)."""
     has_image_input: ClassVar[bool] = False
     """True if its pipeline takes a first frame besides the prompt."""
+    same_files_as: ClassVar[str | None] = None
+    """A family whose single files have the same tensors: --model.family has to name this one."""
+    controls: ClassVar[ControlLimits] = NO_CONTROLS
+    """The control images that the model takes."""
     comfy_widths: ClassVar[Mapping[int, str]] = {}
     """Widths of ComfyUI's conditioning -> the model that has it. Messages name the model."""
 
@@ -305,6 +310,21 @@ class ModelFamily(ABC):
         """WHEN: sizes are estimated. IN: shape of a sample's latents. OUT: the tensors of
         encode_sample_conditioning for one sample."""
         return {}
+
+    def control_size(self, width: int, height: int, max_pixels: int | None) -> ControlSize:
+        """WHEN: in precompute, if the model takes control images. IN: size of a control image, and the
+        largest area after scaling. OUT: the size that the pipeline gives it. None: no other limit."""
+        raise NotImplementedError(f"{self.name} takes no control images")
+
+    def encode_with_controls(self, encoders: Any, caption: str, images: list[Any]) -> Conditioning:
+        """WHEN: in precompute, if the text encoder sees the control images. IN: a caption and the PIL
+        images in their own sizes. OUT: as encode_prompt."""
+        raise NotImplementedError(f"the text encoder of {self.name} sees no images")
+
+    def control_options(self, images: list[Any], width: int, height: int) -> dict[str, Any]:
+        """WHEN: for previews of models that take control images. IN: the PIL images, and the size of
+        the preview. OUT: arguments of the pipeline's call."""
+        return {"image": images} if images else {}
 
     def size_conditioning(self, crop: Tensor) -> dict[str, Tensor]:
         """WHEN: in the loop. IN: (B, 8), the fields of data.media.buckets.Crop: how each image was

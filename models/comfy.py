@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import ModelError
 from models import family_classes
+from models.controls import control_latents, control_name
 
 Conditioning = dict[str, Tensor]
 """Conditioning tensors of one caption, as from encode_prompt."""
@@ -41,7 +42,7 @@ class ComfyLayout:
         IN: one element of its CONDITIONING. OUT: tensors as from encode_prompt, and those of
         `sample_conditioning`. Raises ModelError if they do not fit the model."""
         self.check(cond)
-        tensors = self.tensors(cond, extras)
+        tensors = {**self.tensors(cond, extras), **self.controls(extras)}
         num_tokens = len(tensors["prompt_embeds"])
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise ModelError(
@@ -69,11 +70,32 @@ class ComfyLayout:
         """Return the tensors of `read`, whose checks are done elsewhere."""
         return {"prompt_embeds": cond[0]}
 
+    def controls(self, extras: dict[str, Any]) -> Conditioning:
+        """Return the raw latents of control images, by name. Raises ModelError."""
+        controls = {}
+        for number, latents in enumerate(extras.get("reference_latents") or ()):
+            if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or len(latents) != 1:
+                raise ModelError("reference_latents that are not a list of latents of one image")
+            without_frames = latents[:, :, 0] if latents.ndim == 5 else latents
+            controls[control_name(number)] = without_frames[0]
+        return controls
+
     def write(self, tensors: Conditioning) -> ComfyConditioning:
         """WHEN: data are written for ComfyUI.
 
-        IN: tensors as from encode_prompt. OUT: cond and extras. Extras always have
-        "pooled_output", which is None if the family has no pooled embeddings."""
+        IN: tensors as from encode_prompt, and those of control images. OUT: cond and extras. Extras
+        always have "pooled_output", which is None if the family has no pooled embeddings."""
+        cond, extras = self.conditioning(tensors)
+        references = []
+        for latents in control_latents(tensors):
+            frames = latents[:, None] if self.has_frame_axis else latents
+            references.append(frames[None])
+        if references:
+            extras["reference_latents"] = references
+        return cond, extras
+
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
+        """Return the result of `write` without control images."""
         return tensors["prompt_embeds"][None], {"pooled_output": None}
 
 
@@ -101,7 +123,7 @@ class PooledLayout(ComfyLayout):
             )
         return pooled[0]
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         pooled = tensors["pooled_prompt_embeds"][None]
         return tensors["prompt_embeds"][None], {"pooled_output": pooled}
 

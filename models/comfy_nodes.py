@@ -29,6 +29,12 @@ class ComfyNodes:
     """T5: tokens to which a text is padded, where ComfyUI's default is another number."""
     separate_vae: str = ""
     """For checkpoints: usual name of the VAE's file for a base model without a VAE."""
+    text_image_node: str = ""
+    """The node that encodes a text together with control images, if the text encoder sees them."""
+    control_scale: str = ""
+    """The node that scales control images to the sizes of the model."""
+    reference_method: str = ""
+    """The method by which the model is given control images, if it is not ComfyUI's default."""
     difference: str = ""
     """A difference between ComfyUI and the pipeline that nodes cannot remove, for the note."""
 

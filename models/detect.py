@@ -1,6 +1,5 @@
 """Detection of the family of a model on disk."""
 
-import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from common.errors import ModelError
 from models import FAMILIES, family_classes
 from models.checkpoint_files import (
     local_path,
+    read_config,
     tensor_shapes,
     without_denoiser_prefix,
 )
@@ -50,7 +50,7 @@ def get_family(config: ModelConfig) -> "ModelFamily":
 def detect_family(config: ModelConfig) -> str:
     """Return the name of the model's family. Raises ModelError if it is not --model.family."""
     path = local_path(config)
-    detection = detect_by_pipeline(path) if path.is_dir() else detect_by_tensors(path)
+    detection = detect_by_pipeline(path) if path.is_dir() else detect_by_file(path, config)
     name = detection.family or config.family
     if name is None:
         raise ModelError(
@@ -66,20 +66,49 @@ def detect_family(config: ModelConfig) -> str:
     return name
 
 
+def detect_by_file(file: Path, config: ModelConfig) -> Detection:
+    """Detect the family of a single file by its tensors.
+
+    Several families may have the same tensors. Then --model.family or --model.config decides."""
+    detection = detect_by_tensors(file)
+    described_family = config.family
+    if described_family is None and config.config is not None:
+        described_family = family_of_configuration(config.config)
+    if described_family is None or detection.family is None:
+        return detection
+    if family_classes()[described_family].same_files_as == detection.family:
+        return Detection(described_family, "it has the same tensors as other models")
+    return detection
+
+
+def family_of_configuration(source: str) -> str | None:
+    """Return the family of a diffusers folder or Hub id; None if it is not readable or not known."""
+    try:
+        index = read_config(source, "model_index.json")
+    except (OSError, ValueError):
+        return None  # reported when the configuration is used
+    return family_of_pipeline(str(index.get("_class_name")))
+
+
+def family_of_pipeline(pipeline: str) -> str | None:
+    """Return the family that a pipeline of diffusers belongs to."""
+    for name, family_class in family_classes().items():
+        if pipeline in family_class.pipelines:
+            return name
+    return None
+
+
 def detect_by_pipeline(folder: Path) -> Detection:
     """Detect the family of a diffusers folder by the pipeline that its index names."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_config(str(folder), "model_index.json")
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--model.path {folder}: its model_index.json could not be read as JSON: {error}"
         ) from error
     pipeline = index.get("_class_name", "")
     reason = f"its model_index.json names {pipeline}"
-    for name, family_class in family_classes().items():
-        if pipeline in family_class.pipelines:
-            return Detection(name, reason)
-    return Detection(None, reason)
+    return Detection(family_of_pipeline(pipeline), reason)
 
 
 def detect_by_tensors(file: Path) -> Detection:

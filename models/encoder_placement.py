@@ -88,14 +88,14 @@ def release_text_encoders(encoders: Any) -> None:
     gc.collect()  # the hooks of placement `layers` refer to modules in a circle
 
 
-def keep_first_layers(text_encoder: Any, last_state: int) -> None:
+def keep_first_layers(text_encoder: Any, last_state: int, has_images: bool = False) -> None:
     """Remove all parts of a language model that its hidden states up to `last_state` do not need.
 
-    These are later layers, the head, and the vision tower of a multimodal model. One layer more
-    stays, because the last hidden state is normalized."""
+    These are later layers, the head, and the vision tower of a multimodal model, unless `has_images`:
+    it is given images. One layer more stays, because the last hidden state is normalized."""
     model = getattr(text_encoder, "model", text_encoder)  # with and without a head
     for name in ("vision_tower", "multi_modal_projector", "visual"):
-        if hasattr(model, name):
+        if hasattr(model, name) and not has_images:
             setattr(model, name, None)
     language_model = getattr(model, "language_model", model)
     language_model.layers = language_model.layers[: last_state + 1]

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 from helpers.project import BASE, TWEMOJI, reset_accelerate, write_animations
+from PIL import Image, ImageOps
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,20 @@ def images(tmp_path: Path) -> Path:
         for suffix in (".png", ".txt"):
             shutil.copy(TWEMOJI / "train" / f"{emoji}{suffix}", folder / f"{name}{suffix}")
     return folder
+
+
+@pytest.fixture
+def controls(tmp_path: Path, images: Path) -> list[Path]:
+    """Two folders of control images: the training images in gray, and larger ones, turned upside down."""
+    gray, turned = tmp_path / "gray", tmp_path / "turned"
+    for folder in (gray, turned):
+        folder.mkdir()
+    for path in images.glob("*.png"):
+        with Image.open(path) as image:
+            opened = image.convert("RGB")
+        ImageOps.grayscale(opened).save(gray / path.name)
+        opened.rotate(180).resize((96, 80)).save(turned / path.name)
+    return [gray, turned]
 
 
 @pytest.fixture

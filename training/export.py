@@ -31,6 +31,7 @@ from training.reporting.image_grid import grid_png
 from training.reporting.loss_files import loss_json, loss_png
 from training.reporting.trackers import log_images
 from training.run_folder import LOSS_CHART, LOSS_FILE, PREVIEW
+from training.sampling.control_images import with_control_row
 from training.sampling.files import padded_stills
 from training.sampling.grid import SampleGrid
 from training.sampling.renderer import SampleRenderer
@@ -220,7 +221,7 @@ class RunExport:
             rows[label] = padded_stills(images)
             tracked_images[f"preview/{label}"] = rows[label]
         texts = [prompt.text for prompt in samples.prompts]
-        grid = grid_png(rows, texts)
+        grid = grid_png(with_control_row(rows, samples.controls), texts)
         write_file(path, grid)
         log_images(services.accelerator, tracked_images, self.total_steps)
         print(f"wrote {path}")

@@ -297,6 +297,7 @@ def build_components(
     from training.memory.phase_memory import IMAGES
     from training.report.data_pictures import MAX_COMPARED
     from training.reporting.status import LOADING
+    from training.sampling.control_images import first_controls
     from training.sampling.prepare import check_prompts, prepare_samples
     from training.summary import data_lines
 
@@ -313,11 +314,13 @@ def build_components(
         datasets = builder.encode(plan, check)
         max_compared = MAX_COMPARED if config.sample.every else 0
         record.add_pictures(builder, plan, datasets, max_compared)
+        sample_controls = first_controls(builder, datasets)
     for line in data_lines(datasets, config.batch_size):
         say(line)
     samples = None
     if config.draws_samples:
-        samples = prepare_samples(config, family, datasets, accelerator.device)
+        device = accelerator.device
+        samples = prepare_samples(config, family, datasets, device, sample_controls)
         for note in samples.notes:
             record.say(note)
     record.status.set_phase(LOADING)

@@ -125,9 +125,14 @@ def pixels(data: bytes, crop: Crop, background: str, flip: bool = False) -> Tens
     error = color_error(background)
     if error:
         raise DataError(error)
+    return scale(picture(data, background), crop, flip)
+
+
+def picture(data: bytes, background: str) -> Image.Image:
+    """Return an image in its own size, in sRGB over `background`. Raises DataError as check() does."""
     layers = decode(data)
     srgb = to_srgb(layers.color, layers.profile)
-    return scale(paste_over(srgb, background, layers.alpha), crop, flip)
+    return paste_over(srgb, background, layers.alpha)
 
 
 def paste_over(

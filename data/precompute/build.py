@@ -32,6 +32,8 @@ from data.media import images
 from data.media.buckets import Buckets
 from data.media.video import ClipSampling
 from data.precompute import encode
+from data.precompute.controls import ControlKeys, check_options
+from data.precompute.encode_captions import caption_advice, encode_captions, long_captions_note
 from data.precompute.facts import FactsCache, check_share
 from data.precompute.import_tensors import import_tensors
 from data.precompute.index import write_index
@@ -42,13 +44,12 @@ from data.precompute.plan import (
     PlanTables,
     Split,
     have_images,
-    short_videos,
     split_samples,
-    still_errors,
     write_missing_media,
     write_plan,
 )
 from data.precompute.run_sources import RunSources
+from data.precompute.sample_errors import short_videos, unsuited_samples
 from data.precompute.stages import Stages
 from data.samples import ListedSample, PlannedSample
 from data.sources import open_source
@@ -59,7 +60,7 @@ from models.base import ModelFamily
 
 STORE_VERSION = "2"
 """Version of the rows in stores; another version makes all rows be encoded again."""
-FACTS_VERSION = "3"
+FACTS_VERSION = "4"
 MAX_LISTED = 50
 """Lines of one note."""
 MAX_INDEX_DAYS = 30
@@ -128,6 +129,7 @@ class DatasetBuilder:
         color_error = images.color_error(config.background)
         if color_error:
             raise DataError(f"--data.background: {color_error}")
+        check_options(config, family)
         self.component_hashes = stages.run_on_main(self._hash_components)
         self.sources = self._open_sources()
 
@@ -163,6 +165,7 @@ class DatasetBuilder:
             sources=self.sources,
             facts=FactsCache(self._facts_folder),
             buckets=Buckets.of(self.config, step, only_square),
+            controls=ControlKeys.of(self.config, self.family),
         )
         counts = self.stages.run_on_main(lambda: self._write_plan(planner, unusable, stores))
         job = encode.EncodeJob(
@@ -238,9 +241,7 @@ class DatasetBuilder:
         with errors are skipped."""
         self.stages.run_on_main(self._remove_damaged_facts)
         reports = self.stages.run_on_all(self._check_share)
-        frames_error = self.family.limits.frame_error(1)
-        if frames_error:
-            reports.append(self.stages.run_on_main(lambda: self._find_stills(frames_error)))
+        reports.append(self.stages.run_on_main(self._find_unsuited))
         messages: dict[int, str] = {}
         for report in reports:
             messages |= dict(report)
@@ -265,10 +266,10 @@ class DatasetBuilder:
         facts = FactsCache(self._facts_folder)
         return check_share(self.sources, self.open_listed(), facts, self.process)
 
-    def _find_stills(self, frames_error: str) -> list[tuple[int, str]]:
-        """Return indices and errors of samples with a single frame, which the model cannot use."""
-        facts = FactsCache(self._facts_folder)
-        return still_errors(self.sources, self.open_listed(), facts, frames_error)
+    def _find_unsuited(self) -> list[tuple[int, str]]:
+        """Return indices and errors of samples that the model does not take."""
+        facts, listed = FactsCache(self._facts_folder), self.open_listed()
+        return unsuited_samples(self.sources, listed, facts, self.family)
 
     def _open_stores(self) -> Stores:
         """Open the stores whose names follow from everything that decides the encoded rows."""
@@ -319,19 +320,13 @@ class DatasetBuilder:
         missing_captions = Table(self.tables.captions, MissingCaption)
         missing_media = Table(self.tables.media, MissingMedia)
         job, stores = plan.job, plan.stores
-        with encode.memory_advice(encode.caption_advice(self.config, self.family.config)):
+        with encode.memory_advice(caption_advice(self.config, self.family.config)):
             reports = self.stages.run_on_all(
-                lambda: vars(encode.encode_captions(job, stores.text, missing_captions))
+                lambda: vars(encode_captions(job, stores.text, missing_captions))
             )
-        num_long = sum(report["count"] for report in reports)
-        if num_long and self.process.is_main:
-            texts = [text for report in reports for text in report["texts"]]
-            verb = "is" if num_long == 1 else "are"
-            heading = (
-                f"{counted(num_long, 'caption')} {verb} longer than the text encoder reads, and "
-                f"{verb} cut off at the end"
-            )
-            print(bullet_list(heading, unique(texts), MAX_LISTED))
+        note = long_captions_note(reports, MAX_LISTED)
+        if note and self.process.is_main:
+            print(note)
         with encode.memory_advice(encode.media_advice(self.config, self.family.config)):
             self.stages.run_on_all(lambda: encode.encode_media(job, stores.media, missing_media))
 
@@ -383,7 +378,7 @@ class DatasetBuilder:
         index = DatasetIndex.load(folder)
         stores.media.use_shards(index.media_shards)
         stores.text.use_shards(index.text_shards)
-        return LatentDataset(folder, stores, self.config.mask_min_value)
+        return LatentDataset(folder, stores, self.config)
 
 
 def remove_damaged(folders: Iterable[Path]) -> None:

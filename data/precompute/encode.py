@@ -1,4 +1,6 @@
-"""The text encoders and the VAE, run over everything that the stores lack.
+"""The encoding of everything that the stores lack, and the VAE's part in it.
+
+Captions are encoded in encode_captions.py.
 
 All batches of an encoder have the same size, and are filled up if necessary. So the bytes of a row
 do not depend on the other missing rows, nor on the number of processes.
@@ -6,7 +8,7 @@ do not depend on the other missing rows, nor on the number of processes.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,12 +25,15 @@ from data.config import DataConfig
 from data.media import images, video
 from data.media.buckets import Crop
 from data.media.video import Clip
+from data.precompute.controls import (
+    ContentHashes,
+    control_pixels,
+    encode_controls,
+)
 from data.precompute.facts import read_mask
 from data.precompute.plan import (
-    MissingCaption,
     MissingMedia,
     Planner,
-    first_occurrences,
     have_images,
 )
 from data.precompute.run_sources import ListedContent
@@ -40,10 +45,7 @@ from data.store.store import Store, StoreWriter
 from data.store.tables import ROWS_PER_BATCH, Table
 from models.base import ModelFamily
 from models.config import ModelConfig
-from models.encoder_placement import place_text_encoders, release_text_encoders
 
-MAX_LONG_CAPTIONS, MAX_LONG_CAPTION_LETTERS = 20, 100
-"""Captions that are cut by the text encoder and named in a note, and letters of each."""
 OTHER_MACHINE = "encoding on another machine (train_lora.py export-dataset)"
 Item = TypeVar("Item")
 
@@ -119,17 +121,6 @@ def memory_advice(advice: list[str]) -> Iterator[None]:
         raise
 
 
-def caption_advice(config: DataConfig, model: ModelConfig) -> list[str]:
-    """Return options with which captions take less memory."""
-    size = config.encode_batch_size
-    advice = []
-    if size > 1:
-        advice.append(f"--data.encode_batch_size {size // 2} (now {size})")
-    if model.text_encoder_placement == "device":
-        advice.append("--model.text_encoder_placement layers")
-    return [*advice, OTHER_MACHINE]
-
-
 def media_advice(config: DataConfig, model: ModelConfig) -> list[str]:
     """Return options with which images and videos take less memory."""
     pixels_of_one_image = config.resolution**2
@@ -141,61 +132,6 @@ def media_advice(config: DataConfig, model: ModelConfig) -> list[str]:
     if not model.vae_tiling:
         advice.append("--model.vae_tiling")
     return [*advice, f"a --data.resolution below {config.resolution}", OTHER_MACHINE]
-
-
-@dataclass
-class LongCaptions:
-    """Captions that are longer than the text encoder reads: their number, and the first of them."""
-
-    count: int = 0
-    texts: list[str] = field(default_factory=list)
-
-    def add(self, texts: list[str], num_tokens: list[int], max_tokens: int) -> None:
-        """Add the captions that have too many tokens."""
-        for text, count in zip(texts, num_tokens, strict=True):
-            if count <= max_tokens:
-                continue
-            self.count += 1
-            if len(self.texts) == MAX_LONG_CAPTIONS:
-                continue
-            shortened = text[:MAX_LONG_CAPTION_LETTERS]
-            self.texts.append(shortened)
-
-
-@torch.no_grad()
-def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]) -> LongCaptions:
-    """Encode this process's share of the missing captions; return the captions that are cut."""
-    long_captions = LongCaptions()
-    family = job.family
-    different = first_occurrences(missing.keys("key"))
-    share = job.own_share(different)
-    if not len(share):
-        return long_captions
-    placement = family.config.text_encoder_placement
-    with announced("loading the text encoders"):
-        encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
-    captions = job.progress(missing.rows(share), len(share), "captions")
-    with store.writer() as writer:
-        for batch in batched(captions, job.config.encode_batch_size):
-            texts = [caption.text for _, caption in batch]
-            num_tokens, max_tokens = family.count_tokens(texts)
-            long_captions.add(texts, num_tokens, max_tokens)
-            conds = encode_texts(job, encoders, texts)
-            for (_, caption), cond in zip(batch, conds, strict=True):
-                writer.add(caption.key, cond)
-    release_text_encoders(encoders)
-    return long_captions
-
-
-def encode_texts(job: EncodeJob, encoders: Any, texts: list[str]) -> list[dict[str, Tensor]]:
-    """Return the conditioning of each text.
-
-    The batch is filled up with empty prompts."""
-    num_texts = len(texts)
-    num_padding = job.config.encode_batch_size - num_texts
-    padding = [""] * num_padding
-    conds = job.family.encode_prompt(encoders, texts + padding)
-    return conds[:num_texts]
 
 
 class MediaView(NamedTuple):
@@ -214,11 +150,13 @@ class MediaTask(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedMedia:
-    """Pixels (3, [F,] H, W) and mask (H, W) that are ready to be encoded."""
+    """Pixels (3, [F,] H, W), mask (H, W) and control images that are ready to be encoded."""
 
     key: bytes
     pixels: Tensor
     mask: Tensor | None
+    controls: list[Tensor]
+    """Pixels (3, H, W) of each control image."""
 
 
 @torch.no_grad()
@@ -270,13 +208,17 @@ def media_tasks(
 
 def prepare_media(job: EncodeJob, task: MediaTask) -> PreparedMedia:
     """Decode pixels and mask. Raises DataError if the file changed after it was checked."""
-    (planned, flip), (_, sample, content) = task
+    (planned, flip), (_, sample, content, controls) = task
     if isinstance(content, DataError):
         raise DataError(f"{sample.name}: {content}")
     crop, clip = planned.crop, planned.clip
     mask_content = read_mask(sample)
-    mask_hash = key_of(mask_content)
-    key = job.planner.media_key(key_of(content), mask_hash, crop, clip, flip)
+    hashes = ContentHashes(
+        content=key_of(content),
+        mask=key_of(mask_content),
+        controls=key_of(*controls),
+    )
+    key = job.planner.media_key(hashes, crop, clip, flip)
     if key != planned.media_keys[int(flip)]:
         raise DataError(f"{sample.name}: has changed since it was checked. Run the command again")
     pixels = decode_pixels(content, crop, clip, job.config.background, flip)
@@ -287,7 +229,8 @@ def prepare_media(job: EncodeJob, task: MediaTask) -> PreparedMedia:
         mask = images.alpha_mask(content, crop, flip)
     if job.config.masks == "files" and mask_content:
         mask = images.mask_file(mask_content, crop, flip)
-    return PreparedMedia(key, pixels, mask)
+    controls_in_pixels = control_pixels(job.config, job.family, controls, flip)
+    return PreparedMedia(key, pixels, mask, controls_in_pixels)
 
 
 def decode_pixels(
@@ -325,6 +268,13 @@ def encode_batch(
             tensors[name] = tensor[index]
         if media.mask is not None:
             tensors["mask"] = resize_mask(media.mask, tensors["latents"])
+        controls = encode_controls(
+            job.family,
+            encoders,
+            media.controls,
+            job.device,
+        )
+        tensors |= controls
         writer.add(media.key, tensors)
 
 

@@ -18,6 +18,7 @@ from common.errors import DataError
 from common.hashing import file_stamp, hash_of
 from common.process import ProcessInfo
 from data.media import images, video
+from data.precompute.controls import ContentHashes
 from data.precompute.run_sources import IndexedSample, ListedContent, RunSources
 from data.precompute.streams import map_ahead
 from data.samples import ListedSample
@@ -31,7 +32,7 @@ MAX_PARTIAL_DAYS = 1
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """Facts about a content and its mask."""
+    """Facts about a content, its mask and its control images."""
 
     key: bytes
     """Key of the stamps of the files (`facts_key`)."""
@@ -41,6 +42,14 @@ class MediaFacts:
     height: int
     seconds: Float64 | None = None
     """Length of a video; None for an image."""
+    num_controls: int = 0
+    """Number of control images."""
+    control_hash: bytes = key_of()
+    """Hash of the contents of all control images."""
+
+    @property
+    def hashes(self) -> ContentHashes:
+        return ContentHashes(self.content_hash, self.mask_hash, self.control_hash)
 
 
 class CheckedSample(NamedTuple):
@@ -56,7 +65,8 @@ def facts_key(sample: ListedSample, has_videos: bool) -> bytes:
     `has_videos`: files are checked as videos too, which makes other facts of animations."""
     mask_stamp = file_stamp(Path(sample.mask_path)) if sample.mask_path else ""
     checks = "with videos" if has_videos else "images"
-    return key_of("facts", sample.stamp, mask_stamp, checks)
+    control_stamps = [file_stamp(Path(path)) for path in sample.control_paths]
+    return key_of("facts", sample.stamp, mask_stamp, checks, *control_stamps)
 
 
 class FactsCache:
@@ -195,6 +205,7 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         mask = read_mask(sample)
         if sample.mask_path:
             images.check(mask)
+        check_controls(item)
     except (OSError, DataError) as error:
         return CheckedSample(item.listed, DataError(f"{name}: {error}"))
     facts = MediaFacts(
@@ -204,8 +215,21 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         width=media.width,
         height=media.height,
         seconds=seconds,
+        num_controls=len(item.controls),
+        control_hash=key_of(*item.controls),
     )
     return CheckedSample(item.listed, facts)
+
+
+def check_controls(item: ListedContent) -> None:
+    """Decode the control images of a sample. Raises DataError."""
+    for number, content in enumerate(item.controls):
+        try:
+            images.check(content)
+        except DataError as error:
+            paths = item.sample.control_paths
+            name = paths[number] if paths else number
+            raise DataError(f"control image {name}: {error}") from error
 
 
 def read_mask(sample: ListedSample) -> bytes:

@@ -9,17 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import DataError, counted
+from common.errors import DataError
 from data.media.buckets import Buckets, Crop
 from data.media.captions import Variants, caption_variants, with_trigger
-from data.media.video import Clip, ClipSampling
+from data.media.video import Clip
+from data.precompute.controls import ContentHashes, ControlKeys
 from data.precompute.facts import FactsCache, MediaFacts, facts_key
 from data.precompute.run_sources import RunSources
 from data.precompute.streams import batched
 from data.samples import ListedSample, PlannedSample, media_keys
 from data.store.keys import key_array, key_of
 from data.store.store import MISSING, Store
-from data.store.tables import ROWS_PER_BATCH, Table, TableWriter, new_table
+from data.store.tables import ROWS_PER_BATCH, Int64, Table, TableWriter, new_table
+
+WITHOUT_IMAGES = -1
+"""In the place of a sample: the text encoder sees a caption alone."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class MissingCaption:
 
     key: bytes
     text: str
+    listed: Int64 = WITHOUT_IMAGES
+    """Index of the listed sample whose control images the text encoder sees."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,21 @@ class PlannedRows(NamedTuple):
     Stored conditioning has no captions."""
 
     samples: list[PlannedSample]
-    captions: dict[bytes, str]
+    captions: dict[bytes, MissingCaption]
 
 
 class Planner:
     """Makes planned samples from a listed sample: one, or one for each clip of a video."""
 
-    def __init__(self, sources: RunSources, facts: FactsCache, buckets: Buckets):
+    def __init__(
+        self,
+        sources: RunSources,
+        facts: FactsCache,
+        buckets: Buckets,
+        controls: ControlKeys,
+    ):
         self.sources, self.facts, self.buckets = sources, facts, buckets
+        self.controls = controls
         self.config = sources.config
 
     def plan(self, index: int, sample: ListedSample) -> PlannedRows:
@@ -70,35 +83,37 @@ class Planner:
             samples.append(self._with_options(index, sample, planned))
         return rows._replace(samples=samples)
 
-    def media_key(
-        self, content_hash: bytes, mask_hash: bytes, crop: Crop, clip: Clip | None, flip: bool
-    ) -> bytes:
+    def media_key(self, hashes: ContentHashes, crop: Crop, clip: Clip | None, flip: bool) -> bytes:
         """Return the key of the latents of a content: a hash of all that decides them."""
         masks = self.config.masks
         contents: list[str | bytes] = [
-            content_hash,
+            hashes.content,
             crop.describe(),
             "mirrored" if flip else "",
             self.config.background,
-            mask_hash.hex() if masks == "files" else masks,
+            hashes.mask.hex() if masks == "files" else masks,
         ]
         if clip is not None:
             contents.append(clip.describe())
-        return key_of(*contents)
+        return key_of(*contents, *self.controls.media_contents(hashes))
 
     def _plan_media(self, index: int, sample: ListedSample) -> PlannedRows:
         """Plan an image, or each clip of a video."""
         has_videos = self.sources.clip_sampling is not None
         facts = self.facts[facts_key(sample, has_videos)]
         crop = self.buckets.crop(facts.width, facts.height)
+        hashes = facts.hashes
         variants = self._variants(sample)
-        captions = {key_of(text): text for text in variants}
+        captions = {}
+        for text in variants:
+            key = self.controls.caption_key(text, hashes)
+            listed = index if self.controls.seen_with_caption(hashes) else WITHOUT_IMAGES
+            captions[key] = MissingCaption(key, text, listed)
         samples = []
         for clip in self._clips(facts):
             keys = []
             for flip in self._flips(sample):
-                key = self.media_key(facts.content_hash, facts.mask_hash, crop, clip, flip)
-                keys.append(key)
+                keys.append(self.media_key(hashes, crop, clip, flip))
             planned = PlannedSample(
                 listed=index,
                 content_hash=facts.content_hash,
@@ -134,7 +149,10 @@ class Planner:
         prior_weight = self.config.prior_loss_weight if config.regularization else 1.0
         is_held_out = planned.is_held_out or self._is_held_out(sample)
         can_be_held_out = planned.can_be_held_out and not config.regularization
-        can_drop_caption = can_be_held_out and not is_held_out
+        # the empty prompt of a model whose text encoder sees images is one of its captions
+        can_drop_caption = (
+            can_be_held_out and not is_held_out and not self.controls.limits.is_seen_by_text_encoder
+        )
         return replace(
             planned,
             listed=index,
@@ -170,7 +188,19 @@ class Planner:
         config = self.sources.config_of(sample)
         if self._is_held_out(sample):
             return {with_trigger(sample.captions[0], config): 1.0}
-        return caption_variants(sample.captions, config)
+        variants = caption_variants(sample.captions, config)
+        if self.controls.limits.is_seen_by_text_encoder and not config.regularization:
+            variants = with_empty_caption(variants, config.captions.dropout)
+        return variants
+
+
+def with_empty_caption(variants: Variants, probability: float) -> Variants:
+    """Return captions with the empty one, which has this probability."""
+    if not probability:
+        return variants
+    scaled = {text: share * (1 - probability) for text, share in variants.items()}
+    scaled[""] = scaled.get("", 0.0) + probability
+    return scaled
 
 
 @dataclass(frozen=True)
@@ -208,7 +238,7 @@ def write_plan(
     ):
         uses_dropout = False
         for batch in batched(listed.rows(), ROWS_PER_BATCH):
-            captions: dict[bytes, str] = {}
+            captions: dict[bytes, MissingCaption] = {}
             for index, sample in batch:
                 if index in unusable:
                     continue
@@ -219,17 +249,19 @@ def write_plan(
                     uses_dropout |= planned_sample.caption_dropout > 0
             add_missing_captions(captions, text, missing_captions)
         if uses_dropout:
-            add_missing_captions({key_of(""): ""}, text, missing_captions)
+            empty_key = key_of("")
+            empty_caption = {empty_key: MissingCaption(empty_key, "")}
+            add_missing_captions(empty_caption, text, missing_captions)
 
 
 def add_missing_captions(
-    captions: dict[bytes, str], text: Store, table: TableWriter[MissingCaption]
+    captions: dict[bytes, MissingCaption], text: Store, table: TableWriter[MissingCaption]
 ) -> None:
     """Add the captions that the text store lacks to a table."""
     row_ids = text.find(key_array(list(captions)))
-    for (key, caption), row_id in zip(captions.items(), row_ids.tolist(), strict=True):
+    for caption, row_id in zip(captions.values(), row_ids.tolist(), strict=True):
         if row_id == MISSING:
-            table.add(MissingCaption(key, caption))
+            table.add(caption)
 
 
 def write_missing_media(
@@ -278,38 +310,6 @@ def clip_frames(planned: Table[PlannedSample]) -> np.ndarray:
     frames = planned.nested_column("clip", "frames")
     frames[planned.is_none("clip")] = 0
     return frames
-
-
-def still_errors(
-    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, message: str
-) -> list[tuple[int, str]]:
-    """Return index and error of all samples that would be trained on as a single frame.
-
-    `message`: the reason why the model does not support that."""
-    errors = []
-    for index, sample in listed.rows():
-        key = facts_key(sample, has_videos=True)
-        if not sources.source_of(sample).has_images or key not in facts:
-            continue
-        seconds = facts[key].seconds
-        if seconds is None:
-            errors.append((index, f"{sample.name}: an image; {message}"))
-        elif sources.clip_sampling is None or sources.clip_sampling.clips(seconds)[0].frames == 1:
-            errors.append((index, f"{sample.name}: too short; {message}"))
-    return errors
-
-
-def short_videos(
-    planned: Table[PlannedSample], listed: Table[ListedSample], sampling: ClipSampling
-) -> list[str]:
-    """Return a line for each clip that has fewer frames than configured."""
-    frames = clip_frames(planned)
-    is_short = (frames > 0) & (frames < sampling.frames)
-    indices = planned.column("listed")[is_short]
-    lines = []
-    for (_, sample), count in zip(listed.rows(indices), frames[is_short].tolist(), strict=True):
-        lines.append(f"{sample.name}: {counted(count, 'frame')} at {sampling.fps:g} per second")
-    return lines
 
 
 class Split(NamedTuple):

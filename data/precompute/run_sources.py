@@ -26,6 +26,8 @@ class ListedContent(NamedTuple):
     listed: int
     sample: ListedSample
     content: bytes | DataError
+    controls: tuple[bytes, ...] = ()
+    """The contents of the control images."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ def read_contents(source: Source, samples: list[IndexedSample]) -> Iterator[List
         unread[sample.row] = (index, sample)
     own_samples = [sample for _, sample in samples]
     try:
-        for sample, content in source.contents(own_samples):
+        for sample, content, controls in source.contents(own_samples):
             index, _ = unread.pop(sample.row)
-            yield ListedContent(index, sample, content)
+            yield ListedContent(index, sample, content, controls)
     except DataError as error:
         for index, sample in unread.values():
             yield ListedContent(index, sample, error)

@@ -31,14 +31,16 @@ def open_source(
 
     `component_hashes`: hashes of the family's VAE and text encoders."""
     kind = config.kind if config.kind != "auto" else detect_kind(Path(config.path))
+    takes_controls = family.controls.max_count > 0
     if kind == "images":
         from data.sources.folder import FolderSource
 
-        return FolderSource(config, data, has_videos=family.media == "video")
+        has_videos = family.media == "video"
+        return FolderSource(config, data, has_videos, takes_controls)
     if kind == "dataset":
         from data.sources.table import TableSource
 
-        return TableSource(config, data.cache_dir)
+        return TableSource(config, data.cache_dir, takes_controls)
     if kind == "comfyui":
         from data.sources.comfy import ComfySource
 

@@ -16,6 +16,8 @@ class SampleContent(NamedTuple):
 
     sample: ListedSample
     content: bytes | DataError
+    controls: tuple[bytes, ...] = ()
+    """The contents of the control images."""
 
 
 class SampleTensors(NamedTuple):

@@ -336,8 +336,25 @@ def arrange_tensors(tensors: dict[str, Tensor], plain_extras: Any) -> dict[str, 
         cond = tensors.pop(f"cond.{index}")
         pair = [cond, dict(plain_extras[index])]
         conditioning.append([pair])
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items(), key=by_position):
         _, index_text, name = key.split(".", 2)
         (pair,) = conditioning[int(index_text)]
-        pair[1][name] = tensor
+        list_name, _, position = name.rpartition(".")
+        if list_name and position.isdigit():
+            pair[1].setdefault(list_name, []).append(tensor)
+        else:
+            pair[1][name] = tensor
     return {"latents": latents, "conditioning": conditioning}
+
+
+def by_position(item: tuple[str, Tensor]) -> tuple[str, int]:
+    """Return the order of a tensor among the others.
+
+    Those of a list are ordered by the number at the end of their keys."""
+    key, _ = item
+    name, _, digits = key.rpartition(".")
+    if not digits.isdigit():
+        return key, 0
+    number = int(digits)
+    order = (name, number)
+    return order

@@ -89,8 +89,23 @@ def make_item(index: int, latents: Tensor, cond: Tensor, extras: dict[str, Any])
         raise DataError(f"sample {index} has extras that a shard cannot hold: {reason}")
     compact_extras = {}
     for name, value in extras.items():
-        compact_extras[name] = compact(value) if isinstance(value, Tensor) else value
+        compact_extras[name] = compact_value(value)
     return ShardItem(compact(latents[None]), compact(cond), compact_extras)
+
+
+def compact_value(value: Any) -> Any:
+    """Return a value of the extras with compact tensors."""
+    if isinstance(value, Tensor):
+        return compact(value)
+    if is_tensor_list(value):
+        return [compact(tensor) for tensor in value]
+    return value
+
+
+def is_tensor_list(value: Any) -> bool:
+    """Return whether a value is a list of tensors, as ComfyUI's reference_latents are."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(item, Tensor) for item in value)
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -131,6 +146,9 @@ def save_safetensors(path: Path, items: list[ShardItem]) -> None:
         for name, value in item.extras.items():
             if isinstance(value, Tensor):
                 named_tensors[f"cond.{index}.{name}"] = value
+            elif is_tensor_list(value):
+                for position, tensor in enumerate(value):
+                    named_tensors[f"cond.{index}.{name}.{position}"] = tensor
             else:
                 plain[name] = value
         plain_extras.append(plain)

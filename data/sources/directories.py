@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEO_EXTENSIONS
+from data.sources.control_files import beside_image
 from data.sources.metadata import METADATA_NAMES, is_utf8
 
 MASK_SUFFIX = "_mask"
@@ -32,6 +33,8 @@ class Directory:
     """Caption files by name without extension."""
     masks: dict[str, Path] = field(default_factory=dict)
     """Mask files by name without extension."""
+    controls: dict[str, list[Path]] = field(default_factory=dict)
+    """Control images by the name of their image without extension."""
     metadata: Path | None = None
     other_kinds: Counter[str] = field(default_factory=Counter)
     """Number of all other files by extension."""
@@ -77,7 +80,12 @@ def walk_directories(folder: Path, kinds: FileKinds) -> Iterator[Directory]:
 def sort_files(path: Path, names: list[str], kinds: FileKinds) -> Directory:
     """Return the files of a directory by their purpose."""
     directory = Directory(path)
-    media_stems = {Path(name).stem for name in names if is_media(name)}
+    media = [path / name for name in names if is_media(name)]
+    media_stems = {file.stem for file in media}
+    for name, files in beside_image(media).items():
+        if name in media_stems:
+            directory.controls[name] = files
+    control_files = {file for files in directory.controls.values() for file in files}
     names_by_lower_case: dict[str, str] = {}
     for name in names:
         file = path / name
@@ -90,6 +98,8 @@ def sort_files(path: Path, names: list[str], kinds: FileKinds) -> Directory:
                 f"{file}: differs from {similar_name} only by case, and is the same file on other "
                 "systems"
             )
+        if file in control_files:
+            continue
         if file.suffix.lower() in kinds.media:
             add_image(directory, file, media_stems, kinds)
         elif file.suffix.lower() in kinds.captions:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data.samples import ListedSample
 from data.sources.base import SampleContent, Source
+from data.sources.control_files import in_folders
 from data.sources.directories import MASK_SUFFIX, Directory, FileKinds, walk_directories
 from data.sources.metadata import Description, read_metadata
 
@@ -27,6 +28,7 @@ class Survey:
     num_images: int = 0
     num_captions: int = 0
     num_metadata: int = 0
+    num_controls: int = 0
     other_kinds: Counter[str] = field(default_factory=Counter)
     unused_captions: list[Path] = field(default_factory=list)
 
@@ -35,6 +37,7 @@ class Survey:
         self.num_images += len(directory.images)
         self.num_captions += len(directory.caption_files())
         self.num_metadata += directory.metadata is not None
+        self.num_controls += len(directory.controls)
         self.other_kinds += directory.other_kinds
         self.unused_captions += directory.unused_captions()
 
@@ -54,9 +57,16 @@ class FolderSource(Source):
     The folder is walked twice: counts come first, because they decide where captions come from, and
     the names of all files need not be in memory."""
 
-    def __init__(self, config: SourceConfig, data: DataConfig, has_videos: bool = False):
-        """`has_videos`: video files are used too."""
+    def __init__(
+        self,
+        config: SourceConfig,
+        data: DataConfig,
+        has_videos: bool = False,
+        takes_controls: bool = False,
+    ):
+        """`has_videos`: video files are used too. `takes_controls`: the model takes control images."""
         super().__init__(config)
+        self.takes_controls = takes_controls
         self.folder = Path(config.path)
         self.captions = config.captions
         self.uses_masks = data.masks == "files"
@@ -77,7 +87,7 @@ class FolderSource(Source):
         for directory in walk_directories(self.folder, self.kinds):
             if directory.metadata is not None:
                 # it may describe images in sub-folders, which are walked later
-                metadata = read_metadata(directory.metadata, self.config)
+                metadata = read_metadata(directory.metadata, self.config, self.takes_controls)
                 descriptions |= metadata.descriptions
                 self.errors += metadata.errors
             for image in directory.images:
@@ -92,12 +102,13 @@ class FolderSource(Source):
 
     def contents(self, samples: Iterable[ListedSample]) -> Iterator[SampleContent]:
         for sample in samples:
-            content: bytes | DataError
             try:
                 content = (self.folder / sample.name).read_bytes()
+                controls = [Path(path).read_bytes() for path in sample.control_paths]
             except OSError as error:
-                content = DataError(f"cannot be read: {error.strerror}")
-            yield SampleContent(sample, content)
+                yield SampleContent(sample, DataError(f"cannot be read: {error.strerror}"))
+                continue
+            yield SampleContent(sample, content, tuple(controls))
 
     def _survey(self) -> Survey:
         """Count all files, and add the errors in their names."""
@@ -113,7 +124,14 @@ class FolderSource(Source):
         return survey
 
     def _print_unused(self, survey: Survey) -> None:
-        """Print a note about files that are neither images nor captions."""
+        """Print a note about control images that the model does not take, and one about files that are
+        neither images nor captions."""
+        if survey.num_controls and not self.takes_controls:
+            images = counted(survey.num_controls, "image")
+            verb = "has" if survey.num_controls == 1 else "have"
+            print(
+                f"note: {self.folder}: {images} {verb} control images, which this model does not take"
+            )
         if not survey.other_kinds:
             return
         counts = [f"{kind} {count}" for kind, count in sorted(survey.other_kinds.items())]
@@ -168,7 +186,21 @@ class FolderSource(Source):
             repeats=self.config.repeats * folder_repeats(image, self.folder),
             weight=1.0 if description is None else description.weight,
             mask_path=mask_path,
+            control_paths=[str(path) for path in self._controls(image, directory, description)],
         )
+
+    def _controls(
+        self, image: Path, directory: Directory, description: Description | None
+    ) -> Sequence[Path]:
+        """Return the control images of an image: of its row in a metadata file, of the folders of the
+        options, or those next to it."""
+        if not self.takes_controls:
+            return ()
+        if description is not None and description.controls:
+            return description.controls
+        if self.config.control_paths:
+            return in_folders(image, self.folder, self.config.control_paths)
+        return directory.controls.get(image.stem, ())
 
     def _captions(
         self, image: Path, directory: Directory, description: Description | None

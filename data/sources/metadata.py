@@ -4,12 +4,13 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from data.config import SourceConfig
+from data.sources.control_files import column_names, in_columns
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMN = "file_name"
@@ -18,10 +19,13 @@ FILE_COLUMN = "file_name"
 
 @dataclass(frozen=True)
 class Description:
-    """Captions and weight of an image; no captions if one caption is configured for all images."""
+    """Captions, weight and control images of an image.
+
+    There are no captions if one caption is configured for all images."""
 
     captions: list[str] | None
     weight: float
+    controls: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -32,21 +36,27 @@ class Metadata:
     errors: list[str] = field(default_factory=list)
 
 
-def read_metadata(file: Path, config: SourceConfig) -> Metadata:
+def read_metadata(file: Path, config: SourceConfig, takes_controls: bool = False) -> Metadata:
     """Read a metadata file. It names images relative to its folder."""
     metadata = Metadata()
     columns = used_columns(config)
-    if not columns:
+    if not columns and not takes_controls:
         return metadata
     try:
         rows = list(metadata_rows(file))
     except (OSError, ValueError, csv.Error, DataError) as error:
         metadata.errors.append(f"{file}: cannot be read: {error}")
         return metadata
+    if takes_controls:
+        for column in config.control_columns or ():
+            columns[f"control_columns {column}"] = column
     columns_error = missing_columns_error(rows, columns)
     if columns_error:
         metadata.errors.append(f"{file}: {columns_error}")
         return metadata
+    control_columns: list[str] = []
+    if takes_controls and rows:
+        control_columns = column_names(config.control_columns, rows[0])
     for number, row in enumerate(rows, 1):
         name = str(row.get(FILE_COLUMN))
         image = file.parent / name
@@ -54,7 +64,9 @@ def read_metadata(file: Path, config: SourceConfig) -> Metadata:
             metadata.errors.append(f"{file} row {number}: {name} is not in {file.parent}")
             continue
         try:
-            metadata.descriptions[image] = describe(row, config)
+            description = describe(row, config)
+            controls = in_columns(row, control_columns, file.parent)
+            metadata.descriptions[image] = replace(description, controls=tuple(controls))
         except DataError as error:
             metadata.errors.append(f"{file} row {number}: {name} {error}")
     return metadata

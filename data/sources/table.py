@@ -13,6 +13,7 @@ from common.hashing import file_stamp, hash_of
 from data.config import SourceConfig
 from data.samples import ListedSample
 from data.sources.base import SampleContent, Source
+from data.sources.control_files import column_names
 from data.sources.metadata import METADATA_NAMES, Description, describe, used_columns
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -40,8 +41,10 @@ def data_files(folder: Path) -> dict[str, list[str]]:
 class TableSource(Source):
     """A Hugging Face dataset."""
 
-    def __init__(self, config: SourceConfig, cache_dir: str):
+    def __init__(self, config: SourceConfig, cache_dir: str, takes_controls: bool = False):
+        """`takes_controls`: the model takes control images."""
         super().__init__(config)
+        self.takes_controls = takes_controls
         self.library_cache = str(Path(cache_dir) / "datasets")
         """Folder for the files that `datasets` makes."""
         self.image_column = str(config.image_column)
@@ -56,7 +59,7 @@ class TableSource(Source):
         except DataError as error:
             self.errors.append(str(error))
             return
-        stamp = f"{self._content_stamp()} {self.image_column}"
+        stamp = " ".join([self._content_stamp(), self.image_column, *self.control_columns])
         num_rows = 0
         for row, description in enumerate(self._descriptions(dataset)):
             num_rows += 1
@@ -76,25 +79,54 @@ class TableSource(Source):
 
     def contents(self, samples: Iterable[ListedSample]) -> Iterator[SampleContent]:
         for sample in samples:
-            content: bytes | DataError
             try:
                 cells = self._read_row(sample.row)
                 cell = cells[self.image_column]
                 content = image_content(cell)
+                controls = self._control_contents(cells)
             except (OSError, tarfile.TarError) as error:
-                content = DataError(f"cannot be read: {error}")
-            yield SampleContent(sample, content)
+                yield SampleContent(sample, DataError(f"cannot be read: {error}"))
+                continue
+            yield SampleContent(sample, content, controls)
+
+    def _control_contents(self, cells: dict[str, Any]) -> tuple[bytes, ...]:
+        """Return the contents of the control images in a row. Cells hold an image, several, or none."""
+        contents: list[bytes] = []
+        for column in self.control_columns:
+            cell = cells[column]
+            images = cell if isinstance(cell, list) else [cell]
+            contents += [image_content(image) for image in images if image is not None]
+        return tuple(contents)
+
+    @cached_property
+    def control_columns(self) -> list[str]:
+        """The columns with control images, if the model takes them."""
+        if not self.takes_controls:
+            return []
+        return column_names(self.config.control_columns, self._loaded.column_names)
 
     @cached_property
     def dataset(self) -> Any:
         """Load the dataset. Raises DataError if it cannot be loaded or lacks a column."""
         import datasets
 
+        dataset = self._loaded
+        self._check_columns(dataset)
+        undecoded = datasets.Image(decode=False)
+        dataset = dataset.cast_column(self.image_column, undecoded)
+        for column in self.control_columns:
+            is_list = isinstance(dataset.features[column], datasets.List)
+            feature = datasets.List(undecoded) if is_list else undecoded
+            dataset = dataset.cast_column(column, feature)
+        return dataset
+
+    @cached_property
+    def _loaded(self) -> Any:
+        """Load the dataset, whose columns are not checked yet."""
         dataset = self._select_split(self._load())
         if dataset.column_names is None:
             dataset = dataset._resolve_features()
-        self._check_columns(dataset)
-        return dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        return dataset
 
     def _load(self) -> Any:
         """Load the dataset, or all of its splits."""
@@ -154,6 +186,8 @@ class TableSource(Source):
 
         path, column_names = self.config.path, dataset.column_names
         columns = {"image_column": self.image_column, **used_columns(self.config)}
+        for column in self.control_columns:
+            columns[f"control_columns {column}"] = column
         errors = []
         for flag, column in columns.items():
             if column not in column_names:
@@ -161,10 +195,12 @@ class TableSource(Source):
         if errors:
             message = f"{path}: {', '.join(errors)}. Its columns: {', '.join(column_names)}"
             raise DataError(message)
-        feature = (dataset.features or {}).get(self.image_column)
-        if feature is not None and not isinstance(feature, datasets.Image):
-            message = f"{path}: column {self.image_column} holds {feature}, not images"
-            raise DataError(message)
+        for column in (self.image_column, *self.control_columns):
+            feature = (dataset.features or {}).get(column)
+            if column != self.image_column and isinstance(feature, datasets.List):
+                feature = feature.feature
+            if feature is not None and not isinstance(feature, datasets.Image):
+                raise DataError(f"{path}: column {column} holds {feature}, not images")
 
     def _descriptions(self, dataset: Any) -> Iterator[Description | DataError]:
         """Yield the description of each row, or its error."""

@@ -79,8 +79,8 @@ class Chroma(FluxFamily):
         hide_keys_alone(denoiser)
         return denoiser
 
-    def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
-        return {"attention_mask": self.mask(noisy, cond)}
+    def denoiser_arguments(self, tokens: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+        return {"attention_mask": self.mask(tokens.shape[1], cond)}
 
     def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
         pipeline = super().pipeline(denoiser, with_text_encoders)

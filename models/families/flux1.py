@@ -16,6 +16,7 @@ from common.errors import ModelError
 from models.base import base_metadata
 from models.comfy import ComfyLayout, PooledLayout
 from models.comfy_nodes import ComfyGuidance, ComfyNodes
+from models.controls import control_latents
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import PATCH, image_ids, pack, unpack
 from models.families.transformer_family import (
@@ -68,37 +69,57 @@ class FluxFamily(TransformerFamily):
                 "Use the text-to-image model"
             )
 
-    def mask(self, noisy: Tensor, cond: dict[str, Any]) -> Tensor | None:
-        """Return (B, tokens of text and image), false for the padding of a text.
+    def mask(self, num_image_tokens: int, cond: dict[str, Any]) -> Tensor | None:
+        """Return (B, tokens of text and images), false for the padding of a text.
 
         None if no text is padded: attention without a mask is faster."""
         has_padding = len(set(cond["lengths"])) > 1
         if not has_padding:
             return None
         text_mask = cond["attention_mask"].bool()
-        shape = (len(noisy), self.limits.num_tokens(noisy.shape))
-        image_mask = torch.ones(shape, dtype=torch.bool, device=noisy.device)
+        shape = (len(text_mask), num_image_tokens)
+        image_mask = torch.ones(shape, dtype=torch.bool, device=text_mask.device)
         return torch.cat([text_mask, image_mask], 1)
 
     @abstractmethod
-    def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
-        """Return the denoiser's arguments besides tokens, their positions and the timestep."""
+    def denoiser_arguments(self, tokens: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+        """Return the denoiser's arguments besides `tokens` (B, tokens of images, channels), their
+        positions and the timestep."""
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
         height, width = noisy.shape[2:]
         text = cond["prompt_embeds"]
-        tokens = denoiser(
-            hidden_states=pack(noisy),
+        images = [noisy]
+        for control in control_latents(cond):
+            images.append(self.normalize(control).to(noisy.dtype))
+        tokens, positions = tokens_of_images(images)
+        predicted = denoiser(
+            hidden_states=tokens,
             timestep=timestep / 1000,
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
-            img_ids=image_ids(height // PATCH, width // PATCH, noisy.device),
+            img_ids=positions,
             return_dict=False,
-            **self.denoiser_arguments(noisy, cond),
+            **self.denoiser_arguments(tokens, cond),
         )[0]
-        return unpack(tokens, height, width)
+        num_tokens = self.limits.num_tokens(noisy.shape)
+        return unpack(predicted[:, :num_tokens], height, width)
+
+
+def tokens_of_images(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the tokens (B, tokens, channels) of several latents, and their positions (tokens, 3).
+
+    The noisy latents come first; the images that follow are control images."""
+    tokens: list[Tensor] = []
+    positions = []
+    for image in images:
+        is_control = bool(tokens)
+        rows, columns = image.shape[2] // PATCH, image.shape[3] // PATCH
+        tokens.append(pack(image))
+        positions.append(image_ids(rows, columns, image.device, image=int(is_control)))
+    return torch.cat(tokens, 1), torch.cat(positions)
 
 
 class Flux1(FluxFamily):
@@ -165,16 +186,16 @@ class Flux1(FluxFamily):
         )
         return pooled_rows(embeds, pooled)
 
-    def denoiser_arguments(self, noisy: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
+    def denoiser_arguments(self, tokens: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         arguments["pooled_projections"] = cond["pooled_prompt_embeds"]
-        mask = self.mask(noisy, cond)
+        mask = self.mask(tokens.shape[1], cond)
         if mask is not None:
             attention_options = {"attention_mask": mask[:, None, None]}
             arguments["joint_attention_kwargs"] = attention_options
         if self.denoiser_config["guidance_embeds"]:
-            shape = (len(noisy),)
-            arguments["guidance"] = torch.full(shape, self.guidance, device=noisy.device)
+            shape = (len(tokens),)
+            arguments["guidance"] = torch.full(shape, self.guidance, device=tokens.device)
         return arguments
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:

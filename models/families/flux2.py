@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from models.base import TensorLayout, TokenCounts, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyGuidance, ComfyNodes
+from models.controls import (
+    ControlLimits,
+    ControlSize,
+    control_latents,
+    limited_area,
+    rounded_down,
+)
 from models.diffusers_family import ComponentLoaders
 from models.encoder_placement import keep_first_layers
 from models.families.flux_names import FLUX_TABLE
@@ -29,6 +36,10 @@ TOKENS = 512
 """Tokens of every caption, with the padding, which the denoiser sees."""
 NUM_STEPS = 50
 """The pipelines' default number of steps."""
+MAX_CONTROL_PIXELS = 1024 * 1024
+"""Area to which the pipeline shrinks larger control images."""
+CONTROL_DISTANCE = 10
+"""Distance on axis 0 between an image and the next one."""
 ATTENTION = r".*\.attn\.(to_(q|k|v|out|out\.0|add_out|qkv_mlp_proj)|add_(q|k|v)_proj)"
 """In single blocks, the projections contain the MLP."""
 MODULATION_KEY = "double_stream_modulation_img.lin.weight"
@@ -44,13 +55,24 @@ def empirical_shift(tokens: int) -> float:
     return math.exp(compute_empirical_mu(tokens, NUM_STEPS))
 
 
+def image_positions(images: list[Tensor]) -> Tensor:
+    """Return the positions (tokens, 4) of noisy latents and of the control images that follow."""
+    positions = []
+    for number, image in enumerate(images):
+        height, width = image.shape[-2:]
+        offset = number * CONTROL_DISTANCE
+        ids = image_ids(height, width, image.device, axes=4, image=offset)
+        positions.append(ids)
+    return torch.cat(positions)
+
+
 class PaddedLayout(ComfyLayout):
     """ComfyUI's tokens have no padding, or padding in front. In its own, `pad_embeds` is zero."""
 
     def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
         return without_padding(cond[0])
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         embeds = tensors["prompt_embeds"]
         pad = tensors["pad_embeds"]
         if pad.any():
@@ -77,6 +99,7 @@ class Flux2Family(TransformerFamily):
     variable_length: ClassVar = {"prompt_embeds": TOKENS}
     max_tokens = TOKENS
     patch_size = 1
+    controls = ControlLimits(max_count=10)
     text_layers: ClassVar[tuple[int, ...]]
     """Hidden states of the text encoder that are the conditioning, one after the other."""
     targets: ClassVar = {
@@ -148,12 +171,18 @@ class Flux2Family(TransformerFamily):
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
         height, width = noisy.shape[-2:]
+        images = [noisy]
+        for control in control_latents(cond):
+            normalized = self.normalize(control)
+            images.append(normalized.to(noisy.dtype))
+        rows = [image.flatten(2) for image in images]
+        tokens = torch.cat(rows, 2)
         text_positions = torch.arange(TOKENS, device=noisy.device)[:, None]
         guidance = None
         if self.has_guidance_input:
             guidance = torch.full_like(timestep, self.guidance)
-        tokens = denoiser(
-            noisy.flatten(2).transpose(1, 2),
+        predicted = denoiser(
+            tokens.transpose(1, 2),
             timestep=timestep / 1000,
             guidance=guidance,
             return_dict=False,
@@ -161,9 +190,24 @@ class Flux2Family(TransformerFamily):
                 cond["prompt_embeds"], cond["attention_mask"], cond["pad_embeds"]
             ),
             txt_ids=nn.functional.pad(text_positions, (3, 0)),
-            img_ids=image_ids(height, width, noisy.device, axes=4),
+            img_ids=image_positions(images),
         )[0]
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        num_tokens = height * width
+        noisy_tokens = predicted[:, :num_tokens]
+        return noisy_tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def control_size(self, width: int, height: int, max_pixels: int | None) -> ControlSize:
+        limit = MAX_CONTROL_PIXELS
+        if max_pixels is not None:
+            limit = min(limit, max_pixels)
+        scaled_width, scaled_height = limited_area(width, height, limit)
+        step = self.pixel_step
+        return ControlSize(
+            scaled_width=max(int(scaled_width), step),
+            scaled_height=max(int(scaled_height), step),
+            width=rounded_down(scaled_width, step),
+            height=rounded_down(scaled_height, step),
+        )
 
     def variant_metadata(self, variant: str) -> dict[str, str]:
         """Return `file_metadata` of a variant, as musubi-tuner writes it."""

@@ -84,10 +84,10 @@ class StackedLayout(MaskedLayout):
         embeds = rows.unflatten(1, (self.num_layers, -1))
         return {"prompt_embeds": embeds}
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         embeds = tensors["prompt_embeds"]
         rows = embeds.flatten(1)
-        return super().write({"prompt_embeds": rows})
+        return super().conditioning({"prompt_embeds": rows})
 
 
 class Krea2(QwenVaeFamily):

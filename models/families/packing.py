@@ -34,12 +34,15 @@ def unpack(tokens: Tensor, height: int, width: int, patch: int = PATCH) -> Tenso
     return latents.flatten(2, 3)
 
 
-def image_ids(height: int, width: int, device: torch.device, axes: int = 3) -> Tensor:
+def image_ids(
+    height: int, width: int, device: torch.device, axes: int = 3, image: int = 0
+) -> Tensor:
     """Return the positions (height width, axes) of the tokens of a grid, row by row.
 
-    The row is on axis 1, the column on axis 2; the other axes are 0. Text tokens are at 0 on all
-    axes."""
+    Axis 0 is `image`, axis 1 the row, axis 2 the column, and other axes are 0. Text tokens are at 0 on
+    all axes."""
     ids = torch.zeros(height, width, axes, device=device)
+    ids[..., 0] = image
     rows = torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
     ids[..., 1] = rows[:, None]

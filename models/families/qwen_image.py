@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.comfy_nodes import ComfyNodes
+from models.controls import control_latents
 from models.encoder_placement import keep_first_layers
 from models.families.packing import PATCH, pack, unpack
 from models.families.qwen_vae import QwenVaeFamily
@@ -28,7 +30,11 @@ class QwenImage(QwenVaeFamily):
     """Conditioning is the encoder's last state, without the template in front of the caption."""
 
     name = "qwen_image"
-    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+    )
     denoiser_class = "QwenImageTransformer2DModel"
     layer_names = TableNames()  # all names are the same
     variable_length: ClassVar = {"prompt_embeds": None}
@@ -64,7 +70,8 @@ class QwenImage(QwenVaeFamily):
 
     def trim_text_encoders(self, pipeline: Any) -> None:
         num_layers = pipeline.text_encoder.config.text_config.num_hidden_layers
-        keep_first_layers(pipeline.text_encoder, num_layers)
+        has_images = self.controls.is_seen_by_text_encoder
+        keep_first_layers(pipeline.text_encoder, num_layers, has_images)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, mask = encoders.encode_prompt(
@@ -72,13 +79,7 @@ class QwenImage(QwenVaeFamily):
             device=encoders._execution_device,
             max_sequence_length=TOKENS,
         )
-        if mask is None:
-            return [{"prompt_embeds": embed.clone()} for embed in embeds]
-        rows = []
-        for embed, count in zip(embeds, mask.sum(1).tolist(), strict=True):
-            caption = embed[:count].clone()
-            rows.append({"prompt_embeds": caption})
-        return rows
+        return rows_without_padding(embeds, mask)
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
         """Return the last block's layers for the text, which nothing reads."""
@@ -94,18 +95,24 @@ class QwenImage(QwenVaeFamily):
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
         height, width = noisy.shape[-2:]
-        image_shape = (1, height // PATCH, width // PATCH)
+        tokens = []
+        shapes = []
+        for image in (noisy, *control_latents(cond)):
+            latents = image if image is noisy else self.normalize(image).to(noisy.dtype)
+            tokens.append(pack(latents))
+            shapes.append((1, image.shape[2] // PATCH, image.shape[3] // PATCH))
         # without a mask attention is faster, and nothing is copied to the device
         has_padding = len(set(cond["lengths"])) > 1
-        tokens = denoiser(
-            hidden_states=pack(noisy),
+        predicted = denoiser(
+            hidden_states=torch.cat(tokens, 1),
             timestep=timestep / 1000,
             encoder_hidden_states=cond["prompt_embeds"],
             encoder_hidden_states_mask=cond["attention_mask"] if has_padding else None,
-            img_shapes=[[image_shape]] * len(noisy),
+            img_shapes=[shapes] * len(noisy),
             return_dict=False,
         )[0]
-        return unpack(tokens, height, width)
+        num_tokens = self.limits.num_tokens(noisy.shape)
+        return unpack(predicted[:, :num_tokens], height, width)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         return {
@@ -116,6 +123,17 @@ class QwenImage(QwenVaeFamily):
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image")
+
+
+def rows_without_padding(embeds: Tensor, mask: Tensor | None) -> list[dict[str, Tensor]]:
+    """Return encode_prompt's result for tokens (B, L, D) and their mask. None: there is no padding."""
+    if mask is None:
+        return [{"prompt_embeds": embed.clone()} for embed in embeds]
+    rows = []
+    for embed, count in zip(embeds, mask.sum(1).tolist(), strict=True):
+        caption = embed[:count].clone()
+        rows.append({"prompt_embeds": caption})
+    return rows
 
 
 FAMILY = QwenImage

@@ -46,8 +46,8 @@ class SizedLayout(PooledLayout):
         tensors["time_ids"] = torch.tensor(time_ids, dtype=torch.int32)
         return tensors
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
-        cond, extras = super().write(tensors)
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
+        cond, extras = super().conditioning(tensors)
         if "time_ids" in tensors:
             time_ids = tensors["time_ids"].tolist()
             for name, size in zip(COMFY_SIZES, time_ids, strict=True):

@@ -58,7 +58,7 @@ class TokenLayout(ComfyLayout):
             "the option, or use images"
         )
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         raise ModelError(
             "captions are not encoded with --model.train_text_encoder. Remove the option to export "
             "a dataset"

@@ -47,7 +47,7 @@ class WanLayout(ComfyLayout):
         num_tokens = int(nonzero_tokens[-1]) + 1 if len(nonzero_tokens) else 1
         return {"prompt_embeds": cond[0, :num_tokens]}
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         embeds = tensors["prompt_embeds"]
         num_zeros = TOKENS - len(embeds)
         padded = nn.functional.pad(embeds, (0, 0, 0, num_zeros))

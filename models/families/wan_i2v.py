@@ -52,9 +52,9 @@ class FirstFrameLayout(WanLayout):
             tensors[FIRST_FRAME] = first_frame[0]
         return tensors
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         """Return ComfyUI's conditioning, with a first frame if there is one."""
-        cond, extras = super().write(tensors)
+        cond, extras = super().conditioning(tensors)
         first_frame = tensors.get(FIRST_FRAME)
         if first_frame is not None:
             extras["concat_latent_image"] = first_frame[None]

@@ -485,7 +485,7 @@ def test_what_a_shard_cannot_hold_is_not_written(tmp_path):
     for bad, form in [
         ((latents[None], cond, {}), "pkl"), ((latents, cond[0], {}), "pkl"), ((latents, cond, {"x": Path()}), "pkl"),
         ((latents, cond, {"x": np.float32(1)}), "pkl"), ((latents, cond, {1: 2}), "pkl"),
-        ((latents, cond, {"x": [latents]}), "safetensors"), ((latents, cond, {"x": (1, 2)}), "safetensors"),
+        ((latents, cond, {"x": [latents, 1]}), "safetensors"), ((latents, cond, {"x": (1, 2)}), "safetensors"),
         ((latents, cond, {"x": {1: 2}}), "safetensors"), ((latents, cond, {"x": b"1"}), "safetensors"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=r"sample 0 has|keeps no extras"):

@@ -29,9 +29,9 @@ def test_an_image_is_read_once_per_stage(build, monkeypatch):
     contents = FolderSource.contents
 
     def recorded(self, samples):
-        for sample, content in contents(self, samples):
-            names.append(sample.name)
-            yield sample, content
+        for item in contents(self, samples):
+            names.append(item.sample.name)
+            yield item
 
     monkeypatch.setattr(FolderSource, "contents", recorded)
     built = build(random_flip=True)

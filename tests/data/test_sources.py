@@ -205,7 +205,7 @@ COLUMNS = {"image_column": "picture", "caption_column": "words"}
 
 def contents(source, rows) -> list[bytes]:
     samples = [ListedSample(row, "", [], "") for row in rows]
-    return [content for _, content in source.contents(samples)]
+    return [item.content for item in source.contents(samples)]
 
 
 def test_a_hugging_face_dataset_on_disk(tmp_path):
@@ -244,7 +244,7 @@ def test_shards_of_a_hugging_face_dataset(tmp_path, form, streaming, monkeypatch
                     tar.addfile(info, io.BytesIO(content))
     sources = (source_config(str(folder), streaming=streaming),)
     data = data_config(sources=sources, cache_dir=str(tmp_path / "cache"), **columns)
-    source = open_source(data.all_sources()[0], data, None, {})
+    source = open_source(data.all_sources()[0], data, get_family(ModelConfig(path=str(BASE))), {})
     assert [e.captions for e in source.samples()] == [["one"], ["two"], ["three"]]
     assert source.errors == []
     assert contents(source, [0, 2]) == [png((0, 0, 0)), png((2, 0, 0))]
@@ -308,7 +308,7 @@ def test_a_row_that_cannot_be_read_does_not_take_others_with_it(tmp_path):
     samples = list(source.samples())
     (tmp_path / "b.png").unlink()
     (tmp_path / "aa.png").write_bytes(b"new")
-    read = {sample.row: content for sample, content in source.contents(samples)}
+    read = {item.sample.row: item.content for item in source.contents(samples)}
     assert [read[0], read[2]] == [png()] * 2
     assert isinstance(read[1], DataError)
 
@@ -323,7 +323,12 @@ def test_a_streamed_row_is_another_when_its_column_or_file_is(tmp_path):
         data = data_config(
             sources=sources, cache_dir=str(tmp_path / "cache"), **{**COLUMNS, **more}
         )
-        return [e.stamp for e in open_source(data.all_sources()[0], data, None, {}).samples()]
+        return [
+            e.stamp
+            for e in open_source(
+                data.all_sources()[0], data, get_family(ModelConfig(path=str(BASE))), {}
+            ).samples()
+        ]
 
     first = stamps()
     assert stamps() == first

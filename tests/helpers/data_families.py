@@ -38,8 +38,8 @@ class FirstFrameLayout(ComfyLayout):
             tensors["first_frame"] = extras["concat_latent_image"][0, :, 0]
         return tensors
 
-    def write(self, tensors: Conditioning) -> ComfyConditioning:
-        cond, extras = super().write(tensors)
+    def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
+        cond, extras = super().conditioning(tensors)
         return cond, extras | {"concat_latent_image": tensors["first_frame"][None, :, None]}
 
 

@@ -2,6 +2,8 @@
 with.
 """
 
+import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,8 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.config import DataConfig
+from data.precompute.controls import control_pictures, control_pixels, encode_controls
 from data.store.keys import key_of
 from data.store.store import Store
+from helpers.families.tiny_qwen import image_text_processor
 from models import FAMILIES
 from models.base import ModelFamily
 from models.config import ModelConfig
@@ -56,6 +61,8 @@ class Case:
     """Which step of the pipeline calls the denoiser that the family trains."""
     first_frame: bool = False
     """Whether the pipeline is given an image, which is the first frame."""
+    controls: int = 0
+    """How many control images the pipeline is given."""
 
     def __str__(self) -> str:
         return self.name or self.family
@@ -82,6 +89,10 @@ def folder_of(case: Case) -> Path:
         if isinstance(part, torch.nn.Module):
             livelier(part)
     pipeline.save_pretrained(folder)
+    if "processor" in pipeline.components:
+        index = json.loads((folder / "model_index.json").read_text())
+        index["processor"] = ["transformers", "Qwen2VLProcessor"]
+        (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -115,6 +126,34 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray((pixels * 255).to(torch.uint8).numpy())
 
 
+def control_contents(count: int) -> list[bytes]:
+    """The files of so many control images, of different sizes."""
+    files = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        picture(64 + 32 * number, 96).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return files
+
+
+def rows_with_controls(
+    family: ModelFamily, captions: list[str], count: int
+) -> list[dict[str, Tensor]]:
+    """Conditioning of captions, all with the same control images."""
+    contents, config = control_contents(count), DataConfig()
+    encoders = family.load_encoders("text")
+    if not count:
+        return family.encode_prompt(encoders, captions)
+    if family.controls.is_seen_by_text_encoder:
+        pictures = control_pictures(contents, config.background)
+        rows = [family.encode_with_controls(encoders, caption, pictures) for caption in captions]
+    else:
+        rows = family.encode_prompt(encoders, captions)
+    pixels = control_pixels(config, family, contents, flip=False)
+    latents = encode_controls(family, family.load_encoders("media"), pixels, torch.device("cpu"))
+    return [{**row, **latents} for row in rows]
+
+
 def seen_in(
     family: ModelFamily, shape: tuple[int, int], frames: int, count: int
 ) -> dict[str, Tensor]:
@@ -131,6 +170,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
     absent = {name: None for name, part in index.items() if part == [None, None]}
+    if "processor" in index:
+        absent["processor"] = image_text_processor()
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder_of(case), dtype=torch.float32, **absent
     )
@@ -154,17 +195,33 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
     given = {"image": picture(height, width)} if case.first_frame else {}
-    pipeline(
-        prompt=[*PROMPTS], **given, height=height, width=width, num_inference_steps=2, output_type="np",
-        generator=torch.Generator().manual_seed(0), **case.guidance,
-    )  # fmt: skip
-    noisy, timestep, prediction, _ = steps[case.step]
-    unpack = case.unpack or (lambda _, latents, *__: latents)
-    noisy, prediction, final = (
-        unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3])
-    )
-    raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
+    # pipelines that edit take one prompt at a time
+    calls = [[prompt] for prompt in PROMPTS] if case.controls else [PROMPTS]
+    shown: list[tuple[Tensor, ...]] = []
+    for prompts in calls:
+        if case.controls:
+            given = call_options(case, height, width)
+        steps.clear()
+        decoded.clear()
+        pipeline(
+            prompt=[*prompts], **given, height=height, width=width, num_inference_steps=2, output_type="np",
+            generator=torch.Generator().manual_seed(len(shown)), **case.guidance,
+        )  # fmt: skip
+        noisy, timestep, prediction, _ = steps[case.step]
+        unpack = case.unpack or (lambda _, latents, *__: latents)
+        noisy, prediction, final = (
+            unpack(pipeline, t, height, width) for t in (noisy, prediction, steps[-1][3])
+        )
+        raw = case.stored(pipeline, decoded[0]) if case.stored else decoded[0]
+        shown.append((noisy, prediction, final, raw))
+    noisy, prediction, final, raw = (torch.cat(tensors) for tensors in zip(*shown, strict=True))
     return Call(noisy, torch.as_tensor(timestep), prediction, final, raw)
+
+
+def call_options(case: Case, height: int, width: int) -> dict[str, Any]:
+    """What the pipeline of a model that edits is given besides the prompt."""
+    pictures = control_pictures(control_contents(case.controls), "white")
+    return family_of(case).control_options(pictures, width, height)
 
 
 def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

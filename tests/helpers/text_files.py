@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.family_cases import PROMPTS, Case, folder_of
+from data.precompute.controls import control_pictures
+from helpers.family_cases import PROMPTS, Case, control_contents, folder_of
 from models.base import ModelFamily
 from models.config import ModelConfig
 from models.detect import get_family
@@ -74,8 +75,12 @@ def bare(case: Case, folder: Path, pattern: str) -> Path:
 
 
 def rows(family: ModelFamily) -> list[dict[str, Tensor]]:
+    encoders = family.load_encoders("text")
     with torch.no_grad():
-        return family.encode_prompt(family.load_encoders("text"), [*PROMPTS])
+        if not family.controls.is_seen_by_text_encoder:
+            return family.encode_prompt(encoders, [*PROMPTS])
+        pictures = control_pictures(control_contents(1), "white")
+        return [family.encode_with_controls(encoders, prompt, pictures) for prompt in PROMPTS]
 
 
 def assert_same_rows(family: ModelFamily, expected: ModelFamily) -> None:

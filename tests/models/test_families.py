@@ -16,8 +16,10 @@ from helpers.family_cases import (
     Case,
     cases,
     collate,
+    control_contents,
     family_of,
     folder_of,
+    rows_with_controls,
     run_pipeline,
     seen_in,
 )
@@ -25,8 +27,9 @@ from safetensors import safe_open
 
 from adapter_files.spellings import layer_spellings
 from common.errors import ModelError
+from data.precompute.controls import control_pictures
 from lora_algos import ALGORITHMS
-from models.base import cond_bytes
+from models.base import ModelFamily, cond_bytes
 from models.config import ModelConfig
 from models.detect import get_family
 from models.encoder_placement import (
@@ -61,7 +64,7 @@ def conditioning(
     """What training would give the denoiser for images of that height and width with those captions."""
     family = family_of(case)
     with torch.no_grad():
-        rows = family.encode_prompt(family.load_encoders("text"), captions)
+        rows = rows_with_controls(family, captions, case.controls)
         of_media = (
             seen_in(family, shape, case.guidance["num_frames"], len(captions))
             if case.first_frame
@@ -230,6 +233,14 @@ def test_text_encoders_are_freed(case, placement):
         gc.enable()
 
 
+def encoded_captions(case: Case, family: ModelFamily, encoders: Any) -> list[dict[str, Any]]:
+    """Conditioning of PROMPTS, with control images if the text encoder sees them."""
+    if not family.controls.is_seen_by_text_encoder:
+        return family.encode_prompt(encoders, PROMPTS)
+    pictures = control_pictures(control_contents(case.controls), "white")
+    return [family.encode_with_controls(encoders, prompt, pictures) for prompt in PROMPTS]
+
+
 @CASES
 def test_text_encoders_encode_the_same_layer_by_layer(case):
     family = family_of(case)
@@ -240,7 +251,7 @@ def test_text_encoders_encode_the_same_layer_by_layer(case):
             parts = text_encoders_of(encoders)
             loaded = [dict(part.named_parameters()) for part in parts]
             encoders = place_text_encoders(encoders, placement, torch.device("cpu"))
-            rows[placement] = family.encode_prompt(encoders, PROMPTS)
+            rows[placement] = encoded_captions(case, family, encoders)
             for part, weights in zip(parts, loaded, strict=True):
                 for name, weight in part.named_parameters():
                     assert weight is weights[name], "no copy stays on the device"
@@ -254,7 +265,7 @@ def test_text_encoders_encode_the_same_layer_by_layer(case):
 def test_conditioning_comes_back_from_comfyuis_layout(case):
     family = family_of(case)
     with torch.no_grad():
-        row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
+        row = encoded_captions(case, family, family.load_encoders("text"))[0]
     cond, extras = family.comfy.write(row)
     assert (cond.ndim, cond.shape[0], "pooled_output" in extras) == (3, 1, True)
     back = family.comfy.tensors(cond, extras)
@@ -329,14 +340,14 @@ def test_no_token_is_hidden_from_all_others(case, calls, monkeypatch):
 def test_a_caption_is_as_large_as_the_family_says(case):
     family = family_of(case)
     with torch.no_grad():
-        row = family.encode_prompt(family.load_encoders("text"), PROMPTS[:1])[0]
+        row = encoded_captions(case, family, family.load_encoders("text"))[0]
     assert sum(t.nbytes for t in row.values()) <= cond_bytes(family)
     counts, limit = family.count_tokens(PROMPTS)
     assert 0 < counts[1] < counts[0] <= limit
 
 
 @pytest.fixture
-def flags(options, videos):
+def flags(options, videos, controls):
     """Case -> a run of three steps of every layer."""
 
     def of_case(case: Case) -> list[str]:
@@ -349,6 +360,7 @@ def flags(options, videos):
             *(option for option in options if not option.startswith(other)),
             f"--model.path={folder_of(case)}", "--adapter.targets=all", "--steps=3", f"--data.resolution={SIDE}",
             *case.options, *([f"--data.path={videos}", "--data.frames=5"] if case.first_frame else []),
+            *(["--data.control_paths", *map(str, controls[: case.controls])] if case.controls else []),
         ]  # fmt: skip
 
     return of_case

@@ -80,7 +80,8 @@ def test_every_model_is_of_a_family(name):
     with configuration_folder(model) as folder:
         family = get_family(ModelConfig(path=str(folder)))
         assert family.pipelines[0] == model["pipeline"]
-        assert family.cond_layout()["prompt_embeds"].shape[0] in (77, 256, 333, 512, 1024)
+        num_tokens = family.cond_layout()["prompt_embeds"].shape[0]
+        assert num_tokens in (77, 256, 333, 512, 1024, 1024 + 1337, 1024 + 3 * 188)
         assert family.limits.pixel_step in (16, 32, 64)
 
 

@@ -54,7 +54,7 @@ def once(patch, place: str, number: int, when: int = 1) -> list[int]:
 
 
 MOMENTS = {  # where, in which call, the step that is saved
-    "encoding captions": ("data.precompute.encode.encode_captions", 1, None),
+    "encoding captions": ("data.precompute.build.encode_captions", 1, None),
     "encoding images": ("data.precompute.encode.encode_media", 1, None),
     "loading the model": ("training.build.attach_adapters", 1, None),
     "the first validation": ("training.validation.chunk_batch", 3, 0),

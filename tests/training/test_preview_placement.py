@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.family_cases import SIDE, Case, cases, family_of
+from helpers.family_cases import SIDE, Case, cases, control_contents, family_of
 from helpers.project import BASE
 from PIL import Image
 
 from common.hashing import sha256_of_file
+from data.precompute.controls import control_pictures
 from models.config import ModelConfig
 from models.encoder_placement import text_encoders_of
 from training.output_config import SampleConfig
@@ -45,14 +46,15 @@ def test_every_family_draws_what_its_whole_pipeline_draws(case: Case, guidance_s
         SamplePrompt("a red fox in the snow", negative="blurry").completed(0, SIDE, config),
         SamplePrompt("owl").completed(1, SIDE, config),
     ]
-    encoded = encode_prompts(family, ModelConfig(), prompts, CPU)
+    controls = control_pictures(control_contents(case.controls), "white")
+    encoded = encode_prompts(family, ModelConfig(), prompts, CPU, [controls, controls])
     denoiser = family.load_denoiser(torch.float32)
     whole = family.pipeline(denoiser)
     family.trim_text_encoders(whole)
     pipeline = family.pipeline(denoiser, with_text_encoders=False)
     assert not text_encoders_of(pipeline)
     for prompt, results in zip(prompts, encoded, strict=True):
-        options = pipeline_options(family, whole, prompt)
+        options = pipeline_options(family, whole, prompt, controls)
         if family.has_image_input:
             options |= {"image": Image.new("RGB", (SIDE, SIDE), "green"), "num_frames": 5}
         with torch.autocast("cpu", torch.bfloat16, enabled=False):

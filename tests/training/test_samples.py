@@ -253,12 +253,12 @@ def test_a_failed_encoding_frees_the_text_encoders(monkeypatch):
 def test_the_model_that_encoded_a_prompt_is_part_of_its_key(tmp_path, monkeypatch):
     family = get_family(ModelConfig(path=str(BASE)))
     prompt = SamplePrompt("a cat")
-    before = prepare.prompt_key(family, "hash", prompt)
-    assert prepare.prompt_key(family, "hash", prompt) == before
+    before = prepare.prompt_key(family, "hash", prompt, [])
+    assert prepare.prompt_key(family, "hash", prompt, []) == before
     family.files.pipeline_config["force_zeros_for_empty_prompt"] = True
-    changed = prepare.prompt_key(family, "hash", prompt)
+    changed = prepare.prompt_key(family, "hash", prompt, [])
     assert changed != before
-    assert prepare.prompt_key(family, "other", prompt) != changed
+    assert prepare.prompt_key(family, "other", prompt, []) != changed
 
 
 def test_trackers_get_samples_at_the_step_of_the_metrics(options, run_here, tmp_path, monkeypatch):

@@ -11,12 +11,21 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers.family_cases import SIDE, Case, cases, family_of, folder_of, native_tensors
+from helpers.family_cases import (
+    SIDE,
+    Case,
+    cases,
+    control_contents,
+    family_of,
+    folder_of,
+    native_tensors,
+)
 from helpers.project import BASE
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_map_only
 
+from data.precompute.controls import control_pictures
 from models.config import ModelConfig
 from models.detect import get_family
 from models.released import configuration_folder, released_models
@@ -36,7 +45,16 @@ from training.workflow.ui_form import ui_form
 
 CPU = torch.device("cpu")
 PROMPT = SamplePrompt("a (red) fox {or cat}", None, 768, 512, 42, 4.0, 20, 0.8)
-OPTIONAL = {"device", "audio", "clip_vision_output", "start_image"}
+OPTIONAL = {
+    "device",
+    "audio",
+    "clip_vision_output",
+    "start_image",
+    "image",
+    "image1",
+    "image2",
+    "image3",
+}
 """Inputs that a node may lack."""
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 HUB_IDS = [hub_id for model in released_models().values() for hub_id in model["hub_ids"]]
@@ -134,10 +152,11 @@ def test_the_noise_is_that_of_comfyui(case: Case, monkeypatch):
     family = family_of(case)
     prompt = SamplePrompt("a red fox").completed(0, SIDE, SampleConfig(num_inference_steps=1))
     prompt = replace(prompt, seed=7)
-    encoded = encode_prompts(family, ModelConfig(), [prompt], CPU)
+    controls = control_pictures(control_contents(case.controls), "white")
+    encoded = encode_prompts(family, ModelConfig(), [prompt], CPU, [controls])
     in_bf16 = tree_map_only(torch.Tensor, rounded, encoded[0])
     pipeline = family.pipeline(family.load_denoiser(torch.float32), with_text_encoders=False)
-    options = pipeline_options(family, pipeline, prompt)
+    options = pipeline_options(family, pipeline, prompt, controls)
     num_frames = 1
     if family.has_image_input:
         num_frames = 5
@@ -277,6 +296,42 @@ def test_the_shift_is_that_of_the_size():
     mu = 0.5 + (num_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     shift = inputs_of(graph, "ModelSamplingAuraFlow")["shift"]
     assert shift == pytest.approx(np.exp(mu), rel=1e-4)
+
+
+EDIT_NODES = {
+    "black-forest-labs/FLUX.1-Kontext-dev": (
+        1,
+        ["LoadImage", "FluxKontextImageScale", "VAEEncode", "CLIPTextEncode", "ReferenceLatent", "FluxGuidance"],
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": (
+        2,
+        ["LoadImage", "VAEEncode", "LoadImage", "ImageScaleToTotalPixels", "VAEEncode",
+         "PrimitiveStringMultiline", "CLIPTextEncode", "ReferenceLatent", "ReferenceLatent",
+         "CLIPTextEncode", "ReferenceLatent", "ReferenceLatent"],
+    ),
+    "Qwen/Qwen-Image-Edit": (1, ["LoadImage", "TextEncodeQwenImageEdit", "TextEncodeQwenImageEdit"]),
+    "Qwen/Qwen-Image-Edit-2511": (
+        2,
+        ["LoadImage", "LoadImage", "TextEncodeQwenImageEditPlus", "FluxKontextMultiReferenceLatentMethod",
+         "TextEncodeQwenImageEditPlus", "FluxKontextMultiReferenceLatentMethod"],
+    ),
+}  # fmt: skip
+"""Number of control images, and some of the nodes in their order, as in ComfyUI's own templates."""
+
+
+@pytest.mark.parametrize("hub_id", EDIT_NODES)
+def test_control_images_are_given_as_in_comfyuis_templates(hub_id):
+    count, expected = EDIT_NODES[hub_id]
+    sizes = ((640, 480), (2048, 1024))[:count]
+    with released_family(hub_id) as folder:
+        graph = graph_of(get_family(ModelConfig(path=str(folder))), control_sizes=sizes)
+    check_links(graph)
+    kinds = [node.kind for node in graph.nodes]
+    position = 0
+    for kind in expected:
+        position = kinds.index(kind, position) + 1
+    assert "Choose the control images" in run_workflow.note_text(graph, "euler")
+    assert editor_to_server(ui_form(graph, "note", {})) == api_form(graph)
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])

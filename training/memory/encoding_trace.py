@@ -22,12 +22,15 @@ def trace_captions(config: TrainConfig, family: DiffusersFamily, unit: int) -> P
     placement = config.model.text_encoder_placement
     if placement == "cpu":
         return PhaseMemory(CAPTIONS, {})
+    batch_size = config.data.encode_batch_size
+    if family.controls.is_seen_by_text_encoder:
+        batch_size = 1  # images of other captions have other sizes
     encoders = text_encoders_of(empty_encoders(family, "text"))
     live_bytes = LiveBytes(unit)
     label_modules(live_bytes, encoders, ENCODERS)
     with live_bytes:
         for encoder in encoders:
-            encode_tokens(encoder, family.max_tokens, config.data.encode_batch_size)
+            encode_tokens(encoder, family.max_tokens, batch_size)
     num_bytes = dict(live_bytes.at_peak)
     if placement == "layers":
         num_bytes[ENCODERS] = largest_layer(encoders)

@@ -25,7 +25,11 @@ from training.memory.phase_memory import (
     PhaseMemory,
     PhaseName,
 )
-from training.memory.sample_shape import largest_encoded_sample, largest_sample
+from training.memory.sample_shape import (
+    control_layout,
+    largest_encoded_sample,
+    largest_sample,
+)
 from training.memory.training_trace import TraceInputs, TrainingTrace
 
 RESERVE = GIB
@@ -91,6 +95,7 @@ class MemoryPlanner:
         dtype = build.BASE_DTYPES[config.training_dtype] or stored_dtype(family)
         caption_layout = family.cond_layout()
         sample_layout = family.sample_layout(self.sample.latents)
+        sample_layout |= control_layout(config.data, family)
         return TraceInputs(
             config=config,
             family=family,

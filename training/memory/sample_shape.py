@@ -3,12 +3,18 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
+from data.config import DataConfig
 from data.media.buckets import Buckets, Size
 from data.precompute.encode import media_batch_size
-from models.base import ModelFamily
+from models.base import ModelFamily, TensorLayout
+from models.controls import control_name
 from training.config import TrainConfig
 
 COLORS = 3
+CONTROL_SIDE = 1024
+"""Side in pixels of a control image for which memory is planned."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,25 @@ def all_samples(config: TrainConfig, family: ModelFamily) -> list[SampleShape]:
         sample = sample_of_size(family, size, config.data.frames)
         samples.append(sample)
     return samples
+
+
+def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorLayout]:
+    """Return the latents of a sample's control images: of squares, one for each folder or column.
+
+    A model that needs one has at least one."""
+    counts = []
+    for source in config.all_sources():
+        for names in (source.control_paths, source.control_columns):
+            counts.append(len(names or ()))
+    count = max(counts, default=0)
+    if family.controls.is_required:
+        count = max(1, count)
+    layout = {}
+    for number in range(min(count, family.controls.max_count)):
+        size = family.control_size(CONTROL_SIDE, CONTROL_SIDE, config.control_pixels)
+        sample = sample_of_size(family, Size(size.width, size.height), num_frames=1)
+        layout[control_name(number)] = TensorLayout(sample.latents, torch.float32)
+    return layout
 
 
 def sample_of_size(family: ModelFamily, size: Size, num_frames: int) -> SampleShape:

@@ -2,12 +2,13 @@
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from common.precision import without_autocast
@@ -16,9 +17,16 @@ from models.encoder_placement import modules_of
 from training.sampling.prompts import SamplePrompt
 
 
-def pipeline_options(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call for a completed prompt."""
+def pipeline_options(
+    family: ModelFamily,
+    pipeline: Any,
+    prompt: SamplePrompt,
+    controls: Sequence[Image.Image] = (),
+) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for a completed prompt and its control images."""
     assert prompt.guidance_scale is not None  # it is completed
+    assert prompt.width is not None
+    assert prompt.height is not None
     options: dict[str, Any] = {
         # by name: it is not the first argument of every pipeline
         "prompt": prompt.text,
@@ -27,6 +35,8 @@ def pipeline_options(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -
         "num_inference_steps": prompt.num_inference_steps,
         **family.preview_options(prompt.guidance_scale),
     }
+    if family.controls.max_count:
+        options |= family.control_options([*controls], prompt.width, prompt.height)
     if prompt.negative is not None and uses_negative_prompt(type(pipeline), options):
         options["negative_prompt"] = prompt.negative
     return options

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -39,8 +40,11 @@ def encode_prompts(
     config: ModelConfig,
     prompts: Sequence[SamplePrompt],
     device: torch.device,
+    controls: Sequence[Sequence[Image.Image]] | None = None,
 ) -> list[EncodedPrompt]:
-    """Load the text encoders, encode the prompts, and free the text encoders."""
+    """Load the text encoders, encode the prompts, and free the text encoders.
+
+    `controls`: the control images of each prompt."""
     with announced("loading the text encoders for the prompts"):
         pipeline = family.load_encoders("text")
     encoding_device = device
@@ -53,13 +57,18 @@ def encode_prompts(
         object.__setattr__(pipeline, "scheduler", EndOfEncoding())
         pipeline.prepare_latents = end_encoding
         with on_device(pipeline, encoding_device), announced("encoding the prompts"):
-            return [encode_prompt(family, pipeline, prompt) for prompt in prompts]
+            return [
+                encode_prompt(family, pipeline, prompt, images)
+                for prompt, images in zip(prompts, controls or [()] * len(prompts), strict=True)
+            ]
     finally:
         release_text_encoders(pipeline)
         free_memory(device)
 
 
-def encode_prompt(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> EncodedPrompt:
+def encode_prompt(
+    family: ModelFamily, pipeline: Any, prompt: SamplePrompt, controls: Sequence[Image.Image]
+) -> EncodedPrompt:
     """Return what encode_prompt returns while a pipeline is called."""
     results: EncodedPrompt = []
     original = pipeline.encode_prompt
@@ -71,7 +80,7 @@ def encode_prompt(family: ModelFamily, pipeline: Any, prompt: SamplePrompt) -> E
 
     with replaced_encoding(pipeline, record), uses_bf16_modules(pipeline):
         try:
-            pipeline(**pipeline_options(family, pipeline, prompt))
+            pipeline(**pipeline_options(family, pipeline, prompt, controls))
         except EncodingDone:
             return results
     raise RuntimeError("the pipeline drew before it prepared latents")

@@ -12,6 +12,7 @@ from common.atomic import write_file
 from data.media.pictures import to_levels
 from training.reporting.image_grid import grid_png
 from training.run_folder import SAMPLES_FOLDER, STEP_SUFFIX
+from training.sampling.control_images import with_control_row
 from training.sampling.prompts import SamplePrompt
 from training.sampling.samples import Samples
 
@@ -90,9 +91,9 @@ def write_samples(
         base_path = path.with_name(sample_name(name, step, number))
         texts = {"parameters": parameters_text(prompt, title), "workflow": workflow}
         write_sample(base_path, frames, texts, fps)
-    stills = padded_stills(images)
     captions = [prompt.text for prompt in samples.prompts]
-    write_file(path, grid_png({f"step {step}": stills}, captions))
+    sheet = with_control_row({f"step {step}": padded_stills(images)}, samples.controls)
+    write_file(path, grid_png(sheet, captions))
     return path
 
 

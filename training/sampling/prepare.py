@@ -3,7 +3,7 @@
 import io
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,12 +18,21 @@ from models.base import ModelFamily
 from models.checkpoint_files import read_config
 from training.config import TrainConfig
 from training.distributed.failures import describe_error
+from training.sampling.control_images import (
+    ControlImages,
+    check_controls,
+    images_of_prompts,
+    missing_images_error,
+)
 from training.sampling.draw import uses_negative_prompt
 from training.sampling.encoded_prompts import EncodedPrompt, encode_prompts
-from training.sampling.prompts import SamplePrompt, configured_prompts, size_errors
+from training.sampling.prompts import (
+    NUM_DEFAULT_PROMPTS,
+    SamplePrompt,
+    configured_prompts,
+    size_errors,
+)
 
-NUM_CAPTIONS = 4
-"""Captions that are the prompts, if none are given."""
 READING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 """Errors of a stored prompt that is incomplete."""
 
@@ -38,6 +47,8 @@ class PreparedSamples:
     error: str | None = None
     """The error that encoding ended with. Then nothing is drawn."""
     notes: tuple[str, ...] = ()
+    controls: list[ControlImages] = field(default_factory=list)
+    """The control images of each prompt; none for models that do not edit."""
 
 
 def check_prompts(config: TrainConfig, family: ModelFamily) -> None:
@@ -45,26 +56,34 @@ def check_prompts(config: TrainConfig, family: ModelFamily) -> None:
     errors = size_errors(config.sample, family.limits.pixel_step)
     if errors:
         raise ConfigError(error_list("samples of these sizes cannot be drawn", errors))
+    check_controls(config.sample, family, config.data.background)
 
 
 def prepare_samples(
-    config: TrainConfig, family: ModelFamily, datasets: Datasets, device: torch.device
+    config: TrainConfig,
+    family: ModelFamily,
+    datasets: Datasets,
+    device: torch.device,
+    sample_controls: Sequence[Sequence[bytes]] = (),
 ) -> PreparedSamples:
-    """Return the prompts, encoded. An error does not end the run: nothing is drawn then."""
+    """Return the prompts, encoded. An error does not end the run: nothing is drawn then.
+
+    `sample_controls`: the files of the control images of the first samples."""
     dataset = datasets.validation or datasets.train
-    prompts = run_prompts(config, family, dataset)
+    prompts = run_prompts(config, family, dataset, has_images=bool(sample_controls))
+    controls = images_of_prompts(prompts, family, config.data, sample_controls)
     notes = []
     if has_unused_negatives(family, prompts):
         notes.append("note: this model uses no negative prompts: --n has no effect on samples")
         prompts = [replace(prompt, negative=None) for prompt in prompts]
     encoded: list[EncodedPrompt] | None = None
-    error_text = None
-    if not config.model.train_text_encoder:
+    error_text = missing_images_error(family, controls)
+    if not config.model.train_text_encoder and error_text is None:
         try:
-            encoded = stored_or_encoded(config, family, prompts, device)
+            encoded = stored_or_encoded(config, family, prompts, controls, device)
         except Exception as error:  # drawing is worth less than the training
             encoded, error_text = [], describe_error(error, config)
-    return PreparedSamples(prompts, encoded, error_text, tuple(notes))
+    return PreparedSamples(prompts, encoded, error_text, tuple(notes), controls)
 
 
 def has_unused_negatives(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> bool:
@@ -78,12 +97,15 @@ def has_unused_negatives(family: ModelFamily, prompts: Sequence[SamplePrompt]) -
 
 
 def run_prompts(
-    config: TrainConfig, family: ModelFamily, dataset: LatentDataset
+    config: TrainConfig, family: ModelFamily, dataset: LatentDataset, has_images: bool = False
 ) -> list[SamplePrompt]:
-    """Return the prompts of the options, or captions of the data set, with all options."""
+    """Return the prompts of the options, or captions of the data set, with all options.
+
+    `has_images`: the model is given images of the data set too."""
     prompts = configured_prompts(config.sample)
     if not prompts:
-        prompts = [SamplePrompt(caption) for caption in default_captions(family, dataset)]
+        captions = default_captions(dataset, has_images or family.has_image_input)
+        prompts = [SamplePrompt(caption) for caption in captions]
     side = sample_side(config, family)
     completed = []
     for number, prompt in enumerate(prompts):
@@ -91,12 +113,12 @@ def run_prompts(
     return completed
 
 
-def default_captions(family: ModelFamily, dataset: LatentDataset) -> list[str]:
-    """Return captions of the data set: different ones, or for models that need an image those of
-    the first clips."""
-    if family.has_image_input:
-        return list(islice(dataset.first_captions(), NUM_CAPTIONS))
-    return dataset.captions(NUM_CAPTIONS)
+def default_captions(dataset: LatentDataset, has_images: bool) -> list[str]:
+    """Return captions of the data set: different ones, or for models that are given images those of
+    the first samples."""
+    if has_images:
+        return list(islice(dataset.first_captions(), NUM_DEFAULT_PROMPTS))
+    return dataset.captions(NUM_DEFAULT_PROMPTS)
 
 
 def sample_side(config: TrainConfig, family: ModelFamily) -> int:
@@ -116,30 +138,46 @@ def stored_or_encoded(
     config: TrainConfig,
     family: ModelFamily,
     prompts: Sequence[SamplePrompt],
+    controls: Sequence[ControlImages],
     device: torch.device,
 ) -> list[EncodedPrompt]:
     """Return the encoded prompts. Those that the cache lacks are encoded and stored."""
     cache_dir = Path(config.data.cache_dir)
     model_hash = hash_of_files(family.identity_files("text"), cache_dir)
-    paths = {}
-    for prompt in prompts:
-        key = prompt_key(family, model_hash, prompt)
-        paths[prompt] = cache_dir / "prompts" / f"{key}.pt"
+    keys = []
+    for prompt, images in zip(prompts, controls, strict=True):
+        keys.append(prompt_key(family, model_hash, prompt, images))
     encoded = {}
-    for prompt, path in paths.items():
-        result = read_prompt(path)
-        if result is not None:
-            encoded[prompt] = result
-    missing = [prompt for prompt in paths if prompt not in encoded]
+    missing: dict[str, int] = {}
+    for number, key in enumerate(keys):
+        result = read_prompt(prompt_path(cache_dir, key))
+        if result is None:
+            missing.setdefault(key, number)
+        else:
+            encoded[key] = result
     if missing:
-        results = encode_prompts(family, config.model, missing, device)
-        for prompt, result in zip(missing, results, strict=True):
-            write_prompt(paths[prompt], result)
-            encoded[prompt] = result
-    return [encoded[prompt] for prompt in prompts]
+        numbers = missing.values()
+        results = encode_prompts(
+            family,
+            config.model,
+            [prompts[number] for number in numbers],
+            device,
+            [controls[number] for number in numbers],
+        )
+        for key, result in zip(missing, results, strict=True):
+            write_prompt(prompt_path(cache_dir, key), result)
+            encoded[key] = result
+    return [encoded[key] for key in keys]
 
 
-def prompt_key(family: ModelFamily, model_hash: str, prompt: SamplePrompt) -> str:
+def prompt_path(cache_dir: Path, key: str) -> Path:
+    """Return the path of a stored prompt."""
+    return cache_dir / "prompts" / f"{key}.pt"
+
+
+def prompt_key(
+    family: ModelFamily, model_hash: str, prompt: SamplePrompt, controls: ControlImages
+) -> str:
     """Return a hash of what the encoded prompt depends on."""
     import diffusers
     import transformers
@@ -156,7 +194,9 @@ def prompt_key(family: ModelFamily, model_hash: str, prompt: SamplePrompt) -> st
         repr(sorted(family.files.pipeline_config.items(), key=str)),
         repr(sorted(denoiser_config.items(), key=str)),
     ]
-    return hash_of(*facts, repr(replace(prompt, strength=None)))
+    for image in controls:
+        facts.append(f"{image.size} {hash_of(image.tobytes())}")
+    return hash_of(*facts, repr(replace(prompt, strength=None, controls=())))
 
 
 def read_prompt(path: Path) -> EncodedPrompt | None:

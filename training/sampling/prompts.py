@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from training.output_config import SampleConfig
 
+NUM_DEFAULT_PROMPTS = 4
+"""Captions that are the prompts, if none are set."""
 OPTION_PATTERN = re.compile(r"\s--(\w+)(?=\s|$)")
 EQUALS_PATTERN = re.compile(r"\s--(\w+)=")
 
@@ -29,6 +31,8 @@ class SamplePrompt:
     num_inference_steps: int | None = None
     strength: float | None = None
     """Factor on the update of the adapter."""
+    controls: tuple[str, ...] = ()
+    """Paths of the control images, for models that edit."""
 
     def completed(self, number: int, side: int, config: SampleConfig) -> "SamplePrompt":
         """Return the prompt with all options but the negative prompt.
@@ -57,6 +61,8 @@ class PromptOption(NamedTuple):
     type: type
     smallest: float = 0
     largest: float = 0
+    is_repeatable: bool = False
+    """True if the field holds all values of the option."""
 
 
 OPTIONS = {
@@ -68,6 +74,7 @@ OPTIONS = {
     "g": PromptOption("guidance_scale", float, 0, 1000),
     "s": PromptOption("num_inference_steps", int, 1, 1000),
     "am": PromptOption("strength", float, -10, 10),
+    "ci": PromptOption("controls", str, is_repeatable=True),
 }
 """Letters after the prompt, as kohya's trainers have them."""
 
@@ -75,7 +82,7 @@ OPTIONS = {
 def parse_prompt(line: str) -> SamplePrompt:
     """Read a prompt with its options. Raises ValueError naming all errors."""
     text, *letters_and_values = OPTION_PATTERN.split(f" {line}")
-    values: dict[str, str | float] = {}
+    values: dict[str, Any] = {}
     errors = []
     for letter in EQUALS_PATTERN.findall(f" {line}"):
         errors.append(f"--{letter}=: write a space instead of =")
@@ -86,18 +93,23 @@ def parse_prompt(line: str) -> SamplePrompt:
             known_options = ", ".join(f"--{known_letter}" for known_letter in OPTIONS)
             errors.append(f"--{letter} is not an option of a prompt; expected {known_options}")
             continue
-        if option.field in values:
+        if option.field in values and not option.is_repeatable:
             errors.append(f"--{letter} is repeated")
         try:
-            values[option.field] = option_value(option, value.strip())
+            converted = option_value(option, value.strip())
         except ValueError as error:
             option_text = f"--{letter} {value.strip()}".rstrip()
             errors.append(f"{option_text}: {error}")
+            continue
+        if option.is_repeatable:
+            values[option.field] = (*values.get(option.field, ()), converted)
+        else:
+            values[option.field] = converted
     if not text.strip():
         errors.append("has no text before its options")
     if errors:
         raise ValueError("; ".join(errors))
-    return SamplePrompt(text.strip(), **values)  # type: ignore[arg-type]
+    return SamplePrompt(text.strip(), **values)
 
 
 def option_value(option: PromptOption, text: str) -> str | float:

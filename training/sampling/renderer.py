@@ -93,7 +93,7 @@ class SampleRenderer:
         rows: dict[str, list[np.ndarray]] = {}
         for label in weight_sets:
             rows[label] = [images[label, number] for number in range(len(self.prompts))]
-        return Samples(self.prompts, rows)
+        return Samples(self.prompts, rows, self.samples.controls)
 
     def _has_failed(self) -> bool:
         """Return whether a process could not draw; print its error once. Collective."""
@@ -204,7 +204,8 @@ class SampleRenderer:
 
     def _draw(self, number: int) -> np.ndarray:
         prompt = self.prompts[number]
-        options = pipeline_options(self.components.family, self.pipeline, prompt)
+        controls = self.samples.controls[number] if self.samples.controls else []
+        options = pipeline_options(self.components.family, self.pipeline, prompt, controls)
         options |= self._frame_options(prompt, number)
         if not is_sharded(self.services.accelerator):  # each pass needs all processes
             options["callback_on_step_end"] = self._end_if_stopped

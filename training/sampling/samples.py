@@ -1,9 +1,10 @@
 """Samples, and the weights with which they are drawn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from training.sampling.prompts import SamplePrompt
@@ -24,3 +25,5 @@ class Samples:
 
     prompts: list[SamplePrompt]
     images: dict[str, list[np.ndarray]]
+    controls: list[list[Image.Image]] = field(default_factory=list)
+    """The control images of each prompt, for models that edit."""

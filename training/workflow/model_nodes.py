@@ -24,6 +24,8 @@ class DrawnSample:
     """Name of the adapter's file."""
     num_frames: int = 1
     trains_text_encoders: bool = False
+    control_sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of each control image."""
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """The workflow of a run: the graph of a sample, with a note that says which files it needs."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from common.atomic import write_file
 from models.diffusers_family import DiffusersFamily
@@ -32,6 +34,8 @@ FOLDERS = {
 }
 """Node -> ComfyUI's folder with the files that it loads."""
 TEXT_ENCODER_FOLDER = "text_encoders"
+IMAGE_ENCODERS = {"ReferenceLatent", "TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus"}
+"""Nodes that give a model control images."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ def first_workflow(components: RunComponents) -> Workflow | None:
     prompts = sample_prompts(components)
     if adapter is None or not prompts:
         return None
-    return run_workflow(components, prompts[0], adapter)
+    first_prompt = prompts[0]
+    controls = sample_controls(components)
+    first_controls = controls[0] if controls else []
+    return run_workflow(components, first_prompt, adapter, first_controls)
 
 
 def exported_adapter(components: RunComponents, name: str) -> str | None:
@@ -88,6 +95,13 @@ def sample_prompts(components: RunComponents) -> list[SamplePrompt]:
     return prompts
 
 
+def sample_controls(components: RunComponents) -> list[list[Image.Image]]:
+    """Return the control images of each sample; none for a run that draws no samples."""
+    if components.samples is None:
+        return []
+    return components.samples.controls
+
+
 def step_workflows(components: RunComponents, step: int) -> list[str]:
     """Return a workflow of each sample of a step, for ComfyUI's editor; empty texts without workflows.
 
@@ -96,6 +110,7 @@ def step_workflows(components: RunComponents, step: int) -> list[str]:
     config = components.config
     prompts = sample_prompts(components)
     texts = [""] * len(prompts)
+    controls = sample_controls(components)
     if step == 0 and config.existing_lora is not None:
         return texts
     export = config.export
@@ -114,25 +129,37 @@ def step_workflows(components: RunComponents, step: int) -> list[str]:
     for number, prompt in enumerate(prompts):
         if step == 0:
             prompt = replace(prompt, strength=0.0)
-        workflow = run_workflow(components, prompt, adapter, remark)
+        images = controls[number] if controls else []
+        workflow = run_workflow(components, prompt, adapter, images, remark)
         if workflow is not None:
             texts[number] = json.dumps(workflow.editor)
     return texts
 
 
 def run_workflow(
-    components: RunComponents, prompt: SamplePrompt, adapter: str, remark: str = ""
+    components: RunComponents,
+    prompt: SamplePrompt,
+    adapter: str,
+    controls: Sequence[Image.Image] = (),
+    remark: str = "",
 ) -> Workflow | None:
     """Return the workflow that draws a sample; None if ComfyUI's nodes of the model are not known.
 
-    `adapter`: name of a file that ComfyUI reads. `remark`: for the note, may be empty."""
+    `adapter`: name of a file that ComfyUI reads. `controls`: the sample's control images. `remark`:
+    for the note, may be empty."""
     config = components.config
     family = components.family
     nodes = family.comfy_nodes
     if nodes is None or not isinstance(family, DiffusersFamily):
         return None
     num_frames = sample_frames(config, family)
-    sample = DrawnSample(prompt, adapter, num_frames, config.model.train_text_encoder)
+    sample = DrawnSample(
+        prompt=prompt,
+        adapter=adapter,
+        num_frames=num_frames,
+        trains_text_encoders=config.model.train_text_encoder,
+        control_sizes=tuple(image.size for image in controls),
+    )
     graph = sample_graph(family, nodes, config.objective, sample)
     remarks = [remark, nodes.difference, *prompt_remarks(family, prompt)]
     scheduler = str(family.scheduler_config["_class_name"])
@@ -186,7 +213,9 @@ def note_text(graph: Graph, scheduler: str, remarks: Iterable[str] = ()) -> str:
     kinds = {node.kind for node in graph.nodes}
     if "UnetLoaderGGUF" in kinds:
         lines += ["", "GGUF files need the custom nodes ComfyUI-GGUF."]
-    if "LoadImage" in kinds:
+    if kinds & IMAGE_ENCODERS:
+        lines += ["", "Choose the control images of the sample in the nodes Load Image."]
+    elif "LoadImage" in kinds:
         lines += ["", "Choose the first frame of the video in the node Load Image."]
     samplers = {node.inputs.get("sampler_name") for node in graph.nodes} - {None}
     for sampler in samplers:

@@ -10,6 +10,7 @@ from models.diffusers_family import DiffusersFamily
 from objectives.config import ObjectiveConfig
 from objectives.processes import Flow
 from objectives.schedulers import ZERO_SNR, scheduler_from_config
+from training.workflow.control_nodes import DEFAULT_IMAGE, ControlNodes
 from training.workflow.graph import Graph, Node, Output, Value
 from training.workflow.model_nodes import DrawnSample, ModelNodes
 from training.workflow.samplers import comfy_sampler
@@ -21,8 +22,6 @@ EVEN_SCHEDULE = "ddim_uniform"
 LAST_STEP = 10000
 CHANGED_BY_EDITOR = re.compile(r"[{}]|//|/\*|\\")
 """Choices in braces, comments and backslashes."""
-DEFAULT_IMAGE = "example.png"
-"""An image that every ComfyUI has."""
 
 
 class Conditioning(NamedTuple):
@@ -61,7 +60,8 @@ class SampleGraph:
 
     def build(self) -> Graph:
         model = ModelNodes(self.family, self.nodes, self.sample, self.graph).add(self.objective)
-        conditioning = self._encode(model.clip)
+        controls = ControlNodes(self.graph, self.nodes, model.vae, self.sample.control_sizes)
+        conditioning = self._encode(model.clip, controls)
         if self.family.has_image_input:
             start = self._start_from_image(model.vae, conditioning)
             conditioning = Conditioning(start.output(0), start.output(1))
@@ -77,9 +77,9 @@ class SampleGraph:
 
     # Conditioning and latents.
 
-    def _encode(self, clip: Output) -> Conditioning:
-        text = self._encode_text(self.prompt.text, clip)
-        positive = text.output()
+    def _encode(self, clip: Output, controls: ControlNodes) -> Conditioning:
+        text = self._encode_text(self.prompt.text, clip, controls)
+        positive = text
         if self.guidance.distilled is not None:
             node = self._add(
                 "FluxGuidance", conditioning=positive, guidance=self.guidance.distilled
@@ -90,19 +90,26 @@ class SampleGraph:
         if has_no_guidance and self.nodes.has_size_scheduler:
             return Conditioning(positive, positive)  # BasicGuider takes no negative
         if has_no_guidance or (negative_text is None and self.nodes.zeroes_missing_negative):
-            zeros = self._add("ConditioningZeroOut", conditioning=text.output())
+            zeros = self._add("ConditioningZeroOut", conditioning=text)
             return Conditioning(positive, zeros.output())
         if negative_text is None:
             negative_text = str(self.family.preview_options(1.0).get("negative_prompt", ""))
-        negative = self._encode_text(negative_text, clip)
-        return Conditioning(positive, negative.output())
+        negative = self._encode_text(negative_text, clip, controls)
+        return Conditioning(positive, negative)
 
-    def _encode_text(self, text: str, clip: Output) -> Node:
-        """Add the node that encodes a text. ComfyUI's editor would change some texts in that node."""
+    def _encode_text(self, text: str, clip: Output, controls: ControlNodes) -> Output:
+        """Add the nodes that encode a text with the control images.
+
+        ComfyUI's editor would change some texts in the node that encodes them."""
         value: Value = without_weights(text)
         if CHANGED_BY_EDITOR.search(text):
             value = self._add("PrimitiveStringMultiline", value=value).output()
-        return self._add("CLIPTextEncode", text=value, clip=clip)
+        if self.nodes.text_image_node:
+            inputs = controls.text_inputs()
+            node = self._add(self.nodes.text_image_node, clip=clip, prompt=value, **inputs)
+            return controls.with_method(node.output())
+        encoded = self._add("CLIPTextEncode", text=value, clip=clip)
+        return controls.condition(encoded.output())
 
     def _latent_size(self) -> dict[str, Value]:
         size: dict[str, Value] = {"width": self.width, "height": self.height, "batch_size": 1}

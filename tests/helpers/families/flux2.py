@@ -1,5 +1,7 @@
 """A tiny FLUX.2 dev pipeline."""
 
+from dataclasses import replace
+
 from diffusers import Flux2Pipeline
 
 from helpers.families import tiny_flux2
@@ -13,4 +15,6 @@ def make() -> Flux2Pipeline:
     )  # fmt: skip
 
 
-CASE = Case("flux2", make, {"guidance_scale": 1.0}, tiny_flux2.unpack, stored=tiny_flux2.stored)
+PLAIN = Case("flux2", make, {"guidance_scale": 1.0}, tiny_flux2.unpack, stored=tiny_flux2.stored)
+EDIT = replace(PLAIN, name="flux2-edit", comfy=None, controls=2)
+CASES = [PLAIN, EDIT]

@@ -1,5 +1,7 @@
 """A tiny FLUX.2 klein pipeline."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import Flux2KleinPipeline
 from torch import Tensor
@@ -23,6 +25,8 @@ def comfy(pipeline: Flux2KleinPipeline, caption: str) -> tuple[Tensor, dict]:
     }
 
 
-CASE = Case(
+PLAIN = Case(
     "flux2_klein", make, {"guidance_scale": 1.0}, tiny_flux2.unpack, comfy, stored=tiny_flux2.stored
 )
+EDIT = replace(PLAIN, name="flux2_klein-edit", comfy=None, controls=2)
+CASES = [PLAIN, EDIT]

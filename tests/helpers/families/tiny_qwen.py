@@ -14,11 +14,26 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLModel,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from helpers.tiny_models import WORDS
+from models.image_text_processor import ImageTextProcessor
 
 WIDTH = 16
 MARKS = ["<|im_start|>", "<|im_end|>"]
+IMAGE_MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+IMAGE_MARK_NAMES = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+EDIT_SEEN = (
+    "system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then "
+    "explain how the user's text instruction should alter or modify the image. Generate a new image that meets the "
+    "user's requirements while maintaining consistency with the original input where appropriate.\nuser\nassistant\n"
+    "Picture 1: 2: 3:"
+)
 # the words of Qwen-Image's template, each of which must be one token: the pipeline cuts off as many as the real one has
 SEEN = (
     "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
@@ -43,18 +58,26 @@ VISION_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta":
 
 
 @lru_cache
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level pairs, trained until every word is one token."""
-    empty = Qwen2Tokenizer(extra_special_tokens=MARKS, model_max_length=32768)
+def qwen_tokenizer(has_images: bool = False) -> Qwen2Tokenizer:
+    """Byte-level pairs, trained until every word is one token; `has_images`: for the models that edit."""
+    marks, text = (MARKS + IMAGE_MARKS, EDIT_SEEN) if has_images else (MARKS, SEEN)
+    empty = Qwen2Tokenizer(extra_special_tokens=marks, model_max_length=32768)
     tokenizer = empty.train_new_from_iterator(
-        [SEEN, *(f" {word}" for word in WORDS)], 2000, show_progress=False
+        [text, *(f" {word}" for word in WORDS)], 2000, show_progress=False
     )
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
-def special_tokens() -> dict[str, int]:
-    tokenizer = qwen_tokenizer()
+def image_text_processor() -> ImageTextProcessor:
+    """As transformers' own class, which needs torchvision, writes itself."""
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56)
+    processor = ImageTextProcessor(image_processor, qwen_tokenizer(has_images=True))
+    return processor
+
+
+def special_tokens(has_images: bool = False) -> dict[str, int]:
+    tokenizer = qwen_tokenizer(has_images)
     return {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -62,11 +85,17 @@ def special_tokens() -> dict[str, int]:
     }
 
 
-def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
+def qwen25_vl(has_images: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+    """`has_images`: with the marks of images, for the models that edit."""
     vision = {**VISION, "fullatt_block_indexes": [0]}
-    text = {**TEXT, **special_tokens(), "rope_parameters": VISION_ROPE}
+    text = {**TEXT, **special_tokens(has_images), "rope_parameters": VISION_ROPE}
+    marks: dict[str, int] = {}
+    if has_images:
+        text["max_position_embeddings"] = 8192
+        for name, mark in IMAGE_MARK_NAMES.items():
+            marks[name] = qwen_tokenizer(has_images).convert_tokens_to_ids(mark)
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     ).eval()
 
 

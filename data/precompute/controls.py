@@ -1,0 +1,127 @@
+"""Control images of edit models: their part in the keys of rows, and their encoding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import DataError
+from data.config import DataConfig
+from data.media import images
+from data.media.buckets import Crop
+from data.store.keys import key_of
+from models.base import ModelFamily
+from models.controls import ControlLimits, ControlSize, control_name
+
+
+class ContentHashes(NamedTuple):
+    """Hashes of the content of a sample, of its mask and of its control images."""
+
+    content: bytes
+    mask: bytes
+    controls: bytes = key_of()
+
+    @property
+    def has_controls(self) -> bool:
+        return self.controls != key_of()
+
+
+@dataclass(frozen=True)
+class ControlKeys:
+    """The part of control images in the keys of rows."""
+
+    limits: ControlLimits
+    description: str
+    """All that decides the size of encoded control images besides their own size."""
+
+    @classmethod
+    def of(cls, config: DataConfig, family: ModelFamily) -> "ControlKeys":
+        return cls(family.controls, f"{family.name} {config.control_pixels}")
+
+    def media_contents(self, hashes: ContentHashes) -> list[str | bytes]:
+        """Return the part of the key of latents."""
+        if not hashes.has_controls:
+            return []
+        return ["controls", hashes.controls, self.description]
+
+    def seen_with_caption(self, hashes: ContentHashes) -> bool:
+        """Return whether the text encoder sees control images of this sample with its captions."""
+        return self.limits.is_seen_by_text_encoder and hashes.has_controls
+
+    def caption_key(self, text: str, hashes: ContentHashes) -> bytes:
+        """Return the key of the conditioning of a caption."""
+        if not self.seen_with_caption(hashes):
+            return key_of(text)
+        return key_of("caption with images", text, hashes.controls)
+
+
+def check_options(config: DataConfig, family: ModelFamily) -> None:
+    """Raise DataError for options about control images that the model has no use for."""
+    limits = family.controls
+    options: dict[str, object] = {
+        "control_pixels": config.control_pixels,
+        "control_dropout": config.control_dropout,
+    }
+    for source in config.all_sources():
+        options["control_paths"] = " ".join(source.control_paths or ())
+        options["control_columns"] = " ".join(source.control_columns or ())
+        used = [name for name, value in options.items() if value]
+        if used and not limits.max_count:
+            raise DataError(
+                f"--data.{used[0]} {options[used[0]]}: models of the family {family.name} take no "
+                "control images. Remove the option, or use a model that edits"
+            )
+    if config.control_dropout and limits.is_required:
+        raise DataError(
+            f"--data.control_dropout {config.control_dropout}: models of the family {family.name} "
+            "always need a control image. Remove the option"
+        )
+
+
+def control_pixels(
+    config: DataConfig, family: ModelFamily, contents: Sequence[bytes], flip: bool
+) -> list[Tensor]:
+    """Return the pixels (3, H, W) of control images, in the sizes that the model takes."""
+    pixels = []
+    for content in contents:
+        image = images.check(content)
+        size = family.control_size(image.width, image.height, config.control_pixels)
+        crop = centered_crop(image.width, image.height, size)
+        pixels.append(images.pixels(content, crop, config.background, flip))
+    return pixels
+
+
+def centered_crop(width: int, height: int, size: ControlSize) -> Crop:
+    """Return the crop of an image that a control size describes."""
+    return Crop(
+        width=width,
+        height=height,
+        scaled_width=size.scaled_width,
+        scaled_height=size.scaled_height,
+        left=(size.scaled_width - size.width) // 2,
+        top=(size.scaled_height - size.height) // 2,
+        crop_width=size.width,
+        crop_height=size.height,
+    )
+
+
+@torch.no_grad()
+def encode_controls(
+    family: ModelFamily, encoders: Any, controls: Sequence[Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Return the raw latents of control images, by name.
+
+    Each is encoded alone, so its latents do not depend on other samples."""
+    encoded = {}
+    for number, pixels in enumerate(controls):
+        latents, _ = family.encode_media(encoders, pixels[None].to(device))
+        encoded[control_name(number)] = latents[0]
+    return encoded
+
+
+def control_pictures(contents: Sequence[bytes], background: str) -> list[Image.Image]:
+    """Return control images in their own sizes, as text encoders and pipelines get them."""
+    return [images.picture(content, background) for content in contents]

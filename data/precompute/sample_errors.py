@@ -1,0 +1,101 @@
+"""Samples that are readable, and that a model does not take, or that have fewer frames than configured."""
+
+from collections.abc import Iterator
+
+from common.errors import counted
+from data.media.video import ClipSampling
+from data.precompute.facts import FactsCache, MediaFacts, facts_key
+from data.precompute.plan import clip_frames
+from data.precompute.run_sources import RunSources
+from data.samples import ListedSample, PlannedSample
+from data.store.tables import Table
+from models.base import ModelFamily
+from models.controls import ControlLimits
+
+
+def unsuited_samples(
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, family: ModelFamily
+) -> list[tuple[int, str]]:
+    """Return index and error of all samples that are readable, but that the model does not take."""
+    errors: list[tuple[int, str]] = []
+    frames_error = family.limits.frame_error(1)
+    if frames_error:
+        errors += still_errors(sources, listed, facts, frames_error)
+    limits = family.controls
+    takes_controls = limits.max_count > 0
+    if takes_controls:
+        errors += control_errors(
+            sources,
+            listed,
+            facts,
+            limits,
+        )
+    return errors
+
+
+def readable_samples(
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache
+) -> Iterator[tuple[int, ListedSample, MediaFacts]]:
+    """Yield index, sample and facts of all images and videos that are readable."""
+    has_videos = sources.clip_sampling is not None
+    for index, sample in listed.rows():
+        source = sources.source_of(sample)
+        key = facts_key(sample, has_videos)
+        is_readable = source.has_images and key in facts
+        if is_readable:
+            sample_facts = facts[key]
+            yield index, sample, sample_facts
+
+
+def still_errors(
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, message: str
+) -> list[tuple[int, str]]:
+    """Return index and error of all samples that would be trained on as a single frame.
+
+    `message`: the reason why the model does not support that."""
+    errors = []
+    sampling = sources.clip_sampling
+    for index, sample, sample_facts in readable_samples(sources, listed, facts):
+        seconds = sample_facts.seconds
+        if seconds is None:
+            errors.append((index, f"{sample.name}: an image; {message}"))
+            continue
+        num_frames = 1
+        if sampling is not None:
+            first_clip = sampling.clips(seconds)[0]
+            num_frames = first_clip.frames
+        if num_frames == 1:
+            errors.append((index, f"{sample.name}: too short; {message}"))
+    return errors
+
+
+def control_errors(
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, limits: ControlLimits
+) -> list[tuple[int, str]]:
+    """Return index and error of all samples with a number of control images that the model does not
+    take."""
+    errors = []
+    for index, sample, sample_facts in readable_samples(sources, listed, facts):
+        error = limits.count_error(sample_facts.num_controls)
+        if error is not None:
+            name = sources.full_name(sample)
+            errors.append((index, f"{name}: {error}"))
+    return errors
+
+
+def short_videos(
+    planned: Table[PlannedSample], listed: Table[ListedSample], sampling: ClipSampling
+) -> list[str]:
+    """Return a line for each clip that has fewer frames than configured."""
+    frames = clip_frames(planned)
+    is_clip = frames > 0
+    has_less = frames < sampling.frames
+    is_short = is_clip & has_less
+    indices = planned.column("listed")[is_short]
+    counts = frames[is_short].tolist()
+    fps = sampling.fps
+    lines = []
+    for (_, sample), count in zip(listed.rows(indices), counts, strict=True):
+        frames_of_clip = counted(count, "frame")
+        lines.append(f"{sample.name}: {frames_of_clip} at {fps:g} per second")
+    return lines

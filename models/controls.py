@@ -1,0 +1,92 @@
+"""Control images: images that an edit model is given besides the prompt.
+
+A sample's control images are encoded by the VAE once, like the image itself. Their raw latents are the
+tensors `control_0`, `control_1` and so on of its conditioning. Samples whose control images have other
+sizes, or another number of them, are in other batches.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+PREFIX = "control_"
+
+
+class ControlSize(NamedTuple):
+    """The size in pixels to which a control image is scaled, and the window in its middle that the
+    model is given."""
+
+    scaled_width: int
+    scaled_height: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ControlLimits:
+    """The control images that a model takes."""
+
+    max_count: int = 0
+    """Control images of a sample; 0: the model takes none."""
+    is_required: bool = False
+    """True if the model cannot be called without a control image."""
+    is_seen_by_text_encoder: bool = False
+    """True if the text encoder is given the control images with the caption."""
+
+    def count_error(self, count: int) -> str | None:
+        """Return an error if the model does not take so many control images."""
+        if count == 0 and self.is_required:
+            return "no control image, which this model needs"
+        if count > self.max_count:
+            return f"{count} control images; this model takes at most {self.max_count}"
+        return None
+
+
+NO_CONTROLS = ControlLimits()
+
+
+def control_name(number: int) -> str:
+    """Return the name of the latents of a control image, which are numbered from 0."""
+    return f"{PREFIX}{number}"
+
+
+def control_latents(cond: Mapping[str, Any]) -> list[Tensor]:
+    """Return the raw latents (B, C, h, w) of all control images, in their order."""
+    latents: list[Tensor] = []
+    name = control_name(0)
+    while name in cond:
+        latents.append(cond[name])
+        name = control_name(len(latents))
+    return latents
+
+
+def without_controls(cond: dict[str, Any]) -> dict[str, Any]:
+    """Return conditioning without control images."""
+    other_tensors = {}
+    for name, value in cond.items():
+        if not name.startswith(PREFIX):
+            other_tensors[name] = value
+    return other_tensors
+
+
+def whole_image(width: int, height: int) -> ControlSize:
+    """Return a size without a crop."""
+    return ControlSize(width, height, width, height)
+
+
+def limited_area(width: float, height: float, max_pixels: int | None) -> tuple[float, float]:
+    """Return a size of the same aspect ratio with at most `max_pixels`. None: no limit."""
+    area = width * height
+    if max_pixels is None or area <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / area)
+    return width * scale, height * scale
+
+
+def rounded_down(side: float, step: int) -> int:
+    """Return the largest multiple of `step` up to `side`, and at least one step."""
+    num_steps = int(side) // step
+    return step * max(1, num_steps)

@@ -1,0 +1,120 @@
+"""The control images of samples, for models that edit.
+
+A prompt names its control images with --ci. A prompt without them takes those of a sample of the data:
+the first prompt those of the first sample, and so on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common.errors import ConfigError, DataError, error_list
+from data.config import DataConfig
+from data.media.images import picture
+from data.precompute.build import DatasetBuilder, Datasets
+from data.precompute.controls import control_pictures
+from models.base import ModelFamily
+from training.output_config import SampleConfig
+from training.sampling.prompts import NUM_DEFAULT_PROMPTS, SamplePrompt, located_prompts
+
+ControlImages = list[Image.Image]
+
+
+def check_controls(config: SampleConfig, family: ModelFamily, background: str) -> None:
+    """Raise ConfigError for control images in prompts that cannot be read or that the model does not
+    take."""
+    errors = []
+    for place, prompt in located_prompts(config):
+        for path in prompt.controls:
+            try:
+                picture(Path(path).read_bytes(), background)
+            except OSError as error:
+                errors.append(f"{place}: --ci {path}: could not be read: {error.strerror}")
+            except DataError as error:
+                errors.append(f"{place}: --ci {path}: {error}")
+        count = len(prompt.controls)
+        limit = family.controls.max_count
+        if count > limit:
+            allowed = f"takes at most {limit}" if limit else "takes none"
+            errors.append(f"{place}: {count} control images (--ci); this model {allowed}")
+    if errors:
+        raise ConfigError(error_list("samples cannot be drawn with these control images", errors))
+
+
+def images_of_prompts(
+    prompts: Sequence[SamplePrompt],
+    family: ModelFamily,
+    data: DataConfig,
+    sample_controls: Sequence[Sequence[bytes]],
+) -> list[ControlImages]:
+    """Return the control images of each prompt.
+
+    `sample_controls`: the files of the control images of the first samples."""
+    if not family.controls.max_count:
+        return [[] for _ in prompts]
+    images = []
+    for number, prompt in enumerate(prompts):
+        contents: Sequence[bytes] = [Path(path).read_bytes() for path in prompt.controls]
+        if not contents and sample_controls:
+            contents = sample_controls[number % len(sample_controls)]
+        images.append(control_pictures(contents, data.background))
+    return images
+
+
+def first_controls(builder: DatasetBuilder, datasets: Datasets) -> list[tuple[bytes, ...]]:
+    """Return the files of the control images of the first samples, which are drawn by default.
+
+    The list is empty if the model takes no control images, or the data has none."""
+    if not builder.family.controls.max_count:
+        return []
+    dataset = datasets.validation or datasets.train
+    indices = np.asarray(dataset.samples["listed"][:NUM_DEFAULT_PROMPTS])
+    listed = builder.open_listed().rows(np.unique(indices))
+    controls = {file.listed: file.controls for file in builder.sources.contents(listed)}
+    files = [controls.get(index, ()) for index in indices.tolist()]
+    return files if any(files) else []
+
+
+def missing_images_error(family: ModelFamily, controls: Sequence[ControlImages]) -> str | None:
+    """Return an error if prompts have no control image, and the model needs one."""
+    if not family.controls.is_required or all(controls):
+        return None
+    return (
+        "this model needs a control image for each prompt, and the data has none that can be read. "
+        "Name one in each prompt: --ci FILE"
+    )
+
+
+def with_control_row(
+    rows: dict[str, np.ndarray], controls: Sequence[ControlImages]
+) -> dict[str, np.ndarray]:
+    """Return the rows of a sheet, each (N, H, W, 3) in [0, 1], below a row of the control images.
+
+    Several images of a prompt are side by side. The row is left out if no prompt has any."""
+    if not any(controls):
+        return rows
+    _, height, width, _ = next(iter(rows.values())).shape
+    size = (width, height)
+    pictures = []
+    for images in controls:
+        side_by_side = beside_each_other(images, size)
+        padded = ImageOps.pad(side_by_side, size, color="white")
+        pictures.append(np.asarray(padded, np.float32) / 255)
+    return {"control": np.stack(pictures), **rows}
+
+
+def beside_each_other(images: ControlImages, size: tuple[int, int]) -> Image.Image:
+    """Return images of one height in a row; without images, a white image of `size`."""
+    if not images:
+        return Image.new("RGB", size, "white")
+    height = size[1]
+    scaled = [ImageOps.contain(image, (height * 4, height)) for image in images]
+    width = sum(image.width for image in scaled)
+    row = Image.new("RGB", (width, height), "white")
+    left = 0
+    for image in scaled:
+        row.paste(image, (left, (height - image.height) // 2))
+        left += image.width
+    return row
