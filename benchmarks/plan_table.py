@@ -44,6 +44,8 @@ RECIPES = {
     "Qwen-Image": "qwen_image",
     "Z-Image": "z_image",
     "Krea 2 Raw": "krea2",
+    "FLUX.1 Kontext dev": "flux1_kontext",
+    "Qwen-Image-Edit-2511": "qwen_image_edit_plus",
     "Wan 2.1 T2V 1.3B": "wan",
     "Wan 2.1 T2V 14B": "wan",
     "Wan 2.2 TI2V 5B": "wan",

@@ -24,6 +24,7 @@ from data.schedule import Segment
 from data.store.schema import MEDIA_TENSORS, VariableLengths
 from data.store.store import Store
 from data.store.tables import Table
+from models.controls import CONTROL_PREFIX
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npy"
@@ -170,6 +171,11 @@ class LatentDataset:
     def latent_shape(self, row: int) -> tuple[int, ...]:
         """Return (C, [F,] h, w) of a sample's latents, which are not read."""
         return self.media.locate(self.media_id(row)).spec("latents").shape
+
+    def num_controls(self, row: int) -> int:
+        """Return the number of control images of a sample."""
+        names = self.media.tensor_names(self.media_id(row))
+        return sum(name.startswith(CONTROL_PREFIX) for name in names)
 
     def latent_frames(self, row: int) -> int:
         """Return the number of frames of a sample's latents; 1 for an image."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-PREFIX = "control_"
+CONTROL_PREFIX = "control_"
 
 
 class ControlSize(NamedTuple):
@@ -31,6 +31,8 @@ class ControlLimits:
 
     max_count: int = 0
     """Control images of a sample; 0: the model takes none."""
+    usual_count: int = 0
+    """Control images of a usual sample, for which memory is planned."""
     is_required: bool = False
     """True if the model cannot be called without a control image."""
     is_seen_by_text_encoder: bool = False
@@ -39,7 +41,7 @@ class ControlLimits:
     def count_error(self, count: int) -> str | None:
         """Return an error if the model does not take so many control images."""
         if count == 0 and self.is_required:
-            return "no control image, which this model needs"
+            return "no control image, which this model needs (--data.control_paths)"
         if count > self.max_count:
             return f"{count} control images; this model takes at most {self.max_count}"
         return None
@@ -50,7 +52,7 @@ NO_CONTROLS = ControlLimits()
 
 def control_name(number: int) -> str:
     """Return the name of the latents of a control image, which are numbered from 0."""
-    return f"{PREFIX}{number}"
+    return f"{CONTROL_PREFIX}{number}"
 
 
 def control_latents(cond: Mapping[str, Any]) -> list[Tensor]:
@@ -67,7 +69,7 @@ def without_controls(cond: dict[str, Any]) -> dict[str, Any]:
     """Return conditioning without control images."""
     other_tensors = {}
     for name, value in cond.items():
-        if not name.startswith(PREFIX):
+        if not name.startswith(CONTROL_PREFIX):
             other_tensors[name] = value
     return other_tensors
 

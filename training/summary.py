@@ -189,8 +189,26 @@ def data_lines(datasets: Datasets, batch_size: int) -> list[str]:
     return [
         f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded "
         f"now: {datasets.encoded_images} images, {datasets.encoded_captions} captions",
+        *control_lines(datasets.train),
         *bucket_lines(datasets.train, batch_size),
     ]
+
+
+def control_lines(dataset: LatentDataset) -> list[str]:
+    """Return a line about control images; none if no sample has any.
+
+    All samples of a bucket have equally many."""
+    images_by_count: Counter[int] = Counter()
+    for bucket in dataset.buckets:
+        count = dataset.num_controls(bucket[0].first)
+        images_by_count[count] += sum(segment.count for segment in bucket)
+    if set(images_by_count) <= {0}:
+        return []
+    parts = []
+    for count, num_images in sorted(images_by_count.items()):
+        controls = counted(count, "control image") if count else "no control image"
+        parts.append(f"{num_images} with {controls}")
+    return [f"controls    {', '.join(parts)}"]
 
 
 def sample_lines(components: RunComponents, start_step: int) -> list[str]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import DataError
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.media import images
 from data.media.buckets import Crop
 from data.store.keys import key_of
@@ -65,7 +65,8 @@ def check_options(config: DataConfig, family: ModelFamily) -> None:
         "control_pixels": config.control_pixels,
         "control_dropout": config.control_dropout,
     }
-    for source in config.all_sources():
+    sources: list[DataConfig | SourceConfig] = [config, *config.sources]
+    for source in sources:
         options["control_paths"] = " ".join(source.control_paths or ())
         options["control_columns"] = " ".join(source.control_columns or ())
         used = [name for name, value in options.items() if value]

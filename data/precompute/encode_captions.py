@@ -86,7 +86,7 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
         encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
     captions = job.progress(missing.rows(share), len(share), "captions")
     with store.writer() as writer:
-        for batch in batched(captions, job.config.encode_batch_size):
+        for batch in batched(captions, batch_size(job)):
             batch_captions = [caption for _, caption in batch]
             texts = [caption.text for caption in batch_captions]
             num_tokens, max_tokens = family.count_tokens(texts)
@@ -106,7 +106,7 @@ def encode_texts_with_controls(
 ) -> list[dict[str, Tensor]]:
     """Return the conditioning of each caption with the control images of its sample.
 
-    Captions are encoded one by one, because their images have different sizes."""
+    Each caption is encoded alone, because its images have their own sizes."""
     sources, family = job.planner.sources, job.family
     indices = [caption.listed for caption in captions]
     listed = job.listed.rows(np.unique(indices))
@@ -122,6 +122,13 @@ def encode_texts_with_controls(
         cond = family.encode_with_controls(encoders, caption.text, pictures)
         conds.append(cond)
     return conds
+
+
+def batch_size(job: EncodeJob) -> int:
+    """Return the number of captions that are taken at a time."""
+    if job.family.controls.is_seen_by_text_encoder:
+        return 1  # each is encoded alone
+    return job.config.encode_batch_size
 
 
 def encode_texts(job: EncodeJob, encoders: Any, texts: list[str]) -> list[dict[str, Tensor]]:

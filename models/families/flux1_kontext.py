@@ -26,7 +26,7 @@ class Flux1Kontext(Flux1):
     name = "flux1_kontext"
     pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
     same_files_as = "flux1"
-    controls = ControlLimits(max_count=1)
+    controls = ControlLimits(max_count=1, usual_count=1)
 
     @property
     def comfy_nodes(self) -> ComfyNodes:  # type: ignore[override]

@@ -35,7 +35,9 @@ class QwenImageEdit(QwenImage):
     )
     same_files_as = "qwen_image"
     text_components = ("text_encoder", "tokenizer", "processor")
-    controls = ControlLimits(max_count=1, is_required=True, is_seen_by_text_encoder=True)
+    controls = ControlLimits(
+        max_count=1, usual_count=1, is_required=True, is_seen_by_text_encoder=True
+    )
     comfy_nodes = replace(
         QwenImage.comfy_nodes,
         text_image_node="TextEncodeQwenImageEdit",

@@ -21,7 +21,9 @@ class QwenImageEditPlus(QwenImageEdit):
 
     name = "qwen_image_edit_plus"
     pipelines = ("QwenImageEditPlusPipeline",)
-    controls = ControlLimits(max_count=3, is_required=True, is_seen_by_text_encoder=True)
+    controls = ControlLimits(
+        max_count=3, usual_count=1, is_required=True, is_seen_by_text_encoder=True
+    )
     seen_pixels = SEEN_PIXELS
 
     @property

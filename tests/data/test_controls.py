@@ -328,3 +328,11 @@ class TestErrors:
 
         with pytest.raises(ModelError, match="reference_latents"):
             family.comfy.read(cond, {"reference_latents": [io.BytesIO()]})
+
+
+def test_the_summary_counts_control_images(pairs):
+    from training.summary import control_lines
+
+    train = build(pairs, control_paths=(str(pairs / "before"), str(pairs / "pose"))).train
+    assert control_lines(train) == ["controls    2 with 3 control images"]
+    assert control_lines(build(pairs).train) == []

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import yaml
@@ -43,7 +44,13 @@ def commands(name: str) -> list[str]:
 
 def words_of(command: str) -> list[str]:
     """Split a command into words, with the embedded model and images for <model> and <folder>."""
-    command = command.replace("<model>", str(BASE)).replace("<folder>", str(TWEMOJI / "train"))
+    model = str(BASE)
+    if "kontext" in command:
+        from helpers.families.flux1_kontext import CASE  # a slow import
+        from helpers.family_cases import folder_of
+
+        model = str(folder_of(CASE))
+    command = command.replace("<model>", model).replace("<folder>", str(TWEMOJI / "train"))
     command = command.replace("recipes/sdxl.yaml", "recipes/sd15.yaml")  # of the embedded model
     return shlex.split(command)
 
@@ -53,7 +60,21 @@ def make_workspace(folder: Path) -> None:
     for name in LINKED:
         (folder / name).symlink_to(PROJECT / name)
     (folder / "my_dog").symlink_to(TWEMOJI / "train")
+    make_pairs(folder / "pairs")
     (recipe,) = blocks("README.md", "yaml")
     values = yaml.safe_load(recipe)
     values["model"]["path"] = str(BASE)
     (folder / "my_dog.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def make_pairs(folder: Path) -> None:
+    """Two images with captions, and a folder with their control images."""
+    for name in ("grinning", "joy"):
+        for suffix in (".png", ".txt"):
+            copy(TWEMOJI / "train" / f"{name}{suffix}", folder / "after" / f"{name}{suffix}")
+        copy(TWEMOJI / "train" / f"{name}.png", folder / "before" / f"{name}.png")
+
+
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)

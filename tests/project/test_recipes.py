@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from helpers.family_cases import SIDE, cases, folder_of
+from helpers.family_cases import SIDE, Case, cases, folder_of
 from helpers.project import PROJECT
 
 from data.media.buckets import Buckets
@@ -64,8 +64,22 @@ def test_z_image_is_trained_alike_whatever_its_scheduler_says(tmp_path):
     assert levels[0].equal(levels[1])
 
 
+@pytest.fixture
+def data_options(videos, controls):
+    """Case -> options of its data, if images with captions are not enough."""
+
+    def of_case(case: Case) -> list[str]:
+        if case.first_frame:
+            return [f"--data.path={videos}", "--data.frames=9"]
+        if case.controls:
+            return ["--data.control_paths", *map(str, controls[: case.controls])]
+        return []
+
+    return of_case
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd15"])
-def test_a_recipe_runs_on_a_tiny_model(family, options, videos, run_here, tmp_path, capsys):
+def test_a_recipe_runs_on_a_tiny_model(family, options, data_options, run_here, tmp_path, capsys):
     recipe = yaml.safe_load(RECIPES[family].read_text(encoding="utf-8"))
     assert recipe["model"]["family"] == family
     case = next(case for case in cases() if case.family == family)
@@ -74,7 +88,7 @@ def test_a_recipe_runs_on_a_tiny_model(family, options, videos, run_here, tmp_pa
         *(option for option in options if option.startswith(kept)), *case.options,
         f"--model.path={folder_of(case)}", f"--data.resolution={SIDE}", "--steps=2", "--data.num_workers=0",
         "--sample.num_inference_steps=2", "--validation.every=0",
-        *([f"--data.path={videos}", "--data.frames=9"] if case.first_frame else []),
+        *data_options(case),
     ]  # fmt: skip
     assert run_here([str(RECIPES[family]), *small]) == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "lora.safetensors").is_file()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.media.buckets import Buckets, Size
 from data.precompute.encode import media_batch_size
 from models.base import ModelFamily, TensorLayout
@@ -55,16 +55,15 @@ def all_samples(config: TrainConfig, family: ModelFamily) -> list[SampleShape]:
 
 
 def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorLayout]:
-    """Return the latents of a sample's control images: of squares, one for each folder or column.
+    """Return the latents of a sample's control images: squares, one for each folder or column.
 
-    A model that needs one has at least one."""
+    If the options name none, it is the usual number of the model."""
     counts = []
-    for source in config.all_sources():
+    sources: list[DataConfig | SourceConfig] = [config, *config.sources]
+    for source in sources:
         for names in (source.control_paths, source.control_columns):
             counts.append(len(names or ()))
-    count = max(counts, default=0)
-    if family.controls.is_required:
-        count = max(1, count)
+    count = max(counts) or family.controls.usual_count
     layout = {}
     for number in range(min(count, family.controls.max_count)):
         size = family.control_size(CONTROL_SIDE, CONTROL_SIDE, config.control_pixels)

@@ -14,13 +14,15 @@ from helpers.families.tiny_qwen import WIDTH, qwen25_vl, qwen_tokenizer, states
 from helpers.family_cases import Case
 
 
-def make() -> QwenImagePipeline:
+def make(**options: object) -> QwenImagePipeline:
+    """`options`: of the transformer."""
     transformer = QwenImageTransformer2DModel(
         num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
+        **options,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, shift=1.0, shift_terminal=0.02,

@@ -14,8 +14,9 @@ shrink()
 CALL = {"true_cfg_scale": 1.0}
 
 
-def make(pipeline_class: Any = QwenImageEditPipeline) -> Any:
-    plain = qwen_image.make()
+def make(pipeline_class: Any = QwenImageEditPipeline, **options: object) -> Any:
+    """`options`: of the transformer."""
+    plain = qwen_image.make(**options)
     return pipeline_class(
         scheduler=plain.scheduler, vae=plain.vae, transformer=plain.transformer,
         text_encoder=qwen25_vl(has_images=True), tokenizer=qwen_tokenizer(has_images=True),
