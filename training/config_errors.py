@@ -52,6 +52,12 @@ def output_errors(config: TrainConfig) -> list[str]:
         errors.append(
             "--tracking.artifacts: only W&B stores artifacts. Also set --tracking.report_to wandb"
         )
+    formats = config.export.formats
+    for name in sorted(set(formats)):
+        if formats.count(name) > 1:
+            errors.append(
+                f"--export.formats {' '.join(formats)}: {name} is repeated. Name each format once"
+            )
     if config.sample.grid and not config.export.every:
         errors.append(
             f"--sample.grid {config.sample.grid}: needs exported steps. Also set --export.every"
@@ -122,6 +128,10 @@ def source_errors(data: DataConfig) -> list[str]:
     for flag, path in source_paths(data).items():
         if path is not None and not Path(path).is_dir() and not is_hub_id(path):
             errors.append(f"--{flag} {path}: is not a folder. Check the path")
+    for flag, paths in control_paths(data).items():
+        for path in paths:
+            if not Path(path).is_dir():
+                errors.append(f"--{flag} {path}: is not a folder. Check the path")
     if data.path is None and not data.sources:
         errors.append(
             "--data.path: no training images given. Name a folder of images with caption files"
@@ -138,4 +148,12 @@ def source_paths(data: DataConfig) -> dict[str, str | None]:
     for index, source in enumerate(data.sources):
         flag = f"data.sources.{index}.path"
         paths[flag] = source.path
+    return paths
+
+
+def control_paths(data: DataConfig) -> dict[str, tuple[str, ...]]:
+    """Return the folders with control images, by their option."""
+    paths = {"data.control_paths": data.control_paths}
+    for index, source in enumerate(data.sources):
+        paths[f"data.sources.{index}.control_paths"] = source.control_paths or ()
     return paths

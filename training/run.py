@@ -310,6 +310,7 @@ def build_components(
     check = partial(build.check_adapters, config, family)
     record.status.set_phase(IMAGES)
     with DatasetBuilder.opened(config.data, family, process) as builder:
+        builder.on_progress = record.status.set_encoded
         plan = builder.plan(only_square)
         datasets = builder.encode(plan, check)
         max_compared = MAX_COMPARED if config.sample.every else 0

@@ -123,6 +123,7 @@ class DatasetBuilder:
     def __init__(self, config: DataConfig, family: ModelFamily, stages: Stages):
         self.config, self.family, self.stages = config, family, stages
         self.process = stages.process
+        self.on_progress: encode.ProgressCallback = encode.ignore_progress
         self.cache_dir = Path(config.cache_dir)
         self.listed_path = stages.folder / LISTED_FILE
         self.tables = PlanTables.in_folder(stages.folder)
@@ -174,6 +175,7 @@ class DatasetBuilder:
             planned=self.open_planned(),
             family=self.family,
             process=self.process,
+            on_progress=self.on_progress,
         )
         return DataPlan(
             job=job,

@@ -6,7 +6,7 @@ All batches of an encoder have the same size, and are filled up if necessary. So
 do not depend on the other missing rows, nor on the number of processes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,14 @@ OTHER_MACHINE = "encoding on another machine (train_lora.py export-dataset)"
 Item = TypeVar("Item")
 
 
+ProgressCallback = Callable[[str, int, int], None]
+"""Is called with what is encoded, how many of them are done by this process, and how many there are."""
+
+
+def ignore_progress(noun: str, done: int, total: int) -> None:
+    """Take no notice of the progress."""
+
+
 @dataclass(frozen=True)
 class EncodeJob:
     """The samples of a plan, and the model and the process that encode them."""
@@ -59,6 +67,7 @@ class EncodeJob:
     planned: Table[PlannedSample]
     family: ModelFamily
     process: ProcessInfo
+    on_progress: ProgressCallback = ignore_progress
 
     @property
     def config(self) -> DataConfig:
@@ -98,16 +107,28 @@ class EncodeJob:
         """Yield the planned samples with these indices, and their listed samples.
 
         All planned samples are in memory at a time."""
-        planned_samples = [planned for _, planned in self.planned.rows(indices)]
-        listed_indices = [planned.listed for planned in planned_samples]
-        listed_rows = self.listed.rows(np.array(listed_indices))
+        planned_samples = []
+        listed_indices = []
+        for _, planned in self.planned.rows(indices):
+            planned_samples.append(planned)
+            listed_indices.append(planned.listed)
+        index_array = np.array(listed_indices)
+        listed_rows = self.listed.rows(index_array)
         for planned, (_, listed) in zip(planned_samples, listed_rows, strict=True):
             yield planned, listed
 
-    def progress(self, items: Iterable[Item], total: int, noun: str) -> Iterable[Item]:
-        """Show the progress on the main process."""
-        is_hidden = not self.process.is_main or not total
-        return tqdm(items, desc=f"encoding {noun}", total=total, disable=is_hidden)
+    def progress(self, items: Iterable[Item], total: int, noun: str) -> Iterator[Item]:
+        """Yield items, and show the progress on the main process."""
+        is_main = self.process.is_main
+        bar = tqdm(
+            items,
+            desc=f"encoding {noun}",
+            total=total,
+            disable=not is_main or not total,
+        )
+        for number, item in enumerate(bar):
+            self.on_progress(noun, number, total)
+            yield item
 
 
 @contextmanager

@@ -21,6 +21,8 @@ class FileKinds:
     media: frozenset[str]
     captions: tuple[str, ...]
     uses_masks: bool
+    other_folders: frozenset[Path] = frozenset()
+    """Folders that are not searched for images."""
 
 
 @dataclass
@@ -71,7 +73,11 @@ def walk_directories(folder: Path, kinds: FileKinds) -> Iterator[Directory]:
             continue
         visited.add(identity)
         visible.sort(key=lambda entry: entry.name)
-        folders = [entry for entry in visible if is_directory(entry)]
+        folders = [
+            entry
+            for entry in visible
+            if is_directory(entry) and Path(entry.path).resolve() not in kinds.other_folders
+        ]
         names = [entry.name for entry in visible if not is_directory(entry)]
         waiting += [Path(entry.path) for entry in reversed(folders)]
         yield sort_files(path, names, kinds)

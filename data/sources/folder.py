@@ -75,6 +75,7 @@ class FolderSource(Source):
             media=frozenset(extensions),
             captions=tuple(extension.lower() for extension in self.captions.extensions or ()),
             uses_masks=self.uses_masks,
+            other_folders=frozenset(Path(path).resolve() for path in config.control_paths or ()),
         )
         self.shared_caption: Path | None = None
 

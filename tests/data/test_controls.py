@@ -132,6 +132,11 @@ class TestWhereTheyComeFrom:
         expected = {"control_0": (4, 6), "control_1": (4, 6)}
         assert sizes(train) == (expected if is_list else {"control_0": (4, 6)})
 
+    def test_a_folder_of_them_may_be_in_the_folder_of_images(self, pairs):
+        (pairs / "before").rename(pairs / "images" / "before")
+        train = build(pairs, control_paths=(str(pairs / "images" / "before"),)).train
+        assert len(train) == 2
+
     def test_another_source_may_have_none(self, pairs):
         sources = (
             source_config(str(pairs / "images"), control_paths=(str(pairs / "before"),)),

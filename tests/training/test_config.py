@@ -202,10 +202,12 @@ def test_asdict_is_what_pydantic_validates():
 
 
 def test_paths_beside_the_models_are_looked_at_before_anything_loads(options, run_here, capsys):
-    assert (
-        run_here([*options, "--model.vae=nope.safetensors", "--model.config=nowhere/at/all"]) == 2
-    )
+    wrong = ["--model.vae=nope.safetensors", "--model.config=nowhere/at/all"]
+    wrong += ["--data.control_paths", "no_folder", "--export.formats", "kohya", "kohya"]
+    assert run_here([*options, *wrong]) == 2
     said = capsys.readouterr().err
+    assert "--data.control_paths no_folder: is not a folder" in said
+    assert "--export.formats kohya kohya: kohya is repeated" in said
     assert "--model.vae nope.safetensors: does not exist" in said
     assert "--model.config nowhere/at/all: does not exist" in said
 

@@ -5,7 +5,7 @@ import torch
 from helpers.project import BASE
 from safetensors.torch import save_file
 
-from data.precompute import encode
+from data.precompute import build
 
 CASES = {
     "targets": (["--adapter.targets=no_such_layer"], "--adapter.targets"),
@@ -21,7 +21,7 @@ def test_nothing_is_encoded(case, options, run_here, tmp_path, monkeypatch, caps
     def fail(*arguments):
         raise AssertionError("encoding began")
 
-    monkeypatch.setattr(encode, "encode_captions", fail)
+    monkeypatch.setattr(build, "encode_captions", fail)
     file = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(2)}, file)
     arguments, message = CASES[case]

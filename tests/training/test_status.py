@@ -196,6 +196,22 @@ def test_a_phase_is_written_at_once(tmp_path, monkeypatch):
             time.sleep(0.01)
 
 
+def test_the_phase_says_how_much_is_encoded(images, options, run_here, monkeypatch):
+    phases = []
+    original = StatusFile.set_encoded
+
+    def recorded(self, noun, done, total):
+        original(self, noun, done, total)
+        phases.append(self.status.phase)
+
+    monkeypatch.setattr(StatusFile, "set_encoded", recorded)
+    own_cache = f"--data.cache_dir={images.parent / 'own_cache'}"
+    assert run_here([*options, own_cache]) == 0
+    assert phases == [
+        f"encode {noun} {done}/4" for noun in ("captions", "images") for done in range(4)
+    ]
+
+
 def test_the_status_is_written_while_the_main_thread_works(tmp_path, monkeypatch):
     monkeypatch.setattr(status_module, "BEAT_EVERY", 0.05)
     monkeypatch.setattr(status_module, "MIN_INTERVAL", 0.01)

@@ -130,6 +130,10 @@ class StatusFile:
         self._change(phase=name)
         self._has_changed.set()
 
+    def set_encoded(self, noun: str, done: int, total: int) -> None:
+        """Say how many captions or images of the main process are encoded."""
+        self._change(phase=f"encode {noun} {done}/{total}")
+
     def set_first_step(self, step: int) -> None:
         """Say from which step the run trains."""
         self._change(step=step)
