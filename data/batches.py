@@ -43,6 +43,8 @@ class Batch:
     """Weights (B, h, w) of the loss in [0, 1], if the data has masks."""
     input_noise: Tensor | None = None
     """The noise that the denoiser sees, if it differs from `noise`."""
+    neutral_cond: dict[str, Any] | None = None
+    """Conditioning of a neutral prompt, if the base's prediction for it is preserved in this step."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`. Copies from pinned memory do not wait for the device."""
@@ -54,9 +56,12 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with a function applied to all tensors."""
         tensors = map_tensors(function, vars(self))
-        cond_tensors = map_tensors(function, self.cond)
-        cond = {**self.cond, **cond_tensors}
-        return replace(self, **tensors, cond=cond)  # type: ignore[arg-type]
+        conds = {}
+        for name in ("cond", "neutral_cond"):
+            cond = getattr(self, name)
+            if cond is not None:
+                conds[name] = {**cond, **map_tensors(function, cond)}
+        return replace(self, **tensors, **conds)  # type: ignore[arg-type]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
@@ -121,10 +126,24 @@ class MicroBatches:
         batch = make_batch(self.dataset, rows, seeds, visits, options=options)
         if drops_controls(schedule.seed, visits.start, self.dataset.control_dropout):
             batch = replace(batch, cond=without_controls(batch.cond))
+        preserve = options.preserve
+        step = micro_batch // self.per_step
+        if preserve.weight and step % preserve.every == 0:
+            neutral_cond = neutral_conditioning(self.dataset, batch, schedule.seed)
+            batch = replace(batch, neutral_cond=neutral_cond)
         if not options.stratified_timesteps:
             return batch
         quantile = stratify(batch.quantile, schedule, micro_batch, self.per_step)
         return replace(batch, quantile=quantile)
+
+
+def neutral_conditioning(dataset: LatentDataset, batch: Batch, seed: int) -> dict[str, Any]:
+    """Return a batch's conditioning with one neutral prompt instead of the captions."""
+    draw = random_key("neutral prompt", seed, batch.visits.start)
+    captions = dataset.neutral_captions
+    caption_id = captions[draw % len(captions)]
+    text = dataset.text.read_batch([caption_id] * len(batch.visits), dataset.variable_lengths)
+    return {**batch.cond, **text}
 
 
 def drops_controls(seed: int, first_visit: int, probability: float) -> bool:

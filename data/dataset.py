@@ -81,6 +81,8 @@ class DatasetIndex:
     """Samples whose captions are never dropped, though that is configured."""
     media_shards: list[str]
     text_shards: list[str]
+    neutral_captions: list[int] = field(default_factory=list)
+    """Row ids of the neutral prompts."""
 
     def save(self, folder: Path) -> None:
         text = json.dumps(asdict(self))
@@ -118,6 +120,7 @@ class LatentDataset:
         index = DatasetIndex.load(folder)
         self.content_hash = index.content_hash
         self.empty_caption = index.empty_caption
+        self.neutral_captions = index.neutral_captions
         self.buckets = index.buckets
         self.samples = np.load(folder / SAMPLES_FILE, mmap_mode="r")
         self.caption_ids = np.load(folder / CAPTIONS_FILE, mmap_mode="r")

@@ -1,7 +1,7 @@
 """The `objective` section of the config. Importing it imports no torch, because `--help` reads it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     WeightingName = str
 else:
     DensityName, WeightingName = (Literal[tuple(names)] for names in (DENSITIES, WEIGHTINGS))
+
+
+@dataclass(frozen=True)
+class PreserveConfig:
+    """Preservation: the adapted model is also trained to predict what the frozen base predicts for
+    neutral prompts, so that what is not trained stays."""
+
+    __pydantic_config__ = STRICT
+
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Factor on the mean squared difference from the base's prediction. 0: off."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """Do this in every so many steps."""
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
+    """Neutral prompts. Each batch draws one: the class without the trigger, such as "a photo of a dog".
+    An empty text is the empty prompt."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class ObjectiveConfig:
     input_perturbation: Annotated[float, Field(ge=0)] = 0.0
     """Add this much more noise to the model's input, but not to its target (Ning et al. 2023 use
     0.1)."""
+    preserve: PreserveConfig = field(default_factory=PreserveConfig)
 
 
 DELTA_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.delta_power is not None)
@@ -121,6 +138,11 @@ def objective_errors(config: ObjectiveConfig, loss_function: str) -> list[str]:
         f"--objective.{name} {getattr(config, name)}: has no effect without {requirements[name]}"
         for name in changed_options(config, requirements)
     ]
+    preserve = config.preserve
+    if not preserve.weight and preserve != PreserveConfig():
+        errors.append(
+            "--objective.preserve: its options have no effect without --objective.preserve.weight"
+        )
     low, high = config.timestep_range
     if low >= high:
         errors.append(

@@ -61,6 +61,19 @@ def load_family(config: TrainConfig) -> ModelFamily:
     return family
 
 
+def neutral_prompts(config: TrainConfig, family: ModelFamily) -> tuple[str, ...]:
+    """Return the prompts whose predictions are preserved. Raises ConfigError if the model has none."""
+    preserve = config.objective.preserve
+    if not preserve.weight:
+        return ()
+    if family.controls.is_seen_by_text_encoder:
+        raise ConfigError(
+            f"--objective.preserve.weight {preserve.weight:g}: the text encoder of {family.name} sees "
+            "images with each prompt, so no prompt is neutral. Remove the option"
+        )
+    return preserve.prompts
+
+
 def check_quantized_file(config: TrainConfig) -> None:
     """Raise ConfigError if an option does not work with a model whose file has quantized weights."""
     subject = f"--model.path {config.model.path}: has quantized weights, with which"

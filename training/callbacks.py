@@ -118,6 +118,7 @@ class LogMetrics:
         first_step = len(state.history.grad_norms)
         self.services.rank_check.finish_comparison()
         losses, norms = self.buffer.read(self.services.accelerator)
+        preservation = self.buffer.read_preservation(self.services.accelerator)
         self._check_finite(losses, norms, first_step)
         if not norms:
             return
@@ -138,6 +139,8 @@ class LogMetrics:
             "train/samples_per_second": reporter.speed * samples_per_step,
             "train/skipped_steps": len(state.history.skipped_steps),
         }
+        if preservation is not None:
+            reporter.row["train/preservation"] = preservation
         shown = {"loss": f"{loss:.4f}", "lr": f"{learning_rate:.2e}"}
         if "memory/gpu_peak" in memory:
             shown["gpu_peak"] = f"{memory['memory/gpu_peak']:.1f}GiB"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
+from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
 from objectives import LOSSES, get_function
 from objectives.config import ObjectiveConfig
@@ -39,19 +40,8 @@ class LossFunction:
     def __call__(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return (B,) losses in fp32: the mean over each sample's elements, times its mask and
         weights."""
-        latents = self.family.normalize(batch.latents.float())
-        num_tokens = self.family.limits.num_tokens(latents.shape)
-        noised = self.objective.add_noise(
-            latents, batch.noise, batch.quantile, num_tokens, batch.input_noise
-        )
-        cond = {
-            **self.family.size_conditioning(batch.crop),
-            **batch.cond,
-        }  # sizes in the data override computed ones
-        cond = {name: self._to_base_dtype(value) for name, value in cond.items()}
-        prediction = self.family.predict(
-            denoiser, noised.noisy.to(self.dtype), noised.timestep, cond
-        )
+        noised = self._add_noise(batch)
+        prediction = self._predict(denoiser, noised, batch, batch.cond)
         delta = self._delta(noised)
         # all losses are functions of the error, so scaling prediction and target scales the error
         scale = (noised.error_scale / delta).view(-1, *[1] * (prediction.ndim - 1))
@@ -60,6 +50,54 @@ class LossFunction:
             losses = losses * batch.mask.unflatten(0, (-1, *[1] * (losses.ndim - 3)))
         factor = noised.weight * delta ** (self.entry.delta_power or 0)
         return losses.flatten(1).mean(1) * batch.weight * factor
+
+    def preservation(self, denoiser: nn.Module, adapted: AdaptedModel, batch: Batch) -> Tensor:
+        """Return (B,) mean squared differences from the frozen base's prediction for the neutral prompt.
+
+        Noise and noise levels are those of the batch."""
+        assert batch.neutral_cond is not None
+        noised = self._add_noise(batch)
+        with torch.no_grad(), adapted.at_strength(0.0):
+            target = self._predict(
+                denoiser,
+                noised,
+                batch,
+                batch.neutral_cond,
+            )
+        prediction = self._predict(
+            denoiser,
+            noised,
+            batch,
+            batch.neutral_cond,
+        )
+        difference = prediction.float() - target.float()
+        return difference.square().flatten(1).mean(1)
+
+    def _add_noise(self, batch: Batch) -> NoisedBatch:
+        latents = self.family.normalize(batch.latents.float())
+        num_tokens = self.family.limits.num_tokens(latents.shape)
+        return self.objective.add_noise(
+            latents,
+            batch.noise,
+            batch.quantile,
+            num_tokens,
+            batch.input_noise,
+        )
+
+    def _predict(
+        self, denoiser: nn.Module, noised: NoisedBatch, batch: Batch, conditioning: dict[str, Any]
+    ) -> Tensor:
+        """Return the prediction, shaped like the latents."""
+        sizes = self.family.size_conditioning(batch.crop)
+        cond = {}
+        for name, value in {**sizes, **conditioning}.items():  # sizes in the data override these
+            cond[name] = self._to_base_dtype(value)
+        return self.family.predict(
+            denoiser,
+            noised.noisy.to(self.dtype),
+            noised.timestep,
+            cond,
+        )
 
     def _to_base_dtype(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():

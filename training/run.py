@@ -309,7 +309,9 @@ def build_components(
     check_prompts(config, family)
     check = partial(build.check_adapters, config, family)
     record.status.set_phase(IMAGES)
+    neutral_prompts = build.neutral_prompts(config, family)
     with DatasetBuilder.opened(config.data, family, process) as builder:
+        builder.neutral_prompts = neutral_prompts
         builder.on_progress = record.status.set_encoded
         plan = builder.plan(only_square)
         datasets = builder.encode(plan, check)

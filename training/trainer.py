@@ -83,6 +83,15 @@ class Trainer:
         self.has_begun = True
         return announced("the first step")
 
+    def _preserve(self, batch: Batch, is_last: bool, num_micro_batches: int) -> None:
+        """Add the gradients of the preservation loss of a micro-batch."""
+        engine, weight = self.engine, self.config.objective.preserve.weight
+        with engine.accumulating(is_last):
+            differences = self.loss_function.preservation(engine.denoiser, engine.adapted, batch)
+            loss = differences.mean()
+            engine.backward(weight * loss / num_micro_batches, is_last)
+        self.buffer.preservation.append(loss.detach())
+
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Add up the gradients of a step's micro-batches, then update the weights. Reads nothing
         from the device."""
@@ -93,10 +102,14 @@ class Trainer:
             batch = next(batches)
             if is_last:
                 services.requests.post()  # hidden behind the last backward pass
-            with self.engine.accumulating(is_last):
+            preserves = batch.neutral_cond is not None
+            is_last_pass = is_last and not preserves
+            with self.engine.accumulating(is_last_pass):
                 loss = self.loss_function(self.engine.denoiser, batch).mean()
-                self.engine.backward(loss / num_micro_batches, is_last)
+                self.engine.backward(loss / num_micro_batches, is_last_pass)
             self.buffer.losses.append(loss.detach())
+            if preserves:
+                self._preserve(batch, is_last, num_micro_batches)
         services.rank_check.check_gradients()
         learning_rate = scheduled_learning_rate(
             self.config, state.step, state.micro_batches_per_step

@@ -124,6 +124,7 @@ class DatasetBuilder:
         self.config, self.family, self.stages = config, family, stages
         self.process = stages.process
         self.on_progress: encode.ProgressCallback = encode.ignore_progress
+        self.neutral_prompts: tuple[str, ...] = ()  # encoded besides the captions
         self.cache_dir = Path(config.cache_dir)
         self.listed_path = stages.folder / LISTED_FILE
         self.tables = PlanTables.in_folder(stages.folder)
@@ -189,7 +190,8 @@ class DatasetBuilder:
         """Return the samples to train on and those held out. Prints a note if they overlap."""
         split = split_samples(planned, self.config.validation_fraction)
         if split.num_shared:
-            print(f"note: training and validation data share {counted(split.num_shared, 'image')}")
+            images_in_both = counted(split.num_shared, "image")
+            print(f"note: training and validation data share {images_in_both}")
         return split
 
     def open_listed(self) -> Table[ListedSample]:
@@ -303,14 +305,15 @@ class DatasetBuilder:
         stores.media.reload()
         stores.text.reload()
         listed = self.open_listed()
-        write_plan(planner, listed, unusable, stores.text, self.tables)
+        write_plan(planner, listed, unusable, stores.text, self.tables, self.neutral_prompts)
         planned = self.open_planned()
         sampling = self.sources.clip_sampling
         short = [] if sampling is None else short_videos(planned, listed, sampling)
         if short:
             verb = "has" if len(short) == 1 else "have"
             heading = f"{counted(len(short), 'video')} {verb} fewer frames than --data.frames"
-            print(bullet_list(f"{heading} {self.config.frames}", unique(short), MAX_LISTED))
+            heading = f"{heading} {self.config.frames}"
+            print(bullet_list(heading, unique(short), MAX_LISTED))
         has_images = have_images(planned, listed, self.sources)
         num_images = write_missing_media(planned, has_images, stores.media, self.tables.media)
         missing_captions = Table(self.tables.captions, MissingCaption)
@@ -346,7 +349,7 @@ class DatasetBuilder:
                 names.append(None)
                 continue
             folder = self.stages.folder / f"index{len(names)}"
-            content_hash = write_index(folder, planned, rows, stores)
+            content_hash = write_index(folder, planned, rows, stores, self.neutral_prompts)
             names.append(self._keep_index(folder, content_hash))
         remove_old(self.cache_dir.glob("index-*"), MAX_INDEX_DAYS)
         return names

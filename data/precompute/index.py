@@ -1,6 +1,7 @@
 """The index of a data set: its samples in training order, with the row ids of their tensors."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +35,16 @@ class TrainingOrder(NamedTuple):
 
 
 def write_index(
-    folder: Path, planned: Table[PlannedSample], chosen: np.ndarray, stores: Stores
+    folder: Path,
+    planned: Table[PlannedSample],
+    chosen: np.ndarray,
+    stores: Stores,
+    neutral_prompts: Sequence[str] = (),
 ) -> str:
     """Write the index of the planned samples with the indices `chosen`; return its content hash."""
     folder.mkdir(parents=True, exist_ok=True)
     order = training_order(planned, chosen, stores)
-    return IndexWriter(folder, planned, stores).write(order)
+    return IndexWriter(folder, planned, stores).write(order, neutral_prompts)
 
 
 class IndexWriter:
@@ -51,7 +56,7 @@ class IndexWriter:
         self.folder, self.planned, self.stores = folder, planned, stores
         self.hash_state = hashlib.blake2b(digest_size=KEY_BYTES)
 
-    def write(self, order: TrainingOrder) -> str:
+    def write(self, order: TrainingOrder, neutral_prompts: Sequence[str]) -> str:
         """Write the samples in this order; return the content hash."""
         stores = self.stores
         empty_key = key_of("")
@@ -60,6 +65,7 @@ class IndexWriter:
         num_never_dropped = self._write_samples(order.rows, is_droppable)
         self._write_captions(order.rows)
         repeats = self.planned.column("repeats")[order.rows]
+        neutral_captions = self._find_neutral(neutral_prompts)
         index = DatasetIndex(
             content_hash=self.hash_state.hexdigest(),
             segments=find_segments(repeats, order.starts_bucket),
@@ -67,6 +73,7 @@ class IndexWriter:
             num_never_dropped=num_never_dropped,
             media_shards=list(map(str, stores.media.shards)),
             text_shards=list(map(str, stores.text.shards)),
+            neutral_captions=neutral_captions,
         )
         index.save(self.folder)
         return index.content_hash
@@ -110,6 +117,14 @@ class IndexWriter:
         keys = planned.keys("caption_keys")[positions]
         caption_ids = find_rows(self._hash(keys), self.stores.text)
         np.save(self.folder / CAPTIONS_FILE, caption_ids)
+
+    def _find_neutral(self, prompts: Sequence[str]) -> list[int]:
+        """Return the row ids of the neutral prompts.
+
+        They are not in the content hash: the order of the samples is that of a run without them."""
+        keys = key_array([key_of(prompt) for prompt in prompts])
+        row_ids = find_rows(keys, self.stores.text)
+        return row_ids.tolist()
 
     def _hash(self, values: np.ndarray) -> np.ndarray:
         """Add a column to the content hash, and return it."""

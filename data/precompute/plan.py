@@ -228,10 +228,11 @@ def write_plan(
     unusable: set[int],
     text: Store,
     tables: PlanTables,
+    neutral_prompts: Sequence[str] = (),
 ) -> None:
     """Write the planned samples, and the captions that the text store lacks.
 
-    `unusable`: indices of listed samples that are left out."""
+    `unusable`: indices of listed samples that are left out. `neutral_prompts`: are encoded too."""
     with (
         new_table(tables.planned, PlannedSample) as planned,
         new_table(tables.captions, MissingCaption) as missing_captions,
@@ -248,10 +249,12 @@ def write_plan(
                     planned.add(planned_sample)
                     uses_dropout |= planned_sample.caption_dropout > 0
             add_missing_captions(captions, text, missing_captions)
-        if uses_dropout:
-            empty_key = key_of("")
-            empty_caption = {empty_key: MissingCaption(empty_key, "")}
-            add_missing_captions(empty_caption, text, missing_captions)
+        prompts = {*neutral_prompts, ""} if uses_dropout else {*neutral_prompts}
+        captions_alone = {}
+        for prompt in sorted(prompts):
+            key = key_of(prompt)
+            captions_alone[key] = MissingCaption(key, prompt)
+        add_missing_captions(captions_alone, text, missing_captions)
 
 
 def add_missing_captions(

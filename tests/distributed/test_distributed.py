@@ -55,6 +55,7 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
                     "--gradient_checkpointing", "--export.every=2", "--sample.grid=1"],
         "steps": steps,
         "text": [*steps, "--model.train_text_encoder"],
+        "preserve": [*steps, "--objective.preserve.weight=0.5", "--objective.preserve.prompts=a face"],
     }  # fmt: skip
     for name in (name for name in names if name in others):
         runs.append(
@@ -118,7 +119,7 @@ def alone(wide_images, tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("alone"),
         "ddp",
         1,
-        [*ALGORITHMS, "buckets", "steps", "text"],
+        [*ALGORITHMS, "buckets", "steps", "text", "preserve"],
         wide_images,
     )
 
@@ -126,7 +127,7 @@ def alone(wide_images, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp_path):
     for processes, algorithms in ENGINES[engine].items():
-        names = [*algorithms, "buckets", "text" if engine == "ddp" else "steps"]
+        names = [*algorithms, "preserve", "buckets", "text" if engine == "ddp" else "steps"]
         many = run_all(tmp_path, engine, processes, names, wide_images)
         for name in names:
             assert_same_run(alone / name, many / name)

@@ -15,7 +15,7 @@ OTHERS = {
     "LoHa": ["--algorithm=LoHa"],
     "LoKr": ["--algorithm=LoKr"],
     "OFT": ["--algorithm=OFT", "--adapter.block_size=28"],
-    "EMA": ["--ema.decay=0.9"],
+    "EMA": ["--ema.decay=0.9", "--objective.preserve.weight=0.5"],
     "Lion": ["--optimizer=Lion", "--optim.eps=None"],
 }
 PACKAGES = ("deepspeed", "hjson", "msgpack", "ninja", "py-cpuinfo")

@@ -108,6 +108,8 @@ class LossBuffer:
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
+        self.preservation: list[Tensor] = []
+        """Differences from the base's predictions, before their weight."""
 
     def read(self, accelerator: Accelerator) -> tuple[list[float], list[float]]:
         """Empty the buffer; return micro-batch losses in schedule order, and gradient norms.
@@ -123,6 +125,14 @@ class LossBuffer:
         num_losses = len(losses)
         self.losses, self.norms = [], []
         return values[:num_losses], values[num_losses:]
+
+    def read_preservation(self, accelerator: Accelerator) -> float | None:
+        """Empty the buffer of preservation losses; return their mean, or None. Collective."""
+        if not self.preservation:
+            return None
+        own_mean = torch.stack(self.preservation).mean()
+        self.preservation = []
+        return accelerator.gather(own_mean).mean().item()
 
 
 class DataTimer:
