@@ -81,9 +81,9 @@ class SourceConfig:
     weight_column: str | None = None
     """Column with a factor on the loss of each image."""
     control_paths: tuple[str, ...] | None = None
-    """Folders with control images. []: none."""
+    """Folders with control images. []: no image of this source has any."""
     control_columns: tuple[str, ...] | None = None
-    """Columns with control images. []: none."""
+    """Columns with control images."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Number of times that each image is seen per epoch. kohya's <repeats>_<name> folders multiply
     it."""
@@ -143,11 +143,11 @@ class DataConfig:
     masks: Literal["none", "alpha", "files"] = "none"
     """Masks of the loss. alpha: the loss counts where the image is opaque. files: it counts where
     <name>_mask.<extension> next to the image is white."""
-    control_paths: tuple[str, ...] = ()
+    control_paths: tuple[str, ...] | None = None
     """Folders with the control images of an edit model, which have the names of the images. Several
     folders: each gives one control image, in this order. In one folder, an image may have several:
-    <name>_0, <name>_1. Without folders, they are next to the image: <name>_control,
-    <name>_control_1."""
+    <name>_0, <name>_1. None: they are next to the image, <name>_control and <name>_control_1, or in
+    data.control_columns. []: no image has any."""
     control_columns: tuple[str, ...] | None = None
     """Columns with control images, of a Hugging Face dataset, or with their paths, of a metadata
     file. None: the column control_image, if there is one."""
@@ -174,6 +174,8 @@ class DataConfig:
     must share it."""
     validation_path: Annotated[str | None, CHANGEABLE] = None
     """Images held out for validation, in any form that data.path supports."""
+    validation_control_paths: Annotated[tuple[str, ...] | None, CHANGEABLE] = None
+    """Folders with the control images of data.validation_path."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the images to hold out for validation, without data.validation_path."""
     num_workers: Annotated[int, Field(ge=0, le=64), CHANGEABLE] = 1
@@ -187,6 +189,12 @@ class DataConfig:
         if self.path is not None:
             sources.insert(0, SourceConfig(self.path))
         return tuple(self.with_defaults(source) for source in sources)
+
+    def validation_source(self) -> SourceConfig:
+        """Return data.validation_path as a source. Its control images are in other folders."""
+        assert self.validation_path is not None
+        source = self.with_defaults(SourceConfig(self.validation_path))
+        return replace(source, control_paths=self.validation_control_paths)
 
     def with_defaults(self, source: SourceConfig) -> SourceConfig:
         """Fill the options of `source` that are not set."""

@@ -177,8 +177,14 @@ class LatentDataset:
 
     def num_controls(self, row: int) -> int:
         """Return the number of control images of a sample."""
+        # those of ComfyUI's datasets are stored with the text
         names = self.media.tensor_names(self.media_id(row))
-        return sum(name.startswith(CONTROL_PREFIX) for name in names)
+        names += self.text.tensor_names(self.caption_id(row))
+        count = 0
+        for name in names:
+            if name.startswith(CONTROL_PREFIX):
+                count += 1
+        return count
 
     def latent_frames(self, row: int) -> int:
         """Return the number of frames of a sample's latents; 1 for an image."""

@@ -316,6 +316,10 @@ class ModelFamily(ABC):
         largest area after scaling. OUT: the size that the pipeline gives it. None: no other limit."""
         raise NotImplementedError(f"{self.name} takes no control images")
 
+    def control_error(self, width: int, height: int) -> str | None:
+        """WHEN: control images are checked. OUT: an error if the pipeline refuses this size."""
+        return None
+
     def encode_with_controls(self, encoders: Any, caption: str, images: list[Any]) -> Conditioning:
         """WHEN: in precompute, if the text encoder sees the control images. IN: a caption and the PIL
         images in their own sizes. OUT: as encode_prompt."""

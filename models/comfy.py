@@ -72,10 +72,18 @@ class ComfyLayout:
 
     def controls(self, extras: dict[str, Any]) -> Conditioning:
         """Return the raw latents of control images, by name. Raises ModelError."""
+        references = extras.get("reference_latents")
+        if references is None:
+            return {}
+        if not isinstance(references, list | tuple):
+            raise ModelError("reference_latents that are not a list")
         controls = {}
-        for number, latents in enumerate(extras.get("reference_latents") or ()):
-            if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or len(latents) != 1:
+        for number, latents in enumerate(references):
+            is_tensor = isinstance(latents, Tensor)
+            if not is_tensor or latents.ndim not in (4, 5) or len(latents) != 1:
                 raise ModelError("reference_latents that are not a list of latents of one image")
+            if latents.ndim == 5 and latents.shape[2] != 1:
+                raise ModelError(f"reference_latents of {latents.shape[2]} frames; expected one")
             without_frames = latents[:, :, 0] if latents.ndim == 5 else latents
             controls[control_name(number)] = without_frames[0]
         return controls

@@ -43,7 +43,8 @@ class ControlLimits:
         if count == 0 and self.is_required:
             return "no control image, which this model needs (--data.control_paths)"
         if count > self.max_count:
-            return f"{count} control images; this model takes at most {self.max_count}"
+            allowed = f"at most {self.max_count}" if self.max_count else "none"
+            return f"{count} control images; this model takes {allowed}"
         return None
 
 

@@ -153,7 +153,10 @@ def source_paths(data: DataConfig) -> dict[str, str | None]:
 
 def control_paths(data: DataConfig) -> dict[str, tuple[str, ...]]:
     """Return the folders with control images, by their option."""
-    paths = {"data.control_paths": data.control_paths}
+    paths = {
+        "data.control_paths": data.control_paths or (),
+        "data.validation_control_paths": data.validation_control_paths or (),
+    }
     for index, source in enumerate(data.sources):
         paths[f"data.sources.{index}.control_paths"] = source.control_paths or ()
     return paths

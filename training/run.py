@@ -317,8 +317,9 @@ def build_components(
         datasets = builder.encode(plan, check)
         max_compared = MAX_COMPARED if config.sample.every else 0
         record.add_pictures(builder, plan, datasets, max_compared)
-        sample_controls = first_controls(builder, datasets)
-    for line in data_lines(datasets, config.batch_size):
+        sample_controls = first_controls(config, builder, datasets)
+    takes_controls = family.controls.max_count > 0
+    for line in data_lines(datasets, config.batch_size, takes_controls):
         say(line)
     samples = None
     if config.draws_samples:

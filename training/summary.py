@@ -181,34 +181,39 @@ def model_lines(
     ]
 
 
-def data_lines(datasets: Datasets, batch_size: int) -> list[str]:
-    """Return lines about the samples. They are printed before the base model is loaded."""
+def data_lines(datasets: Datasets, batch_size: int, takes_controls: bool = False) -> list[str]:
+    """Return lines about the samples. They are printed before the base model is loaded.
+
+    `takes_controls`: the model takes control images."""
     num_validation = 0
     if datasets.validation is not None:
         num_validation = len(datasets.validation)
     return [
         f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded "
         f"now: {datasets.encoded_images} images, {datasets.encoded_captions} captions",
-        *control_lines(datasets.train),
+        *control_lines(datasets.train, takes_controls),
         *bucket_lines(datasets.train, batch_size),
     ]
 
 
-def control_lines(dataset: LatentDataset) -> list[str]:
-    """Return a line about control images; none if no sample has any.
+def control_lines(dataset: LatentDataset, takes_controls: bool) -> list[str]:
+    """Return a line about control images, if the model takes them.
 
-    All samples of a bucket have equally many."""
+    All samples of a bucket have equally many, of the same sizes."""
+    if not takes_controls:
+        return []
     images_by_count: Counter[int] = Counter()
+    buckets_by_count: Counter[int] = Counter()
     for bucket in dataset.buckets:
         count = dataset.num_controls(bucket[0].first)
+        buckets_by_count[count] += 1
         images_by_count[count] += sum(segment.count for segment in bucket)
-    if set(images_by_count) <= {0}:
-        return []
     parts = []
     for count, num_images in sorted(images_by_count.items()):
         controls = counted(count, "control image") if count else "no control image"
-        parts.append(f"{num_images} with {controls}")
-    return [f"controls    {', '.join(parts)}"]
+        buckets = counted(buckets_by_count[count], "bucket")
+        parts.append(f"{num_images} with {controls}, in {buckets}")
+    return [f"controls    {'; '.join(parts)}"]
 
 
 def sample_lines(components: RunComponents, start_step: int) -> list[str]:

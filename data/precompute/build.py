@@ -14,7 +14,7 @@ together (stages.py), and each leaves a file that the next one reads:
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from common.atomic import publish_folder, remove_old
 from common.errors import DataError, bullet_list, counted, error_list
 from common.hashing import hash_of, hash_of_files, sha256_of_file
 from common.process import ProcessInfo
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig
 from data.dataset import INDEX_FILE, LISTED_FILE, DatasetIndex, LatentDataset, Stores
 from data.media import images
 from data.media.buckets import Buckets
@@ -54,7 +54,7 @@ from data.precompute.stages import Stages
 from data.samples import ListedSample, PlannedSample
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
-from data.store.store import Store, damaged_shards, remove_shards
+from data.store.store import Store, remove_damaged
 from data.store.tables import Table
 from models.base import ModelFamily
 
@@ -123,7 +123,7 @@ class DatasetBuilder:
     def __init__(self, config: DataConfig, family: ModelFamily, stages: Stages):
         self.config, self.family, self.stages = config, family, stages
         self.process = stages.process
-        self.on_progress: encode.ProgressCallback = encode.ignore_progress
+        self.on_progress = encode.ignore_progress
         self.neutral_prompts: tuple[str, ...] = ()  # encoded besides the captions
         self.cache_dir = Path(config.cache_dir)
         self.listed_path = stages.folder / LISTED_FILE
@@ -223,7 +223,7 @@ class DatasetBuilder:
         configs = list(config.all_sources())
         num_training = len(configs)
         if config.validation_path is not None:
-            configs.append(config.with_defaults(SourceConfig(config.validation_path)))
+            configs.append(config.validation_source())
         try:
             opened = []
             for source_config in configs:
@@ -272,8 +272,12 @@ class DatasetBuilder:
 
     def _find_unsuited(self) -> list[tuple[int, str]]:
         """Return indices and errors of samples that the model does not take."""
-        facts, listed = FactsCache(self._facts_folder), self.open_listed()
-        return unsuited_samples(self.sources, listed, facts, self.family)
+        return unsuited_samples(
+            self.sources,
+            self.open_listed(),
+            FactsCache(self._facts_folder),
+            self.family,
+        )
 
     def _open_stores(self) -> Stores:
         """Open the stores whose names follow from everything that decides the encoded rows."""
@@ -312,8 +316,7 @@ class DatasetBuilder:
         if short:
             verb = "has" if len(short) == 1 else "have"
             heading = f"{counted(len(short), 'video')} {verb} fewer frames than --data.frames"
-            heading = f"{heading} {self.config.frames}"
-            print(bullet_list(heading, unique(short), MAX_LISTED))
+            print(bullet_list(f"{heading} {self.config.frames}", unique(short), MAX_LISTED))
         has_images = have_images(planned, listed, self.sources)
         num_images = write_missing_media(planned, has_images, stores.media, self.tables.media)
         missing_captions = Table(self.tables.captions, MissingCaption)
@@ -349,7 +352,13 @@ class DatasetBuilder:
                 names.append(None)
                 continue
             folder = self.stages.folder / f"index{len(names)}"
-            content_hash = write_index(folder, planned, rows, stores, self.neutral_prompts)
+            content_hash = write_index(
+                folder,
+                planned,
+                rows,
+                stores,
+                self.neutral_prompts,
+            )
             names.append(self._keep_index(folder, content_hash))
         remove_old(self.cache_dir.glob("index-*"), MAX_INDEX_DAYS)
         return names
@@ -384,15 +393,6 @@ class DatasetBuilder:
         stores.media.use_shards(index.media_shards)
         stores.text.use_shards(index.text_shards)
         return LatentDataset(folder, stores, self.config)
-
-
-def remove_damaged(folders: Iterable[Path]) -> None:
-    """Remove the damaged shards of stores, with a note."""
-    for folder in folders:
-        shards = damaged_shards(folder)
-        for shard in shards:
-            print(f"{shard} is damaged: its rows are encoded again")
-        remove_shards(folder, shards)
 
 
 def unique(lines: list[str]) -> list[str]:

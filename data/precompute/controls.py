@@ -36,10 +36,16 @@ class ControlKeys:
     limits: ControlLimits
     description: str
     """All that decides the size of encoded control images besides their own size."""
+    background: str
+    """data.background, which text encoders see behind transparent images."""
 
     @classmethod
     def of(cls, config: DataConfig, family: ModelFamily) -> "ControlKeys":
-        return cls(family.controls, f"{family.name} {config.control_pixels}")
+        return cls(
+            limits=family.controls,
+            description=f"{family.name} {config.control_pixels}",
+            background=config.background,
+        )
 
     def media_contents(self, hashes: ContentHashes) -> list[str | bytes]:
         """Return the part of the key of latents."""
@@ -55,7 +61,7 @@ class ControlKeys:
         """Return the key of the conditioning of a caption."""
         if not self.seen_with_caption(hashes):
             return key_of(text)
-        return key_of("caption with images", text, hashes.controls)
+        return key_of("caption with images", text, hashes.controls, self.background)
 
 
 def check_options(config: DataConfig, family: ModelFamily) -> None:
@@ -75,6 +81,11 @@ def check_options(config: DataConfig, family: ModelFamily) -> None:
                 f"--data.{used[0]} {options[used[0]]}: models of the family {family.name} take no "
                 "control images. Remove the option, or use a model that edits"
             )
+    if config.random_flip and limits.is_seen_by_text_encoder:
+        raise DataError(
+            f"--data.random_flip: the text encoder of {family.name} sees the control images with the "
+            "caption, and would see them unmirrored. Remove the option"
+        )
     if config.control_dropout and limits.is_required:
         raise DataError(
             f"--data.control_dropout {config.control_dropout}: models of the family {family.name} "

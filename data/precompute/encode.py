@@ -176,8 +176,9 @@ class PreparedMedia:
     key: bytes
     pixels: Tensor
     mask: Tensor | None
-    controls: list[Tensor]
-    """Pixels (3, H, W) of each control image."""
+    controls: tuple[bytes, ...]
+    """Contents of the control images."""
+    flip: bool
 
 
 @torch.no_grad()
@@ -241,7 +242,7 @@ def prepare_media(job: EncodeJob, task: MediaTask) -> PreparedMedia:
     )
     key = job.planner.media_key(hashes, crop, clip, flip)
     if key != planned.media_keys[int(flip)]:
-        raise DataError(f"{sample.name}: has changed since it was checked. Run the command again")
+        raise DataError(changed_message(sample.name))
     pixels = decode_pixels(content, crop, clip, job.config.background, flip)
     mask = None
     if job.config.masks != "none":
@@ -250,8 +251,12 @@ def prepare_media(job: EncodeJob, task: MediaTask) -> PreparedMedia:
         mask = images.alpha_mask(content, crop, flip)
     if job.config.masks == "files" and mask_content:
         mask = images.mask_file(mask_content, crop, flip)
-    controls_in_pixels = control_pixels(job.config, job.family, controls, flip)
-    return PreparedMedia(key, pixels, mask, controls_in_pixels)
+    return PreparedMedia(key, pixels, mask, controls, flip)
+
+
+def changed_message(name: str) -> str:
+    """Return the error of a sample whose files differ from those that were checked."""
+    return f"{name}: has changed since it was checked. Run the command again"
 
 
 def decode_pixels(
@@ -289,10 +294,11 @@ def encode_batch(
             tensors[name] = tensor[index]
         if media.mask is not None:
             tensors["mask"] = resize_mask(media.mask, tensors["latents"])
+        control_images = control_pixels(job.config, job.family, media.controls, media.flip)
         controls = encode_controls(
             job.family,
             encoders,
-            media.controls,
+            control_images,
             job.device,
         )
         tensors |= controls

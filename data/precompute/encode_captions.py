@@ -10,11 +10,12 @@ from torch import Tensor
 from common.announce import announced
 from common.errors import DataError, bullet_list, counted
 from data.config import DataConfig
-from data.precompute.controls import control_pictures
-from data.precompute.encode import OTHER_MACHINE, EncodeJob
+from data.precompute.controls import ContentHashes, control_pictures
+from data.precompute.encode import OTHER_MACHINE, EncodeJob, changed_message
 from data.precompute.plan import MissingCaption, first_occurrences
 from data.precompute.run_sources import ListedContent
 from data.precompute.streams import batched
+from data.store.keys import key_of
 from data.store.store import Store
 from data.store.tables import Table
 from models.config import ModelConfig
@@ -85,56 +86,70 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
     with announced("loading the text encoders"):
         encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
     captions = job.progress(missing.rows(share), len(share), "captions")
+    encode = encode_texts
+    if family.controls.is_seen_by_text_encoder:
+        encode = CaptionsWithImages(job).encode
     with store.writer() as writer:
-        for batch in batched(captions, batch_size(job)):
+        for batch in batched(captions, job.config.encode_batch_size):
             batch_captions = [caption for _, caption in batch]
             texts = [caption.text for caption in batch_captions]
             num_tokens, max_tokens = family.count_tokens(texts)
             long_captions.add(texts, num_tokens, max_tokens)
-            if family.controls.is_seen_by_text_encoder:
-                conds = encode_texts_with_controls(job, encoders, batch_captions)
-            else:
-                conds = encode_texts(job, encoders, texts)
+            conds = encode(job, encoders, batch_captions)
             for caption, cond in zip(batch_captions, conds, strict=True):
                 writer.add(caption.key, cond)
     release_text_encoders(encoders)
     return long_captions
 
 
-def encode_texts_with_controls(
-    job: EncodeJob, encoders: Any, captions: list[MissingCaption]
-) -> list[dict[str, Tensor]]:
-    """Return the conditioning of each caption with the control images of its sample.
+class CaptionsWithImages:
+    """Encodes captions together with the control images of their samples.
 
-    Each caption is encoded alone, because its images have their own sizes."""
-    sources, family = job.planner.sources, job.family
-    indices = [caption.listed for caption in captions]
-    listed = job.listed.rows(np.unique(indices))
-    files: dict[int, ListedContent] = {}
-    for file in sources.contents(listed):
-        files[file.listed] = file
-    conds = []
-    for caption in captions:
-        file = files[caption.listed]
+    Each caption is encoded alone, because its images have their own sizes. Captions come in the order of
+    the samples, and the captions of one sample follow each other, so each file is read once."""
+
+    def __init__(self, job: EncodeJob):
+        self.job = job
+        self.file: ListedContent | None = None
+        """The file that was read last."""
+
+    def encode(
+        self, job: EncodeJob, encoders: Any, captions: list[MissingCaption]
+    ) -> list[dict[str, Tensor]]:
+        """Return the conditioning of each caption. Raises DataError if an image has changed."""
+        conds = []
+        for caption in captions:
+            file = self._read(caption.listed)
+            self._check(file, caption)
+            pictures = control_pictures(file.controls, job.config.background)
+            cond = job.family.encode_with_controls(encoders, caption.text, pictures)
+            conds.append(cond)
+        return conds
+
+    def _read(self, index: int) -> ListedContent:
+        """Return the file of a listed sample."""
+        if self.file is None or self.file.listed != index:
+            listed = self.job.listed.rows(np.array([index]))
+            (self.file,) = self.job.planner.sources.contents(listed)
+        return self.file
+
+    def _check(self, file: ListedContent, caption: MissingCaption) -> None:
+        """Raise DataError if a file cannot be read any more, or differs from the plan."""
         if isinstance(file.content, DataError):
             raise DataError(f"{file.sample.name}: {file.content}")
-        pictures = control_pictures(file.controls, job.config.background)
-        cond = family.encode_with_controls(encoders, caption.text, pictures)
-        conds.append(cond)
-    return conds
+        hashes = ContentHashes(key_of(file.content), key_of(), key_of(*file.controls))
+        key = self.job.planner.controls.caption_key(caption.text, hashes)
+        if key != caption.key:
+            raise DataError(changed_message(file.sample.name))
 
 
-def batch_size(job: EncodeJob) -> int:
-    """Return the number of captions that are taken at a time."""
-    if job.family.controls.is_seen_by_text_encoder:
-        return 1  # each is encoded alone
-    return job.config.encode_batch_size
-
-
-def encode_texts(job: EncodeJob, encoders: Any, texts: list[str]) -> list[dict[str, Tensor]]:
-    """Return the conditioning of each text.
+def encode_texts(
+    job: EncodeJob, encoders: Any, captions: list[MissingCaption]
+) -> list[dict[str, Tensor]]:
+    """Return the conditioning of each caption.
 
     The batch is filled up with empty prompts."""
+    texts = [caption.text for caption in captions]
     num_texts = len(texts)
     num_padding = job.config.encode_batch_size - num_texts
     padding = [""] * num_padding

@@ -6,7 +6,7 @@ content does not have this hash is damaged. Several processes may write to the f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,10 +42,16 @@ class MediaFacts:
     height: int
     seconds: Float64 | None = None
     """Length of a video; None for an image."""
-    num_controls: int = 0
-    """Number of control images."""
+    control_sides: list[int] = field(default_factory=list)
+    """Width and height of each control image, one after the other."""
     control_hash: bytes = key_of()
     """Hash of the contents of all control images."""
+
+    @property
+    def control_sizes(self) -> list[tuple[int, int]]:
+        """Return width and height of each control image."""
+        sides = self.control_sides
+        return list(zip(sides[::2], sides[1::2], strict=True))
 
     @property
     def hashes(self) -> ContentHashes:
@@ -65,8 +71,7 @@ def facts_key(sample: ListedSample, has_videos: bool) -> bytes:
     `has_videos`: files are checked as videos too, which makes other facts of animations."""
     mask_stamp = file_stamp(Path(sample.mask_path)) if sample.mask_path else ""
     checks = "with videos" if has_videos else "images"
-    control_stamps = [file_stamp(Path(path)) for path in sample.control_paths]
-    return key_of("facts", sample.stamp, mask_stamp, checks, *control_stamps)
+    return key_of("facts", sample.stamp, mask_stamp, checks)
 
 
 class FactsCache:
@@ -205,7 +210,7 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         mask = read_mask(sample)
         if sample.mask_path:
             images.check(mask)
-        check_controls(item)
+        control_sides = check_controls(item)
     except (OSError, DataError) as error:
         return CheckedSample(item.listed, DataError(f"{name}: {error}"))
     facts = MediaFacts(
@@ -215,21 +220,28 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         width=media.width,
         height=media.height,
         seconds=seconds,
-        num_controls=len(item.controls),
+        control_sides=control_sides,
         control_hash=key_of(*item.controls),
     )
     return CheckedSample(item.listed, facts)
 
 
-def check_controls(item: ListedContent) -> None:
-    """Decode the control images of a sample. Raises DataError."""
+def check_controls(item: ListedContent) -> list[int]:
+    """Decode the control images of a sample; return width and height of each. Raises DataError."""
+    sides: list[int] = []
     for number, content in enumerate(item.controls):
         try:
-            images.check(content)
+            facts = images.check(content)
         except DataError as error:
-            paths = item.sample.control_paths
-            name = paths[number] if paths else number
-            raise DataError(f"control image {name}: {error}") from error
+            raise DataError(f"control image {name_of_control(item, number)}: {error}") from error
+        sides += [facts.width, facts.height]
+    return sides
+
+
+def name_of_control(item: ListedContent, number: int) -> str:
+    """Return the path of a control image, or its number."""
+    paths = item.sample.control_paths
+    return paths[number] if paths else str(number)
 
 
 def read_mask(sample: ListedSample) -> bytes:

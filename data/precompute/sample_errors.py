@@ -10,7 +10,6 @@ from data.precompute.run_sources import RunSources
 from data.samples import ListedSample, PlannedSample
 from data.store.tables import Table
 from models.base import ModelFamily
-from models.controls import ControlLimits
 
 
 def unsuited_samples(
@@ -21,14 +20,12 @@ def unsuited_samples(
     frames_error = family.limits.frame_error(1)
     if frames_error:
         errors += still_errors(sources, listed, facts, frames_error)
-    limits = family.controls
-    takes_controls = limits.max_count > 0
-    if takes_controls:
+    if family.controls.max_count:
         errors += control_errors(
             sources,
             listed,
             facts,
-            limits,
+            family,
         )
     return errors
 
@@ -70,16 +67,22 @@ def still_errors(
 
 
 def control_errors(
-    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, limits: ControlLimits
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache, family: ModelFamily
 ) -> list[tuple[int, str]]:
-    """Return index and error of all samples with a number of control images that the model does not
-    take."""
+    """Return index and error of all samples with control images that the model does not take: too many,
+    too few, or of a size that its pipeline refuses."""
     errors = []
     for index, sample, sample_facts in readable_samples(sources, listed, facts):
-        error = limits.count_error(sample_facts.num_controls)
-        if error is not None:
-            name = sources.full_name(sample)
-            errors.append((index, f"{name}: {error}"))
+        sizes = sample_facts.control_sizes
+        count_error = family.controls.count_error(len(sizes))
+        messages = [count_error]
+        for width, height in sizes:
+            size_error = family.control_error(width, height)
+            messages.append(size_error)
+        name = sources.full_name(sample)
+        for message in messages:
+            if message is not None:
+                errors.append((index, f"{name}: {message}"))
     return errors
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from common.errors import DataError
 from data.config import DataConfig, SourceConfig
 from data.sources.base import Source
 from models.base import ModelFamily
@@ -32,6 +33,7 @@ def open_source(
     `component_hashes`: hashes of the family's VAE and text encoders."""
     kind = config.kind if config.kind != "auto" else detect_kind(Path(config.path))
     takes_controls = family.controls.max_count > 0
+    check_control_options(config, kind)
     if kind == "images":
         from data.sources.folder import FolderSource
 
@@ -48,3 +50,17 @@ def open_source(
     from data.sources.encoded import EncodedSource
 
     return EncodedSource(config, data, component_hashes)
+
+
+def check_control_options(config: SourceConfig, kind: str) -> None:
+    """Raise DataError for options about control images that a kind of source has no use for."""
+    options = {
+        "control_paths": (config.control_paths, ("images",)),
+        "control_columns": (config.control_columns, ("images", "dataset")),
+    }
+    for name, (value, kinds) in options.items():
+        if value and kind not in kinds:
+            raise DataError(
+                f"--data.{name} {' '.join(value)}: has no effect on {config.path}, whose kind is "
+                f"{kind}. Set the option for the sources that it is for"
+            )

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from common.errors import DataError, ModelError
 from models.base import ModelFamily
+from models.controls import control_latents
 from models.latents import with_frame_axis
 
 SHARD_PATTERNS = ("shard_*.pkl", "shard_*.safetensors")
@@ -172,11 +173,32 @@ def iterate_shard(
             warned.add(f"{message}; the first is used", index)
         for offset, (embeds, extras) in enumerate(pairs):
             sample_index = index + offset
-            cond = errors.catch(sample_index, family.comfy.read, embeds, extras)
+            cond = errors.catch(sample_index, read_conditioning, family, embeds, extras)
             if batch is not None and cond is not None:
                 name = f"{path.name} sample {sample_index}"
                 yield ComfySample(name, sample_index, batch[offset], cond)
         index += count
+
+
+def read_conditioning(family: ModelFamily, embeds: Tensor, extras: dict) -> dict[str, Tensor]:
+    """Return the conditioning of a sample. Raises DataError or ModelError if the model does not take
+    it."""
+    cond = family.comfy.read(embeds, extras)
+    controls = control_latents(cond)
+    error = family.controls.count_error(len(controls)) if controls else None
+    if error is not None:
+        raise DataError(error)
+    limits = family.limits
+    step = limits.pixel_step // limits.latent_step
+    for latents in controls:
+        num_channels, *sides = latents.shape
+        is_divisible = all(side % step == 0 for side in sides)
+        if num_channels != family.latent_channels or not is_divisible:
+            raise DataError(
+                f"reference_latents of shape {tuple(latents.shape)}; expected "
+                f"{family.latent_channels} channels, and sides that are multiples of {step}"
+            )
+    return cond
 
 
 def check_latents(item: Any, family: ModelFamily) -> Tensor:

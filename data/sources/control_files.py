@@ -1,8 +1,8 @@
 """Control images of the images in a folder, found by their names or by the columns of a metadata file."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,13 @@ from data.media.images import EXTENSIONS
 
 CONTROL_COLUMN = "control_image"
 """Column with control images, unless data.control_columns names others."""
-CONTROL_NAME = re.compile(r"(.+)_control(?:_(\d+))?")
+CONTROL_NAME = re.compile(r"(.+)_control(?:_(\d+))?", re.IGNORECASE)
 """Name, without extension, of a control image next to its image."""
 NUMBERED_NAME = re.compile(r"(.+)_(\d+)")
 """Name of one of several control images in a folder of control images."""
 
 FilesByName = dict[str, list[Path]]
 """Name of an image without extension -> its control images, in their order."""
-
-
-def beside_image(files: Iterable[Path]) -> FilesByName:
-    """Return the control images in the folder of their images, by the names of the images."""
-    return numbered_files(files, CONTROL_NAME)
 
 
 def numbered_files(files: Iterable[Path], pattern: re.Pattern[str]) -> FilesByName:
@@ -43,63 +38,98 @@ def numbered_files(files: Iterable[Path], pattern: re.Pattern[str]) -> FilesByNa
     return ordered
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Return the images directly in a folder; none if it does not exist."""
-    if not folder.is_dir():
-        return []
-    images = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in EXTENSIONS:
-            images.append(file)
-    return images
+def repeated_numbers(files: Iterable[Path], pattern: re.Pattern[str]) -> list[Path]:
+    """Return the control images of one image that have the same number."""
+    files_of_number: dict[int, list[Path]] = {}
+    for file in files:
+        match = pattern.fullmatch(file.stem)
+        digits = match[2] if match is not None else None
+        files_with_it = files_of_number.setdefault(int(digits or 0), [])
+        files_with_it.append(file)
+    for repeated in files_of_number.values():
+        if len(repeated) > 1:
+            return repeated
+    return []
 
 
 class ControlFolder:
-    """The images in one directory, by the name of the image that they control."""
+    """The images directly in a folder of control images."""
 
     def __init__(self, path: Path):
-        images = images_in(path)
-        self.numbered = numbered_files(images, NUMBERED_NAME)
-        self.same_name: FilesByName = {}
-        for image in images:
-            files = self.same_name.setdefault(image.stem, [])
+        self.images: list[Path] = []
+        self.has_folders = False
+        if not path.is_dir():
+            return
+        for file in sorted(path.iterdir()):
+            if file.is_dir():
+                self.has_folders = True
+            elif file.suffix.lower() in EXTENSIONS:
+                self.images.append(file)
+        self.by_name: FilesByName = {}
+        for image in self.images:
+            files = self.by_name.setdefault(image.stem, [])
             files.append(image)
+        self.numbered = numbered_files(self.images, NUMBERED_NAME)
 
-    def files(self, name: str) -> list[Path]:
-        """Return the control images of an image with this name."""
-        if name in self.same_name:
-            return self.same_name[name]
-        return self.numbered.get(name, [])
+    def files(self, name: str, image_names: set[str]) -> list[Path]:
+        """Return the control images of an image with this name.
+
+        `image_names`: the names of all images in its folder. A file with the name of one of these is
+        not the numbered control image of another one."""
+        if not self.images:
+            return []
+        if name in self.by_name:
+            return self.by_name[name]
+        numbered = self.numbered.get(name, [])
+        return [file for file in numbered if file.stem not in image_names]
 
 
-@lru_cache(maxsize=1024)
-def open_folder(path: Path) -> ControlFolder:
-    return ControlFolder(path)
+class ControlFolders:
+    """Folders of control images. What was listed is kept until `forget`."""
+
+    def __init__(self, root: Path, paths: Iterable[str]):
+        """`root`: the folder of the training images."""
+        self.root = root
+        self.paths = [Path(path) for path in paths]
+        self.listed: dict[Path, ControlFolder] = {}
+
+    def forget(self) -> None:
+        """Free the listings."""
+        self.listed = {}
+
+    def files(self, image: Path, image_names: set[str]) -> list[Path]:
+        """Return the control images of an image, from each folder in its order.
+
+        Sub-folders correspond to those of the training images, unless the control images have none.
+        Raises DataError if a folder has no control image, or several with the same name."""
+        controls = []
+        sub_folder = image.parent.relative_to(self.root)
+        for path in self.paths:
+            folder = self._open(path / sub_folder)
+            if not folder.images and not self._open(path).has_folders:
+                folder = self._open(path)
+            files = folder.files(image.stem, image_names)
+            if not files:
+                raise DataError(
+                    f"{image}: no control image {image.stem}.<extension> or "
+                    f"{image.stem}_0.<extension> in {path} (--data.control_paths)"
+                )
+            different_names = {file.stem for file in files}
+            if len(different_names) < len(files):
+                raise DataError(several_message(image, files))
+            controls += files
+        return controls
+
+    def _open(self, path: Path) -> ControlFolder:
+        if path not in self.listed:
+            self.listed[path] = ControlFolder(path)
+        return self.listed[path]
 
 
-def in_folders(image: Path, root: Path, folders: Iterable[str]) -> list[Path]:
-    """Return the control images of an image, from each folder in its order.
-
-    `root`: the folder of the training images. Sub-folders correspond to those of `root`. Raises
-    DataError if a folder has no control image for it, or several files with the same name."""
-    controls = []
-    sub_folder = image.parent.relative_to(root)
-    for folder in folders:
-        path = Path(folder)
-        files = open_folder(path / sub_folder).files(image.stem)
-        if not files:
-            files = open_folder(path).files(image.stem)
-        if not files:
-            raise DataError(
-                f"{image}: no control image {image.stem}.<extension> or {image.stem}_0.<extension> in "
-                f"{folder} (--data.control_paths)"
-            )
-        different_names = {file.stem for file in files}
-        if len(different_names) < len(files):
-            file_names = " and ".join(file.name for file in files)
-            raise DataError(f"{image}: several control images in {folder}, {file_names}. Keep one")
-        controls += files
-    return controls
+def several_message(image: Path | str, files: Iterable[Path]) -> str:
+    """Return the error of several files for one control image."""
+    names = " and ".join(file.name for file in files)
+    return f"{image}: several files for one control image, {names}. Keep one of them"
 
 
 def column_names(configured: tuple[str, ...] | None, existing: Iterable[str]) -> list[str]:
@@ -109,28 +139,55 @@ def column_names(configured: tuple[str, ...] | None, existing: Iterable[str]) ->
     return [CONTROL_COLUMN] if CONTROL_COLUMN in existing else []
 
 
+def check_order(cells: Mapping[str, Any]) -> None:
+    """Raise DataError if a column of control images is empty before one that is not.
+
+    The other images would take its place, and captions may speak of "image 2"."""
+    empty_column = None
+    for column, cell in cells.items():
+        if cell in (None, "", []):
+            empty_column = empty_column or column
+        elif empty_column is not None:
+            raise DataError(f"has no control image in {empty_column}, but one in {column}")
+
+
 def in_columns(row: Mapping[str, Any], columns: Iterable[str], folder: Path) -> list[Path]:
     """Return the control images that a row of a metadata file names, relative to its folder.
 
     Raises DataError if a file is missing, or a cell has no names."""
+    cells = {column: row.get(column) for column in columns}
+    check_order(cells)
     controls = []
-    for column in columns:
-        cell = row.get(column)
-        if not cell:
-            continue
-        names = [cell] if isinstance(cell, str) else cell
-        if not is_list_of_names(names):
-            raise DataError(f"has no file names of control images in {column}: {cell!r}")
-        for name in names:
+    for column, cell in cells.items():
+        for name in names_in_cell(cell, column):
             path = folder / name
-            if not path.is_file():
+            if not is_file(path):
                 raise DataError(f"has a control image {name} in {column}, which is not in {folder}")
             controls.append(path)
     return controls
 
 
-def is_list_of_names(value: Any) -> bool:
-    """Return whether a value is a list of texts."""
-    if not isinstance(value, list):
+def names_in_cell(cell: Any, column: str) -> list[str]:
+    """Return the file names in a cell: one, a list of them, or none. Raises DataError."""
+    if cell is None or cell == "":
+        return []
+    if isinstance(cell, str):
+        return [cell]
+    names: list[Any] = cell if isinstance(cell, list) else [None]
+    for name in names:
+        if not isinstance(name, str):
+            raise DataError(f"has no file names of control images in {column}: {cell!r}")
+    return names
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists. A name that is too long does not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
         return False
-    return all(isinstance(name, str) for name in value)
+
+
+def normalized(path: Path) -> Path:
+    """Return a path without `..`, to compare it with others. Links are not followed."""
+    return Path(os.path.normpath(path))

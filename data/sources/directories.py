@@ -8,7 +8,12 @@ from pathlib import Path
 
 from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEO_EXTENSIONS
-from data.sources.control_files import beside_image
+from data.sources.control_files import (
+    CONTROL_NAME,
+    numbered_files,
+    repeated_numbers,
+    several_message,
+)
 from data.sources.metadata import METADATA_NAMES, is_utf8
 
 MASK_SUFFIX = "_mask"
@@ -88,9 +93,8 @@ def sort_files(path: Path, names: list[str], kinds: FileKinds) -> Directory:
     directory = Directory(path)
     media = [path / name for name in names if is_media(name)]
     media_stems = {file.stem for file in media}
-    for name, files in beside_image(media).items():
-        if name in media_stems:
-            directory.controls[name] = files
+    caption_stems = {Path(name).stem for name in names if is_caption(name, kinds)}
+    add_controls(directory, media, media_stems, caption_stems)
     control_files = {file for files in directory.controls.values() for file in files}
     names_by_lower_case: dict[str, str] = {}
     for name in names:
@@ -115,6 +119,26 @@ def sort_files(path: Path, names: list[str], kinds: FileKinds) -> Directory:
         else:
             directory.other_kinds[file.suffix or name] += 1
     return directory
+
+
+def add_controls(
+    directory: Directory, media: list[Path], media_stems: set[str], caption_stems: set[str]
+) -> None:
+    """Add the control images that are next to their image. A file with its own caption is an image."""
+    candidates = [file for file in media if file.stem not in caption_stems]
+    for name, files in numbered_files(candidates, CONTROL_NAME).items():
+        if name not in media_stems:
+            continue
+        directory.controls[name] = files
+        repeated = repeated_numbers(files, CONTROL_NAME)
+        if repeated:
+            image = directory.path / name
+            directory.errors.append(several_message(image, repeated))
+
+
+def is_caption(name: str, kinds: FileKinds) -> bool:
+    """Return whether a file is a caption file by its extension."""
+    return Path(name).suffix.lower() in kinds.captions
 
 
 def add_image(directory: Directory, file: Path, media_stems: set[str], kinds: FileKinds) -> None:

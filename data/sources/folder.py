@@ -2,20 +2,20 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import DataError, counted
-from common.hashing import file_stamp
+from common.hashing import file_stamp, hash_of
 from data.config import DataConfig, SourceConfig
 from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data.samples import ListedSample
 from data.sources.base import SampleContent, Source
-from data.sources.control_files import in_folders
+from data.sources.control_files import ControlFolders, normalized
 from data.sources.directories import MASK_SUFFIX, Directory, FileKinds, walk_directories
-from data.sources.metadata import Description, read_metadata
+from data.sources.metadata import METADATA_NAMES, Description, named_controls, read_metadata
 
 REPEATS_FOLDER = re.compile(r"(\d{1,4})_.*")
 """Name of a folder whose images are repeated, in kohya's convention: <repeats>_<name>."""
@@ -78,6 +78,9 @@ class FolderSource(Source):
             other_folders=frozenset(Path(path).resolve() for path in config.control_paths or ()),
         )
         self.shared_caption: Path | None = None
+        self.control_folders = ControlFolders(self.folder, config.control_paths or ())
+        self.named_controls: set[Path] = set()
+        """Control images that metadata files name, which may be among the images."""
 
     def samples(self) -> Iterator[ListedSample]:
         survey = self._survey()
@@ -91,7 +94,7 @@ class FolderSource(Source):
                 metadata = read_metadata(directory.metadata, self.config, self.takes_controls)
                 descriptions |= metadata.descriptions
                 self.errors += metadata.errors
-            for image in directory.images:
+            for image in self._images(directory, descriptions):
                 description = descriptions.pop(image, None)
                 try:
                     sample = self._sample(row, image, directory, description)
@@ -100,16 +103,32 @@ class FolderSource(Source):
                     continue
                 row += 1
                 yield sample
+        self.control_folders.forget()
+
+    def _images(
+        self, directory: Directory, descriptions: Mapping[Path, Description]
+    ) -> Iterator[Path]:
+        """Yield the images of a directory. A file that looks like a control image is one of them if a
+        metadata file describes it."""
+        for image in directory.images:
+            if normalized(image) not in self.named_controls:
+                yield image
+        for files in directory.controls.values():
+            for file in files:
+                if file in descriptions:
+                    yield file
 
     def contents(self, samples: Iterable[ListedSample]) -> Iterator[SampleContent]:
         for sample in samples:
             try:
                 content = (self.folder / sample.name).read_bytes()
-                controls = [Path(path).read_bytes() for path in sample.control_paths]
+                controls = read_controls(sample.control_paths)
             except OSError as error:
                 yield SampleContent(sample, DataError(f"cannot be read: {error.strerror}"))
-                continue
-            yield SampleContent(sample, content, tuple(controls))
+            except DataError as error:
+                yield SampleContent(sample, error)
+            else:
+                yield SampleContent(sample, content, controls)
 
     def _survey(self) -> Survey:
         """Count all files, and add the errors in their names."""
@@ -117,6 +136,8 @@ class FolderSource(Source):
         for directory in walk_directories(self.folder, self.kinds):
             survey.add(directory)
             self.errors += directory.errors
+            if directory.metadata is not None:
+                self.named_controls |= named_controls(directory.metadata, self.config)
             if self.captions.text is not None:
                 for path in directory.caption_files():
                     self.errors.append(
@@ -147,6 +168,12 @@ class FolderSource(Source):
             self.errors.append(f"{self.folder}: no images ({media_kinds}). It holds {other_kinds}")
             return False
         self._print_unused(survey)
+        if self.config.control_columns and not survey.num_metadata:
+            columns = " ".join(self.config.control_columns)
+            self.errors.append(
+                f"{self.folder}: no metadata file ({', '.join(METADATA_NAMES)}), which "
+                f"--data.control_columns {columns} needs"
+            )
         if self.captions.text is not None:
             return True
         self.shared_caption = survey.shared_caption()
@@ -179,6 +206,9 @@ class FolderSource(Source):
             stamp = file_stamp(image)
         except OSError as error:
             raise DataError(f"{image}: cannot be read: {error.strerror}") from error
+        controls = self._controls(image, directory, description)
+        if controls:
+            stamp = hash_of(stamp, *map(control_stamp, controls))
         return ListedSample(
             row=row,
             name=image.relative_to(self.folder).as_posix(),
@@ -187,7 +217,7 @@ class FolderSource(Source):
             repeats=self.config.repeats * folder_repeats(image, self.folder),
             weight=1.0 if description is None else description.weight,
             mask_path=mask_path,
-            control_paths=[str(path) for path in self._controls(image, directory, description)],
+            control_paths=[str(path) for path in controls],
         )
 
     def _controls(
@@ -195,12 +225,13 @@ class FolderSource(Source):
     ) -> Sequence[Path]:
         """Return the control images of an image: of its row in a metadata file, of the folders of the
         options, or those next to it."""
-        if not self.takes_controls:
+        if not self.takes_controls or self.config.control_paths == ():
             return ()
         if description is not None and description.controls:
             return description.controls
         if self.config.control_paths:
-            return in_folders(image, self.folder, self.config.control_paths)
+            image_names = {file.stem for file in directory.images}
+            return self.control_folders.files(image, image_names)
         return directory.controls.get(image.stem, ())
 
     def _captions(
@@ -225,6 +256,25 @@ class FolderSource(Source):
             names = " and ".join(file.name for file in files)
             self.errors.append(f"{image}: several caption files, {names}. Keep one of them")
         return read_captions(files[0], bool(self.captions.one_per_line))
+
+
+def control_stamp(path: Path) -> str:
+    """Return the stamp of a control image. Raises DataError."""
+    try:
+        return file_stamp(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_controls(paths: Iterable[str]) -> tuple[bytes, ...]:
+    """Return the contents of control images. Raises DataError."""
+    contents = []
+    for path in paths:
+        try:
+            contents.append(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"control image {path} cannot be read: {error.strerror}") from error
+    return tuple(contents)
 
 
 def read_captions(file: Path, one_per_line: bool) -> list[str]:

@@ -4,13 +4,14 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from data.config import SourceConfig
-from data.sources.control_files import column_names, in_columns
+from data.sources.control_files import column_names, in_columns, names_in_cell, normalized
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMN = "file_name"
@@ -40,23 +41,25 @@ def read_metadata(file: Path, config: SourceConfig, takes_controls: bool = False
     """Read a metadata file. It names images relative to its folder."""
     metadata = Metadata()
     columns = used_columns(config)
-    if not columns and not takes_controls:
+    uses_controls = takes_controls and config.control_paths != ()
+    if not columns and not uses_controls:
         return metadata
     try:
         rows = list(metadata_rows(file))
     except (OSError, ValueError, csv.Error, DataError) as error:
         metadata.errors.append(f"{file}: cannot be read: {error}")
         return metadata
-    if takes_controls:
-        for column in config.control_columns or ():
-            columns[f"control_columns {column}"] = column
+    control_columns: list[str] = []
+    if uses_controls:
+        control_columns = column_names(config.control_columns, all_columns(rows))
+    if not columns and not control_columns:
+        return metadata
+    for column in control_columns:
+        columns[f"control_columns {column}"] = column
     columns_error = missing_columns_error(rows, columns)
     if columns_error:
         metadata.errors.append(f"{file}: {columns_error}")
         return metadata
-    control_columns: list[str] = []
-    if takes_controls and rows:
-        control_columns = column_names(config.control_columns, rows[0])
     for number, row in enumerate(rows, 1):
         name = str(row.get(FILE_COLUMN))
         image = file.parent / name
@@ -74,7 +77,7 @@ def read_metadata(file: Path, config: SourceConfig, takes_controls: bool = False
 
 def missing_columns_error(rows: list[dict[str, Any]], columns: dict[str, str]) -> str | None:
     """Return an error if the rows lack the file name or one of the columns."""
-    existing_columns = list(rows[0]) if rows else []
+    existing_columns = all_columns(rows)
     missing_columns = []
     if FILE_COLUMN not in existing_columns:
         missing_columns.append(FILE_COLUMN)
@@ -85,6 +88,26 @@ def missing_columns_error(rows: list[dict[str, Any]], columns: dict[str, str]) -
         return None
     existing = ", ".join(map(str, existing_columns)) or "none"
     return f"no column {' and '.join(missing_columns)}. Its columns: {existing}"
+
+
+def all_columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the columns of all rows. A JSON row may lack some of them."""
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return list(columns)
+
+
+def named_controls(file: Path, config: SourceConfig) -> set[Path]:
+    """Return all control images that a metadata file names. Errors are reported by read_metadata."""
+    controls: set[Path] = set()
+    with suppress(OSError, ValueError, csv.Error, DataError):
+        rows = list(metadata_rows(file))
+        for row in rows:
+            for column in column_names(config.control_columns, row):
+                for name in names_in_cell(row.get(column), column):
+                    controls.add(normalized(file.parent / name))
+    return controls
 
 
 def used_columns(config: SourceConfig) -> dict[str, str]:

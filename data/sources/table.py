@@ -13,7 +13,7 @@ from common.hashing import file_stamp, hash_of
 from data.config import SourceConfig
 from data.samples import ListedSample
 from data.sources.base import SampleContent, Source
-from data.sources.control_files import column_names
+from data.sources.control_files import check_order, column_names
 from data.sources.metadata import METADATA_NAMES, Description, describe, used_columns
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -87,13 +87,17 @@ class TableSource(Source):
             except (OSError, tarfile.TarError) as error:
                 yield SampleContent(sample, DataError(f"cannot be read: {error}"))
                 continue
+            except DataError as error:
+                yield SampleContent(sample, error)
+                continue
             yield SampleContent(sample, content, controls)
 
     def _control_contents(self, cells: dict[str, Any]) -> tuple[bytes, ...]:
         """Return the contents of the control images in a row. Cells hold an image, several, or none."""
+        control_cells = {column: cells[column] for column in self.control_columns}
+        check_order(control_cells)
         contents: list[bytes] = []
-        for column in self.control_columns:
-            cell = cells[column]
+        for cell in control_cells.values():
             images = cell if isinstance(cell, list) else [cell]
             contents += [image_content(image) for image in images if image is not None]
         return tuple(contents)
@@ -101,7 +105,7 @@ class TableSource(Source):
     @cached_property
     def control_columns(self) -> list[str]:
         """The columns with control images, if the model takes them."""
-        if not self.takes_controls:
+        if not self.takes_controls or self.config.control_paths == ():
             return []
         return column_names(self.config.control_columns, self._loaded.column_names)
 

@@ -246,6 +246,15 @@ def remove_shards(folder: Path, shards: Iterable[Path]) -> None:
     remove_old(folder.glob(".shard-*"), MAX_PARTIAL_DAYS)
 
 
+def remove_damaged(folders: Iterable[Path]) -> None:
+    """Remove the damaged shards of stores, with a note."""
+    for folder in folders:
+        shards = damaged_shards(folder)
+        for shard in shards:
+            print(f"{shard} is damaged: its rows are encoded again")
+        remove_shards(folder, shards)
+
+
 def write_check(shard: Path) -> None:
     """Write the data of a shard to the disk, and its size, time and hash into the check file."""
     path = data_path(shard)

@@ -38,6 +38,8 @@ NUM_STEPS = 50
 """The pipelines' default number of steps."""
 MAX_CONTROL_PIXELS = 1024 * 1024
 """Area to which the pipeline shrinks larger control images."""
+MIN_CONTROL_SIDE = 64
+MAX_CONTROL_RATIO = 8
 CONTROL_DISTANCE = 10
 """Distance on axis 0 between an image and the next one."""
 ATTENTION = r".*\.attn\.(to_(q|k|v|out|out\.0|add_out|qkv_mlp_proj)|add_(q|k|v)_proj)"
@@ -195,6 +197,15 @@ class Flux2Family(TransformerFamily):
         num_tokens = height * width
         noisy_tokens = predicted[:, :num_tokens]
         return noisy_tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def control_error(self, width: int, height: int) -> str | None:
+        ratio = max(width / height, height / width)
+        if min(width, height) >= MIN_CONTROL_SIDE and ratio <= MAX_CONTROL_RATIO:
+            return None
+        return (
+            f"a control image of {width}x{height}; FLUX.2 takes sides of at least "
+            f"{MIN_CONTROL_SIDE} pixels, and one side at most {MAX_CONTROL_RATIO} times the other"
+        )
 
     def control_size(self, width: int, height: int, max_pixels: int | None) -> ControlSize:
         limit = MAX_CONTROL_PIXELS

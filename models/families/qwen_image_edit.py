@@ -14,12 +14,23 @@ from torch import Tensor, nn
 
 from models.base import TokenCounts, base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
-from models.controls import ControlLimits, ControlSize, control_name, whole_image
+from models.controls import (
+    ControlLimits,
+    ControlSize,
+    control_name,
+    limited_area,
+    rounded_down,
+    whole_image,
+)
 from models.diffusers_family import ComponentLoaders
 from models.families.qwen_image import TOKENS, QwenImage, rows_without_padding
 
 CONTROL_PIXELS = 1024 * 1024
 """Area of a control image in the pipeline."""
+SIDE_STEP = 32
+"""Sides of a control image are multiples of this in the pipeline."""
+MAX_CONTROL_RATIO = 200
+"""Largest ratio of the sides, the limit of Qwen2-VL's processor."""
 SCALES_OTHERWISE = "ComfyUI scales control images by another filter, to slightly other sizes."
 PIXELS_PER_TOKEN = 28 * 28
 """Pixels of a token of Qwen2.5-VL."""
@@ -71,9 +82,21 @@ class QwenImageEdit(QwenImage):
         required = (control_name(0),)
         return MaskedLayout(self.cond_width, required=required, has_frame_axis=True)
 
+    def control_error(self, width: int, height: int) -> str | None:
+        if max(width / height, height / width) <= MAX_CONTROL_RATIO:
+            return None
+        return (
+            f"a control image of {width}x{height}; Qwen2.5-VL takes one side at most "
+            f"{MAX_CONTROL_RATIO} times the other"
+        )
+
     def control_size(self, width: int, height: int, max_pixels: int | None) -> ControlSize:
-        limit = min(CONTROL_PIXELS, max_pixels or CONTROL_PIXELS)
-        return whole_image(*size_of_area(limit, width, height))
+        if max_pixels is None or max_pixels >= CONTROL_PIXELS:
+            return whole_image(*size_of_area(CONTROL_PIXELS, width, height))
+        scaled_width, scaled_height = limited_area(width, height, max_pixels)
+        model_width = rounded_down(scaled_width, SIDE_STEP)
+        model_height = rounded_down(scaled_height, SIDE_STEP)
+        return whole_image(model_width, model_height)
 
     def encode_with_controls(
         self, encoders: Any, caption: str, images: list[Any]

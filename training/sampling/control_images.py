@@ -16,8 +16,14 @@ from data.media.images import picture
 from data.precompute.build import DatasetBuilder, Datasets
 from data.precompute.controls import control_pictures
 from models.base import ModelFamily
+from training.config import TrainConfig
 from training.output_config import SampleConfig
-from training.sampling.prompts import NUM_DEFAULT_PROMPTS, SamplePrompt, located_prompts
+from training.sampling.prompts import (
+    NUM_DEFAULT_PROMPTS,
+    SamplePrompt,
+    configured_prompts,
+    located_prompts,
+)
 
 ControlImages = list[Image.Image]
 
@@ -28,11 +34,8 @@ def check_controls(config: SampleConfig, family: ModelFamily, background: str) -
     errors = []
     for place, prompt in located_prompts(config):
         for path in prompt.controls:
-            try:
-                picture(Path(path).read_bytes(), background)
-            except OSError as error:
-                errors.append(f"{place}: --ci {path}: could not be read: {error.strerror}")
-            except DataError as error:
+            error = image_error(Path(path), family, background)
+            if error is not None:
                 errors.append(f"{place}: --ci {path}: {error}")
         count = len(prompt.controls)
         limit = family.controls.max_count
@@ -41,6 +44,17 @@ def check_controls(config: SampleConfig, family: ModelFamily, background: str) -
             errors.append(f"{place}: {count} control images (--ci); this model {allowed}")
     if errors:
         raise ConfigError(error_list("samples cannot be drawn with these control images", errors))
+
+
+def image_error(path: Path, family: ModelFamily, background: str) -> str | None:
+    """Return an error if a control image cannot be read, or has a size that the pipeline refuses."""
+    try:
+        image = picture(path.read_bytes(), background)
+    except OSError as error:
+        return f"could not be read: {error.strerror}"
+    except DataError as error:
+        return str(error)
+    return family.control_error(image.width, image.height)
 
 
 def images_of_prompts(
@@ -63,17 +77,29 @@ def images_of_prompts(
     return images
 
 
-def first_controls(builder: DatasetBuilder, datasets: Datasets) -> list[tuple[bytes, ...]]:
+def first_controls(
+    config: TrainConfig, builder: DatasetBuilder, datasets: Datasets
+) -> list[tuple[bytes, ...]]:
     """Return the files of the control images of the first samples, which are drawn by default.
 
-    The list is empty if the model takes no control images, or the data has none."""
-    if not builder.family.controls.max_count:
+    The list is empty if the samples need none, or the data has none."""
+    prompts = configured_prompts(config.sample)
+    have_images = bool(prompts) and all(prompt.controls for prompt in prompts)
+    takes_images = builder.family.controls.max_count > 0
+    if not config.draws_samples or not takes_images or have_images:
         return []
     dataset = datasets.validation or datasets.train
+    first_rows = range(min(len(dataset), NUM_DEFAULT_PROMPTS))
+    if not any(dataset.num_controls(row) for row in first_rows):
+        return []
     indices = np.asarray(dataset.samples["listed"][:NUM_DEFAULT_PROMPTS])
     listed = builder.open_listed().rows(np.unique(indices))
-    controls = {file.listed: file.controls for file in builder.sources.contents(listed)}
-    files = [controls.get(index, ()) for index in indices.tolist()]
+    controls = {}
+    for file in builder.sources.contents(listed):
+        controls[file.listed] = file.controls
+    files = []
+    for index in indices.tolist():
+        files.append(controls.get(index, ()))
     return files if any(files) else []
 
 
@@ -101,8 +127,10 @@ def with_control_row(
     for images in controls:
         side_by_side = beside_each_other(images, size)
         padded = ImageOps.pad(side_by_side, size, color="white")
-        pictures.append(np.asarray(padded, np.float32) / 255)
-    return {"control": np.stack(pictures), **rows}
+        levels = np.asarray(padded, np.float32)
+        pictures.append(levels / 255)
+    control_row = np.stack(pictures)
+    return {"control": control_row, **rows}
 
 
 def beside_each_other(images: ControlImages, size: tuple[int, int]) -> Image.Image:

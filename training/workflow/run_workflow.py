@@ -33,6 +33,7 @@ FOLDERS = {
     "VAELoader": "vae",
 }
 """Node -> ComfyUI's folder with the files that it loads."""
+DEFAULT_CONTROL_SIDE = 1024
 TEXT_ENCODER_FOLDER = "text_encoders"
 IMAGE_ENCODERS = {"ReferenceLatent", "TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus"}
 """Nodes that give a model control images."""
@@ -71,8 +72,10 @@ def first_workflow(components: RunComponents) -> Workflow | None:
     if adapter is None or not prompts:
         return None
     first_prompt = prompts[0]
+    first_controls: list[Image.Image] = []
     controls = sample_controls(components)
-    first_controls = controls[0] if controls else []
+    if controls:
+        first_controls = controls[0]
     return run_workflow(components, first_prompt, adapter, first_controls)
 
 
@@ -158,7 +161,7 @@ def run_workflow(
         adapter=adapter,
         num_frames=num_frames,
         trains_text_encoders=config.model.train_text_encoder,
-        control_sizes=tuple(image.size for image in controls),
+        control_sizes=control_sizes(family, controls),
     )
     graph = sample_graph(family, nodes, config.objective, sample)
     remarks = [remark, nodes.difference, *prompt_remarks(family, prompt)]
@@ -168,6 +171,18 @@ def run_workflow(
         editor=ui_form(graph, note, downloads()),
         server=api_form(graph),
     )
+
+
+def control_sizes(
+    family: DiffusersFamily, controls: Sequence[Image.Image]
+) -> tuple[tuple[int, int], ...]:
+    """Return the size of each control image. Without any, a model that needs one has the usual number."""
+    sizes = [image.size for image in controls]
+    is_missing = not sizes and family.controls.is_required
+    if is_missing:
+        usual_size = (DEFAULT_CONTROL_SIDE, DEFAULT_CONTROL_SIDE)
+        sizes = [usual_size] * family.controls.usual_count
+    return tuple(sizes)
 
 
 def prompt_remarks(family: DiffusersFamily, prompt: SamplePrompt) -> list[str]:
