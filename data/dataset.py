@@ -177,14 +177,23 @@ class LatentDataset:
 
     def num_controls(self, row: int) -> int:
         """Return the number of control images of a sample."""
-        # those of ComfyUI's datasets are stored with the text
-        names = self.media.tensor_names(self.media_id(row))
-        names += self.text.tensor_names(self.caption_id(row))
-        count = 0
-        for name in names:
-            if name.startswith(CONTROL_PREFIX):
-                count += 1
-        return count
+        return len(self.control_sizes(row))
+
+    def control_sizes(self, row: int) -> list[tuple[int, int]]:
+        """Return height and width of the latents of each control image of a sample.
+
+        Those of ComfyUI's datasets are stored with the text."""
+        stored_rows = (
+            self.media.locate(self.media_id(row)),
+            self.text.locate(self.caption_id(row)),
+        )
+        sizes = []
+        for stored_row in stored_rows:
+            for name in stored_row.shard.columns:
+                if name.startswith(CONTROL_PREFIX):
+                    *_, height, width = stored_row.spec(name).shape
+                    sizes.append((height, width))
+        return sizes
 
     def latent_frames(self, row: int) -> int:
         """Return the number of frames of a sample's latents; 1 for an image."""

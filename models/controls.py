@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from common.errors import counted
+
 CONTROL_PREFIX = "control_"
 
 
@@ -41,10 +43,10 @@ class ControlLimits:
     def count_error(self, count: int) -> str | None:
         """Return an error if the model does not take so many control images."""
         if count == 0 and self.is_required:
-            return "no control image, which this model needs (--data.control_paths)"
+            return "no control image, which this model needs"
         if count > self.max_count:
             allowed = f"at most {self.max_count}" if self.max_count else "none"
-            return f"{count} control images; this model takes {allowed}"
+            return f"{counted(count, 'control image')}; this model takes {allowed}"
         return None
 
 

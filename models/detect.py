@@ -61,7 +61,7 @@ def detect_family(config: ModelConfig) -> str:
     if config.family not in (None, name):
         raise ModelError(
             f"--model.path {config.path}: is {name}, not {config.family}: {detection.reason}. "
-            "Remove --model.family"
+            f"Use the recipe of {name}, or remove --model.family"
         )
     return name
 

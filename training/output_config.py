@@ -41,7 +41,8 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     """Prompts. None given: the first four captions of the validation images, or of the training
     images. Options of one image follow its prompt: --n negative prompt, --w width, --h height, --d
-    seed, --l guidance scale, --s denoising steps, --am strength of the adapter: "a cat --w 768 --s 20"."""
+    seed, --l guidance scale, --s denoising steps, --am strength of the adapter, --ci a control image for
+    models that edit: "a cat --w 768 --s 20"."""
     prompt_file: str | None = None
     """A UTF-8 text file with further prompts, one per line."""
     grid: Annotated[int, Field(ge=0, le=20)] = 0

@@ -33,13 +33,17 @@ def bucket_lines(dataset: LatentDataset, batch_size: int) -> list[str]:
     for bucket in dataset.buckets:
         row = bucket[0].first
         num_samples = sum(segment.visits for segment in bucket)
-        buckets.append((num_samples, dataset.size(row), dataset.latent_frames(row)))
+        facts = (dataset.size(row), dataset.latent_frames(row), dataset.control_sizes(row))
+        buckets.append((num_samples, *facts))
     if len(buckets) < 2:
         return []
     buckets.sort(reverse=True)
     entries = []
-    for num_samples, (height, width), frames in buckets[:MAX_BUCKETS]:
+    for num_samples, (height, width), frames, controls in buckets[:MAX_BUCKETS]:
         suffix = f" of {frames} latent frames" if frames > 1 else ""
+        if controls:
+            sizes = " and ".join(f"{side}x{other_side}" for other_side, side in controls)
+            suffix += f" with {sizes} latents of control images"
         entries.append(f"{width}x{height}{suffix}: {num_samples}")
     line = ", ".join(entries)
     num_hidden = len(buckets) - len(entries)

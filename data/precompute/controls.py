@@ -13,6 +13,7 @@ from data.config import DataConfig, SourceConfig
 from data.media import images
 from data.media.buckets import Crop
 from data.store.keys import key_of
+from models import family_classes
 from models.base import ModelFamily
 from models.controls import ControlLimits, ControlSize, control_name
 
@@ -79,7 +80,7 @@ def check_options(config: DataConfig, family: ModelFamily) -> None:
         if used and not limits.max_count:
             raise DataError(
                 f"--data.{used[0]} {options[used[0]]}: models of the family {family.name} take no "
-                "control images. Remove the option, or use a model that edits"
+                f"control images. {advice_for(family)}"
             )
     if config.random_flip and limits.is_seen_by_text_encoder:
         raise DataError(
@@ -91,6 +92,19 @@ def check_options(config: DataConfig, family: ModelFamily) -> None:
             f"--data.control_dropout {config.control_dropout}: models of the family {family.name} "
             "always need a control image. Remove the option"
         )
+
+
+def advice_for(family: ModelFamily) -> str:
+    """Return what to do if a model takes no control images."""
+    similar_families = []
+    for name, family_class in family_classes().items():
+        if family_class.same_files_as == family.name:
+            similar_families.append(name)
+    advice = "Remove the option, or use a model that edits"
+    if similar_families:
+        names = " or ".join(similar_families)
+        advice += f". A single file does not say that it edits: set --model.family {names}"
+    return advice
 
 
 def control_pixels(

@@ -78,10 +78,11 @@ class ControlFolder:
         not the numbered control image of another one."""
         if not self.images:
             return []
-        if name in self.by_name:
-            return self.by_name[name]
-        numbered = self.numbered.get(name, [])
-        return [file for file in numbered if file.stem not in image_names]
+        files = list(self.by_name.get(name, ()))
+        for file in self.numbered.get(name, ()):
+            if file.stem not in image_names:
+                files.append(file)
+        return files
 
 
 class ControlFolders:
@@ -114,9 +115,7 @@ class ControlFolders:
                     f"{image}: no control image {image.stem}.<extension> or "
                     f"{image.stem}_0.<extension> in {path} (--data.control_paths)"
                 )
-            different_names = {file.stem for file in files}
-            if len(different_names) < len(files):
-                raise DataError(several_message(image, files))
+            check_numbers(image, files)
             controls += files
         return controls
 
@@ -124,6 +123,27 @@ class ControlFolders:
         if path not in self.listed:
             self.listed[path] = ControlFolder(path)
         return self.listed[path]
+
+
+def check_numbers(image: Path, files: list[Path]) -> None:
+    """Raise DataError unless the numbers of an image's control images are 0, 1, 2 or 1, 2, 3.
+
+    A file with the name of the image is number 0."""
+    files_of_number: dict[int, list[Path]] = {}
+    for file in files:
+        number = 0
+        if file.stem != image.stem:
+            number = int(file.stem.removeprefix(f"{image.stem}_"))
+        files_with_it = files_of_number.setdefault(number, [])
+        files_with_it.append(file)
+    for repeated in files_of_number.values():
+        if len(repeated) > 1:
+            raise DataError(several_message(image, repeated))
+    numbers = sorted(files_of_number)
+    first = min(numbers[0], 1)
+    if numbers != list(range(first, first + len(numbers))):
+        names = ", ".join(file.name for file in files)
+        raise DataError(f"{image}: the numbers of its control images have a gap: {names}")
 
 
 def several_message(image: Path | str, files: Iterable[Path]) -> str:

@@ -13,7 +13,7 @@ from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data.samples import ListedSample
 from data.sources.base import SampleContent, Source
-from data.sources.control_files import ControlFolders, normalized
+from data.sources.control_files import CONTROL_NAME, ControlFolders, normalized
 from data.sources.directories import MASK_SUFFIX, Directory, FileKinds, walk_directories
 from data.sources.metadata import METADATA_NAMES, Description, named_controls, read_metadata
 
@@ -67,6 +67,12 @@ class FolderSource(Source):
         """`has_videos`: video files are used too. `takes_controls`: the model takes control images."""
         super().__init__(config)
         self.takes_controls = takes_controls
+        for path in config.control_paths or ():
+            if Path(path).resolve() == Path(config.path).resolve():
+                raise DataError(
+                    f"--data.control_paths {path}: is the folder of the images, so each image would be "
+                    "its own control image. Name another folder"
+                )
         self.folder = Path(config.path)
         self.captions = config.captions
         self.uses_masks = data.masks == "files"
@@ -79,6 +85,8 @@ class FolderSource(Source):
         )
         self.shared_caption: Path | None = None
         self.control_folders = ControlFolders(self.folder, config.control_paths or ())
+        self.described: set[Path] = set()
+        """Images that metadata files describe."""
         self.named_controls: set[Path] = set()
         """Control images that metadata files name, which may be among the images."""
 
@@ -93,6 +101,7 @@ class FolderSource(Source):
                 # it may describe images in sub-folders, which are walked later
                 metadata = read_metadata(directory.metadata, self.config, self.takes_controls)
                 descriptions |= metadata.descriptions
+                self.described |= metadata.descriptions.keys()
                 self.errors += metadata.errors
             for image in self._images(directory, descriptions):
                 description = descriptions.pop(image, None)
@@ -198,6 +207,7 @@ class FolderSource(Source):
         self, row: int, image: Path, directory: Directory, description: Description | None
     ) -> ListedSample:
         """Return the sample of an image. Raises DataError if it cannot be used."""
+        self._check_name(image, directory)
         captions = self._captions(image, directory, description)
         mask_path = ""
         if self.uses_masks:
@@ -219,6 +229,17 @@ class FolderSource(Source):
             mask_path=mask_path,
             control_paths=[str(path) for path in controls],
         )
+
+    def _check_name(self, image: Path, directory: Directory) -> None:
+        """Raise DataError if a file is a control image by its name, and its image is missing."""
+        match = CONTROL_NAME.fullmatch(image.stem)
+        has_caption = image.stem in directory.captions
+        if match is None or not self.takes_controls or has_caption:
+            return
+        if image not in self.described:
+            raise DataError(
+                f"{image}: a control image by its name, but no image {match[1]} is next to it"
+            )
 
     def _controls(
         self, image: Path, directory: Directory, description: Description | None

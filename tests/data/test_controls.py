@@ -429,6 +429,32 @@ class TestReadersFindings:
             build(pairs, control_paths=(str(pairs / "only"),))
         assert "cat.png: no control image" in str(error.value)
 
+    def test_numbers_have_no_gap(self, pairs):
+        (pairs / "pose" / "cat_0.jpg").rename(pairs / "pose" / "cat_3.jpg")
+        with pytest.raises(DataError, match=r"have a gap: cat_1.jpg, cat_3.jpg"):
+            build(pairs, control_paths=(str(pairs / "pose"),))
+
+    def test_the_name_of_the_image_is_number_0(self, pairs):
+        (pairs / "pose" / "cat_0.jpg").rename(pairs / "pose" / "cat.jpg")
+        train = build(pairs, control_paths=(str(pairs / "pose"),)).train
+        assert sizes(train) == sizes(train, 1) == {"control_0": (16, 8), "control_1": (8, 16)}
+        save(pairs / "pose" / "cat_0.jpg", (32, 64))
+        with pytest.raises(
+            DataError, match=r"several files for one control image, cat.jpg and cat_0.jpg"
+        ):
+            build(pairs, control_paths=(str(pairs / "pose"),))
+
+    def test_a_control_image_without_its_image(self, pairs):
+        save(pairs / "images" / "bird_control.png", (32, 32))
+        with pytest.raises(
+            DataError, match=r"bird_control\.png: a control image by its name, but no"
+        ):
+            build(pairs, caption_text="make it grey")
+
+    def test_the_folder_of_the_images_has_no_control_images(self, pairs):
+        with pytest.raises(DataError, match="is the folder of the images"):
+            build(pairs, control_paths=(str(pairs / "images"),))
+
     def test_a_control_image_of_another_sub_folder_is_not_taken(self, pairs):
         save(pairs / "images" / "s1" / "cat.png", (32, 32))
         (pairs / "images" / "s1" / "cat.txt").write_text("x")

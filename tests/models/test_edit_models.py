@@ -8,11 +8,19 @@ from functools import partial
 import pytest
 import torch
 from helpers import small_controls
-from helpers.families import flux1_kontext, flux2, qwen_image_edit, qwen_image_edit_plus
+from helpers.families import (
+    flux1_kontext,
+    flux2,
+    flux2_klein,
+    qwen_image_edit,
+    qwen_image_edit_plus,
+)
 from helpers.family_cases import (
+    PROMPTS,
     Case,
     call_options,
     collate,
+    control_contents,
     family_of,
     folder_of,
     native_tensors,
@@ -23,11 +31,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from common.errors import ConfigError, ModelError
+from data.config import DataConfig
 from models.config import ModelConfig
 from models.controls import control_latents, limited_area, rounded_down, without_controls
 from models.detect import get_family
 from training.output_config import SampleConfig
-from training.sampling.control_images import check_controls, with_control_row
+from training.sampling.control_images import (
+    check_controls,
+    images_of_prompts,
+    with_control_row,
+)
 from training.sampling.prompts import parse_prompt
 
 KONTEXT, PLUS = flux1_kontext.CASE, qwen_image_edit_plus.CASE
@@ -114,6 +127,32 @@ def test_qwen_2511_gives_control_images_no_noise():
     torch.testing.assert_close(found, call.prediction, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("case", [flux2.EDIT, flux2_klein.EDIT], ids=str)
+def test_flux2_predicts_as_its_pipeline_with_control_images(case: Case):
+    call, family = run_pipeline(case), family_of(case)
+    denoiser = family.load_denoiser(torch.float32).eval()
+    with torch.no_grad():
+        rows = rows_with_controls(family, PROMPTS, case.controls)
+        timestep = call.timestep.expand(2).float()
+        found = family.predict(denoiser, call.noisy, timestep, collate(family, rows))
+    scale = float(call.prediction.abs().max())
+    torch.testing.assert_close(found, call.prediction, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_flux2_trains_and_draws_with_control_images(options, controls, run_here, tmp_path):
+    folder = folder_of(flux2_klein.EDIT)
+    mine = [*options, f"--model.path={folder}", "--data.resolution=32", "--steps=2", "--preview",
+            "--sample.num_inference_steps=2", "--data.control_paths", str(controls[0].parent / "large")]  # fmt: skip
+    large = controls[0].parent / "large"
+    large.mkdir()
+    for path in controls[1].iterdir():
+        with Image.open(path) as image:
+            image.resize((96, 80)).save(large / path.name)
+    assert run_here(mine) == 0
+    with Image.open(tmp_path / "out" / "preview.png") as preview:
+        assert preview.height > 3 * 128, "control images, before and after"
+
+
 @pytest.mark.parametrize("case", [KONTEXT, PLUS], ids=str)
 def test_control_images_change_the_prediction(case: Case):
     family = family_of(case)
@@ -180,7 +219,15 @@ class TestPrompts:
         message = str(error.value)
         assert "missing.png: could not be read" in message
         assert "bad.png: not an image" in message
-        assert "2 control images (--ci); this model takes at most 1" in message
+        assert "--ci: 2 control images; this model takes at most 1" in message
+
+    def test_a_prompt_may_have_none(self):
+        prompts = [parse_prompt("a --ci none"), parse_prompt("b")]
+        content = control_contents(1)
+        images = images_of_prompts(prompts, family_of(KONTEXT), DataConfig(), [content])
+        assert [len(pictures) for pictures in images] == [0, 1]
+        with pytest.raises(ConfigError, match="no control image, which this model needs"):
+            check_controls(SampleConfig(prompts=("a --ci none",)), family_of(PLUS), "white")
 
     def test_other_models_take_none(self, tmp_path):
         from helpers.families import z_image

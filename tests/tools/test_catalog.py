@@ -20,7 +20,8 @@ def cells(line: str) -> list[str]:
 def test_it_is_the_table_of_the_documentation(planned):
     needs, fits = [line for line in PAGE.splitlines() if line.startswith(f"| {planned.model} |")]
     training = dict(zip(WAYS, map(float, cells(needs)[6:11]), strict=True))
-    assert {way: round(size, 1) for way, size in planned.training.items()} == training
+    # the page rounds bytes, the list has two digits
+    assert planned.training == pytest.approx(training, abs=0.056)
     assert cells(needs)[1] == planned.sample
     ways = [" or ".join(planned.ways(card)) or "-" for card in CARDS]
     assert cells(fits)[1:] == ways

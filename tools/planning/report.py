@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import counted
 from tools.tables import NO_VALUE, align_columns
 from training.config import TrainConfig
 from training.memory.budget import Fit
@@ -10,6 +11,7 @@ from training.memory.changes import as_options
 from training.memory.config import GIB
 from training.memory.phase_memory import CATEGORIES, PhaseMemory
 from training.memory.planner import RESERVE, MemoryPlanner
+from training.memory.sample_shape import control_layout
 
 ASSUMPTIONS = "Planned for one process, the longest captions and the largest bucket."
 GPU_NOTE = "No plan has been compared with a real GPU yet."
@@ -60,6 +62,11 @@ def title(config: TrainConfig, planner: MemoryPlanner) -> str:
         size += f", {frames[0]} frames"
     storage = planner.family.block_storage
     base = config.training_dtype if storage is None else storage
+    controls = control_layout(planner.config.data, planner.family)
+    num_controls = len(controls)
+    if num_controls:
+        text = counted(num_controls, "control image")
+        size += f" with {text}"
     facts = [
         f"{config.algorithm} rank {config.rank}",
         size,

@@ -47,6 +47,7 @@ def run_facts(
         "noise_levels": noise_shares(components, loss_function),
         "prompts": prompts,
         "media": components.family.media,
+        "has_control_images": components.datasets.train.num_controls(0) > 0,
         "trigger_words": components.config.export.trigger_words or "",
         "comfyui_reads_diffusers": isinstance(components.family, TransformerFamily),
         "pictures": data.pictures,

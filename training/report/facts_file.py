@@ -18,6 +18,7 @@ NO_FACTS: dict[str, Any] = {
     "noise_levels": [],
     "prompts": [],
     "media": "image",
+    "has_control_images": False,
     "trigger_words": "",
     "comfyui_reads_diffusers": True,
     "pictures": [],

@@ -121,6 +121,7 @@ def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication
     model = str(run.options["model"].get("path"))
     base_model = model if is_hub_id(model) else None
     media = run.facts.get("media", "image")
+    edits = bool(run.facts.get("has_control_images"))
     trigger_words = run.facts.get("trigger_words") or None
     widget = []
     for number, path in samples.items():
@@ -129,7 +130,7 @@ def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication
         base_model=base_model,
         library_name="diffusers",
         license=publication.license_name,
-        pipeline_tag=f"text-to-{media}",
+        pipeline_tag="image-to-image" if edits else f"text-to-{media}",
         tags=["lora", "diffusers", "template:sd-lora", "train-lora"],
         instance_prompt=trigger_words,
         widget=widget or None,
@@ -147,6 +148,7 @@ def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication
         peft_folder=exported_names(run).get("peft"),
         base=base_model or Path(model).name,
         repo=publication.repo,
+        edits=edits,
         base_model=base_model,
         trigger_words=trigger_words,
         num_images=run.facts.get("num_trained"),

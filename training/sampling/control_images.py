@@ -26,6 +26,8 @@ from training.sampling.prompts import (
 )
 
 ControlImages = list[Image.Image]
+NO_IMAGE = "none"
+"""Value of --ci for a sample without a control image."""
 
 
 def check_controls(config: SampleConfig, family: ModelFamily, background: str) -> None:
@@ -33,17 +35,21 @@ def check_controls(config: SampleConfig, family: ModelFamily, background: str) -
     take."""
     errors = []
     for place, prompt in located_prompts(config):
-        for path in prompt.controls:
+        for path in named_files(prompt):
             error = image_error(Path(path), family, background)
             if error is not None:
                 errors.append(f"{place}: --ci {path}: {error}")
-        count = len(prompt.controls)
-        limit = family.controls.max_count
-        if count > limit:
-            allowed = f"takes at most {limit}" if limit else "takes none"
-            errors.append(f"{place}: {count} control images (--ci); this model {allowed}")
+        if prompt.controls:
+            count_error = family.controls.count_error(len(named_files(prompt)))
+            if count_error is not None:
+                errors.append(f"{place}: --ci: {count_error}")
     if errors:
         raise ConfigError(error_list("samples cannot be drawn with these control images", errors))
+
+
+def named_files(prompt: SamplePrompt) -> tuple[str, ...]:
+    """Return the paths of the control images that a prompt names. `--ci none` names none."""
+    return () if prompt.controls == (NO_IMAGE,) else prompt.controls
 
 
 def image_error(path: Path, family: ModelFamily, background: str) -> str | None:
@@ -70,8 +76,8 @@ def images_of_prompts(
         return [[] for _ in prompts]
     images = []
     for number, prompt in enumerate(prompts):
-        contents: Sequence[bytes] = [Path(path).read_bytes() for path in prompt.controls]
-        if not contents and sample_controls:
+        contents: Sequence[bytes] = [Path(path).read_bytes() for path in named_files(prompt)]
+        if not prompt.controls and sample_controls:
             contents = sample_controls[number % len(sample_controls)]
         images.append(control_pictures(contents, data.background))
     return images

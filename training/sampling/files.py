@@ -138,6 +138,8 @@ def parameters_text(prompt: SamplePrompt, title: str) -> str:
     }
     if title:
         facts["Lora"] = title
+    if prompt.controls:
+        facts["Control images"] = " ".join(Path(path).name for path in prompt.controls)
     if prompt.strength is not None and prompt.strength != 1:
         facts["Lora strength"] = f"{prompt.strength:g}"
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))

@@ -76,6 +76,11 @@ def prepare_samples(
     if has_unused_negatives(family, prompts):
         notes.append("note: this model uses no negative prompts: --n has no effect on samples")
         prompts = [replace(prompt, negative=None) for prompt in prompts]
+    if lacks_control_images(dataset, prompts, sample_controls):
+        notes.append(
+            "note: the data has control images that cannot be read here, so samples are drawn without. "
+            "Name one for each prompt: --ci FILE"
+        )
     encoded: list[EncodedPrompt] | None = None
     error_text = missing_images_error(family, controls)
     if not config.model.train_text_encoder and error_text is None:
@@ -84,6 +89,17 @@ def prepare_samples(
         except Exception as error:  # drawing is worth less than the training
             encoded, error_text = [], describe_error(error, config)
     return PreparedSamples(prompts, encoded, error_text, tuple(notes), controls)
+
+
+def lacks_control_images(
+    dataset: LatentDataset,
+    prompts: Sequence[SamplePrompt],
+    sample_controls: Sequence[Sequence[bytes]],
+) -> bool:
+    """Return whether samples are drawn without control images, though the data has them: those of an
+    encoded data set are latents."""
+    has_controls = dataset.num_controls(0) > 0
+    return has_controls and not sample_controls and not all(prompt.controls for prompt in prompts)
 
 
 def has_unused_negatives(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> bool:
@@ -106,11 +122,23 @@ def run_prompts(
     if not prompts:
         captions = default_captions(dataset, has_images or family.has_image_input)
         prompts = [SamplePrompt(caption) for caption in captions]
+        if has_images:
+            prompts = in_own_sizes(prompts, dataset)
     side = sample_side(config, family)
     completed = []
     for number, prompt in enumerate(prompts):
         completed.append(prompt.completed(number, side, config.sample))
     return completed
+
+
+def in_own_sizes(prompts: Sequence[SamplePrompt], dataset: LatentDataset) -> list[SamplePrompt]:
+    """Return the captions of the first samples in the sizes of these samples: an edited image usually
+    keeps its shape."""
+    sized = []
+    for row, prompt in enumerate(prompts):
+        height, width = dataset.size(row)
+        sized.append(replace(prompt, width=width, height=height))
+    return sized
 
 
 def default_captions(dataset: LatentDataset, has_images: bool) -> list[str]:

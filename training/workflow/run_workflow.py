@@ -166,7 +166,7 @@ def run_workflow(
     graph = sample_graph(family, nodes, config.objective, sample)
     remarks = [remark, nodes.difference, *prompt_remarks(family, prompt)]
     scheduler = str(family.scheduler_config["_class_name"])
-    note = note_text(graph, scheduler, remarks)
+    note = note_text(graph, scheduler, remarks, prompt)
     return Workflow(
         editor=ui_form(graph, note, downloads()),
         server=api_form(graph),
@@ -207,7 +207,12 @@ def write_workflow(workflow: Workflow, folder: Path) -> list[Path]:
     return paths
 
 
-def note_text(graph: Graph, scheduler: str, remarks: Iterable[str] = ()) -> str:
+def note_text(
+    graph: Graph,
+    scheduler: str,
+    remarks: Iterable[str] = (),
+    prompt: SamplePrompt | None = None,
+) -> str:
     """Return the note of a graph: which files it needs, and what is not the same.
 
     `scheduler`: class of diffusers with which the trainer draws. `remarks`: empty ones are left out."""
@@ -229,7 +234,9 @@ def note_text(graph: Graph, scheduler: str, remarks: Iterable[str] = ()) -> str:
     if "UnetLoaderGGUF" in kinds:
         lines += ["", "GGUF files need the custom nodes ComfyUI-GGUF."]
     if kinds & IMAGE_ENCODERS:
-        lines += ["", "Choose the control images of the sample in the nodes Load Image."]
+        names = ", ".join(f"`{Path(path).name}`" for path in prompt.controls) if prompt else ""
+        files = f": {names}" if names else ""
+        lines += ["", f"Choose the control images of the sample in the nodes Load Image{files}."]
     elif "LoadImage" in kinds:
         lines += ["", "Choose the first frame of the video in the node Load Image."]
     samplers = {node.inputs.get("sampler_name") for node in graph.nodes} - {None}
