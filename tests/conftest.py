@@ -93,3 +93,17 @@ def run_here() -> Iterator[Callable[[list[str]], int]]:
 
     yield run
     reset_accelerate()
+
+
+@pytest.fixture
+def run_into(
+    options: list[str], run_here: Callable[[list[str]], int], tmp_path: Path
+) -> Callable[..., Path]:
+    """Runs with options into a folder of tmp_path; returns the folder."""
+
+    def run_with(name: str, *more: str) -> Path:
+        folder = tmp_path / name
+        assert run_here([*options, *more, f"--output_dir={folder}"]) == 0
+        return folder
+
+    return run_with

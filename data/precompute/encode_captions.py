@@ -1,6 +1,8 @@
 """The captions that the stores lack, encoded by the text encoders."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,7 +88,7 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
     with announced("loading the text encoders"):
         encoders = place_text_encoders(family.load_encoders("text"), placement, job.device)
     captions = job.progress(missing.rows(share), len(share), "captions")
-    encode = encode_texts
+    encode: Callable[..., list[dict[str, Tensor]]] = partial(encode_texts, job)
     if family.controls.is_seen_by_text_encoder:
         encode = CaptionsWithImages(job).encode
     with store.writer() as writer:
@@ -95,7 +97,7 @@ def encode_captions(job: EncodeJob, store: Store, missing: Table[MissingCaption]
             texts = [caption.text for caption in batch_captions]
             num_tokens, max_tokens = family.count_tokens(texts)
             long_captions.add(texts, num_tokens, max_tokens)
-            conds = encode(job, encoders, batch_captions)
+            conds = encode(encoders, batch_captions)
             for caption, cond in zip(batch_captions, conds, strict=True):
                 writer.add(caption.key, cond)
     release_text_encoders(encoders)
@@ -113,10 +115,9 @@ class CaptionsWithImages:
         self.file: ListedContent | None = None
         """The file that was read last."""
 
-    def encode(
-        self, job: EncodeJob, encoders: Any, captions: list[MissingCaption]
-    ) -> list[dict[str, Tensor]]:
+    def encode(self, encoders: Any, captions: list[MissingCaption]) -> list[dict[str, Tensor]]:
         """Return the conditioning of each caption. Raises DataError if an image has changed."""
+        job = self.job
         conds = []
         for caption in captions:
             file = self._read(caption.listed)
@@ -128,17 +129,26 @@ class CaptionsWithImages:
 
     def _read(self, index: int) -> ListedContent:
         """Return the file of a listed sample."""
-        if self.file is None or self.file.listed != index:
-            listed = self.job.listed.rows(np.array([index]))
-            (self.file,) = self.job.planner.sources.contents(listed)
-        return self.file
+        file = self.file
+        if file is not None and file.listed == index:
+            return file
+        indices = np.array([index])
+        listed = self.job.listed.rows(indices)
+        (file,) = self.job.planner.sources.contents(listed)
+        self.file = file
+        return file
 
     def _check(self, file: ListedContent, caption: MissingCaption) -> None:
         """Raise DataError if a file cannot be read any more, or differs from the plan."""
         if isinstance(file.content, DataError):
             raise DataError(f"{file.sample.name}: {file.content}")
-        hashes = ContentHashes(key_of(file.content), key_of(), key_of(*file.controls))
-        key = self.job.planner.controls.caption_key(caption.text, hashes)
+        hashes = ContentHashes(
+            content=key_of(file.content),
+            mask=key_of(),
+            controls=key_of(*file.controls),
+        )
+        keys = self.job.planner.controls
+        key = keys.caption_key(caption.text, hashes)
         if key != caption.key:
             raise DataError(changed_message(file.sample.name))
 

@@ -16,7 +16,6 @@ from common.errors import ModelError
 from models.base import base_metadata
 from models.comfy import ComfyLayout, PooledLayout
 from models.comfy_nodes import ComfyGuidance, ComfyNodes
-from models.controls import control_latents
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import PATCH, image_ids, pack, unpack
 from models.families.transformer_family import (
@@ -91,10 +90,7 @@ class FluxFamily(TransformerFamily):
     ) -> Tensor:
         height, width = noisy.shape[2:]
         text = cond["prompt_embeds"]
-        images = [noisy]
-        for control in control_latents(cond):
-            images.append(self.normalize(control).to(noisy.dtype))
-        tokens, positions = tokens_of_images(images)
+        tokens, positions = tokens_of_images(self.with_controls(noisy, cond))
         predicted = denoiser(
             hidden_states=tokens,
             timestep=timestep / 1000,

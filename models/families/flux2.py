@@ -19,7 +19,6 @@ from models.comfy_nodes import ComfyGuidance, ComfyNodes
 from models.controls import (
     ControlLimits,
     ControlSize,
-    control_latents,
     limited_area,
     rounded_down,
 )
@@ -173,10 +172,7 @@ class Flux2Family(TransformerFamily):
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
         height, width = noisy.shape[-2:]
-        images = [noisy]
-        for control in control_latents(cond):
-            normalized = self.normalize(control)
-            images.append(normalized.to(noisy.dtype))
+        images = self.with_controls(noisy, cond)
         rows = [image.flatten(2) for image in images]
         tokens = torch.cat(rows, 2)
         text_positions = torch.arange(TOKENS, device=noisy.device)[:, None]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.comfy_nodes import ComfyNodes
-from models.controls import control_latents
 from models.encoder_placement import keep_first_layers
 from models.families.packing import PATCH, pack, unpack
 from models.families.qwen_vae import QwenVaeFamily
@@ -97,10 +96,10 @@ class QwenImage(QwenVaeFamily):
         height, width = noisy.shape[-2:]
         tokens = []
         shapes = []
-        for image in (noisy, *control_latents(cond)):
-            latents = image if image is noisy else self.normalize(image).to(noisy.dtype)
+        for latents in self.with_controls(noisy, cond):
             tokens.append(pack(latents))
-            shapes.append((1, image.shape[2] // PATCH, image.shape[3] // PATCH))
+            rows, columns = latents.shape[2] // PATCH, latents.shape[3] // PATCH
+            shapes.append((1, rows, columns))
         # without a mask attention is faster, and nothing is copied to the device
         has_padding = len(set(cond["lengths"])) > 1
         predicted = denoiser(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.block_format import BlockFormat
+from models.controls import control_latents
 from models.diffusers_family import DiffusersFamily
 from models.layer_loading import LayerReader, open_weights
 from models.quantization import quantizable_layers
@@ -47,6 +48,16 @@ class TransformerFamily(DiffusersFamily):
         """The guidance input of a guidance-distilled model in training: 1, as in other trainers."""
         scale = self.config.guidance_scale
         return 1.0 if scale is None else scale
+
+    def with_controls(self, noisy: Tensor, cond: dict[str, Any]) -> list[Tensor]:
+        """Return the noisy latents, followed by those of all control images.
+
+        Those of control images are normalized."""
+        images = [noisy]
+        for latents in control_latents(cond):
+            normalized = self.normalize(latents)
+            images.append(normalized.to(noisy.dtype))
+        return images
 
     def load_single_file(
         self, denoiser_class: Any, dtype: torch.dtype, blocks: BlockFormat

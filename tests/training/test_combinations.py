@@ -5,7 +5,6 @@ takes two rows of the table per algorithm, `make test-long` the whole table, whe
 """
 
 import itertools
-from pathlib import Path
 
 import pytest
 from helpers.runs import assert_same_result
@@ -45,41 +44,29 @@ def small_activations(monkeypatch):
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
 
 
-@pytest.fixture
-def run(options, run_here, tmp_path):
-    """Runs with options into a folder of tmp_path; returns the folder."""
-
-    def run_with(name: str, *more: str) -> Path:
-        folder = tmp_path / name
-        assert run_here([*options, *more, f"--output_dir={folder}"]) == 0
-        return folder
-
-    return run_with
-
-
 def options_of(algorithm: str, quantization: str) -> list[str]:
     base = [f"--algorithm={algorithm}", f"--model.quantization={quantization}", "--steps=3"]
     return [*base, "--training_dtype=bf16", "--tracking.log_every=1"]
 
 
 @pytest.mark.parametrize(("algorithm", "quantization", "offload", "checkpoints"), short_table())
-def test_a_row_of_the_table(run, algorithm, quantization, offload, checkpoints):
+def test_a_row_of_the_table(run_into, algorithm, quantization, offload, checkpoints):
     base = options_of(algorithm, quantization)
     saving = ["--gradient_checkpointing", *OFFLOADS[offload], *CHECKPOINTS[checkpoints]]
-    assert_same_result(run("plain", *base), run("saving", *base, *saving))
+    assert_same_result(run_into("plain", *base), run_into("saving", *base, *saving))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_whole_table(run, algorithm, quantization):
+def test_the_whole_table(run_into, algorithm, quantization):
     base = options_of(algorithm, quantization)
-    plain = run("plain", *base)
+    plain = run_into("plain", *base)
     for offload, checkpoints in itertools.product(OFFLOADS, CHECKPOINTS):
         saving = ["--gradient_checkpointing", *OFFLOADS[offload], *CHECKPOINTS[checkpoints]]
         name = f"{offload} {checkpoints}"
-        run(name, *base, *saving, "--steps=2")
-        assert_same_result(plain, run(name, *base, *saving))
+        run_into(name, *base, *saving, "--steps=2")
+        assert_same_result(plain, run_into(name, *base, *saving))
 
 
 def test_the_short_table_has_every_value():

@@ -26,26 +26,14 @@ from training.loss import build_loss
 PRESERVE = ["--objective.preserve.weight=1", "--objective.preserve.prompts", "a face", ""]
 
 
-@pytest.fixture
-def run(options, run_here, tmp_path):
-    """Runs with options into a folder of tmp_path; returns the folder."""
-
-    def run_with(name: str, *more: str) -> Path:
-        folder = tmp_path / name
-        assert run_here([*options, *more, f"--output_dir={folder}"]) == 0
-        return folder
-
-    return run_with
-
-
 def metrics(folder: Path, name: str) -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for row in rows if name in row]
 
 
-def test_training_losses_are_those_of_the_captions(run):
+def test_training_losses_are_those_of_the_captions(run_into):
     """The first step has the same loss; later ones differ, because the gradients do."""
-    plain, preserving = run("plain"), run("preserving", *PRESERVE)
+    plain, preserving = run_into("plain"), run_into("preserving", *PRESERVE)
     losses, adapter = result_of(plain)
     other_losses, other_adapter = result_of(preserving)
     assert other_losses[0] == losses[0]
@@ -57,19 +45,19 @@ def test_training_losses_are_those_of_the_captions(run):
     assert metrics(plain, "train/preservation") == []
 
 
-def test_a_larger_weight_preserves_more(run):
+def test_a_larger_weight_preserves_more(run_into):
     rate = ("--learning_rate=1e-2", "--steps=30", "--tracking.log_every=30")
     prompt = ("--objective.preserve.prompts", "a face")
-    light = run("light", *rate, "--objective.preserve.weight=1e-6", *prompt)
-    heavy = run("heavy", *rate, "--objective.preserve.weight=10", *prompt)
+    light = run_into("light", *rate, "--objective.preserve.weight=1e-6", *prompt)
+    heavy = run_into("heavy", *rate, "--objective.preserve.weight=10", *prompt)
     assert metrics(heavy, "train/preservation")[0] < 0.5 * metrics(light, "train/preservation")[0]
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_killed_run_goes_on_bit_for_bit(run, run_here, options, tmp_path, every):
+def test_a_killed_run_goes_on_bit_for_bit(run_into, run_here, options, tmp_path, every):
     more = [*PRESERVE, f"--objective.preserve.every={every}", "--grad_accumulation_steps=2"]
-    whole = run("whole", *more)
-    half = run("half", *more, "--steps=3")
+    whole = run_into("whole", *more)
+    half = run_into("half", *more, "--steps=3")
     mine = [*options, *more, f"--output_dir={half}", "--steps=6"]
     assert run_here(mine) == 0
     assert_same_result(whole, half)
@@ -83,9 +71,9 @@ def test_a_killed_run_goes_on_bit_for_bit(run, run_here, options, tmp_path, ever
     ],
     ids=["offload", "OFT"],
 )
-def test_memory_options_change_no_bit(run, more):
+def test_memory_options_change_no_bit(run_into, more):
     plain = [option for option in more if option.startswith("--algorithm")]
-    assert_same_result(run("plain", *PRESERVE, *plain), run("small", *PRESERVE, *more))
+    assert_same_result(run_into("plain", *PRESERVE, *plain), run_into("small", *PRESERVE, *more))
 
 
 @pytest.mark.parametrize(
