@@ -6,6 +6,7 @@ trains, validates, saves, exports and draws a preview. See helpers/fake_cuda.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from lora_algos import ALGORITHMS
 RUN = PROJECT / "tests" / "helpers" / "fake_cuda" / "run.py"
 QUIET_STEPS = (1, 2)
 """Steps after which nothing is logged."""
-WITH_MASK = {"chroma", "krea2", "qwen_image"}
+WITH_MASK = {"chroma", "krea2", "qwen_image", "qwen_image_edit", "qwen_image_edit_plus"}
 """Families that mask the padding of captions, if those of a batch have different lengths."""
 FP32_PRODUCTS = {
     "LoHa": {"lora_algos/loha.py:row_product_grads"},
@@ -124,7 +125,18 @@ def family_options(case: Case, images: Path, videos: Path, folder: Path) -> list
         if case.first_frame
         else []
     )
+    for option in ("--data.control_paths", "--data.validation_control_paths"):
+        if case.controls:
+            data += [option, *[str(control_folder(images))] * case.controls]
     return options_of(folder / str(case), folder_of(case), images, 3, *case.options, *data)
+
+
+def control_folder(images: Path) -> Path:
+    """A copy of the images, which are their own control images."""
+    folder = images.parent / "controls"
+    if not folder.is_dir():
+        shutil.copytree(images, folder, ignore=shutil.ignore_patterns("*.txt"))
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.precompute import encode
+from data.precompute import encode, encode_captions
 from training.distributed.engine import Engine
 from training.memory.phase_watch import PhaseWatch
 
@@ -116,7 +116,7 @@ def test_options_that_are_set_are_not_advised(options, run_here, tmp_path, monke
 
 
 def test_captions_that_do_not_fit_say_so(options, run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encode, "encode_texts", full)
+    monkeypatch.setattr(encode_captions, "encode_texts", full)
     assert run_here([*options, f"--data.cache_dir={tmp_path / 'cache'}"]) == 1
     line = advice(capsys)
     assert "--data.encode_batch_size 4 (now 8), or --model.text_encoder_placement layers" in line

@@ -99,7 +99,11 @@ class FakeCuda(TorchDispatchMode):
             return self.copy_into(*args, **kwargs)
         is_copy = name == "aten::_to_copy"
         is_copy_to_host = is_copy and target == "cpu"
-        if not is_copy:
+        if name == "aten::index" and isinstance(tensors[0], DeviceTensor):
+            # PyTorch takes indices of the host, as Qwen2.5-VL's vision tower has them, and waits to copy them
+            if len(on_device) < len(tensors):
+                self.record.add_read("indices of the host")
+        elif not is_copy:
             check_devices(name, tensors, kwargs)
         if is_copy_to_host:
             self.record.add_read("copy to the host")

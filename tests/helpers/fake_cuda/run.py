@@ -24,7 +24,9 @@ def main() -> int:
     from helpers.fake_cuda.device import fake_cuda
     from helpers.project import reset_accelerate
     from helpers.runs import labeled_steps
+    from helpers.small_controls import shrink
 
+    shrink()
     results = []
     for options in json.loads(Path(sys.argv[2]).read_text()):
         reset_accelerate()
