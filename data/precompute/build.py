@@ -275,7 +275,7 @@ class DatasetBuilder:
         return unsuited_samples(
             self.sources,
             self.open_listed(),
-            FactsCache(self._facts_folder),
+            self._facts_folder,
             self.family,
         )
 

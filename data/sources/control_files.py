@@ -38,18 +38,26 @@ def numbered_files(files: Iterable[Path], pattern: re.Pattern[str]) -> FilesByNa
     return ordered
 
 
-def repeated_numbers(files: Iterable[Path], pattern: re.Pattern[str]) -> list[Path]:
-    """Return the control images of one image that have the same number."""
+def number_of(file: Path, pattern: re.Pattern[str]) -> int:
+    """Return the number in the name of a control image, 0 if it has none."""
+    match = pattern.fullmatch(file.stem)
+    if match is None:
+        return 0
+    return int(match[2] or 0)
+
+
+def check_repeats(image: Path, files: list[Path], numbers: list[int]) -> None:
+    """Raise DataError if several control images of an image have the same number."""
     files_of_number: dict[int, list[Path]] = {}
-    for file in files:
-        match = pattern.fullmatch(file.stem)
-        digits = match[2] if match is not None else None
-        files_with_it = files_of_number.setdefault(int(digits or 0), [])
-        files_with_it.append(file)
+    for file, number in zip(files, numbers, strict=True):
+        files_with_number = files_of_number.setdefault(number, [])
+        files_with_number.append(file)
     for repeated in files_of_number.values():
         if len(repeated) > 1:
-            return repeated
-    return []
+            names = " and ".join(file.name for file in repeated)
+            raise DataError(
+                f"{image}: several files for one control image, {names}. Keep one of them"
+            )
 
 
 class ControlFolder:
@@ -129,27 +137,15 @@ def check_numbers(image: Path, files: list[Path]) -> None:
     """Raise DataError unless the numbers of an image's control images are 0, 1, 2 or 1, 2, 3.
 
     A file with the name of the image is number 0."""
-    files_of_number: dict[int, list[Path]] = {}
+    numbers = []
     for file in files:
-        number = 0
-        if file.stem != image.stem:
-            number = int(file.stem.removeprefix(f"{image.stem}_"))
-        files_with_it = files_of_number.setdefault(number, [])
-        files_with_it.append(file)
-    for repeated in files_of_number.values():
-        if len(repeated) > 1:
-            raise DataError(several_message(image, repeated))
-    numbers = sorted(files_of_number)
-    first = min(numbers[0], 1)
-    if numbers != list(range(first, first + len(numbers))):
+        number = 0 if file.stem == image.stem else number_of(file, NUMBERED_NAME)
+        numbers.append(number)
+    check_repeats(image, files, numbers)
+    first = min(*numbers, 1)
+    if sorted(numbers) != list(range(first, first + len(numbers))):
         names = ", ".join(file.name for file in files)
         raise DataError(f"{image}: the numbers of its control images have a gap: {names}")
-
-
-def several_message(image: Path | str, files: Iterable[Path]) -> str:
-    """Return the error of several files for one control image."""
-    names = " and ".join(file.name for file in files)
-    return f"{image}: several files for one control image, {names}. Keep one of them"
 
 
 def column_names(configured: tuple[str, ...] | None, existing: Iterable[str]) -> list[str]:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import DataError
 from data.media.images import EXTENSIONS as IMAGE_EXTENSIONS
 from data.media.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data.sources.control_files import (
     CONTROL_NAME,
+    check_repeats,
+    number_of,
     numbered_files,
-    repeated_numbers,
-    several_message,
 )
 from data.sources.metadata import METADATA_NAMES, is_utf8
 
@@ -130,10 +131,11 @@ def add_controls(
         if name not in media_stems:
             continue
         directory.controls[name] = files
-        repeated = repeated_numbers(files, CONTROL_NAME)
-        if repeated:
-            image = directory.path / name
-            directory.errors.append(several_message(image, repeated))
+        numbers = [number_of(file, CONTROL_NAME) for file in files]
+        try:
+            check_repeats(directory.path / name, files, numbers)
+        except DataError as error:
+            directory.errors.append(str(error))
 
 
 def is_caption(name: str, kinds: FileKinds) -> bool:
