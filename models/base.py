@@ -28,7 +28,7 @@ from models.block_format import PLAIN, BlockFormat
 from models.blocks import find_blocks
 from models.comfy import ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
-from models.config import ModelConfig
+from models.config import ModelConfig, has_distilled_name
 from models.controls import NO_CONTROLS, ControlLimits, ControlSize
 from models.layer_names.names import LayerNames
 from models.model_files import ModelFiles
@@ -123,6 +123,8 @@ class ModelFamily(ABC):
     a tuple that can be read without waiting for the device."""
     has_guidance_input: ClassVar[bool] = False
     """True if some models of the family are guidance-distilled (--model.guidance_scale)."""
+    undistilled_model: ClassVar[str] = ""
+    """The model to train instead of one that was distilled to few steps."""
     has_image_input: ClassVar[bool] = False
     """True if its pipeline takes a first frame besides the prompt."""
     same_files_as: ClassVar[str | None] = None
@@ -154,6 +156,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def comfy(self) -> ComfyLayout:
         """ComfyUI's layout of conditioning and latents."""
+
+    @property
+    def is_distilled(self) -> bool:
+        """True if the model was distilled to few steps, by its name or its configuration."""
+        return self.config.path is not None and has_distilled_name(self.config.path)
 
     @property
     def sample_conditioning(self) -> tuple[str, ...]:

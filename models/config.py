@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ else:
     FamilyName = Literal[tuple(FAMILIES)]
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 """Suffixes of files of a model's weights."""
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)", re.ASCII)
+"""owner/name/file.safetensors"""
 Quantization = Literal["none", "fp8", "int8", "nf4"]
 """Format of frozen weights: none, or a key of FORMATS in models/quantization.py."""
 Placement = Literal["device", "layers", "cpu"]
@@ -66,14 +68,61 @@ class ModelConfig:
     in CPU memory; each layer is copied to the GPU when it is needed. cpu: encode on the CPU."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Guidance input of a guidance-distilled model, such as FLUX.1 dev, in training. None: 1."""
+    assistant_lora: str | None = None
+    """For a distilled model: a training adapter, a LoRA that undoes the distillation. A .safetensors
+    file, a folder of PEFT or owner/name/file.safetensors of the Hub. It is frozen and not exported.
+    sample.assistant_strength: its strength in samples."""
     expert: Literal["high", "low"] | None = None
     """For a model with two denoisers, such as Wan 2.2 A14B: the one to train, at high or at low noise
     levels."""
 
 
+DISTILLED_NAME = re.compile(
+    r"(?<!de)(?<!de[-_])(?<!un)(turbo|schnell|lightning|distill|(?<![a-z])lcm(?![a-z]))",
+    re.IGNORECASE,
+)
+"""Part of the name of a model that was distilled to few steps. `de-turbo` and `undistilled` are not."""
+
+
+def has_distilled_name(path: str) -> bool:
+    """Return whether the name of a model says that it was distilled to few steps."""
+    return DISTILLED_NAME.search(Path(path).name) is not None
+
+
 def is_hub_id(path: str) -> bool:
     """Return whether a path is owner/name and there is no local folder `owner`: a Hub id."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).parent.exists()
+
+
+class HubFile(NamedTuple):
+    """A file in a repository of the Hub."""
+
+    repo: str
+    name: str
+
+
+def hub_file_of(path: str) -> HubFile | None:
+    """Return the file that a path owner/name/file.safetensors means; None for a local path."""
+    match = HUB_FILE.fullmatch(path)
+    if match is None or Path(path).exists() or Path(match[1]).parent.exists():
+        return None
+    return HubFile(match[1], match[2])
+
+
+def assistant_error(config: ModelConfig) -> str | None:
+    """Return why `config.assistant_lora` cannot be one, as the text after its flag, or None. Looks at
+    names only."""
+    if config.assistant_lora is None or hub_file_of(config.assistant_lora) is not None:
+        return None
+    path = Path(config.assistant_lora)
+    rule = (
+        "expected a .safetensors file, a folder of PEFT, or owner/name/file.safetensors of the Hub"
+    )
+    if not path.exists():
+        return f" {path}: does not exist; {rule}. Check the path"
+    if path.is_file() and path.suffix != ".safetensors":
+        return f" {path}: is a {path.suffix or 'nameless'} file; {rule}. Choose another file"
+    return None
 
 
 def text_encoder_errors(config: ModelConfig) -> list[str]:

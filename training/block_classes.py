@@ -25,7 +25,8 @@ def with_forward(
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (marker, cls), members)
+    # the class comes first: the memory layout of objects must not change
+    return type(cls.__name__, (cls, marker), members)
 
 
 def outermost(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:

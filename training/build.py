@@ -8,8 +8,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from adapter_files import files
-from adapter_files.reader import import_layers
 from adapter_files.spellings import LayerSpellings, layer_spellings
 from common.errors import AdapterError, ConfigError, ModelError, error_list
 from lora_algos.adapted_model import AdaptedModel
@@ -23,6 +21,8 @@ from models.quantization import quantize_blocks
 from objectives.objective import Objective
 from training import block_offload, compilation, gradient_checkpointing
 from training.activation_offload import ActivationCopier
+from training.adapter_source import read_source
+from training.assistant import attach_assistant, read_assistant
 from training.checkpoints.best import validation_errors
 from training.components import RunComponents
 from training.config import TrainConfig
@@ -34,10 +34,6 @@ from training.metadata import total_steps_of
 from training.optim.arguments import optimizer_errors
 from training.optim.schedule import build_optimizer
 
-TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
-"""First part of the keys of text encoders in adapter files."""
-MAX_SHOWN_KEYS = 3
-"""Keys of a file that is not an adapter, which its error shows."""
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
 
 
@@ -176,6 +172,9 @@ def attach_adapters(
     """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing
     adapter."""
     plan = adapter_plan(config)
+    assistant = {}
+    if config.model.assistant_lora is not None:
+        assistant = read_assistant(config.model.assistant_lora, denoiser, names)
     if config.existing_lora is not None:
         adapted, previous_steps = attach_existing(
             config.existing_lora, family, denoiser, names, plan
@@ -194,6 +193,7 @@ def attach_adapters(
         raise AdapterError(
             "--adapter.targets: no prediction depends on the matching layers. Choose other layers"
         )
+    attach_assistant(denoiser, assistant)
     return adapted, previous_steps
 
 
@@ -214,10 +214,12 @@ def check_adapters(config: TrainConfig, family: ModelFamily) -> None:
         )
     denoiser = family.empty_denoiser()
     plan = adapter_plan(config)
+    names = layer_spellings(family, denoiser)
+    if config.model.assistant_lora is not None:
+        read_assistant(config.model.assistant_lora, denoiser, names)
     if config.existing_lora is None:
         check_specs(denoiser, plan.specs(denoiser, family.targets))
     else:
-        names = layer_spellings(family, denoiser)
         attach_existing(config.existing_lora, family, denoiser, names, plan)
 
 
@@ -225,27 +227,13 @@ def attach_existing(
     path: str, family: ModelFamily, denoiser: nn.Module, names: LayerSpellings, plan: AdapterPlan
 ) -> tuple[AdaptedModel, int]:
     """Attach the adapters of a file; return them and the steps for which they were trained."""
+    advice = "Use --model.train_text_encoder to continue these"
     try:
-        tensors, metadata = files.read_adapter(path)
-    except AdapterError as error:
-        raise AdapterError(f"--existing_lora {path}: is not readable: {error}") from error
-    layers, unknown = import_layers(tensors, metadata, denoiser, names)
-    has_text_encoders = any(key.startswith(TEXT_ENCODER_PREFIXES) for key in tensors)
-    if not layers and not has_text_encoders:
-        keys = ", ".join(sorted(tensors)[:MAX_SHOWN_KEYS])
-        raise AdapterError(
-            f"--existing_lora {path}: is not an adapter of this model: no key belongs to a layer "
-            f"({keys}, ...)"
-        )
-    if has_text_encoders and not names.text_encoders:
-        unknown.insert(
-            0, "it has layers of text encoders. Use --model.train_text_encoder to continue these"
-        )
-    try:
-        adapted = attach_from_file(denoiser, layers, unknown, plan, family.targets)
+        source = read_source(path, denoiser, names, advice)
+        adapted = attach_from_file(denoiser, source.layers, source.errors, plan, family.targets)
     except AdapterError as error:
         raise AdapterError(f"--existing_lora {path}: {error}") from error
-    return adapted, total_steps_of(path, metadata)
+    return adapted, total_steps_of(path, source.metadata)
 
 
 def build_engine(accelerator: Accelerator, components: RunComponents) -> Engine:

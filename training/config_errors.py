@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.hub import repo_error
 from data.config import DataConfig
-from models.config import is_hub_id, path_error, text_encoder_errors
+from models.config import assistant_error, is_hub_id, path_error, text_encoder_errors
 from objectives.config import objective_errors
 from training.config import TrainConfig
 from training.sampling.prompts import prompt_errors
@@ -29,6 +29,9 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += folder_errors("output_dir", config.output_dir)
     errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
+    error = assistant_error(config.model)
+    if error:
+        errors.append(f"--model.assistant_lora{error}")
     errors += missing_path_errors("sample.score_model", config.sample.score_model)
     has_text_rate = config.optim.text_encoder_learning_rate is not None
     if has_text_rate and not config.model.train_text_encoder:

@@ -60,6 +60,8 @@ class SampleConfig:
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
     """Classifier-free guidance scale. For guidance-distilled models such as FLUX.1 dev: the guidance
     input."""
+    assistant_strength: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Strength of model.assistant_lora in samples. 0: samples show the adapter on the distilled model."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
     """Seed of the noise; prompt number n uses seed + n."""
 

@@ -290,6 +290,7 @@ def build_components(
     from common.process import ProcessInfo
     from data.precompute.build import DatasetBuilder
     from training import build
+    from training.assistant import distillation_notes
     from training.components import RunComponents
     from training.distributed.device import host_threads
     from training.distributed.sharding import needs_contiguous_weights
@@ -302,7 +303,7 @@ def build_components(
     from training.summary import data_lines
 
     family = build.load_family(config)
-    for note in build.format_notes(config, family):
+    for note in [*build.format_notes(config, family), *distillation_notes(config, family)]:
         record.say(note)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode

@@ -12,6 +12,7 @@ from data.dataset import LatentDataset
 from data.precompute.build import Datasets
 from models.blocks import inner_blocks
 from models.quantized_weight import QuantizedWeight
+from training.assistant import AssistedLayer
 from training.block_classes import outermost
 from training.block_offload import offloaded_blocks
 from training.components import RunComponents
@@ -115,6 +116,19 @@ def adapter_lines(components: RunComponents) -> list[str]:
     for description, count in counts.items():
         lines.append(f"adapter     {count} layers: {description}")
     return lines
+
+
+def assistant_lines(components: RunComponents) -> list[str]:
+    """Return a line about the assistant LoRA."""
+    config = components.config
+    if config.model.assistant_lora is None:
+        return []
+    modules = components.adapted.model.modules()
+    num_layers = sum(isinstance(module, AssistedLayer) for module in modules)
+    return [
+        f"assistant   {config.model.assistant_lora}: {num_layers} layers, frozen and not exported; "
+        f"strength 1 in training, {config.sample.assistant_strength:g} in samples"
+    ]
 
 
 def parameter_line(components: RunComponents) -> str:
@@ -302,6 +316,7 @@ def summary(
     lines = [
         *model_lines(components, loss_function, process.device),
         *adapter_lines(components),
+        *assistant_lines(components),
         parameter_line(components),
         *checkpointing_lines(components),
         *step_lines(components, micro_batches_per_step, process.count),

@@ -134,6 +134,7 @@ class Flux1(FluxFamily):
         "text_encoder_2": T5_PREFIX,
     }
     has_guidance_input = True
+    undistilled_model = "FLUX.1 dev (black-forest-labs/FLUX.1-dev)"
     comfy_widths: ClassVar = {4096: "FLUX.1"}
 
     @classmethod
@@ -156,6 +157,11 @@ class Flux1(FluxFamily):
                 f"--model.config {self.files.source} describes a model without one, like schnell. "
                 "Use the configuration of the same model"
             )
+
+    @property
+    def is_distilled(self) -> bool:
+        """True for schnell."""
+        return not self.denoiser_config["guidance_embeds"] or super().is_distilled
 
     @property
     def max_tokens(self) -> int:

@@ -24,6 +24,7 @@ class Flux2Klein(Flux2Family):
     name = "flux2_klein"
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline")
     text_layers = (9, 18, 27)
+    undistilled_model = "the base model of its size (black-forest-labs/FLUX.2-klein-base-4B or -9B)"
     comfy_widths: ClassVar = {WIDTH_4B: "FLUX.2 klein 4B", 12288: "FLUX.2 klein 9B"}
 
     @property
@@ -38,9 +39,12 @@ class Flux2Klein(Flux2Family):
             has_size_scheduler=True,
         )
 
+    @property
+    def is_distilled(self) -> bool:
+        return bool(self.files.pipeline_config.get("is_distilled", False))
+
     def comfy_guidance(self, scale: float) -> ComfyGuidance:
-        is_distilled = self.files.pipeline_config.get("is_distilled", False)
-        return ComfyGuidance(1.0) if is_distilled else cfg_guidance(scale)
+        return ComfyGuidance(1.0) if self.is_distilled else cfg_guidance(scale)
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -107,6 +107,7 @@ class Krea2(QwenVaeFamily):
     variable_length: ClassVar = {"prompt_embeds": None}
     max_tokens = TOKENS
     neutral_guidance = 0.0  # 1 is 2 in other models
+    undistilled_model = "Krea 2 Raw (krea/Krea-2-Raw)"
     cond_width_key = "text_hidden_dim"
     targets: ClassVar = {
         "attention": ATTENTION,

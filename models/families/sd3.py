@@ -70,6 +70,7 @@ class StableDiffusion3(TransformerFamily):
     model has no mask: captions of different lengths are in different batches."""
 
     name = "sd3"
+    undistilled_model = "SD3.5 large (stabilityai/stable-diffusion-3.5-large)"
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     denoiser_class = "SD3Transformer2DModel"
     text_components = (

@@ -59,6 +59,7 @@ class StableDiffusionXL(UNetFamily):
     """Stable Diffusion XL and its descendants."""
 
     name = "sdxl"
+    undistilled_model = "SDXL (stabilityai/stable-diffusion-xl-base-1.0)"
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused_components = ("feature_extractor", "image_encoder")

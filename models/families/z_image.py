@@ -40,6 +40,7 @@ class ZImage(TransformerFamily):
     """Conditioning is the encoder's last state but one, of the caption in a chat template."""
 
     name = "z_image"
+    undistilled_model = "Z-Image (Tongyi-MAI/Z-Image)"
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     denoiser_class = "ZImageTransformer2DModel"
     latent_shift = 0.1159

@@ -1,11 +1,14 @@
 """The documentation's code blocks, and a folder in which its commands run as a user runs them."""
 
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from helpers.project import BASE, PROJECT, TWEMOJI
 
@@ -45,11 +48,12 @@ def commands(name: str) -> list[str]:
 def words_of(command: str) -> list[str]:
     """Split a command into words, with the embedded model and images for <model> and <folder>."""
     model = str(BASE)
-    if "kontext" in command:
-        from helpers.families.flux1_kontext import CASE  # a slow import
-        from helpers.family_cases import folder_of
+    for family in ("flux1_kontext", "z_image"):
+        if f"recipes/{family}.yaml" in command:
+            from helpers.family_cases import cases, folder_of  # a slow import
 
-        model = str(folder_of(CASE))
+            case = next(case for case in cases() if case.family == family)
+            model = str(folder_of(case))
     command = command.replace("<model>", model).replace("<folder>", str(TWEMOJI / "train"))
     command = command.replace("recipes/sdxl.yaml", "recipes/sd15.yaml")  # of the embedded model
     return shlex.split(command)
@@ -65,6 +69,20 @@ def make_workspace(folder: Path) -> None:
     values = yaml.safe_load(recipe)
     values["model"]["path"] = str(BASE)
     (folder / "my_dog.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def make_training_adapter(path: Path) -> None:
+    """A LoRA of one layer of the tiny Z-Image model."""
+    from helpers.families.z_image import CASE  # a slow import
+    from helpers.family_cases import folder_of
+
+    config = json.loads((folder_of(CASE) / "transformer" / "config.json").read_text())
+    name, side = "transformer.layers.0.attention.to_q", config["dim"]
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(2, side),
+        f"{name}.lora_B.weight": torch.zeros(side, 2),
+    }
+    save_file(tensors, path)
 
 
 def make_pairs(folder: Path) -> None:

@@ -14,6 +14,7 @@ from helpers.pages import (
     SHORT_RUN,
     blocks,
     commands,
+    make_training_adapter,
     make_workspace,
     page,
     words_of,
@@ -89,6 +90,8 @@ def test_launch_commands_run(name, command, workspace, cache_dir, run_here):
         f"--data.cache_dir={cache_dir}",
         "--output_dir=out",
     ]
+    if "--model.assistant_lora" in words:
+        make_training_adapter(workspace / "training_adapter.safetensors")
     if position > 2:  # options of Accelerate
         launcher = accelerate_launch(*words[2:position])
         result = script(arguments, launcher, ACCELERATE_USE_CPU="true")

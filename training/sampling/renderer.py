@@ -15,6 +15,7 @@ from common.errors import counted
 from data.media.pictures import to_image, to_levels
 from models.base import ModelFamily
 from objectives.schedulers import override_scheduler
+from training.assistant import assistant_at_strength
 from training.components import RunComponents
 from training.distributed.failures import describe_error
 from training.distributed.sharding import is_sharded
@@ -186,7 +187,11 @@ class SampleRenderer:
                 if strength is None:
                     strength = self.prompts[number].strength
                 assert strength is not None  # prompts are completed
-                with adapted.at_strength(strength):
+                assistant_strength = self.config.sample.assistant_strength
+                with (
+                    adapted.at_strength(strength),
+                    assistant_at_strength(adapted.model, assistant_strength),
+                ):
                     image = self._draw(number)
                 if self.max_side:
                     image = shrunk(image[-1:], self.max_side)
