@@ -34,9 +34,12 @@ CAPTION_WAYS: dict[str, Changes] = {
 RECIPES = {
     "Stable Diffusion 1.5": "sd15",
     "SDXL": "sdxl",
+    "Stable Diffusion 1.5 Inpainting": "sd15_inpaint",
+    "SDXL Inpainting": "sdxl_inpaint",
     "SD3.5 medium": "sd3",
     "SD3.5 large": "sd3",
     "FLUX.1 dev": "flux1",
+    "FLUX.1 Fill dev": "flux1_fill",
     "Chroma1-HD": "chroma",
     "FLUX.2 klein 4B": "flux2_klein",
     "FLUX.2 klein 9B": "flux2_klein",

@@ -5,9 +5,12 @@ from typing import Any
 
 FAMILIES: dict[str, str] = {
     "sd15": "models.families.sd15",
+    "sd15_inpaint": "models.families.sd15_inpaint",
     "sdxl": "models.families.sdxl",
+    "sdxl_inpaint": "models.families.sdxl_inpaint",
     "sd3": "models.families.sd3",
     "flux1": "models.families.flux1",
+    "flux1_fill": "models.families.flux1_fill",
     "flux1_kontext": "models.families.flux1_kontext",
     "chroma": "models.families.chroma",
     "qwen_image": "models.families.qwen_image",

@@ -127,6 +127,8 @@ class ModelFamily(ABC):
     """The model to train instead of one that was distilled to few steps."""
     has_image_input: ClassVar[bool] = False
     """True if its pipeline takes a first frame besides the prompt."""
+    paints_masks: ClassVar[bool] = False
+    """True if it paints the part of an image that a mask shows, and is given the rest."""
     same_files_as: ClassVar[str | None] = None
     """A family whose single files have the same tensors: --model.family has to name this one."""
     controls: ClassVar[ControlLimits] = NO_CONTROLS
@@ -305,9 +307,12 @@ class ModelFamily(ABC):
                 "Remove the option"
             )
 
-    def encode_sample_conditioning(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
-        """WHEN: in precompute, if `sample_conditioning` has names. IN: as encode_media. OUT: the
-        tensors of these names, batch first, which describe the sample itself.
+    def encode_sample_conditioning(
+        self, encoders: Any, pixels: Tensor, masks: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """WHEN: in precompute, if `sample_conditioning` has names. IN: as encode_media; the masks
+        (B, H, W) of data.masks. OUT: the tensors of these names, batch first, which describe the
+        sample itself.
 
         For example the latents of a video's first frame. They are stored with the latents, and are
         in `cond` of predict."""
@@ -317,6 +322,11 @@ class ModelFamily(ABC):
         """WHEN: sizes are estimated. IN: shape of a sample's latents. OUT: the tensors of
         encode_sample_conditioning for one sample."""
         return {}
+
+    def mask_pixels(self, channels: Tensor) -> Tensor:
+        """WHEN: for previews of models that paint masks. IN: masks as encode_sample_conditioning
+        makes them. OUT: the masks (B, 1, H, W)."""
+        raise NotImplementedError(f"{self.name} paints no masks")
 
     def control_size(self, width: int, height: int, max_pixels: int | None) -> ControlSize:
         """WHEN: in precompute, if the model takes control images. IN: size of a control image, and the

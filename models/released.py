@@ -26,8 +26,21 @@ def released_models() -> dict[str, dict[str, Any]]:
     for model in content["models"].values():
         components = model["components"]
         for component, config_name in components.items():
-            components[component] = configs[config_name]
+            components[component] = complete_config(configs, config_name)
     return content["models"]
+
+
+def complete_config(configs: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return a configuration, which may state only how it differs from another one (`like`)."""
+    config = dict(configs[name])
+    other_name = config.pop("like", None)
+    if other_name is None:
+        return config
+    other_config = complete_config(configs, other_name)
+    return {
+        **other_config,
+        **config,
+    }
 
 
 def find_released_model(hub_id: str | None) -> dict[str, Any] | None:

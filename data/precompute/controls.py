@@ -66,7 +66,9 @@ class ControlKeys:
 
 
 def check_options(config: DataConfig, family: ModelFamily) -> None:
-    """Raise DataError for options about control images that the model has no use for."""
+    """Raise DataError for options about control images that the model has no use for, and for missing
+    masks."""
+    check_masks(config, family)
     limits = family.controls
     options: dict[str, object] = {
         "control_pixels": config.control_pixels,
@@ -91,6 +93,16 @@ def check_options(config: DataConfig, family: ModelFamily) -> None:
         raise DataError(
             f"--data.control_dropout {config.control_dropout}: models of the family {family.name} "
             "always need a control image. Remove the option"
+        )
+
+
+def check_masks(config: DataConfig, family: ModelFamily) -> None:
+    """Raise DataError for a model that paints masks, if the data has none."""
+    if family.paints_masks and config.masks == "none":
+        raise DataError(
+            f"--data.masks none: {family.name} paints the part of an image that a mask shows; expected "
+            "files or alpha. Put <name>_mask.png next to each image, white where the model paints, and "
+            "use --data.masks files"
         )
 
 

@@ -286,8 +286,7 @@ def encode_batch(
     """Encode media of one shape, and write a row for each.
 
     The last batch of a shape may be smaller than the others."""
-    pixels = [media.pixels for media in batch]
-    encoded = encode_pixels(job, encoders, pixels)
+    encoded = encode_pixels(job, encoders, batch)
     for index, media in enumerate(batch):
         tensors = {}
         for name, tensor in encoded.items():
@@ -314,20 +313,21 @@ def resize_mask(mask: Tensor, latents: Tensor) -> Tensor:
     return means[0]
 
 
-def encode_pixels(job: EncodeJob, encoders: Any, pixels: list[Tensor]) -> dict[str, Tensor]:
+def encode_pixels(job: EncodeJob, encoders: Any, batch: list[PreparedMedia]) -> dict[str, Tensor]:
     """Return raw latents, their deviation if it is stored, and the conditioning on the samples.
 
-    The batch is filled up with the first pixels."""
-    first = pixels[0]
-    num_padding = media_batch_size(job.config, first.shape) - len(pixels)
-    padding = [first] * num_padding
-    batch = torch.stack(pixels + padding)
-    batch = batch.to(job.device)
-    latents, deviation = job.family.encode_media(encoders, batch)
+    The batch is filled up with the first medium."""
+    first = batch[0]
+    num_padding = media_batch_size(job.config, first.pixels.shape) - len(batch)
+    padded = [*batch, *[first] * num_padding]
+    pixels = torch.stack([media.pixels for media in padded]).to(job.device)
+    latents, deviation = job.family.encode_media(encoders, pixels)
     encoded = {"latents": latents}
     declared_names = set(job.family.sample_conditioning)
     if declared_names:
-        cond = job.family.encode_sample_conditioning(encoders, batch)
+        masks = [media.mask for media in padded if media.mask is not None]
+        stacked_masks = torch.stack(masks).to(job.device) if masks else None
+        cond = job.family.encode_sample_conditioning(encoders, pixels, stacked_masks)
         assert set(cond) == declared_names
         assert declared_names.isdisjoint(MEDIA_TENSORS)
         encoded |= cond

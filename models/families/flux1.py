@@ -32,14 +32,23 @@ TOKENS = 512
 """Tokens of T5, the pipelines' default."""
 SCHNELL_TOKENS = 256
 """Tokens that schnell was trained with."""
+INPUT_KEY = "img_in.weight"
 BLOCK_KEYS = {
     "double_blocks.0.img_attn.qkv.weight",
     "single_blocks.0.linear1.weight",
-    "img_in.weight",
+    INPUT_KEY,
     "txt_in.weight",
 }
 """Tensors of FLUX.1 and Chroma."""
 GUIDANCE_KEY = "guidance_in.in_layer.weight"
+
+TOKEN_CHANNELS = 64
+"""Channels of a token of noisy latents alone."""
+INPUT_HINTS = {
+    TOKEN_CHANNELS: "It has no input for a mask. Use --model.family flux1 or flux1_kontext",
+    384: "It paints a part of an image. Use --model.family flux1_fill",
+}
+OTHER_INPUT = "It follows an image in a way that cannot be trained here. Use another model"
 
 
 class FluxFamily(TransformerFamily):
@@ -58,14 +67,17 @@ class FluxFamily(TransformerFamily):
         "all": r".*",
     }
 
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token of the denoiser's input."""
+        return self.latent_channels * PATCH**2
+
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         channels = config["in_channels"]
-        expected_channels = self.latent_channels * PATCH**2
-        if channels != expected_channels:
+        if channels != self.token_channels:
             raise ModelError(
-                f"--model.path {self.config.path}: takes {channels} channels per token, not "
-                f"{expected_channels}: it edits or follows an image, which cannot be trained here. "
-                "Use the text-to-image model"
+                f"--model.path {self.config.path}: takes {channels} channels per token; expected the "
+                f"{self.token_channels} of {self.name}. {INPUT_HINTS.get(channels, OTHER_INPUT)}"
             )
 
     def mask(self, num_image_tokens: int, cond: dict[str, Any]) -> Tensor | None:
@@ -80,6 +92,10 @@ class FluxFamily(TransformerFamily):
         image_mask = torch.ones(shape, dtype=torch.bool, device=text_mask.device)
         return torch.cat([text_mask, image_mask], 1)
 
+    def image_tokens(self, noisy: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, tokens, channels) of all images, and their positions (tokens, 3)."""
+        return tokens_of_images(self.with_controls(noisy, cond))
+
     @abstractmethod
     def denoiser_arguments(self, tokens: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         """Return the denoiser's arguments besides `tokens` (B, tokens of images, channels), their
@@ -90,7 +106,7 @@ class FluxFamily(TransformerFamily):
     ) -> Tensor:
         height, width = noisy.shape[2:]
         text = cond["prompt_embeds"]
-        tokens, positions = tokens_of_images(self.with_controls(noisy, cond))
+        tokens, positions = self.image_tokens(noisy, cond)
         predicted = denoiser(
             hidden_states=tokens,
             timestep=timestep / 1000,
@@ -118,13 +134,24 @@ def tokens_of_images(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(tokens, 1), torch.cat(positions)
 
 
+def is_flux1_file(shapes: Mapping[str, tuple[int, ...]], paints_masks: bool) -> bool:
+    """Return whether a single file has a FLUX.1 model of this kind.
+
+    Fill has inputs for noisy latents, the masked image and the mask; models that follow a control image
+    have two inputs."""
+    if not BLOCK_KEYS | {"vector_in.in_layer.weight"} <= shapes.keys():
+        return False
+    has_mask_input = shapes[INPUT_KEY][1] > 2 * TOKEN_CHANNELS
+    return has_mask_input == paints_masks
+
+
 class Flux1(FluxFamily):
     """FLUX.1: T5 sees 512 tokens, 256 for schnell, with padding that counts like text.
 
     ComfyUI's conditioning has 256 tokens, or as many as a longer caption."""
 
     name = "flux1"
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline")
     denoiser_class = "FluxTransformer2DModel"
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     caption_tokenizer = "tokenizer_2"
@@ -139,7 +166,7 @@ class Flux1(FluxFamily):
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return BLOCK_KEYS | {"vector_in.in_layer.weight"} <= shapes.keys()
+        return is_flux1_file(shapes, paints_masks=False)
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)

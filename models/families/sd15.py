@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from models.families.trained_text_encoder import with_trained_text_encoders
-from models.families.unet_family import SD2_WIDTH, UNetFamily
+from models.families.unet_family import SD2_WIDTH, UNetFamily, is_unet_file
 from models.layer_names.unet import UNetNames
 
 
@@ -15,7 +15,10 @@ class StableDiffusion(UNetFamily):
     """Stable Diffusion 1.x and 2.x."""
 
     name = "sd15"
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+    )
     unused_components = ("safety_checker", "feature_extractor", "image_encoder")
     file_prefixes: ClassVar = {**UNetFamily.file_prefixes, "text_encoder": ("cond_stage_model.",)}
     pipeline_options: ClassVar = {"requires_safety_checker": False}
@@ -25,7 +28,7 @@ class StableDiffusion(UNetFamily):
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" not in shapes
+        return is_unet_file(shapes, takes_sizes=False, paints_masks=False)
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)

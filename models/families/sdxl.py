@@ -17,7 +17,7 @@ from models.comfy import ComfyConditioning, ComfyLayout, Conditioning, PooledLay
 from models.comfy_nodes import ComfyNodes
 from models.families.trained_text_encoder import with_trained_text_encoders
 from models.families.transformer_family import pooled_rows
-from models.families.unet_family import UNetFamily
+from models.families.unet_family import UNetFamily, is_unet_file
 
 CROP_FIELDS = [1, 0, 5, 4, 7, 6]
 """Fields of data.media.buckets.Crop in the order of SDXL's time ids: original size, corner of the
@@ -60,7 +60,10 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     undistilled_model = "SDXL (stabilityai/stable-diffusion-xl-base-1.0)"
-    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+    )
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     unused_components = ("feature_extractor", "image_encoder")
     file_prefixes: ClassVar = {
@@ -74,7 +77,7 @@ class StableDiffusionXL(UNetFamily):
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return {"input_blocks.0.0.weight", "label_emb.0.0.weight"} <= shapes.keys()
+        return is_unet_file(shapes, takes_sizes=True, paints_masks=False)
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
         super().check_denoiser(config)

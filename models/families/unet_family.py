@@ -26,6 +26,17 @@ SD2_WIDTH = 1024
 MIN_V_DEVIATION = 0.09
 """Stable Diffusion 2's models of v have a larger deviation of that bias, those of epsilon a smaller
 one. This is how ComfyUI tells them apart, because their shapes are the same."""
+INPUT_KEY = "input_blocks.0.0.weight"
+"""The first convolution in a single file."""
+SIZE_KEY = "label_emb.0.0.weight"
+"""A layer of SDXL's size conditioning in a single file."""
+INPAINTING_CHANNELS = 9
+"""Channels of the input of a UNet that paints a part of an image."""
+INPUT_HINTS = {
+    4: "It makes images from text alone. Use --model.family sd15 or sdxl",
+    INPAINTING_CHANNELS: "It paints a part of an image. Use --model.family sd15_inpaint or sdxl_inpaint",
+}
+OTHER_INPUT = "It edits an image in another way, which cannot be trained here. Use another model"
 
 
 class UNetFamily(DiffusersFamily):
@@ -36,6 +47,8 @@ class UNetFamily(DiffusersFamily):
 
     media = "image"
     latent_channels = 4
+    num_input_channels: ClassVar[int] = 4
+    """Channels of the denoiser's input."""
     denoiser_component = "unet"
     denoiser_class = "UNet2DConditionModel"
     layer_names = UNetNames()
@@ -49,12 +62,12 @@ class UNetFamily(DiffusersFamily):
     }
 
     def check_denoiser(self, config: Mapping[str, Any]) -> None:
-        channels = config.get("in_channels", self.latent_channels)
-        if channels != self.latent_channels:
+        channels = config.get("in_channels", self.num_input_channels)
+        if channels != self.num_input_channels:
+            hint = INPUT_HINTS.get(channels, OTHER_INPUT)
             raise ModelError(
-                f"--model.path {self.config.path}: takes {channels} channels, not the "
-                f"{self.latent_channels} of noisy latents alone: it fills in or edits an image, "
-                "which cannot be trained here. Use the text-to-image model"
+                f"--model.path {self.config.path}: takes {channels} channels; expected the "
+                f"{self.num_input_channels} of {self.name}. {hint}"
             )
 
     @property
@@ -107,7 +120,13 @@ class UNetFamily(DiffusersFamily):
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
-        return denoiser(noisy, timestep, **self.denoiser_arguments(cond), return_dict=False)[0]
+        (prediction,) = denoiser(
+            noisy,
+            timestep,
+            **self.denoiser_arguments(cond),
+            return_dict=False,
+        )
+        return prediction
 
     def unet_metadata(self, version: str, architecture: str) -> dict[str, str]:
         """Return `file_metadata` of a base model, as kohya and the model specification write it."""
@@ -119,6 +138,20 @@ class UNetFamily(DiffusersFamily):
             else "epsilon",
             "ss_zero_terminal_snr": str(is_zero_snr),
         }
+
+
+def is_unet_file(
+    shapes: Mapping[str, tuple[int, ...]],
+    takes_sizes: bool,
+    paints_masks: bool,
+) -> bool:
+    """Return whether a single file has a UNet of this kind, by the shapes of its tensors."""
+    if INPUT_KEY not in shapes:
+        return False
+    _, channels, *_ = shapes[INPUT_KEY]
+    has_mask_input = channels == INPAINTING_CHANNELS
+    has_size_input = SIZE_KEY in shapes
+    return has_mask_input == paints_masks and has_size_input == takes_sizes
 
 
 def prediction_of_file(file: Path, shapes: Shapes, has_config: bool) -> dict[str, Any]:

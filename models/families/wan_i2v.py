@@ -130,7 +130,9 @@ class WanImageToVideo(Wan):
         pipeline.encode_prompt = text_pipeline(pipeline).encode_prompt
         return pipeline
 
-    def encode_sample_conditioning(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_sample_conditioning(
+        self, encoders: Any, pixels: Tensor, masks: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Encode the first frame, followed by gray frames, and CLIP's states of the first frame."""
         video = with_frame_axis(pixels, True)
         first_frame = video[:, :, 0]

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.project import TWEMOJI
+from helpers.project import BASE, TWEMOJI
 from helpers.runs import assert_same_run, common, launched, samples
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_algos import ALGORITHMS
 from training.reporting.status import read_status
@@ -31,6 +31,23 @@ def wide_images(tmp_path_factory) -> Path:
         image.resize([(64, 64), (96, 48), (48, 96)][n % 3]).save(folder / path.name)
         (folder / path.with_suffix(".txt").name).write_text(path.with_suffix(".txt").read_text())
     return folder
+
+
+def save_assistant(folder: Path) -> Path:
+    """Save a LoRA of the attention of the embedded base; return its path."""
+    path, generator, tensors = (
+        folder / "assistant.safetensors",
+        torch.Generator().manual_seed(0),
+        {},
+    )
+    for name, weight in load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors").items():
+        if name.endswith(".to_q.weight"):
+            layer = name.removesuffix(".weight")
+            rows, columns = weight.shape
+            tensors[f"unet.{layer}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            tensors[f"unet.{layer}.lora_B.weight"] = torch.randn(rows, 2, generator=generator) / 10
+    save_file(tensors, path)
+    return path
 
 
 def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wide: Path) -> Path:
@@ -55,7 +72,8 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
                     "--gradient_checkpointing", "--export.every=2", "--sample.grid=1"],
         "steps": steps,
         "text": [*steps, "--model.train_text_encoder"],
-        "preserve": [*steps, "--objective.preserve.weight=0.5", "--objective.preserve.prompts=a face"],
+        "preserve": [*steps, "--objective.preserve.weight=0.5", "--objective.preserve.prompts=a face",
+                     f"--model.assistant_lora={save_assistant(folder)}"],
     }  # fmt: skip
     for name in (name for name in names if name in others):
         runs.append(

@@ -58,7 +58,9 @@ class Video(StableDiffusion):
         )
         return mean, deviation
 
-    def encode_sample_conditioning(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_sample_conditioning(
+        self, encoders: Any, pixels: Tensor, masks: Tensor | None = None
+    ) -> dict[str, Tensor]:
         first = pixels if pixels.ndim == 4 else pixels[:, :, 0]
         return {"first_frame": super().encode_media(encoders, first)[0]}
 

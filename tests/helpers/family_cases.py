@@ -61,6 +61,8 @@ class Case:
     """Which step of the pipeline calls the denoiser that the family trains."""
     first_frame: bool = False
     """Whether the pipeline is given an image, which is the first frame."""
+    has_mask: bool = False
+    """Whether the pipeline paints the part of an image that a mask shows."""
     controls: int = 0
     """How many control images the pipeline is given."""
 
@@ -126,6 +128,21 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray((pixels * 255).to(torch.uint8).numpy())
 
 
+def mask(height: int, width: int) -> Tensor:
+    """A mask (H, W) whose edges are inside of latents."""
+    values = torch.zeros(height, width)
+    values[height // 4 + 1 : height // 2 + 2, 3 : width // 2 + 1] = 1
+    return values
+
+
+def to_pil(values: Tensor) -> Image.Image:
+    return Image.fromarray((values * 255).to(torch.uint8).numpy())
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
 def control_contents(count: int) -> list[bytes]:
     """The files of so many control images, of different sizes."""
     files = []
@@ -154,14 +171,19 @@ def rows_with_controls(
     return [{**row, **latents} for row in rows]
 
 
-def seen_in(
-    family: ModelFamily, shape: tuple[int, int], frames: int, count: int
-) -> dict[str, Tensor]:
-    """What `count` videos that begin with the picture tell the denoiser of themselves."""
-    first = torch.from_numpy(np.array(picture(*shape))).permute(2, 0, 1) / 127.5 - 1
-    video = torch.rand(count, 3, frames, *shape) * 2 - 1
+def seen_in(case: Case, family: ModelFamily, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """What samples for PROMPTS tell the denoiser of themselves: videos that begin with the picture, or the picture
+    with a mask."""
+    count, first = len(PROMPTS), pixels_of(picture(*shape))
+    if not case.has_mask and not case.first_frame:
+        return {}
+    encoders = family.load_encoders("media")
+    if case.has_mask:
+        pixels, masks = first.expand(count, -1, -1, -1), mask(*shape).expand(count, -1, -1)
+        return family.encode_sample_conditioning(encoders, pixels, masks)
+    video = torch.rand(count, 3, case.guidance["num_frames"], *shape) * 2 - 1
     video[:, :, 0] = first
-    return family.encode_sample_conditioning(family.load_encoders("media"), video)
+    return family.encode_sample_conditioning(encoders, video)
 
 
 def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
@@ -194,7 +216,9 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
         return decode(latents, *args, **kwargs)
 
     pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
-    given = {"image": picture(height, width)} if case.first_frame else {}
+    given = {"image": picture(height, width)} if case.first_frame or case.has_mask else {}
+    if case.has_mask:
+        given["mask_image"] = to_pil(mask(height, width))
     # pipelines that edit take one prompt at a time
     calls = [[prompt] for prompt in PROMPTS] if case.controls else [PROMPTS]
     shown: list[tuple[Tensor, ...]] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from helpers.project import BASE, PROJECT, TWEMOJI
@@ -48,7 +49,7 @@ def commands(name: str) -> list[str]:
 def words_of(command: str) -> list[str]:
     """Split a command into words, with the embedded model and images for <model> and <folder>."""
     model = str(BASE)
-    for family in ("flux1_kontext", "z_image"):
+    for family in ("flux1_kontext", "flux1_fill", "z_image"):
         if f"recipes/{family}.yaml" in command:
             from helpers.family_cases import cases, folder_of  # a slow import
 
@@ -65,6 +66,7 @@ def make_workspace(folder: Path) -> None:
         (folder / name).symlink_to(PROJECT / name)
     (folder / "my_dog").symlink_to(TWEMOJI / "train")
     make_pairs(folder / "pairs")
+    make_masked(folder / "masked")
     (recipe,) = blocks("README.md", "yaml")
     values = yaml.safe_load(recipe)
     values["model"]["path"] = str(BASE)
@@ -83,6 +85,14 @@ def make_training_adapter(path: Path) -> None:
         f"{name}.lora_B.weight": torch.zeros(side, 2),
     }
     save_file(tensors, path)
+
+
+def make_masked(folder: Path) -> None:
+    """Two images with captions and masks."""
+    for name in ("grinning", "joy"):
+        for suffix in (".png", ".txt"):
+            copy(TWEMOJI / "train" / f"{name}{suffix}", folder / f"{name}{suffix}")
+        Image.new("L", (64, 64), "white").save(folder / f"{name}_mask.png")
 
 
 def make_pairs(folder: Path) -> None:

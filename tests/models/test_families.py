@@ -65,11 +65,7 @@ def conditioning(
     family = family_of(case)
     with torch.no_grad():
         rows = rows_with_controls(family, captions, case.controls)
-        of_media = (
-            seen_in(family, shape, case.guidance["num_frames"], len(captions))
-            if case.first_frame
-            else {}
-        )
+        of_media = {name: t[: len(captions)] for name, t in seen_in(case, family, shape).items()}
     height, width = shape
     crop = torch.tensor(
         [[width, height, width, height, 0, 0, width, height]] * len(captions), dtype=torch.int32

@@ -186,9 +186,11 @@ def test_latents_are_normalized_by_the_statistics_of_the_vae(tmp_path):
 
 
 REFUSED = [
-    pytest.param("sdxl", "unet", {"in_channels": 9}, "9 channels, not the 4", id="SDXL inpainting"),
     pytest.param(
-        "sdxl", "unet", {"in_channels": 8}, "8 channels, not the 4", id="SDXL instruct-pix2pix"
+        "sdxl", "unet", {"in_channels": 9}, "9 channels; expected the 4", id="SDXL inpainting"
+    ),
+    pytest.param(
+        "sdxl", "unet", {"in_channels": 8}, "8 channels; expected the 4", id="SDXL instruct-pix2pix"
     ),
     pytest.param("sdxl", "unet", {"cross_attention_dim": 1280}, "refiner", id="SDXL refiner"),
     pytest.param(

@@ -18,6 +18,7 @@ from models.base import ModelFamily
 from models.config import ModelConfig
 from models.encoder_placement import place_text_encoders, release_text_encoders
 from training.sampling.draw import free_memory, pipeline_options, uses_bf16_modules
+from training.sampling.masked_images import blank_image
 from training.sampling.prompts import SamplePrompt
 
 EncodedPrompt = list[Any]
@@ -78,9 +79,15 @@ def encode_prompt(
         results.append(tree_map_only(Tensor, Tensor.cpu, result))
         return result
 
+    options = pipeline_options(family, pipeline, prompt, controls)
+    if family.paints_masks:
+        assert prompt.width is not None  # it is completed
+        assert prompt.height is not None
+        blank = blank_image(prompt.width, prompt.height)  # some pipelines read it before the prompt
+        options |= blank.options()
     with replaced_encoding(pipeline, record), uses_bf16_modules(pipeline):
         try:
-            pipeline(**pipeline_options(family, pipeline, prompt, controls))
+            pipeline(**options)
         except EncodingDone:
             return results
     raise RuntimeError("the pipeline drew before it prepared latents")

@@ -70,7 +70,8 @@ def prepare_samples(
 
     `sample_controls`: the files of the control images of the first samples."""
     dataset = datasets.validation or datasets.train
-    prompts = run_prompts(config, family, dataset, has_images=bool(sample_controls))
+    has_images = bool(sample_controls) or family.paints_masks
+    prompts = run_prompts(config, family, dataset, has_images)
     controls = images_of_prompts(prompts, family, config.data, sample_controls)
     notes = []
     if has_unused_negatives(family, prompts):

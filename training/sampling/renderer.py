@@ -1,6 +1,6 @@
 """Draws the samples of a run. The processes share the prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from training.memory.phase_memory import SAMPLES
 from training.sampling.draw import draw_sample, free_memory, pipeline_options
 from training.sampling.encoded_prompts import replayed
 from training.sampling.files import to_array
+from training.sampling.masked_images import MaskedImage, masked_image
 from training.sampling.prepare import PreparedSamples, sample_frames
 from training.sampling.prompts import SamplePrompt
 from training.sampling.samples import Samples, WeightSet
@@ -66,6 +67,8 @@ class SampleRenderer:
         self.error = samples.error
         self.is_error_reported = False
         self.max_side = 0
+        self.masked_images: list[MaskedImage] = []
+        """The image and the mask of each prompt, for models that paint a part of an image."""
         self.was_stopped = False
         """True if `render` ended before all images, because the run has to stop."""
 
@@ -94,7 +97,13 @@ class SampleRenderer:
         rows: dict[str, list[np.ndarray]] = {}
         for label in weight_sets:
             rows[label] = [images[label, number] for number in range(len(self.prompts))]
-        return Samples(self.prompts, rows, self.samples.controls)
+        return Samples(self.prompts, rows, self._given_images())
+
+    def _given_images(self) -> Sequence[list[Image.Image]]:
+        """Return the images that the model was given with each prompt."""
+        if self.components.family.paints_masks:
+            return [[given.shown()] for given in self.masked_images]
+        return self.samples.controls
 
     def _has_failed(self) -> bool:
         """Return whether a process could not draw; print its error once. Collective."""
@@ -211,7 +220,7 @@ class SampleRenderer:
         prompt = self.prompts[number]
         controls = self.samples.controls[number] if self.samples.controls else []
         options = pipeline_options(self.components.family, self.pipeline, prompt, controls)
-        options |= self._frame_options(prompt, number)
+        options |= self._data_options(prompt, number)
         if not is_sharded(self.services.accelerator):  # each pass needs all processes
             options["callback_on_step_end"] = self._end_if_stopped
         if self.samples.encoded is None:
@@ -225,9 +234,12 @@ class SampleRenderer:
             raise DrawingStopped
         return {}
 
-    def _frame_options(self, prompt: SamplePrompt, number: int) -> dict[str, Any]:
-        """Return the number of frames, and the first one, of models that make videos."""
+    def _data_options(self, prompt: SamplePrompt, number: int) -> dict[str, Any]:
+        """Return what a pipeline is given of the data: an image with its mask, or for videos the
+        number of frames, and the first one."""
         family = self.components.family
+        if family.paints_masks:
+            return self.masked_images[number].options()
         if family.media != "video":
             return {}
         options: dict[str, Any] = {"num_frames": sample_frames(self.config, family)}
@@ -249,6 +261,22 @@ class SampleRenderer:
                 pipeline = family.pipeline(model, with_text_encoders=has_encoders)
             self.pipeline = override_scheduler(pipeline, self.config.objective)
         self.pipeline.to(self.device)
+        if self.components.family.paints_masks and not self.masked_images:
+            self.masked_images = self._masked_images()
+
+    def _masked_images(self) -> list[MaskedImage]:
+        """Return the image and the mask of each prompt: those of the first samples."""
+        images = []
+        for number, prompt in enumerate(self.prompts):
+            image = masked_image(
+                self.components.family,
+                self.dataset,
+                number % len(self.dataset),
+                prompt,
+                self.pipeline,
+            )
+            images.append(image)
+        return images
 
     def _rest(self) -> None:
         """Move the modules besides the denoiser to the CPU."""

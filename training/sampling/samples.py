@@ -1,5 +1,6 @@
 """Samples, and the weights with which they are drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,5 +26,5 @@ class Samples:
 
     prompts: list[SamplePrompt]
     images: dict[str, list[np.ndarray]]
-    controls: list[list[Image.Image]] = field(default_factory=list)
-    """The control images of each prompt, for models that edit."""
+    controls: Sequence[list[Image.Image]] = field(default_factory=list)
+    """The images that the model was given with each prompt."""

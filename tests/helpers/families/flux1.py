@@ -28,9 +28,10 @@ VAE = {
 }
 
 
-def make(guided: bool, **scheduler: object) -> FluxPipeline:
+def make(guided: bool, input_channels: int = 64, **scheduler: object) -> FluxPipeline:
+    widths = {**WIDTHS, "in_channels": input_channels, "out_channels": 64}
     return FluxPipeline(
-        transformer=FluxTransformer2DModel(**WIDTHS, pooled_projection_dim=CLIP_WIDTH, guidance_embeds=guided),
+        transformer=FluxTransformer2DModel(**widths, pooled_projection_dim=CLIP_WIDTH, guidance_embeds=guided),
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=image_vae(16, **VAE),
         text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),

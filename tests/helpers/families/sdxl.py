@@ -6,9 +6,9 @@ from helpers.family_cases import Case
 from helpers.tiny_models import CLIP_WIDTH, clip_encoder, clip_tokenizer, image_vae
 
 
-def make() -> StableDiffusionXLPipeline:
+def make(input_channels: int = 4) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=input_channels, out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
         cross_attention_dim=2 * CLIP_WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
