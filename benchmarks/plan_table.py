@@ -47,6 +47,7 @@ RECIPES = {
     "Qwen-Image": "qwen_image",
     "Z-Image": "z_image",
     "Krea 2 Raw": "krea2",
+    "ERNIE-Image": "ernie_image",
     "FLUX.1 Kontext dev": "flux1_kontext",
     "Qwen-Image-Edit-2511": "qwen_image_edit_plus",
     "Wan 2.1 T2V 1.3B": "wan",

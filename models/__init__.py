@@ -18,6 +18,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image_edit_plus": "models.families.qwen_image_edit_plus",
     "z_image": "models.families.z_image",
     "krea2": "models.families.krea2",
+    "ernie_image": "models.families.ernie_image",
     "flux2": "models.families.flux2",
     "flux2_klein": "models.families.flux2_klein",
     "wan": "models.families.wan",

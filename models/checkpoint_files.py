@@ -34,7 +34,7 @@ COMPANION_SUFFIXES = (
     "scaled_fp8",
 )
 """Ends of the names of tensors that say how weights are quantized."""
-UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")
+UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "pe", "pe_tokenizer")
 """Components that no family needs; they are not downloaded."""
 TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of configurations, vocabularies and templates."""

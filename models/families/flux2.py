@@ -24,9 +24,9 @@ from models.controls import (
 )
 from models.diffusers_family import ComponentLoaders
 from models.encoder_placement import keep_first_layers
+from models.families.flux2_vae import Flux2VaeFamily
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import image_ids
-from models.families.transformer_family import TransformerFamily
 from models.layer_names.tables import TableNames
 from objectives.config import ObjectiveConfig
 from objectives.processes import Flow, NoiseProcess
@@ -82,24 +82,19 @@ class PaddedLayout(ComfyLayout):
         return embeds[None], {"pooled_output": None}
 
 
-class Flux2Family(TransformerFamily):
+class Flux2Family(Flux2VaeFamily):
     """FLUX.2 dev and klein.
 
-    Raw latents are ComfyUI's, and those that are denoised: cells of 2 x 2 as channels, normalized
-    by the VAE's statistics. Padding is in front of a caption, and its embeddings are all equal.
-    They are stored once, as `pad_embeds`."""
+    Padding is in front of a caption, and its embeddings are all equal. They are stored once, as
+    `pad_embeds`."""
 
-    latent_channels = 128
     denoiser_class = "Flux2Transformer2DModel"
-    vae_class = "AutoencoderKLFlux2"
-    file_prefixes: ClassVar = {}
     layer_names = TableNames(
         table=FLUX_TABLE,
         original_only=r"time_guidance_embed\..*|(double|single)_stream_modulation.*",
     )
     variable_length: ClassVar = {"prompt_embeds": TOKENS}
     max_tokens = TOKENS
-    patch_size = 1
     controls = ControlLimits(max_count=10)
     text_layers: ClassVar[tuple[int, ...]]
     """Hidden states of the text encoder that are the conditioning, one after the other."""
@@ -109,30 +104,9 @@ class Flux2Family(TransformerFamily):
         "all": r".*",
     }
 
-    @property
-    def latent_step(self) -> int:
-        return 2 * super().latent_step
-
     @cached_property
     def comfy(self) -> ComfyLayout:
         return PaddedLayout(self.cond_width, max_tokens=TOKENS)
-
-    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = super().encode_media(encoders, pixels)
-        mean_cells = encoders._patchify_latents(mean)
-        deviation_cells = encoders._patchify_latents(deviation)
-        vae_mean, vae_deviation = vae_statistics(encoders.vae)
-        normalized_mean = (mean_cells - vae_mean) / vae_deviation
-        normalized_deviation = deviation_cells / vae_deviation
-        return normalized_mean, normalized_deviation
-
-    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        vae_mean, vae_deviation = vae_statistics(encoders.vae)
-        cells = latents * vae_deviation + vae_mean
-        return super().decode_media(encoders, encoders._unpatchify_latents(cells))
-
-    def normalize(self, latents: Tensor) -> Tensor:
-        return latents
 
     def trim_text_encoders(self, pipeline: Any) -> None:
         keep_first_layers(pipeline.text_encoder, self.text_layers[-1])
@@ -277,15 +251,6 @@ class Flux2(Flux2Family):
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return self.variant_metadata("dev")
-
-
-def vae_statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the VAE's latents in cells, (1, C, 1, 1)."""
-    shape = (1, -1, 1, 1)
-    mean = vae.bn.running_mean
-    variance = vae.bn.running_var + vae.config.batch_norm_eps
-    deviation = variance.sqrt()
-    return mean.view(shape), deviation.view(shape)
 
 
 def without_padding(embeds: Tensor) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ DIFFUSERS_FORMS = {
     ),
     "QwenImageTransformer2DModel": ("{n}", "transformer.{n}", "lycoris_{n_}"),
     "Krea2Transformer2DModel": ("{n}", "transformer.{n}", "lycoris_{n_}"),
+    "ErnieImageTransformer2DModel": ("transformer.{n}",),
     "ZImageTransformer2DModel": ("{n}", "transformer.{n}", "diffusion_model.{n}", "lycoris_{n_}"),
     "WanTransformer3DModel": (),
 }

@@ -19,6 +19,8 @@ LEFT_OUT = (
     "encoder.embed_tokens.",
     "model.vision_tower.",
     "model.multi_modal_projector.",
+    "vision_tower.",
+    "multi_modal_projector.",
 )
 
 
@@ -39,6 +41,8 @@ def comfy_tensors(encoder: nn.Module) -> dict[str, Tensor]:
             f"text_model.{name.removeprefix('text_model.')}": tensor
             for name, tensor in state.items()
         }
+    if kind == "Mistral3Model":
+        state = {name.replace("language_model.", "model."): t for name, t in state.items()}
     if kind == "Qwen3Model":
         state = {f"model.{name}": tensor for name, tensor in state.items()}
     more = {"logit_scale": torch.tensor(4.6), "spiece_model": torch.zeros(9, dtype=torch.uint8)}

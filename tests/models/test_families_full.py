@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen_image": "qwen_image",
     "z_image": "z_image",
     "krea2": "krea2",
+    "ernie_image": "ernie_image",
     "sd3": "sd3",
     "sd35_medium": "sd3",
     "sd35_large": "sd3",

@@ -9,7 +9,15 @@ from models.config import ModelConfig
 from models.detect import get_family
 from tools.base_model import BaseModel
 
-NAMES = ("sd3", "sd3.5-medium", "wan", "wan2.2-low", "wan2.2-5b", "wan2.1-i2v")
+NAMES = (
+    "sd3",
+    "sd3.5-medium",
+    "wan",
+    "wan2.2-low",
+    "wan2.2-5b",
+    "wan2.1-i2v",
+    "ernie_image",
+)
 CASES = pytest.mark.parametrize("case", [case for case in cases() if str(case) in NAMES], ids=str)
 
 

@@ -23,7 +23,14 @@ from lora_algos import ALGORITHMS
 RUN = PROJECT / "tests" / "helpers" / "fake_cuda" / "run.py"
 QUIET_STEPS = (1, 2)
 """Steps after which nothing is logged."""
-WITH_MASK = {"chroma", "krea2", "qwen_image", "qwen_image_edit", "qwen_image_edit_plus"}
+WITH_MASK = {
+    "chroma",
+    "ernie_image",
+    "krea2",
+    "qwen_image",
+    "qwen_image_edit",
+    "qwen_image_edit_plus",
+}
 """Families that mask the padding of captions, if those of a batch have different lengths."""
 FP32_PRODUCTS = {
     "LoHa": {"lora_algos/loha.py:row_product_grads"},

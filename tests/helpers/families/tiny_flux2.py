@@ -53,13 +53,17 @@ def byte_vocabulary(special: list[str]) -> dict[str, int]:
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
     """As the tokenizer of the pipeline's PixtralProcessor, which needs torchvision: it pads on the left."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=MISTRAL_SPECIAL[3:-1], padding_side="left", chat_template=MISTRAL_TEMPLATE,
+    )  # fmt: skip
+
+
+def byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary(MISTRAL_SPECIAL), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=MISTRAL_SPECIAL[3:-1], padding_side="left", chat_template=MISTRAL_TEMPLATE,
-    )  # fmt: skip
+    return tokenizer
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
@@ -70,6 +74,10 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def mistral() -> Mistral3ForConditionalGeneration:
+    return Mistral3ForConditionalGeneration(mistral_config(MISTRAL_LAYERS)).eval()
+
+
+def mistral_config(num_layers: int) -> Mistral3Config:
     vision = {
         "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "image_size": 16, "patch_size": 8,
@@ -77,12 +85,10 @@ def mistral() -> Mistral3ForConditionalGeneration:
     text = {
         "model_type": "mistral",
         "vocab_size": len(mistral_tokenizer()),
-        "num_hidden_layers": MISTRAL_LAYERS,
+        "num_hidden_layers": num_layers,
         **TEXT,
     }
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(text_config=text, vision_config=vision)
-    ).eval()
+    return Mistral3Config(text_config=text, vision_config=vision)
 
 
 def qwen() -> Qwen3ForCausalLM:
@@ -119,10 +125,12 @@ def unpack(pipeline: object, tokens: torch.Tensor, height: int, width: int) -> t
     return tokens.transpose(1, 2).reshape(len(tokens), -1, height // step, width // step)
 
 
-def stored(pipeline: object, latents: torch.Tensor) -> torch.Tensor:
-    """What a data set has of the latents that the pipeline decodes: what the pipeline would make of an image's."""
+def stored(pipeline: object, latents: torch.Tensor, offset: float | None = None) -> torch.Tensor:
+    """What a data set has of the latents that the pipeline decodes: what the pipeline would make of an image's.
+
+    `offset`: of the variances, if not that of the VAE."""
     center, variance = pipeline.vae.bn.running_mean, pipeline.vae.bn.running_var
-    spread = (variance + pipeline.vae.config.batch_norm_eps).sqrt()
+    spread = (variance + (offset or pipeline.vae.config.batch_norm_eps)).sqrt()
     return (pipeline._patchify_latents(latents) - center.view(1, -1, 1, 1)) / spread.view(
         1, -1, 1, 1
     )

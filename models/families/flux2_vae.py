@@ -1,0 +1,62 @@
+"""Families with FLUX.2's VAE, whose latents are denoised in cells of 2 x 2."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from models.families.transformer_family import TransformerFamily
+
+OF_CHANNELS = (1, -1, 1, 1)
+"""Shape of one number per channel."""
+
+
+class Flux2VaeFamily(TransformerFamily):
+    """A transformer over cells of latents of FLUX.2's VAE.
+
+    Raw latents are ComfyUI's, and those that are denoised: cells of 2 x 2 as channels, normalized
+    by the VAE's statistics. A token is a cell."""
+
+    latent_channels = 128
+    vae_class = "AutoencoderKLFlux2"
+    file_prefixes: ClassVar = {}
+    patch_size = 1
+    variance_offset: ClassVar[float | None] = None
+    """Number added to the variances before their root is taken; None: that of the VAE's config."""
+
+    @property
+    def latent_step(self) -> int:
+        return 2 * super().latent_step
+
+    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = super().encode_media(encoders, pixels)
+        mean_cells = encoders._patchify_latents(mean)
+        deviation_cells = encoders._patchify_latents(deviation)
+        vae_mean, vae_deviation = self.vae_statistics(encoders.vae)
+        centered_cells = mean_cells - vae_mean
+        return (
+            centered_cells / vae_deviation,
+            deviation_cells / vae_deviation,
+        )
+
+    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
+        vae_mean, vae_deviation = self.vae_statistics(encoders.vae)
+        cells = latents * vae_deviation + vae_mean
+        return super().decode_media(encoders, encoders._unpatchify_latents(cells))
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def vae_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the VAE's latents in cells, (1, C, 1, 1).
+
+        They are the running statistics of its batch normalization."""
+        offset = self.variance_offset
+        if offset is None:
+            offset = vae.config.batch_norm_eps
+        statistics = vae.bn
+        variance = statistics.running_var + offset
+        deviation = variance.sqrt()
+        return (
+            statistics.running_mean.view(OF_CHANNELS),
+            deviation.view(OF_CHANNELS),
+        )
