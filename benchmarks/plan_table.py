@@ -45,6 +45,7 @@ RECIPES = {
     "FLUX.2 klein 9B": "flux2_klein",
     "FLUX.2 dev": "flux2",
     "Qwen-Image": "qwen_image",
+    "Qwen-Image 2.1": "qwen_image_21",
     "Z-Image": "z_image",
     "Krea 2 Raw": "krea2",
     "ERNIE-Image": "ernie_image",

@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image": "models.families.qwen_image",
     "qwen_image_edit": "models.families.qwen_image_edit",
     "qwen_image_edit_plus": "models.families.qwen_image_edit_plus",
+    "qwen_image_21": "models.families.qwen_image_21",
     "z_image": "models.families.z_image",
     "krea2": "models.families.krea2",
     "ernie_image": "models.families.ernie_image",

@@ -32,13 +32,6 @@ from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
 from objectives.schedulers import process_from_scheduler
 
-WIDER_DTYPES = {
-    torch.float16: torch.float32,
-    torch.float8_e4m3fn: torch.bfloat16,
-    torch.float8_e5m2: torch.bfloat16,
-}
-"""Dtype of weights on disk -> dtype in which they are trained."""
-
 
 class DiffusersFamily(ModelFamily):
     """Loading and encoding by diffusers, whose classes and components the class attributes name."""
@@ -227,8 +220,7 @@ class DiffusersFamily(ModelFamily):
         import diffusers
 
         if dtype is None:
-            stored_dtype = self.files.denoiser_dtype()
-            dtype = WIDER_DTYPES.get(stored_dtype, stored_dtype)
+            dtype = self.files.trained_dtype()
         hide_progress_bars()
         denoiser_class = getattr(diffusers, self.denoiser_class)
         denoiser: Any
@@ -245,6 +237,7 @@ class DiffusersFamily(ModelFamily):
                     **blocks.diffusers_options(self.blocks),
                 )
         self.check_denoiser(denoiser.config)
+        self.adapt_denoiser(denoiser)
         return denoiser
 
     def use_stored_formats(self, denoiser: nn.Module) -> None:
@@ -266,7 +259,11 @@ class DiffusersFamily(ModelFamily):
         with self.files.loading_errors(), torch.device(device):
             denoiser = denoiser_class.from_config(self.denoiser_config)
         self.check_denoiser(denoiser.config)
+        self.adapt_denoiser(denoiser)
         return denoiser
+
+    def adapt_denoiser(self, denoiser: nn.Module) -> None:
+        """WHEN: the denoiser was made. Change how it computes, where `predict` needs it."""
 
     def stored_keys(self, denoiser: nn.Module) -> dict[str, str]:
         if self.files.is_single_file:
@@ -337,14 +334,15 @@ class DiffusersFamily(ModelFamily):
     def _component_arguments(self, components: set[str]) -> dict[str, Any]:
         """Return from_pretrained's arguments for these components of the pipeline.
 
-        A component that is not loaded is None. A component that does not come from the source is a
+        A component that is not loaded is None, or its stand-in. A component that does not come from the source is a
         module. All others have no argument, and are loaded from the source in `dtype`."""
         loaders = self.component_loaders()
+        stand_ins = self.stand_ins()
         dtypes: dict[str, torch.dtype] = {"default": torch.float32}
         arguments: dict[str, Any] = {"dtype": dtypes}
         for component in self.all_components():
             if component not in components or component in self.files.missing_components:
-                arguments[component] = None
+                arguments[component] = stand_ins.get(component)
             elif component in loaders:
                 arguments[component] = loaders[component]()
             elif component not in ("vae", self.denoiser_component):
@@ -368,6 +366,10 @@ class DiffusersFamily(ModelFamily):
     def all_components(self) -> list[str]:
         """Return the components of the pipeline, also those that are not loaded."""
         return list(dict.fromkeys((*self.components, *self.unused_components)))
+
+    def stand_ins(self) -> dict[str, Any]:
+        """Return objects for components that are not loaded, where the pipeline's class needs one."""
+        return {}
 
     def replacement_loaders(self) -> ComponentLoaders:
         """Return the loaders of components that the pipeline's class does not accept.

@@ -19,7 +19,7 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
     """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors."""
     import diffusers
 
-    modules: dict[str, Any] = dict.fromkeys(family.all_components())
+    modules: dict[str, Any] = dict.fromkeys(family.all_components()) | family.stand_ins()
     if role == "text":
         names = family.text_components
     else:

@@ -1,31 +1,74 @@
-"""The processor of Qwen2-VL for images and texts, without torchvision.
+"""The processors of Qwen2-VL and Qwen3-VL for images and texts, without torchvision.
 
-transformers' own processor also reads videos, for which it needs torchvision, and with torchvision it
-scales images by other functions. Images that are always scaled by Pillow have the same embeddings on all
+transformers' own processors also read videos, for which they need torchvision, and with torchvision they
+scale images by other functions. Images that are always scaled by Pillow have the same embeddings on all
 machines.
 """
 
 from typing import Any
 
-from transformers import Qwen2VLProcessor
+from transformers import AutoTokenizer, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.model_files import ModelFiles
 
+FOLDER = "processor"
+"""The folder of a pipeline with the files of its processor."""
 
-class ImageTextProcessor(Qwen2VLProcessor):
-    """A processor of images and texts, and of no videos."""
+
+class WithoutVideos:
+    """The parts of a processor of images and texts, and of no videos."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
 
-def load_processor(files: ModelFiles, tokenizer: Any) -> ImageTextProcessor:
-    """Load the processor of a pipeline."""
+class ImageTextProcessor(WithoutVideos, Qwen2VLProcessor):
+    """The processor of Qwen2-VL."""
+
+
+class ImageTextProcessor3(WithoutVideos, Qwen3VLProcessor):
+    """The processor of Qwen3-VL."""
+
+
+for processor_class in (ImageTextProcessor, ImageTextProcessor3):
+    # diffusers stores a pipeline's processor by these names, and loads it by them elsewhere
+    processor_class.__name__ = processor_class.__bases__[-1].__name__
+    processor_class.__module__ = "transformers"
+
+
+class AbsentProcessor(ImageTextProcessor3):
+    """The place of a processor that is not loaded, for a pipeline that asks it for tokens when it is made."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def apply_chat_template(self, *args: Any, **options: Any) -> Any:
+        return [[]]
+
+    def encode(self, text: str) -> list[int]:
+        """Return a token, as a tokenizer."""
+        return [0]
+
+
+def load_processor(
+    files: ModelFiles, tokenizer: Any, processor_class: type[Any] = ImageTextProcessor
+) -> Any:
+    """Load the processor of a pipeline, with this tokenizer and its template of a conversation."""
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(
         files.source,
-        subfolder="processor",
+        subfolder=FOLDER,
         local_files_only=files.load_options["local_files_only"],
     )
-    return ImageTextProcessor(image_processor, tokenizer)
+    return processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def load_tokenizer(files: ModelFiles) -> Any:
+    """Load the tokenizer of a pipeline's processor."""
+    with files.loading_errors():
+        return AutoTokenizer.from_pretrained(
+            files.source,
+            subfolder=FOLDER,
+            local_files_only=files.load_options["local_files_only"],
+        )

@@ -44,6 +44,12 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
 ENCODERS = ("text_encoder", "image_encoder")
 """Beginnings of the names of components that transformers has the classes of."""
+WIDER_DTYPES = {
+    torch.float16: torch.float32,
+    torch.float8_e4m3fn: torch.bfloat16,
+    torch.float8_e5m2: torch.bfloat16,
+}
+"""Dtype of weights on disk -> dtype in which they are trained."""
 MIN_LARGE = 1_000_000_000
 """Components that are not trained are loaded in bf16 if they have more parameters than this."""
 
@@ -298,6 +304,11 @@ class ModelFiles:
             if not self.has_plain_tensors:
                 return torch.bfloat16  # of the values: each format's own is wider than needed
             return weight_dtype(weights[0])
+
+    def trained_dtype(self) -> torch.dtype:
+        """Return the dtype in which the denoiser's weights are trained, unless an option says it."""
+        stored_dtype = self.denoiser_dtype()
+        return WIDER_DTYPES.get(stored_dtype, stored_dtype)
 
     @contextmanager
     def loading_errors(self, subject: str = "") -> Iterator[None]:

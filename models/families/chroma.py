@@ -6,11 +6,9 @@ Its text padding is masked, except one token after each caption: the model was t
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from models.base import base_metadata
-from models.block_format import PLAIN, BlockFormat
 from models.comfy_nodes import ComfyNodes
 from models.families.flux1 import BLOCK_KEYS, TOKENS, FluxFamily
 from models.families.flux_names import FLUX_TABLE
@@ -65,19 +63,10 @@ class Chroma(FluxFamily):
             {"prompt_embeds": embed[mask.bool()]} for embed, mask in zip(embeds, masks, strict=True)
         ]
 
-    def load_denoiser(self, dtype: torch.dtype | None, blocks: BlockFormat = PLAIN) -> nn.Module:
+    def adapt_denoiser(self, denoiser: nn.Module) -> None:
         from models.families.chroma_attention import hide_keys_alone
 
-        denoiser = super().load_denoiser(dtype, blocks)
         hide_keys_alone(denoiser)
-        return denoiser
-
-    def empty_denoiser(self, device: str = "meta") -> nn.Module:
-        from models.families.chroma_attention import hide_keys_alone
-
-        denoiser = super().empty_denoiser(device)
-        hide_keys_alone(denoiser)
-        return denoiser
 
     def denoiser_arguments(self, tokens: Tensor, cond: dict[str, Any]) -> dict[str, Any]:
         return {"attention_mask": self.mask(tokens.shape[1], cond)}

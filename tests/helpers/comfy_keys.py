@@ -29,6 +29,7 @@ DIFFUSERS_FORMS = {
         "lora_transformer_{n_}",
     ),
     "QwenImageTransformer2DModel": ("{n}", "transformer.{n}", "lycoris_{n_}"),
+    "QwenImage21Transformer2DModel": ("{n}", "transformer.{n}", "lycoris_{n_}"),
     "Krea2Transformer2DModel": ("{n}", "transformer.{n}", "lycoris_{n_}"),
     "ErnieImageTransformer2DModel": ("transformer.{n}",),
     "ZImageTransformer2DModel": ("{n}", "transformer.{n}", "diffusion_model.{n}", "lycoris_{n_}"),

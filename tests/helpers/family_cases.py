@@ -3,7 +3,6 @@ with.
 """
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -65,6 +64,8 @@ class Case:
     """Whether the pipeline paints the part of an image that a mask shows."""
     controls: int = 0
     """How many control images the pipeline is given."""
+    alone: bool = False
+    """Whether the pipeline is given one prompt at a time, because prompts of a batch change each other's images."""
 
     def __str__(self) -> str:
         return self.name or self.family
@@ -91,10 +92,6 @@ def folder_of(case: Case) -> Path:
         if isinstance(part, torch.nn.Module):
             livelier(part)
     pipeline.save_pretrained(folder)
-    if "processor" in pipeline.components:
-        index = json.loads((folder / "model_index.json").read_text())
-        index["processor"] = ["transformers", "Qwen2VLProcessor"]
-        (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -193,7 +190,7 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
     absent = {name: None for name, part in index.items() if part == [None, None]}
     if "processor" in index:
-        absent["processor"] = image_text_processor()
+        absent["processor"] = image_text_processor(index["processor"][1])
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder_of(case), dtype=torch.float32, **absent
     )
@@ -220,7 +217,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     if case.has_mask:
         given["mask_image"] = to_pil(mask(height, width))
     # pipelines that edit take one prompt at a time
-    calls = [[prompt] for prompt in PROMPTS] if case.controls else [PROMPTS]
+    is_alone = case.alone or case.controls
+    calls = [[prompt] for prompt in PROMPTS] if is_alone else [PROMPTS]
     shown: list[tuple[Tensor, ...]] = []
     for prompts in calls:
         if case.controls:

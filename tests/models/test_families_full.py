@@ -31,6 +31,7 @@ FAMILIES = {
     "flux2_klein_4b": "flux2_klein",
     "flux2_klein_9b": "flux2_klein",
     "qwen_image": "qwen_image",
+    "qwen_image_21": "qwen_image_21",
     "z_image": "z_image",
     "krea2": "krea2",
     "ernie_image": "ernie_image",

@@ -28,10 +28,13 @@ WITH_MASK = {
     "ernie_image",
     "krea2",
     "qwen_image",
+    "qwen_image_21",
     "qwen_image_edit",
     "qwen_image_edit_plus",
 }
 """Families that mask the padding of captions, if those of a batch have different lengths."""
+WITHOUT_MASK_TOO = {"krea2", "qwen_image_21"}
+"""Families with another attention: over layers of the text encoder, of the text alone."""
 FP32_PRODUCTS = {
     "LoHa": {"lora_algos/loha.py:row_product_grads"},
     "OFT": {"lora_algos/rotation.py:cayley_grad"},
@@ -112,8 +115,8 @@ def check_cases(
         assert attention, str(case)
         assert {dtype for dtype, *_ in attention} == {"bfloat16"}, str(case)
         masks = {"bool"} if case.family in WITH_MASK else {"none"}
-        if case.family == "krea2":
-            masks.add("none")  # of its attention over layers of the text encoder
+        if case.family in WITHOUT_MASK_TOO:
+            masks.add("none")
         assert {mask for _, mask, *_ in attention} == masks, str(case)
         products = in_steps(record, "products", QUIET_STEPS)
         assert {dtype for _, dtype, *_ in products} == {"bfloat16"}, str(case)

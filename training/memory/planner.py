@@ -7,7 +7,7 @@ import torch
 from common.errors import ConfigError, ModelError
 from data.media.video import ClipSampling
 from models.component_loaders import check_fp16
-from models.diffusers_family import WIDER_DTYPES, DiffusersFamily
+from models.diffusers_family import DiffusersFamily
 from training import build
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
@@ -126,7 +126,6 @@ def stored_dtype(family: DiffusersFamily) -> torch.dtype:
 
     Without weights, as for a released model, it is bf16."""
     try:
-        dtype = family.files.denoiser_dtype()
+        return family.files.trained_dtype()
     except ModelError:
         return torch.bfloat16
-    return WIDER_DTYPES.get(dtype, dtype)

@@ -63,8 +63,17 @@ def draw_sample(pipeline: Any, prompt: SamplePrompt, options: dict[str, Any]) ->
             **options,
         )
     if hasattr(result, "images"):
-        return result.images
+        return over_white(result.images)
     return result.frames[0]
+
+
+def over_white(images: np.ndarray) -> np.ndarray:
+    """Return images (F, H, W, 3) on white, of images that may have transparency as a fourth channel."""
+    colors = images[..., :3]
+    opacity = images[..., 3:]
+    if not opacity.size:
+        return colors
+    return colors * opacity + (1 - opacity)
 
 
 @contextmanager

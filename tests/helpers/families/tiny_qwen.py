@@ -12,12 +12,13 @@ from transformers import (
     Qwen3Config,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from helpers.tiny_models import WORDS
-from models.image_text_processor import ImageTextProcessor
+from models.image_text_processor import ImageTextProcessor, ImageTextProcessor3
 
 WIDTH = 16
 MARKS = ["<|im_start|>", "<|im_end|>"]
@@ -46,6 +47,11 @@ CHAT = (
     "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{%- endif %}"
 )
+# of Qwen3-VL's template what concerns a message of texts
+CHAT_OF_PARTS = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{%- for part in message.content %}{{ part.text }}{%- endfor %}{{ '<|im_end|>\\n' }}{%- endfor %}"
+)
 TEXT = {
     "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 2048,
@@ -69,11 +75,13 @@ def qwen_tokenizer(has_images: bool = False) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def image_text_processor() -> ImageTextProcessor:
-    """As transformers' own class, which needs torchvision, writes itself."""
+def image_text_processor(name: str = "Qwen2VLProcessor") -> Any:
+    """As transformers' own class of that name, which needs torchvision, writes itself."""
     image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56)
-    processor = ImageTextProcessor(image_processor, qwen_tokenizer(has_images=True))
-    return processor
+    tokenizer = qwen_tokenizer(has_images=True)
+    if name == "Qwen2VLProcessor":
+        return ImageTextProcessor(image_processor, tokenizer)
+    return ImageTextProcessor3(image_processor, tokenizer, chat_template=CHAT_OF_PARTS)
 
 
 def special_tokens(has_images: bool = False) -> dict[str, int]:
@@ -89,20 +97,28 @@ def qwen25_vl(has_images: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     """`has_images`: with the marks of images, for the models that edit."""
     vision = {**VISION, "fullatt_block_indexes": [0]}
     text = {**TEXT, **special_tokens(has_images), "rope_parameters": VISION_ROPE}
-    marks: dict[str, int] = {}
     if has_images:
         text["max_position_embeddings"] = 8192
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **image_marks(has_images))
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def image_marks(has_images: bool) -> dict[str, int]:
+    """The ids of the marks of images in a configuration."""
+    marks: dict[str, int] = {}
+    if has_images:
         for name, mark in IMAGE_MARK_NAMES.items():
             marks[name] = qwen_tokenizer(has_images).convert_tokens_to_ids(mark)
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
-    ).eval()
+    return marks
 
 
-def qwen3_vl() -> Qwen3VLModel:
+def qwen3_vl(has_images: bool = False) -> Qwen3VLModel | Qwen3VLForConditionalGeneration:
+    """`has_images`: with the marks of images and a head."""
     vision = {**VISION, "deepstack_visual_indexes": [0]}
-    text = {**TEXT, **special_tokens(), "rope_parameters": VISION_ROPE, "head_dim": 8}
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+    text = {**TEXT, **special_tokens(has_images), "rope_parameters": VISION_ROPE, "head_dim": 8}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **image_marks(has_images))
+    model_class = Qwen3VLForConditionalGeneration if has_images else Qwen3VLModel
+    return model_class(config).eval()
 
 
 def qwen3() -> Qwen3Model:
