@@ -44,21 +44,31 @@ class SampleTransformer(QwenImage21Transformer2DModel):
                 encoder_hidden_states_mask=encoder_hidden_states_mask,
                 **options,
             )
-        num_text = encoder_hidden_states.shape[1]
-        tokens = torch.cat([self.txt_in(encoder_hidden_states), self.img_in(hidden_states)], 1)
+        text = self.txt_in(encoder_hidden_states)
+        image = self.img_in(hidden_states)
+        tokens = torch.cat([text, image], 1)
+        num_text = text.shape[1]
         times = timestep.to(tokens.dtype)
         is_image = None
         if self.config["causal_condition"]:
-            times = torch.cat([times, times.new_zeros(1)])  # the last one is the text's
-            is_image = torch.arange(tokens.shape[1], device=tokens.device) >= num_text
+            text_time = times.new_zeros(1)
+            times = torch.cat([times, text_time])
+            order = torch.arange(tokens.shape[1], device=tokens.device)
+            is_image = order >= num_text
         embedding = self.time_text_embed(times, tokens)
         modulation = self.modulation(embedding)
-        positions = token_positions(encoder_hidden_states, encoder_hidden_states_mask, image_size)
-        rotation = rotation_at(positions, self.pos_embed.axes_dim, self.pos_embed.theta)
+        mask = encoder_hidden_states_mask
+        positions = token_positions(text, mask, image_size)
+        rotation = rotation_at(
+            positions,
+            self.pos_embed.axes_dim,
+            self.pos_embed.theta,
+        )
         shown_keys = None
-        if encoder_hidden_states_mask is not None:
-            is_shown = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2])
-            shown_keys = torch.cat([encoder_hidden_states_mask, is_shown], 1)[:, None, None]
+        if mask is not None:
+            image_mask = mask.new_ones(image.shape[:2])
+            shown_keys = torch.cat([mask, image_mask], 1)
+            shown_keys = shown_keys[:, None, None]
         for block in self.transformer_blocks:
             tokens = block(
                 hidden_states=tokens,
@@ -100,18 +110,30 @@ class SampleProcessor(QwenImage21AttnProcessor):
             )
         assert segments is not None
         ((_, num_text, _),) = segments
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
-        key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
-        query = rotated(attn.norm_q(query).to(value.dtype), rotary_emb)
-        key = rotated(attn.norm_k(key).to(value.dtype), rotary_emb)
-        # padding is behind the text, whose tokens see none behind them
+        heads = (attn.heads, -1)
+        value = attn.to_v(hidden_states).unflatten(-1, heads)
+        query = attn.to_q(hidden_states).unflatten(-1, heads)
+        query = attn.norm_q(query).to(value.dtype)
+        query = rotated(query, rotary_emb)
+        key = attn.to_k(hidden_states).unflatten(-1, heads)
+        key = attn.norm_k(key).to(value.dtype)
+        key = rotated(key, rotary_emb)
+        # no mask: padding comes after the text, whose tokens see only earlier ones
         text = dispatch_attention_fn(
-            query[:, :num_text], key[:, :num_text], value[:, :num_text], is_causal=True
+            query[:, :num_text],
+            key[:, :num_text],
+            value[:, :num_text],
+            is_causal=True,
         )
-        image = dispatch_attention_fn(query[:, num_text:], key, value, attn_mask=key_valid)
-        tokens = torch.cat([text, image], 1).flatten(2)
-        return attn.to_out[1](attn.to_out[0](tokens))
+        image = dispatch_attention_fn(
+            query[:, num_text:],
+            key,
+            value,
+            attn_mask=key_valid,
+        )
+        tokens = torch.cat([text, image], 1)
+        projection, dropout = attn.to_out
+        return dropout(projection(tokens.flatten(2)))
 
 
 def token_positions(text: Tensor, mask: Tensor | None, image_size: tuple[int, int]) -> Tensor:
@@ -119,17 +141,23 @@ def token_positions(text: Tensor, mask: Tensor | None, image_size: tuple[int, in
 
     Token i of a text is at i on all axes. An image is behind its own text on the first axis, and around 0
     on the others."""
-    batch_size, num_text = text.shape[:2]
-    order = torch.arange(num_text, device=text.device).float()
-    of_text = order[None, :, None].expand(batch_size, -1, NUM_AXES)
+    batch_size, num_text, _ = text.shape
+    device = text.device
+    order = torch.arange(num_text, device=device).float()
+    text_positions = order[None, :, None]
+    text_positions = text_positions.expand(batch_size, -1, NUM_AXES)
     lengths = order.new_full((batch_size,), num_text)
     if mask is not None:
         lengths = mask.sum(1).float()
-    rows, columns = (centered(count, text.device) for count in image_size)
-    grid = torch.cartesian_prod(rows, columns).expand(batch_size, -1, -1)
-    behind = lengths[:, None, None].expand(-1, grid.shape[1], 1)
-    of_image = torch.cat([behind, grid], 2)
-    return torch.cat([of_text, of_image], 1)
+    num_rows, num_columns = image_size
+    rows = centered(num_rows, device)
+    columns = centered(num_columns, device)
+    grid = torch.cartesian_prod(rows, columns)
+    grid = grid.expand(batch_size, -1, -1)
+    first_axis = lengths[:, None, None]
+    first_axis = first_axis.expand(-1, num_rows * num_columns, 1)
+    image_positions = torch.cat([first_axis, grid], 2)
+    return torch.cat([text_positions, image_positions], 1)
 
 
 def centered(count: int, device: torch.device) -> Tensor:
@@ -141,25 +169,30 @@ def rotation_at(positions: Tensor, widths: list[int], base: float) -> Rotation:
     """Return the rotation at positions (B, L, axes). `widths`: the channels that each axis rotates."""
     angles = []
     for axis, width in enumerate(widths):
-        exponents = torch.arange(0, width, 2, device=positions.device).float() / width
+        channels = torch.arange(0, width, 2, device=positions.device)
+        exponents = channels.float() / width
         frequencies = 1.0 / torch.pow(base, exponents)
-        angles.append(positions[..., axis, None] * frequencies)
-    angle = torch.cat(angles, 2).unsqueeze(2)
+        axis_positions = positions[..., axis, None]
+        angles.append(axis_positions * frequencies)
+    angle = torch.cat(angles, 2)
+    angle = angle.unsqueeze(2)
     return angle.cos(), angle.sin()
 
 
 def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
     """Return queries or keys (B, L, heads, width) after the rotation of pairs of channels."""
     cosine, sine = rotation
-    first, second = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    channel_pairs = heads.float().unflatten(-1, (-1, 2))
+    first, second = channel_pairs.unbind(-1)
     new_first = first * cosine - second * sine
     new_second = first * sine + second * cosine
     pairs = torch.stack([new_first, new_second], -1)
-    return pairs.flatten(-2).to(heads.dtype)
+    channels = pairs.flatten(-2)
+    return channels.to(heads.dtype)
 
 
 def compute_by_sample(denoiser: nn.Module) -> None:
-    """Let a transformer of diffusers compute each sample as alone, if it is asked to."""
+    """Let a transformer of diffusers compute each sample as alone, if it is given an `image_size`."""
     transformer = cast(Any, denoiser)
     transformer.__class__ = SampleTransformer
     for block in transformer.transformer_blocks:
