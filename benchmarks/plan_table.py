@@ -55,6 +55,7 @@ RECIPES = {
     "Wan 2.1 T2V 14B": "wan",
     "Wan 2.2 TI2V 5B": "wan",
     "Wan 2.1 I2V 14B": "wan_i2v",
+    "LTX-2": "ltx2",
 }
 """Released model -> recipe."""
 

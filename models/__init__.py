@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "flux2_klein": "models.families.flux2_klein",
     "wan": "models.families.wan",
     "wan_i2v": "models.families.wan_i2v",
+    "ltx2": "models.families.ltx2",
 }
 """`--model.family` -> the module that implements it. To add a family, write its file and a recipe,
 and add a line here."""

@@ -26,7 +26,7 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
         names = family.components
         modules["vae"] = empty_vae(family)
     for name in names:
-        is_of_role = name.startswith("text_encoder") == (role == "text")
+        is_of_role = (name in family.text_components) == (role == "text")
         is_encoder = name.startswith(ENCODERS)
         is_missing = name in family.files.missing_components
         if is_encoder and is_of_role and not is_missing:
@@ -41,7 +41,7 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
 def empty_encoder(family: DiffusersFamily, component: str) -> nn.Module:
     """Return an encoder of the pipeline in the dtype and formats in which it is loaded."""
     files = family.files
-    encoder = files.empty_transformers_model(component)
+    encoder = files.empty_encoder(component)
     encoder = cast_weights(encoder, files.component_dtype(component))
     if component in files.quantized_encoders:
         from models.quantized_encoders import quantize_encoder

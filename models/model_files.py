@@ -42,8 +42,8 @@ from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
-ENCODERS = ("text_encoder", "image_encoder")
-"""Beginnings of the names of components that transformers has the classes of."""
+ENCODERS = ("text_encoder", "image_encoder", "connectors")
+"""Beginnings of the names of components that encode captions and images, besides the VAE."""
 WIDER_DTYPES = {
     torch.float16: torch.float32,
     torch.float8_e4m3fn: torch.bfloat16,
@@ -255,7 +255,7 @@ class ModelFiles:
         has_no_files = not count and component.startswith(ENCODERS)
         if has_no_files:  # a folder of configurations alone
             with torch.device("meta"):
-                model = self.empty_transformers_model(component)
+                model = self.empty_encoder(component)
             count = sum(parameter.numel() for parameter in model.parameters())
         return count > MIN_LARGE
 
@@ -280,16 +280,24 @@ class ModelFiles:
         device = torch.device("cuda") if torch.cuda.is_available() else None
         return BlockFormat(quantization, device, keeps_stored_format=True)
 
-    def empty_transformers_model(self, component: str) -> nn.Module:
+    def empty_encoder(self, component: str) -> nn.Module:
         """Return an encoder that is not loaded, on the current device: on meta, or in a
         FakeTensorMode."""
-        import transformers
-
-        class_name = self.pipeline_config[component][1]
-        model_class = getattr(transformers, class_name)
+        library, class_name = self.pipeline_config[component]
         config = read_config(self.source, f"{component}/config.json")
-        model_config = model_class.config_class.from_dict(config)
-        return model_class(model_config).requires_grad_(False).eval()
+        model: Any
+        if library == "transformers":
+            import transformers
+            from transformers.initialization import no_init_weights
+
+            model_class = getattr(transformers, class_name)
+            with no_init_weights():  # some initial values are drawn until they fit
+                model = model_class(model_class.config_class.from_dict(config))
+        else:  # a module of diffusers' pipelines
+            from diffusers import pipelines
+
+            model = getattr(getattr(pipelines, library), class_name).from_config(config)
+        return model.requires_grad_(False).eval()
 
     def denoiser_dtype(self) -> torch.dtype:
         """Return the dtype of the denoiser's weights on disk."""

@@ -18,7 +18,9 @@ CONFIG_NAMES = {"scheduler": "scheduler_config.json"}
 
 @cache
 def released_models() -> dict[str, dict[str, Any]]:
-    """Return the models by name: `hub_ids`, `pipeline`, and `components` (name -> config)."""
+    """Return the models by name: `hub_ids`, `pipeline`, and `components` (name -> config).
+
+    `libraries`: where the classes of components are that diffusers itself does not have."""
     path = Path(__file__).with_name("released_models.json")
     text = path.read_text(encoding="utf-8")
     content = json.loads(text)
@@ -76,6 +78,7 @@ def configuration_folder(model: dict[str, Any]) -> Iterator[Path]:
 def pipeline_index(model: dict[str, Any]) -> dict[str, Any]:
     """Return the model_index.json of a released model."""
     options = model.get("pipeline_options", {})
+    libraries = model.get("libraries", {})
     index: dict[str, Any] = {
         "_class_name": model["pipeline"],
         **options,
@@ -83,7 +86,7 @@ def pipeline_index(model: dict[str, Any]) -> dict[str, Any]:
     for component, config in model["components"].items():
         class_name = config.get("_class_name")
         if class_name is not None:
-            index[component] = ["diffusers", class_name]
+            index[component] = [libraries.get(component, "diffusers"), class_name]
             continue
         class_name = config["architectures"][0]
         index[component] = ["transformers", class_name]

@@ -34,6 +34,7 @@ DIFFUSERS_FORMS = {
     "ErnieImageTransformer2DModel": ("transformer.{n}",),
     "ZImageTransformer2DModel": ("{n}", "transformer.{n}", "diffusion_model.{n}", "lycoris_{n_}"),
     "WanTransformer3DModel": (),
+    "LTX2VideoTransformer3DModel": (),
 }
 FLUX_FORMS = ("{n}", "transformer.{n}", "lycoris_{n_}", "lora_transformer_{n_}")
 LORA_SIDES = (

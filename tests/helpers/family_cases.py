@@ -189,7 +189,7 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
 
     index = diffusers.DiffusionPipeline.load_config(folder_of(case))
     absent = {name: None for name, part in index.items() if part == [None, None]}
-    if "processor" in index:
+    if "processor" in index and "processor" not in absent:
         absent["processor"] = image_text_processor(index["processor"][1])
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder_of(case), dtype=torch.float32, **absent
@@ -198,21 +198,23 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
     if case.repair:
         case.repair(pipeline)
     steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
-    step, decode = pipeline.scheduler.step, pipeline.vae.decode
+    scheduler, decode = pipeline.scheduler, pipeline.vae.decode
     decoded: list[Tensor] = []
 
-    def watched_step(
-        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        result = step(model_output, timestep, sample, *args, **kwargs)
-        steps.append((sample.clone(), timestep, model_output.clone(), result[0].clone()))
-        return result
+    class WatchedScheduler(type(scheduler)):
+        def step(
+            self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            result = super().step(model_output, timestep, sample, *args, **kwargs)
+            if self is scheduler:  # not its copy, by which a pipeline denoises audio
+                steps.append((sample.clone(), timestep, model_output.clone(), result[0].clone()))
+            return result
 
     def watched_decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         decoded.append(latents.clone())
         return decode(latents, *args, **kwargs)
 
-    pipeline.scheduler.step, pipeline.vae.decode = watched_step, watched_decode
+    scheduler.__class__, pipeline.vae.decode = WatchedScheduler, watched_decode
     given = {"image": picture(height, width)} if case.first_frame or case.has_mask else {}
     if case.has_mask:
         given["mask_image"] = to_pil(mask(height, width))

@@ -42,6 +42,7 @@ FAMILIES = {
     "wan21_14b": "wan",
     "wan22_5b": "wan",
     "wan21_i2v_14b": "wan_i2v",
+    "ltx2": "ltx2",
 }
 """Architecture of tests/keys -> family."""
 RANK = 16
@@ -74,8 +75,16 @@ def parameters(architecture: str, layers: list[str], algorithm: str) -> int | No
     )
 
 
-LARGE = ("flux_schnell", "flux2_klein_9b", "sd35_medium", "sd35_large", "wan21_14b", "wan22_5b")
-"""Architectures whose family has a smaller or similar one; make test-long has them."""
+LARGE = (
+    "flux_schnell",
+    "flux2_klein_9b",
+    "sd35_medium",
+    "sd35_large",
+    "wan21_14b",
+    "wan22_5b",
+    "ltx2",
+)
+"""Architectures that are very large, or whose family has a smaller or similar one; make test-long has them."""
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,8 @@ def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, ful
 
 
 BY_COMFYUIS_NAMES = {("chroma", "all"), ("flux2", "all"), ("flux2_klein", "all")}
-"""Families and presets with layers that ComfyUI does not know by diffusers' names; of Wan it knows none."""
+"""Families and presets with layers that ComfyUI does not know by diffusers' names, besides families whose
+files have ComfyUI's names only."""
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention-mlp", "all"])
@@ -145,7 +155,8 @@ def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(
     if family.name == "sdxl":
         assert file_format == "kohya"
     else:
-        by_comfyui = (family.name, preset) in BY_COMFYUIS_NAMES or "wan" in family.name
+        has_one_format = family.layer_names.file_formats == ("comfyui",)
+        by_comfyui = (family.name, preset) in BY_COMFYUIS_NAMES or has_one_format
         assert file_format == ("comfyui" if by_comfyui else "diffusers")
     tensors = files.file_content(layers, denoiser, names, file_format, torch.bfloat16).tensors
     assert len(tensors) >= 2 * len(layers)
