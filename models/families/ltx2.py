@@ -55,8 +55,11 @@ class ConnectedLayout(ComfyLayout):
     def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         """Return ComfyUI's conditioning, with zeros for the audio."""
         embeds = tensors["prompt_embeds"]
-        padded = nn.functional.pad(embeds, (0, self.width - self.video_width))
-        return padded[None], {"pooled_output": None}
+        audio_width = self.width - self.video_width
+        padding = (0, audio_width)
+        padded = nn.functional.pad(embeds, padding)
+        extras: dict[str, Any] = {"pooled_output": None}
+        return padded[None], extras
 
 
 class Ltx2(TransformerFamily):
@@ -112,8 +115,11 @@ class Ltx2(TransformerFamily):
         """Widths of the embeddings of tokens for the video and for the audio."""
         config = self.denoiser_config
         if config.get("use_prompt_embeddings", True):
-            return config["caption_channels"], config["caption_channels"]
-        return config["cross_attention_dim"], config["audio_cross_attention_dim"]
+            width = config["caption_channels"]
+            return width, width
+        video_width = config["cross_attention_dim"]
+        audio_width = config["audio_cross_attention_dim"]
+        return video_width, audio_width
 
     @property
     def cond_width(self) -> int:
@@ -124,8 +130,11 @@ class Ltx2(TransformerFamily):
         return ConnectedLayout(*self.text_widths)
 
     def trim_text_encoders(self, pipeline: Any) -> None:
-        encoder, connectors = pipeline.text_encoder, pipeline.connectors
-        keep_first_layers(encoder, connectors.config.text_proj_in_factor - 1)
+        encoder = pipeline.text_encoder
+        connectors = pipeline.connectors
+        num_states = connectors.config.text_proj_in_factor
+        last_state = num_states - 1
+        keep_first_layers(encoder, last_state)
         pipeline.text_encoder = ConnectedEncoder(encoder, connectors)
         pipeline.connectors = SplitEmbeds(self.cond_width)
 
@@ -136,13 +145,17 @@ class Ltx2(TransformerFamily):
         return pipeline
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = super().encode_media(encoders, with_frame_axis(pixels, True))
+        video = with_frame_axis(pixels, True)
+        mean, deviation = super().encode_media(encoders, video)
         vae_mean, vae_deviation = vae_statistics(encoders.vae)
-        return (mean - vae_mean) / vae_deviation, deviation / vae_deviation
+        normalized_mean = (mean - vae_mean) / vae_deviation
+        normalized_deviation = deviation / vae_deviation
+        return normalized_mean, normalized_deviation
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
         vae_mean, vae_deviation = vae_statistics(encoders.vae)
-        pixels = super().decode_media(encoders, latents * vae_deviation + vae_mean)
+        raw_latents = latents * vae_deviation + vae_mean
+        pixels = super().decode_media(encoders, raw_latents)
         num_frames = latents.shape[2]
         return with_frame_axis(pixels, num_frames > 1)
 
@@ -174,10 +187,13 @@ class Ltx2(TransformerFamily):
         num_frames, height, width = grid
         embeds = cond["prompt_embeds"]
         # the denoiser cannot do without audio, which has no effect on the video: one token of zeros
-        audio = noisy.new_zeros(batch_size, 1, self.denoiser_config["audio_in_channels"])
-        audio_embeds = embeds.new_zeros(batch_size, 1, self.text_widths[1])
-        tokens = denoiser(
-            hidden_states=noisy.flatten(2).transpose(1, 2),
+        _, audio_width = self.text_widths
+        audio_channels = self.denoiser_config["audio_in_channels"]
+        audio = noisy.new_zeros(batch_size, 1, audio_channels)
+        audio_embeds = embeds.new_zeros(batch_size, 1, audio_width)
+        cells = noisy.flatten(2)
+        (tokens, *_) = denoiser(
+            hidden_states=cells.transpose(1, 2),
             audio_hidden_states=audio,
             encoder_hidden_states=embeds,
             audio_encoder_hidden_states=audio_embeds,
@@ -190,8 +206,9 @@ class Ltx2(TransformerFamily):
             audio_num_frames=1,
             isolate_modalities=True,
             return_dict=False,
-        )[0]
-        return tokens.transpose(1, 2).unflatten(2, grid)
+        )
+        cells = tokens.transpose(1, 2)
+        return cells.unflatten(2, grid)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         """Return options of previews with sound, which is left out, and with guidance by text alone."""
@@ -206,7 +223,9 @@ class Ltx2(TransformerFamily):
         config: Any = denoiser.config
         version = "2.3" if config.cross_attn_mod else "2"
         return base_metadata(
-            f"ltx{version}", f"LTX-{version}", "https://github.com/Lightricks/LTX-2"
+            version=f"ltx{version}",
+            architecture=f"LTX-{version}",
+            implementation="https://github.com/Lightricks/LTX-2",
         )
 
 
@@ -214,8 +233,11 @@ def vae_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation by which the VAE's latents are normalized, (1, C, 1, 1, 1)."""
     shape = (1, -1, 1, 1, 1)
     mean = vae.latents_mean.float()
-    deviation = vae.latents_std.float() / vae.config.scaling_factor
-    return mean.view(shape), deviation.view(shape)
+    mean = mean.view(shape)
+    raw_deviation = vae.latents_std.float()
+    deviation = raw_deviation / vae.config.scaling_factor
+    deviation = deviation.view(shape)
+    return mean, deviation
 
 
 FAMILY = Ltx2

@@ -45,13 +45,17 @@ class ConnectedEncoder(nn.Module):
         rows = []
         for number in range(len(input_ids)):
             # one by one, because connectors copy the states of all layers several times
-            here = slice(number, number + 1)
-            states = torch.stack([state[here] for state in output.hidden_states], -1)
+            caption = slice(number, number + 1)
+            layer_states = [states[caption] for states in output.hidden_states]
+            stacked = torch.stack(layer_states, -1)
             video_embeds, audio_embeds, _ = self.connectors(
-                states.to(self.dtype), attention_mask[here]
+                stacked.to(self.dtype),
+                attention_mask[caption],
             )
-            rows.append(torch.cat([video_embeds, audio_embeds], -1))
-        return BaseModelOutput(hidden_states=(torch.cat(rows),))
+            row = torch.cat([video_embeds, audio_embeds], -1)
+            rows.append(row)
+        embeds = torch.cat(rows)
+        return BaseModelOutput(hidden_states=(embeds,))
 
 
 class SplitEmbeds:

@@ -162,7 +162,13 @@ def token_positions(text: Tensor, mask: Tensor | None, image_size: tuple[int, in
 
 def centered(count: int, device: torch.device) -> Tensor:
     """Return the positions of so many rows or columns around 0."""
-    return torch.arange(count, device=device).float() - (count - count // 2)
+    middle = count - count // 2
+    return torch.arange(
+        -middle,
+        count - middle,
+        dtype=torch.float32,
+        device=device,
+    )
 
 
 def rotation_at(positions: Tensor, widths: list[int], base: float) -> Rotation:
