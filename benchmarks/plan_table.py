@@ -56,6 +56,7 @@ RECIPES = {
     "Wan 2.2 TI2V 5B": "wan",
     "Wan 2.1 I2V 14B": "wan_i2v",
     "LTX-2": "ltx2",
+    "HunyuanVideo 1.5 T2V 480p": "hunyuan_video15",
 }
 """Released model -> recipe."""
 

@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "wan": "models.families.wan",
     "wan_i2v": "models.families.wan_i2v",
     "ltx2": "models.families.ltx2",
+    "hunyuan_video15": "models.families.hunyuan_video15",
 }
 """`--model.family` -> the module that implements it. To add a family, write its file and a recipe,
 and add a line here."""

@@ -120,7 +120,8 @@ class ModelFamily(ABC):
     The value is the length to which a batch pads them with zeros; None: that of its longest
     caption. `cond` then also has `attention_mask` (B, L), which is true for tokens that are not
     padding, unless a mask is stored. And it has `lengths`, the number of tokens of each caption, as
-    a tuple that can be read without waiting for the device."""
+    a tuple that can be read without waiting for the device. These belong to the first tensor;
+    before those of another one is its name: `<name>_attention_mask`, `<name>_lengths`."""
     has_guidance_input: ClassVar[bool] = False
     """True if some models of the family are guidance-distilled (--model.guidance_scale)."""
     undistilled_model: ClassVar[str] = ""
@@ -355,6 +356,10 @@ class ModelFamily(ABC):
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         """WHEN: for previews. OUT: arguments of the pipeline's call."""
         return {"guidance_scale": guidance_scale}
+
+    def set_guidance(self, pipeline: Any, scale: float) -> None:
+        """WHEN: before a preview. Set the guidance scale of a pipeline whose call takes none."""
+        return
 
     def comfy_guidance(self, scale: float) -> ComfyGuidance:
         """WHEN: a workflow for ComfyUI is written. IN: guidance scale of a sample. OUT: the same

@@ -31,6 +31,10 @@ def load_vae(files: ModelFiles, class_name: str, path: str) -> nn.Module:
             is_pipeline = (Path(path) / "vae").is_dir()
             subfolder = "vae" if is_pipeline else None
             return vae_class.from_pretrained(path, subfolder=subfolder, dtype=torch.float32)
+        if not hasattr(vae_class, "from_single_file"):
+            raise ModelError(
+                f"--model.vae {path}: diffusers reads no files of {class_name}. Use a folder"
+            )
         return vae_class.from_single_file(
             path, dtype=torch.float32, config=files.source, subfolder="vae"
         )

@@ -1,5 +1,6 @@
 """The output of diffusers and transformers while they load."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,14 +14,19 @@ def hide_progress_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def hide_guider_notes() -> None:
+    """Hide the note of diffusers' guiders that they are experimental, which each of them writes."""
+    logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)
+
+
 @contextmanager
 def hide_load_report() -> Iterator[None]:
     """Hide transformers' lists of unused and of missing tensors of a file."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)

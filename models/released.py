@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-CONFIG_NAMES = {"scheduler": "scheduler_config.json"}
+CONFIG_NAMES = {"scheduler": "scheduler_config.json", "guider": "guider_config.json"}
 """Component -> name of its configuration; config.json for all other components."""
 
 

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from common.errors import DataError
 from data.store.schema import (
-    ATTENTION_MASK,
-    LENGTHS,
     TensorSpec,
     VariableLengths,
     has_variable_length,
+    token_names,
 )
 from data.store.shard import StoredRow
 
@@ -27,26 +26,25 @@ class PaddedTensors(NamedTuple):
 def collate(rows: list[StoredRow], variable_lengths: VariableLengths) -> dict[str, Any]:
     """Return all tensors of the rows, one batch per name.
 
-    If some have variable lengths, there is also an attention mask, and `lengths`: the numbers of
-    tokens of the first of these tensors."""
+    If some have variable lengths, there are also their attention masks and `lengths`: the numbers
+    of tokens."""
     names = rows[0].shard.columns
     batch: dict[str, Any] = {}
     for name in names:
         if not has_variable_length(name, variable_lengths):
             batch[name] = stack_rows(rows, name)
-    mask: Tensor | None = None
-    for name, length in variable_lengths.items():
+    for name, own_names in token_names(variable_lengths).items():
         if name not in names:
             continue
+        length = variable_lengths[name]
         padded = pad_rows(rows, name, length)
         batch[name] = padded.tensor
-        if mask is None:
-            batch[LENGTHS] = tuple(padded.lengths)
-            mask = length_mask(padded)
-    if mask is not None and ATTENTION_MASK in names:
-        mask = pad_rows(rows, ATTENTION_MASK, mask.shape[1]).tensor
-    if mask is not None:
-        batch[ATTENTION_MASK] = mask
+        batch[own_names.lengths] = tuple(padded.lengths)
+        mask = length_mask(padded)
+        if own_names.mask in names:  # a mask is stored
+            padded_mask = pad_rows(rows, own_names.mask, mask.shape[1])
+            mask = padded_mask.tensor
+        batch[own_names.mask] = mask
     return batch
 
 

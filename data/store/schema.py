@@ -34,6 +34,14 @@ ATTENTION_MASK = "attention_mask"
 LENGTHS = "lengths"
 """Name in a batch of the numbers of tokens, which stay on the host."""
 
+
+class TokenNames(NamedTuple):
+    """Names in a batch of what belongs to a tensor of variable length."""
+
+    mask: str
+    lengths: str
+
+
 VariableLengths = Mapping[str, int | None]
 """Tensors whose first dimension is tokens -> padded length, None for that of the longest row."""
 FIXED_LENGTHS: VariableLengths = {}
@@ -61,6 +69,19 @@ def has_variable_length(name: str, variable_lengths: VariableLengths) -> bool:
     if name == ATTENTION_MASK:
         return bool(variable_lengths)
     return name in variable_lengths
+
+
+def token_names(variable_lengths: VariableLengths) -> dict[str, TokenNames]:
+    """Return the names of masks and lengths by tensor: only the first tensor's have no prefix."""
+    names: dict[str, TokenNames] = {}
+    for name in variable_lengths:
+        prefix = ""
+        if names:
+            prefix = f"{name}_"
+        mask = prefix + ATTENTION_MASK
+        lengths = prefix + LENGTHS
+        names[name] = TokenNames(mask, lengths)
+    return names
 
 
 def features(names: list[str]) -> Features:

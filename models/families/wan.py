@@ -16,9 +16,8 @@ from common.errors import ModelError
 from models.base import TensorLayout, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyNodes
-from models.families.transformer_family import TransformerFamily
+from models.families.video_family import VideoFamily
 from models.families.wan_names import WAN_NAMES
-from models.latents import with_frame_axis
 from objectives.config import ObjectiveConfig
 from objectives.processes import Flow, NoiseProcess
 
@@ -54,18 +53,16 @@ class WanLayout(ComfyLayout):
         return padded[None], {"pooled_output": None}
 
 
-class Wan(TransformerFamily):
+class Wan(VideoFamily):
     """Wan, text to video. Images are videos of one frame. Padding counts as tokens."""
 
     name = "wan"
     two_expert_model: ClassVar[str] = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     """Hub id of the model with two denoisers."""
     pipelines = ("WanPipeline",)
-    media = "video"
     frame_step = 4
     denoiser_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
-    file_prefixes: ClassVar = {}
     unused_components: ClassVar[tuple[str, ...]] = ("transformer_2",)
     layer_names = WAN_NAMES
     variable_length: ClassVar = {"prompt_embeds": TOKENS}
@@ -188,14 +185,6 @@ class Wan(TransformerFamily):
     @cached_property
     def comfy(self) -> ComfyLayout:
         return WanLayout(self.cond_width, max_tokens=TOKENS, has_frame_axis=True)
-
-    def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return super().encode_media(encoders, with_frame_axis(pixels, True))
-
-    def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
-        pixels = super().decode_media(encoders, latents)
-        num_frames = latents.shape[2]
-        return with_frame_axis(pixels, num_frames > 1)
 
     def process(self, config: ObjectiveConfig) -> NoiseProcess:
         self._check_file_expert()

@@ -35,6 +35,7 @@ DIFFUSERS_FORMS = {
     "ZImageTransformer2DModel": ("{n}", "transformer.{n}", "diffusion_model.{n}", "lycoris_{n_}"),
     "WanTransformer3DModel": (),
     "LTX2VideoTransformer3DModel": (),
+    "HunyuanVideo15Transformer3DModel": (),
 }
 FLUX_FORMS = ("{n}", "transformer.{n}", "lycoris_{n_}", "lora_transformer_{n_}")
 LORA_SIDES = (

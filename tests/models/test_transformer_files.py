@@ -17,6 +17,7 @@ NAMES = (
     "wan2.2-5b",
     "wan2.1-i2v",
     "ernie_image",
+    "hunyuan_video15",
 )
 CASES = pytest.mark.parametrize("case", [case for case in cases() if str(case) in NAMES], ids=str)
 

@@ -26,6 +26,7 @@ QUIET_STEPS = (1, 2)
 WITH_MASK = {
     "chroma",
     "ernie_image",
+    "hunyuan_video15",
     "krea2",
     "qwen_image",
     "qwen_image_21",

@@ -15,6 +15,7 @@ from adapter_files.spellings import layer_spellings
 from common.errors import ConfigError
 from data.batches import Batch
 from data.media.buckets import Crop, Size
+from data.store.schema import token_names
 from models.base import TensorLayout
 from models.blocks import inner_blocks
 from models.diffusers_family import DiffusersFamily
@@ -90,11 +91,11 @@ class TraceInputs:
         for name, layout in self.cond_layout.items():
             shape = (batch_size, *layout.shape)
             cond[name] = torch.empty(shape, dtype=layout.dtype)
-        for name in self.family.variable_length:
+        for name, (mask_name, lengths_name) in token_names(self.family.variable_length).items():
             num_tokens = cond[name].shape[1]
             mask = torch.ones(batch_size, num_tokens)
-            cond["attention_mask"] = mask.bool()
-            cond["lengths"] = (num_tokens,) * batch_size
+            cond[mask_name] = mask.bool()
+            cond[lengths_name] = (num_tokens,) * batch_size
         return cond
 
 

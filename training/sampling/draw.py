@@ -2,7 +2,7 @@
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -23,10 +23,13 @@ def pipeline_options(
     prompt: SamplePrompt,
     controls: Sequence[Image.Image] = (),
 ) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call for a completed prompt and its control images."""
+    """Return the arguments of the pipeline's call for a completed prompt and its control images.
+
+    A pipeline whose call takes no guidance scale is given it here."""
     assert prompt.guidance_scale is not None  # it is completed
     assert prompt.width is not None
     assert prompt.height is not None
+    family.set_guidance(pipeline, prompt.guidance_scale)
     options: dict[str, Any] = {
         # by name: it is not the first argument of every pipeline
         "prompt": prompt.text,
@@ -46,9 +49,14 @@ def uses_negative_prompt(pipeline_class: Any, options: dict[str, Any]) -> bool:
     """Return whether a call of a pipeline uses a negative prompt.
 
     Guidance-distilled models do not, unless they are given a second scale."""
-    parameters = inspect.signature(pipeline_class.__call__).parameters
+    parameters = call_parameters(pipeline_class)
     needs_scale = "true_cfg_scale" in parameters and "true_cfg_scale" not in options
     return "negative_prompt" in parameters and not needs_scale
+
+
+def call_parameters(pipeline_class: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a call of a pipeline."""
+    return inspect.signature(pipeline_class.__call__).parameters
 
 
 def draw_sample(pipeline: Any, prompt: SamplePrompt, options: dict[str, Any]) -> np.ndarray:

@@ -20,7 +20,12 @@ from training.components import RunComponents
 from training.distributed.failures import describe_error
 from training.distributed.sharding import is_sharded
 from training.memory.phase_memory import SAMPLES
-from training.sampling.draw import draw_sample, free_memory, pipeline_options
+from training.sampling.draw import (
+    call_parameters,
+    draw_sample,
+    free_memory,
+    pipeline_options,
+)
 from training.sampling.encoded_prompts import replayed
 from training.sampling.files import to_array
 from training.sampling.masked_images import MaskedImage, masked_image
@@ -31,6 +36,10 @@ from training.services import RunServices
 
 Share = dict[tuple[str, int], np.ndarray]
 """Label of the weights and number of the prompt -> image or video of one process."""
+
+
+CALLBACK = "callback_on_step_end"
+"""Argument of most pipelines: a function that is called after each step."""
 
 
 class DrawingStopped(Exception):
@@ -221,8 +230,9 @@ class SampleRenderer:
         controls = self.samples.controls[number] if self.samples.controls else []
         options = pipeline_options(self.components.family, self.pipeline, prompt, controls)
         options |= self._data_options(prompt, number)
-        if not is_sharded(self.services.accelerator):  # each pass needs all processes
-            options["callback_on_step_end"] = self._end_if_stopped
+        can_stop = CALLBACK in call_parameters(type(self.pipeline))
+        if can_stop and not is_sharded(self.services.accelerator):  # each pass needs all processes
+            options[CALLBACK] = self._end_if_stopped
         if self.samples.encoded is None:
             return draw_sample(self.pipeline, prompt, options)
         with replayed(self.pipeline, self.samples.encoded[number], self.device):

@@ -64,9 +64,9 @@ VISION_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta":
 
 
 @lru_cache
-def qwen_tokenizer(has_images: bool = False) -> Qwen2Tokenizer:
+def qwen_tokenizer(has_images: bool = False, template: str = SEEN) -> Qwen2Tokenizer:
     """Byte-level pairs, trained until every word is one token; `has_images`: for the models that edit."""
-    marks, text = (MARKS + IMAGE_MARKS, EDIT_SEEN) if has_images else (MARKS, SEEN)
+    marks, text = (MARKS + IMAGE_MARKS, EDIT_SEEN) if has_images else (MARKS, template)
     empty = Qwen2Tokenizer(extra_special_tokens=marks, model_max_length=32768)
     tokenizer = empty.train_new_from_iterator(
         [text, *(f" {word}" for word in WORDS)], 2000, show_progress=False
