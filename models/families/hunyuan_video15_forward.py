@@ -90,7 +90,9 @@ def forward(
     Masks that are None: all tokens count. Images are hidden if all their embeddings are 0; there are
     none if these are None. `has_glyphs`: False if glyphs are padding in all samples."""
     text_mask = inputs["encoder_attention_mask"]
-    glyphs = denoiser.context_embedder_2(inputs["encoder_hidden_states_2"])
+    glyph_embedder = denoiser.context_embedder_2
+    glyph_embeds = in_dtype_of(glyph_embedder.norm, inputs["encoder_hidden_states_2"])
+    glyphs = glyph_embedder(glyph_embeds)
     text = denoiser.context_embedder(encoder_hidden_states, timestep, text_mask)
     tokens = [with_kind(denoiser, text, TEXT)]
     masks = [text_mask]
@@ -101,12 +103,20 @@ def forward(
         tokens[0] = tokens[0] + 0 * glyphs.mean()  # all adapters get a gradient in each step
     image_embeds = inputs["image_embeds"]
     if image_embeds is not None:
-        image = denoiser.image_embedder(image_embeds)
+        image_embedder = denoiser.image_embedder
+        image = image_embedder(in_dtype_of(image_embedder.norm_in, image_embeds))
         tokens.append(with_kind(denoiser, image, IMAGE))
         masks.append(image_mask(image_embeds))
     context = torch.cat(tokens, 1)
     mask = joined_mask(masks, tokens)
     return (denoise(denoiser, hidden_states, timestep, context, mask),)
+
+
+def in_dtype_of(norm: nn.Module, embeds: Tensor) -> Tensor:
+    """Return embeddings in the dtype of a norm, which autocast on the CPU does not convert."""
+    parameters = norm.parameters()
+    weight = next(parameters)
+    return embeds.to(weight.dtype)
 
 
 def with_kind(denoiser: Any, tokens: Tensor, kind: int) -> Tensor:

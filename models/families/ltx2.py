@@ -50,16 +50,15 @@ class ConnectedLayout(ComfyLayout):
         self.video_width = video_width
 
     def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:
-        return {"prompt_embeds": cond[0, :, : self.video_width]}
+        embeds = cond[0, :, : self.video_width]
+        return {"prompt_embeds": embeds}
 
     def conditioning(self, tensors: Conditioning) -> ComfyConditioning:
         """Return ComfyUI's conditioning, with zeros for the audio."""
         embeds = tensors["prompt_embeds"]
         audio_width = self.width - self.video_width
-        padding = (0, audio_width)
-        padded = nn.functional.pad(embeds, padding)
-        extras: dict[str, Any] = {"pooled_output": None}
-        return padded[None], extras
+        padded = nn.functional.pad(embeds, (0, audio_width))
+        return padded[None], {"pooled_output": None}
 
 
 class Ltx2(TransformerFamily):
@@ -117,9 +116,10 @@ class Ltx2(TransformerFamily):
         if config.get("use_prompt_embeddings", True):
             width = config["caption_channels"]
             return width, width
-        video_width = config["cross_attention_dim"]
-        audio_width = config["audio_cross_attention_dim"]
-        return video_width, audio_width
+        return (
+            config["cross_attention_dim"],
+            config["audio_cross_attention_dim"],
+        )
 
     @property
     def cond_width(self) -> int:
@@ -133,8 +133,7 @@ class Ltx2(TransformerFamily):
         encoder = pipeline.text_encoder
         connectors = pipeline.connectors
         num_states = connectors.config.text_proj_in_factor
-        last_state = num_states - 1
-        keep_first_layers(encoder, last_state)
+        keep_first_layers(encoder, num_states - 1)
         pipeline.text_encoder = ConnectedEncoder(encoder, connectors)
         pipeline.connectors = SplitEmbeds(self.cond_width)
 
@@ -145,8 +144,8 @@ class Ltx2(TransformerFamily):
         return pipeline
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        video = with_frame_axis(pixels, True)
-        mean, deviation = super().encode_media(encoders, video)
+        videos = with_frame_axis(pixels, True)
+        mean, deviation = super().encode_media(encoders, videos)
         vae_mean, vae_deviation = vae_statistics(encoders.vae)
         normalized_mean = (mean - vae_mean) / vae_deviation
         normalized_deviation = deviation / vae_deviation
@@ -154,8 +153,8 @@ class Ltx2(TransformerFamily):
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
         vae_mean, vae_deviation = vae_statistics(encoders.vae)
-        raw_latents = latents * vae_deviation + vae_mean
-        pixels = super().decode_media(encoders, raw_latents)
+        vae_latents = latents * vae_deviation + vae_mean
+        pixels = super().decode_media(encoders, vae_latents)
         num_frames = latents.shape[2]
         return with_frame_axis(pixels, num_frames > 1)
 
@@ -170,30 +169,38 @@ class Ltx2(TransformerFamily):
             device=encoders._execution_device,
         )
         video_embeds = embeds[..., : self.cond_width]
-        return [{"prompt_embeds": caption_embeds} for caption_embeds in video_embeds]
+        rows = []
+        for caption_embeds in video_embeds:
+            rows.append({"prompt_embeds": caption_embeds})
+        return rows
 
     def cond_layout(self) -> dict[str, TensorLayout]:
         dtype = self.files.component_dtype("connectors")
-        return {"prompt_embeds": TensorLayout((TOKENS, self.cond_width), dtype)}
+        shape = (TOKENS, self.cond_width)
+        return {"prompt_embeds": TensorLayout(shape, dtype)}
 
     def idle_layers(self, denoiser: nn.Module) -> list[str]:
         """Return the modules of the audio."""
-        return [name for name, _ in denoiser.named_modules() if AUDIO_MODULE.fullmatch(name)]
+        idle_layers = []
+        for name, _ in denoiser.named_modules():
+            if AUDIO_MODULE.fullmatch(name):
+                idle_layers.append(name)
+        return idle_layers
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, cond: dict[str, Any]
     ) -> Tensor:
-        batch_size, _, *grid = noisy.shape
+        num_samples, _, *grid = noisy.shape
         num_frames, height, width = grid
         embeds = cond["prompt_embeds"]
-        # the denoiser cannot do without audio, which has no effect on the video: one token of zeros
-        _, audio_width = self.text_widths
+        _, audio_text_width = self.text_widths
         audio_channels = self.denoiser_config["audio_in_channels"]
-        audio = noisy.new_zeros(batch_size, 1, audio_channels)
-        audio_embeds = embeds.new_zeros(batch_size, 1, audio_width)
-        cells = noisy.flatten(2)
-        (tokens, *_) = denoiser(
-            hidden_states=cells.transpose(1, 2),
+        # the denoiser needs some audio, which has no effect on the video: a token of zeros
+        audio = noisy.new_zeros(num_samples, 1, audio_channels)
+        audio_embeds = embeds.new_zeros(num_samples, 1, audio_text_width)
+        video = noisy.flatten(2)
+        tokens = denoiser(
+            hidden_states=video.transpose(1, 2),
             audio_hidden_states=audio,
             encoder_hidden_states=embeds,
             audio_encoder_hidden_states=audio_embeds,
@@ -206,9 +213,9 @@ class Ltx2(TransformerFamily):
             audio_num_frames=1,
             isolate_modalities=True,
             return_dict=False,
-        )
-        cells = tokens.transpose(1, 2)
-        return cells.unflatten(2, grid)
+        )[0]
+        predicted = tokens.transpose(1, 2)
+        return predicted.unflatten(2, grid)
 
     def preview_options(self, guidance_scale: float) -> dict[str, Any]:
         """Return options of previews with sound, which is left out, and with guidance by text alone."""
@@ -223,9 +230,9 @@ class Ltx2(TransformerFamily):
         config: Any = denoiser.config
         version = "2.3" if config.cross_attn_mod else "2"
         return base_metadata(
-            version=f"ltx{version}",
-            architecture=f"LTX-{version}",
-            implementation="https://github.com/Lightricks/LTX-2",
+            f"ltx{version}",
+            f"LTX-{version}",
+            "https://github.com/Lightricks/LTX-2",
         )
 
 
@@ -233,11 +240,9 @@ def vae_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation by which the VAE's latents are normalized, (1, C, 1, 1, 1)."""
     shape = (1, -1, 1, 1, 1)
     mean = vae.latents_mean.float()
-    mean = mean.view(shape)
-    raw_deviation = vae.latents_std.float()
-    deviation = raw_deviation / vae.config.scaling_factor
-    deviation = deviation.view(shape)
-    return mean, deviation
+    deviation = vae.latents_std.float()
+    scaled_deviation = deviation / vae.config.scaling_factor
+    return mean.view(shape), scaled_deviation.view(shape)
 
 
 FAMILY = Ltx2

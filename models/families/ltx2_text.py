@@ -34,28 +34,32 @@ class ConnectedEncoder(nn.Module):
         return self.encoder.device
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        output_hidden_states: bool = True,
     ) -> Any:
         """Return the output of transformers' encoders. The padding of a caption is on the left."""
         from transformers.modeling_outputs import BaseModelOutput
 
         output = self.encoder(
-            input_ids, attention_mask=attention_mask, output_hidden_states=output_hidden_states
+            input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
         )
+        captions = zip(*output.hidden_states, strict=True)
         rows = []
-        for number in range(len(input_ids)):
-            # one by one, because connectors copy the states of all layers several times
-            caption = slice(number, number + 1)
-            layer_states = [states[caption] for states in output.hidden_states]
-            stacked = torch.stack(layer_states, -1)
+        # one by one, because connectors copy the states of all layers several times
+        for layer_states, mask in zip(captions, attention_mask, strict=True):
+            states = torch.stack(layer_states, -1).to(self.dtype)
             video_embeds, audio_embeds, _ = self.connectors(
-                stacked.to(self.dtype),
-                attention_mask[caption],
+                states[None],
+                mask[None],
             )
-            row = torch.cat([video_embeds, audio_embeds], -1)
-            rows.append(row)
-        embeds = torch.cat(rows)
-        return BaseModelOutput(hidden_states=(embeds,))
+            embeds = torch.cat([video_embeds, audio_embeds], -1)
+            rows.append(embeds)
+        all_embeds = torch.cat(rows)
+        return BaseModelOutput(hidden_states=(all_embeds,))
 
 
 class SplitEmbeds:

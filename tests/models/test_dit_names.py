@@ -134,7 +134,10 @@ def mixed(architecture: str) -> dict[str, str]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("architecture", TRANSFORMERS)
 def test_comfyui_loads_every_key_of_every_file(architecture, form):
-    denoiser, spelt = denoiser_of(architecture), names(architecture, FORMS[form])
+    prefix = (
+        FORMS[form] and names_of(architecture).diffusers_prefix
+    )  # not all are known by these names
+    denoiser, spelt = denoiser_of(architecture), names(architecture, prefix)
     tensors = exported(denoiser, spelt, mixed(architecture), form.split()[0])
     assert not comfy_keys.resolve(tensors, architecture)
     layers = {**adaptable_layers(denoiser), **norm_layers(denoiser)}

@@ -84,8 +84,9 @@ LARGE = (
     "wan21_14b",
     "wan22_5b",
     "ltx2",
+    "hunyuan_video15",
 )
-"""Architectures that are very large, or whose family has a smaller or similar one; make test-long has them."""
+"""Architectures with very many layers, or like a smaller one; make test-long has them."""
 
 
 @pytest.mark.parametrize(
