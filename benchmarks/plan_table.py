@@ -49,6 +49,7 @@ RECIPES = {
     "Z-Image": "z_image",
     "Krea 2 Raw": "krea2",
     "ERNIE-Image": "ernie_image",
+    "Ideogram 4": "ideogram4",
     "FLUX.1 Kontext dev": "flux1_kontext",
     "Qwen-Image-Edit-2511": "qwen_image_edit_plus",
     "Wan 2.1 T2V 1.3B": "wan",

@@ -23,3 +23,10 @@ def without_autocast(device: str) -> AbstractContextManager:
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Return whether products on a device are computed by autocast now."""
+    if not torch.amp.is_autocast_available(device.type):
+        return False
+    return torch.is_autocast_enabled(device.type)

@@ -20,6 +20,7 @@ FAMILIES: dict[str, str] = {
     "z_image": "models.families.z_image",
     "krea2": "models.families.krea2",
     "ernie_image": "models.families.ernie_image",
+    "ideogram4": "models.families.ideogram4",
     "flux2": "models.families.flux2",
     "flux2_klein": "models.families.flux2_klein",
     "wan": "models.families.wan",

@@ -361,6 +361,10 @@ class ModelFamily(ABC):
         """WHEN: before a preview. Set the guidance scale of a pipeline whose call takes none."""
         return
 
+    def prompt_options(self, prompt: str) -> dict[str, Any]:
+        """WHEN: for previews. OUT: arguments of the pipeline's call that depend on the prompt."""
+        return {}
+
     def comfy_guidance(self, scale: float) -> ComfyGuidance:
         """WHEN: a workflow for ComfyUI is written. IN: guidance scale of a sample. OUT: the same
         guidance in ComfyUI."""

@@ -44,6 +44,8 @@ class DiffusersFamily(ModelFamily):
     """Components of the pipeline that encode captions."""
     caption_tokenizer: ClassVar[str] = "tokenizer"
     """The tokenizer that limits the length of a caption."""
+    other_denoisers: tuple[str, ...] = ()
+    """Denoisers of the pipeline that are not trained, but draw too."""
     unused_components: ClassVar[tuple[str, ...]] = ()
     """Components of the pipeline that are not loaded."""
     file_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vae": VAE_PREFIXES}
@@ -75,7 +77,8 @@ class DiffusersFamily(ModelFamily):
     @property
     def components(self) -> tuple[str, ...]:
         """The components of the pipeline that are loaded for previews."""
-        return (*self.text_components, "vae", self.denoiser_component, "scheduler")
+        denoisers = (self.denoiser_component, *self.other_denoisers)
+        return (*self.text_components, "vae", *denoisers, "scheduler")
 
     def identity_components(self, role: Role) -> tuple[str, ...]:
         """Return the components of the pipeline that decide what `role` computes."""

@@ -12,7 +12,7 @@ from torch import nn
 from common.dtypes import DTYPES
 from models.diffusers_family import DiffusersFamily
 from models.layer_loading import names_in_fp32, use_formats_of_file
-from models.model_files import ENCODERS
+from models.model_files import ENCODERS, MIN_LARGE
 
 
 def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> Any:
@@ -61,6 +61,20 @@ def empty_vae(family: DiffusersFamily) -> nn.Module:
     if family.config.vae_tiling:
         vae.enable_tiling()
     return vae.requires_grad_(False)
+
+
+def empty_other_denoisers(family: DiffusersFamily) -> list[nn.Module]:
+    """Return the denoisers that draw besides the trained one, in the dtype in which they are loaded."""
+    import diffusers
+
+    denoisers = []
+    for component in family.other_denoisers:
+        config = family.component_config(component)
+        denoiser = getattr(diffusers, config["_class_name"]).from_config(config)
+        count = sum(parameter.numel() for parameter in denoiser.parameters())
+        dtype = torch.bfloat16 if count > MIN_LARGE else torch.float32
+        denoisers.append(cast_weights(denoiser, dtype))
+    return denoisers
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

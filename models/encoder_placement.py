@@ -28,6 +28,21 @@ def place_text_encoders(encoders: Any, placement: Placement, device: torch.devic
     return encoders
 
 
+def let_name_device(encoder: Any) -> None:
+    """Let an encoder name the device on which its layers compute, not the one that has the weights.
+
+    Some pipelines call the layers themselves, and put their inputs there. The encoder's own call may
+    not return hidden states any more, because transformers looks for its class."""
+    encoder_class = type(encoder)
+
+    def device(module: Any) -> torch.device:
+        hook = getattr(module, "_hf_hook", None)
+        return next(module.parameters()).device if hook is None else hook.execution_device
+
+    members = {"device": property(device)}
+    encoder.__class__ = type(encoder_class.__name__, (encoder_class,), members)
+
+
 def has_own_tensors(module: nn.Module) -> bool:
     """Return whether a module has parameters or buffers besides those of its children."""
     return bool(module._parameters or module._buffers)

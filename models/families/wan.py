@@ -162,9 +162,10 @@ class Wan(VideoFamily):
             )
 
     @property
-    def components(self) -> tuple[str, ...]:
-        denoisers = tuple(EXPERTS.values()) if self.has_experts else (self.denoiser_component,)
-        return (*self.text_components, "vae", *denoisers, "scheduler")
+    def other_denoisers(self) -> tuple[str, ...]:  # type: ignore[override]
+        if not self.has_experts:
+            return ()
+        return tuple(name for name in EXPERTS.values() if name != self.denoiser_component)
 
     @property
     def latent_channels(self) -> int:  # type: ignore[override]

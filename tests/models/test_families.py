@@ -113,8 +113,9 @@ def test_every_sample_of_a_batch_has_its_own_prediction(case, calls):
 
 @CASES
 def test_predict_reads_no_value_from_the_device(case, calls, monkeypatch):
-    """On the meta device there are none. torch has no autocast for it."""
-    monkeypatch.setattr(torch, "autocast", lambda **_: nullcontext())
+    """On the meta device there are none."""
+    # some models turn autocast off for a block, which fails for devices without autocast
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     call, family = call_of(case, calls), family_of(case)
     cond = {
         name: t.to("meta") if isinstance(t, torch.Tensor) else t

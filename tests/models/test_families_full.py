@@ -4,11 +4,13 @@ read critically."""
 
 import json
 
+import diffusers
 import pytest
 import torch
 from helpers import comfy_keys
 from helpers.exported_keys import empty_layers, exported
 from helpers.project import FIXTURES
+from torch import nn
 
 from adapter_files import files
 from adapter_files.spellings import layer_spellings
@@ -20,6 +22,7 @@ from lora_algos.config import AdapterOptions, LayerSpec
 from lora_algos.targets import select_layers
 from models.config import ModelConfig
 from models.detect import family_classes, get_family
+from models.released import released_models
 
 GOLDEN = FIXTURES / "full_size.json"
 FAMILIES = {
@@ -46,13 +49,24 @@ FAMILIES = {
     "hunyuan_video15": "hunyuan_video15",
 }
 """Architecture of tests/keys -> family."""
+WITHOUT_KEYS = {"Ideogram 4": "ideogram4"}
+"""Released model -> family, of those whose names in ComfyUI are not in tests/keys."""
 RANK = 16
+
+
+def empty_denoiser(architecture: str) -> nn.Module:
+    if architecture in FAMILIES:
+        return comfy_keys.empty_denoiser(architecture)
+    config = released_models()[architecture]["components"]["transformer"]
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def found(architecture: str) -> dict[str, dict[str, int | None]]:
     """Layers by preset; parameters by algorithm on the preset attention, None where it does not fit."""
-    presets = family_classes()[FAMILIES[architecture]].targets
-    denoiser = comfy_keys.empty_denoiser(architecture)
+    family = {**FAMILIES, **WITHOUT_KEYS}[architecture]
+    presets = family_classes()[family].targets
+    denoiser = empty_denoiser(architecture)
     layers = {preset: select_layers(denoiser, (preset,), presets) for preset in presets}
     counts = {
         algorithm: parameters(architecture, layers["attention"], algorithm)
@@ -65,7 +79,7 @@ def found(architecture: str) -> dict[str, dict[str, int | None]]:
 
 
 def parameters(architecture: str, layers: list[str], algorithm: str) -> int | None:
-    denoiser = comfy_keys.empty_denoiser(architecture)
+    denoiser = empty_denoiser(architecture)
     spec = LayerSpec(RANK, float(RANK), algorithm, AdapterOptions())
     try:
         adapted = attach(denoiser, dict.fromkeys(layers, spec), 0)
@@ -91,7 +105,10 @@ LARGE = (
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(name, marks=pytest.mark.long if name in LARGE else ()) for name in FAMILIES],
+    [
+        pytest.param(name, marks=pytest.mark.long if name in LARGE else ())
+        for name in (*FAMILIES, *WITHOUT_KEYS)
+    ],
 )
 def test_presets_match_and_algorithms_train_what_they_did(architecture):
     assert found(architecture) == json.loads(GOLDEN.read_text())[architecture]
@@ -166,4 +183,6 @@ def test_comfyui_knows_every_key_of_the_lora_that_is_written_by_default(
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps({name: found(name) for name in FAMILIES}, indent=1) + "\n")
+    GOLDEN.write_text(
+        json.dumps({name: found(name) for name in (*FAMILIES, *WITHOUT_KEYS)}, indent=1) + "\n"
+    )

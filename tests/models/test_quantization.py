@@ -165,7 +165,8 @@ def test_a_change_in_place_is_rounded(name):
 PLAIN_PARTS = (
     "embed", "proj_out", "norm_out", "final_layer", "text_encoder", "conv", "time", "guidance", "context", "x_",
     "img_in", "txt_in", "stream_modulation", "projector", "text_proj", "adaLN_modulation.1", "final_norm",
-    "final_linear", "modulation.1", "proj_in", "caption_projection", "av_cross_attn", "adaln",
+    "final_linear", "modulation.1", "proj_in", "caption_projection", "av_cross_attn", "adaln", "input_proj",
+    "llm_cond_proj",
 )  # fmt: skip
 """One of these is in the name of each layer that stays as it was."""
 

@@ -13,6 +13,7 @@ from models.config import ModelConfig
 from models.detect import get_family
 from models.empty_components import empty_encoders
 from models.released import (
+    complete_config,
     configuration_folder,
     find_released_model,
     released_hub_ids,
@@ -22,7 +23,7 @@ from models.released import (
 NUM_PARAMETERS = {
     "clip_l": 123, "clip_l_projection": 124, "clip_g": 695, "clip_h_vision": 631, "t5_xxl": 4762, "umt5_xxl": 5681,
     "qwen3_4b": 4022, "qwen3_4b_model": 4022, "qwen3_8b": 8191, "qwen2_5_vl_7b": 8292, "mistral_small_3": 24011,
-    "qwen3_vl_4b": 4438, "ministral_3_3b": 3849, "qwen3_vl_8b": 8767, "gemma3_12b": 12187,
+    "qwen3_vl_4b": 4438, "ministral_3_3b": 3849, "qwen3_vl_8b": 8767, "qwen3_vl_8b_model": 8145, "gemma3_12b": 12187,
     "qwen2_5_vl_7b_text": 7071, "byt5_glyph": 219,
 }  # fmt: skip
 """Millions, from the model cards."""
@@ -50,7 +51,8 @@ def test_recipes_train_released_models():
 def test_encoders_have_their_size(name):
     import transformers
 
-    config = stored_components()[name]
+    configs = stored_components()
+    config = complete_config(configs, name)
     model_class = getattr(transformers, config["architectures"][0])
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(config))

@@ -19,7 +19,7 @@ from data.store.schema import token_names
 from models.base import TensorLayout
 from models.blocks import inner_blocks
 from models.diffusers_family import DiffusersFamily
-from models.empty_components import cast_weights, empty_encoders
+from models.empty_components import cast_weights, empty_encoders, empty_other_denoisers
 from models.encoder_placement import modules_of
 from training import build
 from training.block_classes import outermost
@@ -230,6 +230,8 @@ class TrainingTrace:
         The denoiser and the optimizer's state stay in memory. Prompts were encoded before."""
         media = empty_encoders(self.family, "media")
         label_modules(self.live_bytes, modules_of(media), VAE)
+        other_denoisers = empty_other_denoisers(self.family)  # kept, as they are on the device
+        label_modules(self.live_bytes, other_denoisers, BASE)
         return self._peak_of(SAMPLES, partial(self._draw, media))
 
     @torch.no_grad()

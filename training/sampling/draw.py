@@ -37,6 +37,7 @@ def pipeline_options(
         "width": prompt.width,
         "num_inference_steps": prompt.num_inference_steps,
         **family.preview_options(prompt.guidance_scale),
+        **family.prompt_options(prompt.text),
     }
     if family.controls.max_count:
         options |= family.control_options([*controls], prompt.width, prompt.height)

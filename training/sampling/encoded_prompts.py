@@ -76,7 +76,7 @@ def encode_prompt(
 
     def record(*args: Any, **options: Any) -> Any:
         result = original(*args, **options)
-        results.append(tree_map_only(Tensor, Tensor.cpu, result))
+        results.append(tree_map_only(Tensor, compact, result))
         return result
 
     options = pipeline_options(family, pipeline, prompt, controls)
@@ -120,14 +120,29 @@ def replayed(pipeline: Any, encoded: EncodedPrompt, device: torch.device) -> Ite
 
     def replay(*_: Any, **__: Any) -> Any:
         result = remaining.pop(0)
-        return tree_map_only(Tensor, lambda tensor: widened(tensor).to(device), result)
+        return tree_map_only(Tensor, lambda tensor: widened(tensor.to(device)), result)
 
     with replaced_encoding(pipeline, replay):
         yield
 
 
+def compact(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU. Embeddings become sparse if most of their rows are zeros.
+
+    For example, embeddings of Ideogram 4 have a row for each token of the image, a gigabyte of zeros."""
+    tensor = tensor.cpu()
+    if tensor.ndim < 3 or not tensor.is_floating_point():
+        return tensor
+    is_nonzero = tensor.any(-1)
+    if 2 * is_nonzero.sum() > is_nonzero.numel():
+        return tensor
+    return tensor.to_sparse(is_nonzero.ndim)
+
+
 def widened(tensor: Tensor) -> Tensor:
-    """Return embeddings in fp32; masks and tokens as they are."""
+    """Return embeddings in fp32, without gaps; masks and tokens as they are."""
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
     return tensor.float() if tensor.is_floating_point() else tensor
 
 

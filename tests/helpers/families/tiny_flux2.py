@@ -97,11 +97,11 @@ def qwen() -> Qwen3ForCausalLM:
     ).eval()
 
 
-def vae() -> AutoencoderKLFlux2:
+def vae(levels: int = 3) -> AutoencoderKLFlux2:
     """Cells of 4 pixels, 8 when they are patched, and statistics that are not those of latents."""
     model = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=4, layers_per_block=1, sample_size=32,
     )  # fmt: skip
     model.bn.running_mean.normal_()
     model.bn.running_var.uniform_(0.3, 3.0)

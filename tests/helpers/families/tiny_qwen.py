@@ -112,10 +112,14 @@ def image_marks(has_images: bool) -> dict[str, int]:
     return marks
 
 
-def qwen3_vl(has_images: bool = False) -> Qwen3VLModel | Qwen3VLForConditionalGeneration:
-    """`has_images`: with the marks of images and a head."""
+def qwen3_vl(
+    has_images: bool = False, **more: int
+) -> Qwen3VLModel | Qwen3VLForConditionalGeneration:
+    """`has_images`: with the marks of images and a head. `more`: of the text's configuration."""
     vision = {**VISION, "deepstack_visual_indexes": [0]}
-    text = {**TEXT, **special_tokens(has_images), "rope_parameters": VISION_ROPE, "head_dim": 8}
+    text = {
+        **TEXT, **special_tokens(has_images), "rope_parameters": VISION_ROPE, "head_dim": 8, **more,
+    }  # fmt: skip
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **image_marks(has_images))
     model_class = Qwen3VLForConditionalGeneration if has_images else Qwen3VLModel
     return model_class(config).eval()
