@@ -16,7 +16,6 @@ Conventions, for every family:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -31,6 +30,7 @@ from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
 from models.config import ModelConfig, has_distilled_name
 from models.controls import NO_CONTROLS, ControlLimits, ControlSize
 from models.layer_names.names import LayerNames
+from models.limits import Limits
 from models.model_files import ModelFiles
 from objectives.config import ObjectiveConfig
 from objectives.processes import NoiseProcess
@@ -61,42 +61,6 @@ class TensorLayout(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes of images and videos that a model takes."""
-
-    latent_step: int
-    """Pixels per latent, along height and width."""
-    pixel_step: int
-    """Height and width of an image in pixels must be multiples of this."""
-    patch_size: int
-    """Latents per image token of the denoiser, along height and width."""
-    is_video: bool = False
-    frame_step: int = 1
-    """Videos have 1 + n times this many frames, and their latents 1 + n."""
-    fps: float = 16.0
-    """Frames per second of the videos that the base model was trained on."""
-    allows_images: bool = True
-    """False if one frame alone teaches the model nothing, because it is given the first frame."""
-
-    def frame_error(self, num_frames: int) -> str | None:
-        """WHEN: in precompute. OUT: an error if the model cannot be trained on so many frames."""
-        if num_frames > 1 and not self.is_video:
-            return "this model makes images"
-        if num_frames == 1 and not self.allows_images:
-            return (
-                "the model is given the first frame, so one frame alone teaches it nothing; "
-                f"expected at least {1 + self.frame_step} frames"
-            )
-        return None
-
-    def num_tokens(self, shape: tuple[int, ...]) -> int:
-        """WHEN: in the loop, because the noise levels of some families depend on the image size.
-
-        IN: shape of the latents (B, C, [F,] h, w). OUT: image tokens of each sample."""
-        return math.prod(shape[2:]) // self.patch_size**2
 
 
 class ModelFamily(ABC):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.base import Limits, ModelFamily, Role, TensorLayout, TokenCounts
+from models.base import ModelFamily, Role, TensorLayout, TokenCounts
 from models.block_format import PLAIN, BlockFormat
 from models.checkpoint_files import VAE_PREFIXES, hub_id_of_shapes, read_config
 from models.comfy import ComfyLayout
@@ -24,6 +24,7 @@ from models.component_loaders import (
 )
 from models.config import ModelConfig
 from models.latents import LatentScale
+from models.limits import Limits
 from models.model_files import LOADING_ERRORS, FamilyComponents, ModelFiles
 from models.quiet import hide_progress_bars
 from models.released import CONFIG_NAMES
@@ -337,8 +338,7 @@ class DiffusersFamily(ModelFamily):
     def _component_arguments(self, components: set[str]) -> dict[str, Any]:
         """Return from_pretrained's arguments for these components of the pipeline.
 
-        A component that is not loaded is None, or its stand-in. A component that does not come from the source is a
-        module. All others have no argument, and are loaded from the source in `dtype`."""
+        Those that are not loaded are None or their stand-ins, those from elsewhere are modules."""
         loaders = self.component_loaders()
         stand_ins = self.stand_ins()
         dtypes: dict[str, torch.dtype] = {"default": torch.float32}
@@ -371,13 +371,11 @@ class DiffusersFamily(ModelFamily):
         return list(dict.fromkeys((*self.components, *self.unused_components)))
 
     def stand_ins(self) -> dict[str, Any]:
-        """Return objects for components that are not loaded, where the pipeline's class needs one."""
+        """WHEN: components are not loaded. OUT: objects that the pipeline's class needs for them."""
         return {}
 
     def replacement_loaders(self) -> ComponentLoaders:
-        """Return the loaders of components that the pipeline's class does not accept.
-
-        They are registered after the pipeline is made."""
+        """Return the loaders of components that are registered after the pipeline is made."""
         return {}
 
     # Media.

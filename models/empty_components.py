@@ -70,7 +70,8 @@ def empty_other_denoisers(family: DiffusersFamily) -> list[nn.Module]:
     denoisers = []
     for component in family.other_denoisers:
         config = family.component_config(component)
-        denoiser = getattr(diffusers, config["_class_name"]).from_config(config)
+        denoiser_class = getattr(diffusers, config["_class_name"])
+        denoiser = denoiser_class.from_config(config)
         count = sum(parameter.numel() for parameter in denoiser.parameters())
         dtype = torch.bfloat16 if count > MIN_LARGE else torch.float32
         denoisers.append(cast_weights(denoiser, dtype))

@@ -29,7 +29,8 @@ class Flux2VaeFamily(TransformerFamily):
 
     @property
     def latent_step(self) -> int:
-        return CELL * super().latent_step
+        vae_step = super().latent_step
+        return CELL * vae_step
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = super().encode_media(encoders, pixels)
@@ -37,9 +38,11 @@ class Flux2VaeFamily(TransformerFamily):
         deviation_cells = pixel_unshuffle(deviation, CELL)
         vae_mean, vae_deviation = self.vae_statistics(encoders.vae)
         centered_cells = mean_cells - vae_mean
+        normalized_mean = centered_cells / vae_deviation
+        normalized_deviation = deviation_cells / vae_deviation
         return (
-            centered_cells / vae_deviation,
-            deviation_cells / vae_deviation,
+            normalized_mean,
+            normalized_deviation,
         )
 
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
