@@ -293,6 +293,7 @@ class ModelFiles:
             model_class = getattr(transformers, class_name)
             with no_init_weights():  # some initial values are drawn until they fit
                 model = model_class(model_class.config_class.from_dict(config))
+            model.tie_weights()  # otherwise done when they are initialized
         else:  # a module of diffusers' pipelines
             from diffusers import pipelines
 

@@ -53,7 +53,7 @@ def test_the_prediction_is_the_denoisers_whatever_the_audio_is(case):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@each_version
+@pytest.mark.parametrize("case", [LTX2, pytest.param(LTX23, marks=pytest.mark.long)], ids=str)
 def test_prompts_that_are_encoded_before_draw_what_diffusers_pipeline_draws(case):
     """The pipeline is given the states of all layers, which its own connectors read while it draws."""
     family = family_of(case)
@@ -102,8 +102,7 @@ def test_videos_and_images_are_trained_on_together(videos, options, run_here, ca
     assert "32x32 of 2 latent frames: 2, 32x32: 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@each_version
+@pytest.mark.parametrize(("case", "prefix"), [(LTX2, "model.diffusion_model."), (LTX23, "")])
 def test_a_file_of_the_original_names_is_the_same_model(case, prefix, tmp_path):
     """diffusers' own converter, which knows LTX-2 alone, reads the same."""
     path = str(tmp_path / "model.safetensors")
