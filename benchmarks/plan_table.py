@@ -1,6 +1,9 @@
-"""Writes the tables of docs/memory.md, and the list of `train_lora.py models`. It takes half an hour.
+"""Writes the tables of docs/memory.md, and the list of `train_lora.py models`.
 
-The recipes are planned for each released model that they train. `rows(names)` plans some models.
+    python benchmarks/plan_table.py [MODEL ...]
+
+The recipes are planned for each released model that they train. With names of models, only these are planned, and
+the other rows stay. All of them take more than half an hour.
 """
 
 import json
@@ -8,13 +11,19 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from models.released import released_models  # noqa: E402
-from tools.catalog.planned import CARDS, PLANNED_FILE, WAYS, PlannedModel  # noqa: E402
+from tools.catalog.planned import (  # noqa: E402
+    CARDS,
+    PLANNED_FILE,
+    WAYS,
+    PlannedModel,
+    planned_models,
+)
 from tools.planning.plan import on_the_cpu, with_configurations  # noqa: E402
 from tools.planning.report import gib  # noqa: E402
 from training.cli import read_recipe  # noqa: E402
@@ -25,6 +34,7 @@ from training.memory.planner import RESERVE, MemoryPlanner  # noqa: E402
 
 PAGE = PROJECT / "docs" / "memory.md"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+SECOND_TABLE = "What fits in training:"
 SAMPLE_WAYS = ("bf16", "nf4", "bf16, offloaded")
 CAPTION_WAYS: dict[str, Changes] = {
     "captions": {},
@@ -125,17 +135,45 @@ def plan(name: str) -> Row:
         )
 
 
-def tables(all_rows: list[Row]) -> str:
-    """Return both tables in Markdown."""
-    needs = [
-        ["model", "sample", *CAPTION_WAYS, "images",
-         *[f"train, {way}" for way in WAYS], *[f"samples, {way}" for way in SAMPLE_WAYS]],
-        *[row.cells() for row in all_rows],
-    ]  # fmt: skip
-    cards = [["model", *[f"{card} GB" for card in CARDS]]]
-    for row in all_rows:
-        cards.append([row.model, *row.planned().cells()])
-    return f"{markdown(needs)}\n\nWhat fits in training:\n\n{markdown(cards)}"
+class Tables(NamedTuple):
+    """The tables: the needs of each model, and what `train_lora.py models` lists."""
+
+    needs: dict[str, list[str]]
+    """Model -> cells."""
+    planned: dict[str, PlannedModel]
+
+    @classmethod
+    def of_page(cls) -> Self:
+        """Return the tables that were written before."""
+        _, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        needs_table, _, _ = rest.partition(SECOND_TABLE)
+        needs = {}
+        for line in needs_table.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            needs[cells[0]] = cells
+        planned = {entry.model: entry for entry in planned_models()}
+        return cls(needs, planned)
+
+    def with_rows(self, new_rows: list[Row]) -> Self:
+        """Return the tables with new rows, in the order of RECIPES."""
+        needs = self.needs | {row.model: row.cells() for row in new_rows}
+        planned = self.planned | {row.model: row.planned() for row in new_rows}
+        return type(self)(
+            {model: needs[model] for model in RECIPES},
+            {model: planned[model] for model in RECIPES},
+        )
+
+    def markdown(self) -> str:
+        """Return both tables in Markdown."""
+        head = [
+            "model", "sample", *CAPTION_WAYS, "images",
+            *[f"train, {way}" for way in WAYS], *[f"samples, {way}" for way in SAMPLE_WAYS],
+        ]  # fmt: skip
+        cards = [["model", *[f"{card} GB" for card in CARDS]]]
+        for model, entry in self.planned.items():
+            cards.append([model, *entry.cells()])
+        needs = [head, *self.needs.values()]
+        return f"{markdown(needs)}\n\n{SECOND_TABLE}\n\n{markdown(cards)}"
 
 
 def markdown(table: list[list[str]]) -> str:
@@ -146,14 +184,20 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def main() -> None:
-    all_rows = rows()
-    entries = [asdict(row.planned()) for row in all_rows]
+    names = sys.argv[1:] or list(RECIPES)
+    unknown_names = set(names) - set(RECIPES)
+    if unknown_names:
+        raise SystemExit(
+            f"unknown models: {', '.join(unknown_names)}; expected {', '.join(RECIPES)}"
+        )
+    new_tables = Tables.of_page().with_rows(rows(names))
+    entries = [asdict(entry) for entry in new_tables.planned.values()]
     PLANNED_FILE.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    new_tables = tables(all_rows)
     page = PAGE.read_text(encoding="utf-8")
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{new_tables}\n\n{END}{tail}", encoding="utf-8")
+    text = f"{head}{BEGIN}\n\n{new_tables.markdown()}\n\n{END}{tail}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

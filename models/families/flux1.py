@@ -58,7 +58,7 @@ class FluxFamily(TransformerFamily):
 
     layer_names = TableNames(table=FLUX_TABLE)
     variable_length: ClassVar = {"prompt_embeds": None}
-    unused_components = ("feature_extractor", "image_encoder")
+    unused_components: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
     latent_shift = 0.1159
     latent_scale = 0.3611
     targets: ClassVar = {

@@ -17,6 +17,7 @@ class Flux1Fill(InpaintingFamily, Flux1):
 
     name = "flux1_fill"
     pipelines = ("FluxFillPipeline",)
+    unused_components = ()
     comfy_nodes = None  # type: ignore[assignment]
 
     @classmethod

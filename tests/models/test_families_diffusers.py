@@ -108,7 +108,9 @@ def test_diffusers_loads_its_own_format_with_all_layers(case, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["DoRA", "LoHa", "LoKr", "OFT"])
-@pytest.mark.parametrize("case", [case for case in cases() if case.family != "sdxl"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in cases() if not case.family.startswith(("sd15", "sdxl"))], ids=str
+)
 def test_what_diffusers_format_does_not_hold_for_comfyui_is_written_by_comfyuis_names(
     case, algorithm
 ):
