@@ -24,8 +24,6 @@ from models.layer_names.tables import Rule, TableNames, fused_qkv
 from objectives.config import ObjectiveConfig
 from objectives.processes import Flow, NoiseProcess
 
-HUB_ID = "CalamitousFelicitousness/Ideogram-4-bf16-Diffusers"
-"""A conversion of the released weights, which are in fp8 and nf4 alone."""
 TOKENS = 2048
 """Tokens of a caption with the template around it, the pipeline's default."""
 SUFFIX_TOKENS = 5
@@ -77,7 +75,10 @@ class Ideogram4(Flux2VaeFamily):
         return {"embed_image_indicator.weight", "layers.0.attention.qkv.weight"} <= shapes.keys()
 
     def find_source(self) -> str:
-        return HUB_ID  # diffusers would detect the file as Stable Diffusion 1
+        raise ModelError(
+            f"--model.path {self.config.path}: Ideogram published no folder that this file could get its "
+            "text encoder and VAE from; expected --model.config with a diffusers folder of Ideogram 4"
+        )
 
     def check(self) -> None:
         super().check()

@@ -52,11 +52,13 @@ def test_no_resume_will_not_lose_a_run(options, run_here, capsys):
 
 def test_changed_data_or_total_batch_is_refused_on_resume(options, run_here, images, capsys):
     assert run_here(options) == 0
-    assert run_here([*options, "--steps=8", "--grad_accumulation_steps=2"]) == 1
+    assert run_here([*options, "--steps=8", "--grad_accumulation_steps=2"]) == 2
     assert "micro-batches per step" in capsys.readouterr().err
     (images / "cat.txt").write_text("changed")
-    assert run_here([*options, "--steps=8"]) == 1
-    assert "dataset is " in capsys.readouterr().err
+    assert run_here([*options, "--steps=8"]) == 2
+    error = capsys.readouterr().err
+    assert "images, captions or other data have changed" in error
+    assert "Choose another --output_dir" in error
 
 
 def test_a_damaged_checkpoint_is_passed_over(options, run_here, tmp_path, capsys):
@@ -263,8 +265,8 @@ def test_a_checkpoint_of_other_options_is_refused_without_the_config_file_too(
 ):
     assert run_here(options) == 0
     (tmp_path / "out" / "config.yaml").unlink()
-    assert run_here([*options, "--steps=8", "--optim.eps=1e-7"]) == 1
-    assert "config is " in capsys.readouterr().err
+    assert run_here([*options, "--steps=8", "--optim.eps=1e-7"]) == 2
+    assert "the options have changed" in capsys.readouterr().err
     assert run_here([*options, "--steps=8", "--tracking.log_every=2"]) == 0
 
 

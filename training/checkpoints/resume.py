@@ -24,7 +24,7 @@ from training.checkpoints.state import (
     to_files,
     weights_of,
 )
-from training.checkpoints.storage import Checkpoint, CheckpointError
+from training.checkpoints.storage import Checkpoint
 from training.checkpoints.writer import CheckpointWriter
 from training.components import RunComponents
 from training.config import TrainConfig, to_yaml
@@ -65,6 +65,15 @@ def hash_in_background(components: RunComponents) -> Future[str]:
 
     Thread(target=compute, daemon=True).start()
     return future
+
+
+IDENTITY_CHANGES = {
+    "config": "the options have changed",
+    "dataset": "the images, captions or other data have changed",
+    "base model": "the files of the base model have changed",
+    "steps of the existing LoRA": "the adapter of --existing_lora was trained for another number of steps",
+}
+"""Fact of `RunCheckpoints.identity` -> its change, in words."""
 
 
 class RunCheckpoints:
@@ -190,8 +199,8 @@ class RunCheckpoints:
             time.sleep(0.5)
 
     def _restore(self, checkpoint: Checkpoint, saved: SavedState) -> TrainState:
-        """Load weights and optimizer, and return the state. Raises CheckpointError for another
-        run's checkpoint."""
+        """Load weights and optimizer, and return the state. Raises ConfigError for another run's
+        checkpoint."""
         say = self.services.reporter.say
         if checkpoint.step > self.config.steps:
             raise ConfigError(
@@ -248,11 +257,10 @@ class RunCheckpoints:
     def _check_same_run(
         self, checkpoint: Checkpoint, saved: SavedState, micro_batches_per_step: int
     ) -> None:
-        """Raise CheckpointError, on the main process too, if the checkpoint belongs to a different
-        run."""
+        """Raise ConfigError, on the main process too, if the checkpoint belongs to a different run."""
         facts = self.identity() if self.services.process.is_main else {}
         differences = [
-            f"{name} is {saved.identity.get(name)} there, {value} here"
+            IDENTITY_CHANGES[name]
             for name, value in facts.items()
             if saved.identity.get(name) != value
         ]
@@ -263,10 +271,10 @@ class RunCheckpoints:
             )
         if differences:
             heading = (
-                f"the checkpoint of step {checkpoint.step} in {self.services.folder} belongs to a "
-                "different run"
+                f"--output_dir {self.services.folder}: its checkpoint of step {checkpoint.step} belongs "
+                "to a different run"
             )
-            raise CheckpointError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
+            raise ConfigError(bullet_list(heading, differences) + f"\n{NEW_FOLDER_HINT}")
 
     def _restore_best(self, state: TrainState, checkpoint: Checkpoint, saved: SavedState) -> None:
         """Restore the weights of the best step. Raises ConfigError if the checkpoint does not have
