@@ -3,12 +3,12 @@
     python benchmarks/plan_table.py [MODEL ...]
 
 The recipes are planned for each released model that they train. With names of models, only these are planned, and
-the other rows stay. All of them take more than half an hour.
+the other rows stay. Each row is written at once. All of them take more than half an hour.
 """
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -105,9 +105,9 @@ class Row:
         )
 
 
-def rows(names: Iterable[str] = RECIPES) -> list[Row]:
+def rows(names: Iterable[str] = RECIPES) -> Iterator[Row]:
     """Plan the models with these names."""
-    return [plan(name) for name in names]
+    return map(plan, names)
 
 
 def plan(name: str) -> Row:
@@ -154,13 +154,13 @@ class Tables(NamedTuple):
         planned = {entry.model: entry for entry in planned_models()}
         return cls(needs, planned)
 
-    def with_rows(self, new_rows: list[Row]) -> Self:
-        """Return the tables with new rows, in the order of RECIPES."""
-        needs = self.needs | {row.model: row.cells() for row in new_rows}
-        planned = self.planned | {row.model: row.planned() for row in new_rows}
+    def with_row(self, row: Row) -> Self:
+        """Return the tables with a new row, in the order of RECIPES."""
+        needs = {**self.needs, row.model: row.cells()}
+        planned = {**self.planned, row.model: row.planned()}
         return type(self)(
-            {model: needs[model] for model in RECIPES},
-            {model: planned[model] for model in RECIPES},
+            {model: needs[model] for model in RECIPES if model in needs},
+            {model: planned[model] for model in RECIPES if model in planned},
         )
 
     def markdown(self) -> str:
@@ -190,7 +190,12 @@ def main() -> None:
         raise SystemExit(
             f"unknown models: {', '.join(unknown_names)}; expected {', '.join(RECIPES)}"
         )
-    new_tables = Tables.of_page().with_rows(rows(names))
+    for row in rows(names):
+        write(Tables.of_page().with_row(row))
+
+
+def write(new_tables: "Tables") -> None:
+    """Write the page and the file of `train_lora.py models`."""
     entries = [asdict(entry) for entry in new_tables.planned.values()]
     PLANNED_FILE.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")

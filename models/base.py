@@ -127,7 +127,7 @@ class ModelFamily(ABC):
     @property
     def is_distilled(self) -> bool:
         """True if the model was distilled to few steps, by its name or its configuration."""
-        return self.config.path is not None and has_distilled_name(self.config.path)
+        return has_distilled_name(self.config.path or "")
 
     @property
     def sample_conditioning(self) -> tuple[str, ...]:

@@ -110,8 +110,8 @@ class ComfyLayout:
 class PooledLayout(ComfyLayout):
     """Conditioning of the tokens' embeddings and a pooled embedding (pooled_width,)."""
 
-    def __init__(self, width: int, pooled_width: int):
-        super().__init__(width)
+    def __init__(self, width: int, pooled_width: int, required: tuple[str, ...] = ()):
+        super().__init__(width, required=required)
         self.pooled_width = pooled_width
 
     def tensors(self, cond: Tensor, extras: dict[str, Any]) -> Conditioning:

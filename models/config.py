@@ -78,15 +78,21 @@ class ModelConfig:
 
 
 DISTILLED_NAME = re.compile(
-    r"(?<!de)(?<!de[-_])(?<!un)(turbo|schnell|lightning|distill|(?<![a-z])lcm(?![a-z]))",
-    re.IGNORECASE,
+    r"turbo|schnell|lightning|distill|(?<![a-z])lcm(?![a-z])", re.IGNORECASE
 )
-"""Part of the name of a model that was distilled to few steps. `de-turbo` and `undistilled` are not."""
+"""Part of the name of a model that was distilled to few steps."""
+UNDISTILLED_NAME = re.compile(r"(de|un)[-_]?(turbo|schnell|distill)", re.IGNORECASE)
+"""Part of the name of a model whose distillation was undone."""
 
 
 def has_distilled_name(path: str) -> bool:
     """Return whether the name of a model says that it was distilled to few steps."""
     return DISTILLED_NAME.search(Path(path).name) is not None
+
+
+def has_undistilled_name(path: str) -> bool:
+    """Return whether the name of a model says that its distillation was undone."""
+    return UNDISTILLED_NAME.search(Path(path).name) is not None
 
 
 def is_hub_id(path: str) -> bool:
@@ -104,7 +110,7 @@ class HubFile(NamedTuple):
 def hub_file_of(path: str) -> HubFile | None:
     """Return the file that a path owner/name/file.safetensors means; None for a local path."""
     match = HUB_FILE.fullmatch(path)
-    if match is None or Path(path).exists() or Path(match[1]).parent.exists():
+    if match is None or ".." in path or Path(path).exists() or Path(match[1]).parent.exists():
         return None
     return HubFile(match[1], match[2])
 

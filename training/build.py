@@ -13,6 +13,7 @@ from common.errors import AdapterError, ConfigError, ModelError, error_list
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
+from lora_algos.traits import Layers
 from models.base import ModelFamily
 from models.block_format import BlockFormat
 from models.blocks import inner_blocks
@@ -167,14 +168,19 @@ def most_common_dtype(denoiser: nn.Module) -> torch.dtype:
 
 
 def attach_adapters(
-    config: TrainConfig, family: ModelFamily, denoiser: nn.Module, names: LayerSpellings
+    config: TrainConfig,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    names: LayerSpellings,
+    assistant: Layers | None = None,
 ) -> tuple[AdaptedModel, int]:
     """Attach new adapters, or those of `existing_lora`; return them and the steps of the existing
-    adapter."""
+    adapter.
+
+    `assistant`: the assistant LoRA; None: that of the options."""
     plan = adapter_plan(config)
-    assistant = {}
-    if config.model.assistant_lora is not None:
-        assistant = read_assistant(config.model.assistant_lora, denoiser, names)
+    if assistant is None:
+        assistant = read_assistant(config.model, denoiser, names)
     if config.existing_lora is not None:
         adapted, previous_steps = attach_existing(
             config.existing_lora, family, denoiser, names, plan
@@ -215,8 +221,7 @@ def check_adapters(config: TrainConfig, family: ModelFamily) -> None:
     denoiser = family.empty_denoiser()
     plan = adapter_plan(config)
     names = layer_spellings(family, denoiser)
-    if config.model.assistant_lora is not None:
-        read_assistant(config.model.assistant_lora, denoiser, names)
+    read_assistant(config.model, denoiser, names)
     if config.existing_lora is None:
         check_specs(denoiser, plan.specs(denoiser, family.targets))
     else:
@@ -263,6 +268,6 @@ def on_one_process(components: RunComponents) -> RunComponents:
         config, compile="none", gradient_checkpointing=False, memory=MemoryConfig()
     )
     denoiser, _ = load_denoiser(plain_config, family, torch.device("cpu"))
-    adapted, _ = attach_adapters(config, family, denoiser, components.names)
+    adapted, _ = attach_adapters(config, family, denoiser, components.names, assistant={})
     adapted.load_state_dict(components.adapted.state_dict())
     return replace(components, adapted=adapted)

@@ -29,6 +29,11 @@ def path_errors(config: TrainConfig) -> list[str]:
     errors += folder_errors("output_dir", config.output_dir)
     errors += output_dir_errors(config.data, config.output_dir)
     errors += missing_path_errors("existing_lora", config.existing_lora)
+    strength = config.sample.assistant_strength
+    if strength and config.model.assistant_lora is None:
+        errors.append(
+            f"--sample.assistant_strength {strength:g}: has no effect without --model.assistant_lora"
+        )
     error = assistant_error(config.model)
     if error:
         errors.append(f"--model.assistant_lora{error}")

@@ -117,21 +117,23 @@ def check(data: bytes) -> ImageFacts:
     return ImageFacts(layers.color.width, layers.color.height, layers.alpha is not None)
 
 
-def pixels(data: bytes, crop: Crop, background: str, flip: bool = False) -> Tensor:
-    """Return an image's sRGB colors over `background`.
+def pixels(data: bytes, crop: Crop, background: str | None, flip: bool = False) -> Tensor:
+    """Return an image's sRGB colors over `background`; None: as stored, also if they are transparent.
 
     They are (3, crop_height, crop_width) float32 in [-1, 1]. `flip` mirrors the window
     horizontally. Raises DataError as check() does, and if `background` is not a color."""
-    error = color_error(background)
+    error = None if background is None else color_error(background)
     if error:
         raise DataError(error)
     return scale(picture(data, background), crop, flip)
 
 
-def picture(data: bytes, background: str) -> Image.Image:
+def picture(data: bytes, background: str | None) -> Image.Image:
     """Return an image in its own size, in sRGB over `background`. Raises DataError as check() does."""
     layers = decode(data)
     srgb = to_srgb(layers.color, layers.profile)
+    if background is None:
+        return srgb.convert("RGB")
     return paste_over(srgb, background, layers.alpha)
 
 

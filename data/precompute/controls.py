@@ -102,7 +102,7 @@ def check_masks(config: DataConfig, family: ModelFamily) -> None:
         raise DataError(
             f"--data.masks none: {family.name} paints the part of an image that a mask shows; expected "
             "files or alpha. Put <name>_mask.png next to each image, white where the model paints, and "
-            "use --data.masks files"
+            f"use recipes/{family.name}.yaml or --data.masks files"
         )
 
 

@@ -243,7 +243,10 @@ def prepare_media(job: EncodeJob, task: MediaTask) -> PreparedMedia:
     key = job.planner.media_key(hashes, crop, clip, flip)
     if key != planned.media_keys[int(flip)]:
         raise DataError(changed_message(sample.name))
-    pixels = decode_pixels(content, crop, clip, job.config.background, flip)
+    background: str | None = job.config.background
+    if job.family.paints_masks and job.config.masks == "alpha":
+        background = None  # the colors of transparent pixels surround what is painted
+    pixels = decode_pixels(content, crop, clip, background, flip)
     mask = None
     if job.config.masks != "none":
         mask = torch.ones(crop.crop_height, crop.crop_width)
@@ -260,11 +263,12 @@ def changed_message(name: str) -> str:
 
 
 def decode_pixels(
-    content: bytes, crop: Crop, clip: Clip | None, background: str, flip: bool = False
+    content: bytes, crop: Crop, clip: Clip | None, background: str | None, flip: bool = False
 ) -> Tensor:
     """Return the pixels (3, [F,] H, W) of an image or of a clip of a video."""
     if clip is None:
         return images.pixels(content, crop, background, flip)
+    assert background is not None  # only images have transparent pixels
     return video.pixels(content, crop, clip, background, flip)
 
 

@@ -205,7 +205,7 @@ class Flux1(FluxFamily):
 
     @cached_property
     def comfy(self) -> ComfyLayout:
-        return PooledLayout(self.cond_width, self.pooled_width)
+        return PooledLayout(self.cond_width, self.pooled_width, self.sample_conditioning)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, pooled, _ = encoders.encode_prompt(

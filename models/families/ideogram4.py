@@ -174,9 +174,11 @@ class Ideogram4(Flux2VaeFamily):
         return {"guidance_scale": guidance_scale, "guidance_schedule": None}
 
     def prompt_options(self, prompt: str) -> dict[str, Any]:
-        """Return a limit without padding, which has no effect on the other tokens."""
+        """Return a limit without padding, which has no effect on the other tokens.
+
+        The pipeline refuses longer prompts, so one that training would cut is seen as a whole."""
         num_tokens = len(template_tokens(self.tokenizer, prompt))
-        return {"max_sequence_length": min(num_tokens, TOKENS)}
+        return {"max_sequence_length": num_tokens}
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata("ideogram4", "Ideogram-4", "https://github.com/ideogram-oss/ideogram4")

@@ -42,7 +42,7 @@ class InpaintingFamily(DiffusersFamily):
         painted = is_painted.unsqueeze(1)
         gray_pixels = pixels.masked_fill(painted, 0)
         masked_image, _ = self.encode_media(encoders, gray_pixels)
-        binary_masks = painted.to(pixels.dtype)
+        binary_masks = painted.to(torch.uint8)
         return {
             MASKED_IMAGE: masked_image,
             INPAINT_MASK: self.mask_channels(binary_masks),
@@ -57,7 +57,7 @@ class InpaintingFamily(DiffusersFamily):
         _, *shape = channels.shape
         return {
             MASKED_IMAGE: TensorLayout(latents, torch.float32),
-            INPAINT_MASK: TensorLayout(tuple(shape), torch.float32),
+            INPAINT_MASK: TensorLayout(tuple(shape), torch.uint8),
         }
 
     def masked_latents(self, cond: dict[str, Any], noisy: Tensor) -> Tensor:

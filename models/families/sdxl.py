@@ -105,7 +105,7 @@ class StableDiffusionXL(UNetFamily):
 
     @cached_property
     def comfy(self) -> ComfyLayout:
-        return SizedLayout(self.cond_width, self.pooled_width)
+        return SizedLayout(self.cond_width, self.pooled_width, self.sample_conditioning)
 
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         embeds, _, pooled, _ = encoders.encode_prompt(

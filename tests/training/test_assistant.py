@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.family_cases import cases, folder_of
 from helpers.project import BASE
 from helpers.runs import assert_same_result, result_of
 from safetensors.torch import load_file, save_file
 
 from adapter_files.spellings import layer_spellings
+from common.errors import AdapterError
 from models.config import ModelConfig
 from models.detect import get_family
 from training.assistant import (
@@ -19,6 +21,7 @@ from training.assistant import (
     assistant_at_strength,
     attach_assistant,
     distillation_notes,
+    lora_of,
     read_assistant,
 )
 from training.cli import load_config
@@ -113,7 +116,8 @@ def test_published_files_do_not_name_its_folder(run_into, assistant, tmp_path):
     folder = run_into("out", assistant)
     data = (folder / "lora.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert "assistant_lora: .../lora.safetensors" in header["__metadata__"]["train_lora.config"]
+    config = yaml.safe_load(header["__metadata__"]["train_lora.config"])
+    assert config["model"]["assistant_lora"] == ".../lora.safetensors"
     assert str(tmp_path) not in json.dumps(header)
 
 
@@ -132,7 +136,8 @@ def test_transformers_and_their_exported_names(case, tmp_path):
         f"transformer.{name}.lora_B.weight": torch.randn(layer.out_features, 2),
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    loras = read_assistant(str(tmp_path / "lora.safetensors"), denoiser, names)
+    path = str(tmp_path / "lora.safetensors")
+    loras = read_assistant(ModelConfig(assistant_lora=path), denoiser, names)
     x = torch.randn(1, 3, layer.in_features)
     plain = layer(x)
     attach_assistant(denoiser, loras)
@@ -149,7 +154,7 @@ BAD_FILES = {
     "other keys": ({"weight": torch.ones(2)}, "is not an adapter of this model"),
     "norm": (
         {"lora_unet_conv_norm_out.w_norm": torch.ones(32)},
-        "is no plain LoRA of a weight matrix",
+        "is no LoRA of a weight matrix",
     ),
     "text encoder": (
         {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 2)},
@@ -204,8 +209,10 @@ def test_a_file_of_the_hub_is_read_from_its_cache(trained, tmp_path, monkeypatch
     family = get_family(ModelConfig(path=str(BASE)))
     denoiser = family.empty_denoiser()
     names = layer_spellings(family, denoiser)
-    local = read_assistant(str(trained / "lora.safetensors"), denoiser, names)
-    cached = read_assistant("owner/adapters/v1.safetensors", denoiser, names)
+    paths = (str(trained / "lora.safetensors"), "owner/adapters/v1.safetensors")
+    local, cached = (
+        read_assistant(ModelConfig(assistant_lora=path), denoiser, names) for path in paths
+    )
     assert cached.keys() == local.keys()
     assert len(load_file(trained / "lora.safetensors")) >= 3 * len(local) > 100
 
@@ -220,6 +227,7 @@ def test_a_file_of_the_hub_is_read_from_its_cache(trained, tmp_path, monkeypatch
         ("Z-Image-De-Turbo", False),
         ("flux-dev-de-distill", False),
         ("flux-dev-undistilled", False),
+        ("FLUX.1-schnell-de-distilled", False),
         ("welcome-to-my-model", False),
         ("Z-Image", False),
     ],
@@ -241,3 +249,41 @@ def test_a_note_names_the_model_to_train(options):
     config = load_config([*options, f"--model.path={folder_of(schnell)}"])
     (note,) = distillation_notes(config, get_family(config.model))
     assert "FLUX.1-dev" in note
+
+
+def test_the_plan_counts_the_assistant(options, assistant, trained, capsys, run_here):
+    """It is read before tensors lose their values."""
+    totals: list[int] = []
+    capsys.readouterr()  # of the run that made the assistant
+    for more in ([], [assistant]):
+        assert run_here(["plan", *options, *more, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        totals.append(plan["phases"]["train"]["base model"])
+    numbers = sum(tensor.numel() for tensor in load_file(trained / "lora.safetensors").values())
+    assert totals[1] - totals[0] == pytest.approx(4 * numbers, rel=0.01)
+
+
+def test_another_file_of_the_same_name_does_not_go_on(run_into, run_here, options, trained, capsys):
+    path = trained / "lora.safetensors"
+    assistant = f"--model.assistant_lora={path}"
+    folder = run_into("parts", assistant, "--steps=2")
+    tensors = load_file(path)
+    save_file({name: -tensor for name, tensor in tensors.items()}, path)
+    assert run_here([*options, assistant, f"--output_dir={folder}"]) == 2
+    assert "the file of --model.assistant_lora has changed" in capsys.readouterr().err
+
+
+def test_a_strength_without_an_assistant_is_an_error(options, run_here, capsys):
+    assert run_here([*options, "--sample.assistant_strength=0.5"]) == 2
+    assert "has no effect without --model.assistant_lora" in capsys.readouterr().err
+
+
+def test_what_is_not_a_lora_of_the_weight_is_refused():
+    factors = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+    with pytest.raises(AdapterError, match="changes the bias"):
+        lora_of({**factors, "diff_b": torch.ones(8)}, torch.nn.Linear(8, 8))
+    grouped = torch.nn.Conv2d(8, 8, 1, groups=2)
+    kernels = {name: tensor[..., None, None] for name, tensor in factors.items()}
+    kernels["lora_down.weight"] = kernels["lora_down.weight"][:, :4]
+    with pytest.raises(AdapterError, match="grouped convolution"):
+        lora_of(kernels, grouped)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from common.errors import ConfigError
 from common.process import ProcessInfo
 from data.export import write_dataset
 from data.precompute.build import DatasetBuilder
@@ -18,6 +19,10 @@ def run(options: ExportOptions) -> int:
     out = Path(options.out)
     accelerator = build_accelerator(config)
     family = get_family(config.model)
+    if family.paints_masks and options.form != "encoded":
+        raise ConfigError(
+            f"--form {options.form}: has no place for masks, which {family.name} needs. Use --form encoded"
+        )
     process = ProcessInfo.of(accelerator)
     with DatasetBuilder.opened(config.data, family, process) as builder:
         plan = builder.plan(not config.bucket_mode)

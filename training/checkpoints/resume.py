@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from common.atomic import write_file
 from common.errors import ConfigError, bullet_list
 from common.hashing import hash_of_files
+from training.assistant import files_of_assistant
 from training.checkpoints import storage
 from training.checkpoints.best import BestWeights, best_step
 from training.checkpoints.state import (
@@ -71,6 +72,7 @@ IDENTITY_CHANGES = {
     "config": "the options have changed",
     "dataset": "the images, captions or other data have changed",
     "base model": "the files of the base model have changed",
+    "assistant LoRA": "the file of --model.assistant_lora has changed",
     "steps of the existing LoRA": "the adapter of --existing_lora was trained for another number of steps",
 }
 """Fact of `RunCheckpoints.identity` -> its change, in words."""
@@ -121,12 +123,17 @@ class RunCheckpoints:
         """Return facts that must not change, because the next step depends on them. Main process
         only."""
         assert self.base_hash is not None
-        return {
+        facts: dict[str, object] = {
             "config": config_hash(self.config),
             "dataset": self.components.datasets.train.content_hash,
             "base model": self.base_hash.result(),
             "steps of the existing LoRA": self.components.previous_steps,
         }
+        assistant = self.config.model.assistant_lora
+        if assistant is not None:
+            files = files_of_assistant(assistant)
+            facts["assistant LoRA"] = hash_of_files(files, Path(self.config.data.cache_dir))
+        return facts
 
     def resume(self) -> TrainState:
         """Return the state of the newest valid checkpoint and load its weights, or return the state

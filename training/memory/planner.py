@@ -9,6 +9,7 @@ from data.media.video import ClipSampling
 from models.component_loaders import check_fp16
 from models.diffusers_family import DiffusersFamily
 from training import build
+from training.assistant import empty_assistant
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
 from training.loss import build_loss
@@ -104,6 +105,7 @@ class MemoryPlanner:
             sample=self.sample,
             cond_layout={**caption_layout, **sample_layout},
             unit=self.unit,
+            assistant=empty_assistant(config.model, family),
         )
 
 

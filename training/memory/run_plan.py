@@ -215,9 +215,10 @@ def plan_path(config: TrainConfig, options: list[str]) -> Path:
     facts = [str(PLAN_VERSION), to_yaml(planned_config), *options]
     for package in PLANNED_BY:
         facts.append(f"{package} {version(package)}")
-    if config.model.path is not None:
-        with suppress(OSError):
-            facts.append(str(Path(config.model.path).stat().st_mtime_ns))
+    for path in (config.model.path, config.model.assistant_lora):
+        if path is not None:
+            with suppress(OSError):
+                facts.append(str(Path(path).stat().st_mtime_ns))
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return Path(config.data.cache_dir) / "plans" / f"{name}.json"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from data.batches import Batch
 from data.media.buckets import Crop, Size
 from data.store.schema import token_names
+from lora_algos.traits import Layers
 from models.base import TensorLayout
 from models.blocks import inner_blocks
 from models.diffusers_family import DiffusersFamily
@@ -69,6 +70,8 @@ class TraceInputs:
     """Tensors of one sample's conditioning."""
     unit: int
     """See LiveBytes."""
+    assistant: Layers = field(default_factory=dict)
+    """The assistant LoRA, on meta."""
 
     def batch(self, batch_size: int, latents: tuple[int, ...]) -> Batch:
         """Return a batch with the longest captions. `latents`: their shape in one sample."""
@@ -115,7 +118,9 @@ class TrainingTrace:
         """Blocks that can be offloaded."""
         denoiser = self._denoiser()
         names = layer_spellings(self.family, denoiser)
-        adapted, _ = build.attach_adapters(self.config, self.family, denoiser, names)
+        adapted, _ = build.attach_adapters(
+            self.config, self.family, denoiser, names, inputs.assistant
+        )
         self.engine = Engine(
             self.config.optim,
             inputs.accelerator,

@@ -34,12 +34,10 @@ from training.sampling.prompts import SamplePrompt
 from training.sampling.samples import Samples, WeightSet
 from training.services import RunServices
 
-Share = dict[tuple[str, int], np.ndarray]
-"""Label of the weights and number of the prompt -> image or video of one process."""
-
-
 CALLBACK = "callback_on_step_end"
 """Argument of most pipelines: a function that is called after each step."""
+Share = dict[tuple[str, int], np.ndarray]
+"""Label of the weights and number of the prompt -> image or video of one process."""
 
 
 class DrawingStopped(Exception):
