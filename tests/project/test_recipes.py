@@ -78,7 +78,18 @@ def data_options(videos, controls):
     return of_case
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd15"])
+VARIANTS = ("sdxl_inpaint", "qwen_image_edit")
+"""Families whose recipes differ little from another one; make test-long runs them."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in VARIANTS else ())
+        for name in FAMILIES
+        if name != "sd15"
+    ],
+)
 def test_a_recipe_runs_on_a_tiny_model(family, options, data_options, run_here, tmp_path, capsys):
     recipe = yaml.safe_load(RECIPES[family].read_text(encoding="utf-8"))
     assert recipe["model"]["family"] == family
