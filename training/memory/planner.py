@@ -56,6 +56,7 @@ class MemoryPlanner:
         self.accelerator = build_accelerator(config)
         self.family = plannable_family(config)
         self.sample = largest_sample(config, self.family)
+        self.assistant = empty_assistant(config.model, self.family)
         self.num_blocks = 0
         """Blocks that can be recomputed. It is known after training was traced."""
         self.num_offloadable = 0
@@ -105,7 +106,7 @@ class MemoryPlanner:
             sample=self.sample,
             cond_layout={**caption_layout, **sample_layout},
             unit=self.unit,
-            assistant=empty_assistant(config.model, family),
+            assistant=self.assistant,
         )
 
 
