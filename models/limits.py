@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+PAINTED = 0.5
+"""Pixels with at least this value in a mask are painted, as in diffusers' pipelines."""
+
 
 @dataclass(frozen=True)
 class Limits:

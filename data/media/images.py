@@ -168,17 +168,29 @@ def alpha_mask(data: bytes, crop: Crop, flip: bool = False) -> Tensor:
     return torch.from_numpy(crop_window(alpha, crop, flip) / 255)
 
 
+def mask_levels(data: bytes) -> Image.Image:
+    """Return a mask image's brightness. Raises DataError as check() does."""
+    layers = decode(data)
+    levels = layers.color.convert("RGB").convert("L")
+    if layers.alpha is not None:
+        levels = ImageChops.multiply(levels, layers.alpha)
+    return levels
+
+
+def brightest_level(data: bytes) -> int:
+    """Return the brightest level of a mask image, up to 255. Raises DataError as check() does."""
+    levels = mask_levels(data)
+    return int(np.asarray(levels).max())
+
+
 def mask_file(data: bytes, crop: Crop, flip: bool = False) -> Tensor:
     """Return a mask image's brightness, (crop_height, crop_width) float32 in [0, 1].
 
     Transparent pixels count as black, and a color profile does not matter. `crop` is that of the
     image which the mask belongs to. The mask may have another size: all of it is scaled to the
     scaled size of the crop. Raises DataError as check() does."""
-    layers = decode(data)
-    image = layers.color.convert("RGB").convert("L")
-    if layers.alpha is not None:
-        image = ImageChops.multiply(image, layers.alpha)
-    return torch.from_numpy(crop_window(image, crop, flip) / 255)
+    levels = mask_levels(data)
+    return torch.from_numpy(crop_window(levels, crop, flip) / 255)
 
 
 def color_error(background: str) -> str | None:

@@ -60,7 +60,7 @@ from models.base import ModelFamily
 
 STORE_VERSION = "2"
 """Version of the rows in stores; another version makes all rows be encoded again."""
-FACTS_VERSION = "4"
+FACTS_VERSION = "5"
 MAX_LISTED = 50
 """Lines of one note."""
 MAX_INDEX_DAYS = 30

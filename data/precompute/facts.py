@@ -46,6 +46,8 @@ class MediaFacts:
     """Width and height of each control image, one after the other."""
     control_hash: bytes = key_of()
     """Hash of the contents of all control images."""
+    mask_maximum: int = 255
+    """Brightest level of the mask file; 255 without one."""
 
     @property
     def control_sizes(self) -> list[tuple[int, int]]:
@@ -208,8 +210,10 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         else:
             media = images.check(content)
         mask = read_mask(sample)
+        mask_maximum = 255
         if sample.mask_path:
             images.check(mask)
+            mask_maximum = images.brightest_level(mask)
         control_sides = check_controls(item)
     except (OSError, DataError) as error:
         return CheckedSample(item.listed, DataError(f"{name}: {error}"))
@@ -222,6 +226,7 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         seconds=seconds,
         control_sides=control_sides,
         control_hash=key_of(*item.controls),
+        mask_maximum=mask_maximum,
     )
     return CheckedSample(item.listed, facts)
 

@@ -11,6 +11,9 @@ from data.precompute.run_sources import RunSources
 from data.samples import ListedSample, PlannedSample
 from data.store.tables import Table
 from models.base import ModelFamily
+from models.limits import PAINTED
+
+MAX_LEVEL = 255
 
 
 def unsuited_samples(
@@ -21,13 +24,15 @@ def unsuited_samples(
     frames_error = family.limits.frame_error(1)
     takes_controls = family.controls.max_count > 0
     # the facts of a large data set take long to read, and most models take every sample
-    if frames_error is None and not takes_controls:
+    if frames_error is None and not takes_controls and not family.paints_masks:
         return errors
     facts = FactsCache(facts_folder)
     if frames_error is not None:
         errors += still_errors(sources, listed, facts, frames_error)
     if takes_controls:
         errors += control_errors(sources, listed, facts, family)
+    if family.paints_masks:
+        errors += mask_errors(sources, listed, facts)
     return errors
 
 
@@ -84,6 +89,21 @@ def control_errors(
         for message in messages:
             if message is not None:
                 errors.append((index, f"{name}: {message}"))
+    return errors
+
+
+def mask_errors(
+    sources: RunSources, listed: Table[ListedSample], facts: FactsCache
+) -> list[tuple[int, str]]:
+    """Return index and error of all samples whose mask shows nothing to paint."""
+    errors = []
+    darkest_painted = PAINTED * MAX_LEVEL
+    for index, sample, sample_facts in readable_samples(sources, listed, facts):
+        if sample_facts.mask_maximum >= darkest_painted:
+            continue
+        name = sources.full_name(sample)
+        message = "its mask is black everywhere; expected white where the model paints"
+        errors.append((index, f"{name}: {message}"))
     return errors
 
 

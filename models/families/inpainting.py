@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from models.base import TensorLayout
 from models.diffusers_family import DiffusersFamily
 from models.families.unet_family import INPAINTING_CHANNELS, UNetFamily
+from models.limits import PAINTED
 
 MASKED_IMAGE = "masked_image"
 """Raw latents of the image, in which pixels to be painted are gray."""
 INPAINT_MASK = "inpaint_mask"
 """The mask at the size of the latents."""
-PAINTED = 0.5
-"""Pixels with at least this value in a mask are painted, as in diffusers' pipelines."""
 
 
 class InpaintingFamily(DiffusersFamily):

@@ -20,6 +20,8 @@ from helpers.family_cases import (
 from PIL import Image
 from safetensors.torch import save_file
 
+from data.media import images
+from data.media.buckets import Crop
 from models.config import ModelConfig
 from models.detect import get_family
 from models.families.inpainting import INPAINT_MASK, MASKED_IMAGE
@@ -154,3 +156,26 @@ def test_a_folder_of_the_other_kind_names_the_family_to_use(tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"--model\.family sd15_inpaint"):
         get_family(ModelConfig(path=str(folder)))
+
+
+def test_all_masks_without_anything_to_paint_are_named(options, run_here, masked, capsys):
+    for name, level in (("one", 0), ("two", 100)):
+        Image.new("L", (SIDE, SIDE), level).save(masked / f"{name}_mask.png")
+    assert run_here(options_for(sd15_inpaint.CASE, options, masked)) == 2
+    error = capsys.readouterr().err
+    for name in ("one.png", "two.png"):
+        assert f"{name}: its mask is black everywhere" in error
+
+
+def test_the_colors_under_transparent_parts_surround_what_is_painted(masked):
+    path = masked / "one.png"
+    image = Image.open(path).convert("RGB")
+    alpha = Image.new("L", image.size, 0)
+    alpha.paste(255, (0, 0, SIDE, SIDE // 2))
+    transparent = image.copy()
+    transparent.putalpha(alpha)
+    transparent.save(path)
+    crop = Crop(SIDE, SIDE, SIDE, SIDE, 0, 0, SIDE, SIDE)
+    stored = images.pixels(path.read_bytes(), crop, None)
+    assert stored.equal(pixels_of(image))
+    assert not images.pixels(path.read_bytes(), crop, "white").equal(stored)
