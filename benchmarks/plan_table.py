@@ -2,8 +2,9 @@
 
     python benchmarks/plan_table.py [MODEL ...]
 
-The recipes are planned for each released model that they train. With names of models, only these are planned, and
-the other rows stay. Each row is written at once. All of them take more than half an hour.
+The recipes are planned for each released model that they train. With names of models, only these
+are planned, and the other rows stay. Each row is written at once. All of them take more than half an
+hour.
 """
 
 import json

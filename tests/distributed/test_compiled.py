@@ -33,6 +33,7 @@ def test_compiled_blocks_work_in_every_engine(engine, tmp_path):
     assert result.stdout.count("traced a graph") == 2 * NUM_BLOCKS  # in two processes
 
 
+@pytest.mark.long
 @ENGINES
 def test_several_buckets_give_the_same_gradients(engine, tmp_path):
     options = [*common(tmp_path / "cache"), "--grad_accumulation_steps=2"]

@@ -48,6 +48,7 @@ def test_options_are_proposed_that_fit(run_here, capsys):
     assert 0.8 * 0.06 * GIB < peak <= 0.06 * GIB
 
 
+@pytest.mark.long
 def test_without_any_option_that_fits_the_least_is_named(run_here, capsys):
     small = ["--batch_size", "1", "--no_preview", "--adapter.targets", "attention"]
     out = plan(run_here, capsys, *small, "--memory.budget", "1.005GB", code=2)

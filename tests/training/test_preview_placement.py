@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.family_cases import SIDE, Case, cases, control_contents, family_of
+from helpers.family_cases import (
+    SIDE,
+    Case,
+    cases,
+    control_contents,
+    family_of,
+    mask,
+    picture,
+    to_pil,
+)
 from helpers.project import BASE
 from PIL import Image
 
@@ -17,6 +26,7 @@ from training.output_config import SampleConfig
 from training.sampling import prepare
 from training.sampling.draw import draw_sample, pipeline_options
 from training.sampling.encoded_prompts import encode_prompts, replayed
+from training.sampling.masked_images import MaskedImage
 from training.sampling.prompts import SamplePrompt
 
 DRAWN = ["--preview", "--sample.num_inference_steps=2", "--sample.prompts", "a cat"]
@@ -55,6 +65,9 @@ def test_every_family_draws_what_its_whole_pipeline_draws(case: Case, guidance_s
     assert not text_encoders_of(pipeline)
     for prompt, results in zip(prompts, encoded, strict=True):
         options = pipeline_options(family, whole, prompt, controls)
+        family.set_guidance(pipeline, guidance_scale)
+        if family.paints_masks:
+            options |= MaskedImage(picture(SIDE, SIDE), to_pil(mask(SIDE, SIDE))).options()
         if family.has_image_input:
             options |= {"image": Image.new("RGB", (SIDE, SIDE), "green"), "num_frames": 5}
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
