@@ -57,6 +57,12 @@ OPTIONAL = {
 }
 """Inputs that a node may lack."""
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+WITHOUT_WORKFLOW = {
+    "stable-diffusion-v1-5/stable-diffusion-inpainting", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+    "black-forest-labs/FLUX.1-Fill-dev", "CalamitousFelicitousness/Ideogram-4-bf16-Diffusers", "Lightricks/LTX-2",
+    "diffusers/LTX-2.3-Diffusers",
+}  # fmt: skip
+"""Models for which a run writes no workflow."""
 HUB_IDS = [hub_id for model in released_models().values() for hub_id in model["hub_ids"]]
 RECORDED = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "comfyui_sigmas.json").read_text(encoding="utf-8")
@@ -122,7 +128,7 @@ def editor_to_server(editor: dict) -> dict:
     return result
 
 
-@pytest.mark.parametrize("hub_id", HUB_IDS)
+@pytest.mark.parametrize("hub_id", [name for name in HUB_IDS if name not in WITHOUT_WORKFLOW])
 def test_the_workflow_of_every_released_model(hub_id):
     with released_family(hub_id) as folder:
         family = get_family(ModelConfig(path=str(folder)))
@@ -138,7 +144,7 @@ def test_the_workflow_of_every_released_model(hub_id):
     assert len({*positions}) == len(positions)
 
 
-@pytest.mark.parametrize("hub_id", HUB_IDS)
+@pytest.mark.parametrize("hub_id", [name for name in HUB_IDS if name not in WITHOUT_WORKFLOW])
 def test_released_models_have_names_in_comfyui(hub_id):
     if "turbo" in hub_id:
         return  # ComfyUI has no usual name for it
@@ -146,7 +152,9 @@ def test_released_models_have_names_in_comfyui(hub_id):
         assert name.endswith(".safetensors")
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in cases() if not case.has_mask], ids=str
+)  # models that paint masks have no workflow
 def test_the_noise_is_that_of_comfyui(case: Case, monkeypatch):
     """Also if the text encoders are so large that they are loaded in bf16."""
     family = family_of(case)
@@ -293,7 +301,7 @@ def test_the_shift_is_that_of_the_size():
         family = get_family(ModelConfig(path=str(folder)))
         graph = graph_of(family)
     num_tokens = (768 // 16) * (512 // 16)
-    mu = 0.5 + (num_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    mu = 0.5 + (num_tokens - 256) * (0.9 - 0.5) / (8192 - 256)
     shift = inputs_of(graph, "ModelSamplingAuraFlow")["shift"]
     assert shift == pytest.approx(np.exp(mu), rel=1e-4)
 
