@@ -25,8 +25,8 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
-def is_autocast_on(device: torch.device) -> bool:
-    """Return whether products on a device are computed by autocast now."""
-    if not torch.amp.is_autocast_available(device.type):
-        return False
-    return torch.is_autocast_enabled(device.type)
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast computes in; None if it is off or, as on meta, unknown."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

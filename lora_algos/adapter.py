@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.precision import without_autocast
+from common.precision import autocast_dtype, without_autocast
 from lora_algos.algorithm import Algorithm
 from lora_algos.autograd_functions import (
     AdaptedFunction,
@@ -31,11 +31,7 @@ from lora_algos.frozen_weight import (
 )
 from lora_algos.input_cast import shared_cast
 from lora_algos.kernels import AdditiveKernel, Factors, Kernel, Mode, Prepared
-from lora_algos.layer_op import (
-    LayerOp,
-    add_update,
-    autocast_dtype,
-)
+from lora_algos.layer_op import LayerOp, add_update
 from lora_algos.prepared import PreparedFactors, prepare
 from lora_algos.tensors import ALPHA, BIAS, LayerTensors, Shapes
 

@@ -1,10 +1,10 @@
 """Attaching adapters to the layers of a model: new ones, or those of a file."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from lora_algos.standard_layer import adapt_layer
 from lora_algos.targets import layers_of
 from lora_algos.tensors import BIAS, LayerTensors, Shapes, bias_errors
 from lora_algos.traits import Layers
+
+Fitted = TypeVar("Fitted")
 
 
 def attach(model: nn.Module, specs: Specs, seed: int) -> AdaptedModel:
@@ -78,17 +80,7 @@ def attach_from_file(
     of training are used, see AdapterPlan.continued_specs. Raises AdapterError naming all import
     errors and every shape that does not fit the model."""
     modules: dict[str, Any] = dict(layers_of(model))
-    adapters: dict[str, ExistingAdapter] = {}
-    errors = list(import_errors)
-    for name, tensors in layers.items():
-        try:
-            adapters[name] = existing_adapter(tensors, modules[name])
-        except AdapterError as error:
-            errors.append(f"{name}: {error}")
-    if not errors and not adapters:
-        errors.append("it holds no tensors")
-    if errors:
-        raise AdapterError(error_list("the adapter file does not fit the model", errors))
+    adapters = fitted_layers(model, layers, import_errors, existing_adapter)
     specs = {name: adapter.spec for name, adapter in adapters.items()}
     if plan is not None:
         specs = plan.continued_specs(specs, dict(presets))
@@ -98,6 +90,30 @@ def attach_from_file(
         model.set_submodule(name, layer, strict=True)
         load_tensors(layer, layers[name])
     return AdaptedModel(model)
+
+
+def fitted_layers(
+    model: nn.Module,
+    layers: Layers,
+    import_errors: list[str],
+    fit: Callable[[LayerTensors, Any], Fitted],
+) -> dict[str, Fitted]:
+    """Return the result of `fit` for the tensors and the module of each layer in a file.
+
+    Raises AdapterError naming all import errors and all errors of `fit`."""
+    modules: dict[str, Any] = dict(layers_of(model))
+    fitted: dict[str, Fitted] = {}
+    errors = list(import_errors)
+    for name, tensors in layers.items():
+        try:
+            fitted[name] = fit(tensors, modules[name])
+        except AdapterError as error:
+            errors.append(f"{name}: {error}")
+    if not errors and not fitted:
+        errors.append("it holds no tensors")
+    if errors:
+        raise AdapterError(error_list("the adapter file does not fit the model", errors))
+    return fitted
 
 
 def existing_adapter(tensors: LayerTensors, module: Any) -> ExistingAdapter:

@@ -144,13 +144,6 @@ def without_values(like: Tensor, shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype that autocast computes in; None if it is off or, as on meta, unknown."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def scaled(tensor: Tensor, scaling: float) -> Tensor:
     """Return the tensor times `scaling`; the tensor itself if that is 1."""
     return tensor if scaling == 1 else tensor * scaling

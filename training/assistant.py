@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from adapter_files import convert
 from adapter_files.spellings import LayerSpellings, layer_spellings
-from common.errors import AdapterError, ConfigError, error_list
+from common.errors import AdapterError, ConfigError
+from lora_algos.attach import fitted_layers
 from lora_algos.layer_op import CONVOLUTIONS, LayerOp
 from lora_algos.lora import LoRA
 from lora_algos.low_rank import DOWN, UP
-from lora_algos.targets import layers_of
 from lora_algos.tensors import ALPHA, BIAS, LayerTensors, to_device
 from lora_algos.traits import Layers
 from models.base import ModelFamily
@@ -115,18 +115,7 @@ def loras_of(source: AdapterSource, denoiser: nn.Module, names: LayerSpellings) 
     errors = list(source.errors)
     if any(name in names.text_encoders for name in source.layers):
         errors.insert(0, f"it has layers of text encoders. {TEXT_ENCODER_ADVICE}")
-    modules: dict[str, Any] = dict(layers_of(denoiser))
-    loras: Layers = {}
-    for name, layer_tensors in source.layers.items():
-        try:
-            loras[name] = lora_of(layer_tensors, modules[name])
-        except AdapterError as error:
-            errors.append(f"{name}: {error}")
-    if not errors and not loras:
-        errors.append("it holds no tensors")
-    if errors:
-        raise AdapterError(error_list("the file does not fit the model", errors))
-    return loras
+    return fitted_layers(denoiser, source.layers, errors, lora_of)
 
 
 def lora_of(tensors: LayerTensors, layer: Any) -> LayerTensors:

@@ -212,7 +212,6 @@ def check_content(item: ListedContent, has_videos: bool, name: str) -> CheckedSa
         mask = read_mask(sample)
         mask_maximum = 255
         if sample.mask_path:
-            images.check(mask)
             mask_maximum = images.brightest_level(mask)
         control_sides = check_controls(item)
     except (OSError, DataError) as error:

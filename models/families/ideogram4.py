@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from common.precision import is_autocast_on
+from common.precision import autocast_dtype
 from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.encoder_placement import keep_first_layers, let_name_device
@@ -155,7 +155,7 @@ class Ideogram4(Flux2VaeFamily):
         cells = channels_last(noisy)
         tokens = cells.flatten(2).transpose(1, 2)
         time = 1 - timestep / 1000
-        if not is_autocast_on(noisy.device):
+        if autocast_dtype(noisy.device.type) is None:
             time = time.to(noisy.dtype)  # layers without autocast take the dtype of their weights
         predicted = denoiser(
             hidden_states=nn.functional.pad(tokens, (0, 0, num_text_tokens, 0)),

@@ -18,8 +18,7 @@ from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.encoder_placement import keep_first_layers
 from models.families.ltx2_names import LTX2_NAMES
 from models.families.ltx2_text import ConnectedEncoder, SplitEmbeds
-from models.families.transformer_family import TransformerFamily
-from models.latents import with_frame_axis
+from models.families.video_family import VideoFamily
 
 TOKENS = 1024
 """Tokens of every caption, the pipeline's default. Learned ones take the place of padding."""
@@ -61,7 +60,7 @@ class ConnectedLayout(ComfyLayout):
         return padded[None], {"pooled_output": None}
 
 
-class Ltx2(TransformerFamily):
+class Ltx2(VideoFamily):
     """LTX-2, text to video. Images are videos of one frame.
 
     Raw latents are ComfyUI's, and those that are denoised: normalized by the VAE's statistics,
@@ -69,7 +68,6 @@ class Ltx2(TransformerFamily):
 
     name = "ltx2"
     pipelines = ("LTX2Pipeline",)
-    media = "video"
     latent_channels = 128
     latent_step = 32
     patch_size = 1
@@ -79,7 +77,6 @@ class Ltx2(TransformerFamily):
     vae_class = "AutoencoderKLLTX2Video"
     text_components = ("text_encoder", "tokenizer", "connectors")
     unused_components = ("processor", "prompt_enhancer", "duration_head")
-    file_prefixes: ClassVar = {}
     layer_names = LTX2_NAMES
     max_tokens = TOKENS
     targets: ClassVar = {
@@ -144,8 +141,7 @@ class Ltx2(TransformerFamily):
         return pipeline
 
     def encode_media(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        videos = with_frame_axis(pixels, True)
-        mean, deviation = super().encode_media(encoders, videos)
+        mean, deviation = super().encode_media(encoders, pixels)
         vae_mean, vae_deviation = vae_statistics(encoders.vae)
         normalized_mean = (mean - vae_mean) / vae_deviation
         normalized_deviation = deviation / vae_deviation
@@ -154,9 +150,7 @@ class Ltx2(TransformerFamily):
     def decode_media(self, encoders: Any, latents: Tensor) -> Tensor:
         vae_mean, vae_deviation = vae_statistics(encoders.vae)
         vae_latents = latents * vae_deviation + vae_mean
-        pixels = super().decode_media(encoders, vae_latents)
-        num_frames = latents.shape[2]
-        return with_frame_axis(pixels, num_frames > 1)
+        return super().decode_media(encoders, vae_latents)
 
     def normalize(self, latents: Tensor) -> Tensor:
         return latents

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from models.base import TokenCounts, base_metadata
+from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.comfy_nodes import ComfyNodes
 from models.component_loaders import ComponentLoaders
@@ -53,6 +53,7 @@ class QwenImage21(QwenVaeFamily):
     layer_names = TableNames(table=TABLE)
     variable_length: ClassVar = {"prompt_embeds": None}
     max_tokens = USUAL_TOKENS
+    cuts_captions = False
     cond_width_key = "context_in_dim"
     targets: ClassVar = {
         "attention": ATTENTION,
@@ -103,9 +104,6 @@ class QwenImage21(QwenVaeFamily):
         from models.image_text_processor import AbsentProcessor
 
         return {"processor": AbsentProcessor()}
-
-    def count_tokens(self, captions: list[str]) -> TokenCounts:
-        return TokenCounts.of_captions(self.tokenizer, captions, self.tokenizer.model_max_length)
 
     def trim_text_encoders(self, pipeline: Any) -> None:
         num_layers = pipeline.text_encoder.config.text_config.num_hidden_layers

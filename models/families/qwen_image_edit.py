@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor, nn
 
-from models.base import TokenCounts, base_metadata
+from models.base import base_metadata
 from models.comfy import ComfyLayout, MaskedLayout
 from models.controls import (
     ControlLimits,
@@ -40,6 +40,7 @@ class QwenImageEdit(QwenImage):
     """Qwen-Image-Edit. It always has one control image."""
 
     name = "qwen_image_edit"
+    cuts_captions = False
     pipelines: ClassVar[tuple[str, ...]] = (
         "QwenImageEditPipeline",
         "QwenImageEditInpaintPipeline",
@@ -65,9 +66,6 @@ class QwenImageEdit(QwenImage):
         """Tokens of a usual caption and its images, for estimates: the pipeline cuts no caption."""
         image_tokens = self.seen_pixels // PIXELS_PER_TOKEN
         return TOKENS + self.controls.max_count * image_tokens
-
-    def count_tokens(self, captions: list[str]) -> TokenCounts:
-        return TokenCounts.of_captions(self.tokenizer, captions, self.tokenizer.model_max_length)
 
     def replacement_loaders(self) -> ComponentLoaders:
         return {"processor": self._load_processor}

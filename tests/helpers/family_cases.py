@@ -260,6 +260,18 @@ def collate(family: ModelFamily, rows: list[dict[str, Tensor]]) -> dict[str, Ten
         )
 
 
+def values_of_file(case: Case, path: str) -> dict[str, Tensor]:
+    """The weights of a single file, which must be those of the case's folder."""
+    expected = family_of(case).load_denoiser(torch.float32).state_dict()
+    family = get_family(ModelConfig(path=path, config=str(folder_of(case))))
+    assert family.name == case.family
+    values = family.load_denoiser(None).state_dict()
+    assert values.keys() == expected.keys()
+    for name, tensor in values.items():
+        assert tensor.equal(expected[name]), name
+    return values
+
+
 def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[str, Tensor]:
     """The denoiser as the original model's code has it: fused, with shift before scale; `norm`: what it calls the
     weights of norms."""
