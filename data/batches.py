@@ -9,7 +9,7 @@ sample does not depend on its batch, the number of processes, or where a run was
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,14 @@ import torch
 from torch import Tensor
 
 from data.dataset import LatentDataset, sample_cond
+from data.prompts import (
+    NEUTRAL,
+    Conditioning,
+    conditioning_of,
+    neutral_text,
+    slider_direction,
+    slider_prompts,
+)
 from data.schedule import Schedule, permutation, random_key
 from models.controls import without_controls
 from objectives.config import ObjectiveConfig
@@ -43,8 +51,10 @@ class Batch:
     """Weights (B, h, w) of the loss in [0, 1], if the data has masks."""
     input_noise: Tensor | None = None
     """The noise that the denoiser sees, if it differs from `noise`."""
-    neutral_cond: dict[str, Any] | None = None
-    """Conditioning of a neutral prompt, if the base's prediction for it is preserved in this step."""
+    prompts: dict[str, Conditioning] = field(default_factory=dict)
+    """Conditioning of other prompts than the captions, by their roles (data/prompts.py)."""
+    strength: float = 1.0
+    """Strength of the adapter at which the batch trains it."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`. Copies from pinned memory do not wait for the device."""
@@ -56,12 +66,11 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with a function applied to all tensors."""
         tensors = map_tensors(function, vars(self))
-        conds = {}
-        for name in ("cond", "neutral_cond"):
-            cond = getattr(self, name)
-            if cond is not None:
-                conds[name] = {**cond, **map_tensors(function, cond)}
-        return replace(self, **tensors, **conds)  # type: ignore[arg-type]
+        cond = {**self.cond, **map_tensors(function, self.cond)}
+        prompts = {}
+        for role, prompt_cond in self.prompts.items():
+            prompts[role] = {**prompt_cond, **map_tensors(function, prompt_cond)}
+        return replace(self, **tensors, cond=cond, prompts=prompts)  # type: ignore[arg-type]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
@@ -129,21 +138,36 @@ class MicroBatches:
         preserve = options.preserve
         step = micro_batch // self.per_step
         if preserve.weight and step % preserve.every == 0:
-            neutral_cond = neutral_conditioning(self.dataset, batch, schedule.seed)
-            batch = replace(batch, neutral_cond=neutral_cond)
+            neutral_cond = self._neutral_cond(batch, rows, seeds)
+            batch = replace(batch, prompts={NEUTRAL: neutral_cond})
+        if options.slider.targets:
+            batch = self._with_slider(batch)
         if not options.stratified_timesteps:
             return batch
         quantile = stratify(batch.quantile, schedule, micro_batch, self.per_step)
         return replace(batch, quantile=quantile)
 
+    def _neutral_cond(self, batch: Batch, rows: list[int], seeds: list[int]) -> Conditioning:
+        """Return a batch's conditioning with one neutral prompt instead of the captions, or with the
+        class instead of the trigger."""
+        dataset, options = self.dataset, self.options.preserve
+        if options.class_word:
+            draws = [draw_sample(seed) for seed in seeds]
+            samples = dataset.samples[rows]
+            text = gather_text(dataset, rows, samples, draws, of_class=True)
+            return {**batch.cond, **text}
+        prompt = neutral_text(options, self.schedule.seed, batch.visits.start)
+        return conditioning_of(dataset, prompt, len(rows), batch.cond)
 
-def neutral_conditioning(dataset: LatentDataset, batch: Batch, seed: int) -> dict[str, Any]:
-    """Return a batch's conditioning with one neutral prompt instead of the captions."""
-    draw = random_key("neutral prompt", seed, batch.visits.start)
-    captions = dataset.neutral_captions
-    caption_id = captions[draw % len(captions)]
-    text = dataset.text.read_batch([caption_id] * len(batch.visits), dataset.variable_lengths)
-    return {**batch.cond, **text}
+    def _with_slider(self, batch: Batch) -> Batch:
+        """Return a batch with the prompts and the direction of a slider."""
+        options, seed = self.options.slider, self.schedule.seed
+        first_visit = batch.visits.start
+        prompts = dict(batch.prompts)
+        for role, text in slider_prompts(options, seed, first_visit).items():
+            prompts[role] = conditioning_of(self.dataset, text, len(batch.visits), batch.cond)
+        strength = slider_direction(options, seed, first_visit)
+        return replace(batch, prompts=prompts, strength=strength)
 
 
 def drops_controls(seed: int, first_visit: int, probability: float) -> bool:
@@ -216,18 +240,22 @@ def gather_text(
     rows: list[int],
     samples: np.ndarray,
     draws: list[SampleDraw] | None,
-) -> dict[str, Any]:
-    """Read the conditioning of the captions. Without `draws`, the first caption is used."""
+    of_class: bool = False,
+) -> Conditioning:
+    """Read the conditioning of the captions. Without `draws`, the first caption is used.
+
+    `of_class`: of the captions with the class instead of the trigger."""
     if draws is None:
         caption_ids = [dataset.caption_id(row) for row in rows]
         return dataset.text.read_batch(caption_ids, dataset.variable_lengths)
     caption_ids = []
+    caption_id = dataset.class_caption_id if of_class else dataset.caption_id
     dropouts = samples["caption_dropout"].tolist()
     for row, dropout, draw in zip(rows, dropouts, draws, strict=True):
         if draw.drop < dropout:
             caption_ids.append(dataset.empty_caption)
         else:
-            caption_ids.append(dataset.caption_id(row, draw.caption))
+            caption_ids.append(caption_id(row, draw.caption))
     return dataset.text.read_batch(caption_ids, dataset.variable_lengths)
 
 

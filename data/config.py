@@ -70,8 +70,9 @@ class SourceConfig:
 
     path: str
     """A folder or a Hub id, as in data.path."""
-    kind: Literal["auto", "images", "dataset", "comfyui", "encoded"] = "auto"
-    """Type of the source. auto: detected from its files."""
+    kind: Literal["auto", "images", "dataset", "comfyui", "encoded", "blank"] = "auto"
+    """Type of the source. auto: detected from its files. blank: one gray image, which has the
+    caption of captions.text; `path` is not used."""
     split: str | None = None
     """Split of a Hugging Face dataset. None: train, or the only split."""
     streaming: bool = False

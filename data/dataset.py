@@ -3,6 +3,7 @@
 <folder>/index.json                   content hash, buckets, shards of the stores
 <folder>/samples.npy                  a record for each sample (`record_dtype`)
 <folder>/captions.npy                 row ids of the captions of all samples, one after another
+<folder>/class_captions.npy           row ids of the same captions with the class, if the run uses these
 <folder>/caption_probabilities.npy    the probabilities of drawing them
 <folder>/listed.arrow                 names and captions, which training does not read
 """
@@ -29,6 +30,7 @@ from models.controls import CONTROL_PREFIX
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npy"
 CAPTIONS_FILE = "captions.npy"
+CLASS_CAPTIONS_FILE = "class_captions.npy"
 PROBABILITIES_FILE = "caption_probabilities.npy"
 LISTED_FILE = "listed.arrow"
 
@@ -81,8 +83,8 @@ class DatasetIndex:
     """Samples whose captions are never dropped, though that is configured."""
     media_shards: list[str]
     text_shards: list[str]
-    neutral_captions: list[int] = field(default_factory=list)
-    """Row ids of the neutral prompts."""
+    extra_prompts: dict[str, int] = field(default_factory=dict)
+    """Row ids of the prompts that are encoded besides the captions."""
 
     def save(self, folder: Path) -> None:
         text = json.dumps(asdict(self))
@@ -120,10 +122,13 @@ class LatentDataset:
         index = DatasetIndex.load(folder)
         self.content_hash = index.content_hash
         self.empty_caption = index.empty_caption
-        self.neutral_captions = index.neutral_captions
+        self.extra_prompts = index.extra_prompts
         self.buckets = index.buckets
         self.samples = np.load(folder / SAMPLES_FILE, mmap_mode="r")
         self.caption_ids = np.load(folder / CAPTIONS_FILE, mmap_mode="r")
+        self.class_caption_ids = self.caption_ids
+        if (folder / CLASS_CAPTIONS_FILE).is_file():
+            self.class_caption_ids = np.load(folder / CLASS_CAPTIONS_FILE, mmap_mode="r")
         self.caption_probabilities = np.load(folder / PROBABILITIES_FILE, mmap_mode="r")
 
     def __len__(self) -> int:
@@ -201,20 +206,27 @@ class LatentDataset:
         return frames[0] if frames else 1
 
     def caption_id(self, row: int, draw: float | None = None) -> int:
-        """Return the row id of a caption of a sample.
+        """Return the row id of a caption of a sample: see `caption_position`."""
+        return self.caption_ids.item(self.caption_position(row, draw))
+
+    def class_caption_id(self, row: int, draw: float | None = None) -> int:
+        """Return the row id of the same caption with the class instead of the trigger."""
+        return self.class_caption_ids.item(self.caption_position(row, draw))
+
+    def caption_position(self, row: int, draw: float | None = None) -> int:
+        """Return the position of a caption of a sample among the captions of all samples.
 
         It is the caption at `draw` in [0, 1), if captions are laid out by their probabilities, or
         the first caption."""
         sample = self.samples[row]
-        first = sample["first_caption"]
-        end = first + sample["num_captions"]
+        first = int(sample["first_caption"])
+        end = first + int(sample["num_captions"])
         if draw is None or end == first + 1:
-            return self.caption_ids.item(first)
+            return first
         cumulative = np.cumsum(self.caption_probabilities[first:end])
         threshold = draw * cumulative[-1]
-        position = first + np.searchsorted(cumulative, threshold, "right")
-        last = end - 1
-        return self.caption_ids.item(min(position, last))
+        position = first + int(np.searchsorted(cumulative, threshold, "right"))
+        return min(position, end - 1)
 
     def latents(self, row: int) -> Tensor:
         """Return the raw latents (C, [F,] h, w) of a sample."""

@@ -54,6 +54,9 @@ class PlannedSample:
     caption_probabilities: list[float]
     """Probabilities of drawing the captions."""
     crop: Crop
+    class_caption_keys: list[bytes] = field(default_factory=list)
+    """For each caption, the key of the caption with the class instead of the trigger, if the run
+    uses these."""
     clip: Clip | None = None
     """Frames of a video; None for images and stored latents."""
     repeats: int = 1

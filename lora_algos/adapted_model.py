@@ -123,13 +123,14 @@ class AdaptedModel:
 
         Each layer then also computes its base: its output is base + strength * update."""
         layers = self.layers().values()
+        previous = [layer.strength for layer in layers]
         for layer in layers:
             layer.strength = strength
         try:
             yield
         finally:
-            for layer in layers:
-                layer.strength = 1.0
+            for layer, own_strength in zip(layers, previous, strict=True):
+                layer.strength = own_strength
 
     def prepare_once_per_step(self) -> None:
         """Let layers keep what they compute from their factors until these change.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from common.config_fields import STRICT
+from common.errors import counted
 from objectives import DENSITIES, LOSSES, WEIGHTINGS
 
 if TYPE_CHECKING:
@@ -30,6 +31,51 @@ class PreserveConfig:
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
     """Neutral prompts. Each batch draws one: the class without the trigger, such as "a photo of a dog".
     An empty text is the empty prompt."""
+    class_word: str = ""
+    """Use the captions of the batch instead of `prompts`, with this class instead of
+    data.captions.trigger: "a dog in the snow" for "sks in the snow" and the class "a dog"."""
+
+
+@dataclass(frozen=True)
+class SliderConfig:
+    """A slider: an adapter for the difference between two prompts. It needs no images.
+
+    The adapted model learns to predict for a target what the base predicts for it, plus the
+    difference between the base's predictions for the positive and the negative prompt."""
+
+    __pydantic_config__ = STRICT
+
+    targets: tuple[str, ...] = ()
+    """Prompts that the slider changes, such as "a photo of a person". Each batch draws one. Empty:
+    no slider."""
+    positives: tuple[str, ...] = ()
+    """For each target, the prompt to which strength 1 leads: "a photo of a very old person"."""
+    negatives: tuple[str, ...] = ()
+    """For each target, the prompt from which strength 1 leads away: "a photo of a very young
+    person". To remove a concept, name it here and in targets, and its replacement in positives."""
+    scale: Annotated[float, Field(gt=0)] = 2.0
+    """Factor on the difference. 1 leads from the negative to the positive prompt; more exaggerates."""
+    both_directions: bool = True
+    """Train half of the batches at strength -1, with the opposite difference. Off: strength 1 only,
+    as for removing a concept."""
+    start_from: Literal["noise", "images"] = "noise"
+    """noise: draw with the adapted model down to the noise level of the batch, without any image.
+    images: add noise to the images of `data`, which is faster. Their captions are not used."""
+    denoising_steps: Annotated[int, Field(ge=1)] = 10
+    """start_from noise: steps from pure noise to the noise level of the batch."""
+    guidance: Annotated[float, Field(ge=1)] = 3.0
+    """start_from noise: classifier-free guidance of these steps. 1: none, for models that are
+    distilled for guidance (FLUX.1) or for few steps."""
+
+    @property
+    def needs_no_images(self) -> bool:
+        """Return whether this is a slider that is trained without images."""
+        return bool(self.targets) and self.start_from == "noise"
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Return whether the steps from noise have classifier-free guidance."""
+        return self.needs_no_images and self.guidance > 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +154,7 @@ class ObjectiveConfig:
     """Add this much more noise to the model's input, but not to its target (Ning et al. 2023 use
     0.1)."""
     preserve: PreserveConfig = field(default_factory=PreserveConfig)
+    slider: SliderConfig = field(default_factory=SliderConfig)
 
 
 DELTA_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.delta_power is not None)
@@ -138,16 +185,68 @@ def objective_errors(config: ObjectiveConfig, loss_function: str) -> list[str]:
         f"--objective.{name} {getattr(config, name)}: has no effect without {requirements[name]}"
         for name in changed_options(config, requirements)
     ]
-    preserve = config.preserve
-    if not preserve.weight and preserve != PreserveConfig():
-        errors.append(
-            "--objective.preserve: its options have no effect without --objective.preserve.weight"
-        )
+    errors += preserve_errors(config)
+    errors += slider_errors(config.slider)
     low, high = config.timestep_range
     if low >= high:
         errors.append(
             f"--objective.timestep_range {low:g} {high:g}: expected the lower level first"
         )
+    return errors
+
+
+def preserve_errors(config: ObjectiveConfig) -> list[str]:
+    """Return the errors of `objective.preserve`."""
+    preserve = config.preserve
+    errors = []
+    if not preserve.weight and preserve != PreserveConfig():
+        errors.append(
+            "--objective.preserve: its options have no effect without --objective.preserve.weight"
+        )
+    if preserve.class_word and preserve.prompts != PreserveConfig().prompts:
+        errors.append(
+            "--objective.preserve.prompts: have no effect with --objective.preserve.class_word. "
+            "Remove one of them"
+        )
+    if preserve.weight and config.slider.needs_no_images:
+        errors.append(
+            f"--objective.preserve.weight {preserve.weight:g}: needs images, and "
+            "--objective.slider.start_from noise has none. Use --objective.slider.start_from images"
+        )
+    return errors
+
+
+def slider_errors(slider: SliderConfig) -> list[str]:
+    """Return the errors of `objective.slider`."""
+    if not slider.targets:
+        if slider == SliderConfig():
+            return []
+        return ["--objective.slider: its options have no effect without --objective.slider.targets"]
+    errors = []
+    num_targets = len(slider.targets)
+    for name in ("positives", "negatives"):
+        prompts = getattr(slider, name)
+        if len(prompts) != num_targets:
+            errors.append(
+                f"--objective.slider.{name}: {counted(len(prompts), 'prompt')}; expected one for each "
+                f"of {counted(num_targets, 'target')}"
+            )
+    for target, positive, negative in zip(
+        slider.targets, slider.positives, slider.negatives, strict=False
+    ):
+        if positive == negative:
+            errors.append(
+                f"--objective.slider: the positive and the negative prompt of {target!r} are equal, so "
+                "there is nothing to learn. Use different prompts"
+            )
+    if slider.start_from == "images":
+        defaults = SliderConfig()
+        for name in ("denoising_steps", "guidance"):
+            if getattr(slider, name) != getattr(defaults, name):
+                errors.append(
+                    f"--objective.slider.{name} {getattr(slider, name)}: has no effect with "
+                    "--objective.slider.start_from images"
+                )
     return errors
 
 

@@ -1,6 +1,6 @@
 """The objective of a run: timestep sampling, target and loss weighting as separate choices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class NoisedBatch:
     def timestep(self) -> Tensor:
         """(B,) as the scheduler gives it to the pipeline's loop."""
         return self.levels.timestep
+
+    def at(self, noisy: Tensor, levels: NoiseLevels) -> "NoisedBatch":
+        """Return the batch with another input, at other noise levels."""
+        return replace(self, noisy=noisy, levels=levels)
 
 
 def mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:

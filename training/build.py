@@ -10,6 +10,7 @@ from torch import nn
 
 from adapter_files.spellings import LayerSpellings, layer_spellings
 from common.errors import AdapterError, ConfigError, ModelError, error_list
+from data.prompts import ExtraPrompts, slider_texts
 from lora_algos.adapted_model import AdaptedModel
 from lora_algos.attach import attach, attach_from_file, check_specs
 from lora_algos.plan import AdapterPlan
@@ -58,17 +59,43 @@ def load_family(config: TrainConfig) -> ModelFamily:
     return family
 
 
-def neutral_prompts(config: TrainConfig, family: ModelFamily) -> tuple[str, ...]:
-    """Return the prompts whose predictions are preserved. Raises ConfigError if the model has none."""
-    preserve = config.objective.preserve
-    if not preserve.weight:
-        return ()
-    if family.controls.is_seen_by_text_encoder:
+def extra_prompts(config: TrainConfig, family: ModelFamily) -> ExtraPrompts:
+    """Return the prompts that the objective needs besides the captions. Raises ConfigError if the
+    model cannot be trained with them."""
+    preserve, slider = config.objective.preserve, config.objective.slider
+    used_options = []
+    if preserve.weight:
+        used_options.append(f"--objective.preserve.weight {preserve.weight:g}")
+    if slider.targets:
+        used_options.append("--objective.slider.targets")
+    if used_options and family.controls.is_seen_by_text_encoder:
         raise ConfigError(
-            f"--objective.preserve.weight {preserve.weight:g}: the text encoder of {family.name} sees "
-            "images with each prompt, so no prompt is neutral. Remove the option"
+            f"{' and '.join(used_options)}: the text encoder of {family.name} sees images with each "
+            "prompt, so a prompt alone has no meaning. Remove the option"
         )
-    return preserve.prompts
+    if slider.needs_no_images:
+        check_drawing_from_noise(config, family)
+    texts = slider_texts(slider)
+    if preserve.weight and not preserve.class_word:
+        texts = (*texts, *preserve.prompts)
+    class_word = preserve.class_word if preserve.weight else ""
+    return ExtraPrompts(tuple(dict.fromkeys(texts)), class_word)
+
+
+def check_drawing_from_noise(config: TrainConfig, family: ModelFamily) -> None:
+    """Raise ConfigError if a model cannot draw training samples from noise and prompts alone."""
+    reasons = []
+    if family.controls.is_required:
+        reasons.append("needs a control image")
+    if family.sample_conditioning:
+        reasons.append("is also given images or masks")
+    if family.process(config.objective).t_range[1] < 1:
+        reasons.append("is only trained below a noise level, and pure noise is above it")
+    if reasons:
+        raise ConfigError(
+            f"--objective.slider.start_from noise: the model {' and '.join(reasons)}. Use "
+            "--objective.slider.start_from images, with --data.path"
+        )
 
 
 def check_quantized_file(config: TrainConfig) -> None:

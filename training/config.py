@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from common.config_fields import CHANGEABLE, STRICT
 from common.text import public_values
-from data.config import DataConfig
+from data.config import CaptionOverrides, DataConfig, SourceConfig
 from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
 from models.config import ModelConfig
@@ -243,6 +243,20 @@ class TrainConfig:
     tracking: Annotated[TrackingConfig, CHANGEABLE] = field(default_factory=TrackingConfig)
     export: Annotated[ExportConfig, CHANGEABLE] = field(default_factory=ExportConfig)
     hub: Annotated[HubConfig, CHANGEABLE] = field(default_factory=HubConfig)
+
+    @property
+    def training_data(self) -> DataConfig:
+        """Return `data`; of a slider without images, with a blank image for each target."""
+        slider = self.objective.slider
+        if not slider.needs_no_images:
+            return self.data
+        blank_sources = []
+        for target in dict.fromkeys(slider.targets):
+            captions = CaptionOverrides(
+                text=target, trigger="", shuffle=False, tag_dropout=0.0, dropout=0.0
+            )
+            blank_sources.append(SourceConfig("blank", kind="blank", captions=captions))
+        return replace(self.data, sources=tuple(blank_sources))
 
     @property
     def draws_samples(self) -> bool:

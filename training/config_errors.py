@@ -104,6 +104,8 @@ def input_errors(config: TrainConfig) -> list[str]:
     for error in text_encoder_errors(model):
         errors.append(f"--model.text_encoders {error}")
     errors += source_errors(data)
+    errors += missing_data_errors(config)
+    errors += class_word_errors(config)
     if data.validation_path is not None and data.validation_fraction:
         errors.append(
             "--data.validation_fraction: cannot be used together with --data.validation_path. "
@@ -140,11 +142,36 @@ def source_errors(data: DataConfig) -> list[str]:
         for path in paths:
             if not Path(path).is_dir():
                 errors.append(f"--{flag} {path}: is not a folder. Check the path")
-    if data.path is None and not data.sources:
-        errors.append(
-            "--data.path: no training images given. Name a folder of images with caption files"
-        )
     return errors
+
+
+def missing_data_errors(config: TrainConfig) -> list[str]:
+    """Return errors if there are no training images, or images that are not used."""
+    data, slider = config.data, config.objective.slider
+    if not slider.needs_no_images:
+        if data.path is not None or data.sources:
+            return []
+        return ["--data.path: no training images given. Name a folder of images with caption files"]
+    names = ("path", "sources", "validation_path", "validation_fraction")
+    unused = [f"--data.{name}" for name in names if getattr(data, name)]
+    if not unused:
+        return []
+    return [
+        f"{' and '.join(unused)}: not used with --objective.slider.start_from noise, which needs no "
+        "images. Remove the option, or use --objective.slider.start_from images"
+    ]
+
+
+def class_word_errors(config: TrainConfig) -> list[str]:
+    """Return an error if a class is to replace a trigger that does not exist."""
+    class_word = config.objective.preserve.class_word
+    triggers = [source.captions.trigger for source in config.training_data.all_sources()]
+    if not class_word or any(triggers):
+        return []
+    return [
+        f"--objective.preserve.class_word {class_word}: takes the place of --data.captions.trigger, "
+        "which is not set. Set it, or use --objective.preserve.prompts"
+    ]
 
 
 def source_paths(data: DataConfig) -> dict[str, str | None]:
@@ -155,7 +182,8 @@ def source_paths(data: DataConfig) -> dict[str, str | None]:
     }
     for index, source in enumerate(data.sources):
         flag = f"data.sources.{index}.path"
-        paths[flag] = source.path
+        if source.kind != "blank":
+            paths[flag] = source.path
     return paths
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
+from data.prompts import NEUTRAL
 from lora_algos.adapted_model import AdaptedModel
 from models.base import ModelFamily
 from objectives import LOSSES, get_function
@@ -20,7 +21,7 @@ class LossFunction:
     def __init__(self, family: ModelFamily, objective: Objective, name: str, dtype: torch.dtype):
         self.family, self.objective, self.dtype = family, objective, dtype
         self.entry = LOSSES[name]
-        self.compare = get_function("losses", self.entry.function)
+        self.elementwise = get_function("losses", self.entry.function)
 
     @cached_property
     def for_validation(self) -> "LossFunction":
@@ -40,12 +41,18 @@ class LossFunction:
     def __call__(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return (B,) losses in fp32: the mean over each sample's elements, times its mask and
         weights."""
-        noised = self._add_noise(batch)
-        prediction = self._predict(denoiser, noised, batch, batch.cond)
+        noised = self.add_noise(batch)
+        prediction = self.predict(denoiser, noised, batch, batch.cond)
+        return self.compare(prediction, noised.target, noised, batch)
+
+    def compare(
+        self, prediction: Tensor, target: Tensor, noised: NoisedBatch, batch: Batch
+    ) -> Tensor:
+        """Return (B,) losses of a prediction in fp32, with the mask and the weights of the batch."""
         delta = self._delta(noised)
         # all losses are functions of the error, so scaling prediction and target scales the error
         scale = (noised.error_scale / delta).view(-1, *[1] * (prediction.ndim - 1))
-        losses = self.compare(prediction.float() * scale, noised.target.float() * scale)
+        losses = self.elementwise(prediction.float() * scale, target.float() * scale)
         if batch.mask is not None:
             losses = losses * batch.mask.unflatten(0, (-1, *[1] * (losses.ndim - 3)))
         factor = noised.weight * delta ** (self.entry.delta_power or 0)
@@ -55,36 +62,29 @@ class LossFunction:
         """Return (B,) mean squared differences from the frozen base's prediction for the neutral prompt.
 
         Noise and noise levels are those of the batch."""
-        assert batch.neutral_cond is not None
-        noised = self._add_noise(batch)
+        neutral = batch.prompts[NEUTRAL]
+        noised = self.add_noise(batch)
         with torch.no_grad(), adapted.at_strength(0.0):
-            target = self._predict(
-                denoiser,
-                noised,
-                batch,
-                batch.neutral_cond,
-            )
-        prediction = self._predict(
-            denoiser,
-            noised,
-            batch,
-            batch.neutral_cond,
-        )
+            target = self.predict(denoiser, noised, batch, neutral)
+        prediction = self.predict(denoiser, noised, batch, neutral)
         difference = prediction.float() - target.float()
         return difference.square().flatten(1).mean(1)
 
-    def _add_noise(self, batch: Batch) -> NoisedBatch:
-        latents = self.family.normalize(batch.latents.float())
-        num_tokens = self.family.limits.num_tokens(latents.shape)
+    def num_tokens(self, batch: Batch) -> int:
+        """Return the number of the denoiser's tokens for one image of a batch."""
+        return self.family.limits.num_tokens(batch.latents.shape)
+
+    def add_noise(self, batch: Batch) -> NoisedBatch:
+        """Return the denoiser's input and target for a batch."""
         return self.objective.add_noise(
-            latents,
+            self.family.normalize(batch.latents.float()),
             batch.noise,
             batch.quantile,
-            num_tokens,
+            self.num_tokens(batch),
             batch.input_noise,
         )
 
-    def _predict(
+    def predict(
         self, denoiser: nn.Module, noised: NoisedBatch, batch: Batch, conditioning: dict[str, Any]
     ) -> Tensor:
         """Return the prediction, shaped like the latents."""

@@ -80,7 +80,7 @@ def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, s
     """Return kohya's keys and those of modelspec, from which programs show what a file was trained
     on."""
     config, dataset = components.config, components.datasets.train
-    first_source = next(iter(config.data.all_sources()))
+    first_source = next(iter(config.training_data.all_sources()))
     folder = Path(first_source.path).name
     side = config.data.resolution
     started_at = datetime.fromtimestamp(facts.started_at, UTC)

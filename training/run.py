@@ -237,7 +237,7 @@ def describe_run(
     text = summary(components, loss_function, services.process, per_step, state.step)
     say(text)
     record = services.record
-    samples = data_lines(components.datasets, components.config.batch_size)
+    samples = data_lines(components.config, components.datasets)
     full_text = "\n".join([*samples, text])
     facts = run_facts(components, loss_function, services, full_text, record.data)
     record.write_facts(facts)
@@ -310,9 +310,9 @@ def build_components(
     check_prompts(config, family)
     check = partial(build.check_adapters, config, family)
     record.status.set_phase(IMAGES)
-    neutral_prompts = build.neutral_prompts(config, family)
-    with DatasetBuilder.opened(config.data, family, process) as builder:
-        builder.neutral_prompts = neutral_prompts
+    extra_prompts = build.extra_prompts(config, family)
+    with DatasetBuilder.opened(config.training_data, family, process) as builder:
+        builder.extra_prompts = extra_prompts
         builder.on_progress = record.status.set_encoded
         plan = builder.plan(only_square)
         datasets = builder.encode(plan, check)
@@ -320,7 +320,7 @@ def build_components(
         record.add_pictures(builder, plan, datasets, max_compared)
         sample_controls = first_controls(config, builder, datasets)
     takes_controls = family.controls.max_count > 0
-    for line in data_lines(datasets, config.batch_size, takes_controls):
+    for line in data_lines(config, datasets, takes_controls):
         say(line)
     samples = None
     if config.draws_samples:

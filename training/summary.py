@@ -12,6 +12,7 @@ from data.dataset import LatentDataset
 from data.precompute.build import Datasets
 from models.blocks import inner_blocks
 from models.quantized_weight import QuantizedWeight
+from objectives.config import SliderConfig
 from training.assistant import AssistedLayer
 from training.block_classes import outermost
 from training.block_offload import offloaded_blocks
@@ -174,14 +175,16 @@ def step_lines(
     num_samples = config.steps * total_batch_size
     epoch_size = components.datasets.train.epoch_size
     num_epochs = num_samples / epoch_size
+    run_line = f"run         {config.steps} steps x {total_batch_size} = {num_samples} samples"
+    if not config.objective.slider.needs_no_images:
+        run_line += f" = {num_samples} / {epoch_size} = {num_epochs:.1f} epochs"
     return [
         f"step        batch_size x grad_accumulation_steps x processes = {config.batch_size} x "
         f"{grad_accumulation_steps} x {num_processes} = {total_batch_size} samples per step",
         *process_lines(micro_batches_per_step),
         *learning_rate_lines(config, total_batch_size),
         *optimizer_lines(config),
-        f"run         {config.steps} steps x {total_batch_size} = {num_samples} samples = "
-        f"{num_samples} / {epoch_size} = {num_epochs:.1f} epochs",
+        run_line,
     ]
 
 
@@ -196,13 +199,33 @@ def model_lines(
     return [
         f"model       {config.model.path} ({components.family.name}), base weights {dtype}, on {device}",
         f"objective   {loss_function.objective.process.describe()}",
+        *slider_lines(config.objective.slider),
     ]
 
 
-def data_lines(datasets: Datasets, batch_size: int, takes_controls: bool = False) -> list[str]:
+def slider_lines(slider: SliderConfig) -> list[str]:
+    """Return a line about a slider, and how many passes through the model it takes."""
+    if not slider.targets:
+        return []
+    directions = "strengths 1 and -1" if slider.both_directions else "strength 1"
+    line = f"slider      {counted(len(slider.targets), 'target')}, scale {slider.scale:g}, {directions}"
+    num_passes = 0
+    if slider.start_from == "noise":
+        num_passes = slider.denoising_steps
+        line += f", {counted(num_passes, 'step')} from noise"
+    if slider.uses_guidance:
+        num_passes *= 2
+        line += f" with guidance {slider.guidance:g}"
+    base_passes = 3
+    return [f"{line}: {num_passes} + {base_passes} forward passes before the one that is trained"]
+
+
+def data_lines(config: TrainConfig, datasets: Datasets, takes_controls: bool = False) -> list[str]:
     """Return lines about the samples. They are printed before the base model is loaded.
 
     `takes_controls`: the model takes control images."""
+    if config.objective.slider.needs_no_images:
+        return [f"images      none are needed; encoded now: {datasets.encoded_captions} prompts"]
     num_validation = 0
     if datasets.validation is not None:
         num_validation = len(datasets.validation)
@@ -210,7 +233,7 @@ def data_lines(datasets: Datasets, batch_size: int, takes_controls: bool = False
         f"images      {len(datasets.train)} for training, {num_validation} for validation; encoded "
         f"now: {datasets.encoded_images} images, {datasets.encoded_captions} captions",
         *control_lines(datasets.train, takes_controls),
-        *bucket_lines(datasets.train, batch_size),
+        *bucket_lines(datasets.train, config.batch_size),
     ]
 
 

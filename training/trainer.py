@@ -4,8 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from torch import Tensor
+
 from common.announce import announced
 from data.batches import Batch
+from data.prompts import NEUTRAL
 from training.batch_stream import BatchStream
 from training.checkpoints.best import stops_early
 from training.config import TrainConfig
@@ -15,6 +18,7 @@ from training.memory.phase_memory import TRAINING
 from training.optim.schedule import scheduled_learning_rate
 from training.reporting.history import LossBuffer
 from training.services import RunServices
+from training.slider_loss import SliderLoss
 from training.train_state import TrainState
 
 
@@ -44,6 +48,10 @@ class Trainer:
     ):
         self.config, self.engine, self.loss_function = config, engine, loss_function
         self.batches, self.state, self.services = batches, state, services
+        self.slider_loss: SliderLoss | None = None
+        slider = config.objective.slider
+        if slider.targets:
+            self.slider_loss = SliderLoss(loss_function, slider)
         self.buffer = LossBuffer()
         self.has_begun = False
         self.callbacks: Sequence[StepCallback] = ()
@@ -83,11 +91,40 @@ class Trainer:
         self.has_begun = True
         return announced("the first step")
 
+    def _losses(self, batch: Batch) -> Tensor:
+        """Return the losses (B,) of a micro-batch."""
+        if self.slider_loss is not None:
+            return self.slider_loss(self.engine.denoiser, self.engine.adapted, batch)
+        return self.loss_function(self.engine.denoiser, batch)
+
+    def _strength_of(self, batch: Batch) -> AbstractContextManager:
+        """Return the context of a micro-batch's forward and backward pass."""
+        if batch.strength == 1:
+            return nullcontext()
+        return self.engine.adapted.at_strength(batch.strength)
+
+    def _train_on(self, batch: Batch, is_last: bool, num_micro_batches: int) -> None:
+        """Add the gradients of a micro-batch. `is_last`: of the step."""
+        engine = self.engine
+        preserves = NEUTRAL in batch.prompts
+        is_last_pass = is_last and not preserves
+        with engine.accumulating(is_last_pass), self._strength_of(batch):
+            loss = self._losses(batch).mean()
+            engine.backward(loss / num_micro_batches, is_last_pass)
+        self.buffer.losses.append(loss.detach())
+        if preserves:
+            self._preserve(batch, is_last, num_micro_batches)
+
     def _preserve(self, batch: Batch, is_last: bool, num_micro_batches: int) -> None:
         """Add the gradients of the preservation loss of a micro-batch."""
-        engine, weight = self.engine, self.config.objective.preserve.weight
+        engine = self.engine
+        weight = self.config.objective.preserve.weight
         with engine.accumulating(is_last):
-            differences = self.loss_function.preservation(engine.denoiser, engine.adapted, batch)
+            differences = self.loss_function.preservation(
+                engine.denoiser,
+                engine.adapted,
+                batch,
+            )
             loss = differences.mean()
             engine.backward(weight * loss / num_micro_batches, is_last)
         self.buffer.preservation.append(loss.detach())
@@ -102,14 +139,7 @@ class Trainer:
             batch = next(batches)
             if is_last:
                 services.requests.post()  # hidden behind the last backward pass
-            preserves = batch.neutral_cond is not None
-            is_last_pass = is_last and not preserves
-            with self.engine.accumulating(is_last_pass):
-                loss = self.loss_function(self.engine.denoiser, batch).mean()
-                self.engine.backward(loss / num_micro_batches, is_last_pass)
-            self.buffer.losses.append(loss.detach())
-            if preserves:
-                self._preserve(batch, is_last, num_micro_batches)
+            self._train_on(batch, is_last, num_micro_batches)
         services.rank_check.check_gradients()
         learning_rate = scheduled_learning_rate(
             self.config, state.step, state.micro_batches_per_step

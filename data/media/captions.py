@@ -64,12 +64,24 @@ def trigger_of(source: SourceConfig) -> str:
 def with_trigger(caption: str, source: SourceConfig) -> str:
     """Return a caption with the source's trigger in front, unless it contains the trigger."""
     trigger = trigger_of(source)
-    pattern = rf"(?<!\w){re.escape(trigger)}(?!\w)"
-    if not trigger or re.search(pattern, caption):
+    if not trigger or re.search(trigger_pattern(trigger), caption):
         return caption
     if not caption:
         return trigger
     return join_tags([trigger, caption], source.captions.separator)
+
+
+def with_class(caption: str, source: SourceConfig, class_word: str) -> str:
+    """Return a caption with a class instead of the source's trigger."""
+    trigger = trigger_of(source)
+    if not trigger:
+        return caption
+    return re.sub(trigger_pattern(trigger), lambda _: class_word, caption)
+
+
+def trigger_pattern(trigger: str) -> str:
+    """Return a regular expression for the trigger as whole words."""
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 def split_tags(caption: str, separator: str) -> list[str]:

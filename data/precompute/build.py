@@ -51,6 +51,7 @@ from data.precompute.plan import (
 from data.precompute.run_sources import RunSources
 from data.precompute.sample_errors import short_videos, unsuited_samples
 from data.precompute.stages import Stages
+from data.prompts import ExtraPrompts
 from data.samples import ListedSample, PlannedSample
 from data.sources import open_source
 from data.sources.encoded import EncodedSource
@@ -124,7 +125,7 @@ class DatasetBuilder:
         self.config, self.family, self.stages = config, family, stages
         self.process = stages.process
         self.on_progress = encode.ignore_progress
-        self.neutral_prompts: tuple[str, ...] = ()  # encoded besides the captions
+        self.extra_prompts = ExtraPrompts()
         self.cache_dir = Path(config.cache_dir)
         self.listed_path = stages.folder / LISTED_FILE
         self.tables = PlanTables.in_folder(stages.folder)
@@ -168,6 +169,7 @@ class DatasetBuilder:
             facts=FactsCache(self._facts_folder),
             buckets=Buckets.of(self.config, step, only_square),
             controls=ControlKeys.of(self.config, self.family),
+            class_word=self.extra_prompts.class_word,
         )
         counts = self.stages.run_on_main(lambda: self._write_plan(planner, unusable, stores))
         job = encode.EncodeJob(
@@ -250,7 +252,7 @@ class DatasetBuilder:
         for report in reports:
             messages |= dict(report)
         content_errors = [messages[index] for index in sorted(messages)]
-        errors = unique([*errors, *content_errors])
+        errors = list(dict.fromkeys([*errors, *content_errors]))
         num_usable = len(self.open_listed()) - len(messages)
         if errors and (self.config.on_error == "fail" or not num_usable):
             raise DataError(error_list("the training data", errors, MAX_LISTED))
@@ -309,14 +311,14 @@ class DatasetBuilder:
         stores.media.reload()
         stores.text.reload()
         listed = self.open_listed()
-        write_plan(planner, listed, unusable, stores.text, self.tables, self.neutral_prompts)
+        write_plan(planner, listed, unusable, stores.text, self.tables, self.extra_prompts.texts)
         planned = self.open_planned()
         sampling = self.sources.clip_sampling
         short = [] if sampling is None else short_videos(planned, listed, sampling)
         if short:
             verb = "has" if len(short) == 1 else "have"
             heading = f"{counted(len(short), 'video')} {verb} fewer frames than --data.frames"
-            print(bullet_list(f"{heading} {self.config.frames}", unique(short), MAX_LISTED))
+            print(bullet_list(f"{heading} {self.config.frames}", short, MAX_LISTED))
         has_images = have_images(planned, listed, self.sources)
         num_images = write_missing_media(planned, has_images, stores.media, self.tables.media)
         missing_captions = Table(self.tables.captions, MissingCaption)
@@ -357,7 +359,7 @@ class DatasetBuilder:
                 planned,
                 rows,
                 stores,
-                self.neutral_prompts,
+                self.extra_prompts.texts,
             )
             names.append(self._keep_index(folder, content_hash))
         remove_old(self.cache_dir.glob("index-*"), MAX_INDEX_DAYS)
@@ -393,8 +395,3 @@ class DatasetBuilder:
         stores.media.use_shards(index.media_shards)
         stores.text.use_shards(index.text_shards)
         return LatentDataset(folder, stores, self.config)
-
-
-def unique(lines: list[str]) -> list[str]:
-    """Return the lines without repetitions, in their order."""
-    return list(dict.fromkeys(lines))

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.dataset import (
     CAPTIONS_FILE,
+    CLASS_CAPTIONS_FILE,
     PROBABILITIES_FILE,
     SAMPLES_FILE,
     DatasetIndex,
@@ -39,12 +40,12 @@ def write_index(
     planned: Table[PlannedSample],
     chosen: np.ndarray,
     stores: Stores,
-    neutral_prompts: Sequence[str] = (),
+    extra_prompts: Sequence[str] = (),
 ) -> str:
     """Write the index of the planned samples with the indices `chosen`; return its content hash."""
     folder.mkdir(parents=True, exist_ok=True)
     order = training_order(planned, chosen, stores)
-    return IndexWriter(folder, planned, stores).write(order, neutral_prompts)
+    return IndexWriter(folder, planned, stores).write(order, extra_prompts)
 
 
 class IndexWriter:
@@ -56,7 +57,7 @@ class IndexWriter:
         self.folder, self.planned, self.stores = folder, planned, stores
         self.hash_state = hashlib.blake2b(digest_size=KEY_BYTES)
 
-    def write(self, order: TrainingOrder, neutral_prompts: Sequence[str]) -> str:
+    def write(self, order: TrainingOrder, extra_prompts: Sequence[str]) -> str:
         """Write the samples in this order; return the content hash."""
         stores = self.stores
         empty_key = key_of("")
@@ -65,7 +66,6 @@ class IndexWriter:
         num_never_dropped = self._write_samples(order.rows, is_droppable)
         self._write_captions(order.rows)
         repeats = self.planned.column("repeats")[order.rows]
-        neutral_captions = self._find_neutral(neutral_prompts)
         index = DatasetIndex(
             content_hash=self.hash_state.hexdigest(),
             segments=find_segments(repeats, order.starts_bucket),
@@ -73,7 +73,7 @@ class IndexWriter:
             num_never_dropped=num_never_dropped,
             media_shards=list(map(str, stores.media.shards)),
             text_shards=list(map(str, stores.text.shards)),
-            neutral_captions=neutral_captions,
+            extra_prompts=self._find_prompts(extra_prompts),
         )
         index.save(self.folder)
         return index.content_hash
@@ -117,14 +117,21 @@ class IndexWriter:
         keys = planned.keys("caption_keys")[positions]
         caption_ids = find_rows(self._hash(keys), self.stores.text)
         np.save(self.folder / CAPTIONS_FILE, caption_ids)
+        if planned.lengths("class_caption_keys").any():
+            class_keys = planned.keys("class_caption_keys")[positions]
+            class_ids = find_rows(class_keys, self.stores.text)
+            np.save(self.folder / CLASS_CAPTIONS_FILE, class_ids)
 
-    def _find_neutral(self, prompts: Sequence[str]) -> list[int]:
-        """Return the row ids of the neutral prompts.
+    def _find_prompts(self, prompts: Sequence[str]) -> dict[str, int]:
+        """Return the row ids of the prompts that are encoded besides the captions.
 
         They are not in the content hash: the order of the samples is that of a run without them."""
-        keys = key_array([key_of(prompt) for prompt in prompts])
-        row_ids = find_rows(keys, self.stores.text)
-        return row_ids.tolist()
+        row_ids = {}
+        for prompt in prompts:
+            keys = key_array([key_of(prompt)])
+            row_id = find_rows(keys, self.stores.text)
+            row_ids[prompt] = row_id.item()
+        return row_ids
 
     def _hash(self, values: np.ndarray) -> np.ndarray:
         """Add a column to the content hash, and return it."""

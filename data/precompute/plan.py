@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import DataError
 from data.media.buckets import Buckets, Crop
-from data.media.captions import Variants, caption_variants, with_trigger
+from data.media.captions import Variants, caption_variants, with_class, with_trigger
 from data.media.video import Clip
 from data.precompute.controls import ContentHashes, ControlKeys
 from data.precompute.facts import FactsCache, MediaFacts, facts_key
@@ -64,14 +64,22 @@ class Planner:
         facts: FactsCache,
         buckets: Buckets,
         controls: ControlKeys,
+        class_word: str = "",
     ):
+        """`class_word`: see ExtraPrompts."""
         self.sources, self.facts, self.buckets = sources, facts, buckets
-        self.controls = controls
+        self.controls, self.class_word = controls, class_word
         self.config = sources.config
 
     def plan(self, index: int, sample: ListedSample) -> PlannedRows:
         """Return the planned samples of the listed sample with this index."""
         source = self.sources.source_of(sample)
+        if not source.has_images and self.class_word:
+            raise DataError(
+                f"--objective.preserve.class_word {self.class_word}: the captions of "
+                f"{source.config.path} are encoded already, so the trigger in them cannot be replaced. "
+                "Use --objective.preserve.prompts"
+            )
         if source.has_images:
             rows = self._plan_media(index, sample)
         elif source.is_planned:
@@ -104,11 +112,12 @@ class Planner:
         crop = self.buckets.crop(facts.width, facts.height)
         hashes = facts.hashes
         variants = self._variants(sample)
+        listed = index if self.controls.seen_with_caption(hashes) else WITHOUT_IMAGES
         captions = {}
         for text in variants:
             key = self.controls.caption_key(text, hashes)
-            listed = index if self.controls.seen_with_caption(hashes) else WITHOUT_IMAGES
             captions[key] = MissingCaption(key, text, listed)
+        class_captions = self._class_captions(variants, sample)
         samples = []
         for clip in self._clips(facts):
             keys = []
@@ -120,11 +129,25 @@ class Planner:
                 media_keys=keys,
                 caption_keys=list(captions),
                 caption_probabilities=list(variants.values()),
+                class_caption_keys=[caption.key for caption in class_captions],
                 crop=crop,
                 clip=clip,
             )
             samples.append(planned)
+        for caption in class_captions:
+            captions[caption.key] = caption
         return PlannedRows(samples, captions)
+
+    def _class_captions(self, variants: Variants, sample: ListedSample) -> list[MissingCaption]:
+        """Return each caption of a sample with the class instead of the trigger, if that is used."""
+        if not self.class_word:
+            return []
+        config = self.sources.config_of(sample)
+        captions = []
+        for text in variants:
+            class_text = with_class(text, config, self.class_word)
+            captions.append(MissingCaption(key_of(class_text), class_text))
+        return captions
 
     def _plan_tensors(self, index: int, sample: ListedSample) -> PlannedSample:
         """Plan latents and conditioning that are used unchanged."""
@@ -228,11 +251,11 @@ def write_plan(
     unusable: set[int],
     text: Store,
     tables: PlanTables,
-    neutral_prompts: Sequence[str] = (),
+    extra_prompts: Sequence[str] = (),
 ) -> None:
     """Write the planned samples, and the captions that the text store lacks.
 
-    `unusable`: indices of listed samples that are left out. `neutral_prompts`: are encoded too."""
+    `unusable`: indices of listed samples that are left out. `extra_prompts`: are encoded too."""
     with (
         new_table(tables.planned, PlannedSample) as planned,
         new_table(tables.captions, MissingCaption) as missing_captions,
@@ -249,7 +272,7 @@ def write_plan(
                     planned.add(planned_sample)
                     uses_dropout |= planned_sample.caption_dropout > 0
             add_missing_captions(captions, text, missing_captions)
-        prompts = {*neutral_prompts, ""} if uses_dropout else {*neutral_prompts}
+        prompts = {*extra_prompts, ""} if uses_dropout else {*extra_prompts}
         captions_alone = {}
         for prompt in sorted(prompts):
             key = key_of(prompt)

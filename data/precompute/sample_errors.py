@@ -110,7 +110,7 @@ def mask_errors(
 def short_videos(
     planned: Table[PlannedSample], listed: Table[ListedSample], sampling: ClipSampling
 ) -> list[str]:
-    """Return a line for each clip that has fewer frames than configured."""
+    """Return the clips that have fewer frames than configured; equal lines are left out."""
     frames = clip_frames(planned)
     is_clip = frames > 0
     has_less = frames < sampling.frames
@@ -122,4 +122,4 @@ def short_videos(
     for (_, sample), count in zip(listed.rows(indices), counts, strict=True):
         frames_of_clip = counted(count, "frame")
         lines.append(f"{sample.name}: {frames_of_clip} at {fps:g} per second")
-    return lines
+    return list(dict.fromkeys(lines))

@@ -43,6 +43,10 @@ def open_source(
         from data.sources.table import TableSource
 
         return TableSource(config, data.cache_dir, takes_controls)
+    if kind == "blank":
+        from data.sources.blank import BlankSource
+
+        return BlankSource(config, data)
     if kind == "comfyui":
         from data.sources.comfy import ComfySource
 

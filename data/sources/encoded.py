@@ -28,7 +28,7 @@ LISTED_TABLE = "listed.arrow"
 PLANNED_TABLE = "planned.arrow"
 STORES = {"media": "media_keys", "text": "caption_keys"}
 """Folder of a store -> the column of PlannedSample with its keys."""
-FORMAT = 3
+FORMAT = 4
 OPTIONS = ("vae_sampling", "masks", "random_flip")
 """Options that decide which tensors a sample has."""
 COMPONENTS = {"vae": "VAE", "text": "text encoder", "family": "model family", "format": "format"}

@@ -90,7 +90,7 @@ def test_a_mask_counts_in_all_channels_and_frames(tmp_path, family, shape, monke
     family = family if len(shape) == 4 else StableDiffusion(family.config)
     loss = build_loss(family, ObjectiveConfig(), "MSE", torch.float32)
     monkeypatch.setattr(
-        loss, "compare", lambda prediction, target: torch.ones_like(target - prediction)
+        loss, "elementwise", lambda prediction, target: torch.ones_like(target - prediction)
     )
     losses = loss(
         family.load_denoiser(torch.float32), make_batch(dataset, [0, 1], [0, 1], range(2))

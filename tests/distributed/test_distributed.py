@@ -74,6 +74,8 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
         "text": [*steps, "--model.train_text_encoder"],
         "preserve": [*steps, "--objective.preserve.weight=0.5", "--objective.preserve.prompts=a face",
                      f"--model.assistant_lora={save_assistant(folder)}"],
+        "slider": [*steps, "--objective.slider.targets=a face", "--objective.slider.positives=a happy face",
+                   "--objective.slider.negatives=a sad face", "--objective.slider.start_from=images"],
     }  # fmt: skip
     for name in (name for name in names if name in others):
         runs.append(
@@ -137,7 +139,7 @@ def alone(wide_images, tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("alone"),
         "ddp",
         1,
-        [*ALGORITHMS, "buckets", "steps", "text", "preserve"],
+        [*ALGORITHMS, "buckets", "steps", "text", "preserve", "slider"],
         wide_images,
     )
 
@@ -145,7 +147,7 @@ def alone(wide_images, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp_path):
     for processes, algorithms in ENGINES[engine].items():
-        names = [*algorithms, "preserve", "buckets", "text" if engine == "ddp" else "steps"]
+        names = [*algorithms, "preserve", "slider", "buckets", "text" if engine == "ddp" else "steps"]
         many = run_all(tmp_path, engine, processes, names, wide_images)
         for name in names:
             assert_same_run(alone / name, many / name)

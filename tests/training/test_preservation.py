@@ -14,12 +14,13 @@ from common.errors import ConfigError
 from data.batches import MicroBatches
 from data.dataset import LatentDataset
 from data.precompute.build import DatasetBuilder
+from data.prompts import NEUTRAL
 from data.schedule import Schedule
 from lora_algos import ALGORITHMS
 from models.config import ModelConfig
 from models.detect import get_family
 from objectives.config import ObjectiveConfig, PreserveConfig
-from training.build import attach_adapters, neutral_prompts
+from training.build import attach_adapters, extra_prompts
 from training.cli import load_config
 from training.loss import build_loss
 
@@ -95,17 +96,17 @@ def test_the_difference_is_that_from_the_base(options, algorithm, tmp_path, run_
     loss = build_loss(family, config.objective, "MSE", torch.float32)
     schedule = Schedule(dataset.buckets, dataset.content_hash, 0, 2)
     batch = MicroBatches(dataset, schedule, config.objective)[0]
-    assert batch.neutral_cond is not None
+    neutral = batch.prompts[NEUTRAL]
     new = loss.preservation(denoiser, adapted, batch)
     assert new.abs().max() < 1e-9
     with torch.no_grad():
         for parameter in adapted.named_parameters().values():
             parameter.add_(0.05 * torch.randn_like(parameter))
     found = loss.preservation(denoiser, adapted, batch)
-    noised = loss._add_noise(batch)
+    noised = loss.add_noise(batch)
     with torch.no_grad():
-        expected = loss._predict(denoiser, noised, batch, batch.neutral_cond)
-        base = loss._predict(plain, noised, batch, batch.neutral_cond)
+        expected = loss.predict(denoiser, noised, batch, neutral)
+        base = loss.predict(plain, noised, batch, neutral)
     torch.testing.assert_close(
         found, (expected - base).square().flatten(1).mean(1), rtol=1e-4, atol=1e-7
     )
@@ -133,17 +134,17 @@ def recorded_datasets(monkeypatch):
 def test_each_batch_draws_a_prompt_as_a_function_of_the_seed(options, run_here, tmp_path):
     assert run_here([*options, *PRESERVE, "--steps=1"]) == 0
     dataset = DATASETS[-1]
-    assert len(dataset.neutral_captions) == 2
+    assert set(dataset.extra_prompts) == {"a face", ""}
     objective = ObjectiveConfig(preserve=PreserveConfig(1.0, 3, ("a face", "")))
     batches = MicroBatches(dataset, Schedule(dataset.buckets, "x", 0, 2), objective, per_step=2)
-    has_prompt = [batches[number].neutral_cond is not None for number in range(12)]
+    has_prompt = [NEUTRAL in batches[number].prompts for number in range(12)]
     assert has_prompt == [True, True, False, False, False, False] * 2
     shapes = {
-        float(batches[number].neutral_cond["prompt_embeds"].sum()) for number in range(0, 60, 6)
+        float(batches[number].prompts[NEUTRAL]["prompt_embeds"].sum()) for number in range(0, 60, 6)
     }
     assert len(shapes) == 2, "both prompts are drawn"
-    first = batches[0].neutral_cond["prompt_embeds"]
-    assert first.equal(batches[0].neutral_cond["prompt_embeds"])
+    first = batches[0].prompts[NEUTRAL]["prompt_embeds"]
+    assert first.equal(batches[0].prompts[NEUTRAL]["prompt_embeds"])
 
 
 def test_options_without_a_weight_are_refused(options, run_here, capsys):
@@ -156,5 +157,84 @@ def test_models_that_see_images_with_prompts_are_refused():
     from helpers.family_cases import family_of
 
     config = replace(load_config([]), objective=ObjectiveConfig(preserve=PreserveConfig(1.0)))
-    with pytest.raises(ConfigError, match="no prompt is neutral"):
-        neutral_prompts(config, family_of(qwen_image_edit.CASE))
+    with pytest.raises(ConfigError, match="a prompt alone has no meaning"):
+        extra_prompts(config, family_of(qwen_image_edit.CASE))
+
+
+CLASS = ["--objective.preserve.weight=1", "--objective.preserve.class_word=a face"]
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    """Encodes a text with the embedded model."""
+    family = get_family(ModelConfig(path=str(BASE)))
+    encoders = family.load_encoders("text")
+
+    def encode(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            return family.encode_prompt(encoders, [text])[0]["prompt_embeds"]
+
+    return encode
+
+
+def is_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.allclose(first.float(), second.float(), atol=1e-3)
+
+
+def test_the_class_takes_the_place_of_the_trigger_in_each_caption(
+    options, run_here, images, encoded
+):
+    """In the caption that is drawn, also if tags are shuffled, and not in regularization images."""
+    (images / "cat.txt").write_text("sks in the snow")
+    (images / "dog.txt").write_text("with a hat")
+    more = ["--data.captions.trigger=sks", "--data.captions.one_per_line"]
+    (images / "owl.txt").write_text("sks at night\nsks by day")
+    assert run_here([*options, *CLASS, *more, "--steps=1"]) == 0
+    dataset = DATASETS[-1]
+    expected = {
+        "sks in the snow": "a face in the snow",
+        "sks, with a hat": "a face, with a hat",
+        "sks at night": "a face at night",
+        "sks by day": "a face by day",
+    }
+    batches = MicroBatches(
+        dataset,
+        Schedule(dataset.buckets, "x", 0, 1),
+        ObjectiveConfig(preserve=PreserveConfig(1.0, class_word="a face")),
+    )
+    seen = set()
+    for number in range(40):
+        batch = batches[number]
+        for caption, class_caption in expected.items():
+            if is_close(batch.cond["prompt_embeds"][0], encoded(caption)):
+                seen.add(caption)
+                neutral = batch.prompts[NEUTRAL]["prompt_embeds"][0]
+                assert is_close(neutral, encoded(class_caption)), caption
+    assert seen == set(expected)
+
+
+def test_a_dropped_caption_has_no_class(options, run_here, encoded):
+    more = ["--data.captions.trigger=sks", "--data.captions.dropout=1"]
+    assert run_here([*options, *CLASS, *more, "--steps=1"]) == 0
+    dataset = DATASETS[-1]
+    objective = ObjectiveConfig(preserve=PreserveConfig(1.0, class_word="a face"))
+    batch = MicroBatches(dataset, Schedule(dataset.buckets, "x", 0, 2), objective)[0]
+    empty = encoded("")
+    for neutral in batch.prompts[NEUTRAL]["prompt_embeds"]:
+        assert is_close(neutral, empty)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "takes the place of --data.captions.trigger, which is not set"),
+        (
+            ["--data.captions.trigger=sks", "--objective.preserve.prompts", "a dog"],
+            "have no effect with --objective.preserve.class_word",
+        ),
+    ],
+    ids=["no trigger", "prompts too"],
+)
+def test_a_class_without_its_place_is_refused(options, run_here, capsys, more, message):
+    assert run_here([*options, *CLASS, *more]) == 2
+    assert message in capsys.readouterr().err
