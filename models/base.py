@@ -92,6 +92,10 @@ class ModelFamily(ABC):
     """The model to train instead of one that was distilled to few steps."""
     has_image_input: ClassVar[bool] = False
     """True if its pipeline takes a first frame besides the prompt."""
+    name_check: ClassVar[str] = (
+        "every layer at full size is in the table of names of ComfyUI 0.33.0, which was run"
+    )
+    """Proof that names in adapter files are right, which the command `models` shows."""
     paints_masks: ClassVar[bool] = False
     """True if it paints the part of an image that a mask shows, and is given the rest."""
     same_files_as: ClassVar[str | None] = None

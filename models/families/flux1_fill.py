@@ -15,6 +15,7 @@ from models.families.packing import PATCH, pack, unpack
 class Flux1Fill(InpaintingFamily, Flux1):
     """FLUX.1 Fill. A token has the noisy latents, the masked image and the mask's pixels, in this order."""
 
+    undistilled_model = ""
     name = "flux1_fill"
     pipelines = ("FluxFillPipeline",)
     unused_components = ()

@@ -23,6 +23,7 @@ from models.families.flux1 import Flux1
 class Flux1Kontext(Flux1):
     """FLUX.1 Kontext. Samples without a control image are trained as text to image."""
 
+    undistilled_model = ""
     name = "flux1_kontext"
     pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
     same_files_as = "flux1"

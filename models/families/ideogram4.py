@@ -48,6 +48,7 @@ def resolution_shift(tokens: int) -> float:
 class Ideogram4(Flux2VaeFamily):
     """Conditioning is (L, D): the states of the caption in a chat template."""
 
+    name_check = "those of diffusers' converter and of ComfyUI's source; ComfyUI was not run"
     name = "ideogram4"
     pipelines = ("Ideogram4Pipeline",)
     denoiser_class = "Ideogram4Transformer2DModel"

@@ -43,6 +43,7 @@ class QwenImage21(QwenVaeFamily):
 
     It is that of the caption in a chat template, without the system's message in front."""
 
+    name_check = "compared with ComfyUI's source of September 2026, which was not run"
     name = "qwen_image_21"
     pipelines = ("QwenImage21Pipeline",)
     denoiser_class = "QwenImage21Transformer2DModel"

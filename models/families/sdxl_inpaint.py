@@ -11,6 +11,7 @@ from models.families.unet_family import is_unet_file
 class StableDiffusionXLInpainting(InpaintingUNet, StableDiffusionXL):
     """SDXL with nine input channels."""
 
+    undistilled_model = ""
     name = "sdxl_inpaint"
     pipelines = ("StableDiffusionXLInpaintPipeline",)
     comfy_nodes = None  # type: ignore[assignment]

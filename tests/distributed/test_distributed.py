@@ -147,7 +147,13 @@ def alone(wide_images, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp_path):
     for processes, algorithms in ENGINES[engine].items():
-        names = [*algorithms, "preserve", "slider", "buckets", "text" if engine == "ddp" else "steps"]
+        names = [
+            *algorithms,
+            "preserve",
+            "slider",
+            "buckets",
+            "text" if engine == "ddp" else "steps",
+        ]
         many = run_all(tmp_path, engine, processes, names, wide_images)
         for name in names:
             assert_same_run(alone / name, many / name)

@@ -19,6 +19,30 @@ from helpers.project import FIXTURES
 
 KEYS = FIXTURES / "keys"
 ARCHITECTURES = sorted(path.name.removesuffix(".json.gz") for path in KEYS.glob("*.json.gz"))
+FAMILIES = {
+    "sdxl": "sdxl",
+    "flux": "flux1",
+    "flux_schnell": "flux1",
+    "chroma": "chroma",
+    "flux2": "flux2",
+    "flux2_klein_4b": "flux2_klein",
+    "flux2_klein_9b": "flux2_klein",
+    "qwen_image": "qwen_image",
+    "qwen_image_21": "qwen_image_21",
+    "z_image": "z_image",
+    "krea2": "krea2",
+    "ernie_image": "ernie_image",
+    "sd3": "sd3",
+    "sd35_medium": "sd3",
+    "sd35_large": "sd3",
+    "wan21_1.3b": "wan",
+    "wan21_14b": "wan",
+    "wan22_5b": "wan",
+    "wan21_i2v_14b": "wan_i2v",
+    "ltx2": "ltx2",
+    "hunyuan_video15": "hunyuan_video15",
+}
+"""Architecture -> family."""
 # which spellings of diffusers' names ComfyUI has in its table, {n}: the name, {n_}: with _ for .
 DIFFUSERS_FORMS = {
     "UNet2DConditionModel": ("lora_unet_{n_}", "lycoris_{n_}"),

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from helpers import comfy_keys
+from helpers.comfy_keys import FAMILIES
 from helpers.exported_keys import empty_layers, exported
 from helpers.project import FIXTURES
 from torch import nn
@@ -25,30 +26,6 @@ from models.detect import family_classes, get_family
 from models.released import released_models
 
 GOLDEN = FIXTURES / "full_size.json"
-FAMILIES = {
-    "sdxl": "sdxl",
-    "flux": "flux1",
-    "flux_schnell": "flux1",
-    "chroma": "chroma",
-    "flux2": "flux2",
-    "flux2_klein_4b": "flux2_klein",
-    "flux2_klein_9b": "flux2_klein",
-    "qwen_image": "qwen_image",
-    "qwen_image_21": "qwen_image_21",
-    "z_image": "z_image",
-    "krea2": "krea2",
-    "ernie_image": "ernie_image",
-    "sd3": "sd3",
-    "sd35_medium": "sd3",
-    "sd35_large": "sd3",
-    "wan21_1.3b": "wan",
-    "wan21_14b": "wan",
-    "wan22_5b": "wan",
-    "wan21_i2v_14b": "wan_i2v",
-    "ltx2": "ltx2",
-    "hunyuan_video15": "hunyuan_video15",
-}
-"""Architecture of tests/keys -> family."""
 WITHOUT_KEYS = {"Ideogram 4": "ideogram4"}
 """Released model -> family, of those whose names in ComfyUI are not in tests/keys."""
 RANK = 16

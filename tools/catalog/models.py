@@ -18,9 +18,16 @@ STATUS = (
 def run(options: ModelsOptions) -> int:
     """Print the list; return the exit code."""
     models = planned_models()
+    if options.family is not None:
+        models = [model for model in models if model.family == options.family]
     if options.json:
         entries = [asdict(model) for model in models]
         print(json.dumps(entries, indent=1))
+        return 0
+    if options.family is not None and options.card is None:
+        from tools.catalog.family import family_page  # imports torch
+
+        print("\n".join(family_page(options.family, models)))
         return 0
     if options.card is None:
         rows = common_cards(models)

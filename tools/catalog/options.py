@@ -1,9 +1,12 @@
 """Options of `models`. Imports no torch, so that it answers at once."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import tyro
+from tyro.conf import Positional, arg
+
+from models import FAMILIES
 
 MAX_CARD = 1000
 """GB of the largest card that an option may name."""
@@ -15,6 +18,8 @@ class ModelsOptions:
 
     command: ClassVar[str] = "models"
 
+    family: Annotated[Positional[str | None], arg(metavar="FAMILY")] = None
+    """Show only this model family, with its released models and how it is tested."""
     card: float | None = None
     """Memory of your card in GB. None: show common cards."""
     json: bool = False
@@ -22,9 +27,13 @@ class ModelsOptions:
 
     def errors(self) -> list[str]:
         """Return the errors in the values."""
-        if self.card is None or 0 < self.card <= MAX_CARD:
-            return []
-        return [f"--card {self.card:g}: expected GB above 0, at most {MAX_CARD}"]
+        errors = []
+        if self.card is not None and not 0 < self.card <= MAX_CARD:
+            errors.append(f"--card {self.card:g}: expected GB above 0, at most {MAX_CARD}")
+        if self.family is not None and self.family not in FAMILIES:
+            names = ", ".join(sorted(FAMILIES))
+            errors.append(f"{self.family}: is no model family. The families are {names}")
+        return errors
 
 
 def parse_models_options(argv: list[str]) -> ModelsOptions:
