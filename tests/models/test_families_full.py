@@ -49,7 +49,7 @@ FAMILIES = {
     "hunyuan_video15": "hunyuan_video15",
 }
 """Architecture of tests/keys -> family."""
-WITHOUT_KEYS = {"Ideogram 4": "ideogram4"}
+WITHOUT_KEYS = {"Ideogram 4": "ideogram4", "Z-Image-Omni-Base": "z_image_omni"}
 """Released model -> family, of those whose names in ComfyUI are not in tests/keys."""
 RANK = 16
 
