@@ -71,6 +71,11 @@ class LayerSpellings:
             layers_by_name.setdefault(self.original[layer], []).append(layer)
         return layers_by_name
 
+    def comfyui_knows_slice(self, layer: str) -> bool:
+        """Return whether the layer is part of a fused weight, and ComfyUI knows it by its own name."""
+        is_known = bool(self.comfyui_prefix) and layer not in self.original_only
+        return layer in self.slices and is_known
+
     def siblings(self, layer: str) -> list[str]:
         """Return all layers that share this layer's fused weight, including itself."""
         if layer not in self.slices:

@@ -8,8 +8,9 @@
 A writer raises AdapterError for an adapter that the format's programs could not read.
 
 The original model has some layers as one weight (to_q, to_k, to_v). The format comfyui names each
-layer by diffusers' name, under which ComfyUI applies the adapter to the layer's rows. The format
-kohya has names for the whole weight only, so its adapter is written (fused_weights.fuse).
+layer by diffusers' name, under which ComfyUI applies the adapter to the layer's rows, unless ComfyUI
+does not know that name. The format kohya has names for the whole weight only, so its adapter is
+written (fused_weights.fuse).
 
 In both formats all LoRA layers have one alpha, because diffusers applies a wrong one to attention
 layers otherwise. A layer's own scaling is then in its lora_up, which is exact.
@@ -70,7 +71,7 @@ def write_comfyui(layers: Layers, weights: Weights, names: LayerSpellings) -> Fi
     fused_biases: dict[str, Tensor] = {}
     for group in names.groups(layers):
         first_layer = group[0]
-        if first_layer not in names.slices or not names.comfyui_prefix:
+        if not names.comfyui_knows_slice(first_layer):
             spellings.append(Spelling(names.comfyui(first_layer), group))
             continue
         spellings += [Spelling(names.comfyui_prefix + layer, [layer]) for layer in group]

@@ -63,6 +63,7 @@ RECIPES = {
     "Ideogram 4": "ideogram4",
     "FLUX.1 Kontext dev": "flux1_kontext",
     "Qwen-Image-Edit-2511": "qwen_image_edit_plus",
+    "Z-Image-Omni-Base": "z_image_omni",
     "Wan 2.1 T2V 1.3B": "wan",
     "Wan 2.1 T2V 14B": "wan",
     "Wan 2.2 TI2V 5B": "wan",

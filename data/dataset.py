@@ -25,7 +25,7 @@ from data.schedule import Segment
 from data.store.schema import MEDIA_TENSORS, VariableLengths
 from data.store.store import Store
 from data.store.tables import Table
-from models.controls import CONTROL_PREFIX
+from models.controls import is_control_latents
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npy"
@@ -195,7 +195,7 @@ class LatentDataset:
         sizes = []
         for stored_row in stored_rows:
             for name in stored_row.shard.columns:
-                if name.startswith(CONTROL_PREFIX):
+                if is_control_latents(name):
                     *_, height, width = stored_row.spec(name).shape
                     sizes.append((height, width))
         return sizes

@@ -18,6 +18,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image_edit_plus": "models.families.qwen_image_edit_plus",
     "qwen_image_21": "models.families.qwen_image_21",
     "z_image": "models.families.z_image",
+    "z_image_omni": "models.families.z_image_omni",
     "krea2": "models.families.krea2",
     "ernie_image": "models.families.ernie_image",
     "ideogram4": "models.families.ideogram4",

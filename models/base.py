@@ -28,7 +28,7 @@ from models.blocks import find_blocks
 from models.comfy import ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyGuidance, ComfyNodes, cfg_guidance
 from models.config import ModelConfig, has_distilled_name
-from models.controls import NO_CONTROLS, ControlLimits, ControlSize
+from models.controls import NO_CONTROLS, ControlImage, ControlLimits, ControlSize
 from models.layer_names.names import LayerNames
 from models.limits import Limits
 from models.model_files import ModelFiles
@@ -304,6 +304,20 @@ class ModelFamily(ABC):
 
     def control_error(self, width: int, height: int) -> str | None:
         """WHEN: control images are checked. OUT: an error if the pipeline refuses this size."""
+        return None
+
+    def encode_control(self, encoders: Any, pixels: Tensor) -> Tensor:
+        """WHEN: in precompute, for each control image. IN: its pixels, in the size of control_size.
+        OUT: raw latents."""
+        return self.encode_media(encoders, pixels)[0]
+
+    def control_features(self, encoders: Any, image: ControlImage) -> Tensor | None:
+        """WHEN: in precompute, for each control image. OUT: the features of a vision model, without
+        batch dimension, which are stored with the latents. None: no vision model sees the image."""
+        return None
+
+    def features_layout(self) -> TensorLayout | None:
+        """WHEN: sizes are estimated. OUT: the features of a square control image."""
         return None
 
     def encode_with_controls(self, encoders: Any, caption: str, images: list[Any]) -> Conditioning:

@@ -1,8 +1,9 @@
 """Control images: images that an edit model is given besides the prompt.
 
 A sample's control images are encoded by the VAE once, like the image itself. Their raw latents are the
-tensors `control_0`, `control_1` and so on of its conditioning. Samples whose control images have other
-sizes, or another number of them, are in other batches.
+tensors `control_0`, `control_1` and so on of its conditioning. Features of a vision model, if there is
+one, are `control_0_features` and so on. Samples whose control images have other sizes, or another
+number of them, are in other batches.
 """
 
 import math
@@ -10,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from PIL import Image
 from torch import Tensor
 
 from common.errors import counted
 
 CONTROL_PREFIX = "control_"
+FEATURES_SUFFIX = "_features"
 
 
 class ControlSize(NamedTuple):
@@ -25,6 +28,22 @@ class ControlSize(NamedTuple):
     scaled_height: int
     width: int
     height: int
+
+
+@dataclass(frozen=True, eq=False)
+class ControlImage:
+    """A control image as the encoders get it."""
+
+    picture: Image.Image
+    """The image in its own size, mirrored if its sample is."""
+    size: ControlSize
+    pixels: Tensor
+    """The window that the model is given, (3, H, W) in [-1, 1]."""
+
+    def scaled(self) -> Image.Image:
+        """Return the scaled image without its crop."""
+        size = (self.size.scaled_width, self.size.scaled_height)
+        return self.picture.resize(size, Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,16 @@ def control_name(number: int) -> str:
     return f"{CONTROL_PREFIX}{number}"
 
 
+def features_name(number: int) -> str:
+    """Return the name of a vision model's features of a control image."""
+    return control_name(number) + FEATURES_SUFFIX
+
+
+def is_control_latents(name: str) -> bool:
+    """Return whether a tensor of this name is the latents of a control image."""
+    return name.startswith(CONTROL_PREFIX) and name.removeprefix(CONTROL_PREFIX).isdigit()
+
+
 def control_latents(cond: Mapping[str, Any]) -> list[Tensor]:
     """Return the raw latents (B, C, h, w) of all control images, in their order."""
     latents: list[Tensor] = []
@@ -66,6 +95,12 @@ def control_latents(cond: Mapping[str, Any]) -> list[Tensor]:
         latents.append(cond[name])
         name = control_name(len(latents))
     return latents
+
+
+def control_features(cond: Mapping[str, Any]) -> list[Tensor]:
+    """Return the features (B, rows, columns, D) of all control images, or of none."""
+    names = [features_name(number) for number in range(len(control_latents(cond)))]
+    return [cond[name] for name in names if name in cond]
 
 
 def without_controls(cond: dict[str, Any]) -> dict[str, Any]:

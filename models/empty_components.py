@@ -12,7 +12,7 @@ from torch import nn
 from common.dtypes import DTYPES
 from models.diffusers_family import DiffusersFamily
 from models.layer_loading import names_in_fp32, use_formats_of_file
-from models.model_files import ENCODERS, MIN_LARGE
+from models.model_files import MIN_LARGE, is_encoder
 
 
 def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> Any:
@@ -27,9 +27,8 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
         modules["vae"] = empty_vae(family)
     for name in names:
         is_of_role = (name in family.text_components) == (role == "text")
-        is_encoder = name.startswith(ENCODERS)
         is_missing = name in family.files.missing_components
-        if is_encoder and is_of_role and not is_missing:
+        if is_encoder(name) and is_of_role and not is_missing:
             modules[name] = empty_encoder(family, name)
     pipeline_class = getattr(diffusers, family.pipelines[0])
     pipeline = pipeline_class(**modules, **family.pipeline_options)

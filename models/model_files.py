@@ -42,7 +42,7 @@ from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
-ENCODERS = ("text_encoder", "image_encoder", "connectors")
+ENCODERS = ("text_encoder", "image_encoder", "connectors", "siglip")
 """Beginnings of the names of components that encode captions and images, besides the VAE."""
 WIDER_DTYPES = {
     torch.float16: torch.float32,
@@ -252,7 +252,7 @@ class ModelFiles:
         else:
             folder = component_folder(self.source, component)
             count = num_parameters(component_files(folder, self.config.variant))
-        has_no_files = not count and component.startswith(ENCODERS)
+        has_no_files = not count and is_encoder(component)
         if has_no_files:  # a folder of configurations alone
             with torch.device("meta"):
                 model = self.empty_encoder(component)
@@ -343,3 +343,9 @@ class ModelFiles:
                     "same kind of model"
                 )
             raise ModelError(message) from error
+
+
+def is_encoder(component: str) -> bool:
+    """Return whether a component of a pipeline is a model that encodes captions or images, besides the
+    VAE."""
+    return component.startswith(ENCODERS) and not component.endswith("_processor")

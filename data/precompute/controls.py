@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import DataError
@@ -15,7 +15,13 @@ from data.media.buckets import Crop
 from data.store.keys import key_of
 from models import family_classes
 from models.base import ModelFamily
-from models.controls import ControlLimits, ControlSize, control_name
+from models.controls import (
+    ControlImage,
+    ControlLimits,
+    ControlSize,
+    control_name,
+    features_name,
+)
 
 
 class ContentHashes(NamedTuple):
@@ -119,17 +125,18 @@ def advice_for(family: ModelFamily) -> str:
     return advice
 
 
-def control_pixels(
+def control_images(
     config: DataConfig, family: ModelFamily, contents: Sequence[bytes], flip: bool
-) -> list[Tensor]:
-    """Return the pixels (3, H, W) of control images, in the sizes that the model takes."""
-    pixels = []
-    for content in contents:
-        image = images.check(content)
-        size = family.control_size(image.width, image.height, config.control_pixels)
-        crop = centered_crop(image.width, image.height, size)
-        pixels.append(images.pixels(content, crop, config.background, flip))
-    return pixels
+) -> list[ControlImage]:
+    """Return control images in the sizes that the model takes."""
+    controls = []
+    for picture in control_pictures(contents, config.background):
+        size = family.control_size(picture.width, picture.height, config.control_pixels)
+        crop = centered_crop(picture.width, picture.height, size)
+        pixels = images.scale(picture, crop, flip)
+        shown_picture = ImageOps.mirror(picture) if flip else picture
+        controls.append(ControlImage(shown_picture, size, pixels))
+    return controls
 
 
 def centered_crop(width: int, height: int, size: ControlSize) -> Crop:
@@ -148,15 +155,18 @@ def centered_crop(width: int, height: int, size: ControlSize) -> Crop:
 
 @torch.no_grad()
 def encode_controls(
-    family: ModelFamily, encoders: Any, controls: Sequence[Tensor], device: torch.device
+    family: ModelFamily, encoders: Any, controls: Sequence[ControlImage], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the raw latents of control images, by name.
+    """Return the raw latents of control images, and their features if a vision model sees them, by name.
 
     Each is encoded alone, so its latents do not depend on other samples."""
     encoded = {}
-    for number, pixels in enumerate(controls):
-        latents, _ = family.encode_media(encoders, pixels[None].to(device))
+    for number, image in enumerate(controls):
+        latents = family.encode_control(encoders, image.pixels[None].to(device))
         encoded[control_name(number)] = latents[0]
+        features = family.control_features(encoders, image)
+        if features is not None:
+            encoded[features_name(number)] = features
     return encoded
 
 

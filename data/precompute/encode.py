@@ -27,7 +27,7 @@ from data.media.buckets import Crop
 from data.media.video import Clip
 from data.precompute.controls import (
     ContentHashes,
-    control_pixels,
+    control_images,
     encode_controls,
 )
 from data.precompute.facts import read_mask
@@ -297,11 +297,10 @@ def encode_batch(
             tensors[name] = tensor[index]
         if media.mask is not None:
             tensors["mask"] = resize_mask(media.mask, tensors["latents"])
-        control_images = control_pixels(job.config, job.family, media.controls, media.flip)
         controls = encode_controls(
             job.family,
             encoders,
-            control_images,
+            control_images(job.config, job.family, media.controls, media.flip),
             job.device,
         )
         tensors |= controls

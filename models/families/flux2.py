@@ -16,14 +16,10 @@ from torch import Tensor, nn
 from models.base import TensorLayout, TokenCounts, base_metadata
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyGuidance, ComfyNodes
-from models.controls import (
-    ControlLimits,
-    ControlSize,
-    limited_area,
-    rounded_down,
-)
+from models.controls import ControlLimits, ControlSize
 from models.diffusers_family import ComponentLoaders
 from models.encoder_placement import keep_first_layers
+from models.families.flux2_controls import cropped_size, side_error
 from models.families.flux2_vae import Flux2VaeFamily
 from models.families.flux_names import FLUX_TABLE
 from models.families.packing import image_ids
@@ -35,10 +31,6 @@ TOKENS = 512
 """Tokens of every caption, with the padding, which the denoiser sees."""
 NUM_STEPS = 50
 """The pipelines' default number of steps."""
-MAX_CONTROL_PIXELS = 1024 * 1024
-"""Area to which the pipeline shrinks larger control images."""
-MIN_CONTROL_SIDE = 64
-MAX_CONTROL_RATIO = 8
 CONTROL_DISTANCE = 10
 """Distance on axis 0 between an image and the next one."""
 ATTENTION = r".*\.attn\.(to_(q|k|v|out|out\.0|add_out|qkv_mlp_proj)|add_(q|k|v)_proj)"
@@ -169,26 +161,10 @@ class Flux2Family(Flux2VaeFamily):
         return noisy_tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def control_error(self, width: int, height: int) -> str | None:
-        ratio = max(width / height, height / width)
-        if min(width, height) >= MIN_CONTROL_SIDE and ratio <= MAX_CONTROL_RATIO:
-            return None
-        return (
-            f"a control image of {width}x{height}; FLUX.2 takes sides of at least "
-            f"{MIN_CONTROL_SIDE} pixels, and one side at most {MAX_CONTROL_RATIO} times the other"
-        )
+        return side_error(width, height, "FLUX.2")
 
     def control_size(self, width: int, height: int, max_pixels: int | None) -> ControlSize:
-        limit = MAX_CONTROL_PIXELS
-        if max_pixels is not None:
-            limit = min(limit, max_pixels)
-        scaled_width, scaled_height = limited_area(width, height, limit)
-        step = self.pixel_step
-        return ControlSize(
-            scaled_width=max(int(scaled_width), step),
-            scaled_height=max(int(scaled_height), step),
-            width=rounded_down(scaled_width, step),
-            height=rounded_down(scaled_height, step),
-        )
+        return cropped_size(width, height, max_pixels, self.pixel_step)
 
     def variant_metadata(self, variant: str) -> dict[str, str]:
         """Return `file_metadata` of a variant, as musubi-tuner writes it."""

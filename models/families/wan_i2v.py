@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ModelError
-from models.base import Role, TensorLayout
+from models.base import TensorLayout
 from models.comfy import ComfyConditioning, ComfyLayout, Conditioning
 from models.comfy_nodes import ComfyNodes
+from models.families.vision_family import VisionFamily
 from models.families.wan import (
     IMAGE_CHANNELS,
     IMAGE_EMBEDDER_KEY,
@@ -61,7 +62,7 @@ class FirstFrameLayout(WanLayout):
         return cond, extras
 
 
-class WanImageToVideo(Wan):
+class WanImageToVideo(VisionFamily, Wan):
     """Wan, image to video. Every video is trained with its own first frame."""
 
     name = "wan_i2v"
@@ -103,14 +104,6 @@ class WanImageToVideo(Wan):
     def sample_conditioning(self) -> tuple[str, ...]:
         return (FIRST_FRAME, IMAGE_EMBEDS) if self.has_clip_input else (FIRST_FRAME,)
 
-    @property
-    def components(self) -> tuple[str, ...]:
-        return (*super().components, *self.vision_components)
-
-    def identity_components(self, role: Role) -> tuple[str, ...]:
-        components = super().identity_components(role)
-        return (*components, *self.vision_components) if role == "vae" else components
-
     @cached_property
     def comfy(self) -> ComfyLayout:
         return FirstFrameLayout(
@@ -121,9 +114,8 @@ class WanImageToVideo(Wan):
         )
 
     def load_encoders(self, role: Literal["text", "media"]) -> Any:
-        if role == "media":
-            return self.load_media_encoders("vae", *self.vision_components)
-        return text_pipeline(super().load_encoders(role))
+        encoders = super().load_encoders(role)
+        return encoders if role == "media" else text_pipeline(encoders)
 
     def pipeline(self, denoiser: nn.Module | None, with_text_encoders: bool = True) -> Any:
         pipeline = super().pipeline(denoiser, with_text_encoders)

@@ -28,7 +28,7 @@ ATTENTION_NAMES: Names = {
 EMBEDDER: Names = {"": "", ".linear": ".linear", ".adaLN_modulation.1": ".adaLN_modulation.1"}
 TABLE = (
     Rule(
-        r"(noise_refiner|context_refiner|layers)\.(\d+)\.attention\.",
+        r"(noise_refiner|context_refiner|siglip_refiner|layers)\.(\d+)\.attention\.",
         r"\1.\2.attention.",
         ATTENTION_NAMES,
     ),
@@ -36,12 +36,25 @@ TABLE = (
 )
 
 
+Z_IMAGE_KEYS = {
+    "cap_pad_token",
+    "layers.0.attention.qkv.weight",
+    "layers.0.adaLN_modulation.0.weight",
+}
+SIGLIP_KEY = "siglip_embedder.1.weight"
+"""A tensor of the omni model alone."""
+
+
 class ZImage(TransformerFamily):
     """Conditioning is the encoder's last state but one, of the caption in a chat template."""
 
     name = "z_image"
     undistilled_model = "Z-Image (Tongyi-MAI/Z-Image)"
-    pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "ZImagePipeline",
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+    )
     denoiser_class = "ZImageTransformer2DModel"
     latent_shift = 0.1159
     latent_scale = 0.3611
@@ -56,7 +69,7 @@ class ZImage(TransformerFamily):
         "all": r".*",
     }
     comfy_widths: ClassVar = {2560: "Z-Image"}
-    comfy_nodes = ComfyNodes(
+    comfy_nodes: ComfyNodes | None = ComfyNodes(
         text_encoders=("qwen_3_4b.safetensors",),
         text_encoder_type="lumina2",
         vae="ae.safetensors",
@@ -65,12 +78,7 @@ class ZImage(TransformerFamily):
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        keys = {
-            "cap_pad_token",
-            "layers.0.attention.qkv.weight",
-            "layers.0.adaLN_modulation.0.weight",
-        }
-        return keys <= shapes.keys()
+        return shapes.keys() >= Z_IMAGE_KEYS and SIGLIP_KEY not in shapes
 
     @cached_property
     def comfy(self) -> ComfyLayout:

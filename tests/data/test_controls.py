@@ -21,7 +21,7 @@ from data.config import DataConfig
 from data.dataset import LatentDataset
 from data.export import write_dataset
 from data.precompute.build import DatasetBuilder, Datasets
-from data.precompute.controls import control_pixels, encode_controls
+from data.precompute.controls import control_images, encode_controls
 from data.schedule import Schedule
 from data.sources.comfy_shards import read_conditioning
 from data.sources.control_files import in_columns
@@ -216,8 +216,8 @@ class TestEncoding:
         family = family_of(KLEIN)
         encoders = family.load_encoders("media")
         for latents, flip in ((original, False), (mirrored, True)):
-            pixels = control_pixels(DataConfig(), family, [content], flip)
-            assert encode_controls(family, encoders, pixels, PROCESS.device)["control_0"].equal(
+            images = control_images(DataConfig(), family, [content], flip)
+            assert encode_controls(family, encoders, images, PROCESS.device)["control_0"].equal(
                 latents
             )
         assert not original.equal(mirrored)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.config import DataConfig
-from data.precompute.controls import control_pictures, control_pixels, encode_controls
+from data.precompute.controls import control_images, control_pictures, encode_controls
 from data.store.keys import key_of
 from data.store.store import Store
 from helpers.families.tiny_qwen import image_text_processor
@@ -163,8 +163,8 @@ def rows_with_controls(
         rows = [family.encode_with_controls(encoders, caption, pictures) for caption in captions]
     else:
         rows = family.encode_prompt(encoders, captions)
-    pixels = control_pixels(config, family, contents, flip=False)
-    latents = encode_controls(family, family.load_encoders("media"), pixels, torch.device("cpu"))
+    images = control_images(config, family, contents, flip=False)
+    latents = encode_controls(family, family.load_encoders("media"), images, torch.device("cpu"))
     return [{**row, **latents} for row in rows]
 
 

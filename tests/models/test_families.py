@@ -43,8 +43,8 @@ from training.cli import load_config
 
 CASES = pytest.mark.parametrize("case", cases(), ids=str)
 VARIANTS = (
-    "sdxl_inpaint", "sd3.5-medium", "sd3-without-t5", "flux1-schnell", "qwen_image_edit", "krea2-turbo", "wan2.2-high",
-    "wan2.2-low", "wan2.2-i2v", "ltx2.3",
+    "sdxl_inpaint", "sd3.5-medium", "sd3-without-t5", "flux1-schnell", "qwen_image_edit", "z_image_omni", "krea2-turbo",
+    "wan2.2-high", "wan2.2-low", "wan2.2-i2v", "ltx2.3",
 )  # fmt: skip
 """Cases whose layers are those of another case; make test-long trains them."""
 

@@ -21,7 +21,7 @@ WAN_ALL = r"(?!patch_embedding).*"  # by ComfyUI's names diffusers refuses what 
 HUNYUAN_ALL = (
     r"(?!x_embedder).*"  # PEFT merges a Conv3d with a kernel of one as if it were a Conv2d
 )
-COMFYUI_ALONE = ("chroma", "flux2", "flux2_klein", "ideogram4")
+COMFYUI_ALONE = ("chroma", "flux2", "flux2_klein", "ideogram4", "z_image_omni")
 """Families with layers that ComfyUI does not know by diffusers' names: those of the preset all are in no one file."""
 
 

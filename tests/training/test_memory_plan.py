@@ -17,6 +17,7 @@ LONG_CAPTION = "a cat and a dog " * 200
 OTHER_SAMPLES = {
     "qwen_image_edit": "plans control images of a million pixels, which tests make smaller",
     "qwen_image_edit_plus": "plans control images of a million pixels, which tests make smaller",
+    "z_image_omni": "plans a control image of a million pixels; test_z_image_omni.py has a smaller one",
     "qwen_image_21": "plans 1024 tokens, and cuts no caption",
     "ideogram4": "plans 2048 tokens, more than the caption here has",
     "hunyuan_video15": "plans texts in quotes, which the caption here lacks",

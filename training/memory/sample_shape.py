@@ -9,7 +9,7 @@ from data.config import DataConfig, SourceConfig
 from data.media.buckets import Buckets, Size
 from data.precompute.encode import media_batch_size
 from models.base import ModelFamily, TensorLayout
-from models.controls import control_name
+from models.controls import control_name, features_name
 from training.config import TrainConfig
 
 COLORS = 3
@@ -55,7 +55,7 @@ def all_samples(config: TrainConfig, family: ModelFamily) -> list[SampleShape]:
 
 
 def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorLayout]:
-    """Return the latents of a sample's control images: squares, one for each folder or column.
+    """Return the tensors of a sample's control images: squares, one for each folder or column.
 
     If the options name none, it is the usual number of the model."""
     counts = []
@@ -69,6 +69,9 @@ def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorL
         size = family.control_size(CONTROL_SIDE, CONTROL_SIDE, config.control_pixels)
         sample = sample_of_size(family, Size(size.width, size.height), num_frames=1)
         layout[control_name(number)] = TensorLayout(sample.latents, torch.float32)
+        features = family.features_layout()
+        if features is not None:
+            layout[features_name(number)] = features
     return layout
 
 

@@ -125,8 +125,8 @@ def qwen3_vl(
     return model_class(config).eval()
 
 
-def qwen3() -> Qwen3Model:
-    return Qwen3Model(Qwen3Config(**TEXT, **special_tokens(), head_dim=8)).eval()
+def qwen3(has_images: bool = False) -> Qwen3Model:
+    return Qwen3Model(Qwen3Config(**TEXT, **special_tokens(has_images), head_dim=8)).eval()
 
 
 def states(pipeline: Any, text: str) -> tuple[Tensor, ...]:
