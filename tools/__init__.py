@@ -66,6 +66,7 @@ def list_models(argv: list[str]) -> int:
     """Run the command that lists the models; return its exit code."""
     from tools.catalog.models import run
 
+    quiet_libraries()
     options = parse_models_options(argv)
     errors = options.errors()
     if errors:

@@ -43,6 +43,7 @@ from models.families.z_image_omni_text import EDIT as EDIT_TEMPLATE
 from models.families.z_image_omni_text import FRAME_TOKENS, TOKENS, segments
 from models.families.z_image_omni_text import PLAIN as PLAIN_TEMPLATE
 from models.released import configuration_folder, released_models
+from training.memory.sample_shape import control_layout, planned_controls
 
 CPU = torch.device("cpu")
 CAPTIONS = [*PROMPTS, " owl" * 40, "{braces}"]
@@ -281,3 +282,15 @@ def test_a_step_with_control_images_takes_the_planned_memory(options, run_here, 
     gray = str(controls[0])
     more = [f"--model.path={folder_of(EDIT)}", "--data.control_paths", gray, gray]
     assert_planned(run_here, [*options, *small, *more, "--gradient_checkpointing"], tolerance=0.04)
+
+
+def test_the_plan_counts_images_and_not_their_features():
+    data = DataConfig(control_paths=("a", "b"))
+    family = family_of(EDIT)
+    assert planned_controls(data, family) == 2
+    assert set(control_layout(data, family)) == {
+        "control_0",
+        "control_0_features",
+        "control_1",
+        "control_1_features",
+    }

@@ -11,7 +11,7 @@ from training.memory.changes import as_options
 from training.memory.config import GIB
 from training.memory.phase_memory import CATEGORIES, PhaseMemory
 from training.memory.planner import RESERVE, MemoryPlanner
-from training.memory.sample_shape import control_layout
+from training.memory.sample_shape import planned_controls
 
 ASSUMPTIONS = "Planned for one process, the longest captions and the largest bucket."
 GPU_NOTE = "No plan has been compared with a real GPU yet."
@@ -62,8 +62,7 @@ def title(config: TrainConfig, planner: MemoryPlanner) -> str:
         size += f", {frames[0]} frames"
     storage = planner.family.block_storage
     base = config.training_dtype if storage is None else storage
-    controls = control_layout(planner.config.data, planner.family)
-    num_controls = len(controls)
+    num_controls = planned_controls(planner.config.data, planner.family)
     if num_controls:
         text = counted(num_controls, "control image")
         size += f" with {text}"

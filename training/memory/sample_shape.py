@@ -54,8 +54,8 @@ def all_samples(config: TrainConfig, family: ModelFamily) -> list[SampleShape]:
     return samples
 
 
-def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorLayout]:
-    """Return the tensors of a sample's control images: squares, one for each folder or column.
+def planned_controls(config: DataConfig, family: ModelFamily) -> int:
+    """Return the number of a sample's control images: one for each folder or column.
 
     If the options name none, it is the usual number of the model."""
     counts = []
@@ -64,8 +64,13 @@ def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorL
         for names in (source.control_paths, source.control_columns):
             counts.append(len(names or ()))
     count = max(counts) or family.controls.usual_count
+    return min(count, family.controls.max_count)
+
+
+def control_layout(config: DataConfig, family: ModelFamily) -> dict[str, TensorLayout]:
+    """Return the tensors of a sample's control images, which are squares."""
     layout = {}
-    for number in range(min(count, family.controls.max_count)):
+    for number in range(planned_controls(config, family)):
         size = family.control_size(CONTROL_SIDE, CONTROL_SIDE, config.control_pixels)
         sample = sample_of_size(family, Size(size.width, size.height), num_frames=1)
         layout[control_name(number)] = TensorLayout(sample.latents, torch.float32)
