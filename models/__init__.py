@@ -19,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image_21": "models.families.qwen_image_21",
     "z_image": "models.families.z_image",
     "krea2": "models.families.krea2",
+    "anima": "models.families.anima",
     "ernie_image": "models.families.ernie_image",
     "ideogram4": "models.families.ideogram4",
     "flux2": "models.families.flux2",

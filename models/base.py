@@ -115,6 +115,13 @@ class ModelFamily(ABC):
         self.config = config
 
     @property
+    def pipeline_class(self) -> Any:
+        """diffusers' class of the pipeline that encodes and makes previews."""
+        import diffusers
+
+        return getattr(diffusers, self.pipelines[0])
+
+    @property
     @abstractmethod
     def limits(self) -> Limits:
         """Sizes of images and videos that the model takes."""

@@ -312,10 +312,7 @@ class DiffusersFamily(ModelFamily):
 
     def load_components(self, *components: str, denoiser: nn.Module | None = None) -> Any:
         """Load the pipeline with these components and `denoiser`; the others are None."""
-        import diffusers
-
         hide_progress_bars()
-        pipeline_class = getattr(diffusers, self.pipelines[0])
         with self.files.loading_errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             replacements = {}
@@ -326,14 +323,21 @@ class DiffusersFamily(ModelFamily):
             arguments = self._component_arguments(names)
             if denoiser is not None:
                 arguments[self.denoiser_component] = denoiser
-            pipeline = pipeline_class.from_pretrained(
-                self.files.source, **arguments, **self.pipeline_options, **self.files.load_options
+            pipeline = self.pipeline_class.from_pretrained(
+                self.files.source,
+                **arguments,
+                **self.pipeline_options,
+                **self.files.load_options,
             )
         pipeline.register_modules(**replacements)
         if self.config.vae_tiling and pipeline.vae is not None:
             pipeline.vae.enable_tiling()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def make_pipeline(self, modules: Mapping[str, Any]) -> Any:
+        """Return the pipeline with these components, some of which may be None."""
+        return self.pipeline_class(**modules, **self.pipeline_options)
 
     def _component_arguments(self, components: set[str]) -> dict[str, Any]:
         """Return from_pretrained's arguments for these components of the pipeline.

@@ -32,17 +32,19 @@ from models.checkpoint_files import (
     local_path,
     num_parameters,
     read_config,
+    read_index,
     tensor_shapes,
     weight_dtype,
     without_denoiser_prefix,
 )
 from models.config import WEIGHT_SUFFIXES, ModelConfig
+from models.encoder_placement import TEXT_ENCODERS
 from models.stored_formats import quantized_file_message
 from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
-ENCODERS = ("text_encoder", "image_encoder", "connectors")
+ENCODERS = (*TEXT_ENCODERS, "image_encoder", "connectors")
 """Beginnings of the names of components that encode captions and images, besides the VAE."""
 WIDER_DTYPES = {
     torch.float16: torch.float32,
@@ -128,9 +130,9 @@ class ModelFiles:
 
     @cached_property
     def pipeline_config(self) -> dict[str, Any]:
-        """The model_index.json of the source."""
+        """The index of the source's pipeline: component -> [library, class]."""
         with self.loading_errors():
-            return read_config(self.source, "model_index.json")
+            return read_index(self.source)
 
     def check_single_file(self, pipelines: tuple[str, ...], reads_quantized: bool) -> None:
         """Raise ModelError if a single file has quantized weights that its family does not read, or
@@ -294,10 +296,11 @@ class ModelFiles:
             with no_init_weights():  # some initial values are drawn until they fit
                 model = model_class(model_class.config_class.from_dict(config))
             model.tie_weights()  # otherwise done when they are initialized
-        else:  # a module of diffusers' pipelines
-            from diffusers import pipelines
+        else:  # of diffusers, or a module of its pipelines
+            import diffusers
 
-            model = getattr(getattr(pipelines, library), class_name).from_config(config)
+            module = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library)
+            model = getattr(module, class_name).from_config(config)
         return model.requires_grad_(False).eval()
 
     def denoiser_dtype(self) -> torch.dtype:

@@ -36,6 +36,7 @@ DIFFUSERS_FORMS = {
     "WanTransformer3DModel": (),
     "LTX2VideoTransformer3DModel": (),
     "HunyuanVideo15Transformer3DModel": (),
+    "CosmosTransformer3DModel": (),
 }
 FLUX_FORMS = ("{n}", "transformer.{n}", "lycoris_{n_}", "lora_transformer_{n_}")
 LORA_SIDES = (

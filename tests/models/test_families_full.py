@@ -37,6 +37,7 @@ FAMILIES = {
     "qwen_image_21": "qwen_image_21",
     "z_image": "z_image",
     "krea2": "krea2",
+    "anima": "anima",
     "ernie_image": "ernie_image",
     "sd3": "sd3",
     "sd35_medium": "sd3",
