@@ -52,8 +52,6 @@ class DiffusersFamily(ModelFamily):
     file_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vae": VAE_PREFIXES}
     """Components besides the denoiser that diffusers reads from a single file -> prefixes of their
     tensors."""
-    pipeline_options: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of the pipeline's from_pretrained."""
     latent_shift: ClassVar[float] = 0.0
     """Shift of the latents, of a VAE whose config does not have it."""
     latent_scale: ClassVar[float] = 1.0
@@ -334,10 +332,6 @@ class DiffusersFamily(ModelFamily):
             pipeline.vae.enable_tiling()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def make_pipeline(self, modules: Mapping[str, Any]) -> Any:
-        """Return the pipeline with these components, some of which may be None."""
-        return self.pipeline_class(**modules, **self.pipeline_options)
 
     def _component_arguments(self, components: set[str]) -> dict[str, Any]:
         """Return from_pretrained's arguments for these components of the pipeline.
