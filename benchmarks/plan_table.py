@@ -59,6 +59,7 @@ RECIPES = {
     "Qwen-Image 2.1": "qwen_image_21",
     "Z-Image": "z_image",
     "Krea 2 Raw": "krea2",
+    "Anima": "anima",
     "ERNIE-Image": "ernie_image",
     "Ideogram 4": "ideogram4",
     "FLUX.1 Kontext dev": "flux1_kontext",

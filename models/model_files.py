@@ -46,6 +46,8 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
 ENCODERS = (*TEXT_ENCODERS, "image_encoder", "connectors")
 """Beginnings of the names of components that encode captions and images, besides the VAE."""
+READ_HERE = ("text_conditioner",)
+"""Components that this program reads from single files, not diffusers."""
 WIDER_DTYPES = {
     torch.float16: torch.float32,
     torch.float8_e4m3fn: torch.bfloat16,
@@ -179,7 +181,8 @@ class ModelFiles:
         for component in contained:
             is_replaced = component == "vae" and self.config.vae is not None
             prefixes = self.components.file_prefixes[component]
-            if not is_replaced and has_scales(self.path, prefixes):
+            is_unread = not is_replaced and component not in READ_HERE
+            if is_unread and has_scales(self.path, prefixes):
                 option = "--model.vae" if component == "vae" else "--model.text_encoders"
                 raise ModelError(
                     f"--model.path {self.config.path}: contains {component} with scaled weights, "

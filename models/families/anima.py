@@ -17,10 +17,11 @@ from common.errors import ModelError
 from models.base import TensorLayout, base_metadata
 from models.checkpoint_files import DENOISER_PREFIXES
 from models.comfy import ComfyLayout, Conditioning
+from models.comfy_nodes import ComfyNodes
 from models.component_loaders import ComponentLoaders
 from models.families.modular_family import ModularFamily
 from models.families.qwen_vae import QwenVaeFamily
-from models.families.transformer_family import ATTENTION, MLP
+from models.families.transformer_family import MLP
 from models.latents import with_frame_axis
 from models.layer_loading import open_weights
 from models.layer_names.tables import Names, Rule, TableNames
@@ -30,6 +31,7 @@ TOKENS = 512
 """Tokens of a caption: of T5, of Qwen3, and rows of embeddings that the transformer is given."""
 CONDITIONER = "text_conditioner"
 CONDITIONER_PREFIXES = tuple(f"{prefix}llm_adapter." for prefix in (*DENOISER_PREFIXES, ""))
+ATTENTION = r"transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)"
 ATTENTION_NAMES: Names = {
     "to_q": "q_proj",
     "to_k": "k_proj",
@@ -105,6 +107,15 @@ class Anima(ModularFamily, QwenVaeFamily):
         "all": r".*",
     }
     comfy_widths: ClassVar = {1024: "Anima"}
+    comfy_nodes = ComfyNodes(
+        text_encoders=("qwen_3_06b_base.safetensors",),
+        text_encoder_type="stable_diffusion",  # ComfyUI knows the encoder by its file
+        vae="qwen_image_vae.safetensors",
+        latents="EmptyLatentImage",
+        shift="ModelSamplingAuraFlow",
+        difference="For an empty negative prompt, ComfyUI encodes a token of padding. The trainer's "
+        "pipeline gives its conditioner no state of Qwen3.",
+    )
 
     @classmethod
     def matches_checkpoint(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -50,6 +50,8 @@ class Case:
     """Mends what is wrong in diffusers' pipeline."""
     bare: Callable[[str], str] = str
     """diffusers' name of a parameter or buffer that is of no layer -> its name in the original model."""
+    beside: Callable[["Case"], dict[str, Tensor]] | None = None
+    """Tensors of another component, which single files have next to the denoiser's."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -301,5 +303,8 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[s
         parts.setdefault(prefix + key, []).append(
             (native.row_slice[0] if native.row_slice else 0, tensor)
         )
+    if case.beside:
+        for name, tensor in case.beside(case).items():
+            parts[prefix + name] = [(0, tensor)]
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
     return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}

@@ -24,7 +24,7 @@ NUM_PARAMETERS = {
     "clip_l": 123, "clip_l_projection": 124, "clip_g": 695, "clip_h_vision": 631, "t5_xxl": 4762, "umt5_xxl": 5681,
     "qwen3_4b": 4022, "qwen3_4b_model": 4022, "qwen3_8b": 8191, "qwen2_5_vl_7b": 8292, "mistral_small_3": 24011,
     "qwen3_vl_4b": 4438, "ministral_3_3b": 3849, "qwen3_vl_8b": 8767, "qwen3_vl_8b_model": 8145, "gemma3_12b": 12187,
-    "qwen2_5_vl_7b_text": 7071, "byt5_glyph": 219,
+    "qwen3_0_6b": 596, "qwen2_5_vl_7b_text": 7071, "byt5_glyph": 219,
 }  # fmt: skip
 """Millions, from the model cards."""
 ARCHITECTURES = {

@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor
 
 from helpers.families.tiny_qwen import WIDTH, qwen3, qwen_tokenizer
-from helpers.family_cases import Case
+from helpers.family_cases import Case, family_of
 from helpers.tiny_models import t5_tokenizer
 from models.families.anima import provide_resize
 from models.guiders import set_guider
@@ -50,4 +50,10 @@ def unguided(pipeline: Any) -> None:
     set_guider(pipeline, 1.0)
 
 
-CASE = Case("anima", make, unpack=unpack, repair=unguided)
+def conditioner(case: Case) -> dict[str, Tensor]:
+    """As single files have it."""
+    weights = family_of(case).load_encoders("text").text_conditioner.state_dict()
+    return {f"llm_adapter.{name}": tensor for name, tensor in weights.items()}
+
+
+CASE = Case("anima", make, unpack=unpack, repair=unguided, beside=conditioner)
