@@ -160,6 +160,8 @@ class Anima(ModularFamily, QwenVaeFamily):
     def encode_prompt(self, encoders: Any, captions: list[str]) -> list[dict[str, Tensor]]:
         from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 
+        for tokenizer in (encoders.tokenizer, encoders.t5_tokenizer):
+            tokenizer.padding_side = "right"  # the conditioner counts positions from the left
         encoded: Any = AnimaTextEncoderStep.encode_prompt(
             encoders,
             captions,
@@ -167,9 +169,12 @@ class Anima(ModularFamily, QwenVaeFamily):
             max_sequence_length=TOKENS,
         )
         masks = encoded["t5_attention_mask"]
+        # an empty caption has a row of zeros, which changes nothing; without any, fused CUDA kernels
+        # may return NaN
+        state_masks = encoded["qwen_attention_mask"].index_fill(1, masks.new_zeros(1), 1)
         embeds = encoders.text_conditioner(
             source_hidden_states=encoded["qwen_prompt_embeds"],
-            source_attention_mask=encoded["qwen_attention_mask"],
+            source_attention_mask=state_masks,
             target_input_ids=encoded["t5_input_ids"],
             target_attention_mask=masks,
         )

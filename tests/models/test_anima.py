@@ -21,6 +21,7 @@ from helpers.quantized_files import write_gguf, write_scaled
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapter_files.keys import guess_model
 from common.errors import ModelError
 from models.config import ModelConfig
 from models.detect import get_family
@@ -42,6 +43,18 @@ def test_captions_of_any_length_in_a_batch_are_seen_as_alone():
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_of_the_tokenizers_does_not_count(side):
+    family = family_of(CASE)
+    encoders = family.load_encoders("text")
+    encoders.tokenizer.padding_side = encoders.t5_tokenizer.padding_side = side
+    with torch.no_grad():
+        rows = family.encode_prompt(encoders, CAPTIONS)
+    for caption, row in zip(CAPTIONS, rows, strict=True):
+        (alone,) = rows_of(CASE, [caption])
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_stored_is_the_conditioning_of_the_pipeline_without_zeros():
@@ -162,3 +175,9 @@ def test_the_released_model_has_its_size():
         assert next(encoder.parameters()).dtype == torch.float32
     assert [round(size / 1e8) for size in sizes] == [20, 6, 1]
     assert (layout.shape, math.prod(layout.shape) * 4) == ((512, 1024), 2**21)
+
+
+def test_files_are_told_from_those_of_wan():
+    """Both have blocks with self_attn and cross_attn."""
+    assert guess_model(native_tensors(CASE, "diffusion_model.")) == "Anima"
+    assert guess_model(["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]) == "Wan"
