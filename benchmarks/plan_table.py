@@ -55,6 +55,7 @@ RECIPES = {
     "FLUX.2 klein 4B": "flux2_klein",
     "FLUX.2 klein 9B": "flux2_klein",
     "FLUX.2 dev": "flux2",
+    "FLUX 3 Image Klein Base": "flux3",
     "Qwen-Image": "qwen_image",
     "Qwen-Image 2.1": "qwen_image_21",
     "Z-Image": "z_image",

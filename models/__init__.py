@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "ideogram4": "models.families.ideogram4",
     "flux2": "models.families.flux2",
     "flux2_klein": "models.families.flux2_klein",
+    "flux3": "models.families.flux3",
     "wan": "models.families.wan",
     "wan_i2v": "models.families.wan_i2v",
     "ltx2": "models.families.ltx2",

@@ -104,8 +104,13 @@ class CallablePipeline(ModularPipeline):
         text = index_path.read_text(encoding="utf-8")
         index = json.loads(text)
         for entry in index.values():
-            if isinstance(entry, list):  # of a component; diffusers looks next to the index
-                entry[2]["pretrained_model_name_or_path"] = None
+            if not isinstance(entry, list):  # of no component
+                continue
+            place = entry[2]["pretrained_model_name_or_path"]
+            if place is not None and Path(place).is_dir():  # a Hub id stays
+                entry[2]["pretrained_model_name_or_path"] = (
+                    None  # diffusers looks next to the index
+                )
         text = json.dumps(index, indent=2)
         index_path.write_text(text, encoding="utf-8")
 

@@ -7,6 +7,9 @@ too, it names this one first.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 from models.diffusers_family import DiffusersFamily
 from models.guiders import set_guider
 from models.quiet import hide_guider_notes
@@ -29,7 +32,8 @@ class ModularFamily(DiffusersFamily):
         return callable_class(self.pipelines[0], workflow)
 
     def make_pipeline(self, modules: Mapping[str, Any]) -> Any:
-        pipeline = self.pipeline_class()
+        with unset_fake_temporarily(), torch.device("cpu"):
+            pipeline = self.pipeline_class()  # may make a scheduler, which reads values
         pipeline.register_modules(**modules)
         return pipeline
 

@@ -553,7 +553,7 @@ def test_a_family_takes_its_own_conditioning_and_says_whose_another_is(tmp_path,
         owners = [
             item for other in family_classes().values() for item in other.comfy_widths.items()
         ]
-        assert len({width for width, _ in owners}) == 13
+        assert len({width for width, _ in owners}) == 14
         for width, owner in owners:
             with pytest.raises(ModelError) as error:
                 each.comfy.read(torch.zeros(1, 77, width), {})

@@ -241,7 +241,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
         steps.clear()
         decoded.clear()
         pipeline(
-            prompt=[*prompts], **given, height=height, width=width, num_inference_steps=2, output_type="np",
+            prompt=prompts[0] if is_alone else [*prompts], **given, height=height, width=width,
+            num_inference_steps=2, output_type="np",
             generator=torch.Generator().manual_seed(len(shown)), **case.guidance,
         )  # fmt: skip
         noisy, timestep, prediction, _ = steps[case.step]

@@ -50,7 +50,7 @@ FAMILIES = {
     "hunyuan_video15": "hunyuan_video15",
 }
 """Architecture of tests/keys -> family."""
-WITHOUT_KEYS = {"Ideogram 4": "ideogram4"}
+WITHOUT_KEYS = {"FLUX 3 Image Klein Base": "flux3", "Ideogram 4": "ideogram4"}
 """Released model -> family, of those whose names in ComfyUI are not in tests/keys."""
 RANK = 16
 
