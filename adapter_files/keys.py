@@ -147,6 +147,7 @@ MODEL_PATTERNS = (
         r"|add_embedding|label_emb|lora_te2_",
     ),
     ("a multimodal transformer (SD3, FLUX, Qwen-Image)", r"add_q_proj|img_mlp|txt_mlp"),
+    ("Anima", r"blocks[._]\d+[._](self_attn|cross_attn)[._](q|k|v|output)_proj|adaln_modulation_"),
     ("Wan", r"blocks[._]\d+[._](self_attn|cross_attn)|condition_embedder"),
     (
         "a UNet (Stable Diffusion 1, 2 or XL)",

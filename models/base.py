@@ -70,6 +70,8 @@ class ModelFamily(ABC):
     """`--model.family`."""
     pipelines: ClassVar[tuple[str, ...]]
     """diffusers' pipelines of the family. The first one encodes and makes previews."""
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of the pipeline's from_pretrained and constructor."""
     media: Literal["image", "video"]
     """video: latents have F frames, and an image is a video of one frame."""
     latent_channels: int
@@ -117,6 +119,17 @@ class ModelFamily(ABC):
 
     def __init__(self, config: ModelConfig):
         self.config = config
+
+    @property
+    def pipeline_class(self) -> Any:
+        """diffusers' class of the pipeline that encodes and makes previews."""
+        import diffusers
+
+        return getattr(diffusers, self.pipelines[0])
+
+    def make_pipeline(self, modules: Mapping[str, Any]) -> Any:
+        """Return the pipeline of these components. Some may be None."""
+        return self.pipeline_class(**modules, **self.pipeline_options)
 
     @property
     @abstractmethod

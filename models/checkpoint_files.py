@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
 from common.errors import ModelError
-from models.config import WEIGHT_SUFFIXES, ModelConfig
+from models.config import INDEX, MODULAR_INDEX, WEIGHT_SUFFIXES, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of the tensors in a file, by name."""
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
 """Beginnings of the names of a denoiser's tensors in a single file."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 SAFETENSORS_SUFFIX, GGUF_SUFFIX = ".safetensors", ".gguf"
@@ -47,13 +48,8 @@ def local_path(config: ModelConfig) -> Path:
     assert path is not None  # validated when the config is loaded
     if Path(path).exists():
         return Path(path)
-    from diffusers import DiffusionPipeline  # slow import, needed for Hub ids only
-
-    unused_components = dict.fromkeys(UNUSED_COMPONENTS)
     try:
-        folder = DiffusionPipeline.download(
-            path, variant=config.variant, use_safetensors=True, **unused_components
-        )
+        folder = downloaded_folder(path, config.variant)
     except (OSError, ValueError) as error:
         if is_offline_mode():
             raise ModelError(
@@ -64,6 +60,57 @@ def local_path(config: ModelConfig) -> Path:
             f"--model.path {path}: could not be downloaded from the Hub: {error}"
         ) from error
     return Path(folder)
+
+
+def downloaded_folder(hub_id: str, variant: str | None) -> str:
+    """Return the folder with the files of a Hub id, which may be downloaded. Raises OSError or
+    ValueError."""
+    from diffusers import DiffusionPipeline  # slow import, needed for Hub ids only
+
+    unused_components = dict.fromkeys(UNUSED_COMPONENTS)
+    try:
+        return DiffusionPipeline.download(
+            hub_id, variant=variant, use_safetensors=True, **unused_components
+        )
+    except EntryNotFoundError:  # it has no index, or only that of a modular pipeline
+        index = read_config(hub_id, MODULAR_INDEX)
+    patterns = [MODULAR_INDEX]
+    for name, entry in index.items():
+        if is_modular_entry(entry) and name not in UNUSED_COMPONENTS:
+            patterns.append(f"{name}/*")
+    return snapshot_download(hub_id, allow_patterns=patterns)
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """Read the index of a diffusers folder or Hub repository: component -> [library, class].
+
+    Raises OSError or ValueError."""
+    try:
+        return read_config(source, INDEX)
+    except (FileNotFoundError, EntryNotFoundError) as error:
+        try:
+            index = read_config(source, MODULAR_INDEX)
+        except (OSError, EntryNotFoundError):
+            raise error from None  # most models have the other one
+    for name, entry in index.items():
+        if is_modular_entry(entry):
+            index[name] = component_class(entry)
+    return index
+
+
+def is_modular_entry(entry: Any) -> bool:
+    """Return whether an entry of a modular pipeline's index is of a component."""
+    return isinstance(entry, list) and isinstance(entry[-1], dict)
+
+
+def component_class(entry: list[Any]) -> list[str | None]:
+    """Return library and class of a component in a modular pipeline's index.
+
+    Those of a component that was not loaded when the index was written are in its third part."""
+    library, class_name, loading = entry
+    if library is None:
+        return list(loading["type_hint"])
+    return [library, class_name]
 
 
 def config_path(source: str, file: str) -> Path:

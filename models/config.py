@@ -16,6 +16,8 @@ else:
     FamilyName = Literal[tuple(FAMILIES)]
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 """Suffixes of files of a model's weights."""
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+"""The files that list the components of a pipeline, and of a modular pipeline."""
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)", re.ASCII)
 """owner/name/file.safetensors"""
 Quantization = Literal["none", "fp8", "int8", "nf4"]
@@ -148,6 +150,12 @@ def text_encoder_errors(config: ModelConfig) -> list[str]:
     return errors
 
 
+def index_path(folder: Path) -> Path:
+    """Return the path of the index in a diffusers folder."""
+    modular_path = folder / MODULAR_INDEX
+    return modular_path if modular_path.is_file() else folder / INDEX
+
+
 def path_error(config: ModelConfig) -> str | None:
     """Return why `config.path` cannot be a model, as the text after `--model.path`, or None. Looks
     at names only."""
@@ -155,9 +163,9 @@ def path_error(config: ModelConfig) -> str | None:
         return ": no model given. Name a diffusers folder, a Hub id or a single .safetensors or .gguf file"
     path = Path(config.path)
     if path.is_dir():
-        if (path / "model_index.json").is_file():
+        if index_path(path).is_file():
             return None
-        return f" {config.path}: is a folder without model_index.json; expected a diffusers model"
+        return f" {config.path}: is a folder without {INDEX}; expected a diffusers model"
     if path.is_file():
         if path.suffix in WEIGHT_SUFFIXES:
             return None

@@ -11,7 +11,7 @@ from common.errors import ModelError
 from models import FAMILIES, family_classes
 from models.checkpoint_files import (
     local_path,
-    read_config,
+    read_index,
     tensor_shapes,
     without_denoiser_prefix,
 )
@@ -84,7 +84,7 @@ def detect_by_file(file: Path, config: ModelConfig) -> Detection:
 def family_of_configuration(source: str) -> str | None:
     """Return the family of a diffusers folder or Hub id; None if it is not readable or not known."""
     try:
-        index = read_config(source, "model_index.json")
+        index = read_index(source)
     except (OSError, ValueError):
         return None  # reported when the configuration is used
     return family_of_pipeline(str(index.get("_class_name")))
@@ -101,7 +101,7 @@ def family_of_pipeline(pipeline: str) -> str | None:
 def detect_by_pipeline(folder: Path) -> Detection:
     """Detect the family of a diffusers folder by the pipeline that its index names."""
     try:
-        index = read_config(str(folder), "model_index.json")
+        index = read_index(str(folder))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--model.path {folder}: its model_index.json could not be read as JSON: {error}"

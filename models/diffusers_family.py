@@ -52,8 +52,6 @@ class DiffusersFamily(ModelFamily):
     file_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"vae": VAE_PREFIXES}
     """Components besides the denoiser that diffusers reads from a single file -> prefixes of their
     tensors."""
-    pipeline_options: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of the pipeline's from_pretrained."""
     latent_shift: ClassVar[float] = 0.0
     """Shift of the latents, of a VAE whose config does not have it."""
     latent_scale: ClassVar[float] = 1.0
@@ -312,10 +310,7 @@ class DiffusersFamily(ModelFamily):
 
     def load_components(self, *components: str, denoiser: nn.Module | None = None) -> Any:
         """Load the pipeline with these components and `denoiser`; the others are None."""
-        import diffusers
-
         hide_progress_bars()
-        pipeline_class = getattr(diffusers, self.pipelines[0])
         with self.files.loading_errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             replacements = {}
@@ -326,8 +321,11 @@ class DiffusersFamily(ModelFamily):
             arguments = self._component_arguments(names)
             if denoiser is not None:
                 arguments[self.denoiser_component] = denoiser
-            pipeline = pipeline_class.from_pretrained(
-                self.files.source, **arguments, **self.pipeline_options, **self.files.load_options
+            pipeline = self.pipeline_class.from_pretrained(
+                self.files.source,
+                **arguments,
+                **self.pipeline_options,
+                **self.files.load_options,
             )
         pipeline.register_modules(**replacements)
         if self.config.vae_tiling and pipeline.vae is not None:

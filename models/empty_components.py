@@ -17,8 +17,6 @@ from models.model_files import MIN_LARGE, is_encoder
 
 def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> Any:
     """Return the pipeline of `family.load_encoders` without weights, tokenizers and processors."""
-    import diffusers
-
     modules: dict[str, Any] = dict.fromkeys(family.all_components()) | family.stand_ins()
     if role == "text":
         names = family.text_components
@@ -30,8 +28,7 @@ def empty_encoders(family: DiffusersFamily, role: Literal["text", "media"]) -> A
         is_missing = name in family.files.missing_components
         if is_encoder(name) and is_of_role and not is_missing:
             modules[name] = empty_encoder(family, name)
-    pipeline_class = getattr(diffusers, family.pipelines[0])
-    pipeline = pipeline_class(**modules, **family.pipeline_options)
+    pipeline = family.make_pipeline(modules)
     if role == "text":
         family.trim_text_encoders(pipeline)
     return pipeline

@@ -10,6 +10,9 @@ from torch import nn
 
 from models.config import Placement
 
+TEXT_ENCODERS = ("text_encoder", "text_conditioner")
+"""Beginnings of the names of components that compute the embeddings of a caption."""
+
 
 def place_text_encoders(encoders: Any, placement: Placement, device: torch.device) -> Any:
     """Put the text encoders of a pipeline, which are on the CPU, where they encode; return the
@@ -90,7 +93,7 @@ def text_encoders_of(pipeline: Any) -> list[nn.Module]:
     """Return the text encoders of a pipeline."""
     encoders = []
     for name, component in pipeline.components.items():
-        if name.startswith("text_encoder") and component is not None:
+        if name.startswith(TEXT_ENCODERS) and component is not None:
             encoders.append(component)
     return encoders
 

@@ -12,8 +12,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from models.model_files import ModelFiles
 
-FOLDER = "processor"
-"""The folder of a pipeline with the files of its processor."""
+PROCESSOR = "processor"
+"""Usual component of a pipeline that is a processor."""
 
 
 class WithoutVideos:
@@ -53,22 +53,25 @@ class AbsentProcessor(ImageTextProcessor3):
 
 
 def load_processor(
-    files: ModelFiles, tokenizer: Any, processor_class: type[Any] = ImageTextProcessor
+    files: ModelFiles,
+    tokenizer: Any,
+    processor_class: type[Any] = ImageTextProcessor,
+    component: str = PROCESSOR,
 ) -> Any:
     """Load the processor of a pipeline, with this tokenizer and its template of a conversation."""
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(
         files.source,
-        subfolder=FOLDER,
+        subfolder=component,
         local_files_only=files.load_options["local_files_only"],
     )
     return processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def load_tokenizer(files: ModelFiles) -> Any:
+def load_tokenizer(files: ModelFiles, component: str = PROCESSOR) -> Any:
     """Load the tokenizer of a pipeline's processor."""
     with files.loading_errors():
         return AutoTokenizer.from_pretrained(
             files.source,
-            subfolder=FOLDER,
+            subfolder=component,
             local_files_only=files.load_options["local_files_only"],
         )

@@ -32,18 +32,22 @@ from models.checkpoint_files import (
     local_path,
     num_parameters,
     read_config,
+    read_index,
     tensor_shapes,
     weight_dtype,
     without_denoiser_prefix,
 )
 from models.config import WEIGHT_SUFFIXES, ModelConfig
+from models.encoder_placement import TEXT_ENCODERS
 from models.stored_formats import quantized_file_message
 from models.text_encoder_files import Signature, assign_files
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """Errors that libraries raise for a bad model."""
-ENCODERS = ("text_encoder", "image_encoder", "connectors", "siglip")
+ENCODERS = (*TEXT_ENCODERS, "image_encoder", "connectors", "siglip")
 """Beginnings of the names of components that encode captions and images, besides the VAE."""
+READ_HERE = ("text_conditioner",)
+"""Components that this program reads from single files, not diffusers."""
 WIDER_DTYPES = {
     torch.float16: torch.float32,
     torch.float8_e4m3fn: torch.bfloat16,
@@ -128,9 +132,9 @@ class ModelFiles:
 
     @cached_property
     def pipeline_config(self) -> dict[str, Any]:
-        """The model_index.json of the source."""
+        """The index of the source's pipeline: component -> [library, class]."""
         with self.loading_errors():
-            return read_config(self.source, "model_index.json")
+            return read_index(self.source)
 
     def check_single_file(self, pipelines: tuple[str, ...], reads_quantized: bool) -> None:
         """Raise ModelError if a single file has quantized weights that its family does not read, or
@@ -177,7 +181,8 @@ class ModelFiles:
         for component in contained:
             is_replaced = component == "vae" and self.config.vae is not None
             prefixes = self.components.file_prefixes[component]
-            if not is_replaced and has_scales(self.path, prefixes):
+            is_unread = not is_replaced and component not in READ_HERE
+            if is_unread and has_scales(self.path, prefixes):
                 option = "--model.vae" if component == "vae" else "--model.text_encoders"
                 raise ModelError(
                     f"--model.path {self.config.path}: contains {component} with scaled weights, "
@@ -294,10 +299,11 @@ class ModelFiles:
             with no_init_weights():  # some initial values are drawn until they fit
                 model = model_class(model_class.config_class.from_dict(config))
             model.tie_weights()  # otherwise done when they are initialized
-        else:  # a module of diffusers' pipelines
-            from diffusers import pipelines
+        else:  # of diffusers, or a module of its pipelines
+            import diffusers
 
-            model = getattr(getattr(pipelines, library), class_name).from_config(config)
+            module = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library)
+            model = getattr(module, class_name).from_config(config)
         return model.requires_grad_(False).eval()
 
     def denoiser_dtype(self) -> torch.dtype:

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 PEFT_CONFIG = "adapter_config.json"
-PIPELINE_CONFIG = "model_index.json"
 
 
 def overlaps(input_path: Path, out: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import ModelError, error_list
-from tools.argument_checks import PIPELINE_CONFIG
+from models.config import index_path
 from tools.rewrite import ToolError
 
 WEIGHT_SUFFIXES = (
@@ -112,7 +112,7 @@ def is_foreign_weight(path: Path, source: Path, merged_files: list[Path]) -> boo
 
 def component_names(source: Path) -> list[str]:
     """Return the folders of a pipeline."""
-    components = read_json(source / PIPELINE_CONFIG)
+    components = read_json(index_path(source))
     return [name for name, value in components.items() if isinstance(value, list)]
 
 

@@ -11,10 +11,9 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from models.config import FamilyName, ModelConfig, path_error
+from models.config import FamilyName, ModelConfig, index_path, path_error
 from tools.argument_checks import (
     PEFT_CONFIG,
-    PIPELINE_CONFIG,
     adapter_errors,
     is_replaceable,
     number_or_nan,
@@ -219,7 +218,7 @@ class MergeOptions(WritingOptions):
         for path in self.strengths():
             inputs[f"--lora {path}"] = path
         is_file = Path(self.model).is_file()
-        marker_file = None if is_file else PIPELINE_CONFIG
+        marker_file = None if is_file else index_path(Path(self.model)).name
         return [
             *self.model_errors("MODEL", self.model),
             *pattern_errors(self.drop),

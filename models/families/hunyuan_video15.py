@@ -18,6 +18,7 @@ from models.families.hunyuan_video15_names import HUNYUAN_NAMES
 from models.families.qwen_image import AFTER_CAPTION, rows_without_padding
 from models.families.transformer_family import ATTENTION, MLP
 from models.families.video_family import VideoFamily
+from models.guiders import set_guider
 from models.quiet import hide_guider_notes
 
 TOKENS = 1000
@@ -234,10 +235,7 @@ class HunyuanVideo15(VideoFamily):
         return {"num_frames": 1}
 
     def set_guidance(self, pipeline: Any, scale: float) -> None:
-        from diffusers import ClassifierFreeGuidance
-
-        hide_guider_notes()
-        pipeline.guider = ClassifierFreeGuidance(guidance_scale=scale)
+        set_guider(pipeline, scale)
 
     def file_metadata(self, denoiser: nn.Module) -> dict[str, str]:
         return base_metadata(

@@ -240,7 +240,7 @@ def test_all_faults_of_all_shards_are_listed_and_the_good_samples_kept(tmp_path,
         *((0, bad[2]) for bad in BAD_SAMPLES),
         (1, "3 latents, but 2 conditionings"), (2, "no conditioning"), (3, "no latents"), (4, "no latents"),
         (5, "samples 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more: conditioning of width 3584 (Qwen-Image,"),
-        (6, "damaged"), (7, "8 channels"), (7, "1024 (SD2.1)"), (8, "unreadable"),
+        (6, "damaged"), (7, "8 channels"), (7, "1024 (SD2.1, "), (8, "unreadable"),
     ]:  # fmt: skip
         assert [
             f
@@ -553,7 +553,7 @@ def test_a_family_takes_its_own_conditioning_and_says_whose_another_is(tmp_path,
         owners = [
             item for other in family_classes().values() for item in other.comfy_widths.items()
         ]
-        assert len({width for width, _ in owners}) == 13
+        assert len({width for width, _ in owners}) == 14
         for width, owner in owners:
             with pytest.raises(ModelError) as error:
                 each.comfy.read(torch.zeros(1, 77, width), {})

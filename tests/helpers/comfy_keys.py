@@ -31,6 +31,7 @@ FAMILIES = {
     "qwen_image_21": "qwen_image_21",
     "z_image": "z_image",
     "krea2": "krea2",
+    "anima": "anima",
     "ernie_image": "ernie_image",
     "sd3": "sd3",
     "sd35_medium": "sd3",
@@ -60,6 +61,7 @@ DIFFUSERS_FORMS = {
     "WanTransformer3DModel": (),
     "LTX2VideoTransformer3DModel": (),
     "HunyuanVideo15Transformer3DModel": (),
+    "CosmosTransformer3DModel": (),
 }
 FLUX_FORMS = ("{n}", "transformer.{n}", "lycoris_{n_}", "lora_transformer_{n_}")
 LORA_SIDES = (

@@ -23,7 +23,7 @@ from data.store.store import Store
 from helpers.families.tiny_qwen import image_text_processor
 from models import FAMILIES
 from models.base import ModelFamily
-from models.config import ModelConfig
+from models.config import MODULAR_INDEX, ModelConfig, index_path
 from models.detect import get_family
 from models.layer_names.names import OriginalLayer
 
@@ -50,6 +50,8 @@ class Case:
     """Mends what is wrong in diffusers' pipeline."""
     bare: Callable[[str], str] = str
     """diffusers' name of a parameter or buffer that is of no layer -> its name in the original model."""
+    beside: Callable[["Case"], dict[str, Tensor]] | None = None
+    """Tensors of another component, which single files have next to the denoiser's."""
     name: str = ""
     """Where a family has several cases."""
     options: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ def folder_of(case: Case) -> Path:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             livelier(part)
-    pipeline.save_pretrained(folder)
+    pipeline.save_pretrained(str(folder))  # modular pipelines take no Path
     return folder
 
 
@@ -183,18 +185,29 @@ def seen_in(case: Case, family: ModelFamily, shape: tuple[int, int]) -> dict[str
     return family.encode_sample_conditioning(encoders, video)
 
 
-def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
-    """One of two steps of diffusers' own pipeline on PROMPTS."""
+def diffusers_pipeline(case: Case) -> Any:
+    """diffusers' own pipeline of a case, as diffusers loads it."""
     import diffusers
 
-    index = diffusers.DiffusionPipeline.load_config(folder_of(case))
+    folder = folder_of(case)
+    if index_path(folder).name == MODULAR_INDEX:
+        pipeline = diffusers.ModularPipeline.from_pretrained(str(folder))
+        pipeline.load_components(dtype=torch.float32)
+        return pipeline
+    index = diffusers.DiffusionPipeline.load_config(folder)
     absent = {name: None for name, part in index.items() if part == [None, None]}
     if "processor" in index and "processor" not in absent:
         absent["processor"] = image_text_processor(index["processor"][1])
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-        folder_of(case), dtype=torch.float32, **absent
+        folder, dtype=torch.float32, **absent
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
+    """One of two steps of diffusers' own pipeline on PROMPTS."""
+    pipeline = diffusers_pipeline(case)
     if case.repair:
         case.repair(pipeline)
     steps: list[tuple[Tensor, Any, Tensor, Tensor]] = []
@@ -228,7 +241,8 @@ def run_pipeline(case: Case, height: int = SIDE, width: int = SIDE) -> Call:
         steps.clear()
         decoded.clear()
         pipeline(
-            prompt=[*prompts], **given, height=height, width=width, num_inference_steps=2, output_type="np",
+            prompt=prompts[0] if is_alone else [*prompts], **given, height=height, width=width,
+            num_inference_steps=2, output_type="np",
             generator=torch.Generator().manual_seed(len(shown)), **case.guidance,
         )  # fmt: skip
         noisy, timestep, prediction, _ = steps[case.step]
@@ -290,6 +304,9 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[s
         parts.setdefault(prefix + key, []).append(
             (native.row_slice[0] if native.row_slice else 0, tensor)
         )
+    if case.beside:
+        for name, tensor in case.beside(case).items():
+            parts[prefix + name] = [(0, tensor)]
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
     return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}
 

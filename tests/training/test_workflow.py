@@ -60,7 +60,7 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 WITHOUT_WORKFLOW = {
     "stable-diffusion-v1-5/stable-diffusion-inpainting", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
     "black-forest-labs/FLUX.1-Fill-dev", "CalamitousFelicitousness/Ideogram-4-bf16-Diffusers", "Lightricks/LTX-2",
-    "diffusers/LTX-2.3-Diffusers", "Tongyi-MAI/Z-Image-Omni-Base",
+    "diffusers/LTX-2.3-Diffusers", "Tongyi-MAI/Z-Image-Omni-Base", "black-forest-labs/flux-3-image-klein-base",
 }  # fmt: skip
 """Models for which a run writes no workflow."""
 HUB_IDS = [hub_id for model in released_models().values() for hub_id in model["hub_ids"]]

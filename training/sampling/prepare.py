@@ -105,12 +105,9 @@ def lacks_control_images(
 
 def has_unused_negatives(family: ModelFamily, prompts: Sequence[SamplePrompt]) -> bool:
     """Return whether prompts have negative prompts, and the model does not use them."""
-    import diffusers
-
     if all(prompt.negative is None for prompt in prompts):
         return False
-    pipeline_class = getattr(diffusers, family.pipelines[0])
-    return not uses_negative_prompt(pipeline_class, family.preview_options(1.0))
+    return not uses_negative_prompt(family.pipeline_class, family.preview_options(1.0))
 
 
 def run_prompts(
