@@ -85,7 +85,6 @@ class Anima(ModularFamily, QwenVaeFamily):
     The conditioner is frozen: it computes in precompute, with the text encoder."""
 
     name = "anima"
-    name_check = "compared with ComfyUI's source of September 2026, which was not run"
     pipelines = ("AnimaModularPipeline",)
     denoiser_class = "CosmosTransformer3DModel"
     text_components = ("text_encoder", "tokenizer", "t5_tokenizer", CONDITIONER)
