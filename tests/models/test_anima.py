@@ -28,6 +28,7 @@ from models.detect import get_family
 from models.empty_components import empty_encoders
 from models.released import configuration_folder, released_models
 from objectives.config import ObjectiveConfig
+from training.memory.encoding_trace import takes_tokens
 
 CAPTIONS = ["owl", "a photo of a smiling red cat on the moon", ""]
 
@@ -170,7 +171,9 @@ def test_the_released_model_has_its_size():
         with torch.device("meta"):
             encoders = empty_encoders(family, "text")
         layout = family.cond_layout()["prompt_embeds"]
-    for encoder in (encoders.text_encoder, encoders.text_conditioner):
+    parts = (encoders.text_encoder, encoders.text_conditioner)
+    assert [takes_tokens(part) for part in parts] == [True, False], "memory is planned so"
+    for encoder in parts:
         sizes.append(sum(map(torch.numel, encoder.parameters())))
         assert next(encoder.parameters()).dtype == torch.float32
     assert [round(size / 1e8) for size in sizes] == [20, 6, 1]

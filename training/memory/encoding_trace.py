@@ -1,5 +1,6 @@
 """The memory of encoding captions and images, traced with tensors that have no values."""
 
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -29,12 +30,18 @@ def trace_captions(config: TrainConfig, family: DiffusersFamily, unit: int) -> P
     live_bytes = LiveBytes(unit)
     label_modules(live_bytes, encoders, ENCODERS)
     with live_bytes:
-        for encoder in encoders:
+        for encoder in filter(takes_tokens, encoders):
             encode_tokens(encoder, family.max_tokens, batch_size)
     num_bytes = dict(live_bytes.at_peak)
     if placement == "layers":
         num_bytes[ENCODERS] = largest_layer(encoders)
     return PhaseMemory(CAPTIONS, num_bytes)
+
+
+def takes_tokens(encoder: nn.Module) -> bool:
+    """Return whether an encoder takes tokens. One that takes the states of another is small: its weights
+    alone are counted."""
+    return "attention_mask" in signature(encoder.forward).parameters
 
 
 @torch.no_grad()
