@@ -13,6 +13,7 @@ from helpers.data_cases import SINGLE_PROCESS, data_config
 from helpers.project import BASE, PROJECT, TWEMOJI, reset_accelerate
 from PIL import Image
 
+import train_lora
 from data.export import write_dataset
 from data.media.buckets import Crop
 from data.media.images import pixels
@@ -400,3 +401,10 @@ def test_the_page_shows_commands_that_run(tmp_path, run_here, capsys, monkeypatc
         here = [line for line in shown.splitlines() if "free" not in line]
         assert [line.split() for line in there] == [line.split() for line in here]
     assert (tmp_path / "output" / "sheets" / "bucket_64x64.png").is_file()
+
+
+@pytest.mark.parametrize("command", [["data"], ["export-dataset", "--out=out"]], ids=lambda c: c[0])
+def test_a_slider_without_images_has_no_data(command, capsys):
+    slider = [f"--objective.slider.{name}s=a {name}" for name in ("target", "positive", "negative")]
+    assert train_lora.main([*command, f"--model.path={BASE}", *slider]) == 2
+    assert f"so `{command[0]}` has nothing to read" in capsys.readouterr().err

@@ -10,7 +10,22 @@ from training.config_errors import folder_errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(RunOptions):
+class DataCommandOptions(RunOptions):
+    """Options of a command about training images."""
+
+    def errors(self) -> list[str]:
+        """Return the errors in the paths. No file is opened."""
+        errors = super().errors()
+        if self.config.objective.slider.needs_no_images:
+            errors.append(
+                "--objective.slider.start_from noise: a slider that is trained from noise has no "
+                f"images, so `{self.command}` has nothing to read. Name the data of another run"
+            )
+        return errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(DataCommandOptions):
     """Write the encoded data of a run into a separate folder. Other machines, or ComfyUI, can train
     from it. Data that is not encoded yet is encoded first."""
 
@@ -36,7 +51,7 @@ class ExportOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(RunOptions):
+class DataOptions(DataCommandOptions):
     """Print the data of a run with these options: sources, buckets, captions with their
     problems, and the amount of data that will be encoded. Nothing is trained or encoded."""
 
