@@ -6,13 +6,14 @@ import pytest
 from helpers.runs import assert_same_run, common, launched, runs_file
 
 pytestmark = pytest.mark.slow
-ENGINES = pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+ENGINES = pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 LARGE = ["--rank=64", "--adapter.targets=all", "--steps=2"]
 """More than a megabyte of gradients in each block, at which DDP would cut a compiled graph."""
 NUM_BLOCKS = 8
 """Of the tiny UNet; no two are alike."""
 
 
+@pytest.mark.long
 @ENGINES
 def test_compiled_blocks_work_in_every_engine(engine, tmp_path):
     options = [

@@ -18,7 +18,8 @@ from training.reporting.status import read_status
 pytestmark = pytest.mark.slow
 VALIDATED = [f"--data.validation_path={TWEMOJI / 'validation'}"]
 FOUR = ("LoRA", "LoHa", "LoKr", "OFT")
-ENGINES = {"ddp": {2: ALGORITHMS, 4: FOUR}, "fsdp2": {2: ALGORITHMS}}
+OTHERS = tuple(name for name in ALGORITHMS if name not in FOUR)
+ENGINES = {"ddp": {2: FOUR, 4: ("LoRA",)}, "fsdp2": {2: FOUR}}
 TOTAL = 4  # micro-batches per step, on however many processes
 
 
@@ -91,8 +92,12 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
 
 @pytest.mark.parametrize(
     ("processes", "algorithms"),
-    [(1, ALGORITHMS), pytest.param(2, ("LoRA", "OFT"), marks=pytest.mark.long)],
-    ids=["1", "2"],
+    [
+        (1, FOUR),
+        pytest.param(1, OTHERS, marks=pytest.mark.long),
+        pytest.param(2, ("LoRA", "OFT"), marks=pytest.mark.long),
+    ],
+    ids=["1", "1-others", "2"],
 )
 def test_a_run_that_was_killed_is_the_run_that_was_not(
     processes, algorithms, wide_images, tmp_path
@@ -117,7 +122,8 @@ def test_a_run_that_was_killed_is_the_run_that_was_not(
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     result = launched("ddp", processes, str(tmp_path / "runs.json"), "abandons")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("abandoned") == (len(algorithms) + 2) * processes
+    more_kills = 2 if "LoRA" in algorithms else 0
+    assert result.stdout.count("abandoned") == (len(algorithms) + more_kills) * processes
     assert result.stdout.count("resumed at step 4") == len(algorithms)
     for straight, killed in folders.items():
         assert samples(straight) == samples(killed)
@@ -139,7 +145,7 @@ def alone(wide_images, tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("alone"),
         "ddp",
         1,
-        [*ALGORITHMS, "buckets", "steps", "text", "preserve", "slider"],
+        [*FOUR, "buckets", "steps", "text", "preserve", "slider"],
         wide_images,
     )
 
@@ -169,3 +175,14 @@ def test_any_number_of_processes_is_the_same_run(engine, alone, wide_images, tmp
         status = read_status(many / "buckets")
         assert (status.state, status.num_processes) == ("finished", processes)
         assert (many / "buckets" / "report.html").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_number_of_processes_trains_the_other_algorithms_alike(engine, wide_images, tmp_path):
+    alone = run_all(tmp_path, "ddp", 1, OTHERS, wide_images)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    many = run_all(folder, engine, 2, OTHERS, wide_images)
+    for name in OTHERS:
+        assert_same_run(alone / name, many / name)

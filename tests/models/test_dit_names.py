@@ -56,7 +56,7 @@ def names(architecture: str, by_diffusers: str) -> LayerSpellings:
 
 
 def test_every_architecture_has_a_table():
-    assert len(TRANSFORMERS) == 20
+    assert len(TRANSFORMERS) == 21
     assert set(comfy_keys.ARCHITECTURES) - set(TRANSFORMERS) == {"sdxl"}
 
 

@@ -3,6 +3,8 @@ algorithm trains with rank 16. `python tests/test_families_full.py` writes what 
 read critically."""
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import diffusers
 import pytest
@@ -117,8 +119,20 @@ def full_size(tmp_path_factory):
     return family_and_denoiser
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("architecture", FAMILIES)
+WITH_EVERY_ALGORITHM = ("sdxl", "flux", "z_image", "wan21_1.3b")
+"""Architectures that make test exports with every algorithm; of the others it exports LoRA."""
+
+
+def exported_pairs() -> Iterator[Any]:
+    """Every architecture and algorithm; many are marked as long."""
+    for architecture in FAMILIES:
+        for algorithm in ALGORITHMS:
+            is_short = algorithm == "LoRA" or architecture in WITH_EVERY_ALGORITHM
+            marks = () if is_short else pytest.mark.long
+            yield pytest.param(architecture, algorithm, marks=marks)
+
+
+@pytest.mark.parametrize(("architecture", "algorithm"), exported_pairs())
 def test_comfyui_knows_every_key_of_every_algorithm(architecture, algorithm, full_size):
     family, denoiser = full_size(architecture)
     names = layer_spellings(family, denoiser)
