@@ -70,9 +70,8 @@ class SourceConfig:
 
     path: str
     """A folder or a Hub id, as in data.path."""
-    kind: Literal["auto", "images", "dataset", "comfyui", "encoded", "blank"] = "auto"
-    """Type of the source. auto: detected from its files. blank: one gray image, which has the
-    caption of captions.text; `path` is not used."""
+    kind: Literal["auto", "images", "dataset", "comfyui", "encoded"] = "auto"
+    """Type of the source. auto: detected from its files."""
     split: str | None = None
     """Split of a Hugging Face dataset. None: train, or the only split."""
     streaming: bool = False
@@ -96,6 +95,13 @@ class SourceConfig:
     multiplied by data.prior_loss_weight."""
     captions: CaptionOverrides = field(default_factory=CaptionOverrides)
     """Caption options of this source."""
+
+
+@dataclass(frozen=True)
+class BlankConfig(SourceConfig):
+    """A gray image with the caption of captions.text, for training that needs no images.
+
+    No recipe can name it."""
 
 
 @dataclass(frozen=True)

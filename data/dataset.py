@@ -85,6 +85,8 @@ class DatasetIndex:
     text_shards: list[str]
     extra_prompts: dict[str, int] = field(default_factory=dict)
     """Row ids of the prompts that are encoded besides the captions."""
+    class_hash: str = ""
+    """Hash of the captions with the class instead of the trigger; empty if the run has none."""
 
     def save(self, folder: Path) -> None:
         text = json.dumps(asdict(self))
@@ -127,7 +129,7 @@ class LatentDataset:
         self.samples = np.load(folder / SAMPLES_FILE, mmap_mode="r")
         self.caption_ids = np.load(folder / CAPTIONS_FILE, mmap_mode="r")
         self.class_caption_ids = self.caption_ids
-        if (folder / CLASS_CAPTIONS_FILE).is_file():
+        if index.class_hash:
             self.class_caption_ids = np.load(folder / CLASS_CAPTIONS_FILE, mmap_mode="r")
         self.caption_probabilities = np.load(folder / PROBABILITIES_FILE, mmap_mode="r")
 

@@ -96,7 +96,7 @@ class Full(Algorithm):
 class NormLayer(StandardLayer):
     """A normalization layer whose weight is trained, for the layers of all libraries."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with the changed weight and bias, computed in fp32 or wider."""
         if self.unmerged is not None:
             return self.base_layer(x)

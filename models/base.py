@@ -94,6 +94,8 @@ class ModelFamily(ABC):
     """The model to train instead of one that was distilled to few steps."""
     has_image_input: ClassVar[bool] = False
     """True if its pipeline takes a first frame besides the prompt."""
+    comfyui_reads_diffusers: ClassVar[bool] = True
+    """False if nobody has compared ComfyUI's names with diffusers'."""
     name_check: ClassVar[str] = (
         "every layer at full size is in the table of names of ComfyUI 0.33.0, which was run"
     )

@@ -67,18 +67,33 @@ def downloaded_folder(hub_id: str, variant: str | None) -> str:
     ValueError."""
     from diffusers import DiffusionPipeline  # slow import, needed for Hub ids only
 
-    unused_components = dict.fromkeys(UNUSED_COMPONENTS)
-    try:
+    index = modular_index(hub_id)
+    if index is None:
+        unused_components = dict.fromkeys(UNUSED_COMPONENTS)
         return DiffusionPipeline.download(
             hub_id, variant=variant, use_safetensors=True, **unused_components
         )
-    except EntryNotFoundError:  # it has no index, or only that of a modular pipeline
-        index = read_config(hub_id, MODULAR_INDEX)
     patterns = [MODULAR_INDEX]
     for name, entry in index.items():
         if is_modular_entry(entry) and name not in UNUSED_COMPONENTS:
             patterns.append(f"{name}/*")
     return snapshot_download(hub_id, allow_patterns=patterns)
+
+
+def modular_index(hub_id: str) -> dict[str, Any] | None:
+    """Return the index of a Hub repository that has only that of a modular pipeline; else None.
+
+    The cache is enough for both, without a connection."""
+    try:
+        read_config(hub_id, INDEX)
+    except (OSError, EntryNotFoundError):
+        pass
+    else:
+        return None
+    try:
+        return read_config(hub_id, MODULAR_INDEX)
+    except (OSError, EntryNotFoundError):
+        return None  # the error of the download says what is wrong
 
 
 def read_index(source: str) -> dict[str, Any]:

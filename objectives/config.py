@@ -187,6 +187,11 @@ def objective_errors(config: ObjectiveConfig, loss_function: str) -> list[str]:
     ]
     errors += preserve_errors(config)
     errors += slider_errors(config.slider)
+    if config.slider.needs_no_images and config.input_perturbation:
+        errors.append(
+            f"--objective.input_perturbation {config.input_perturbation:g}: has no effect with "
+            "--objective.slider.start_from noise, whose latents are drawn by the model"
+        )
     low, high = config.timestep_range
     if low >= high:
         errors.append(
@@ -203,6 +208,8 @@ def preserve_errors(config: ObjectiveConfig) -> list[str]:
         errors.append(
             "--objective.preserve: its options have no effect without --objective.preserve.weight"
         )
+    if preserve.class_word and not preserve.class_word.strip():
+        errors.append("--objective.preserve.class_word: is blank. Name the class, such as a dog")
     if preserve.class_word and preserve.prompts != PreserveConfig().prompts:
         errors.append(
             "--objective.preserve.prompts: have no effect with --objective.preserve.class_word. "

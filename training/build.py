@@ -84,6 +84,11 @@ def extra_prompts(config: TrainConfig, family: ModelFamily) -> ExtraPrompts:
 
 def check_drawing_from_noise(config: TrainConfig, family: ModelFamily) -> None:
     """Raise ConfigError if a model cannot draw training samples from noise and prompts alone."""
+    if config.data.frames > 1:
+        raise ConfigError(
+            f"--data.frames {config.data.frames}: a slider from noise is trained on single frames. Set "
+            "--data.frames 1, or use --objective.slider.start_from images with videos"
+        )
     reasons = []
     if family.controls.is_required:
         reasons.append("needs a control image")
@@ -123,6 +128,17 @@ def format_notes(config: TrainConfig, family: ModelFamily) -> list[str]:
             "encoder of this model has over a billion parameters"
         )
     return notes
+
+
+def slider_notes(config: TrainConfig, family: ModelFamily) -> list[str]:
+    """Return a note if a slider draws with guidance from a distilled model."""
+    slider = config.objective.slider
+    if not slider.uses_guidance or not (family.has_guidance_input or family.is_distilled):
+        return []
+    return [
+        f"note: models of {family.name} may be distilled, and --objective.slider.guidance "
+        f"{slider.guidance:g} is meant for models that are not. Set it to 1 for those that are"
+    ]
 
 
 def load_denoiser(

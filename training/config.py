@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from common.config_fields import CHANGEABLE, STRICT
 from common.text import public_values
-from data.config import CaptionOverrides, DataConfig, SourceConfig
+from data.config import BlankConfig, CaptionOverrides, DataConfig
 from lora_algos import ALGORITHMS
 from lora_algos.config import AdapterConfig
 from models.config import ModelConfig
@@ -255,8 +255,10 @@ class TrainConfig:
             captions = CaptionOverrides(
                 text=target, trigger="", shuffle=False, tag_dropout=0.0, dropout=0.0
             )
-            blank_sources.append(SourceConfig("blank", kind="blank", captions=captions))
-        return replace(self.data, sources=tuple(blank_sources))
+            blank_sources.append(BlankConfig("blank", captions=captions))
+        return replace(
+            self.data, sources=tuple(blank_sources), validation_fraction=0.0, random_flip=False
+        )
 
     @property
     def draws_samples(self) -> bool:

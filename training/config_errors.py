@@ -152,7 +152,7 @@ def missing_data_errors(config: TrainConfig) -> list[str]:
         if data.path is not None or data.sources:
             return []
         return ["--data.path: no training images given. Name a folder of images with caption files"]
-    names = ("path", "sources", "validation_path", "validation_fraction")
+    names = ("path", "sources", "validation_path")
     unused = [f"--data.{name}" for name in names if getattr(data, name)]
     if not unused:
         return []
@@ -164,13 +164,21 @@ def missing_data_errors(config: TrainConfig) -> list[str]:
 
 def class_word_errors(config: TrainConfig) -> list[str]:
     """Return an error if a class is to replace a trigger that does not exist."""
-    class_word = config.objective.preserve.class_word
-    triggers = [source.captions.trigger for source in config.training_data.all_sources()]
-    if not class_word or any(triggers):
+    preserve = config.objective.preserve
+    class_word = preserve.class_word
+    if not class_word or not preserve.weight:
         return []
+    triggers = {source.captions.trigger.strip() for source in config.data.all_sources()} - {""}
+    if not triggers:
+        return [
+            f"--objective.preserve.class_word {class_word}: replaces --data.captions.trigger, which is "
+            "not set. Set it if captions are not encoded yet, or use --objective.preserve.prompts"
+        ]
     return [
-        f"--objective.preserve.class_word {class_word}: takes the place of --data.captions.trigger, "
-        "which is not set. Set it, or use --objective.preserve.prompts"
+        f"--objective.preserve.class_word {class_word}: contains the trigger {trigger!r}, so it would "
+        "preserve what is trained. Name the class alone"
+        for trigger in sorted(triggers)
+        if trigger in class_word
     ]
 
 
@@ -182,8 +190,7 @@ def source_paths(data: DataConfig) -> dict[str, str | None]:
     }
     for index, source in enumerate(data.sources):
         flag = f"data.sources.{index}.path"
-        if source.kind != "blank":
-            paths[flag] = source.path
+        paths[flag] = source.path
     return paths
 
 

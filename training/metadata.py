@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adapter_files.kohya_metadata import TOTAL_STEPS, network_metadata
 from common.hashing import hash_of_files
+from data.config import DataConfig
 from data.dataset import LatentDataset
 from lora_algos.traits import Layers
 from training.components import RunComponents
@@ -76,16 +77,26 @@ def tag_counts(dataset: LatentDataset) -> dict[str, int]:
     return dict(counts)
 
 
+def data_metadata(data: DataConfig, dataset: LatentDataset) -> dict[str, object]:
+    """Return kohya's keys about the training images."""
+    first_source = next(iter(data.all_sources()))
+    folder = Path(first_source.path).name
+    image_counts = {"n_repeats": 1, "img_count": len(dataset)}
+    buckets = dict(enumerate(bucket_info(dataset)))
+    return {
+        "ss_num_train_images": dataset.epoch_size,
+        "ss_dataset_dirs": json.dumps({folder: image_counts}),
+        "ss_tag_frequency": json.dumps({folder: tag_counts(dataset)}),
+        "ss_bucket_info": json.dumps({"buckets": buckets}),
+    }
+
+
 def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, str]:
     """Return kohya's keys and those of modelspec, from which programs show what a file was trained
     on."""
     config, dataset = components.config, components.datasets.train
-    first_source = next(iter(config.training_data.all_sources()))
-    folder = Path(first_source.path).name
     side = config.data.resolution
     started_at = datetime.fromtimestamp(facts.started_at, UTC)
-    image_counts = {"n_repeats": 1, "img_count": len(dataset)}
-    buckets = dict(enumerate(bucket_info(dataset)))
     values: dict[str, object] = {
         "ss_output_name": facts.name,
         "ss_sd_model_name": Path(config.model.path or "").name,
@@ -100,17 +111,15 @@ def kohya_metadata(components: RunComponents, facts: ExportFacts) -> dict[str, s
         "ss_total_batch_size": facts.total_batch_size,
         "ss_gradient_accumulation_steps": config.grad_accumulation_steps,
         "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_num_train_images": dataset.epoch_size,
         "ss_resolution": f"({side}, {side})",
-        "ss_dataset_dirs": json.dumps({folder: image_counts}),
-        "ss_tag_frequency": json.dumps({folder: tag_counts(dataset)}),
-        "ss_bucket_info": json.dumps({"buckets": buckets}),
         "ss_training_started_at": facts.started_at,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": facts.name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": started_at.isoformat(timespec="seconds"),
     }
+    if not config.objective.slider.needs_no_images:
+        values |= data_metadata(config.data, dataset)
     trigger_words = config.export.trigger_words
     if trigger_words is not None:
         values |= {"modelspec.trigger_phrase": trigger_words, "ss_training_comment": trigger_words}

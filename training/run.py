@@ -303,7 +303,8 @@ def build_components(
     from training.summary import data_lines
 
     family = build.load_family(config)
-    for note in [*build.format_notes(config, family), *distillation_notes(config, family)]:
+    notes = build.format_notes(config, family) + build.slider_notes(config, family)
+    for note in [*notes, *distillation_notes(config, family)]:
         record.say(note)
     # text encoders and VAE are loaded and freed in here, so they come before the denoiser
     process, only_square = ProcessInfo.of(accelerator), not config.bucket_mode

@@ -27,7 +27,9 @@ class SliderLoss:
         """Return (B,) losses in fp32."""
         noised = self.loss_function.add_noise(batch)
         if self.options.start_from == "noise":
+            denoiser.eval()  # without dropout, as when samples are drawn
             noised = self.draw(denoiser, batch, noised)
+            denoiser.train()
         goal = self._goal(denoiser, adapted, batch, noised)
         prediction = self._predict(denoiser, batch, noised, TARGET)
         return self.loss_function.compare(

@@ -209,15 +209,15 @@ def slider_lines(slider: SliderConfig) -> list[str]:
         return []
     directions = "strengths 1 and -1" if slider.both_directions else "strength 1"
     line = f"slider      {counted(len(slider.targets), 'target')}, scale {slider.scale:g}, {directions}"
-    num_passes = 0
+    num_passes = 3  # of the base
     if slider.start_from == "noise":
-        num_passes = slider.denoising_steps
-        line += f", {counted(num_passes, 'step')} from noise"
+        num_steps = slider.denoising_steps
+        num_passes += num_steps
+        line += f", {counted(num_steps, 'step')} from noise"
     if slider.uses_guidance:
-        num_passes *= 2
+        num_passes += slider.denoising_steps
         line += f" with guidance {slider.guidance:g}"
-    base_passes = 3
-    return [f"{line}: {num_passes} + {base_passes} forward passes before the one that is trained"]
+    return [f"{line}: {num_passes} forward passes more than usual"]
 
 
 def data_lines(config: TrainConfig, datasets: Datasets, takes_controls: bool = False) -> list[str]:
@@ -225,7 +225,9 @@ def data_lines(config: TrainConfig, datasets: Datasets, takes_controls: bool = F
 
     `takes_controls`: the model takes control images."""
     if config.objective.slider.needs_no_images:
-        return [f"images      none are needed; encoded now: {datasets.encoded_captions} prompts"]
+        return [
+            f"images      none are needed; encoded now: {counted(datasets.encoded_captions, 'prompt')}"
+        ]
     num_validation = 0
     if datasets.validation is not None:
         num_validation = len(datasets.validation)

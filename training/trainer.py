@@ -108,12 +108,13 @@ class Trainer:
         engine = self.engine
         preserves = NEUTRAL in batch.prompts
         is_last_pass = is_last and not preserves
-        with engine.accumulating(is_last_pass), self._strength_of(batch):
-            loss = self._losses(batch).mean()
-            engine.backward(loss / num_micro_batches, is_last_pass)
-        self.buffer.losses.append(loss.detach())
-        if preserves:
-            self._preserve(batch, is_last, num_micro_batches)
+        with self._strength_of(batch):
+            with engine.accumulating(is_last_pass):
+                loss = self._losses(batch).mean()
+                engine.backward(loss / num_micro_batches, is_last_pass)
+            self.buffer.losses.append(loss.detach())
+            if preserves:
+                self._preserve(batch, is_last, num_micro_batches)
 
     def _preserve(self, batch: Batch, is_last: bool, num_micro_batches: int) -> None:
         """Add the gradients of the preservation loss of a micro-batch."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.hashing import hash_of
 from data.dataset import (
     CAPTIONS_FILE,
     CLASS_CAPTIONS_FILE,
@@ -56,6 +57,7 @@ class IndexWriter:
     def __init__(self, folder: Path, planned: Table[PlannedSample], stores: Stores):
         self.folder, self.planned, self.stores = folder, planned, stores
         self.hash_state = hashlib.blake2b(digest_size=KEY_BYTES)
+        self.class_hash = ""
 
     def write(self, order: TrainingOrder, extra_prompts: Sequence[str]) -> str:
         """Write the samples in this order; return the content hash."""
@@ -74,6 +76,7 @@ class IndexWriter:
             media_shards=list(map(str, stores.media.shards)),
             text_shards=list(map(str, stores.text.shards)),
             extra_prompts=self._find_prompts(extra_prompts),
+            class_hash=self.class_hash,
         )
         index.save(self.folder)
         return index.content_hash
@@ -117,10 +120,18 @@ class IndexWriter:
         keys = planned.keys("caption_keys")[positions]
         caption_ids = find_rows(self._hash(keys), self.stores.text)
         np.save(self.folder / CAPTIONS_FILE, caption_ids)
-        if planned.lengths("class_caption_keys").any():
-            class_keys = planned.keys("class_caption_keys")[positions]
-            class_ids = find_rows(class_keys, self.stores.text)
-            np.save(self.folder / CLASS_CAPTIONS_FILE, class_ids)
+        self._write_class_captions(positions)
+
+    def _write_class_captions(self, positions: np.ndarray) -> None:
+        """Write the captions with the class instead of the trigger, if the run uses these.
+
+        They are not in the content hash, but in that of the index."""
+        if not self.planned.lengths("class_caption_keys").any():
+            return
+        class_keys = self.planned.keys("class_caption_keys")[positions]
+        class_ids = find_rows(class_keys, self.stores.text)
+        np.save(self.folder / CLASS_CAPTIONS_FILE, class_ids)
+        self.class_hash = hash_of(class_keys.tobytes())
 
     def _find_prompts(self, prompts: Sequence[str]) -> dict[str, int]:
         """Return the row ids of the prompts that are encoded besides the captions.

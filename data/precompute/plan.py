@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import DataError
+from data.config import SourceConfig
 from data.media.buckets import Buckets, Crop
-from data.media.captions import Variants, caption_variants, with_class, with_trigger
+from data.media.captions import Variants, caption_variants, trigger_of, with_class, with_trigger
 from data.media.video import Clip
 from data.precompute.controls import ContentHashes, ControlKeys
 from data.precompute.facts import FactsCache, MediaFacts, facts_key
@@ -74,12 +75,6 @@ class Planner:
     def plan(self, index: int, sample: ListedSample) -> PlannedRows:
         """Return the planned samples of the listed sample with this index."""
         source = self.sources.source_of(sample)
-        if not source.has_images and self.class_word:
-            raise DataError(
-                f"--objective.preserve.class_word {self.class_word}: the captions of "
-                f"{source.config.path} are encoded already, so the trigger in them cannot be replaced. "
-                "Use --objective.preserve.prompts"
-            )
         if source.has_images:
             rows = self._plan_media(index, sample)
         elif source.is_planned:
@@ -88,8 +83,21 @@ class Planner:
             rows = PlannedRows([self._plan_tensors(index, sample)], {})
         samples = []
         for planned in rows.samples:
+            if self.class_word and not planned.class_caption_keys:
+                self._check_replaceable(source.config, sample)
+                planned = replace(planned, class_caption_keys=planned.caption_keys)
             samples.append(self._with_options(index, sample, planned))
         return rows._replace(samples=samples)
+
+    def _check_replaceable(self, config: SourceConfig, sample: ListedSample) -> None:
+        """Raise DataError if the captions of a sample have a trigger, and are encoded already."""
+        if self._is_held_out(sample) or not trigger_of(config):
+            return
+        raise DataError(
+            f"--objective.preserve.class_word {self.class_word}: the captions of {config.path} are "
+            "encoded already, so the trigger in them cannot be replaced. Use "
+            "--objective.preserve.prompts"
+        )
 
     def media_key(self, hashes: ContentHashes, crop: Crop, clip: Clip | None, flip: bool) -> bytes:
         """Return the key of the latents of a content: a hash of all that decides them."""
@@ -140,7 +148,7 @@ class Planner:
 
     def _class_captions(self, variants: Variants, sample: ListedSample) -> list[MissingCaption]:
         """Return each caption of a sample with the class instead of the trigger, if that is used."""
-        if not self.class_word:
+        if not self.class_word or self._is_held_out(sample):
             return []
         config = self.sources.config_of(sample)
         captions = []

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.errors import DataError
-from data.config import DataConfig, SourceConfig
+from data.config import BlankConfig, DataConfig, SourceConfig
 from data.sources.base import Source
 from models.base import ModelFamily
 
@@ -31,6 +31,10 @@ def open_source(
     """Return a source, without reading anything of it.
 
     `component_hashes`: hashes of the family's VAE and text encoders."""
+    if isinstance(config, BlankConfig):
+        from data.sources.blank import BlankSource
+
+        return BlankSource(config, data)
     kind = config.kind if config.kind != "auto" else detect_kind(Path(config.path))
     takes_controls = family.controls.max_count > 0
     check_control_options(config, kind)
@@ -43,10 +47,6 @@ def open_source(
         from data.sources.table import TableSource
 
         return TableSource(config, data.cache_dir, takes_controls)
-    if kind == "blank":
-        from data.sources.blank import BlankSource
-
-        return BlankSource(config, data)
     if kind == "comfyui":
         from data.sources.comfy import ComfySource
 

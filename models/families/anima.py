@@ -85,6 +85,10 @@ class Anima(ModularFamily, QwenVaeFamily):
     The conditioner is frozen: it computes in precompute, with the text encoder."""
 
     name = "anima"
+    name_check = (
+        "every layer of Cosmos-Predict2, whose class Anima's derives from, is in the table of names of "
+        "ComfyUI 0.33.0, which was run"
+    )
     pipelines = ("AnimaModularPipeline",)
     denoiser_class = "CosmosTransformer3DModel"
     text_components = ("text_encoder", "tokenizer", "t5_tokenizer", CONDITIONER)

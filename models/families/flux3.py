@@ -69,6 +69,7 @@ class Flux3(ModularFamily, Flux2VaeFamily):
     The padding fills a window of 80 tokens, or of several. The denoiser sees it."""
 
     name = "flux3"
+    comfyui_reads_diffusers = False
     name_check = "those of diffusers' converters; not compared with ComfyUI"
     pipelines = ("Flux3ModularPipeline", "Flux3DistilledModularPipeline")
     denoiser_class = "Flux3Transformer2DModel"

@@ -75,9 +75,22 @@ def run_all(folder: Path, engine: str, processes: int, names: Iterable[str], wid
         "text": [*steps, "--model.train_text_encoder"],
         "preserve": [*steps, "--objective.preserve.weight=0.5", "--objective.preserve.prompts=a face",
                      f"--model.assistant_lora={save_assistant(folder)}"],
-        "slider": [*steps, "--objective.slider.targets=a face", "--objective.slider.positives=a happy face",
-                   "--objective.slider.negatives=a sad face", "--objective.slider.start_from=images"],
     }  # fmt: skip
+    if "slider" in names:
+        slider = [
+            "targets=a face",
+            "positives=a happy face",
+            "negatives=a sad face",
+            "denoising_steps=2",
+        ]
+        runs.append(
+            [
+                *(option for option in options if not option.startswith("--data.path")),
+                *(f"--objective.slider.{option}" for option in slider),
+                f"--output_dir={out / 'slider'}",
+                accumulation,
+            ]
+        )
     for name in (name for name in names if name in others):
         runs.append(
             [*options, *VALIDATED, *others[name], f"--output_dir={out / name}", accumulation]

@@ -1,5 +1,6 @@
 """Choosing layers and what each gets, attaching to them, and the handle on what is attached."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -456,3 +457,21 @@ def test_attaching_leaves_the_generators_as_they_are(monkeypatch):
     before = torch.get_rng_state()
     attach(model, {"0": LayerSpec(2, 2.0, "LoRA", AdapterOptions())}, 0)
     assert torch.get_rng_state().equal(before)
+
+
+@torch.no_grad()
+def test_the_strength_counts_for_norms_too():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8))
+    plain = copy.deepcopy(model)
+    config = AdapterConfig(targets=(".*",), train_norms=True, train_biases=True)
+    adapted = attach(model, AdapterPlan(config, "LoRA", 2, "auto").specs(model, {}), 0)
+    for parameter in adapted.named_parameters().values():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    for name, layer in adapted.layers().items():
+        x = torch.randn(4, 8)
+        base, output = plain.get_submodule(name)(x), layer(x)
+        assert not torch.allclose(base, output)
+        for strength in (0.0, -1.0):
+            with adapted.at_strength(strength):
+                expected = base + strength * (output - base)
+                torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)

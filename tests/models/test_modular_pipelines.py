@@ -3,16 +3,17 @@
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers import ModularPipeline
 from helpers.families.anima import CASE
 from helpers.family_cases import SIDE, diffusers_pipeline, family_of, folder_of
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from common.errors import ModelError
 from models import checkpoint_files
@@ -127,14 +128,10 @@ def test_an_index_without_loaded_components_names_their_classes(tmp_path):
 def test_a_modular_pipeline_of_the_hub_is_downloaded_by_its_own_index(monkeypatch):
     asked: dict[str, Any] = {}
 
-    def no_index(*_: Any, **__: Any) -> str:
-        raise EntryNotFoundError("model_index.json")
-
     def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
         asked[hub_id] = allow_patterns
         return str(folder_of(CASE))
 
-    monkeypatch.setattr(DiffusionPipeline, "download", no_index)
     monkeypatch.setattr(checkpoint_files, "snapshot_download", snapshot)
     monkeypatch.setattr(
         checkpoint_files, "hf_hub_download", lambda _, file: str(folder_of(CASE) / file)
@@ -143,3 +140,17 @@ def test_a_modular_pipeline_of_the_hub_is_downloaded_by_its_own_index(monkeypatc
     hub_id = "someone/anima"
     assert local_path(ModelConfig(path=hub_id)) == folder_of(CASE)
     assert {MODULAR_INDEX, "transformer/*", "t5_tokenizer/*", "vae/*"} <= set(asked[hub_id])
+
+
+def test_a_modular_pipeline_in_the_cache_needs_no_connection(monkeypatch, tmp_path):
+    commit = "a" * 40
+    repository = tmp_path / "models--someone--anima"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder_of(CASE), repository / "snapshots" / commit)
+    for function in (snapshot_download, hf_hub_download):
+        in_cache = partial(function, cache_dir=tmp_path, local_files_only=True)
+        monkeypatch.setattr(checkpoint_files, function.__name__, in_cache)
+    local_path.cache_clear()
+    path = local_path(ModelConfig(path="someone/anima"))
+    assert path == repository / "snapshots" / commit

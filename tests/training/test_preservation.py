@@ -227,7 +227,7 @@ def test_a_dropped_caption_has_no_class(options, run_here, encoded):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "takes the place of --data.captions.trigger, which is not set"),
+        ([], "replaces --data.captions.trigger, which is not set"),
         (
             ["--data.captions.trigger=sks", "--objective.preserve.prompts", "a dog"],
             "have no effect with --objective.preserve.class_word",
@@ -237,4 +237,31 @@ def test_a_dropped_caption_has_no_class(options, run_here, encoded):
 )
 def test_a_class_without_its_place_is_refused(options, run_here, capsys, more, message):
     assert run_here([*options, *CLASS, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_with_one_cache_have_their_own_class(run_into, encoded, images):
+    """Also after a run with another class, or with none."""
+    trigger = "--data.captions.trigger=sks"
+    for path in images.glob("*.txt"):
+        path.write_text("sks at sea")
+    for name in ("a dog", "a cat", "", "a dog"):
+        more = [f"--objective.preserve.class_word={name}"] if name else []
+        weight = "--objective.preserve.weight=1"
+        run_into(f"out{len(DATASETS)}", trigger, weight, "--steps=1", *more)
+        dataset = DATASETS[-1]
+        row_id = dataset.class_caption_id(0)
+        stored = dataset.text.read_row(row_id)["prompt_embeds"]
+        expected = f"{name} at sea" if name else "sks at sea"
+        assert is_close(stored, encoded(expected)), name
+
+
+@pytest.mark.parametrize(
+    ("class_word", "message"),
+    [("an sks dog", "contains the trigger 'sks'"), (" ", "is blank")],
+    ids=["trigger", "blank"],
+)
+def test_a_class_that_is_none_is_refused(options, run_here, capsys, class_word, message):
+    more = ["--data.captions.trigger=sks", f"--objective.preserve.class_word={class_word}"]
+    assert run_here([*options, "--objective.preserve.weight=1", *more]) == 2
     assert message in capsys.readouterr().err

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers.families import flux1_fill
+from helpers.families import flux1_fill, wan
 from helpers.family_cases import collate, family_of
 from helpers.project import BASE, FLOW_BASE
 from helpers.runs import assert_same_result
+from safetensors import safe_open
 from torch import nn
 
 from adapter_files.spellings import layer_spellings
 from common.errors import ConfigError
 from data.batches import Batch
+from data.config import DataConfig
 from data.prompts import EMPTY, NEGATIVE, POSITIVE, TARGET, slider_direction, slider_prompts
 from models.config import ModelConfig
 from models.detect import get_family
@@ -25,6 +27,8 @@ from objectives.processes import DDPM, EDM, Flow
 from training.build import attach_adapters, extra_prompts
 from training.cli import load_config
 from training.loss import LossFunction, build_loss
+from training.report.hub_folder import Publication, model_card
+from training.report.run_files import read_run
 from training.slider_loss import SliderLoss, split_noisy
 
 PROMPTS = [
@@ -55,7 +59,7 @@ def test_a_run_needs_no_images(slider_options, run_here, tmp_path, capsys):
     assert run_here(slider_options) == 0
     output = capsys.readouterr().out
     assert "images      none are needed; encoded now: " in output
-    assert "4 + 3 forward passes before the one that is trained" in output
+    assert "7 forward passes more than usual" in output
     assert "epochs" not in output
     losses = json.loads((tmp_path / "out" / "loss.json").read_text())["loss_per_step"]
     assert len(losses) == 6
@@ -159,12 +163,13 @@ def test_strengths_are_restored_in_nested_blocks():
     assert layer.strength == 1
 
 
-def test_latents_are_drawn_as_the_scheduler_of_diffusers_draws_them():
+@pytest.mark.parametrize("strength", [1.0, -1.0])
+def test_latents_are_drawn_as_the_scheduler_of_diffusers_draws_them(strength):
     """With the adapted model, and with guidance; each sample ends at its own noise level."""
     slider = replace(FROM_NOISE, denoising_steps=4, guidance=3.0)
     setup = Setup(FLOW_BASE, slider)
     loss = setup.loss
-    with torch.no_grad():
+    with torch.no_grad(), setup.adapted.at_strength(strength):
         drawn = setup.slider_loss.draw(setup.denoiser, setup.batch, loss.add_noise(setup.batch))
     end = loss.objective.density(setup.batch.quantile)
     tokens = loss.num_tokens(setup.batch)
@@ -177,7 +182,7 @@ def test_latents_are_drawn_as_the_scheduler_of_diffusers_draws_them():
         for step, timestep in enumerate(scheduler.timesteps[:4]):
             levels = loss.objective.process.levels(t[step : step + 1].float(), tokens)
             noised = drawn.at(latents.expand(2, -1, -1, -1), levels)
-            with torch.no_grad():
+            with torch.no_grad(), setup.adapted.at_strength(strength):
                 own = setup.predictions(noised, setup.denoiser)
             velocity = own[EMPTY] + 3 * (own[TARGET] - own[EMPTY])
             latents = scheduler.step(velocity[:1], timestep, latents).prev_sample
@@ -232,13 +237,21 @@ def test_prompts_and_directions_are_functions_of_the_seed():
             [*PROMPTS, "--objective.slider.start_from=images", "--objective.slider.guidance=2"],
             "--objective.slider.guidance 2.0: has no effect with --objective.slider.start_from images",
         ),
+        (
+            [*PROMPTS, "--objective.input_perturbation=0.1"],
+            "--objective.input_perturbation 0.1: has no effect with --objective.slider.start_from noise",
+        ),
+        (
+            [*PROMPTS, "--objective.slider.start_from=images", "--export.weights=best"],
+            "--export.weights best: the validation loss is that of captions",
+        ),
         (PROMPTS, "--data.path: not used with --objective.slider.start_from noise"),
         (
             [*PROMPTS, "--objective.preserve.weight=1"],
             "--objective.preserve.weight 1: needs images",
         ),
     ],
-    ids=["no targets", "numbers", "equal", "images", "data", "preserve"],
+    ids=["no targets", "numbers", "equal", "images", "input", "best", "data", "preserve"],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, run_here, capsys, more, message):
     assert run_here([*options, *more]) == 2
@@ -256,3 +269,30 @@ def test_images_may_be_the_start(options, run_here, tmp_path):
     assert run_here([*options, *more]) == 0
     metrics = (tmp_path / "out" / "metrics.jsonl").read_text()
     assert "train/preservation" in metrics
+
+
+def test_a_slider_from_noise_has_single_frames():
+    objective = ObjectiveConfig(slider=FROM_NOISE)
+    config = replace(load_config([]), objective=objective, data=DataConfig(frames=9))
+    with pytest.raises(ConfigError, match=r"--data.frames 9: a slider from noise"):
+        extra_prompts(config, family_of(wan.CASES[0]))
+
+
+def test_files_name_the_prompts_and_no_data(slider_options, run_here, tmp_path, capsys):
+    """Also with an empty target, and with a fraction for validation from a recipe."""
+    index = slider_options.index("a heart")
+    slider_options[index] = ""
+    out = tmp_path / "out"
+    assert run_here([*slider_options, "--steps=1", "--data.validation_fraction=0.1"]) == 0
+    assert "was not written" not in capsys.readouterr().out
+    assert (out / "workflow.json").is_file()
+    with safe_open(out / "lora.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert "ss_steps" in metadata
+    assert not {"ss_dataset_dirs", "ss_tag_frequency", "ss_num_train_images"} & metadata.keys()
+    page = (out / "report.html").read_text()
+    assert "a red heart" in page
+    assert "images for training" not in page
+    card = model_card(read_run(out), {}, Publication("me/slider", None))
+    assert "| `a face` | `a happy face` | `a sad face` |" in card
+    assert "trained on" not in card

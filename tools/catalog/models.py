@@ -8,9 +8,12 @@ from tools.catalog.planned import CARDS, WAYS, PlannedModel, planned_models
 from tools.tables import align_columns
 from training.memory.changes import as_options
 
-STATUS = (
+PLANNED = (
     "GiB of GPU memory are planned for training with the recipe; `train_lora.py plan <recipe>` also "
-    "plans captions and samples.\nNo model has been run with its released weights or on a GPU: "
+    "plans captions and samples.\n`train_lora.py models --card 12` shows the options of the ways that fit."
+)
+STATUS = (
+    "No model has been run with its released weights or on a GPU: "
     "docs/models.md says how each one is tested."
 )
 
@@ -28,6 +31,7 @@ def run(options: ModelsOptions) -> int:
         from tools.catalog.family import family_page  # imports torch
 
         print("\n".join(family_page(options.family, models)))
+        print(f"\n{PLANNED}")
         return 0
     if options.card is None:
         rows = common_cards(models)
@@ -35,7 +39,7 @@ def run(options: ModelsOptions) -> int:
         rows = one_card(models, options.card)
     for line in align_columns(rows, num_left=len(rows[0])):
         print(line.rstrip())
-    print(f"\n{STATUS}")
+    print(f"\n{PLANNED}\n{STATUS}")
     return 0
 
 

@@ -97,16 +97,16 @@ def conditioning_amount(plan: DataPlan, family: ModelFamily) -> Amount:
     """Return the amount of conditioning."""
     texts = KeyColumn.read(plan, "caption_keys")
     store = plan.stores.text
-    # caption dropout needs the empty prompt, which is not in the table
+    # caption dropout and the objective need other prompts, which are not in this column
     are_captions = plan.job.have_images()[texts.owners]
     num_missing_captions = len(texts.missing_positions(store, are_captions))
-    num_empty_prompts = plan.missing_captions - num_missing_captions
-    num_missing = len(texts.missing_positions(store)) + num_empty_prompts
+    num_other_prompts = plan.missing_captions - num_missing_captions
+    num_missing = len(texts.missing_positions(store)) + num_other_prompts
     missing_bytes = 0
     if num_missing:
         missing_bytes = num_missing * cond_bytes(family)
     return Amount(
-        num_rows=texts.num_different + num_empty_prompts,
+        num_rows=texts.num_different + num_other_prompts,
         num_missing=num_missing,
         missing_bytes=missing_bytes,
     )

@@ -8,6 +8,7 @@ from data.export import write_dataset
 from data.precompute.build import DatasetBuilder
 from models.detect import get_family
 from tools.data.options import ExportOptions
+from training.build import extra_prompts
 from training.distributed.accelerator import build_accelerator
 
 
@@ -24,7 +25,9 @@ def run(options: ExportOptions) -> int:
             f"--form {options.form}: has no place for masks, which {family.name} needs. Use --form encoded"
         )
     process = ProcessInfo.of(accelerator)
+    prompts = extra_prompts(config, family)
     with DatasetBuilder.opened(config.data, family, process) as builder:
+        builder.extra_prompts = prompts
         plan = builder.plan(not config.bucket_mode)
         datasets = builder.encode(plan)
 

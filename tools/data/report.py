@@ -17,6 +17,7 @@ from tools.data.encoding import Amount, conditioning_amount, latents_amount
 from tools.data.options import DataOptions
 from tools.data.survey import Survey, find_copies
 from tools.tables import Fact, align_columns, list_facts
+from training.build import extra_prompts
 from training.config import TrainConfig
 from training.distributed.accelerator import build_accelerator
 
@@ -52,7 +53,9 @@ def run(options: DataOptions) -> int:
     accelerator = build_accelerator(config)
     family = get_family(config.model)
     process = ProcessInfo.of(accelerator)
+    prompts = extra_prompts(config, family)
     with DatasetBuilder.opened(config.data, family, process) as builder:
+        builder.extra_prompts = prompts
         plan = builder.plan(not config.bucket_mode)
         if not accelerator.is_main_process:
             return 0

@@ -54,6 +54,11 @@ def validation_errors(config: TrainConfig) -> list[str]:
         "--export.weights best": config.export.weights == "best",
     }
     used_flags = ", ".join(flag for flag, is_used in flags.items() if is_used)
+    if used_flags and config.objective.slider.targets:
+        return [
+            f"{used_flags}: the validation loss is that of captions, which says nothing about a slider. "
+            "Remove the option, and compare strengths with --sample.grid"
+        ]
     has_images = config.data.validation_path is not None or config.data.validation_fraction
     errors = []
     if used_flags and not has_images:

@@ -1,7 +1,7 @@
 """The memory of training, validation and samples, traced with tensors that have no values."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -212,10 +212,18 @@ class TrainingTrace:
         batch_size = self.config.batch_size
         latents = self.inputs.sample.latents
         batch = self.inputs.batch(batch_size, latents)
-        losses = self.inputs.loss_function(self.engine.denoiser, batch)
-        self.engine.backward(losses.mean(), is_last=True)
+        with self._strength():
+            losses = self.inputs.loss_function(self.engine.denoiser, batch)
+            self.engine.backward(losses.mean(), is_last=True)
         del batch
         self.engine.update(self.config.learning_rate)
+
+    def _strength(self) -> AbstractContextManager:
+        """Return the context of a step's passes: at strength -1 layers keep two outputs."""
+        slider = self.config.objective.slider
+        if slider.targets and slider.both_directions:
+            return self.engine.adapted.at_strength(-1.0)
+        return nullcontext()
 
     def _validate(self) -> None:
         latents = self.inputs.sample.latents

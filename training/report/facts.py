@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from common.process import available_cores
-from models.families.transformer_family import TransformerFamily
+from models.families.modular_family import ModularFamily
+from objectives.config import SliderConfig
 from training.components import RunComponents
 from training.loss import LossFunction
 from training.metadata import LIBRARIES, bucket_info
 from training.report.data_pictures import DataPictures
 from training.services import RunServices
+from training.workflow.run_workflow import reads_diffusers_names
 
 NOISE_BINS = 20
 NUM_QUANTILES = 2000
@@ -32,6 +34,9 @@ def run_facts(
     prompts = []
     if components.samples is not None:
         prompts = [asdict(prompt) for prompt in components.samples.prompts]
+    num_trained = len(datasets.train)
+    if components.config.objective.slider.needs_no_images:
+        num_trained = 0
     num_validation = 0
     if datasets.validation is not None:
         num_validation = len(datasets.validation)
@@ -41,7 +46,7 @@ def run_facts(
         "hardware": hardware(services),
         "planned_bytes": services.memory.planned,
         "buckets": bucket_info(datasets.train),
-        "num_trained": len(datasets.train),
+        "num_trained": num_trained,
         "num_held_out": num_validation,
         "dataset": datasets.train.content_hash,
         "noise_levels": noise_shares(components, loss_function),
@@ -49,10 +54,22 @@ def run_facts(
         "media": components.family.media,
         "has_control_images": components.datasets.train.num_controls(0) > 0,
         "trigger_words": components.config.export.trigger_words or "",
-        "comfyui_reads_diffusers": isinstance(components.family, TransformerFamily),
+        "comfyui_reads_diffusers": reads_diffusers_names(components.family),
+        "is_modular": isinstance(components.family, ModularFamily),
+        "slider": slider_facts(components.config.objective.slider),
         "pictures": data.pictures,
         "small_images": data.small_images,
     }
+
+
+def slider_facts(slider: SliderConfig) -> list[dict[str, str]]:
+    """Return the prompts of a slider, one entry for each target."""
+    facts = []
+    for target, positive, negative in zip(
+        slider.targets, slider.positives, slider.negatives, strict=True
+    ):
+        facts.append({"target": target, "positive": positive, "negative": negative})
+    return facts
 
 
 def library_versions() -> dict[str, str]:

@@ -21,6 +21,8 @@ NO_FACTS: dict[str, Any] = {
     "has_control_images": False,
     "trigger_words": "",
     "comfyui_reads_diffusers": True,
+    "is_modular": False,
+    "slider": [],
     "pictures": [],
     "small_images": "",
 }

@@ -152,6 +152,8 @@ def model_card(run: RunFiles, samples: dict[int, Path], publication: Publication
         base_model=base_model,
         trigger_words=trigger_words,
         num_images=run.facts.get("num_trained"),
+        slider=run.facts.get("slider"),
+        is_modular=bool(run.facts.get("is_modular")),
         settings=settings,
         algorithm=run.options.get("algorithm", "Adapter"),
         rank=run.options.get("rank", "?"),

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from common.atomic import write_file
+from models.base import ModelFamily
 from models.diffusers_family import DiffusersFamily
 from models.families.transformer_family import TransformerFamily
 from models.families.unet_family import UNetFamily
@@ -82,8 +83,12 @@ def first_workflow(components: RunComponents) -> Workflow | None:
 def exported_adapter(components: RunComponents, name: str) -> str | None:
     """Return the exported file that ComfyUI reads. `name`: of the adapter, perhaps with a step."""
     names = adapter_names(name, components.config.export.formats)
-    is_transformer = isinstance(components.family, TransformerFamily)
-    return comfyui_adapter(names, reads_diffusers=is_transformer)
+    return comfyui_adapter(names, reads_diffusers_names(components.family))
+
+
+def reads_diffusers_names(family: ModelFamily) -> bool:
+    """Return whether ComfyUI reads the family's files in diffusers' format."""
+    return isinstance(family, TransformerFamily) and family.comfyui_reads_diffusers
 
 
 def sample_prompts(components: RunComponents) -> list[SamplePrompt]:
@@ -189,9 +194,9 @@ def prompt_remarks(family: DiffusersFamily, prompt: SamplePrompt) -> list[str]:
     """Return what ComfyUI does otherwise with a prompt: UNets see it cut after 75 tokens."""
     if not isinstance(family, UNetFamily):
         return []
-    texts = [text for text in (prompt.text, prompt.negative) if text]
+    texts = [prompt.text, prompt.negative or ""]
     counts, limit = family.count_tokens(texts)
-    if max(counts, default=0) <= limit:
+    if max(counts) <= limit:
         return []
     return [f"The trainer cuts this prompt after {limit} tokens. ComfyUI does not."]
 
