@@ -20,6 +20,9 @@ from models import checkpoint_files
 from models.checkpoint_files import local_path, read_index
 from models.config import MODULAR_INDEX, ModelConfig
 from models.detect import get_family
+from training.report.hub_folder import Publication, model_card
+from training.report.run_files import read_run
+from training.run_folder import FACTS_FILE
 from training.sampling.draw import call_parameters, uses_negative_prompt
 
 SIZE = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "np"}
@@ -154,3 +157,21 @@ def test_a_modular_pipeline_in_the_cache_needs_no_connection(monkeypatch, tmp_pa
     local_path.cache_clear()
     path = local_path(ModelConfig(path="someone/anima"))
     assert path == repository / "snapshots" / commit
+
+
+def test_the_code_of_a_model_card_runs(tmp_path):
+    """A card's pipeline is loaded and called in diffusers as this test does."""
+    (tmp_path / "config.yaml").write_text("algorithm: LoRA\n")
+    (tmp_path / "lora.safetensors").touch()
+    (tmp_path / FACTS_FILE).write_text(json.dumps({"is_modular": True}))
+    card = model_card(read_run(tmp_path), {}, Publication("me/anima", None))
+    for line in (
+        'pipeline = ModularPipeline.from_pretrained("<base model>")',
+        "pipeline.load_components(dtype=torch.bfloat16)",
+        'pipeline(prompt="your prompt", output="images")[0].save("image.png")',
+    ):
+        assert line in card
+    pipeline = ModularPipeline.from_pretrained(str(folder_of(CASE)))
+    pipeline.load_components(dtype=torch.bfloat16)
+    image = pipeline(prompt="owl", output="images", height=SIDE, width=SIDE, num_inference_steps=1)
+    assert image[0].size == (SIDE, SIDE)
