@@ -41,7 +41,7 @@ class ZImageOmni(VisionFamily, ZImage):
     undistilled_model = ""
     pipelines = ("ZImageOmniPipeline",)
     vision_components = (SIGLIP, SIGLIP_PROCESSOR)
-    layer_names = TableNames(table=TABLE, original_only=r"siglip_.*", file_formats=("diffusers",))
+    layer_names = TableNames(table=TABLE, original_only=r"siglip_.*")
     variable_length: ClassVar = {"prompt_embeds": None, "edit_embeds": None}
     controls = ControlLimits(max_count=3, usual_count=1)  # as many as ComfyUI's node takes
     targets: ClassVar = {
