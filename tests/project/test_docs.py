@@ -90,6 +90,8 @@ def test_launch_commands_run(name, command, workspace, cache_dir, run_here):
         f"--data.cache_dir={cache_dir}",
         "--output_dir=out",
     ]
+    if "--objective.slider.targets" in words:
+        arguments.append("--objective.slider.denoising_steps=1")
     if "--model.assistant_lora" in words:
         make_training_adapter(workspace / "training_adapter.safetensors")
     if position > 2:  # options of Accelerate
