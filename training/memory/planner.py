@@ -65,7 +65,7 @@ class MemoryPlanner:
     def phases(self) -> list[PhaseMemory]:
         """Return the memory of all phases, in the order of a run."""
         names = [CAPTIONS, IMAGES, TRAINING]
-        data = self.config.data
+        data = self.config.training_data
         if data.validation_path is not None or data.validation_fraction:
             names.append(VALIDATION)
         if self.config.draws_samples:
