@@ -78,7 +78,10 @@ def data_options(videos, controls):
     return of_case
 
 
-VARIANTS = ("sdxl_inpaint", "qwen_image_edit")
+VARIANTS = (
+    "sd15_inpaint", "sdxl_inpaint", "flux1_fill", "flux1_kontext", "qwen_image_edit", "qwen_image_edit_plus",
+    "z_image_omni", "flux2", "wan_i2v",
+)  # fmt: skip
 """Families whose recipes differ little from another one; make test-long runs them."""
 
 

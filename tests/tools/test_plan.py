@@ -38,6 +38,7 @@ def test_the_table_names_the_peak(run_here, capsys):
     assert "(train)" in out
 
 
+@pytest.mark.long
 def test_options_are_proposed_that_fit(run_here, capsys):
     """The demo takes 90 MiB for a batch of 8; 60 MiB are left beside what CUDA itself takes."""
     budget = "1.06GB"

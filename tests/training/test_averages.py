@@ -123,7 +123,10 @@ FALLS_AND_RISES = {
 }
 
 
-@pytest.mark.parametrize("case", FALLS_AND_RISES)
+@pytest.mark.parametrize(
+    "case",
+    ["EMA", *(pytest.param(name, marks=pytest.mark.long) for name in ("trained", "schedule-free"))],
+)
 def test_the_best_weights_are_exported(options, run_here, tmp_path, capsys, case):
     """Also by a run that was stopped in between; they are what a run that ended there exports."""
     average, steps = FALLS_AND_RISES[case]

@@ -51,7 +51,18 @@ def small_activations(monkeypatch):
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1024)
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "plain")
+SHORT = (0, 2, 6, 8)
+"""Places in CHANGES of what make test plans; make test-long plans all."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, marks=() if place in SHORT else pytest.mark.long)
+        for place, changes in enumerate(CHANGES)
+    ],
+    ids=lambda changes: " ".join(changes) or "plain",
+)
 def test_a_step_takes_the_planned_memory(options, run_here, changes):
     assert_planned(run_here, [*options, *changes])
 
