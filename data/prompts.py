@@ -49,11 +49,11 @@ def slider_direction(options: SliderConfig, seed: int, first_visit: int) -> floa
 def slider_prompts(options: SliderConfig, seed: int, first_visit: int) -> dict[str, str]:
     """Return the prompts of a micro-batch by their roles."""
     draw = random_key("slider target", seed, first_visit)
-    number = draw % len(options.targets)
+    drawn = options.prompts[draw % len(options.prompts)]
     prompts = {
-        TARGET: options.targets[number],
-        POSITIVE: options.positives[number],
-        NEGATIVE: options.negatives[number],
+        TARGET: drawn.target,
+        POSITIVE: drawn.positive,
+        NEGATIVE: drawn.negative,
     }
     if options.uses_guidance:
         prompts[EMPTY] = ""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import counted
@@ -35,15 +35,18 @@ class ControlImage:
     """A control image as the encoders get it."""
 
     picture: Image.Image
-    """The image in its own size, mirrored if its sample is."""
+    """The image in its own size."""
+    is_mirrored: bool
+    """True if its sample is mirrored."""
     size: ControlSize
     pixels: Tensor
     """The window that the model is given, (3, H, W) in [-1, 1]."""
 
     def scaled(self) -> Image.Image:
-        """Return the scaled image without its crop."""
+        """Return the scaled image without its crop, mirrored if its sample is."""
+        picture = ImageOps.mirror(self.picture) if self.is_mirrored else self.picture
         size = (self.size.scaled_width, self.size.scaled_height)
-        return self.picture.resize(size, Image.Resampling.LANCZOS)
+        return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -36,6 +36,14 @@ class PreserveConfig:
     data.captions.trigger: "a dog in the snow" for "sks in the snow" and the class "a dog"."""
 
 
+class SliderPrompts(NamedTuple):
+    """The prompts of one target of a slider."""
+
+    target: str
+    positive: str
+    negative: str
+
+
 @dataclass(frozen=True)
 class SliderConfig:
     """A slider: an adapter for the difference between two prompts. It needs no images.
@@ -66,6 +74,12 @@ class SliderConfig:
     guidance: Annotated[float, Field(ge=1)] = 3.0
     """start_from noise: classifier-free guidance of these steps. 1: none, for models that are
     distilled for guidance (FLUX.1) or for few steps."""
+
+    @property
+    def prompts(self) -> list[SliderPrompts]:
+        """Return the prompts of each target. Their numbers are checked beforehand."""
+        columns = (self.targets, self.positives, self.negatives)
+        return [SliderPrompts(*texts) for texts in zip(*columns, strict=False)]
 
     @property
     def needs_no_images(self) -> bool:
@@ -232,19 +246,17 @@ def slider_errors(slider: SliderConfig) -> list[str]:
     errors = []
     num_targets = len(slider.targets)
     for name in ("positives", "negatives"):
-        prompts = getattr(slider, name)
-        if len(prompts) != num_targets:
+        texts = getattr(slider, name)
+        if len(texts) != num_targets:
             errors.append(
-                f"--objective.slider.{name}: {counted(len(prompts), 'prompt')}; expected one for each "
+                f"--objective.slider.{name}: {counted(len(texts), 'prompt')}; expected one for each "
                 f"of {counted(num_targets, 'target')}"
             )
-    for target, positive, negative in zip(
-        slider.targets, slider.positives, slider.negatives, strict=False
-    ):
-        if positive == negative:
+    for prompts in slider.prompts:
+        if prompts.positive == prompts.negative:
             errors.append(
-                f"--objective.slider: the positive and the negative prompt of {target!r} are equal, so "
-                "there is nothing to learn. Use different prompts"
+                f"--objective.slider: the positive and the negative prompt of {prompts.target!r} are "
+                "equal, so there is nothing to learn. Use different prompts"
             )
     if slider.start_from == "images":
         defaults = SliderConfig()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from common.errors import DataError
@@ -134,8 +134,7 @@ def control_images(
         size = family.control_size(picture.width, picture.height, config.control_pixels)
         crop = centered_crop(picture.width, picture.height, size)
         pixels = images.scale(picture, crop, flip)
-        shown_picture = ImageOps.mirror(picture) if flip else picture
-        controls.append(ControlImage(shown_picture, size, pixels))
+        controls.append(ControlImage(picture, flip, size, pixels))
     return controls
 
 

@@ -137,12 +137,15 @@ class IndexWriter:
         """Return the row ids of the prompts that are encoded besides the captions.
 
         They are not in the content hash: the order of the samples is that of a run without them."""
-        row_ids = {}
-        for prompt in prompts:
-            keys = key_array([key_of(prompt)])
-            row_id = find_rows(keys, self.stores.text)
-            row_ids[prompt] = row_id.item()
-        return row_ids
+        keys = key_array([key_of(prompt) for prompt in prompts])
+        row_ids = find_rows(keys, self.stores.text)
+        return dict(
+            zip(
+                prompts,
+                row_ids.tolist(),
+                strict=True,
+            )
+        )
 
     def _hash(self, values: np.ndarray) -> np.ndarray:
         """Add a column to the content hash, and return it."""

@@ -309,8 +309,3 @@ def native_tensors(case: Case, prefix: str = "", norm: str = "weight") -> dict[s
             parts[prefix + name] = [(0, tensor)]
     in_order = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
     return {name: torch.cat([tensor for _, tensor in found]) for name, found in in_order.items()}
-
-
-def loads_adapters(pipeline: Any) -> bool:
-    """Whether a pipeline or its class loads adapters; else the denoiser does, by diffusers' names alone."""
-    return hasattr(pipeline, "load_lora_weights")

@@ -6,7 +6,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from helpers.family_cases import Case, cases, family_of, loads_adapters
+from helpers.family_cases import Case, cases, family_of
 from safetensors.torch import save_file
 
 from adapter_files import files
@@ -82,6 +82,11 @@ def fuse_file(pipeline: Any, component: str, folder: Path) -> None:
     pipeline.load_lora_weights(folder, **options)
     pipeline.fuse_lora(components=[component])
     pipeline.unload_lora_weights()
+
+
+def loads_adapters(pipeline: Any) -> bool:
+    """Whether a pipeline or its class loads adapters; else the denoiser does, by diffusers' names alone."""
+    return hasattr(pipeline, "load_lora_weights")
 
 
 @pytest.mark.parametrize("preset", ["attention-mlp", "all"])

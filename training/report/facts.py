@@ -9,7 +9,6 @@ import torch
 
 from common.process import available_cores
 from models.families.modular_family import ModularFamily
-from objectives.config import SliderConfig
 from training.components import RunComponents
 from training.loss import LossFunction
 from training.metadata import LIBRARIES, bucket_info
@@ -35,7 +34,8 @@ def run_facts(
     if components.samples is not None:
         prompts = [asdict(prompt) for prompt in components.samples.prompts]
     num_trained = len(datasets.train)
-    if components.config.objective.slider.needs_no_images:
+    slider = components.config.objective.slider
+    if slider.needs_no_images:
         num_trained = 0
     num_validation = 0
     if datasets.validation is not None:
@@ -56,20 +56,10 @@ def run_facts(
         "trigger_words": components.config.export.trigger_words or "",
         "comfyui_reads_diffusers": reads_diffusers_names(components.family),
         "is_modular": isinstance(components.family, ModularFamily),
-        "slider": slider_facts(components.config.objective.slider),
+        "slider": [prompts._asdict() for prompts in slider.prompts],
         "pictures": data.pictures,
         "small_images": data.small_images,
     }
-
-
-def slider_facts(slider: SliderConfig) -> list[dict[str, str]]:
-    """Return the prompts of a slider, one entry for each target."""
-    facts = []
-    for target, positive, negative in zip(
-        slider.targets, slider.positives, slider.negatives, strict=True
-    ):
-        facts.append({"target": target, "positive": positive, "negative": negative})
-    return facts
 
 
 def library_versions() -> dict[str, str]:
